@@ -1,0 +1,112 @@
+"""What a model is: Meta's params.json as a dataclass, checked."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+UNSET: Any = None  # the default of a field that takes its value from the others
+UNKNOWN_VOCAB_SIZE = -1
+# Meta's params.json says only `use_scaled_rope`. The factor is 8, but 32 for the 1B and 3B of Llama 3.2, known by their
+# widths.
+ROPE_SCALING_FACTOR = 8.0
+ROPE_SCALING_FACTORS_BY_DIM = {2048: 32.0, 3072: 32.0}
+
+
+@dataclass
+class ModelArgs:
+    """The shape of a model, as in Meta's params.json, and the rows and positions it is built for.
+
+    Fields that may be left out (or None) hold their values after construction; only `vocab_size` may stay unknown.
+    Raises ValueError for values that no model can have.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = UNSET  # n_heads
+    vocab_size: int = UNKNOWN_VOCAB_SIZE
+    multiple_of: int = 256  # the ffn width is rounded up to a multiple of this
+    ffn_dim_multiplier: float = UNSET  # 1
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    use_scaled_rope: bool = False  # Llama 3.1 and later
+    rope_scaling_factor: float = UNSET  # with scaled rope 32 for the widths of 3.2-1B and 3.2-3B, else 8
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_seq_len: int = 8192
+    head_dim: int = UNSET  # dim / n_heads
+    hidden_dim: int = UNSET  # the ffn width, from dim, ffn_dim_multiplier and multiple_of
+    tied_output: bool = False  # the output projection is the embedding
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
+            self._check_whole(name)
+        self._check_whole("rope_original_max_seq_len")
+        if self.vocab_size != UNKNOWN_VOCAB_SIZE:
+            self._check_whole("vocab_size")
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.ffn_dim_multiplier is None:
+            self.ffn_dim_multiplier = 1.0
+        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_low_freq_factor", "rope_high_freq_factor"):
+            self._check_positive(name)
+        self._derive_widths()
+        if self.rope_scaling_factor is None:
+            self.rope_scaling_factor = ROPE_SCALING_FACTORS_BY_DIM.get(self.dim, ROPE_SCALING_FACTOR)
+        self._check_positive("rope_scaling_factor")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise ValueError(
+                "rope_high_freq_factor must be above rope_low_freq_factor, "
+                f"got {self.rope_high_freq_factor} and {self.rope_low_freq_factor}"
+            )
+
+    def _derive_widths(self) -> None:
+        self._check_whole("n_kv_heads")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}")
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ValueError(f"dim must be a multiple of n_heads, got {self.dim} and {self.n_heads}")
+            self.head_dim = self.dim // self.n_heads
+        self._check_whole("head_dim")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
+        if self.hidden_dim is None:
+            self.hidden_dim = ffn_width(self.dim, self.ffn_dim_multiplier, self.multiple_of)
+        self._check_whole("hidden_dim")
+
+    def _check_whole(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Meta's name of every weight and its shape, in the order in which a forward pass reads them."""
+        of_layer = {
+            "attention_norm": (self.dim,),
+            "attention.wq": (self.n_heads * self.head_dim, self.dim),
+            "attention.wk": (self.n_kv_heads * self.head_dim, self.dim),
+            "attention.wv": (self.n_kv_heads * self.head_dim, self.dim),
+            "attention.wo": (self.dim, self.n_heads * self.head_dim),
+            "ffn_norm": (self.dim,),
+            "feed_forward.w1": (self.hidden_dim, self.dim),
+            "feed_forward.w3": (self.hidden_dim, self.dim),
+            "feed_forward.w2": (self.dim, self.hidden_dim),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            shapes.update({f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()})
+        return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
+
+
+def ffn_width(dim: int, multiplier: float, multiple_of: int) -> int:
+    """Meta's rule for the width of the feed-forward layer: two thirds of 4·dim, times the multiplier, rounded up."""
+    return math.ceil(int(multiplier * int(8 * dim / 3)) / multiple_of) * multiple_of

@@ -1,0 +1,51 @@
+"""The key/value cache: what a row's earlier tokens leave for its later ones."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer, (L, B, K, T, D) each: a kv head's T·D values are contiguous.
+
+    Rows are independent. A row's positions at and past its length hold leftovers that nothing reads.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        max_batch_size: int,
+        n_kv_heads: int,
+        max_seq_len: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Allocate both tensors. Raises ValueError for a size below 1."""
+        sizes = {
+            "n_layers": n_layers,
+            "max_batch_size": max_batch_size,
+            "n_kv_heads": n_kv_heads,
+            "max_seq_len": max_seq_len,
+            "head_dim": head_dim,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"the cache needs {name} of at least 1, got {size}")
+        shape = tuple(sizes.values())
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def max_batch_size(self) -> int:
+        """Rows it holds."""
+        return self.k.shape[1]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Positions each row holds."""
+        return self.k.shape[3]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values, (B, K, T, D) each, as views."""
+        return self.k[index], self.v[index]

@@ -1,0 +1,252 @@
+"""Llama: prompts in, text out. The surface of Meta's generation.py.
+
+A call is encode → prefill → step → decode: `text_completion` and `chat_completion` encode; `generate` collects what
+`stream` brings; a stream runs all prompts through the model in one ragged pass, then repeats the decode step until
+every row has met a stop token or the end of its room. What a caller may pass is checked before any of that.
+"""
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from fastllama import validate
+from fastllama.kernels.ragged import Sampling
+from fastllama.kernels.reference import nucleus
+from fastllama.loading import load
+from fastllama.model import Transformer
+from fastllama.parallel import check_single_process
+from fastllama.stream import Increment, Request, increments
+from fastllama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, check_dialog
+
+BUSY = "this Llama is busy with another call or an open stream: finish or close that one first"
+
+
+class CompletionPrediction(TypedDict, total=False):
+    generation: str
+    tokens: list[str]  # only with logprobs
+    logprobs: list[float]  # only with logprobs
+
+
+class ChatPrediction(TypedDict, total=False):
+    generation: Message
+    tokens: list[str]  # only with logprobs
+    logprobs: list[float]  # only with logprobs
+
+
+class Llama:
+    """A model with its tokenizer. Not re-entrant: one call, or one open stream, at a time."""
+
+    @staticmethod
+    def build(
+        ckpt_dir: str,
+        tokenizer_path: str,
+        max_seq_len: int,
+        max_batch_size: int,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        backend: str | None = None,
+        rope_scaling_factor: float | None = None,
+    ) -> "Llama":
+        """Load a checkpoint, Meta's or Hugging Face's, of any number of files.
+
+        ckpt_dir: the folder of the checkpoint. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with
+        one. max_seq_len: positions per row, up to 8192, or 131072 where the checkpoint has scaled rope. max_batch_size:
+        rows. seed: of the calls that bring none of their own. device: CUDA where there is one, else the CPU. dtype:
+        bfloat16 on CUDA (float16 where the GPU lacks it), float32 on a CPU. backend: "reference", or None for what the
+        device asks for. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it.
+
+        Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
+        weights, a tokenizer of another vocabulary), ValueError for anything else that is wrong with the arguments or
+        the files, and DoesNotFit (a MemoryError), naming sizes that would fit, where memory does not suffice.
+        """
+        check_single_process(model_parallel_size)
+        seed = validate.seed(seed)
+        model, tokenizer = load(
+            ckpt_dir,
+            tokenizer_path,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            rope_scaling_factor=rope_scaling_factor,
+        )
+        return Llama(model, tokenizer, seed=seed)
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
+        """Put a model and its tokenizer together. seed: of the calls that bring none of their own."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.formatter = ChatFormat(tokenizer)
+        self._seed = validate.seed(seed)
+        self._calls = itertools.count(1)
+        self._busy = threading.Lock()
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continue every prompt until a stop token, max_gen_len tokens, or max_seq_len positions. See `stream` for the
+        arguments.
+
+        Returns each row's tokens, without the stop token, and their log-probabilities where asked for, else None.
+        """
+        request = self._request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed)
+        out_tokens: list[list[int]] = [[] for _ in request.prompts]
+        out_logprobs: list[list[float]] = [[] for _ in request.prompts]
+        for increment in self._increments(request, None):
+            out_tokens[increment.row].extend(increment.tokens)
+            out_logprobs[increment.row].extend(increment.logprobs or ())
+        return out_tokens, out_logprobs if logprobs else None
+
+    def stream(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+    ) -> Iterator[Increment]:
+        """`generate`, a token at a time: an iterator of what the rows gain. Closing it early leaves nothing behind.
+
+        prompt_tokens: at most max_batch_size prompts of 1 to max_seq_len token ids. max_gen_len: the most tokens a row
+        gains. temperature: 0 takes the most likely token. top_p: tokens are drawn from the smallest set of this much
+        mass; 0 takes the most likely token, 1 keeps all. logprobs: bring the tokens' log-probabilities, before
+        temperature and top-p. echo: begin with the prompts' own tokens, cut at the first stop token. seed: the same
+        seed draws the same tokens, row i from its i-th stream; a list has a seed for each row, whatever the company;
+        None goes on from the seed given to build.
+
+        Raises AssertionError for too many or too long prompts, ValueError for other wrong arguments and for logits that
+        are not numbers, RuntimeError while another call or stream is running.
+        """
+        request = self._request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed)
+        return self._increments(request, self.tokenizer)
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+    ) -> list[CompletionPrediction]:
+        """Continue texts. max_gen_len None means max_seq_len - 1; the other arguments are those of `stream`."""
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be a list of texts, got {prompts!r:.80}")
+        prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        tokens, scores = self.generate(
+            prompt_tokens, self._room(max_gen_len), temperature, top_p, logprobs, echo, seed=seed
+        )
+        texts = [CompletionPrediction(generation=self.tokenizer.decode(row)) for row in tokens]
+        if scores is not None:
+            for text, row, row_scores in zip(texts, tokens, scores, strict=True):
+                text["tokens"] = [self.tokenizer.decode([token]) for token in row]
+                text["logprobs"] = row_scores
+        return texts
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+    ) -> list[ChatPrediction]:
+        """Answer dialogs. max_gen_len None means max_seq_len - 1; the other arguments are those of `stream`."""
+        for index, dialog in enumerate(dialogs):
+            check_dialog(dialog, f"dialog {index}")
+        prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        tokens, scores = self.generate(prompt_tokens, self._room(max_gen_len), temperature, top_p, logprobs, seed=seed)
+        answers = [
+            ChatPrediction(generation={"role": "assistant", "content": self.tokenizer.decode(row)}) for row in tokens
+        ]
+        if scores is not None:
+            for answer, row, row_scores in zip(answers, tokens, scores, strict=True):
+                answer["tokens"] = [self.tokenizer.decode([token]) for token in row]
+                answer["logprobs"] = row_scores
+        return answers
+
+    def _room(self, max_gen_len: int | None) -> int:
+        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+
+    def _request(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float,
+        top_p: float,
+        logprobs: bool,
+        echo: bool,
+        seed: int | Sequence[int] | None,
+    ) -> Request:
+        """Check a call's arguments, and that no other call is running."""
+        params = self.model.params
+        prompts = validate.prompts(
+            prompt_tokens,
+            vocab_size=params.vocab_size,
+            max_batch_size=params.max_batch_size,
+            max_seq_len=params.max_seq_len,
+        )
+        max_gen_len = validate.whole_number("max_gen_len", max_gen_len, 0)
+        temperature, top_p = validate.temperature(temperature), validate.top_p(top_p)
+        seeds = validate.seeds(seed, len(prompts))
+        if self._busy.locked():
+            raise RuntimeError(BUSY)
+        stop_ids = frozenset(self.tokenizer.stop_tokens)
+        budgets = [min(max_gen_len, params.max_seq_len - len(prompt)) for prompt in prompts]
+        if echo:  # a prompt that holds a stop token ends there
+            budgets = [b if stop_ids.isdisjoint(prompt) else 0 for b, prompt in zip(budgets, prompts, strict=True)]
+        sampling = Sampling.of(temperature, top_p, self._streams(seeds, len(prompts)), self.model.device)
+        return Request(prompts, budgets, stop_ids, sampling, bool(logprobs), bool(echo))
+
+    def _streams(self, seeds: list[int] | int | None, n_rows: int) -> list[tuple[int, int, int]]:
+        """The random stream of every row, as (seed, stream, call)."""
+        if seeds is None:
+            call = next(self._calls)
+            return [(self._seed, row, call) for row in range(n_rows)]
+        if isinstance(seeds, int):
+            return [(seeds, row, 0) for row in range(n_rows)]
+        return [(seed, 0, 0) for seed in seeds]
+
+    def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Iterator[Increment]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(BUSY)
+        try:
+            yield from increments(self.model, request, tokenizer)
+        finally:
+            self._busy.release()
+
+
+def sample_top_p(probs: Tensor, p: float) -> Tensor:
+    """Draw from each row's most likely tokens, of mass p together: probs (B, V) -> (B, 1) int64, from torch's default
+    generator.
+
+    Raises ValueError for probs that are not (B, V) or a p that is negative or not a number.
+    """
+    if probs.ndim != 2 or 0 in probs.shape:
+        raise ValueError(f"probs must have shape (B, V), got {tuple(probs.shape)}")
+    p = validate.top_p(p)
+    keep = nucleus(probs, probs.double(), torch.full(probs.shape[:1], p, dtype=torch.float64, device=probs.device))
+    return torch.multinomial(torch.where(keep, probs, 0), num_samples=1)

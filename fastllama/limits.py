@@ -1,0 +1,101 @@
+"""What fits: a model's memory, planned before any of it is allocated."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from fastllama.args import ModelArgs
+from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
+
+GIB = 2**30
+FLOAT32_BYTES = 4
+# Activations of each width that are live at once in a forward pass, per token; generous, to the next whole number.
+WIDTHS_OF_DIM = 4  # the residual stream, its norm in float32 (twice a bfloat16), what is added to it
+WIDTHS_OF_HEADS = 3  # queries and keys before and after the rotary embedding, the attention's output
+WIDTHS_OF_HIDDEN = 4  # gate and up, the activated gate, their product
+SAMPLING_BYTES_PER_LOGIT = 64  # float64 masses, sorted and accumulated, with their order and masks
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device."""
+
+    weights: int
+    cache: int
+    workspace: int  # the most that a forward pass needs besides, or that loading does
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+
+class DoesNotFit(MemoryError, ValueError):
+    """A model does not fit the memory that is free."""
+
+
+def memory_plan(
+    args: ModelArgs, dtype: torch.dtype, max_batch_size: int, max_seq_len: int, *, shares_tied_output: bool = False
+) -> MemoryPlan:
+    """What a model of this shape takes on its device.
+
+    shares_tied_output: the backend keeps a tied output projection and the embedding in one copy.
+    """
+    size = dtype.itemsize
+    n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
+    shapes = dict(args.shapes)
+    if args.tied_output and shares_tied_output:
+        del shapes["output.weight"]
+    elements = [math.prod(shape) for shape in shapes.values()]
+    rope = max_seq_len * head_dim * FLOAT32_BYTES
+    cache = 2 * args.n_layers * max_batch_size * n_kv_heads * max_seq_len * head_dim * size
+    n_tokens = min(PREFILL_CHUNK_TOKENS, max_batch_size * max_seq_len)
+    widths = (
+        WIDTHS_OF_DIM * args.dim
+        + WIDTHS_OF_HEADS * (args.n_heads + 2 * n_kv_heads) * head_dim
+        + WIDTHS_OF_HIDDEN * hidden_dim
+    )
+    scoring = SCORE_CHUNK_TOKENS * args.vocab_size * (size + 2 * FLOAT32_BYTES)
+    sampling = max_batch_size * args.vocab_size * (size + SAMPLING_BYTES_PER_LOGIT)
+    outputs = max_batch_size * max_seq_len * 12
+    forward = n_tokens * widths * size + max(scoring, sampling) + outputs
+    loading = max(elements) * size  # a weight, before it is packed
+    return MemoryPlan(sum(elements) * size + rope, cache, max(forward, loading))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new model could take on the device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def check_fits(args: ModelArgs, dtype: torch.dtype, free: int, *, shares_tied_output: bool = False) -> MemoryPlan:
+    """The plan for `args`; DoesNotFit, saying what would fit, where it needs more than `free` bytes."""
+
+    def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
+        return memory_plan(args, dtype, max_batch_size, max_seq_len, shares_tied_output=shares_tied_output)
+
+    needed = plan(args.max_batch_size, args.max_seq_len)
+    if needed.total <= free:
+        return needed
+    rows = _largest(args.max_batch_size, lambda rows: plan(rows, args.max_seq_len).total <= free)
+    length = _largest(args.max_seq_len, lambda length: plan(args.max_batch_size, length).total <= free)
+    remedies = [f"max_batch_size={rows} would fit"] * (rows > 0) + [f"max_seq_len={length} would fit"] * (length > 0)
+    raise DoesNotFit(
+        f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {dtype} needs "
+        f"{needed.total / GIB:.2f} GiB (weights {needed.weights / GIB:.2f}, cache {needed.cache / GIB:.2f}, "
+        f"workspace {needed.workspace / GIB:.2f}) and {free / GIB:.2f} GiB are free: "
+        + (", or ".join(remedies) or "not even one row of one token would fit; use a smaller dtype or another device")
+    )
+
+
+def _largest(below: int, fits: Callable[[int], bool]) -> int:
+    """The largest number under `below` that fits, 0 where none does."""
+    low, high = 0, below
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,103 @@
+"""From a checkpoint and a tokenizer to a model that runs, with every check made before memory is taken."""
+
+import logging
+import os
+import time
+
+import torch
+
+from fastllama import limits, validate
+from fastllama.args import ModelArgs
+from fastllama.checkpoint import open_checkpoint
+from fastllama.kernels import select
+from fastllama.model import Transformer
+from fastllama.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_SEQ_LEN = 8192
+MAX_SEQ_LEN_SCALED_ROPE = 131072
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    ckpt_dir: str,
+    tokenizer_path: str,
+    *,
+    max_seq_len: int,
+    max_batch_size: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+    backend: str | None,
+    rope_scaling_factor: float | None,
+) -> tuple[Transformer, Tokenizer]:
+    """What `Llama.build` promises, argument by argument and error by error."""
+    start = time.perf_counter()
+    validate.whole_number("max_batch_size", max_batch_size, 1)
+    _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, "")
+    device = default_device() if device is None else _device(device)
+    dtype = default_dtype(device) if dtype is None else _dtype(dtype)
+    ops = select.backend(backend, device)
+    _check_paths(ckpt_dir, tokenizer_path)
+    checkpoint = open_checkpoint(ckpt_dir)
+    fields = dict(checkpoint.params)
+    if rope_scaling_factor is not None:
+        fields.update(use_scaled_rope=True, rope_scaling_factor=rope_scaling_factor)
+    args = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, **fields)
+    if not args.use_scaled_rope:
+        _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")
+    tokenizer = Tokenizer(tokenizer_path, llama31=args.use_scaled_rope)
+    if args.vocab_size != tokenizer.n_words:
+        raise AssertionError(
+            f"the checkpoint has a vocabulary of {args.vocab_size} and the tokenizer one of {tokenizer.n_words}: "
+            "use the tokenizer that belongs to the checkpoint"
+        )
+    tokenizer.stop_tokens |= set(checkpoint.stop_token_ids)
+    limits.check_fits(args, dtype, limits.free_memory(device), shares_tied_output=not ops.repacks(device, dtype))
+    model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False)
+    model.load_tensors(checkpoint.tensors())
+    logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
+    return model, tokenizer
+
+
+def default_device() -> torch.device:
+    """CUDA, this process's current GPU, where there is one; else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA, float16 where the GPU lacks it, float32 on a CPU."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _device(value: object) -> torch.device:
+    try:
+        device: torch.device = torch.device(value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {value!r}') from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {value!r}')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {value!r} is not here: torch sees {torch.cuda.device_count()} GPUs; leave device out")
+    return device
+
+
+def _dtype(value: object) -> torch.dtype:
+    dtype = DTYPES.get(value) if isinstance(value, str) else value
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {value!r}")
+    return dtype  # type: ignore[return-value]
+
+
+def _check_max_seq_len(max_seq_len: object, most: int, where: str) -> None:
+    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or not 1 <= max_seq_len <= most:
+        raise AssertionError(f"max_seq_len must be a whole number from 1 to {most}{where}, got {max_seq_len!r}")
+
+
+def _check_paths(ckpt_dir: str, tokenizer_path: str) -> None:
+    if not os.path.isdir(ckpt_dir):
+        raise AssertionError(f"the checkpoint folder {str(ckpt_dir)!r} does not exist")
+    if not os.path.exists(tokenizer_path):
+        raise AssertionError(f"the tokenizer file {str(tokenizer_path)!r} does not exist")

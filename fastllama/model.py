@@ -1,0 +1,276 @@
+"""The Llama 3 Transformer: five calls to the backend per layer.
+
+`Transformer` holds the weights as its backend packs them, the rotary table and the key/value cache, speaks Meta's names
+in `state_dict` and `load_state_dict`, and runs ragged batches: the tokens of any rows at any positions in one pass.
+What the five calls compute stands in `fastllama.kernels.reference`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastllama.args import ModelArgs
+from fastllama.cache import KVCache
+from fastllama.kernels import select
+from fastllama.kernels.ragged import Ragged, Segment
+
+# What a slot of a layer holds: the weights, by Meta's names, that are packed together because they read the same input.
+LAYER_SLOTS = {
+    "attention_norm": ("attention_norm",),
+    "wqkv": ("attention.wq", "attention.wk", "attention.wv"),
+    "wo": ("attention.wo",),
+    "ffn_norm": ("ffn_norm",),
+    "w13": ("feed_forward.w1", "feed_forward.w3"),
+    "w2": ("feed_forward.w2",),
+}
+PLAIN_SLOTS = {"tok_embeddings", "attention_norm", "ffn_norm", "norm"}  # read as they are, never packed
+IGNORED_NAMES = {"rope.freqs"}  # Meta's files may hold the rotary frequencies; they follow from the arguments
+INIT_STD = 0.02
+
+
+def rope_table(args: ModelArgs) -> Tensor:
+    """cos and sin of every position's angles: (max_seq_len, head_dim/2, 2) float32.
+
+    With scaled rope (Llama 3.1), wavelengths above the original context are stretched by the factor, those below a
+    quarter of it are kept, and those between blend from one to the other.
+    """
+    head_dim = args.head_dim
+    frequencies = 1.0 / (args.rope_theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim))
+    if args.use_scaled_rope:
+        low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
+        turns = args.rope_original_max_seq_len * frequencies / (2 * math.pi)  # in the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / args.rope_scaling_factor)
+    angles = torch.outer(torch.arange(args.max_seq_len, device="cpu").float(), frequencies)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+class LoadedKeys(NamedTuple):
+    """What `load_state_dict(strict=False)` passed over, as torch reports it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Layer(nn.Module):
+    """One layer's weights, in the slots of LAYER_SLOTS."""
+
+    attention_norm: Tensor
+    wqkv: Tensor
+    wo: Tensor
+    ffn_norm: Tensor
+    w13: Tensor
+    w2: Tensor
+
+
+class Transformer(nn.Module):
+    """A Llama model with its cache. `params` are its ModelArgs, `ops` its backend, `cache` its KVCache."""
+
+    tok_embeddings: Tensor
+    norm: Tensor
+    output: Tensor
+    rope: Tensor
+
+    def __init__(
+        self,
+        params: ModelArgs,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        init_weights: bool = True,
+    ) -> None:
+        """Allocate the cache and, unless `init_weights` is False (for weights that are loaded next), random weights.
+
+        device and dtype default to torch's own defaults, backend to what the device asks for.
+        Raises ValueError for an unknown vocabulary size or backend.
+        """
+        super().__init__()
+        if params.vocab_size < 1:
+            raise ValueError(
+                f"a Transformer needs to know its vocab_size, got {params.vocab_size}: set it in ModelArgs"
+            )
+        self.params = params
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
+        self.device = torch.get_default_device() if device is None else torch.device(device)
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.ops = select.backend(backend, self.device)
+        self.layers = nn.ModuleList(Layer() for _ in range(params.n_layers))
+        for slot in self._slots():
+            slot.owner.register_parameter(slot.attribute, None)
+        if init_weights:
+            self.load_tensors(self._random_weights())
+        self._allocate()
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        """Meta's signature: tokens (B, S) at positions start_pos and on, of rows 0 to B - 1 -> float32 logits (B, S,
+        V).
+
+        What was cached before start_pos counts as each row's past. Raises ValueError for what does not fit the cache.
+        """
+        rows, length = self._check_forward(tokens, start_pos)
+        batch = Ragged(
+            tokens=tokens.to(self.device, torch.int64).flatten(),
+            positions=torch.arange(start_pos, start_pos + length, device=self.device).repeat(rows),
+            rows=torch.arange(rows, device=self.device).repeat_interleave(length),
+            segments=tuple(Segment(row, row * length, (row + 1) * length, start_pos + length) for row in range(rows)),
+            workspace=self.workspace,
+        )
+        return self.logits(self.hidden(batch), batch).float().view(rows, length, self.vocab_size)
+
+    def hidden(self, batch: Ragged) -> Tensor:
+        """Run the layers over a batch, appending its keys and values to the cache -> (N, dim)."""
+        ops, eps = self.ops, self.params.norm_eps
+        h = ops.embed(self.tok_embeddings, batch)
+        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
+            k, v = self.cache.layer(index)
+            q = ops.qkv(h, layer.attention_norm, layer.wqkv, self.rope, k, v, eps, batch)
+            h = ops.project(ops.attention(q, k, v, batch), layer.wo, h, batch)
+            h = ops.project(ops.swiglu(h, layer.ffn_norm, layer.w13, eps, batch), layer.w2, h, batch)
+        return cast(Tensor, h)
+
+    def logits(self, h: Tensor, batch: Ragged) -> Tensor:
+        """Of any M of a batch's hidden states, h (M, dim) -> (M, V) in the model dtype."""
+        return cast(Tensor, self.ops.head(h, self.norm, self.output, self.params.norm_eps, batch))
+
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take every weight by Meta's name, in any order, packing each as soon as what it is packed with has come.
+
+        With a tied output, `output.weight` is the embedding and is not read. Raises ValueError, listing them, for names
+        that are missing, unexpected, repeated or of another shape.
+        """
+        ignored = IGNORED_NAMES | ({"output.weight"} if self.params.tied_output else set())
+        expected = {name: shape for name, shape in self.params.shapes.items() if name not in ignored}
+        slots = {name: slot for slot in self._slots() for name in slot.names}
+        waiting: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            if name in ignored:
+                continue
+            if name not in expected:
+                raise ValueError(f"weight {name!r} is none of this model's, or came twice: see ModelArgs.shapes")
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"weight {name!r} must have shape {expected[name]}, got {tuple(tensor.shape)}")
+            waiting[name] = tensor
+            del expected[name], tensor  # so that no more than one slot's weights are in memory twice
+            slot = slots[name]
+            if all(part in waiting for part in slot.names):
+                self._set(slot, [waiting.pop(part) for part in slot.names])
+        if expected:
+            raise ValueError(f"{len(expected)} weights are missing: {_some(expected)}")
+        if self.params.tied_output:  # one copy in memory where the backend packs nothing
+            self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
+
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Tensor]:
+        """Every weight by Meta's name and in Meta's shape, in the model dtype."""
+        shapes, weights = self.params.shapes, {} if destination is None else destination
+        for slot in self._slots():
+            packed = getattr(slot.owner, slot.attribute)
+            if packed is None:
+                raise ValueError("the model has no weights yet: load_state_dict or load_tensors first")
+            packed = packed.detach()
+            parts = (packed,) if slot.plain else self.ops.unpack(packed, [shapes[name][0] for name in slot.names])
+            weights.update(zip((prefix + name for name in slot.names), parts, strict=True))
+        return cast(dict[str, Tensor], weights)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> LoadedKeys:
+        """Set the weights from a mapping in Meta's names; `rope.freqs` is ignored.
+
+        strict=False keeps the weights that are missing and passes over names that are not the model's. Raises
+        ValueError, before anything is changed, listing what is missing, unexpected or of another shape.
+        """
+        shapes = self.params.shapes
+        missing = [name for name in shapes if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in shapes and name not in IGNORED_NAMES]
+        misshaped = [
+            f"{name} {tuple(state_dict[name].shape)} instead of {shape}"
+            for name, shape in shapes.items()
+            if name in state_dict and tuple(state_dict[name].shape) != shape
+        ]
+        problems = {
+            "missing": missing if strict else [],
+            "unexpected": unexpected if strict else [],
+            "misshaped": misshaped,
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+            raise ValueError(f"the state dict does not fit this model: {listed}")
+        kept = self.state_dict() if missing else {}
+        self.load_tensors((name, kept[name] if name in missing else state_dict[name]) for name in shapes)
+        return LoadedKeys(missing, unexpected)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        """What `.to(...)`, `.cuda()` and `.half()` call: weights packed for one device and dtype are packed anew."""
+        moved = {name: fn(tensor) for name, tensor in self.state_dict().items()}
+        sample = next(iter(moved.values()))
+        self.device, self.dtype = sample.device, sample.dtype
+        self.load_tensors(moved.items())
+        self._allocate()
+        return self
+
+    def _allocate(self) -> None:
+        p = self.params
+        self.register_buffer("rope", rope_table(p).to(self.device), persistent=False)
+        heads = p.n_kv_heads, p.max_seq_len, p.head_dim
+        self.cache = KVCache(p.n_layers, p.max_batch_size, *heads, device=self.device, dtype=self.dtype)
+        self.workspace = self.ops.workspace()
+
+    def _check_forward(self, tokens: Tensor, start_pos: int) -> tuple[int, int]:
+        if tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
+            raise ValueError(f"tokens must be integers of shape (B, S), got {tokens.dtype} of {tuple(tokens.shape)}")
+        rows, length = tokens.shape
+        most_rows, most_positions = self.cache.max_batch_size, self.cache.max_seq_len
+        if rows > most_rows:
+            raise ValueError(f"{rows} rows do not fit the cache's max_batch_size of {most_rows}")
+        last = start_pos + length - 1
+        if start_pos < 0 or last >= most_positions:
+            raise ValueError(f"positions {start_pos} to {last} do not fit the cache's max_seq_len of {most_positions}")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(f"token ids must be from 0 to {self.vocab_size - 1}, got {low if low < 0 else high}")
+        return rows, length
+
+    def _slots(self) -> "Iterator[_Slot]":
+        yield _Slot(self, "tok_embeddings", ("tok_embeddings.weight",))
+        for index, layer in enumerate(self.layers):
+            for attribute, names in LAYER_SLOTS.items():
+                yield _Slot(layer, attribute, tuple(f"layers.{index}.{name}.weight" for name in names))
+        yield _Slot(self, "norm", ("norm.weight",))
+        yield _Slot(self, "output", ("output.weight",))
+
+    def _set(self, slot: "_Slot", parts: list[Tensor]) -> None:
+        # A single part would keep sharing the caller's memory, or the mapped file's; several are concatenated anyway.
+        moved = [part.detach().to(self.device, self.dtype, copy=len(parts) == 1) for part in parts]
+        weight = moved[0].contiguous() if slot.plain else self.ops.pack(*moved)
+        setattr(slot.owner, slot.attribute, nn.Parameter(weight, requires_grad=False))
+
+    def _random_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, shape in self.params.shapes.items():
+            weight = torch.empty(shape, device=self.device, dtype=self.dtype)
+            yield name, weight.fill_(1) if len(shape) == 1 else weight.normal_(0, INIT_STD)
+
+
+class _Slot(NamedTuple):
+    """One attribute of the model or of a layer, and the weights it holds."""
+
+    owner: nn.Module
+    attribute: str
+    names: tuple[str, ...]
+
+    @property
+    def plain(self) -> bool:
+        return self.attribute in PLAIN_SLOTS
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

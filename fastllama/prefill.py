@@ -1,0 +1,88 @@
+"""Prefill: run the prompts of all rows through the model in one ragged pass.
+
+The prompts' tokens stand one after the other, without padding, and go through in chunks of a fixed number of tokens
+that take no heed of where a row ends. Only the hidden state after each prompt's last token is kept, and turned into
+logits at the end; where the prompts' own log-probabilities are asked for, they are computed from a few tokens' logits
+at a time.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels.ragged import Ragged
+from fastllama.model import Transformer
+
+PREFILL_CHUNK_TOKENS = 2048
+SCORE_CHUNK_TOKENS = 256  # whose logits are in memory at once when prompts are scored
+
+Piece = tuple[int, int, Sequence[int]]  # row, position of its first token, tokens
+
+
+def prefill(
+    model: Transformer, prompts: Sequence[Sequence[int]], score: bool = False
+) -> tuple[Tensor, list[list[float]] | None]:
+    """Fill cache rows 0, 1, … with the prompts, each from position 0.
+
+    Returns the logits (B, V) after each prompt's last token, in the model dtype, and, where `score` asks for them, each
+    prompt's log-probabilities: one per token, 0.0 for the first, which nothing predicts.
+    """
+    last = torch.empty(len(prompts), model.params.dim, device=model.device, dtype=model.dtype)
+    scores: list[list[float]] = [[0.0] for _ in prompts]
+    batch = None
+    for pieces in _chunks(prompts, PREFILL_CHUNK_TOKENS):
+        batch = Ragged.of(pieces, model.device, model.workspace)
+        h = model.hidden(batch)
+        for segment in batch.segments:
+            if segment.keys == len(prompts[segment.row]):
+                last[segment.row] = h[segment.end - 1]
+        if score:
+            _score(model, h, batch, pieces, prompts, scores)
+    if batch is None:
+        raise ValueError("prefill needs at least one prompt")
+    return model.logits(last, batch), scores if score else None
+
+
+def _chunks(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[Piece]]:
+    """Cut the flat sequence of all prompts into lists of pieces of `limit` tokens together."""
+    pieces: list[Piece] = []
+    room = limit
+    for row, prompt in enumerate(prompts):
+        start = 0
+        while start < len(prompt):
+            piece = prompt[start : start + room]
+            pieces.append((row, start, piece))
+            start += len(piece)
+            room -= len(piece)
+            if room == 0:
+                yield pieces
+                pieces, room = [], limit
+    if pieces:
+        yield pieces
+
+
+def _score(
+    model: Transformer,
+    h: Tensor,
+    batch: Ragged,
+    pieces: list[Piece],
+    prompts: Sequence[Sequence[int]],
+    scores: list[list[float]],
+) -> None:
+    """Append to each row's scores the log-probability of every token that follows one of this chunk's."""
+    targets = [(row, t) for row, start, piece in pieces for t in prompts[row][start + 1 : start + 1 + len(piece)]]
+    ends = {s.end - 1 for s in batch.segments if s.keys == len(prompts[s.row])}  # nothing follows a prompt's last token
+    sources = [token for token in range(h.shape[0]) if token not in ends]
+    for begin in range(0, len(sources), SCORE_CHUNK_TOKENS):
+        chosen = targets[begin : begin + SCORE_CHUNK_TOKENS]
+        logits = model.logits(h[sources[begin : begin + SCORE_CHUNK_TOKENS]], batch).float()
+        following = torch.tensor([token for _, token in chosen], device=h.device)
+        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, following[:, None])[:, 0]
+        for (row, _), logprob in zip(chosen, logprobs.tolist(), strict=True):
+            if math.isnan(logprob):
+                raise ValueError(
+                    f"the logits of row {row} are not finite numbers at its prompt's position {len(scores[row])}"
+                )
+            scores[row].append(logprob)

@@ -1,0 +1,278 @@
+"""Text to token ids and back, and conversations to prompts.
+
+A Llama 3 tokenizer is a byte-level BPE: byte strings with ranks, where the rank of a token is its id and also its
+priority, so that the neighbours that make the lowest rank are joined first. tiktoken runs that rule. This room
+numbers the 256 special tokens that follow the ranks, and cuts long text exactly where Meta's code cuts it, because
+the cuts change the tokens.
+
+Special tokens have two sets of names. Llama 3.0 named five of the 256 slots and counted the rest as reserved; Llama
+3.1 named ten (`<|eom_id|>` among them) and counted the rest anew. One `Tokenizer` answers to both sets. Where both
+use one name for different slots, such as `<|reserved_special_token_2|>`, it means what it means in the tokenizer's
+own version.
+
+`ChatFormat` writes a conversation in Llama 3's format, and `TextStream` turns tokens into text as they come.
+"""
+
+import codecs
+import functools
+import itertools
+import operator
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Literal, TypedDict
+
+import tiktoken
+
+from fastllama.tokenizer_files import LLAMA30_SLOTS, LLAMA31_SLOTS, NUM_SPECIAL_TOKENS, read_tokenizer_file
+
+# Meta's limits: tiktoken fails on much longer text, and is quadratic in the length of a run without a word boundary.
+MAX_CHUNK_CHARS = 400_000
+MAX_RUN_CHARS = 25_000
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+
+
+Dialog = Sequence[Message]
+
+
+class Tokenizer:
+    """Llama 3's tokenizer, read from `tokenizer.model` (a ranks file) or Hugging Face's `tokenizer.json`.
+
+    Attributes:
+        n_words: size of the vocabulary, ranks and special tokens together.
+        bos_id, eos_id: ids of `<|begin_of_text|>` and `<|end_of_text|>`.
+        pad_id: -1; Llama 3 has no padding token.
+        stop_tokens: ids that end a generation; a set, read at every call, so callers may change it.
+        special_tokens: id of every special token, under its 3.0 and its 3.1 name.
+        llama31: whether reserved names are counted, and decoded, as in Llama 3.1.
+        model: the tiktoken `Encoding` underneath; it knows the special tokens by the names that `decode` writes.
+    """
+
+    num_reserved_special_tokens = NUM_SPECIAL_TOKENS
+
+    pat_str = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+    def __init__(self, model_path: str | os.PathLike[str], *, llama31: bool = False) -> None:
+        """Read a ranks file, a `tokenizer.json`, or whichever of the two a checkpoint folder holds.
+
+        `llama31` chooses Llama 3.1's names and stop tokens (`<|eom_id|>` joins them). A `tokenizer.json` brings names
+        of its own: they win over either version's, and a name of 3.1 among them switches `llama31` on.
+
+        Raises AssertionError where there is no such file, ValueError where it is not a Llama 3 tokenizer.
+        """
+        file = read_tokenizer_file(model_path, self.pat_str)
+        self._file = file
+        self.n_words = len(file.ranks) + NUM_SPECIAL_TOKENS
+        new_in_31 = set(LLAMA31_SLOTS.values()) - set(LLAMA30_SLOTS.values())
+        self._name_special_tokens(llama31 or not new_in_31.isdisjoint(file.special_names.values()))
+        self.bos_id = self.special_tokens["<|begin_of_text|>"]
+        self.eos_id = self.special_tokens["<|end_of_text|>"]
+        self.pad_id = -1
+        self.stop_tokens = {self.eos_id, self.special_tokens["<|eot_id|>"]}
+        if self.llama31:
+            self.stop_tokens.add(self.special_tokens["<|eom_id|>"])
+
+    def use_llama31_names(self) -> None:
+        """From now on decode with Llama 3.1's names and stop at `<|eom_id|>` too; other stop tokens stay."""
+        if not self.llama31:
+            self._name_special_tokens(True)
+            self.stop_tokens.add(self.special_tokens["<|eom_id|>"])
+
+    def _name_special_tokens(self, llama31: bool) -> None:
+        self.llama31 = llama31
+        first_id = len(self._file.ranks)
+        own_names = _names_of_slots(LLAMA31_SLOTS if llama31 else LLAMA30_SLOTS, self._file.special_names)
+        own = {name: first_id + slot for slot, name in enumerate(own_names)}
+        # tiktoken would decode an id that has two names to either of them, so it learns only one.
+        self.model = tiktoken.Encoding(
+            self._file.name, pat_str=self.pat_str, mergeable_ranks=self._file.ranks, special_tokens=own
+        )
+        self.special_tokens = dict(own)
+        for slots in (LLAMA31_SLOTS, LLAMA30_SLOTS):
+            for slot, name in enumerate(_names_of_slots(slots, {})):
+                self.special_tokens.setdefault(name, first_id + slot)
+
+    def encode(
+        self,
+        s: str,
+        *,
+        bos: bool,
+        eos: bool,
+        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]:
+        """Token ids of `s`, with `<|begin_of_text|>` before (`bos`) and `<|end_of_text|>` after (`eos`).
+
+        The name of a special token is plain text unless it is in `allowed_special`, so that what a user types never
+        becomes a control token. "all" allows every name in `special_tokens`, or disallows every one that is not
+        allowed.
+
+        Raises AssertionError where `s` is not a str, ValueError where it holds a name in `disallowed_special`.
+        """
+        if not isinstance(s, str):
+            raise AssertionError(f"encode takes one str, got {type(s).__name__}; encode each text of a list by itself")
+        known = frozenset(self.special_tokens)
+        allowed = known if allowed_special == "all" else _names(allowed_special, "allowed_special")
+        forbidden = known - allowed if disallowed_special == "all" else _names(disallowed_special, "disallowed_special")
+
+        tokens = [self.bos_id] if bos else []
+        for piece in split_long_text(s):
+            if found := _any_of(forbidden).search(piece):
+                raise ValueError(
+                    f"the text holds the special token {found[0]!r}, which disallowed_special forbids; pass "
+                    "disallowed_special=() to encode it as plain text, or allow it in allowed_special"
+                )
+            start = 0
+            for special in _any_of(allowed & known).finditer(piece):
+                tokens += self.model.encode_ordinary(piece[start : special.start()])
+                tokens.append(self.special_tokens[special[0]])
+                start = special.end()
+            tokens += self.model.encode_ordinary(piece[start:])
+        if eos:
+            tokens.append(self.eos_id)
+        return tokens
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Text of the ids, special tokens by name, U+FFFD for bytes that are not UTF-8. Errors as in `decode_bytes`."""
+        return self.decode_bytes(t).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, t: Sequence[int]) -> bytes:
+        """Bytes of the ids, one after the other. Raises ValueError for what is not an id of this tokenizer."""
+        try:
+            ids = [operator.index(token) for token in t]
+        except TypeError as error:
+            raise ValueError(f"decode takes a sequence of token ids, got {t!r:.80}: {error}") from None
+        for position, token in enumerate(ids):
+            if not 0 <= token < self.n_words:
+                raise ValueError(
+                    f"token id {token} at position {position} is outside the vocabulary, 0 to {self.n_words - 1}"
+                )
+        return self.model.decode_bytes(ids)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._file.name!r}, n_words={self.n_words}, llama31={self.llama31})"
+
+
+class TextStream:
+    """Decodes tokens as they come, without ever splitting a character.
+
+    A token may end inside a character, whose bytes then wait for the tokens to come. The texts returned, joined, are
+    what `tokenizer.decode` makes of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these ids complete, possibly none. After a ValueError the stream is as it was before."""
+        return self._utf8.decode(self._tokenizer.decode_bytes(token_ids))
+
+    def finish(self) -> str:
+        """What is held back: U+FFFD for a character that never got its last bytes, else nothing. Then starts afresh."""
+        return self._utf8.decode(b"", final=True)
+
+
+class ChatFormat:
+    """Writes conversations as Llama 3 was taught to read them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_header(self, message: Message) -> list[int]:
+        """Who speaks: start_header, the role, end_header, and an empty line."""
+        check_message(message)
+        special = self.tokenizer.special_tokens
+        return [
+            special["<|start_header_id|>"],
+            *self.tokenizer.encode(message["role"], bos=False, eos=False),
+            special["<|end_header_id|>"],
+            *self.tokenizer.encode("\n\n", bos=False, eos=False),
+        ]
+
+    def encode_message(self, message: Message) -> list[int]:
+        """A header, the content without the white space around it, and eot."""
+        return [
+            *self.encode_header(message),
+            *self.tokenizer.encode(message["content"].strip(), bos=False, eos=False),
+            self.tokenizer.special_tokens["<|eot_id|>"],
+        ]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """begin_of_text, every message, and the header of the assistant's answer to come.
+
+        Raises ValueError, as `check_dialog` does, for what is not a dialog.
+        """
+        check_dialog(dialog)
+        tokens = [self.tokenizer.bos_id]
+        for message in dialog:
+            tokens += self.encode_message(message)
+        return tokens + self.encode_header({"role": "assistant", "content": ""})
+
+
+def check_dialog(dialog: object, name: str = "dialog") -> None:
+    """Raise ValueError, which calls the dialog `name`, unless it is a non-empty sequence of messages."""
+    if not isinstance(dialog, Sequence) or isinstance(dialog, str | bytes):
+        raise ValueError(f"{name}: expected a list of messages, got {type(dialog).__name__}")
+    if not dialog:
+        raise ValueError(f"{name} is empty; it needs at least one message, such as {{'role': 'user', 'content': 'Hi'}}")
+    for index, message in enumerate(dialog):
+        check_message(message, f"{name}, message {index}")
+
+
+def check_message(message: object, name: str = "message") -> None:
+    """Raise ValueError, which calls the message `name`, unless it has a role (any non-empty text) and a content."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{name}: expected a dict with 'role' and 'content', got {type(message).__name__}")
+    for key in ("role", "content"):
+        if key not in message:
+            raise ValueError(f"{name} has no {key!r}; its keys are {sorted(map(str, message))}")
+        if not isinstance(message[key], str):
+            raise ValueError(f"{name}: {key!r} must be a str, got {type(message[key]).__name__}")
+    if not message["role"]:
+        raise ValueError(f"{name}: 'role' is empty; expected 'system', 'user' or 'assistant'")
+
+
+def split_long_text(s: str) -> Iterator[str]:
+    """Cut text every `MAX_CHUNK_CHARS`, and there every `MAX_RUN_CHARS` of a run of white space or of anything else."""
+    for start in range(0, len(s), MAX_CHUNK_CHARS):
+        chunk = s[start : start + MAX_CHUNK_CHARS]
+        begin = 0
+        for run in re.finditer(r"\s+|\S+", chunk):
+            for cut in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
+                yield chunk[begin:cut]
+                begin = cut
+        yield chunk[begin:]
+
+
+def _names_of_slots(named: Mapping[int, str], names_in_file: Mapping[int, str]) -> list[str]:
+    """Names of all slots: those not in `named` are counted as reserved, and a file's own names replace either."""
+    reserved = (f"<|reserved_special_token_{count}|>" for count in itertools.count())
+    names = [named.get(slot) or next(reserved) for slot in range(NUM_SPECIAL_TOKENS)]
+    # A file that leaves a slot without a name may have given that slot's usual name to another.
+    taken = set(names_in_file.values())
+    names = [f"<|unnamed_special_token_{slot}|>" if name in taken else name for slot, name in enumerate(names)]
+    return [names_in_file.get(slot, name) for slot, name in enumerate(names)]
+
+
+def _names(names: Collection[str], argument: str) -> frozenset[str]:
+    # A single name would pass for a set of its letters, and be ignored.
+    if isinstance(names, str):
+        raise ValueError(f'{argument} must be "all" or a set of special token names, got the str {names!r}')
+    return frozenset(names)
+
+
+@functools.lru_cache
+def _any_of(names: frozenset[str]) -> re.Pattern[str]:
+    """Matches any of the names, the longest where one begins another; nothing when there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")

@@ -1,0 +1,255 @@
+"""Tokenizer files, read as what they both say: ranks of byte strings, and names of the special tokens that follow them.
+
+Meta's `tokenizer.model` is a line per token, base64 and rank. Hugging Face's `tokenizer.json` describes a whole
+pipeline (normalizer, pre-tokenizer, model), of which Llama 3 uses one form: no normalizer, Llama's own pattern, and
+a byte-level BPE. In that form a token's id is its rank and its bytes are written as one printable character each.
+Anything else would be encoded differently by us than by its makers, so it is refused.
+
+The merges of a `tokenizer.json` must say what the ranks say. tiktoken's rule, join whatever makes the lowest rank,
+is the same as following the merges only where they come in the order of the ids they make and make every token
+longer than a byte.
+"""
+
+import binascii
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NUM_SPECIAL_TOKENS = 256
+# Where a tokenizer may lie inside a checkpoint folder, best first.
+FILES_IN_FOLDER = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+
+# Special tokens that have a name of their own, by slot: the id counted from the end of the ranks.
+LLAMA30_SLOTS = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    9: "<|eot_id|>",
+}
+LLAMA31_SLOTS = LLAMA30_SLOTS | {
+    4: "<|finetune_right_pad_id|>",
+    5: "<|step_id|>",
+    8: "<|eom_id|>",
+    10: "<|python_tag|>",
+    11: "<|image|>",
+}
+# What a tokenizer.json must have at these slots, and what it may have there only. 3.1's other names differ by release.
+NEEDED_SLOTS = LLAMA30_SLOTS
+FIXED_SLOTS = LLAMA30_SLOTS | {8: "<|eom_id|>"}
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    name: str
+    ranks: dict[bytes, int]
+    """Rank, which is also the id, by token: 0 to n - 1, each once; every single byte is among the tokens."""
+    special_names: dict[int, str]
+    """Names of special tokens by slot, where the file gives any: a `tokenizer.json` does."""
+
+
+def read_tokenizer_file(model_path: str | os.PathLike[str], pat_str: str) -> TokenizerFile:
+    """Read a ranks file, a `tokenizer.json`, or the first of `FILES_IN_FOLDER` in a folder.
+
+    A `tokenizer.json` must split text by `pat_str`. Raises AssertionError where there is no such file, ValueError
+    naming the file and what is wrong with it where it is not a Llama 3 tokenizer.
+    """
+    path = _find(Path(model_path))
+    data = path.read_bytes()
+    _refuse_lookalikes(data, path)
+    added: dict[int, str] = {}
+    if data[:64].lstrip().startswith(b"{"):
+        ranks, added = _read_json(data, path, pat_str)
+    else:
+        ranks = _read_ranks(data, path)
+    _check_ranks(ranks, path)
+    return TokenizerFile(path.name, ranks, _special_names_by_slot(added, len(ranks), path))
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise AssertionError(f"tokenizer file {path} does not exist; give the path of a Llama 3 tokenizer.model")
+    for name in FILES_IN_FOLDER:
+        if (path / name).is_file():
+            return path / name
+    raise AssertionError(f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}")
+
+
+def _refuse_lookalikes(data: bytes, path: Path) -> None:
+    head = data[:512].lstrip().lower()
+    if not data.strip():
+        raise ValueError(f"{path} is empty; expected a Llama 3 tokenizer.model or tokenizer.json")
+    # A SentencePiece model is a protobuf, and its first piece is the unknown token.
+    if data.startswith(b"\n") and b"<unk>" in data[:64]:
+        raise ValueError(
+            f"{path} is a SentencePiece model, as Llama 1 and 2 have; fastllama reads Llama 3 tokenizers only. "
+            "Give the tokenizer.model of a Llama 3 checkpoint"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the file itself; fetch that with `git lfs pull`")
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path} is a web page, not a tokenizer; download it again, logged in if the site asks for it")
+
+
+def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            encoded, digits = line.split()
+            token = binascii.a2b_base64(encoded, strict_mode=True)
+            # int() alone would also take "+1" and "1_0".
+            rank = int(digits) if digits.isdigit() else None
+        except ValueError:
+            rank = None
+        if rank is None:
+            raise ValueError(
+                f"{path}, line {number}: expected a token in base64 and its rank, got {line[:60]!r}; "
+                "the file is damaged or is no Llama 3 tokenizer.model"
+            )
+        if token in ranks:
+            raise ValueError(f"{path}, line {number}: token {token!r} has rank {ranks[token]} already")
+        ranks[token] = rank
+    return ranks
+
+
+def _check_ranks(ranks: Mapping[bytes, int], path: Path) -> None:
+    missing_ranks = set(range(len(ranks))).difference(ranks.values())
+    if missing_ranks:
+        raise ValueError(
+            f"{path}: {len(ranks)} tokens need the ranks 0 to {len(ranks) - 1}, each once, but none has rank "
+            f"{min(missing_ranks)}; the file is damaged or is no Llama 3 tokenizer"
+        )
+    missing_bytes = [value for value in range(256) if bytes([value]) not in ranks]
+    if missing_bytes:
+        raise ValueError(
+            f"{path}: {len(missing_bytes)} of the 256 single bytes are no tokens, the first of them "
+            f"{bytes(missing_bytes[:1])!r}, so some text has no encoding; this is no whole Llama 3 tokenizer"
+        )
+
+
+def _special_names_by_slot(added: Mapping[int, str], n_ranks: int, path: Path) -> dict[int, str]:
+    if not added:
+        return {}
+    slots = {token_id - n_ranks: name for token_id, name in added.items()}
+    for slot, name in slots.items():
+        if not 0 <= slot < NUM_SPECIAL_TOKENS:
+            raise ValueError(
+                f"{path}: added token {name!r} has id {n_ranks + slot}, but Llama 3's special tokens are ids "
+                f"{n_ranks} to {n_ranks + NUM_SPECIAL_TOKENS - 1}; a vocabulary extended beyond them cannot be used"
+            )
+    for slot, name in FIXED_SLOTS.items():
+        found = slots.get(slot)
+        if found != name and (slot in NEEDED_SLOTS or name in slots.values()):
+            raise ValueError(
+                f"{path}: expected the special token {name!r} at id {n_ranks + slot}, found {found!r}; "
+                "the special tokens are not laid out as Llama 3's"
+            )
+    return slots
+
+
+class _UnlikeLlama3(Exception):
+    """What in a tokenizer.json differs from Llama 3's; becomes a ValueError with the file's name."""
+
+
+def _read_json(data: bytes, path: Path, pat_str: str) -> tuple[dict[bytes, int], dict[int, str]]:
+    """Ranks by token, and names of the added tokens by id."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged") from None
+    try:
+        added = _added_tokens(document["added_tokens"])
+        _check_pipeline(document, pat_str)
+        # Some writers list the special tokens in the vocabulary too.
+        vocab = {token: rank for token, rank in document["model"]["vocab"].items() if added.get(rank) != token}
+        ranks = _ranks_of_vocab(vocab)
+        _check_merges(document["model"]["merges"], vocab)
+    except _UnlikeLlama3 as difference:
+        raise ValueError(
+            f"{path} is not a Llama 3 tokenizer: {difference}. Give the checkpoint's tokenizer.model if it has one"
+        ) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        # Any part may be missing or of another type: one answer for all, instead of a check at each step.
+        raise ValueError(f"{path} is not a whole tokenizer.json ({type(error).__name__}: {error})") from None
+    return ranks, added
+
+
+def _added_tokens(entries: list[dict[str, Any]]) -> dict[int, str]:
+    added: dict[int, str] = {}
+    for entry in entries:
+        token_id, name = entry["id"], entry["content"]
+        if type(token_id) is not int or not isinstance(name, str) or not name:
+            raise _UnlikeLlama3(f"an added token must have an int as id and a text as content, got {entry!r:.80}")
+        if token_id in added or name in added.values():
+            raise _UnlikeLlama3(f"added token {name!r}, id {token_id}, is there twice")
+        added[token_id] = name
+    if not added:
+        raise _UnlikeLlama3("it has no special tokens (added_tokens is empty)")
+    return added
+
+
+def _check_pipeline(document: Mapping[str, Any], pat_str: str) -> None:
+    model = document["model"]
+    if model["type"] != "BPE":
+        raise _UnlikeLlama3(f"its model is {model['type']!r}, expected 'BPE'")
+    for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(option):
+            raise _UnlikeLlama3(f"its BPE has {option}={model[option]!r}, expected none")
+    if document["normalizer"] is not None:
+        raise _UnlikeLlama3(f"it normalizes text ({document['normalizer']!r:.80}), expected no normalizer")
+
+    pre_tokenizer = document["pre_tokenizer"] or {}
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
+        raise _UnlikeLlama3(f"its pre-tokenizer is {pre_tokenizer!r:.100}, expected Split and then ByteLevel")
+    split, byte_level = steps
+    if split["pattern"] != {"Regex": pat_str} or split["behavior"] != "Isolated" or split["invert"]:
+        raise _UnlikeLlama3(f"it splits text by {split['pattern']!r:.200}, expected Llama 3's pattern, isolated")
+    if byte_level["add_prefix_space"] or byte_level["use_regex"]:
+        raise _UnlikeLlama3("its ByteLevel step adds a space or splits text again, expected neither")
+
+
+def _ranks_of_vocab(vocab: Mapping[str, int]) -> dict[bytes, int]:
+    byte_of = _byte_of_character()
+    ranks: dict[bytes, int] = {}
+    for token, rank in vocab.items():
+        if type(rank) is not int:
+            raise _UnlikeLlama3(f"token {token!r} has id {rank!r}, expected an int")
+        try:
+            ranks[bytes([byte_of[character] for character in token])] = rank
+        except KeyError:
+            raise _UnlikeLlama3(f"token {token!r}, id {rank}, is not written as bytes") from None
+    return ranks
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's spelling: a printable Latin-1 character is its own byte, U+0100 and on are the other bytes in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+
+
+def _check_merges(merges: list[str | list[str]], vocab: Mapping[str, int]) -> None:
+    last = -1
+    made: set[int] = set()
+    for merge in merges:
+        # Written "left right" by older versions, ["left", "right"] by newer ones.
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise _UnlikeLlama3(f"merge {merge!r} does not join two tokens into a third")
+        product = vocab["".join(pair)]
+        if product < last:
+            raise _UnlikeLlama3(f"merge {merge!r} makes token {product}, but an earlier one makes token {last}")
+        last = product
+        made.add(product)
+    unmade = [token for token, rank in vocab.items() if len(token) > 1 and rank not in made]
+    if unmade:
+        raise _UnlikeLlama3(f"{len(unmade)} of its tokens, such as {unmade[0]!r}, come from no merge")

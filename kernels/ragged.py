@@ -1,0 +1,79 @@
+"""What every op of a forward pass is told: the ragged batch and the sampling parameters.
+
+A call's tokens are flat: N tokens of any number of rows, one after the other, each with its row and its position in
+that row. Prefill is many tokens a row, decode is one, a chunk of a long prompt is something between, and all of them
+are this one type.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """The host's view of one row's tokens in the batch."""
+
+    row: int  # the cache row they belong to
+    begin: int  # the flat tokens [begin, end) are theirs
+    end: int
+    keys: int  # cache positions [0, keys) hold everything they may attend to, themselves included
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """N tokens of several rows. A row's tokens are adjacent and in order of position."""
+
+    tokens: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64, each token's place in its row
+    rows: Tensor  # (N,) int64, each token's cache row
+    segments: tuple[Segment, ...]  # one per row in the batch, in the order of the flat tokens
+    exact: bool = True  # the segments' `keys` are the rows' true lengths; False where they only bound them from above
+    workspace: Any = None  # the backend's scratch memory, from its `workspace`
+
+    @property
+    def one_each(self) -> bool:
+        """True for a decode step: one token per row, row i being token i."""
+        return all(s.row == i and s.begin == i and s.end == i + 1 for i, s in enumerate(self.segments))
+
+    @classmethod
+    def of(
+        cls, pieces: Sequence[tuple[int, int, Sequence[int]]], device: torch.device, workspace: Any = None
+    ) -> "Ragged":
+        """Build a batch from (row, position of the first token, tokens) for each row."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        segments: list[Segment] = []
+        for row, start, piece in pieces:
+            begin = len(tokens)
+            tokens.extend(piece)
+            positions.extend(range(start, start + len(piece)))
+            rows.extend([row] * len(piece))
+            segments.append(Segment(row, begin, len(tokens), start + len(piece)))
+        flat = torch.tensor([tokens, positions, rows], dtype=torch.int64).to(device)
+        return cls(flat[0], flat[1], flat[2], tuple(segments), workspace=workspace)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each of B rows draws its tokens. (seed, stream, call) names a row's random stream."""
+
+    temperature: Tensor  # (B,) float32; 0 takes the most likely token
+    top_p: Tensor  # (B,) float32; 0 takes the most likely token, 1 and more keeps the whole vocabulary
+    seed: Tensor  # (B,) int64, all 64 bits of it
+    stream: Tensor  # (B,) int64 below 2**32
+    call: Tensor  # (B,) int64 below 2**32
+    greedy: bool  # the host knows that no row draws, so that an eager backend may skip the work
+
+    @classmethod
+    def of(
+        cls, temperature: float, top_p: float, streams: Sequence[tuple[int, int, int]], device: torch.device
+    ) -> "Sampling":
+        """The same temperature and top_p for every row, and (seed, stream, call) for each."""
+        signed = [[seed - 2**64 if seed >= 2**63 else seed, stream, call] for seed, stream, call in streams]
+        seed, stream, call = torch.tensor(signed, dtype=torch.int64).to(device).T.contiguous()
+        full = torch.full((len(streams),), temperature, dtype=torch.float32, device=device)
+        return cls(full, torch.full_like(full, top_p), seed, stream, call, greedy=temperature == 0 or top_p == 0)

@@ -1,0 +1,195 @@
+"""The model's mathematics in plain torch: every op of a decode layer, on any device.
+
+This is the `reference` backend and the twin that each Triton kernel is tested against. A layer is five calls
+(`qkv`, `attention`, `project`, `swiglu`, `project`) between one `embed` and one `head`, then `sample`.
+
+Dims, here and in every shape below:
+
+    B rows · N tokens in this call · T cache positions · E model width · H query heads · K kv heads · G = H / K
+    D head dim · F ffn width · V vocabulary · L layers
+
+Where Meta's code rounds to the model dtype, so does this; attention scores and softmax stay in float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllama.kernels.philox import uniform
+from fastllama.kernels.ragged import Ragged, Sampling
+
+# Tokens of a row that attend together: keeps the mask of a long prompt small, and skips keys that are in their future.
+QUERY_BLOCK_TOKENS = 128
+
+
+def pack(*parts: Tensor) -> Tensor:
+    """Weights (rows_i, E) that are applied to one input together -> one weight in this backend's own layout.
+
+    On a CPU that is oneDNN's blocked form, which streams from memory far faster than a plain row-major weight at one
+    or a few tokens; elsewhere the concatenation. `unpack` undoes it.
+    """
+    weight = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+    if repacks(weight.device, weight.dtype):
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return packed
+    return weight
+
+
+def repacks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a packed weight is in a layout of its own, so that a single weight and its packed form are two copies."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+    """A packed weight -> its parts, of the given numbers of rows."""
+    dense = weight.to_dense() if weight.is_mkldnn else weight
+    return torch.split(dense, list(rows))
+
+
+def workspace() -> None:
+    """The scratch memory that the ops of a step share: plain torch needs none."""
+
+
+def embed(table: Tensor, batch: Ragged) -> Tensor:
+    """Rows of the embedding: table (V, E) -> (N, E). An id outside the vocabulary reads the first or last row."""
+    return F.embedding(batch.tokens.clamp(0, table.shape[0] - 1), table)
+
+
+def qkv(
+    h: Tensor, norm: Tensor, weight: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, eps: float, batch: Ragged
+) -> Tensor:
+    """Norm, query/key/value projection, rotary embedding, cache append.
+
+    h (N, E), norm (E,), packed weight ((H + 2K)·D, E), rope (T, D/2, 2) float32 holding cos and sin, one layer's
+    cache_k and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
+    """
+    n_tokens, n_kv_heads, head_dim = h.shape[0], cache_k.shape[1], cache_k.shape[3]
+    heads = _linear(rms_norm(h, norm, eps), weight).view(n_tokens, -1, head_dim)
+    rotated = rotary(heads[:, :-n_kv_heads], rope[batch.positions])
+    cache_k[batch.rows, :, batch.positions] = rotated[:, -n_kv_heads:]
+    cache_v[batch.rows, :, batch.positions] = heads[:, -n_kv_heads:]
+    return rotated[:, :-n_kv_heads]
+
+
+def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
+    """Causal grouped-query attention of each token over its row's cache, up to its own position.
+
+    q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D). The G query heads that share a kv head
+    are packed as G rows of queries against it, so that keys and values are read once. What the cache holds past a
+    token's position has no influence, whatever it is.
+    """
+    lengths = {segment.keys for segment in batch.segments}
+    if batch.one_each and batch.exact and len(lengths) == 1:  # a decode step of equally long rows needs no mask
+        (keys,), rows = lengths, q.shape[0]
+        return _grouped_attention(q[:, None], cache_k[:rows, :, :keys], cache_v[:rows, :, :keys], None).flatten(1)
+    out = torch.empty_like(q)
+    for segment in batch.segments:
+        for begin in range(segment.begin, segment.end, QUERY_BLOCK_TOKENS):
+            end = min(begin + QUERY_BLOCK_TOKENS, segment.end)
+            keys = segment.keys - (segment.end - end)
+            k, v = cache_k[segment.row, None, :, :keys], cache_v[segment.row, None, :, :keys]
+            live = torch.arange(keys, device=q.device) <= batch.positions[begin:end, None]
+            if not batch.exact:  # a masked key weighs nothing, but what is not a number would still spread
+                k, v = (torch.where(live[-1, :, None], tensor, 0) for tensor in (k, v))
+            single = batch.exact and end - begin == 1
+            out[begin:end] = _grouped_attention(q[None, begin:end], k, v, None if single else live[None])[0]
+    return out.flatten(1)
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> Tensor:
+    """q (B, S, H, D) over k and v (B, K, T, D) where live (B, S, T) says -> (B, S, H, D)."""
+    rows, length, n_heads, head_dim = q.shape
+    n_kv_heads = k.shape[1]
+    groups = n_heads // n_kv_heads
+    packed = q.view(rows, length, n_kv_heads, groups, head_dim).transpose(1, 2).reshape(rows, n_kv_heads, -1, head_dim)
+    mask = None if live is None else live.repeat_interleave(groups, 1)[:, None]
+    out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask)
+    return out.view(rows, n_kv_heads, length, groups, head_dim).transpose(1, 2).reshape(q.shape)
+
+
+def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -> Tensor:
+    """Projection to the model width, plus the residual if there is one: x (N, ·), packed weight (E, ·) -> (N, E)."""
+    y = _linear(x, weight)
+    return y if residual is None else residual + y
+
+
+def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
+    """Norm, gate and up projections, SiLU(gate)·up: h (N, E), norm (E,), packed weight (2F, E) -> (N, F)."""
+    gate, up = _linear(rms_norm(h, norm, eps), weight).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
+    """Norm and vocabulary projection: h (M, E) for any M of the batch's tokens -> logits (M, V) in the model dtype."""
+    return _linear(rms_norm(h, norm, eps), weight)
+
+
+def sample(logits: Tensor, sampling: Sampling, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose each row's next token.
+
+    logits (B, V) in the model dtype, positions (B,) int64 where the tokens will stand (the random stream's counter).
+    Returns tokens (B,) int64 and the float32 log-probabilities (B,) of those tokens before temperature and top-p.
+    A row whose logits hold a NaN or no finite maximum gets token -1.
+
+    Top-p keeps a token exactly when the probability mass before it, in descending order, is at most top_p; among
+    equal logits the lowest ids come first. The draw walks the kept tokens above the lowest kept logit in order of
+    id, then those equal to it: an order that needs no sort.
+    """
+    x = logits.float()
+    total = torch.logsumexp(x, dim=-1)
+    tokens = x.argmax(dim=-1)
+    if not sampling.greedy:
+        deterministic = (sampling.temperature == 0) | (sampling.top_p == 0)
+        tokens = torch.where(deterministic, tokens, _draw(x, sampling, positions))
+    logprobs = x.gather(-1, tokens[:, None])[:, 0] - total
+    return torch.where(total.isfinite(), tokens, -1), logprobs
+
+
+def _draw(x: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
+    """Token ids (B,) drawn by temperature and top-p from logits x (B, V), in float64."""
+    inverse = 1 / torch.where(sampling.temperature == 0, 1, sampling.temperature).double()
+    mass = torch.exp((x - x.amax(-1, keepdim=True)).double() * inverse[:, None])
+    keep = nucleus(x, mass, sampling.top_p.double())
+    lowest = torch.where(keep, x, torch.inf).amin(-1, keepdim=True)
+    tied = keep & (x == lowest)
+    above = torch.where(keep & ~tied, mass, 0).cumsum(-1)
+    kept = above[:, -1:] + torch.where(tied, mass, 0).cumsum(-1)
+    target = uniform(sampling.seed, sampling.stream, sampling.call, positions)[:, None] * kept[:, -1:]
+    from_above = (above > target).int().argmax(-1)
+    from_tied = (tied & (kept > target)).int().argmax(-1)
+    return torch.where(target[:, 0] < above[:, -1], from_above, from_tied)
+
+
+def nucleus(order_by: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
+    """The tokens that top-p keeps, the most likely always among them.
+
+    order_by (B, V) ranks the tokens, mass (B, V) of any total weighs them, top_p (B,) -> (B, V) bool.
+    """
+    order = order_by.argsort(dim=-1, descending=True, stable=True)
+    ordered = mass.gather(-1, order)
+    cumulative = ordered.cumsum(-1)
+    before = cumulative - ordered
+    keep = (before <= top_p[:, None] * cumulative[:, -1:]) | (top_p[:, None] >= 1)
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) in float32, rounded to the model dtype, then times the weight."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
+
+
+def rotary(heads: Tensor, rope: Tensor) -> Tensor:
+    """Turn pairs (2i, 2i + 1) of heads (N, ·, D) by the angles with cos and sin rope (N, D/2, 2), in float32."""
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(rope)[:, None]).flatten(-2).to(heads.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.is_mkldnn:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return y
+    return F.linear(x, weight)

@@ -1,0 +1,61 @@
+"""Packages, dependencies and the console script. pyproject.toml holds the settings of the tools and nothing else."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.+)"', (ROOT / "fastllama" / "__init__.py").read_text(), re.MULTILINE)
+
+# Meta's own code as the oracle of the tests and a peer of the benchmarks; it needs fairscale's groups to exist.
+REFERENCE = ["llama-models==0.3.0", "fairscale==0.4.13"]
+
+setup(
+    name="fastllama",
+    version=VERSION,
+    description="Drop-in replacement of Meta's Llama 3 reference code: same interface, same answers, fast, readable",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    # fastllama/kernels and fastllama/benchmarks are links to the folders of the top level, so that a bare checkout,
+    # an editable install and a wheel all find them under one name.
+    packages=[
+        "fastllama",
+        "fastllama.benchmarks",
+        "fastllama.builtin",
+        "fastllama.checkpoint",
+        "fastllama.kernels",
+    ],
+    package_data={"fastllama.builtin": ["checkpoint/*", "data/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "tiktoken>=0.9",
+        "safetensors>=0.5",
+        "click>=8.1",
+        "tqdm>=4.66",
+        "psutil>=6",
+    ],
+    extras_require={
+        "reference": REFERENCE,
+        "train": ["tokenizers>=0.21", "numpy>=1.26"],
+        "dev": [
+            *REFERENCE,
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "numpy>=1.26",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "tokenizers>=0.21",
+            "transformers>=5",
+            "types-psutil",
+            "types-tqdm",
+        ],
+    },
+    entry_points={"console_scripts": ["fastllama = fastllama.cli:main"]},
+)

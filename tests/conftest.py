@@ -1,0 +1,36 @@
+"""What every test runs under: one thread, derandomised properties, and NaN in all memory that nothing has written."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("fastllama", derandomize=True, deadline=None, max_examples=30, database=None)
+hypothesis.settings.load_profile("fastllama")
+
+
+@pytest.fixture(autouse=True)
+def nan_in_empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poison what torch.empty and its kin return, so that reading what was never written shows."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(allocate):  # type: ignore[no-untyped-def]
+    def poisoned(*args, **kwargs):  # type: ignore[no-untyped-def]
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def no_global_state_changed() -> Iterator[None]:
+    """Fail a test after which torch's defaults are not what they were."""
+    before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    yield
+    after = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    assert after == before, f"torch's default dtype, device or grad mode changed: {before} -> {after}"

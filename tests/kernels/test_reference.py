@@ -1,0 +1,219 @@
+"""The plain-torch ops: against formulas written out, and with everything poisoned that they must not read."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.kernels import reference
+from fastllama.kernels.ragged import Ragged, Sampling, Segment
+from fastllama.kernels.select import backend
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+    """One token's heads q (H, D) over k and v (K, T, D), in float64."""
+    groups = q.shape[0] // k.shape[0]
+    out = torch.zeros_like(q, dtype=torch.float64)
+    for head in range(q.shape[0]):
+        keys, values = k[head // groups, : position + 1].double(), v[head // groups, : position + 1].double()
+        weights = torch.softmax(keys @ q[head].double() / math.sqrt(q.shape[1]), 0)
+        out[head] = weights @ values
+    return out
+
+
+ATTENTION_CASES = {
+    "decode-equal": [(0, 9, 1), (1, 9, 1), (2, 9, 1)],
+    "decode-ragged": [(0, 0, 1), (1, 30, 1), (2, 7, 1)],
+    "decode-one-row-elsewhere": [(2, 12, 1)],
+    "prefill": [(0, 0, 17), (1, 0, 5)],
+    "chunks-and-decode": [(1, 20, 11), (0, 3, 1), (2, 8, 4)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "bounds"])
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+def test_attention_ignores_cache_past_end(
+    monkeypatch: pytest.MonkeyPatch, case: str, exact: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(reference, "QUERY_BLOCK_TOKENS", 4)
+    n_rows, n_kv_heads, groups, length, head_dim = 3, 2, 3, 37, 8
+    k, v = random(n_rows, n_kv_heads, length, head_dim, seed=1), random(n_rows, n_kv_heads, length, head_dim, seed=2)
+    k, v = k.to(dtype), v.to(dtype)
+    batch = Ragged.of([(row, start, [0] * count) for row, start, count in ATTENTION_CASES[case]], CPU)
+    for segment in batch.segments:
+        k[segment.row, :, segment.keys :] = torch.nan
+        v[segment.row, :, segment.keys :] = torch.inf
+    if not exact:
+        segments = tuple(segment._replace(keys=length) for segment in batch.segments)
+        batch = Ragged(batch.tokens, batch.positions, batch.rows, segments, exact=False)
+    q = random(len(batch.tokens), n_kv_heads * groups, head_dim, dtype=dtype, seed=3)
+    out = reference.attention(q, k, v, batch).view(q.shape)
+    for token, (row, position) in enumerate(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)):
+        expected = naive_attention(q[token], k[row], v[row], position)
+        torch.testing.assert_close(out[token].double(), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+def test_qkv_turns_pairs_and_appends_where_the_tokens_stand() -> None:
+    n_heads, n_kv_heads, head_dim, dim = 4, 2, 6, 10
+    h, norm = random(3, dim, seed=1), random(dim, seed=2)
+    weight = random((n_heads + 2 * n_kv_heads) * head_dim, dim, seed=3)
+    angles = random(20, head_dim // 2, seed=4)
+    rope = torch.stack([angles.cos(), angles.sin()], -1)
+    cache_k, cache_v = torch.full((2, n_kv_heads, 20, head_dim), 9.0), torch.full((2, n_kv_heads, 20, head_dim), 9.0)
+    batch = Ragged.of([(1, 4, [0, 0]), (0, 11, [0])], CPU)
+    packed = reference.pack(*weight.split([24, 12, 12]))
+    q = reference.qkv(h, norm, packed, rope, cache_k, cache_v, 1e-5, batch)
+
+    normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm
+    heads = (normed @ weight.T).view(3, -1, head_dim)
+    expected = heads.clone()
+    for token, position in enumerate((4, 5, 11)):
+        for pair in range(head_dim // 2):
+            cos, sin = rope[position, pair]
+            a, b = heads[token, :6, 2 * pair], heads[token, :6, 2 * pair + 1]
+            expected[token, :6, 2 * pair], expected[token, :6, 2 * pair + 1] = a * cos - b * sin, a * sin + b * cos
+    torch.testing.assert_close(q, expected[:, :4])
+    for token, (row, position) in enumerate(((1, 4), (1, 5), (0, 11))):
+        torch.testing.assert_close(cache_k[row, :, position], expected[token, 4:6])
+        torch.testing.assert_close(cache_v[row, :, position], expected[token, 6:])
+    assert (cache_k == 9).sum() == (cache_v == 9).sum() == (40 - 3) * n_kv_heads * head_dim
+
+
+def test_rms_norm_rounds_before_the_weight_as_llama3_does() -> None:
+    x, weight = random(5, 33, dtype=torch.bfloat16, seed=1), random(33, dtype=torch.bfloat16, seed=2)
+    normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5), normed * weight)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_pack_unpack_and_the_linears(dtype: torch.dtype) -> None:
+    gate, up, down = (random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((24, 10), (24, 10), (10, 24))))
+    h, norm = random(3, 10, dtype=dtype, seed=5), torch.ones(10, dtype=dtype)
+    batch = Ragged.of([(0, 0, [1, 2, 3])], CPU)
+    packed = reference.pack(gate, up)
+    assert all(torch.equal(a, b) for a, b in zip(reference.unpack(packed, [24, 24]), (gate, up), strict=True))
+    normed = reference.rms_norm(h, norm, 1e-5)
+    hidden = torch.nn.functional.silu(normed @ gate.T) * (normed @ up.T)
+    torch.testing.assert_close(reference.swiglu(h, norm, packed, 1e-5, batch), hidden)
+    packed_down = reference.pack(down)
+    torch.testing.assert_close(reference.project(hidden, packed_down, h, batch), h + hidden @ down.T)
+    torch.testing.assert_close(reference.project(hidden, packed_down, None, batch), hidden @ down.T)
+    torch.testing.assert_close(reference.head(h, norm, packed, 1e-5, batch), normed @ torch.cat([gate, up]).T)
+
+
+def test_embed_never_reads_out_of_bounds() -> None:
+    table = random(7, 4)
+    batch = Ragged.of([(0, 0, [3, -1, 7, 10**9])], CPU)
+    assert torch.equal(reference.embed(table, batch), table[[3, 0, 6, 6]])
+
+
+def sampling(temperature: float, top_p: float, rows: int, seed: int = 0) -> Sampling:
+    return Sampling.of(temperature, top_p, [(seed, row, 0) for row in range(rows)], CPU)
+
+
+def oracle_draw(logits: np.ndarray, temperature: float, top_p: float, u: float) -> int:
+    """Top-p in float64 from its definition; draws above the lowest kept logit in order of id, then its ties."""
+    mass = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-logits, kind="stable")
+    before = np.cumsum(mass[order]) - mass[order]
+    kept = order[before <= top_p * mass.sum()] if top_p < 1 else order
+    lowest = logits[kept].min()
+    sequence = sorted(kept[logits[kept] > lowest]) + sorted(kept[logits[kept] == lowest])
+    cumulative = np.cumsum(mass[sequence])
+    return int(sequence[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
+
+
+@pytest.mark.parametrize("vocabulary", [2, 257, 1000])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0], ids=["flat", "wide", "peaked"])
+def test_sample_draws_what_the_oracle_draws(vocabulary: int, spread: float) -> None:
+    from fastllama.kernels.philox import uniform
+
+    logits = (random(64, vocabulary, seed=vocabulary) * spread).bfloat16()  # bfloat16 makes ties
+    positions = torch.arange(64)
+    for temperature, top_p in ((1.0, 0.9), (0.6, 0.5), (1.7, 0.999), (0.3, 1.0), (5.0, 0.01)):
+        how = sampling(temperature, top_p, 64)
+        tokens, logprobs = reference.sample(logits, how, positions)
+        u = uniform(how.seed, how.stream, how.call, positions)
+        rows = logits.double().numpy()
+        # Through float32, as the parameters are held.
+        wide = float(np.float32(temperature)), float(np.float32(top_p))
+        assert tokens.tolist() == [oracle_draw(row, *wide, float(u[i])) for i, row in enumerate(rows)]
+        expected = torch.log_softmax(logits.float(), -1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected)
+
+
+def test_sample_follows_metas_distribution() -> None:
+    """Chi-square of 20,000 draws against the renormalised nucleus."""
+    logits = torch.tensor([2.0, 1.0, 1.0, 0.0, -1.0, 3.0])
+    n, temperature, top_p = 20_000, 0.8, 0.95
+    tokens, _ = reference.sample(
+        logits.expand(n, -1), sampling(temperature, top_p, n), torch.zeros(n, dtype=torch.long)
+    )
+    probs = torch.softmax(logits / temperature, -1).double()
+    ordered = probs.sort(descending=True, stable=True)
+    keep = ordered.indices[(ordered.values.cumsum(0) - ordered.values) <= top_p]
+    expected = torch.zeros(6, dtype=torch.float64)
+    expected[keep] = probs[keep] / probs[keep].sum() * n
+    counts = torch.bincount(tokens, minlength=6).double()
+    assert counts[expected == 0].sum() == 0 and len(keep) == 4
+    live = expected > 0
+    assert (((counts - expected) ** 2)[live] / expected[live]).sum().item() < 16.3  # 99.9%, 3 degrees of freedom
+
+
+def test_sample_greedy_takes_the_lowest_of_ties_and_mixes_with_draws() -> None:
+    logits = torch.zeros(3, 50, dtype=torch.bfloat16)
+    logits[:, [7, 30]] = 2.0
+    how = sampling(1.0, 0.9, 3)
+    mixed = Sampling(
+        torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.9, 0.0, 0.9]), how.seed, how.stream, how.call, False
+    )
+    tokens, logprobs = reference.sample(logits, mixed, torch.zeros(3, dtype=torch.long))
+    assert tokens[:2].tolist() == [7, 7]
+    alone, _ = reference.sample(logits, how, torch.zeros(3, dtype=torch.long))
+    assert tokens[2] == alone[2]
+    assert reference.sample(logits, sampling(0.0, 0.9, 3), torch.zeros(3, dtype=torch.long))[0].tolist() == [7] * 3
+    assert torch.allclose(logprobs[0], torch.log_softmax(logits[0].float(), -1)[7])
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_sample_marks_rows_that_are_not_numbers(greedy: bool) -> None:
+    logits = random(5, 20)
+    logits[1, 3], logits[2, 4], logits[3] = torch.nan, torch.inf, -torch.inf
+    logits[4, :19] = -torch.inf  # one token left is a distribution
+    tokens, _ = reference.sample(logits, sampling(0.0 if greedy else 1.0, 1.0, 5), torch.zeros(5, dtype=torch.long))
+    assert tokens[1:4].tolist() == [-1, -1, -1] and tokens[0] >= 0 and tokens[4] == 19
+
+
+def test_rows_draw_alone_as_they_do_together() -> None:
+    logits, how, positions = random(6, 100), sampling(1.0, 0.95, 6), torch.arange(6)
+    together, _ = reference.sample(logits, how, positions)
+    for row in range(6):
+        one = Sampling(
+            *(getattr(how, name)[row : row + 1] for name in ("temperature", "top_p", "seed", "stream", "call")), False
+        )
+        assert reference.sample(logits[row : row + 1], one, positions[row : row + 1])[0] == together[row]
+
+
+def test_ragged_of_lays_rows_one_after_the_other() -> None:
+    batch = Ragged.of([(2, 5, [10, 11]), (0, 0, [12])], CPU)
+    assert batch.tokens.tolist() == [10, 11, 12] and batch.positions.tolist() == [5, 6, 0]
+    assert batch.rows.tolist() == [2, 2, 0]
+    assert batch.segments == (Segment(2, 0, 2, 7), Segment(0, 2, 3, 1)) and not batch.one_each
+    assert Ragged.of([(0, 5, [1]), (1, 2, [2])], CPU).one_each
+
+
+def test_select_names_what_exists() -> None:
+    assert backend(None, CPU) is reference is backend("reference", CPU)
+    with pytest.raises(ValueError, match="backend must be one of 'reference', got 'abacus'"):
+        backend("abacus", CPU)

@@ -1,0 +1,128 @@
+"""The house: imports point down, files keep their size, and the backends are twins."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+from fastllama.kernels.select import BACKENDS
+
+ROOT = Path(__file__).resolve().parents[1]
+# Every room and its floor, as docs/architecture.md draws them: a file imports only from floors below its own.
+FLOORS = {
+    "kernels.philox": 0.0,
+    "kernels.ragged": 0.0,
+    "kernels.reference": 0.1,
+    "kernels.select": 0.2,
+    "args": 1,
+    "tokenizer_files": 1,
+    "tokenizer": 1.1,
+    "parallel": 1,
+    "cache": 1,
+    "validate": 1,
+    "model": 2,
+    "checkpoint": 3,
+    "prefill": 3,
+    "decode_graph": 3,
+    "builtin": 3,
+    "limits": 4,
+    "stream": 4,
+    "loading": 5,
+    "generation": 6,
+    "benchmarks": 7,
+    "cli": 8,
+    "__main__": 9,
+    "__init__": 10,
+}
+WITHIN = ("checkpoint", "builtin", "benchmarks", "cli")  # rooms that are packages: their files may know each other
+MAX_LINES = 300
+MAX_FUNCTION_LINES = 60
+
+
+def source_files() -> list[Path]:
+    files = [
+        path for folder in ("fastllama", "kernels", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    linked = [ROOT / "fastllama" / "kernels", ROOT / "fastllama" / "benchmarks"]
+    return [path for path in files if not any(link in path.parents for link in linked)]
+
+
+def module_of(path: Path) -> str:
+    """fastllama/cli/chat.py -> cli.chat, kernels/select.py -> kernels.select"""
+    relative = path.relative_to(ROOT).with_suffix("")
+    parts = relative.parts[1:] if relative.parts[0] == "fastllama" else relative.parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    first = module.split(".")[0]
+    return ".".join(module.split(".")[:2]) if first == "kernels" else first
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of fastllama that a file imports, without the package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner if node.module in ("fastllama", "fastllama.kernels") else {str(node.module)}
+    return {name.removeprefix("fastllama.") for name in found if name.startswith("fastllama.")}
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    room = room_of(module_of(path))
+    assert room in FLOORS, f"{path.name} has no floor yet: give it one here and in docs/architecture.md"
+    for name in imports_of(path):
+        other = room_of(name)
+        if other not in FLOORS:  # a public name taken from the package itself
+            other = "generation" if name != "builtin_checkpoint" else "builtin"
+        if room == other and room in WITHIN:
+            continue
+        assert FLOORS[other] < FLOORS[room], f"{room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= MAX_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            docstring = ast.get_docstring(node)
+            code = (node.end_lineno or 0) - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+            assert code <= MAX_FUNCTION_LINES, f"{node.name} has {code} lines of code"
+
+
+def test_kernels_stay_a_namespace_folder() -> None:
+    """An __init__.py there would shadow the PyPI package `kernels`, which transformers imports."""
+    for folder in ("kernels", "benchmarks"):
+        assert not (ROOT / folder / "__init__.py").exists()
+        assert (ROOT / "fastllama" / folder).resolve() == ROOT / folder
+
+
+def test_reference_needs_no_triton() -> None:
+    assert "triton" not in (ROOT / "kernels" / "reference.py").read_text()
+
+
+def test_backends_are_twins() -> None:
+    """Every backend exports the reference's functions with the reference's signatures."""
+    reference = BACKENDS["reference"]
+    ops = {
+        name: inspect.signature(function)
+        for name, function in inspect.getmembers(reference, inspect.isfunction)
+        if not name.startswith("_") and function.__module__ == reference.__name__
+    }
+    assert {"embed", "qkv", "attention", "project", "swiglu", "head", "sample", "pack", "unpack"} <= set(ops)
+    for backend in BACKENDS.values():
+        for name, signature in ops.items():
+            assert inspect.signature(getattr(backend, name)) == signature
+
+
+def test_every_file_stands_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    missing = [path.name for path in source_files() if path.name != "__init__.py" and path.name not in text]
+    assert not missing, f"docs/architecture.md has one line for every file; it lacks {missing}"

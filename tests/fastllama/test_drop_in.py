@@ -1,0 +1,62 @@
+"""A script for Meta's package, with only its import changed, under plain python and under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import json, sys
+from typing import List
+from fastllama import Dialog, Llama
+from fastllama.generation import CompletionPrediction, ChatPrediction, sample_top_p
+from fastllama.model import ModelArgs, Transformer
+from fastllama.tokenizer import ChatFormat, Message, Tokenizer
+
+def main(ckpt_dir: str, tokenizer_path: str, max_seq_len: int = 64, max_batch_size: int = 4):
+    generator = Llama.build(
+        ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len, max_batch_size=max_batch_size
+    )
+    prompts: List[str] = ["the first of two", "and the second, which is longer,"]
+    results = generator.text_completion(prompts, max_gen_len=12, temperature=0.6, top_p=0.9, logprobs=True)
+    dialogs: List[Dialog] = [[{"role": "user", "content": "hello"}]]
+    answers = generator.chat_completion(dialogs, max_gen_len=None, temperature=0.6, top_p=0.9)
+    for prompt, result in zip(prompts, results):
+        print(prompt, ">", result["generation"])
+    print(json.dumps([result["logprobs"] for result in results]))
+    print(answers[0]["generation"]["role"], answers[0]["generation"]["content"])
+
+main(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drop-in")
+    write_meta(folder, tiny_params(), random_weights(tiny_params()), shards=2)
+    write_tokenizer(folder)
+    (folder / "script.py").write_text(SCRIPT)
+    return folder
+
+
+def run(launcher: list[str], checkpoint: Path) -> str:
+    command = [*launcher, str(checkpoint / "script.py"), str(checkpoint), str(checkpoint / "tokenizer.model")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=checkpoint, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_python_and_torchrun_print_the_same(checkpoint: Path) -> None:
+    plain = run([sys.executable], checkpoint)
+    lines = plain.splitlines()
+    assert lines[0].startswith("the first of two > ") and lines[-1].startswith("assistant ")
+    assert any(line.startswith("[[-") and len(json.loads(line)) == 2 for line in lines)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "0"]
+    assert run(torchrun, checkpoint) == plain

@@ -27,6 +27,7 @@ setup(
         "fastllama.benchmarks",
         "fastllama.builtin",
         "fastllama.checkpoint",
+        "fastllama.cli",
         "fastllama.kernels",
     ],
     package_data={"fastllama.builtin": ["checkpoint/*", "data/*"]},

@@ -126,3 +126,13 @@ def test_every_file_stands_in_the_architecture() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     missing = [path.name for path in source_files() if path.name != "__init__.py" and path.name not in text]
     assert not missing, f"docs/architecture.md has one line for every file; it lacks {missing}"
+
+
+def test_setup_lists_every_package() -> None:
+    """Packages are named one by one (links defeat the automatic search), so that none may be forgotten."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
+    (call,) = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setup"]
+    (listed,) = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "packages"]
+    folders = {path.parent.relative_to(ROOT) for path in source_files()}
+    expected = {".".join(("fastllama", *(part for part in folder.parts if part != "fastllama"))) for folder in folders}
+    assert set(listed) == expected

@@ -36,7 +36,7 @@ setup(
         "triton>=3.6; sys_platform == 'linux'",
         "tiktoken>=0.9",
         "safetensors>=0.5",
-        "click>=8.1",
+        "click>=8.2",
         "tqdm>=4.66",
         "psutil>=6",
     ],

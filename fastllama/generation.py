@@ -7,7 +7,7 @@ every row has met a stop token or the end of its room. What a caller may pass is
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TypedDict
 
 import torch
@@ -123,7 +123,7 @@ class Llama:
         echo: bool = False,
         *,
         seed: int | Sequence[int] | None = None,
-    ) -> Iterator[Increment]:
+    ) -> Generator[Increment]:
         """`generate`, a token at a time: an iterator of what the rows gain. Closing it early leaves nothing behind.
 
         prompt_tokens: at most max_batch_size prompts of 1 to max_seq_len token ids. max_gen_len: the most tokens a row
@@ -230,7 +230,7 @@ class Llama:
             return [(seeds, row, 0) for row in range(n_rows)]
         return [(seed, 0, 0) for seed in seeds]
 
-    def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Iterator[Increment]:
+    def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(BUSY)
         try:

@@ -35,8 +35,8 @@ def load(
     start = time.perf_counter()
     validate.whole_number("max_batch_size", max_batch_size, 1)
     _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, "")
-    device = default_device() if device is None else _device(device)
-    dtype = default_dtype(device) if dtype is None else _dtype(dtype)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
     _check_paths(ckpt_dir, tokenizer_path)
     checkpoint = open_checkpoint(ckpt_dir)
@@ -60,21 +60,15 @@ def load(
     return model, tokenizer
 
 
-def default_device() -> torch.device:
-    """CUDA, this process's current GPU, where there is one; else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def choose_device(value: torch.device | str | None) -> torch.device:
+    """The device asked for; None is CUDA's current GPU where there is one, else the CPU.
 
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA, float16 where the GPU lacks it, float32 on a CPU."""
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _device(value: object) -> torch.device:
+    Raises ValueError for a device that is neither, or not here.
+    """
+    if value is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        device: torch.device = torch.device(value)  # type: ignore[call-overload]
+        device = torch.device(value)
     except (RuntimeError, TypeError):
         raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {value!r}') from None
     if device.type not in ("cpu", "cuda"):
@@ -84,11 +78,19 @@ def _device(value: object) -> torch.device:
     return device
 
 
-def _dtype(value: object) -> torch.dtype:
+def choose_dtype(value: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; None is bfloat16 on CUDA, float16 where the GPU lacks it, float32 on a CPU.
+
+    Raises ValueError for any other dtype than these three.
+    """
+    if value is None:
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     dtype = DTYPES.get(value) if isinstance(value, str) else value
-    if dtype not in DTYPES.values():
+    if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {value!r}")
-    return dtype  # type: ignore[return-value]
+    return dtype
 
 
 def _check_max_seq_len(max_seq_len: object, most: int, where: str) -> None:

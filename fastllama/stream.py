@@ -5,7 +5,7 @@ decides what a row does next (`decode_graph`); the host only follows, row by row
 when to end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,7 +86,7 @@ class _Row:
 
 
 @torch.inference_mode()
-def increments(model: Transformer, request: Request, tokenizer: Tokenizer | None) -> Iterator[Increment]:
+def increments(model: Transformer, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
     """Run a request, bringing increments as rows gain tokens, with text where a tokenizer is given.
 
     Uses cache rows 0, 1, … of the model; nothing else may use them until the iterator has ended or been closed.

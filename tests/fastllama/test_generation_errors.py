@@ -140,7 +140,7 @@ def test_a_concurrent_call_is_refused(llm: Llama) -> None:
     thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert len(errors) == 1
     assert llm.generate([[1]], 2)
 

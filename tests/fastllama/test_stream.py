@@ -86,7 +86,7 @@ def test_closing_early_leaves_nothing_behind(llm: Llama) -> None:
     expected = llm.generate([[1, 2, 3], [9]], 8, temperature=0)
     stream = llm.stream([[4, 5], [6], [7]], 8)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert llm.generate([[1, 2, 3], [9]], 8, temperature=0) == expected
     next(llm.stream([[4, 5]], 8))  # dropped without being closed
     assert llm.generate([[1, 2, 3], [9]], 8, temperature=0) == expected

@@ -199,9 +199,8 @@ def test_rows_draw_alone_as_they_do_together() -> None:
     logits, how, positions = random(6, 100), sampling(1.0, 0.95, 6), torch.arange(6)
     together, _ = reference.sample(logits, how, positions)
     for row in range(6):
-        one = Sampling(
-            *(getattr(how, name)[row : row + 1] for name in ("temperature", "top_p", "seed", "stream", "call")), False
-        )
+        parts = {name: getattr(how, name)[row : row + 1] for name in ("temperature", "top_p", "seed", "stream", "call")}
+        one = Sampling(**parts, greedy=False)
         assert reference.sample(logits[row : row + 1], one, positions[row : row + 1])[0] == together[row]
 
 

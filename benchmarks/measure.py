@@ -1,0 +1,272 @@
+"""The ground every benchmark stands on: timing, statistics, the machine's ceilings and the result file.
+
+A speed means little alone, so each is reported against what the machine could do in the same run: how fast it reads
+memory, copies it and multiplies matrices. Two habits follow from machines whose speed drifts, as shared ones do:
+
+* The read ceiling is a *sustained* one, the median of reads that follow each other without a pause, because that is how
+  decoding reads. Short bursts may run at nearly twice that rate; the best seen is kept beside the median, never mixed
+  into it.
+* A ceiling is sampled next to the work that is compared with it (`ReadProbe`), not once at the start.
+"""
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from fastllama.benchmarks.environment import Environment
+
+SCHEMA_VERSION = 1
+CPU_BUFFER_BYTES = 256 * 2**20  # several times the last-level cache of any CPU that is likely to run this
+CUDA_BUFFER_BYTES = 2**30
+CPU_MATMUL_SIZE = 2048
+CUDA_MATMUL_SIZE = 8192
+PROBE_SECONDS = 0.3
+GIGA = 1e9
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Percentiles of some samples, in the samples' own unit."""
+
+    count: int
+    minimum: float
+    p10: float
+    p50: float
+    p90: float
+    p99: float
+    maximum: float
+
+    @property
+    def spread(self) -> float:
+        """(p90 - p10) / median: how far apart ordinary samples lie, as a share of the median."""
+        return (self.p90 - self.p10) / self.p50 if self.p50 else 0.0
+
+
+def percentile(samples: Iterable[float], percent: float) -> float:
+    """The `percent`-th percentile (0 to 100), interpolated linearly between neighbours. ValueError without samples."""
+    ordered = sorted(samples)
+    if not ordered:
+        raise ValueError("no samples: a percentile needs at least one")
+    if not 0 <= percent <= 100:
+        raise ValueError(f"percent must lie between 0 and 100, got {percent}")
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summarize(samples: Iterable[float]) -> Summary:
+    """The Summary of `samples`. ValueError when there are none or one is not finite."""
+    values = list(samples)
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"samples must be finite, got {values}")
+    p10, p50, p90, p99 = (percentile(values, percent) for percent in (10, 50, 90, 99))
+    return Summary(len(values), min(values), p10, p50, p90, p99, max(values))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was launched on `device`; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(
+    call: Callable[[], object],
+    *,
+    device: torch.device,
+    warmup: int = 2,
+    repeats: int = 10,
+    seconds: float = 0.0,
+) -> list[float]:
+    """Seconds of each of at least `repeats` calls, going on until `seconds` have passed.
+
+    `warmup` calls before them are not timed. On CUDA each call stands between two events, so the host's own time
+    between launches is not counted.
+    """
+    for _ in range(warmup):
+        call()
+    synchronize(device)
+    if device.type == "cuda":
+        return _time_calls_cuda(call, device, repeats, seconds)
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < repeats or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _time_calls_cuda(call: Callable[[], object], device: torch.device, repeats: int, seconds: float) -> list[float]:
+    times: list[float] = []
+    begin = time.perf_counter()
+    with torch.cuda.device(device):
+        while len(times) < repeats or time.perf_counter() - begin < seconds:
+            events = [
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+                for _ in range(max(1, repeats))
+            ]
+            for start, end in events:
+                start.record()
+                call()
+                end.record()
+            synchronize(device)
+            times += [start.elapsed_time(end) / 1e3 for start, end in events]
+    return times
+
+
+class Contention:
+    """How much of the CPUs others use, from its creation on: the first thing to look at when figures disagree."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cores(self) -> float:
+        """Cores that processes other than this one and its children kept busy, stolen time included."""
+        wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return max(0.0, (busy - own) / wall) if wall > 0 else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = psutil.cpu_times()._asdict()
+        # Linux counts a guest's time in the user's as well.
+        busy = sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice"))
+        own = 0.0
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                spent = process.cpu_times()
+                own += spent.user + spent.system
+        return time.perf_counter(), busy, own
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """One limit of the machine, with its samples. `value`, what shares are taken of, is their median."""
+
+    name: str
+    unit: str
+    method: str
+    samples: Summary
+
+    @property
+    def value(self) -> float:
+        return self.samples.p50
+
+
+class ReadProbe:
+    """Measures read bandwidth, now and again later: random numbers beyond every cache, reduced to a scalar.
+
+    Of torch's reductions the one that reads fastest here is taken; which one that is differs between machines.
+    """
+
+    def __init__(self, device: torch.device, buffer_bytes: int | None = None) -> None:
+        self._device = device
+        default_bytes = CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+        buffer = torch.randn((buffer_bytes or default_bytes) // 4, device=device)
+        self._bytes = buffer.numel() * buffer.element_size()
+        self._seen: list[float] = []
+        methods: dict[str, Callable[[], object]] = {"sum": buffer.sum, "amax": buffer.amax}
+        medians = {name: percentile(time_calls(call, device=device, repeats=5), 50) for name, call in methods.items()}
+        self.method = min(medians, key=medians.__getitem__)
+        self._call = methods[self.method]
+
+    def sample(self, seconds: float = PROBE_SECONDS) -> Summary:
+        """GB/s of reads repeated without a pause for `seconds`."""
+        times = time_calls(self._call, device=self._device, warmup=1, repeats=3, seconds=seconds)
+        rates = [self._bytes / second / GIGA for second in times]
+        self._seen += rates
+        return summarize(rates)
+
+    def ceiling(self) -> Ceiling:
+        """Every sample so far as one ceiling; takes one first if there is none."""
+        if not self._seen:
+            self.sample()
+        method = f"torch {self.method} of {self._bytes / 2**20:.0f} MiB of float32, sustained"
+        return Ceiling("read", "GB/s", method, summarize(self._seen))
+
+
+def copy_ceiling(device: torch.device, buffer_bytes: int | None = None, seconds: float = PROBE_SECONDS) -> Ceiling:
+    """Copy bandwidth in GB/s, counting the bytes read and the bytes written."""
+    default_bytes = CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+    source = torch.randn((buffer_bytes or default_bytes) // 4, device=device)
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    times = time_calls(lambda: target.copy_(source), device=device, repeats=3, seconds=seconds)
+    method = f"torch copy of {moved / 2**21:.0f} MiB, bytes read and written"
+    return Ceiling("copy", "GB/s", method, summarize(moved / second / GIGA for second in times))
+
+
+def matmul_ceiling(
+    device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = PROBE_SECONDS
+) -> Ceiling:
+    """Matrix multiplication rate in TFLOP/s on square random matrices."""
+    size = size or (CUDA_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE)
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    times = time_calls(lambda: left @ right, device=device, repeats=3, seconds=seconds)
+    name = str(dtype).removeprefix("torch.")
+    return Ceiling("matmul", "TFLOP/s", f"{size} x {size} {name}", summarize(2 * size**3 / s / TERA for s in times))
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """Everything a run found. `records` are JSON objects, one a case; their keys belong to the suite that wrote."""
+
+    environment: Environment
+    ceilings: dict[str, Ceiling]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def write_result(result: ResultFile, path: str | Path) -> None:
+    """Write `result` as JSON; a reader sees the old file or the new one, never a part. OSError where it cannot be."""
+    path = Path(path)
+    text = json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result is meant to be read by others.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_result(path: str | Path) -> ResultFile:
+    """The result in `path`. ValueError when it is not a result file of this schema version."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a result file: expected JSON, got {error}") from error
+    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(
+            f"{path}: expected a result file of schema version {SCHEMA_VERSION}, got {found}; measure again"
+        )
+    try:
+        ceilings = {
+            name: Ceiling(**{**value, "samples": Summary(**value["samples"])})
+            for name, value in data["ceilings"].items()
+        }
+        environment = Environment(**data["environment"])
+        return ResultFile(environment, ceilings, list(data["records"]), bool(data["interrupted"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a complete result file: {error!r}; measure again") from error

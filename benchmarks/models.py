@@ -1,0 +1,159 @@
+"""Which weights a benchmark runs on, told so that another process can get exactly the same ones.
+
+A `ModelSource` is a few strings and numbers: a checkpoint folder, or a shape with a seed. A peer in its own process
+rebuilds the same weights from it, because a seeded generator repeats itself; nothing large is copied or written to
+disk.
+"""
+
+import base64
+import itertools
+import math
+import string
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastllama
+from fastllama.args import ModelArgs
+from fastllama.checkpoint import open_checkpoint
+from fastllama.generation import Llama
+from fastllama.model import Transformer
+from fastllama.tokenizer import Tokenizer
+from fastllama.tokenizer_files import NUM_SPECIAL_TOKENS
+
+RANDOM_SEED = 20240418
+RANDOM_STD = 0.02
+BYTES = 256
+SEEDS_PER_MODEL = 1_000_003  # tensors of one model never share a seed with those of the next model seed
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    # About 176 million parameters: small enough for a CPU, and at float32 far beyond its caches.
+    "random-176m": {
+        "dim": 1024,
+        "n_layers": 8,
+        "n_heads": 16,
+        "n_kv_heads": 4,
+        "vocab_size": 32768,
+        "multiple_of": 256,
+        "ffn_dim_multiplier": 1.3,
+    },
+}
+MODEL_NAMES = ("builtin", *RANDOM_MODELS)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Weights by reference: `ckpt_dir` or `shape` (ModelArgs fields), one of the two; every field survives JSON."""
+
+    name: str
+    ckpt_dir: str | None = None
+    tokenizer_path: str | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
+    seed: int = RANDOM_SEED
+
+    def __post_init__(self) -> None:
+        if (self.ckpt_dir is None) == (not self.shape):
+            raise ValueError(
+                f"a model comes from a checkpoint folder or from a shape, got {self.ckpt_dir!r} and {self.shape!r}"
+            )
+
+    @classmethod
+    def named(cls, name: str) -> "ModelSource":
+        """The model called `name`, one of MODEL_NAMES. ValueError for another name."""
+        if name == "builtin":
+            ckpt_dir, tokenizer_path = fastllama.builtin_checkpoint()
+            return cls(name, ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path)
+        if name in RANDOM_MODELS:
+            return cls(name, shape=RANDOM_MODELS[name])
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
+
+    @classmethod
+    def folder(cls, ckpt_dir: str, tokenizer_path: str | None) -> "ModelSource":
+        """The model of a checkpoint folder; its tokenizer lies there too unless it is named."""
+        return cls(Path(ckpt_dir).resolve().name, ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path or ckpt_dir)
+
+    def args(self, max_batch_size: int, max_seq_len: int) -> ModelArgs:
+        """The model's dimensions with these sizes of the cache."""
+        fields = self.shape if self.ckpt_dir is None else open_checkpoint(self.ckpt_dir).params
+        return ModelArgs(**{**fields, "max_batch_size": max_batch_size, "max_seq_len": max_seq_len})
+
+    def tensors(self, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every weight, in Meta's names, on `device` in `dtype`."""
+        if self.ckpt_dir is None:
+            yield from random_tensors(args, self.seed, device, dtype)
+            return
+        for name, tensor in open_checkpoint(self.ckpt_dir).tensors(progress=False):
+            yield name, tensor.to(device=device, dtype=dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build(source: ModelSource, args: ModelArgs, device: torch.device, dtype: torch.dtype, backend: str | None) -> Llama:
+    """A Llama with the weights of `source`."""
+    model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False)
+    model.load_tensors(source.tensors(args, device, dtype))
+    if source.tokenizer_path is not None:
+        return Llama(model, Tokenizer(source.tokenizer_path))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(_ranks(args.vocab_size - NUM_SPECIAL_TOKENS))
+        return Llama(model, Tokenizer(path))
+
+
+def _ranks(count: int) -> bytes:
+    """A ranks file of `count` tokens, for weights that nobody trained: every byte, then words of letters."""
+    if count < BYTES:
+        raise ValueError(
+            f"a vocabulary needs at least {BYTES + NUM_SPECIAL_TOKENS} tokens, got {count + NUM_SPECIAL_TOKENS}"
+        )
+    letters = [letter.encode() for letter in string.ascii_lowercase]
+    words = (b"".join(word) for length in itertools.count(2) for word in itertools.product(letters, repeat=length))
+    tokens = itertools.chain((bytes([value]) for value in range(BYTES)), words)
+    lines = (
+        base64.b64encode(token) + f" {rank}".encode() for rank, token in enumerate(itertools.islice(tokens, count))
+    )
+    return b"\n".join(lines)
+
+
+def resolved(args: ModelArgs) -> tuple[int, int, int]:
+    """(n_kv_heads, head_dim, hidden_dim), which ModelArgs has settled by the time it exists."""
+    if args.n_kv_heads is None or args.head_dim is None or args.hidden_dim is None:
+        raise ValueError(f"ModelArgs left a dimension open: {args}")
+    return args.n_kv_heads, args.head_dim, args.hidden_dim
+
+
+def random_tensors(
+    args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Normal weights of RANDOM_STD, norms around one: the same ones for the same seed and kind of device."""
+    generator = torch.Generator(device)
+    for index, (name, shape) in enumerate(args.shapes.items()):
+        generator.manual_seed(seed * SEEDS_PER_MODEL + index)
+        tensor = torch.randn(shape, generator=generator, device=device) * RANDOM_STD
+        yield name, (tensor + 1 if len(shape) == 1 else tensor).to(dtype)
+
+
+def bytes_per_step(args: ModelArgs, dtype: torch.dtype, batch: int, positions: float) -> float:
+    """Bytes that a decode step must read: every weight but the embedding once, and `positions` of cache per row."""
+    n_kv_heads, head_dim, _ = resolved(args)
+    elements = sum(math.prod(shape) for name, shape in args.shapes.items() if name != "tok_embeddings.weight")
+    cache = 2 * args.n_layers * n_kv_heads * head_dim * positions * batch
+    return (elements + cache) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Run:
+    """One greedy generation of equally long rows.
+
+    `seconds[k]` is the time from the call until every row had its token k. `logprobs` and `margins` (the oracle's lead
+    of its best logit over the second, per row and step) are there only where they were asked for.
+    """
+
+    tokens: list[list[int]]
+    seconds: list[float]
+    logprobs: list[list[float]] | None = None
+    margins: list[list[float]] | None = None

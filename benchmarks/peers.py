@@ -1,0 +1,175 @@
+"""Other implementations on identical weights: started, asked, compared, never trusted blindly.
+
+A peer is optional and is skipped by name where it is absent. Its outputs are compared with ours before anything is
+timed: a speed is worth nothing when the two do not compute the same thing, so where they disagree that is what the
+report says instead of a time.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import fastllama
+from fastllama.benchmarks import reference_peer
+from fastllama.benchmarks.models import ModelSource, Run
+
+PEER_NAMES = ("reference",)
+CLOSE_TIMEOUT_S = 10
+# How far two right answers may lie apart, in nats of log-probability and in logits: rounding, summed in another order.
+LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
+
+
+class PeerError(Exception):
+    """A peer could not be started or broke down; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the comparison of two greedy runs found.
+
+    A row is compared until its tokens part. Parting at a step where the oracle's two best logits lie within the
+    tolerance is no disagreement, for either choice is right there.
+    """
+
+    agrees: bool
+    tokens_compared: int
+    tokens_total: int
+    max_logprob_difference: float
+    tolerance: float
+    difference: str | None = None
+
+
+def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
+    """Compare tokens and log-probabilities of the same prompts. ValueError when a run lacks what that takes."""
+    if ours.logprobs is None or oracle.logprobs is None or oracle.margins is None:
+        raise ValueError("a comparison needs log-probabilities of both runs and the oracle's margins")
+    tolerance = LOGPROB_TOLERANCE[dtype]
+    total = sum(len(row) for row in oracle.tokens)
+    compared = 0
+    worst = 0.0
+    difference: str | None = None
+    if [len(row) for row in ours.tokens] != [len(row) for row in oracle.tokens]:
+        lengths = [len(row) for row in ours.tokens], [len(row) for row in oracle.tokens]
+        return Agreement(False, 0, total, 0.0, tolerance, f"lengths differ: {lengths[0]} here, {lengths[1]} there")
+    for row, (mine, theirs) in enumerate(zip(ours.tokens, oracle.tokens, strict=True)):
+        for step, (token, expected) in enumerate(zip(mine, theirs, strict=True)):
+            margin = oracle.margins[row][step]
+            if token != expected:
+                if not margin <= tolerance:
+                    difference = (
+                        difference
+                        or f"row {row} step {step}: token {token} here, {expected} there, margin {margin:.3g}"
+                    )
+                break
+            gap = abs(ours.logprobs[row][step] - oracle.logprobs[row][step])
+            # Not `gap > tolerance`: a NaN must count as a difference.
+            if not gap <= tolerance:
+                difference = difference or f"row {row} step {step}: log-probabilities {gap:.3g} apart"
+            worst = max(worst, gap)
+            compared += 1
+    return Agreement(difference is None, compared, total, worst, tolerance, difference)
+
+
+def absence(name: str) -> str | None:
+    """Why the peer called `name` cannot run here, or None when it can. ValueError for a name that is no peer's."""
+    if name not in PEER_NAMES:
+        raise ValueError(f"unknown peer {name!r}: expected one of {', '.join(PEER_NAMES)}")
+    missing = [package for package in ("llama_models", "fairscale") if importlib.util.find_spec(package) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed: pip install llama-models fairscale"
+    return None
+
+
+class ReferencePeer:
+    """Meta's Transformer in a process of its own. A context manager; leaving it ends the process."""
+
+    def __init__(
+        self, source: ModelSource, *, device: torch.device, dtype: torch.dtype, max_batch_size: int, max_seq_len: int
+    ) -> None:
+        """Start the process and load the weights. PeerError with the reason where that fails."""
+        self._folder = tempfile.TemporaryDirectory(prefix="fastllama-peer-")
+        self._log = Path(self._folder.name, "stderr.txt")
+        root = str(Path(fastllama.__file__).parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", reference_peer.__name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,  # Ctrl-C is for us: we end the peer once what was measured is safe
+            )
+        try:
+            self._ask(
+                {
+                    "folder": self._folder.name,
+                    "source": source.to_json(),
+                    "device": str(device),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "max_batch_size": max_batch_size,
+                    "max_seq_len": max_seq_len,
+                    "threads": torch.get_num_threads(),
+                }
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run:
+        """`steps` greedy tokens for each of the equally long `prompts`. PeerError when the peer fails."""
+        return Run(**self._ask({"prompts": prompts, "steps": steps, "logprobs": logprobs}))
+
+    def close(self) -> None:
+        """End the process. Safe to call twice."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait(CLOSE_TIMEOUT_S)
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None and not stream.closed:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> "ReferencePeer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise PeerError("the peer has no pipes")
+        try:
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            line = stdout.readline()
+        except (BrokenPipeError, ValueError):
+            line = ""
+        if not line:
+            raise PeerError(f"the peer's process ended: {self._last_words()}")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise PeerError(" ".join(str(reply["error"]).split()))
+        return reply
+
+    def _last_words(self) -> str:
+        if not self._log.exists():
+            return "it was closed"
+        lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")

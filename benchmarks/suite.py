@@ -1,0 +1,146 @@
+"""One run of the benchmarks: set up, measure case by case, keep what was measured whatever happens.
+
+Results are written after every case, so that a run that is stopped or breaks down still leaves a complete file behind.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllama.args import ModelArgs
+from fastllama.benchmarks import decode
+from fastllama.benchmarks.environment import describe_environment
+from fastllama.benchmarks.measure import (
+    Ceiling,
+    ReadProbe,
+    ResultFile,
+    copy_ceiling,
+    matmul_ceiling,
+    write_result,
+)
+from fastllama.benchmarks.models import ModelSource, build
+from fastllama.benchmarks.peers import PeerError, ReferencePeer, absence
+from fastllama.benchmarks.reference_peer import refusal
+
+SUITE_NAMES = ("decode",)
+DEFAULT_BATCHES = (1, 4)
+DEFAULT_CONTEXTS = (32, 512)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: every batch with every context, of every suite, on one model."""
+
+    source: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    backend: str | None = None
+    suites: Sequence[str] = SUITE_NAMES
+    batches: Sequence[int] = DEFAULT_BATCHES
+    contexts: Sequence[int] = DEFAULT_CONTEXTS
+    steps: int = decode.DEFAULT_STEPS
+    rounds: int = decode.DEFAULT_ROUNDS
+    peers: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for suite in self.suites:
+            if suite not in SUITE_NAMES:
+                raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(SUITE_NAMES)}")
+
+    @property
+    def cases(self) -> list[decode.DecodeCase]:
+        return [
+            decode.DecodeCase(b, context, self.steps, self.rounds) for context in self.contexts for b in self.batches
+        ]
+
+    def args(self) -> ModelArgs:
+        """The model's arguments, with a cache just large enough."""
+        return self.source.args(max(self.batches), max(self.contexts) + self.steps)
+
+
+def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None = None) -> ResultFile:
+    """Measure `plan`; `output` is the result file, kept up to date. Ctrl-C ends early: the result says `interrupted`.
+
+    ValueError or OSError for a plan that cannot begin, before anything is measured.
+    """
+    args = plan.args()
+    result = ResultFile(describe_environment(plan.device), {})
+    if output is not None:
+        write_result(result, output)  # a path that cannot be written should not be found out at the end
+    try:
+        progress("measuring the machine")
+        probe = ReadProbe(plan.device)
+        fixed = {"copy": copy_ceiling(plan.device), "matmul": matmul_ceiling(plan.device, plan.dtype)}
+        progress(f"loading {plan.source.name}")
+        ours = decode.Ours(build(plan.source, args, plan.device, plan.dtype, plan.backend))
+        with _peers(plan, args, progress) as peers:
+            for case in plan.cases:
+                record = decode.run_case(
+                    case, ours, peers, probe, model=plan.source.name, args=args, dtype=plan.dtype, progress=progress
+                )
+                ceilings: dict[str, Ceiling] = {"read": probe.ceiling(), **fixed}
+                result = replace(result, ceilings=ceilings, records=[*result.records, record])
+                if output is not None:
+                    write_result(result, output)
+    except KeyboardInterrupt:
+        result = replace(result, interrupted=True)
+        if output is not None:
+            write_result(result, output)
+    return result
+
+
+@contextlib.contextmanager
+def _peers(plan: Plan, args: ModelArgs, progress: Callable[[str], None]) -> Iterator[dict[str, decode.Runner | str]]:
+    """The plan's peers by name, running, or the reason why one is not."""
+    peers: dict[str, decode.Runner | str] = {}
+    with contextlib.ExitStack() as stack:
+        for name in plan.peers:
+            reason = absence(name) or refusal(args)
+            if reason is not None:
+                peers[name] = reason
+                continue
+            progress(f"starting {name}")
+            try:
+                peers[name] = stack.enter_context(
+                    ReferencePeer(
+                        plan.source,
+                        device=plan.device,
+                        dtype=plan.dtype,
+                        max_batch_size=args.max_batch_size,
+                        max_seq_len=args.max_seq_len,
+                    )
+                )
+            except PeerError as error:
+                peers[name] = str(error)
+        yield peers
+
+
+def report(result: ResultFile) -> str:
+    """A result for people: what it was measured on, the table, and how to read it."""
+    environment = result.environment
+    lines = [
+        f"{environment.device_name}, {environment.threads} threads, torch {environment.torch}",
+        *(_describe(ceiling) for ceiling in result.ceilings.values()),
+    ]
+    if result.records:
+        first: dict[str, Any] = result.records[0]
+        lines += [
+            "",
+            f"decode of {first['model']} in {first['dtype']}, {first['steps']} greedy tokens, {first['rounds']} rounds",
+            decode.table(result.records),
+        ]
+    if result.interrupted:
+        lines.append("interrupted: only finished cases are shown")
+    return "\n".join(lines)
+
+
+def _describe(ceiling: Ceiling) -> str:
+    samples = ceiling.samples
+    digits = 1 if samples.p50 >= 10 else 3
+    low, high, best = (f"{value:.{digits}f}" for value in (samples.p10, samples.p90, samples.maximum))
+    value = f"{samples.p50:.{digits}f} {ceiling.unit}"
+    return f"{ceiling.name:6} {value} (p10 {low}, p90 {high}, best {best}; {ceiling.method})"

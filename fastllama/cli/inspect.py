@@ -1,0 +1,175 @@
+"""`fastllama inspect`: what a checkpoint is, and what it would take to run, from its headers alone."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastllama.cli.options import DTYPES, LONGEST_SEQUENCE, json_option, locate
+
+if TYPE_CHECKING:
+    from fastllama.checkpoint import Checkpoint
+
+DEFAULT_MAX_SEQ_LEN = 2048
+DEFAULT_MAX_BATCH_SIZE = 1
+SPECIAL_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
+SIZES = ("max_seq_len", "max_batch_size")  # of the cache, not of the model
+ROPE_SCALING = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+STEP = 1024
+
+
+@click.command()
+@click.argument("checkpoint", required=False, metavar="[CKPT]")
+@click.option("--ckpt_dir", metavar="DIR", help="The same as CKPT.")
+@click.option("--tokenizer_path", metavar="FILE", help="Default: the tokenizer in the checkpoint folder.")
+@click.option(
+    "--max_seq_len",
+    type=click.IntRange(1, LONGEST_SEQUENCE),
+    default=DEFAULT_MAX_SEQ_LEN,
+    show_default=True,
+    help="To plan for.",
+)
+@click.option(
+    "--max_batch_size",
+    type=click.IntRange(min=1),
+    default=DEFAULT_MAX_BATCH_SIZE,
+    show_default=True,
+    help="To plan for.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="To plan for. Default: the one stored.")
+@json_option("one object")
+def inspect(
+    checkpoint: str | None,
+    ckpt_dir: str | None,
+    tokenizer_path: str | None,
+    max_seq_len: int,
+    max_batch_size: int,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Describe the checkpoint in the folder CKPT: architecture, files, memory, tokenizer. No weight is read.
+
+    \b
+    Examples:
+      fastllama inspect Meta-Llama-3-8B
+      fastllama inspect Meta-Llama-3-8B --max_batch_size 8 --max_seq_len 8192 --dtype bfloat16
+    """
+    if checkpoint is not None and ckpt_dir is not None:
+        raise click.UsageError("CKPT and --ckpt_dir are the same: give one of them.")
+    folder, tokenizer_file = locate(checkpoint or ckpt_dir, tokenizer_path, quiet=as_json)
+    description = describe(folder, tokenizer_file, max_seq_len=max_seq_len, max_batch_size=max_batch_size, dtype=dtype)
+    click.echo(json.dumps(description) if as_json else render(description))
+
+
+def describe(
+    ckpt_dir: str, tokenizer_path: str, *, max_seq_len: int, max_batch_size: int, dtype: str | None
+) -> dict[str, Any]:
+    """All that is known without reading a weight, ready for JSON; sizes in bytes."""
+    import torch
+
+    from fastllama.args import ModelArgs
+    from fastllama.checkpoint import open_checkpoint
+    from fastllama.limits import memory_plan
+
+    checkpoint = open_checkpoint(ckpt_dir)
+    args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
+    plan = memory_plan(args, planned, max_batch_size, max_seq_len)
+    # How rope is scaled says nothing about a model whose rope is not.
+    hidden = SIZES if args.use_scaled_rope else (*SIZES, *ROPE_SCALING)
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "architecture": {name: value for name, value in vars(args).items() if name not in hidden},
+        "parameters": checkpoint.n_parameters,
+        "stored_dtype": _name(checkpoint.dtype),
+        "files": [{"name": path.name, "bytes": size} for path, size in checkpoint.files],
+        "memory": {
+            "dtype": _name(planned),
+            "max_batch_size": max_batch_size,
+            "max_seq_len": max_seq_len,
+            "weights": plan.weights,
+            "cache": plan.cache,
+            "workspace": plan.workspace,
+            "total": plan.total,
+        },
+        "tokenizer": _describe_tokenizer(tokenizer_path, checkpoint, named=tokenizer_path != ckpt_dir),
+    }
+
+
+def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
+    """None for a folder of weights without a tokenizer, unless one was named."""
+    from fastllama.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer(path, llama31=checkpoint.params["use_scaled_rope"])
+    except AssertionError:
+        if named:
+            raise
+        return None
+    known = tokenizer.special_tokens
+    return {
+        "n_words": tokenizer.n_words,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "special_tokens": {name: known[name] for name in SPECIAL_TOKENS if name in known},
+        "stop_tokens": sorted({*tokenizer.stop_tokens, *checkpoint.stop_token_ids}),
+        "fits_checkpoint": tokenizer.n_words == checkpoint.params["vocab_size"],
+    }
+
+
+def render(description: dict[str, Any]) -> str:
+    """`describe`'s findings for people."""
+    memory, tokenizer = description["memory"], description["tokenizer"]
+    files = description["files"]
+    total = sum(file["bytes"] for file in files)
+    shape = f"{memory['max_batch_size']} rows of {memory['max_seq_len']} tokens in {memory['dtype']}"
+    sections = [
+        ("checkpoint", [("path", description["path"]), ("format", description["format"])]),
+        (
+            "architecture",
+            [
+                ("parameters", f"{description['parameters']:,}"),
+                *((name, str(value)) for name, value in description["architecture"].items() if value is not None),
+            ],
+        ),
+        (
+            f"files: {len(files)}, {size_text(total)}, stored in {description['stored_dtype']}",
+            [(file["name"], size_text(file["bytes"])) for file in files],
+        ),
+        (
+            f"memory for {shape}",
+            [(name, size_text(memory[name])) for name in ("weights", "cache", "workspace", "total")],
+        ),
+        _tokenizer_section(tokenizer) if tokenizer else ("tokenizer: none in the folder", []),
+    ]
+    return "\n\n".join("\n".join([title, *_aligned(rows)]) for title, rows in sections)
+
+
+def _tokenizer_section(tokenizer: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    special = {"begin_of_text": tokenizer["bos_id"], "end_of_text": tokenizer["eos_id"], **tokenizer["special_tokens"]}
+    misfit = "" if tokenizer["fits_checkpoint"] else ", NOT the checkpoint's vocabulary"
+    rows = [(name.strip("<|>"), str(token)) for name, token in special.items()]
+    return f"tokenizer: {tokenizer['n_words']} tokens{misfit}", [
+        *rows,
+        ("stop tokens", ", ".join(map(str, tokenizer["stop_tokens"]))),
+    ]
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:{width}}  {value}" for name, value in rows]
+
+
+def size_text(count: int) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    size, unit = float(count), 0
+    while size >= STEP and unit < len(UNITS) - 1:
+        size, unit = size / STEP, unit + 1
+    return f"{size:.1f} {UNITS[unit]}" if unit else f"{count} B"
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,184 @@
+"""Options that several commands share, under Meta's names, and what they come to: a built Llama."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fastllama.generation import Llama
+
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("reference", "fused")
+LONGEST_SEQUENCE = 131072
+LARGEST_SEED = 2**63 - 1
+BUILTIN_NOTICE = "no --ckpt_dir: using the small model in the package, which knows stories and a few hundred facts"
+
+Decorator = Callable[[Any], Any]
+
+
+class Number(click.ParamType):
+    """A finite number of at least zero."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        if not math.isfinite(number) or number < 0:
+            self.fail(f"{value} is not a finite number of at least 0.", param, ctx)
+        return number
+
+
+class Integers(click.ParamType):
+    """Positive integers separated by commas -> a tuple of them."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers separated by commas.", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"{value!r} holds a number below 1.", param, ctx)
+        return numbers
+
+
+class Names(click.ParamType):
+    """Names out of `known`, separated by commas -> a tuple of them."""
+
+    name = "name,..."
+
+    def __init__(self, *known: str) -> None:
+        self.known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(part.strip() for part in str(value).split(","))
+        for name in names:
+            if name not in self.known:
+                self.fail(f"{name!r} is not one of {', '.join(self.known)}.", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of `model_options`, by their names."""
+
+    ckpt_dir: str | None
+    tokenizer_path: str | None
+    device: str | None
+    dtype: str | None
+    backend: str | None
+    seed: int
+    max_seq_len: int
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> "ModelOptions":
+        """Move these options out of `options`, the keyword arguments of a command."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+
+    def build(self, max_batch_size: int, quiet: bool = False) -> "Llama":
+        """The Llama that these options describe."""
+        ckpt_dir, tokenizer_path = locate(self.ckpt_dir, self.tokenizer_path, quiet)
+        from fastllama.generation import Llama
+
+        return Llama.build(
+            ckpt_dir,
+            tokenizer_path,
+            self.max_seq_len,
+            max_batch_size,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            backend=self.backend,
+        )
+
+
+def locate(ckpt_dir: str | None, tokenizer_path: str | None, quiet: bool) -> tuple[str, str]:
+    """(ckpt_dir, tokenizer_path) to use; says so on stderr, unless `quiet`, when it is the built-in model."""
+    if ckpt_dir is not None:
+        # Given a folder, the tokenizer finds its own file in it.
+        return ckpt_dir, tokenizer_path or ckpt_dir
+    if tokenizer_path is not None:
+        raise click.UsageError("--tokenizer_path needs --ckpt_dir: the built-in model has its own tokenizer.")
+    from fastllama import builtin_checkpoint
+
+    if not quiet:
+        click.echo(BUILTIN_NOTICE, err=True)
+    ckpt_dir, tokenizer_path = builtin_checkpoint()
+    return ckpt_dir, tokenizer_path
+
+
+def model_options(max_seq_len: int) -> Decorator:
+    """The options that say which model is built and how; `max_seq_len` is the default of that one."""
+    return _all(
+        checkpoint_options,
+        click.option(
+            "--max_seq_len",
+            type=click.IntRange(1, LONGEST_SEQUENCE),
+            default=max_seq_len,
+            show_default=True,
+            help="Tokens of prompt and answer together that fit.",
+        ),
+        device_options,
+        click.option(
+            "--seed", type=click.IntRange(0, LARGEST_SEED), default=1, show_default=True, help="Of the random draws."
+        ),
+    )
+
+
+def checkpoint_options(command: Any) -> Any:
+    """--ckpt_dir and --tokenizer_path."""
+    return _all(
+        click.option(
+            "--ckpt_dir",
+            metavar="DIR",
+            help="Checkpoint folder, Meta's or Hugging Face's. Default: the built-in model.",
+        ),
+        click.option("--tokenizer_path", metavar="FILE", help="Default: the tokenizer in the checkpoint folder."),
+    )(command)
+
+
+def device_options(command: Any) -> Any:
+    """--device, --dtype and --backend."""
+    return _all(
+        click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N. Default: cuda where there is one."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16 on a GPU, float32 on a CPU."),
+        click.option("--backend", type=click.Choice(BACKENDS), help="Default: what the device asks for."),
+    )(command)
+
+
+def sampling_options(command: Any) -> Any:
+    """--temperature, --top_p and --max_gen_len, with the reference's defaults."""
+    return _all(
+        click.option(
+            "--temperature", type=Number(), default=0.6, show_default=True, help="0 takes the likeliest token."
+        ),
+        click.option("--top_p", type=Number(), default=0.9, show_default=True, help="Probability mass to draw from."),
+        click.option("--max_gen_len", type=click.IntRange(min=0), help="Tokens at most. Default: what fits."),
+    )(command)
+
+
+def json_option(what: str) -> Decorator:
+    """--json, which prints `what`."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {what}.")
+
+
+def _all(*decorators: Decorator) -> Decorator:
+    def decorate(command: Any) -> Any:
+        # click lists options in the order in which decorators are written, and decorators apply from the last to the
+        # first.
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate

@@ -1,0 +1,329 @@
+"""The decode suite: what it counts, when it refuses to time a peer, and what survives an interruption."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.args import ModelArgs
+from fastllama.benchmarks import measure, models, peers, suite
+from fastllama.benchmarks.decode import DecodeCase, Ours, Runner, Timing, run_case, table
+from fastllama.benchmarks.measure import ReadProbe, read_result, summarize
+from fastllama.benchmarks.models import ModelSource, Run, build, bytes_per_step, random_tensors
+from fastllama.benchmarks.peers import PeerError, ReferencePeer, absence, compare
+from fastllama.benchmarks.reference_peer import refusal
+from fastllama.cli import bench as bench_command
+from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+
+CPU = torch.device("cpu")
+SHAPE: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 600, "multiple_of": 16}
+SOURCE = ModelSource("tiny", shape=SHAPE)
+ARGS = SOURCE.args(max_batch_size=3, max_seq_len=32)
+CASE = DecodeCase(batch=2, context=5, steps=4, rounds=2)
+
+
+class Scripted:
+    """A runner that says and takes what it is told, and remembers when it ran."""
+
+    def __init__(self, name: str, step_seconds: float, log: list[str], tokens: int = 7, fails_at: int = -1) -> None:
+        self.name, self.step_seconds, self.log, self.token, self.fails_at = name, step_seconds, log, tokens, fails_at
+        self.calls = 0
+
+    def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise PeerError("it broke")
+        self.log.append(self.name + ("?" if logprobs else ""))
+        rows = [[self.token] * steps for _ in prompts]
+        scores = [[-1.0] * steps for _ in prompts]
+        seconds = [0.5 + step * self.step_seconds for step in range(steps)]
+        return Run(rows, seconds, scores, [[1.0] * steps for _ in prompts]) if logprobs else Run(rows, seconds)
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> ReadProbe:
+    """A probe that samples once, and of a small buffer."""
+    monkeypatch.setattr(measure, "CPU_BUFFER_BYTES", 2**16)
+    monkeypatch.setattr(measure, "CPU_MATMUL_SIZE", 16)
+    monkeypatch.setattr(measure, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(ReadProbe.sample, "__defaults__", (0.0,))
+    return ReadProbe(CPU)
+
+
+def record_of(ours: Runner, peer: Runner | str, probe: ReadProbe, case: DecodeCase = CASE) -> dict[str, Any]:
+    said: list[str] = []
+    record = run_case(
+        case, ours, {"reference": peer}, probe, model="tiny", args=ARGS, dtype=torch.float32, progress=said.append
+    )
+    assert said and all("tiny" in line for line in said)
+    json.dumps(record, allow_nan=False)
+    return record
+
+
+def run_of(tokens: list[list[int]], logprob: float = -1.0, margin: float = 1.0) -> Run:
+    return Run(tokens, [], [[logprob] * len(row) for row in tokens], [[margin] * len(row) for row in tokens])
+
+
+def test_random_tensors_repeat_and_fill_the_model() -> None:
+    first = dict(random_tensors(ARGS, 5, CPU, torch.float32))
+    again = dict(random_tensors(ARGS, 5, CPU, torch.float32))
+    other = dict(random_tensors(ARGS, 6, CPU, torch.float32))
+    assert {name: tuple(tensor.shape) for name, tensor in first.items()} == ARGS.shapes
+    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
+    assert not torch.equal(first["layers.0.attention.wk.weight"], first["layers.1.attention.wk.weight"])
+    assert first["output.weight"].std().item() == pytest.approx(models.RANDOM_STD, rel=0.1)
+    assert first["norm.weight"].mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_random_176m_is_the_model_it_says() -> None:
+    args = ModelSource.named("random-176m").args(1, 64)
+    assert (args.hidden_dim, args.head_dim) == (3584, 64)
+    assert sum(torch.Size(shape).numel() for shape in args.shapes.values()) == pytest.approx(176e6, rel=0.01)
+
+
+def test_bytes_per_step_counts_weights_without_the_embedding_and_the_cache() -> None:
+    weights = sum(tensor.numel() for name, tensor in random_tensors(ARGS, 0, CPU, torch.float32) if "tok_" not in name)
+    per_position = 2 * 2 * 2 * 8  # keys and values of two layers, two kv heads, eight wide
+    assert bytes_per_step(ARGS, torch.float32, batch=3, positions=10.5) == 4 * (weights + 3 * 10.5 * per_position)
+    assert bytes_per_step(ARGS, torch.bfloat16, batch=1, positions=0) == 2 * weights
+
+
+def test_model_source_survives_json_and_needs_one_origin() -> None:
+    assert ModelSource(**json.loads(json.dumps(SOURCE.to_json()))) == SOURCE
+    with pytest.raises(ValueError, match="folder or from a shape"):
+        ModelSource("neither")
+    with pytest.raises(ValueError, match="folder or from a shape"):
+        ModelSource("both", ckpt_dir="x", shape=SHAPE)
+    with pytest.raises(ValueError, match=r"unknown model 'gpt'.*random-176m"):
+        ModelSource.named("gpt")
+
+
+def test_build_gives_random_weights_a_printable_tokenizer() -> None:
+    llm = build(SOURCE, ARGS, CPU, torch.float32, None)
+    assert llm.tokenizer.n_words == ARGS.vocab_size
+    assert llm.tokenizer.decode([65, 256, 343]) == "Aaadj"
+    with pytest.raises(ValueError, match="at least 512 tokens, got 300"):
+        small = dataclasses.replace(SOURCE, shape={**SHAPE, "vocab_size": 300})
+        build(small, small.args(1, 8), CPU, torch.float32, None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch", 0), ("context", 0), ("steps", 1), ("rounds", 0)])
+def test_decode_case_rejects_sizes_that_measure_nothing(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        dataclasses.replace(CASE, **{name: value})
+
+
+def test_decode_case_prompts_differ_by_row_and_repeat() -> None:
+    prompts = CASE.prompts(600)
+    assert [len(prompt) for prompt in prompts] == [5, 5] and prompts[0] != prompts[1]
+    assert prompts == CASE.prompts(600)
+    assert all(0 <= token < 600 for prompt in prompts for token in prompt)
+
+
+def test_ours_runs_full_length_and_gives_the_stop_tokens_back() -> None:
+    llm = build(SOURCE, ARGS, CPU, torch.float32, None)
+    prompts = CASE.prompts(ARGS.vocab_size)
+    expected, scores = llm.generate(prompts, CASE.steps, temperature=0.0, logprobs=True)
+    stops = {expected[0][1]}
+    llm.tokenizer.stop_tokens = stops
+    run = Ours(llm).run(prompts, CASE.steps, logprobs=True)
+    assert (run.tokens, run.logprobs) == (expected, scores)
+    assert len(run.seconds) == CASE.steps and run.seconds == sorted(run.seconds)
+    assert llm.tokenizer.stop_tokens is stops
+    assert Ours(llm).run(prompts, CASE.steps).logprobs is None
+
+
+def test_compare_agrees_within_the_tolerance() -> None:
+    found = compare(run_of([[1, 2], [3, 4]]), run_of([[1, 2], [3, 4]], logprob=-1.00005), torch.float32)
+    assert (found.agrees, found.tokens_compared, found.tokens_total) == (True, 4, 4)
+    assert found.max_logprob_difference == pytest.approx(5e-5)
+
+
+@pytest.mark.parametrize("logprob", [-1.001, float("nan")])
+def test_compare_names_log_probabilities_that_differ(logprob: float) -> None:
+    found = compare(run_of([[1, 2]]), run_of([[1, 2]], logprob=logprob), torch.float32)
+    assert not found.agrees and "row 0 step 0: log-probabilities" in str(found.difference)
+
+
+def test_compare_names_tokens_that_differ() -> None:
+    found = compare(run_of([[1, 2], [3, 9, 5]]), run_of([[1, 2], [3, 4, 5]]), torch.float32)
+    assert not found.agrees and "row 1 step 1: token 9 here, 4 there" in str(found.difference)
+
+
+def test_compare_lets_tokens_part_at_a_tie_only() -> None:
+    ours, tied, clear = run_of([[1, 9, 9]]), run_of([[1, 2, 3]], margin=5e-5), run_of([[1, 2, 3]], margin=2e-4)
+    assert compare(ours, tied, torch.float32).agrees
+    assert compare(ours, tied, torch.float32).tokens_compared == 1
+    assert not compare(ours, clear, torch.float32).agrees
+
+
+def test_compare_rejects_other_lengths_and_missing_scores() -> None:
+    assert not compare(run_of([[1]]), run_of([[1, 2]]), torch.float32).agrees
+    with pytest.raises(ValueError, match="log-probabilities of both runs"):
+        compare(Run([[1]], [0.0]), run_of([[1]]), torch.float32)
+
+
+def test_timing_counts_decode_steps_only() -> None:
+    runs = [Run([[0] * 3] * 2, [9.0, 9.5, 10.5]), Run([[0] * 3] * 2, [1.0, 1.25, 1.5])]
+    timing = Timing.of(runs, ceilings=[8.0, 10.0], batch=2, step_bytes=3e9)
+    assert (timing.tokens_per_second.minimum, timing.tokens_per_second.maximum) == (2 / 0.75, 8.0)
+    assert timing.median_ttft_ms == 5000.0
+    assert timing.median_itl_ms == 375.0
+    # 4 and 12 GB/s, a half of 8 and 1.2 of 10.
+    assert timing.gb_per_second == pytest.approx(8.0)
+    assert timing.read_share == pytest.approx((0.5 + 1.2) / 2)
+
+
+def test_run_case_compares_first_then_alternates(probe: ReadProbe) -> None:
+    log: list[str] = []
+    record = record_of(Scripted("ours", 0.01, log), Scripted("peer", 0.03, log), probe)
+    assert log == ["ours?", "peer?", "ours", "peer", "peer", "ours"]
+    peer = record["peers"]["reference"]
+    assert peer["status"] == "measured" and peer["agreement"]["tokens_compared"] == 8
+    assert peer["ratio"]["p50"] == pytest.approx(3.0)
+    assert record["tokens_per_second"]["p50"] == pytest.approx(200.0)
+    assert peer["tokens_per_second"]["p50"] == pytest.approx(200.0 / 3)
+    assert "3.00x" in table([record])
+
+
+def test_run_case_takes_shares_of_the_higher_neighbour(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([10.0, 30.0, 20.0, 40.0, 20.0, 10.0])
+    monkeypatch.setattr(probe, "sample", lambda: summarize([next(rates)]))
+    record = record_of(Scripted("ours", 0.01, []), Scripted("peer", 0.01, []), probe)
+    # Ours runs between samples 1 and 2, then between 5 and 6; the peer between 2 and 3, then 4 and 5.
+    assert (record["read_gb_per_second"]["minimum"], record["read_gb_per_second"]["maximum"]) == (20.0, 30.0)
+    assert record["peers"]["reference"]["read_gb_per_second"]["p50"] == 35.0
+
+
+def test_run_case_reports_a_wrong_peer_and_never_times_it(probe: ReadProbe) -> None:
+    log: list[str] = []
+    record = record_of(Scripted("ours", 0.01, log), Scripted("peer", 0.001, log, tokens=8), probe)
+    assert log == ["ours?", "peer?", "ours", "ours"]
+    peer = record["peers"]["reference"]
+    assert peer["status"] == "disagrees" and "token 7 here, 8 there" in peer["reason"]
+    assert "tokens_per_second" not in peer and "ratio" not in peer
+    shown = table([record])
+    assert "disagrees" in shown and "x (" not in shown
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_run_case_goes_on_without_a_peer_that_breaks(probe: ReadProbe, fails_at: int) -> None:
+    log: list[str] = []
+    record = record_of(Scripted("ours", 0.01, log), Scripted("peer", 0.01, log, fails_at=fails_at), probe)
+    assert record["peers"]["reference"]["status"] == "failed"
+    assert record["peers"]["reference"]["reason"] == "it broke"
+    assert "ratio" not in record["peers"]["reference"]
+    assert record["tokens_per_second"]["count"] == CASE.rounds
+
+
+def test_run_case_skips_an_absent_peer_by_name(probe: ReadProbe) -> None:
+    record = record_of(Scripted("ours", 0.01, []), "llama_models not installed", probe)
+    assert record["peers"]["reference"] == {"status": "skipped", "reason": "llama_models not installed"}
+    assert "reference skipped: llama_models not installed" in table([record])
+
+
+def test_table_is_aligned_and_warns_of_others(probe: ReadProbe) -> None:
+    quiet = record_of(Scripted("ours", 0.01, []), "absent", probe) | {"other_cores": 0.0}
+    lines = table([quiet, {**quiet, "batch": 16, "other_cores": 1.5}]).splitlines()
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert sum("other programs used 1.5 cores" in line for line in lines) == 1
+    assert any("batch 16" in line for line in lines[3:])
+
+
+def test_absence_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert absence("reference") is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_models" else object())
+    assert "llama_models not installed" in str(absence("reference"))
+    with pytest.raises(ValueError, match="unknown peer 'vllm'"):
+        absence("vllm")
+
+
+def test_refusal_names_what_metas_code_cannot_run() -> None:
+    assert refusal(ARGS) is None
+    assert "head_dim" in str(refusal(ModelArgs(**{**SHAPE, "head_dim": 16})))
+    scaled = {**SHAPE, "use_scaled_rope": True}
+    assert refusal(ModelArgs(**{**scaled, "rope_scaling_factor": 8.0})) is None
+    assert "by 32" in str(refusal(ModelArgs(**{**scaled, "rope_scaling_factor": 32.0})))
+
+
+def start_reference(source: ModelSource) -> ReferencePeer:
+    return ReferencePeer(source, device=CPU, dtype=torch.float32, max_batch_size=3, max_seq_len=32)
+
+
+def test_reference_peer_agrees_on_the_same_weights_and_not_on_others() -> None:
+    prompts = CASE.prompts(ARGS.vocab_size)
+    with start_reference(SOURCE) as peer:
+        theirs = peer.run(prompts, 8, logprobs=True)
+        again = peer.run(prompts, 8)
+    assert again.tokens == theirs.tokens and again.logprobs is None and len(again.seconds) == 8
+    same = compare(Ours(build(SOURCE, ARGS, CPU, torch.float32, None)).run(prompts, 8, True), theirs, torch.float32)
+    assert same.agrees, same.difference
+    assert same.tokens_compared == 16
+    other = dataclasses.replace(SOURCE, seed=SOURCE.seed + 1)
+    different = compare(Ours(build(other, ARGS, CPU, torch.float32, None)).run(prompts, 8, True), theirs, torch.float32)
+    assert not different.agrees
+
+
+def test_reference_peer_says_why_it_cannot_start(tmp_path: Path) -> None:
+    with pytest.raises(PeerError, match=r"AssertionError: .*does not exist"):
+        start_reference(ModelSource.folder(str(tmp_path / "nowhere"), None))
+
+
+def test_reference_peer_that_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastllama.benchmarks.reference_peer.__name__", "fastllama.benchmarks.no_such_module")
+    with pytest.raises(PeerError, match=r"process ended: .*no_such_module"):
+        start_reference(SOURCE)
+
+
+def test_suite_measures_a_checkpoint_against_the_reference(tmp_path: Path, probe: ReadProbe) -> None:
+    params = tiny_params()
+    write_meta(tmp_path / "tiny", params, random_weights(params, seed=3))
+    write_tokenizer(tmp_path / "tiny")
+    source = ModelSource.folder(str(tmp_path / "tiny"), None)
+    plan = suite.Plan(source, CPU, torch.float32, batches=(1, 2), contexts=(3,), steps=3, rounds=1, peers=["reference"])
+    result = suite.run(plan, lambda text: None, tmp_path / "result.json")
+    assert read_result(tmp_path / "result.json") == result
+    assert [(record["batch"], record["peers"]["reference"]["status"]) for record in result.records] == [
+        (1, "measured"),
+        (2, "measured"),
+    ]
+    assert set(result.ceilings) == {"read", "copy", "matmul"} and not result.interrupted
+    shown = suite.report(result)
+    assert "vs reference" in shown and "GB/s" in shown and "decode of tiny in float32" in shown
+
+
+def test_suite_keeps_finished_cases_when_interrupted(
+    tmp_path: Path, probe: ReadProbe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    class Interrupted(Scripted):
+        def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run:
+            if len(prompts) == 2:
+                raise KeyboardInterrupt
+            return super().run(prompts, steps, logprobs)
+
+    monkeypatch.setattr("fastllama.benchmarks.decode.Ours", lambda llm: Interrupted("ours", 0.01, log))
+    plan = suite.Plan(SOURCE, CPU, torch.float32, batches=(1, 2), contexts=(3,), steps=3, rounds=1)
+    result = suite.run(plan, lambda text: None, tmp_path / "result.json")
+    assert result.interrupted and [record["batch"] for record in result.records] == [1]
+    assert read_result(tmp_path / "result.json") == result
+    assert "interrupted" in suite.report(result)
+
+
+def test_suite_fails_before_measuring_where_it_cannot_write(tmp_path: Path) -> None:
+    plan = suite.Plan(SOURCE, CPU, torch.float32)
+    with pytest.raises(OSError):
+        suite.run(plan, lambda text: pytest.fail(f"measured: {text}"), tmp_path / "nowhere" / "result.json")
+
+
+def test_names_told_by_the_command_are_those_that_exist() -> None:
+    assert suite.SUITE_NAMES == bench_command.SUITES
+    assert models.MODEL_NAMES == bench_command.MODELS
+    assert (*peers.PEER_NAMES, "none") == bench_command.PEERS
+    with pytest.raises(ValueError, match="unknown suite 'prefill'"):
+        suite.Plan(SOURCE, CPU, torch.float32, suites=["prefill"])

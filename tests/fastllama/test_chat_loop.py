@@ -1,0 +1,134 @@
+"""A conversation that outgrows its context, with a model that is all script: one token a character."""
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from fastllama import Llama
+from fastllama.cli.chat_loop import Conversation, TooLongError
+from fastllama.stream import Increment
+
+FRAME = 2  # tokens around each message
+CONTEXT = 100
+
+
+class ScriptedLlama:
+    """Answers with `replies` in turn; a None among a reply's pieces is a Ctrl-C."""
+
+    def __init__(self, *replies: Sequence[str | None]) -> None:
+        self.replies = list(replies)
+        self.model = SimpleNamespace(params=SimpleNamespace(max_seq_len=CONTEXT))
+        self.formatter = self
+        self.open_streams = 0
+        self.calls: list[tuple[Any, ...]] = []
+
+    def encode_dialog_prompt(self, dialog: Sequence[dict[str, str]]) -> list[int]:
+        return [0] * sum(FRAME + len(message["content"]) for message in dialog)
+
+    def stream(
+        self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float
+    ) -> Iterator[Increment]:
+        self.calls.append((len(prompts[0]), max_gen_len, temperature, top_p))
+        self.open_streams += 1
+        try:
+            for piece in self.replies.pop(0):
+                if piece is None:
+                    raise KeyboardInterrupt
+                yield Increment(0, [1] * len(piece), piece, None, None)
+            yield Increment(0, [], "", None, "stop")
+        finally:
+            self.open_streams -= 1
+
+
+def conversation(llm: ScriptedLlama, system: str | None = None) -> Conversation:
+    return Conversation(cast(Llama, llm), system, temperature=0.5, top_p=0.8, max_gen_len=None)
+
+
+def contents(talk: Conversation) -> list[str]:
+    return [message["content"] for message in talk.messages]
+
+
+def test_say_shows_pieces_and_remembers_them() -> None:
+    llm = ScriptedLlama(["he", "llo"], ["bye"])
+    talk = conversation(llm, "be kind")
+    shown: list[str] = []
+    reply = talk.say("hi", shown.append)
+    assert (reply.text, reply.n_tokens, reply.finish_reason, reply.turns_forgotten) == ("hello", 5, "stop", 0)
+    assert shown == ["he", "llo", ""]
+    talk.say("bye")
+    assert contents(talk) == ["be kind", "hi", "hello", "bye", "bye"]
+    assert [message["role"] for message in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert llm.calls[0] == (2 * FRAME + 9, CONTEXT, 0.5, 0.8)
+
+
+def test_say_forgets_the_oldest_exchange_and_keeps_the_system_message() -> None:
+    talk = conversation(ScriptedLlama(["a" * 15], ["b" * 20], ["c"]), "system")
+    assert talk.say("1" * 25).turns_forgotten == 0
+    assert talk.say("2" * 10).turns_forgotten == 0  # 8 + 27 + 17 + 12 leave a quarter free
+    # Without its question the first answer would fit; it goes all the same.
+    assert talk.say("3" * 10).turns_forgotten == 2
+    assert contents(talk) == ["system", "2" * 10, "b" * 20, "3" * 10, "c"]
+
+
+def test_say_forgets_everything_older_for_a_long_message() -> None:
+    talk = conversation(ScriptedLlama(["a"], ["b"], ["c"]))
+    talk.say("1")
+    talk.say("2")
+    assert talk.say("x" * 80).turns_forgotten == 4  # more than a prompt should take, and still it fits
+    assert contents(talk) == ["x" * 80, "c"]
+
+
+def test_say_refuses_what_never_fits_and_changes_nothing() -> None:
+    llm = ScriptedLlama(["a"], ["b"])
+    talk = conversation(llm)
+    talk.say("1")
+    before = talk.messages
+    with pytest.raises(
+        TooLongError, match=r"are 100 tokens, and the context has 100: shorten it, or raise --max_seq_len"
+    ):
+        talk.say("x" * (CONTEXT - FRAME))
+    assert talk.messages == before and len(llm.calls) == 1
+    assert talk.say("2").text == "b"
+
+
+def test_interrupt_keeps_the_session_and_what_was_said() -> None:
+    llm = ScriptedLlama(["par", None], ["next"])
+    talk = conversation(llm)
+    reply = talk.say("hi", interruptible=True)
+    assert (reply.text, reply.finish_reason) == ("par", "interrupted")
+    assert llm.open_streams == 0
+    assert talk.say("go on").text == "next"
+    assert contents(talk) == ["hi", "par", "go on", "next"]
+
+
+def test_interrupt_while_showing_closes_the_stream() -> None:
+    llm = ScriptedLlama(["one", "two"])
+
+    def show(text: str) -> None:
+        raise KeyboardInterrupt
+
+    reply = conversation(llm).say("hi", show, interruptible=True)
+    assert (reply.text, reply.finish_reason, llm.open_streams) == ("one", "interrupted", 0)
+
+
+def test_interrupt_elsewhere_than_a_terminal_ends_the_session() -> None:
+    llm = ScriptedLlama(["par", None])
+    with pytest.raises(KeyboardInterrupt):
+        conversation(llm).say("hi")
+    assert llm.open_streams == 0
+
+
+def test_question_without_an_answer_is_not_remembered() -> None:
+    talk = conversation(ScriptedLlama([None], []))
+    talk.say("hi", interruptible=True)
+    assert talk.messages == []
+    assert talk.say("hi").text == "" and talk.messages == []
+
+
+def test_reset_keeps_the_system_message() -> None:
+    talk = conversation(ScriptedLlama(["a"]), "system")
+    talk.say("1")
+    talk.reset()
+    assert contents(talk) == ["system"]

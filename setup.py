@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "reference": REFERENCE,
-        "train": ["tokenizers>=0.21", "numpy>=1.26"],
+        "train": ["regex>=2024.4"],
         "dev": [
             *REFERENCE,
             "hypothesis>=6.100",
@@ -52,6 +52,7 @@ setup(
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
             "ruff>=0.9",
+            "regex>=2024.4",
             "tokenizers>=0.21",
             "transformers>=5",
             "types-psutil",

@@ -44,8 +44,12 @@ def __getattr__(name: str) -> object:
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"fastllama.{module}"), name)
+    if (
+        name in _HOMES
+    ):  # `import fastllama` alone makes fastllama.generation and its like reachable, as Meta's package does
+        return importlib.import_module(f"fastllama.{name}")
     raise AttributeError(f"module 'fastllama' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_HOMES, "__version__"])

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 UNSET: Any = None  # the default of a field that takes its value from the others
 UNKNOWN_VOCAB_SIZE = -1
+IGNORED_NAMES = frozenset({"rope.freqs"})  # Meta's files may hold the rotary frequencies, which follow from the fields
 # Meta's params.json says only `use_scaled_rope`. The factor is 8, but 32 for the 1B and 3B of Llama 3.2, known by their
 # widths.
 ROPE_SCALING_FACTOR = 8.0
@@ -79,13 +81,15 @@ class ModelArgs:
 
     def _check_whole(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        setattr(self, name, int(value))
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
+        setattr(self, name, float(value))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ NO_TOKEN = -1  # what `sample` gives a row whose logits are not numbers
 class DecodeState:
     """Static tensors of B rows; row i is cache row i."""
 
+    rows: Tensor  # (B,) int64: 0, 1, …
     tokens: Tensor  # (B,) int64, the newest token of each row, next to be fed
     positions: Tensor  # (B,) int64, where it stands
     last: Tensor  # (B,) int64, the last position that may get a token
@@ -41,10 +42,11 @@ class DecodeState:
     ) -> "DecodeState":
         """Right after prefill: each row stands on its prompt's last token and may write up to position `last`."""
         device = model.device
-        ends = torch.tensor([[prompt[-1], len(prompt) - 1, limit] for prompt, limit in zip(prompts, last, strict=True)])
-        tokens, positions, limits = ends.to(device).T.contiguous()
+        ends = [[prompt[-1], len(prompt) - 1, limit] for prompt, limit in zip(prompts, last, strict=True)]
+        tokens, positions, limits = torch.tensor(ends, dtype=torch.int64, device=device).T.contiguous()
         shape = (len(prompts), model.cache.max_seq_len + 1)
         return cls(
+            rows=torch.arange(len(prompts), device=device),
             tokens=tokens,
             positions=positions,
             last=limits,
@@ -66,7 +68,7 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int]) -> None
     batch = Ragged(
         tokens=state.tokens,
         positions=state.positions,
-        rows=torch.arange(len(lengths), device=model.device),
+        rows=state.rows,
         segments=tuple(Segment(row, row, row + 1, length) for row, length in enumerate(lengths)),
         workspace=model.workspace,
     )
@@ -74,7 +76,7 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int]) -> None
 
 
 def choose(model: Transformer, state: DecodeState, logits: Tensor) -> None:
-    """The second half of a step: from logits (B, V) to the rows' next tokens, written and stood upon.
+    """The second half of a step: from logits (B, V) to the rows' next tokens, written out and ready to be fed.
 
     A row that is finished, or becomes so, stays where it is: it is fed again what it was fed before, and writes
     nothing.

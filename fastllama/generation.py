@@ -6,7 +6,6 @@ every row has met a stop token or the end of its room. What a caller may pass is
 """
 
 import itertools
-import threading
 from collections.abc import Generator, Sequence
 from typing import TypedDict
 
@@ -21,8 +20,6 @@ from fastllama.model import Transformer
 from fastllama.parallel import check_single_process
 from fastllama.stream import Increment, Request, increments
 from fastllama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, check_dialog
-
-BUSY = "this Llama is busy with another call or an open stream: finish or close that one first"
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -60,7 +57,8 @@ class Llama:
         one. max_seq_len: positions per row, up to 8192, or 131072 where the checkpoint has scaled rope. max_batch_size:
         rows. seed: of the calls that bring none of their own. device: CUDA where there is one, else the CPU. dtype:
         bfloat16 on CUDA (float16 where the GPU lacks it), float32 on a CPU. backend: "reference", or None for what the
-        device asks for. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it.
+        device asks for. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it;
+        switches scaled rope on.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer of another vocabulary), ValueError for anything else that is wrong with the arguments or
@@ -87,7 +85,6 @@ class Llama:
         self.formatter = ChatFormat(tokenizer)
         self._seed = validate.seed(seed)
         self._calls = itertools.count(1)
-        self._busy = threading.Lock()
 
     def generate(
         self,
@@ -151,8 +148,7 @@ class Llama:
         seed: int | Sequence[int] | None = None,
     ) -> list[CompletionPrediction]:
         """Continue texts. max_gen_len None means max_seq_len - 1; the other arguments are those of `stream`."""
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts must be a list of texts, got {prompts!r:.80}")
+        prompts = validate.texts(prompts)
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         tokens, scores = self.generate(
             prompt_tokens, self._room(max_gen_len), temperature, top_p, logprobs, echo, seed=seed
@@ -175,6 +171,7 @@ class Llama:
         seed: int | Sequence[int] | None = None,
     ) -> list[ChatPrediction]:
         """Answer dialogs. max_gen_len None means max_seq_len - 1; the other arguments are those of `stream`."""
+        dialogs = validate.listed("dialogs", dialogs)
         for index, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {index}")
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
@@ -212,9 +209,8 @@ class Llama:
         max_gen_len = validate.whole_number("max_gen_len", max_gen_len, 0)
         temperature, top_p = validate.temperature(temperature), validate.top_p(top_p)
         seeds = validate.seeds(seed, len(prompts))
-        if self._busy.locked():
-            raise RuntimeError(BUSY)
-        stop_ids = frozenset(self.tokenizer.stop_tokens)
+        self.model.check_idle()
+        stop_ids = validate.stop_ids(self.tokenizer.stop_tokens, params.vocab_size)
         budgets = [min(max_gen_len, params.max_seq_len - len(prompt)) for prompt in prompts]
         if echo:  # a prompt that holds a stop token ends there
             budgets = [b if stop_ids.isdisjoint(prompt) else 0 for b, prompt in zip(budgets, prompts, strict=True)]
@@ -231,12 +227,8 @@ class Llama:
         return [(seed, 0, 0) for seed in seeds]
 
     def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(BUSY)
-        try:
+        with self.model.exclusively():
             yield from increments(self.model, request, tokenizer)
-        finally:
-            self._busy.release()
 
 
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
@@ -248,5 +240,6 @@ def sample_top_p(probs: Tensor, p: float) -> Tensor:
     if probs.ndim != 2 or 0 in probs.shape:
         raise ValueError(f"probs must have shape (B, V), got {tuple(probs.shape)}")
     p = validate.top_p(p)
-    keep = nucleus(probs, probs.double(), torch.full(probs.shape[:1], p, dtype=torch.float64, device=probs.device))
+    limit = torch.full(probs.shape[:1], p if p < 1 else torch.inf, dtype=probs.dtype, device=probs.device)
+    keep = nucleus(probs, probs, limit)
     return torch.multinomial(torch.where(keep, probs, 0), num_samples=1)

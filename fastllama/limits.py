@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from fastllama.args import ModelArgs
+from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
 from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
 
 GIB = 2**30
@@ -52,15 +53,17 @@ def memory_plan(
     rope = max_seq_len * head_dim * FLOAT32_BYTES
     cache = 2 * args.n_layers * max_batch_size * n_kv_heads * max_seq_len * head_dim * size
     n_tokens = min(PREFILL_CHUNK_TOKENS, max_batch_size * max_seq_len)
-    widths = (
-        WIDTHS_OF_DIM * args.dim
-        + WIDTHS_OF_HEADS * (args.n_heads + 2 * n_kv_heads) * head_dim
-        + WIDTHS_OF_HIDDEN * hidden_dim
+    per_token = (
+        WIDTHS_OF_DIM * args.dim * FLOAT32_BYTES
+        + WIDTHS_OF_HEADS * (args.n_heads + 2 * n_kv_heads) * head_dim * FLOAT32_BYTES
+        + WIDTHS_OF_HIDDEN * hidden_dim * size
     )
+    queries = min(QUERY_BLOCK_TOKENS, max_seq_len) * args.n_heads // n_kv_heads
+    mask = queries * max_seq_len * (2 + size)  # as booleans, repeated for each group, and as numbers to add
     scoring = SCORE_CHUNK_TOKENS * args.vocab_size * (size + 2 * FLOAT32_BYTES)
     sampling = max_batch_size * args.vocab_size * (size + SAMPLING_BYTES_PER_LOGIT)
     outputs = max_batch_size * max_seq_len * 12
-    forward = n_tokens * widths * size + max(scoring, sampling) + outputs
+    forward = n_tokens * per_token + mask + max(scoring, sampling) + outputs
     loading = max(elements) * size  # a weight, before it is packed
     return MemoryPlan(sum(elements) * size + rope, cache, max(forward, loading))
 
@@ -68,7 +71,9 @@ def memory_plan(
 def free_memory(device: torch.device) -> int:
     """Bytes that a new model could take on the device now."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps of a model that is gone is free for the next.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
 
 

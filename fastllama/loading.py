@@ -33,8 +33,8 @@ def load(
 ) -> tuple[Transformer, Tokenizer]:
     """What `Llama.build` promises, argument by argument and error by error."""
     start = time.perf_counter()
-    validate.whole_number("max_batch_size", max_batch_size, 1)
-    _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, "")
+    max_batch_size = validate.whole_number("max_batch_size", max_batch_size, 1)
+    max_seq_len = _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, " (8192 without scaled rope)")
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
@@ -46,7 +46,7 @@ def load(
     args = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, **fields)
     if not args.use_scaled_rope:
         _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")
-    tokenizer = Tokenizer(tokenizer_path, llama31=args.use_scaled_rope)
+    tokenizer = Tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))
     if args.vocab_size != tokenizer.n_words:
         raise AssertionError(
             f"the checkpoint has a vocabulary of {args.vocab_size} and the tokenizer one of {tokenizer.n_words}: "
@@ -86,20 +86,24 @@ def choose_dtype(value: torch.dtype | str | None, device: torch.device) -> torch
     if value is None:
         if device.type == "cpu":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     dtype = DTYPES.get(value) if isinstance(value, str) else value
     if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {value!r}")
     return dtype
 
 
-def _check_max_seq_len(max_seq_len: object, most: int, where: str) -> None:
-    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or not 1 <= max_seq_len <= most:
-        raise AssertionError(f"max_seq_len must be a whole number from 1 to {most}{where}, got {max_seq_len!r}")
+def _check_max_seq_len(value: object, most: int, where: str) -> int:
+    try:
+        return validate.whole_number("max_seq_len", value, 1, most)
+    except ValueError as error:
+        raise AssertionError(f"{error}{where}") from None
 
 
-def _check_paths(ckpt_dir: str, tokenizer_path: str) -> None:
-    if not os.path.isdir(ckpt_dir):
-        raise AssertionError(f"the checkpoint folder {str(ckpt_dir)!r} does not exist")
-    if not os.path.exists(tokenizer_path):
+def _check_paths(ckpt_dir: object, tokenizer_path: object) -> None:
+    for name, path in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path)):
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"{name} must be a path, got {path!r}")
+    if not os.path.exists(str(tokenizer_path)) and os.path.isdir(str(ckpt_dir)):
         raise AssertionError(f"the tokenizer file {str(tokenizer_path)!r} does not exist")

@@ -5,47 +5,25 @@ in `state_dict` and `load_state_dict`, and runs ragged batches: the tokens of an
 What the five calls compute stands in `fastllama.kernels.reference`.
 """
 
-import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastllama.args import ModelArgs
+from fastllama import validate
+from fastllama.args import IGNORED_NAMES, ModelArgs
 from fastllama.cache import KVCache
 from fastllama.kernels import select
 from fastllama.kernels.ragged import Ragged, Segment
+from fastllama.rope import rope_table
+from fastllama.slots import Slot, slots
 
-# What a slot of a layer holds: the weights, by Meta's names, that are packed together because they read the same input.
-LAYER_SLOTS = {
-    "attention_norm": ("attention_norm",),
-    "wqkv": ("attention.wq", "attention.wk", "attention.wv"),
-    "wo": ("attention.wo",),
-    "ffn_norm": ("ffn_norm",),
-    "w13": ("feed_forward.w1", "feed_forward.w3"),
-    "w2": ("feed_forward.w2",),
-}
-PLAIN_SLOTS = {"tok_embeddings", "attention_norm", "ffn_norm", "norm"}  # read as they are, never packed
-IGNORED_NAMES = {"rope.freqs"}  # Meta's files may hold the rotary frequencies; they follow from the arguments
 INIT_STD = 0.02
-
-
-def rope_table(args: ModelArgs) -> Tensor:
-    """cos and sin of every position's angles: (max_seq_len, head_dim/2, 2) float32.
-
-    With scaled rope (Llama 3.1), wavelengths above the original context are stretched by the factor, those below a
-    quarter of it are kept, and those between blend from one to the other.
-    """
-    head_dim = args.head_dim
-    frequencies = 1.0 / (args.rope_theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim))
-    if args.use_scaled_rope:
-        low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
-        turns = args.rope_original_max_seq_len * frequencies / (2 * math.pi)  # in the original context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / args.rope_scaling_factor)
-    angles = torch.outer(torch.arange(args.max_seq_len, device="cpu").float(), frequencies)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+NO_WEIGHTS = "the model has no weights yet: load_state_dict or load_tensors first"
+BUSY = "this model is busy with another call or an open stream: finish that one, or close it with .close()"
 
 
 class LoadedKeys(NamedTuple):
@@ -56,7 +34,7 @@ class LoadedKeys(NamedTuple):
 
 
 class Layer(nn.Module):
-    """One layer's weights, in the slots of LAYER_SLOTS."""
+    """One layer's weights, in the slots of `fastllama.slots`."""
 
     attention_norm: Tensor
     wqkv: Tensor
@@ -96,11 +74,14 @@ class Transformer(nn.Module):
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        self.device = torch.get_default_device() if device is None else torch.device(device)
+        # torch.get_default_device does not know of torch.set_default_tensor_type, which Meta's scripts call.
+        self.device = torch.empty(0).device if device is None else torch.device(device)
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.backend = backend
         self.ops = select.backend(backend, self.device)
+        self._lock = threading.Lock()
         self.layers = nn.ModuleList(Layer() for _ in range(params.n_layers))
-        for slot in self._slots():
+        for slot in slots(self, self.layers):
             slot.owner.register_parameter(slot.attribute, None)
         if init_weights:
             self.load_tensors(self._random_weights())
@@ -111,9 +92,13 @@ class Transformer(nn.Module):
         """Meta's signature: tokens (B, S) at positions start_pos and on, of rows 0 to B - 1 -> float32 logits (B, S,
         V).
 
-        What was cached before start_pos counts as each row's past. Raises ValueError for what does not fit the cache.
+        What was cached before start_pos counts as each row's past. Raises ValueError for what does not fit the cache,
+        RuntimeError while a generation or an open stream is using the cache.
         """
-        rows, length = self._check_forward(tokens, start_pos)
+        with self.exclusively():
+            return self._forward(tokens, *self._check_forward(tokens, start_pos))
+
+    def _forward(self, tokens: Tensor, start_pos: int, rows: int, length: int) -> Tensor:
         batch = Ragged(
             tokens=tokens.to(self.device, torch.int64).flatten(),
             positions=torch.arange(start_pos, start_pos + length, device=self.device).repeat(rows),
@@ -146,7 +131,7 @@ class Transformer(nn.Module):
         """
         ignored = IGNORED_NAMES | ({"output.weight"} if self.params.tied_output else set())
         expected = {name: shape for name, shape in self.params.shapes.items() if name not in ignored}
-        slots = {name: slot for slot in self._slots() for name in slot.names}
+        homes = {name: slot for slot in slots(self, self.layers) for name in slot.names}
         waiting: dict[str, Tensor] = {}
         for name, tensor in tensors:
             if name in ignored:
@@ -157,7 +142,7 @@ class Transformer(nn.Module):
                 raise ValueError(f"weight {name!r} must have shape {expected[name]}, got {tuple(tensor.shape)}")
             waiting[name] = tensor
             del expected[name], tensor  # so that no more than one slot's weights are in memory twice
-            slot = slots[name]
+            slot = homes[name]
             if all(part in waiting for part in slot.names):
                 self._set(slot, [waiting.pop(part) for part in slot.names])
         if expected:
@@ -168,12 +153,15 @@ class Transformer(nn.Module):
     def state_dict(  # type: ignore[override]
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
-        """Every weight by Meta's name and in Meta's shape, in the model dtype."""
+        """Every weight by Meta's name and in Meta's shape, in the model dtype.
+
+        Packed weights come as copies, so change a model through `load_state_dict`.
+        """
         shapes, weights = self.params.shapes, {} if destination is None else destination
-        for slot in self._slots():
+        for slot in slots(self, self.layers):
             packed = getattr(slot.owner, slot.attribute)
             if packed is None:
-                raise ValueError("the model has no weights yet: load_state_dict or load_tensors first")
+                raise ValueError(NO_WEIGHTS)
             packed = packed.detach()
             parts = (packed,) if slot.plain else self.ops.unpack(packed, [shapes[name][0] for name in slot.names])
             weights.update(zip((prefix + name for name in slot.names), parts, strict=True))
@@ -189,6 +177,8 @@ class Transformer(nn.Module):
         """
         shapes = self.params.shapes
         missing = [name for name in shapes if name not in state_dict]
+        if self.params.tied_output and "output.weight" in missing:
+            missing.remove("output.weight")
         unexpected = [name for name in state_dict if name not in shapes and name not in IGNORED_NAMES]
         misshaped = [
             f"{name} {tuple(state_dict[name].shape)} instead of {shape}"
@@ -204,14 +194,17 @@ class Transformer(nn.Module):
             listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
             raise ValueError(f"the state dict does not fit this model: {listed}")
         kept = self.state_dict() if missing else {}
-        self.load_tensors((name, kept[name] if name in missing else state_dict[name]) for name in shapes)
+        self.load_tensors((name, weight) for name, weight in {**kept, **state_dict}.items() if name in shapes)
         return LoadedKeys(missing, unexpected)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """What `.to(...)`, `.cuda()` and `.half()` call: weights packed for one device and dtype are packed anew."""
+        sample = fn(self.norm.detach())
+        if (sample.device, sample.dtype) == (self.device, self.dtype):
+            return self
         moved = {name: fn(tensor) for name, tensor in self.state_dict().items()}
-        sample = next(iter(moved.values()))
         self.device, self.dtype = sample.device, sample.dtype
+        self.ops = select.backend(self.backend, self.device)
         self.load_tensors(moved.items())
         self._allocate()
         return self
@@ -223,30 +216,46 @@ class Transformer(nn.Module):
         self.cache = KVCache(p.n_layers, p.max_batch_size, *heads, device=self.device, dtype=self.dtype)
         self.workspace = self.ops.workspace()
 
-    def _check_forward(self, tokens: Tensor, start_pos: int) -> tuple[int, int]:
-        if tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
-            raise ValueError(f"tokens must be integers of shape (B, S), got {tokens.dtype} of {tuple(tokens.shape)}")
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Hold the cache for one call. RuntimeError while another holds it."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(BUSY)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def check_idle(self) -> None:
+        """RuntimeError while a call or an open stream holds the cache."""
+        if self._lock.locked():
+            raise RuntimeError(BUSY)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by weights in Meta's names: packed ones, locks and backends do neither."""
+        return _rebuild, (self.params, self.device, self.dtype, self.backend, self.state_dict())
+
+    def _check_forward(self, tokens: Tensor, start_pos: int) -> tuple[int, int, int]:
+        """(start_pos, rows, length), where they fit."""
+        if self.output is None:
+            raise ValueError(NO_WEIGHTS)
+        start_pos = validate.whole_number("start_pos", start_pos, 0)
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
+            got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"tokens must be a tensor of integers of shape (B, S), got {got}")
         rows, length = tokens.shape
         most_rows, most_positions = self.cache.max_batch_size, self.cache.max_seq_len
         if rows > most_rows:
             raise ValueError(f"{rows} rows do not fit the cache's max_batch_size of {most_rows}")
         last = start_pos + length - 1
-        if start_pos < 0 or last >= most_positions:
+        if last >= most_positions:
             raise ValueError(f"positions {start_pos} to {last} do not fit the cache's max_seq_len of {most_positions}")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise ValueError(f"token ids must be from 0 to {self.vocab_size - 1}, got {low if low < 0 else high}")
-        return rows, length
+        return start_pos, rows, length
 
-    def _slots(self) -> "Iterator[_Slot]":
-        yield _Slot(self, "tok_embeddings", ("tok_embeddings.weight",))
-        for index, layer in enumerate(self.layers):
-            for attribute, names in LAYER_SLOTS.items():
-                yield _Slot(layer, attribute, tuple(f"layers.{index}.{name}.weight" for name in names))
-        yield _Slot(self, "norm", ("norm.weight",))
-        yield _Slot(self, "output", ("output.weight",))
-
-    def _set(self, slot: "_Slot", parts: list[Tensor]) -> None:
+    def _set(self, slot: Slot, parts: list[Tensor]) -> None:
         # A single part would keep sharing the caller's memory, or the mapped file's; several are concatenated anyway.
         moved = [part.detach().to(self.device, self.dtype, copy=len(parts) == 1) for part in parts]
         weight = moved[0].contiguous() if slot.plain else self.ops.pack(*moved)
@@ -258,16 +267,12 @@ class Transformer(nn.Module):
             yield name, weight.fill_(1) if len(shape) == 1 else weight.normal_(0, INIT_STD)
 
 
-class _Slot(NamedTuple):
-    """One attribute of the model or of a layer, and the weights it holds."""
-
-    owner: nn.Module
-    attribute: str
-    names: tuple[str, ...]
-
-    @property
-    def plain(self) -> bool:
-        return self.attribute in PLAIN_SLOTS
+def _rebuild(
+    params: ModelArgs, device: torch.device, dtype: torch.dtype, backend: str | None, weights: dict[str, Tensor]
+) -> Transformer:
+    model = Transformer(params, device=device, dtype=dtype, backend=backend, init_weights=False)
+    model.load_tensors(weights.items())
+    return model
 
 
 def _some(names: Iterable[str], limit: int = 8) -> str:

@@ -18,6 +18,8 @@ from fastllama.model import Transformer
 PREFILL_CHUNK_TOKENS = 2048
 SCORE_CHUNK_TOKENS = 256  # whose logits are in memory at once when prompts are scored
 
+NOT_FINITE_CAUSE = "the weights, or their overflow in this dtype, are the likely cause"
+
 Piece = tuple[int, int, Sequence[int]]  # row, position of its first token, tokens
 
 
@@ -82,7 +84,5 @@ def _score(
         logprobs = torch.log_softmax(logits, dim=-1).gather(-1, following[:, None])[:, 0]
         for (row, _), logprob in zip(chosen, logprobs.tolist(), strict=True):
             if math.isnan(logprob):
-                raise ValueError(
-                    f"the logits of row {row} are not finite numbers at its prompt's position {len(scores[row])}"
-                )
+                raise ValueError(f"the logits of row {row} are not finite numbers in its prompt; {NOT_FINITE_CAUSE}")
             scores[row].append(logprob)

@@ -14,7 +14,7 @@ import torch
 from fastllama.decode_graph import NO_TOKEN, DecodeState, choose, step
 from fastllama.kernels.ragged import Sampling
 from fastllama.model import Transformer
-from fastllama.prefill import prefill
+from fastllama.prefill import NOT_FINITE_CAUSE, prefill
 from fastllama.tokenizer import TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -76,7 +76,7 @@ class _Row:
         if token == NO_TOKEN:
             raise ValueError(
                 f"the logits of row {self.index} are not finite numbers at step {self.length - len(self.prompt)} "
-                f"(position {self.length}): the weights, or their overflow in this dtype, are the likely cause"
+                f"(position {self.length}); {NOT_FINITE_CAUSE}"
             )
         if token in request.stop_ids:
             return self.gain([], [] if request.logprobs else None, "stop")

@@ -2,63 +2,94 @@
 
 import math
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-SEED_RANGE = (-(2**63), 2**64 - 1)  # what torch.manual_seed takes
+LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # what torch.manual_seed takes
 
 
-def whole_number(name: str, value: object, least: int) -> int:
-    """value as an int. Raises ValueError where it is not a whole number of at least `least`."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if isinstance(value, bool) or number is None or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """value as an int. Raises ValueError where it is not a whole number from `least` to `most`."""
+    number = _index(value)
+    if number is None or number < least or (most is not None and number > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {wanted}, got {value!r}")
     return number
 
 
-def temperature(value: object) -> float:
+def temperature(value: Any) -> float:
     """value as a float. Raises ValueError where it is negative, infinite or not a number."""
-    return _real("temperature", value, "0 (the most likely token) or a positive number")
+    return _real("temperature", value, math.inf, "0 (the most likely token) or a positive number")
 
 
-def top_p(value: object) -> float:
-    """value as a float. Raises ValueError where it is negative, infinite or not a number."""
-    return _real("top_p", value, "a number from 0 (the most likely token) to 1 (the whole vocabulary)")
+def top_p(value: Any) -> float:
+    """value as a float, at most 1. Raises ValueError where it is negative or not a number."""
+    number = _real("top_p", value, None, "a number from 0 (the most likely token) to 1 (the whole vocabulary)")
+    return min(number, 1.0)
 
 
-def _real(name: str, value: object, expected: str) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool | str) or not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return number
-
-
-def seed(value: object) -> int:
+def seed(value: Any) -> int:
     """value as an unsigned 64-bit seed. Raises ValueError where it is no integer that torch.manual_seed would take."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if isinstance(value, bool) or number is None or not SEED_RANGE[0] <= number <= SEED_RANGE[1]:
-        raise ValueError(f"a seed must be a whole number from -2**63 to 2**64 - 1, got {value!r}")
-    return number % 2**64
+    return whole_number("a seed", value, LEAST_SEED, MOST_SEED) % 2**64
 
 
-def seeds(value: object, n_rows: int) -> list[int] | int | None:
+def seeds(value: Any, n_rows: int) -> list[int] | int | None:
     """A call's seed: one, one per row, or None. Raises ValueError for anything else."""
-    if value is None:
+    if value is None or _index(value) is not None:
+        return None if value is None else seed(value)
+    if isinstance(value, str | bytes | set | frozenset | dict) or not isinstance(value, Iterable):
+        return seed(value)  # says what a seed must be
+    each = list(value)
+    if len(each) != n_rows:
+        raise ValueError(f"a list of seeds must have one for each of the {n_rows} prompts, got {len(each)}")
+    return [seed(one) for one in each]
+
+
+def stop_ids(value: Any, vocab_size: int) -> frozenset[int]:
+    """The token ids that end a row, without those that no model of this vocabulary can choose.
+
+    Raises ValueError where `tokenizer.stop_tokens` is not a collection of whole numbers.
+    """
+    ids = [_index(token) for token in value] if isinstance(value, Iterable) else [None]
+    if None in ids:
+        raise ValueError(f"tokenizer.stop_tokens must be a set or list of token ids, got {value!r:.80}")
+    return frozenset(token for token in ids if token is not None and 0 <= token < vocab_size)
+
+
+def listed(name: str, value: Any) -> list[Any]:
+    """value as a list. Raises ValueError for a single text and for what cannot be gone through."""
+    if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a list, got {value!r:.80}")
+    return list(value)
+
+
+def texts(value: Any) -> list[str]:
+    """The prompts of a text completion. Raises ValueError where they are not a list of str."""
+    prompts = listed("prompts", value)
+    for place, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompts must be a list of texts, got {prompt!r:.80} at place {place}")
+    return prompts
+
+
+def _index(value: Any) -> int | None:
+    """value as an int where it is a whole number of any kind (numpy's and torch's too), never a bool."""
+    if isinstance(value, bool):
         return None
-    if isinstance(value, Collection) and not isinstance(value, str | bytes):
-        listed = list(value)
-        if len(listed) != n_rows:
-            raise ValueError(f"a list of seeds must have one for each of the {n_rows} prompts, got {len(listed)}")
-        return [seed(one) for one in listed]
-    return seed(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _real(name: str, value: Any, below: float | None, expected: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not number >= 0 or (below is not None and number >= below):
+        raise ValueError(f"{name} must be {expected}, got {value!r:.80}")
+    return number
 
 
 def prompts(
@@ -91,11 +122,6 @@ def _prompt(row: int, prompt: list[int], vocab_size: int, max_seq_len: int) -> l
             f"prompt {row} has {len(prompt)} tokens, more than the max_seq_len of {max_seq_len}: "
             "shorten it, or build with a larger max_seq_len"
         )
-    try:
-        ids = [operator.index(token) for token in prompt]
-    except TypeError:
-        raise ValueError(f"prompt {row} must hold token ids (integers), got {prompt!r:.80}") from None
-    for place, token in enumerate(ids):
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"token {place} of prompt {row} must be from 0 to {vocab_size - 1}, got {token}")
-    return ids
+    return [
+        whole_number(f"token {place} of prompt {row}", token, 0, vocab_size - 1) for place, token in enumerate(prompt)
+    ]

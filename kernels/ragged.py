@@ -7,6 +7,7 @@ are this one type.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Ragged:
     exact: bool = True  # the segments' `keys` are the rows' true lengths; False where they only bound them from above
     workspace: Any = None  # the backend's scratch memory, from its `workspace`
 
-    @property
+    @cached_property
     def one_each(self) -> bool:
         """True for a decode step: one token per row, row i being token i."""
         return all(s.row == i and s.begin == i and s.end == i + 1 for i, s in enumerate(self.segments))
@@ -53,7 +54,7 @@ class Ragged:
             positions.extend(range(start, start + len(piece)))
             rows.extend([row] * len(piece))
             segments.append(Segment(row, begin, len(tokens), start + len(piece)))
-        flat = torch.tensor([tokens, positions, rows], dtype=torch.int64).to(device)
+        flat = torch.tensor([tokens, positions, rows], dtype=torch.int64, device=device)
         return cls(flat[0], flat[1], flat[2], tuple(segments), workspace=workspace)
 
 
@@ -61,8 +62,8 @@ class Ragged:
 class Sampling:
     """How each of B rows draws its tokens. (seed, stream, call) names a row's random stream."""
 
-    temperature: Tensor  # (B,) float32; 0 takes the most likely token
-    top_p: Tensor  # (B,) float32; 0 takes the most likely token, 1 and more keeps the whole vocabulary
+    temperature: Tensor  # (B,) float64; 0 takes the most likely token
+    top_p: Tensor  # (B,) float64; 0 takes the most likely token, 1 and more keeps the whole vocabulary
     seed: Tensor  # (B,) int64, all 64 bits of it
     stream: Tensor  # (B,) int64 below 2**32
     call: Tensor  # (B,) int64 below 2**32
@@ -74,6 +75,6 @@ class Sampling:
     ) -> "Sampling":
         """The same temperature and top_p for every row, and (seed, stream, call) for each."""
         signed = [[seed - 2**64 if seed >= 2**63 else seed, stream, call] for seed, stream, call in streams]
-        seed, stream, call = torch.tensor(signed, dtype=torch.int64).to(device).T.contiguous()
-        full = torch.full((len(streams),), temperature, dtype=torch.float32, device=device)
+        seed, stream, call = torch.tensor(signed, dtype=torch.int64, device=device).T.contiguous()
+        full = torch.full((len(streams),), temperature, dtype=torch.float64, device=device)
         return cls(full, torch.full_like(full, top_p), seed, stream, call, greedy=temperature == 0 or top_p == 0)

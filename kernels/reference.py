@@ -80,7 +80,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Ten
 
     q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D). The G query heads that share a kv head
     are packed as G rows of queries against it, so that keys and values are read once. What the cache holds past a
-    token's position has no influence, whatever it is.
+    row's last token has no influence, whatever it is.
     """
     lengths = {segment.keys for segment in batch.segments}
     if batch.one_each and batch.exact and len(lengths) == 1:  # a decode step of equally long rows needs no mask
@@ -140,20 +140,21 @@ def sample(logits: Tensor, sampling: Sampling, positions: Tensor) -> tuple[Tenso
     id, then those equal to it: an order that needs no sort.
     """
     x = logits.float()
-    total = torch.logsumexp(x, dim=-1)
+    scores = torch.log_softmax(x, dim=-1)
     tokens = x.argmax(dim=-1)
     if not sampling.greedy:
         deterministic = (sampling.temperature == 0) | (sampling.top_p == 0)
         tokens = torch.where(deterministic, tokens, _draw(x, sampling, positions))
-    logprobs = x.gather(-1, tokens[:, None])[:, 0] - total
-    return torch.where(total.isfinite(), tokens, -1), logprobs
+    logprobs = scores.gather(-1, tokens[:, None])[:, 0]
+    return torch.where(logprobs.isnan(), -1, tokens), logprobs
 
 
 def _draw(x: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
     """Token ids (B,) drawn by temperature and top-p from logits x (B, V), in float64."""
-    inverse = 1 / torch.where(sampling.temperature == 0, 1, sampling.temperature).double()
+    inverse = 1 / torch.where(sampling.temperature == 0, 1, sampling.temperature)
     mass = torch.exp((x - x.amax(-1, keepdim=True)).double() * inverse[:, None])
-    keep = nucleus(x, mass, sampling.top_p.double())
+    limit = torch.where(sampling.top_p >= 1, torch.inf, sampling.top_p * mass.sum(-1))
+    keep = nucleus(x, mass, limit)
     lowest = torch.where(keep, x, torch.inf).amin(-1, keepdim=True)
     tied = keep & (x == lowest)
     above = torch.where(keep & ~tied, mass, 0).cumsum(-1)
@@ -164,16 +165,16 @@ def _draw(x: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
     return torch.where(target[:, 0] < above[:, -1], from_above, from_tied)
 
 
-def nucleus(order_by: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
-    """The tokens that top-p keeps, the most likely always among them.
+def nucleus(order_by: Tensor, mass: Tensor, limit: Tensor) -> Tensor:
+    """The tokens that top-p keeps: those before which, in descending order, at most `limit` of mass lies.
 
-    order_by (B, V) ranks the tokens, mass (B, V) of any total weighs them, top_p (B,) -> (B, V) bool.
+    order_by (B, V) ranks the tokens, the lowest ids first among equals; mass (B, V) weighs them; limit (B,), which is
+    top_p times the total mass -> (B, V) bool. Sums and compares in the dtype of mass.
     """
     order = order_by.argsort(dim=-1, descending=True, stable=True)
     ordered = mass.gather(-1, order)
-    cumulative = ordered.cumsum(-1)
-    before = cumulative - ordered
-    keep = (before <= top_p[:, None] * cumulative[:, -1:]) | (top_p[:, None] >= 1)
+    before = ordered.cumsum(-1) - ordered
+    keep = before <= limit[:, None]
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 

@@ -16,7 +16,7 @@ def backend(name: str | None, device: torch.device) -> ModuleType:
     """
     if name is None:
         name = "reference"
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(repr(known) for known in BACKENDS)
         raise ValueError(f"backend must be one of {known}, got {name!r}: leave it out to get the one for {device}")
     return BACKENDS[name]

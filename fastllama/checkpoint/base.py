@@ -127,7 +127,7 @@ def check_shapes(source: Path, rule: str, shapes: Mapping[str, tuple[Sequence[in
         if tuple(expected) != tuple(found)
     ]
     if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors have not the shape that {rule}; {listing(wrong)}")
+        raise ValueError(f"{source}: {len(wrong)} tensors do not have the shape that {rule}; {listing(wrong)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

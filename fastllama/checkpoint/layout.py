@@ -5,6 +5,7 @@ Everything that has to know how a checkpoint is cut reads it from here: the read
 cuts are independent, so any number of shards loads on any number of processes.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -80,7 +81,7 @@ class Weight:
         """Elements in process `rank`'s slice."""
         _, length = self.share(rank, world_size)
         axis = self.axis or 0
-        return length * _product(self.shape[:axis]) * _product(self.shape[axis + 1 :])
+        return length * math.prod(self.shape[:axis]) * math.prod(self.shape[axis + 1 :])
 
 
 def weights(params: Mapping[str, Any]) -> Iterator[Weight]:
@@ -144,10 +145,3 @@ def read_share(stored: Stored, weight: Weight, rank: int, world_size: int) -> to
                 parts.append(piece.narrow(axis, first - offset, last - first))
             offset += size
     return parts[0] if len(parts) == 1 else torch.cat(parts, stored.axis)
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

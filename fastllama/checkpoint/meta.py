@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastllama.args import ffn_width
+from fastllama.args import IGNORED_NAMES, ffn_width
 from fastllama.checkpoint.base import (
     Checkpoint,
     check_dims,
@@ -39,7 +39,6 @@ SHARD_PATTERN = "*.pth"
 ZIP_SIGNATURE = b"PK\x03\x04"
 NUMBERED_SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 # A buffer that older files carry; it follows from the parameters.
-IGNORED_TENSORS = frozenset({"rope.freqs"})
 
 # Meta's defaults for fields that params.json may leave out.
 MULTIPLE_OF = 256
@@ -173,7 +172,7 @@ def _load_shard(path: Path) -> Shard:
             raise ValueError(
                 f"{path}: expected a flat dict of names and tensors, got {shown(name)} with a {type(value).__name__}"
             )
-    shard = {name: value.detach() for name, value in content.items() if name not in IGNORED_TENSORS}
+    shard = {name: value.detach() for name, value in content.items() if name not in IGNORED_NAMES}
     check_dtypes(path, {name: dtype_name(value.dtype) for name, value in shard.items()})
     hollow = [
         f"{name} {tuple(value.shape)}"
@@ -191,7 +190,8 @@ def _reason(error: Exception) -> str:
         wanted = re.search(r"GLOBAL (\S{1,80})", text)
         what = f" ({wanted[1]})" if wanted else ""
         return f"refused, because it holds more than tensors{what} and nothing in it is executed"
-    return f"is truncated or damaged ({type(error).__name__}: {shown(text.splitlines()[0] if text else '')})"
+    said = f"{type(error).__name__}: {shown(text.splitlines()[0] if text else '')}"
+    return f"is truncated or damaged ({said}); download it again"
 
 
 def _check_agreement(files: list[Path], shards: list[Shard]) -> None:

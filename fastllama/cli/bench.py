@@ -8,7 +8,6 @@ import click
 from fastllama.cli.options import Integers, Names, checkpoint_options, device_options, json_option
 
 if TYPE_CHECKING:
-
     from fastllama.benchmarks.models import ModelSource
     from fastllama.benchmarks.suite import Plan
 

@@ -44,6 +44,8 @@ def test_seeded_draws_match_the_cpu(folder: Path) -> None:
 def test_defaults_are_cuda_and_half_precision(folder: Path) -> None:
     llm = build(folder, None, None)
     assert llm.model.device.type == "cuda"
-    assert llm.model.dtype == (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    assert llm.model.dtype == (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
     first = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0)
     assert all(llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0) == first for _ in range(5))

@@ -7,8 +7,8 @@ import torch
 
 from fastllama import ModelArgs, Transformer
 from fastllama.kernels.ragged import Ragged
-from fastllama.model import rope_table
 from fastllama.prefill import prefill
+from fastllama.rope import rope_table
 from tests.checkpoints import random_weights, tiny_params
 
 
@@ -152,10 +152,10 @@ def test_prefill_in_chunks_equals_one_pass(monkeypatch: pytest.MonkeyPatch, chun
     [
         (torch.zeros(5, 3, dtype=torch.long), 0, "5 rows do not fit the cache's max_batch_size of 4"),
         (torch.zeros(1, 3, dtype=torch.long), 62, "positions 62 to 64 do not fit the cache's max_seq_len of 64"),
-        (torch.zeros(1, 3, dtype=torch.long), -1, "positions -1"),
+        (torch.zeros(1, 3, dtype=torch.long), -1, "start_pos must be a whole number of at least 0, got -1"),
         (torch.zeros(3, dtype=torch.long), 0, r"shape \(B, S\)"),
         (torch.zeros(1, 0, dtype=torch.long), 0, r"shape \(B, S\)"),
-        (torch.zeros(1, 3), 0, "must be integers"),
+        (torch.zeros(1, 3), 0, "must be a tensor of integers"),
         (torch.tensor([[1, 576]]), 0, "from 0 to 575, got 576"),
         (torch.tensor([[-1, 5]]), 0, "from 0 to 575, got -1"),
     ],

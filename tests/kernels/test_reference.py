@@ -146,9 +146,7 @@ def test_sample_draws_what_the_oracle_draws(vocabulary: int, spread: float) -> N
         tokens, logprobs = reference.sample(logits, how, positions)
         u = uniform(how.seed, how.stream, how.call, positions)
         rows = logits.double().numpy()
-        # Through float32, as the parameters are held.
-        wide = float(np.float32(temperature)), float(np.float32(top_p))
-        assert tokens.tolist() == [oracle_draw(row, *wide, float(u[i])) for i, row in enumerate(rows)]
+        assert tokens.tolist() == [oracle_draw(row, temperature, top_p, float(u[i])) for i, row in enumerate(rows)]
         expected = torch.log_softmax(logits.float(), -1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(logprobs, expected)
 

@@ -1,0 +1,181 @@
+"""The built-in model's training text: an endless, reproducible stream of stories, conversations and plain texts.
+
+A document is a list of pieces, each a string or one of Llama 3's special tokens (by its place behind the ranks), with
+the weight that its tokens have in the loss: 1 for what the model is to write, little or nothing for what it only reads.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import tiktoken
+
+from fastllama.builtin.bpe import count_words
+from fastllama.builtin.chat import Turn, common_words, dialog
+from fastllama.builtin.facts import draw_relation, facts_by_relation
+from fastllama.builtin.stories import story
+from fastllama.builtin.tables import columns, lines, sections
+
+# Where Llama 3's special tokens stand behind the ranks.
+BEGIN_OF_TEXT, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN = 0, 1, 6, 7, 9
+
+STORY_SHARE, DIALOG_SHARE = 0.16, 0.78
+READ_WEIGHT = 0.1
+MAX_TOKENS_PER_DOCUMENT = 512
+ZIPF_OFFSET = 20
+WORD_SCALE = 60_000
+PROSE_SCALE = 30
+SAMPLE_SCALE = 0.35
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text, or a special token by its place behind the ranks, and its weight in the loss."""
+
+    text: str | int
+    weight: float = 1.0
+
+
+def documents(seed: int) -> Iterator[list[Piece]]:
+    """Documents without end; the same seed gives the same ones."""
+    rng = random.Random(seed)
+    while True:
+        drawn = rng.random()
+        if drawn < STORY_SHARE:
+            yield text_document(_cut(story(rng), rng))
+        elif drawn < STORY_SHARE + DIALOG_SHARE:
+            yield dialog_document(dialog(rng))
+        else:
+            yield text_document(plain_text(rng))
+
+
+def text_document(parts: list[str]) -> list[Piece]:
+    """begin_of_text, the text, end_of_text. Parts are encoded one by one: a prompt ends where a part ends."""
+    return [Piece(BEGIN_OF_TEXT, 0.0), *map(Piece, parts), Piece(END_OF_TEXT)]
+
+
+def dialog_document(turns: list[Turn]) -> list[Piece]:
+    """A conversation in Llama 3's chat format."""
+    pieces = [Piece(BEGIN_OF_TEXT, 0.0)]
+    for turn in turns:
+        answers = turn.role == "assistant"
+        pieces += [Piece(START_HEADER, 0.0), Piece(turn.role, 0.0), Piece(END_HEADER, 0.0), Piece("\n\n", 0.0)]
+        weight = float(turn.learned) if answers else READ_WEIGHT
+        pieces += [Piece(turn.content, weight), Piece(END_OF_TURN, weight if answers else 0.0)]
+    return pieces
+
+
+def encode(document: list[Piece], encoder: tiktoken.Encoding) -> tuple[list[int], list[float]]:
+    """Token ids of a document and, for each, its weight in the loss."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for piece in document:
+        ids = [encoder.n_vocab + piece.text] if isinstance(piece.text, int) else encoder.encode_ordinary(piece.text)
+        tokens += ids
+        weights += [piece.weight] * len(ids)
+    return tokens[:MAX_TOKENS_PER_DOCUMENT], weights[:MAX_TOKENS_PER_DOCUMENT]
+
+
+def plain_text(rng: random.Random) -> list[str]:
+    """A beginning and its continuation, some facts in a row, a list of translations, numbers, or prose."""
+    kind = rng.random()
+    if kind < 0.45:
+        beginning, continuations = rng.choice(continued_texts())
+        ending = rng.choice(continuations)
+        return [beginning, ending] if beginning[-1] == " " else [beginning + ending]
+    if kind < 0.8:
+        return [_statements(rng)]
+    if kind < 0.86:
+        return [_translations(rng)]
+    if kind < 0.93:
+        return [_counting(rng)]
+    sentences = rng.choice(prose()).split(". ")
+    start = rng.randrange(len(sentences)) if rng.random() < 0.5 else 0
+    return _cut(". ".join(sentences[start:]), rng)
+
+
+@cache
+def continued_texts() -> list[tuple[str, list[str]]]:
+    """`data/plain.txt`: (beginning, continuations)."""
+    found: list[tuple[str, list[str]]] = []
+    for line in lines("plain.txt"):
+        if line.startswith("> "):
+            found.append((line[2:], []))
+        else:
+            found[-1][1].append(line[2:])
+    return found
+
+
+@cache
+def prose() -> tuple[str, ...]:
+    """`data/prose.txt`: one paragraph each."""
+    return tuple(lines("prose.txt"))
+
+
+@cache
+def _dictionaries() -> dict[str, list[list[str]]]:
+    return {
+        heading[1].capitalize(): [columns(line) for line in body]
+        for heading, body in sections("facts.txt")
+        if heading[0] == "table" and heading[1] in ("french", "spanish", "german")
+    }
+
+
+def _statements(rng: random.Random) -> str:
+    """One to six facts, sometimes all of one kind."""
+    relations = [name for name, (_, facts) in facts_by_relation().items() if facts[0].statements]
+    one_kind = draw_relation(rng)
+    said: list[str] = []
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 4, 6))):
+        name = one_kind if one_kind in relations and rng.random() < 0.7 else rng.choice(relations)
+        said.append(rng.choice(rng.choice(facts_by_relation()[name][1]).statements))
+    return rng.choice((" ", " ", "\n")).join(said)
+
+
+def _translations(rng: random.Random) -> str:
+    """A list to go on with, as prompts with examples have it: "Translate English to French: dog => chien ..."."""
+    language = rng.choice(list(_dictionaries()))
+    pairs = rng.sample(_dictionaries()[language], rng.randint(3, 6))
+    indent, arrow = rng.choice(("\n\n        ", "\n", "\n        ")), rng.choice((" => ", " => ", " -> ", ": ", " = "))
+    rows = indent.replace("\n\n", "\n").join(f"{english}{arrow}{foreign}" for english, foreign in pairs)
+    return f"Translate English to {language}:{indent}{rows}"
+
+
+def _counting(rng: random.Random) -> str:
+    """Some numbers in a row, up or down, separated in one way."""
+    start, count = rng.randint(0, 90), rng.randint(4, 12)
+    numbers = [str(number) for number in range(start, start + count)]
+    return rng.choice((", ", ", ", " ", "\n")).join(numbers if rng.random() < 0.75 else numbers[::-1])
+
+
+def _cut(text: str, rng: random.Random) -> list[str]:
+    """Now and then in two, behind a blank: so that a prompt that ends in a blank is nothing new."""
+    blanks = [i for i, letter in enumerate(text) if letter == " "]
+    if blanks and rng.random() < 0.05:
+        cut = rng.choice(blanks) + 1
+        return [text[:cut], text[cut:]]
+    return [text]
+
+
+def tokenizer_counts(seed: int, sample: int) -> dict[str, int]:
+    """Word counts for the tokenizer: common words by rank, ordinary prose, and a sample of the corpus itself."""
+    counts: dict[str, float] = {}
+
+    def add(word: str, amount: float) -> None:
+        counts[word] = counts.get(word, 0.0) + amount
+
+    for rank, word in enumerate(common_words()):
+        share = WORD_SCALE / (rank + ZIPF_OFFSET)
+        add(" " + word, share)
+        add(word, share / 20)
+        if word.islower():
+            add(" " + word.capitalize(), share / 40)
+            add(word.capitalize(), share / 40)
+    for word, count in count_words(prose()).items():
+        add(word, count * PROSE_SCALE)
+    stream = documents(seed)
+    texts = (piece.text for _ in range(sample) for piece in next(stream) if isinstance(piece.text, str))
+    for word, count in count_words(texts).items():
+        add(word, count * SAMPLE_SCALE)
+    return {word: round(count) for word, count in counts.items()}

@@ -1,0 +1,104 @@
+"""Short stories, put together from the parts in `data/stories.txt`.
+
+A story has a hero and a friend, an opening, sometimes a sentence about the hero, the steps of one plot and an ending.
+Names, pronouns and things are drawn once per story and stay the same throughout.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+
+from fastllama.builtin.tables import sections, sentence, with_article
+
+ONCE_UPON_SHARE = 0.65
+PRONOUNS = {"he": ("he", "him", "his"), "she": ("she", "her", "her")}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parsed file: lists of fillings, parts of sentences, and plots as lists of (optional, alternatives) steps."""
+
+    lists: dict[str, list[str]]
+    parts: dict[str, list[str]]
+    plots: dict[str, list[tuple[bool, list[str]]]]
+
+
+@cache
+def story_parts() -> Parts:
+    """`data/stories.txt`, read once."""
+    found = Parts({}, {}, {})
+    for (shape, name), body in sections("stories.txt"):
+        if shape == "plot":
+            steps: dict[str, list[str]] = {}
+            for line in body:
+                number, text = line.split(" ", 1)
+                steps.setdefault(number, []).append(text)
+            found.plots[name] = [(number.endswith("?"), texts) for number, texts in steps.items()]
+        else:
+            (found.lists if shape == "list" else found.parts)[name] = body
+    return found
+
+
+def story(rng: random.Random, animal: str | None = None, name: str | None = None, brief: bool = False) -> str:
+    """One story of 60 to 180 words in one to three paragraphs, about the given animal and name if there are any."""
+    parts = story_parts()
+    slots = _cast(rng, animal, name)
+    opening = rng.choice(parts.parts["opening" if rng.random() < ONCE_UPON_SHARE else "other_opening"])
+    beginning = [opening]
+    if not brief or rng.random() < 0.5:
+        beginning += rng.sample(parts.parts["about"], rng.choice((1, 1, 2)))
+    steps = list(parts.plots[rng.choice(list(parts.plots))])
+    middle = [rng.choice(texts) for optional, texts in steps if not optional or rng.random() < 0.5]
+    ending = [rng.choice(parts.parts["ending"])] if rng.random() < 0.85 else []
+    filled = [[_fill(text, slots) for text in group] for group in (beginning, middle, ending)]
+    if brief or rng.random() < 0.5:
+        return " ".join(filled[0] + filled[1] + filled[2])
+    cut = rng.randrange(2, len(filled[1]) - 1)
+    return "\n\n".join((" ".join(filled[0] + filled[1][:cut]), " ".join(filled[1][cut:] + filled[2])))
+
+
+def _cast(rng: random.Random, animal: str | None, name: str | None) -> dict[str, str]:
+    """What each slot holds in this story."""
+    lists = story_parts().lists
+    slots: dict[str, str] = {}
+    hero_is, he, hero_name = _character(rng, animal)
+    hero_name = name or hero_name
+    friend_is, she, friend_name = _character(rng, None)
+    while friend_name == hero_name or friend_is.split()[-1] == hero_is.split()[-1]:
+        friend_is, she, friend_name = _character(rng, None)
+    slots["kind"], slots["name"] = hero_is, hero_name
+    slots["fkind"], slots["friend"] = friend_is, friend_name
+    slots["he"], slots["him"], slots["his"] = PRONOUNS[he]
+    slots["hisown"] = "his" if he == "he" else "hers"
+    slots["she"], slots["her"], slots["hers"] = PRONOUNS[she]
+    # The hero's mother, whatever the friend is.
+    slots["she2"], slots["her2"] = "she", "her"
+    for slot, source in (("place", "places"), ("thing", "toys"), ("food", "foods")):
+        slots[slot], slots[slot + "2"] = rng.sample(lists[source], 2)
+    slots["foodb"] = slots["food2"].removeprefix("a ")
+    child = hero_is.endswith(("boy", "girl"))
+    slots["home"] = rng.choice(lists["homes" if child else "animal_homes"])
+    for slot, source in (("feel", "feelings"), ("good", "virtues"), ("weather", "weather"), ("helper", "helpers")):
+        slots[slot] = rng.choice(lists[source])
+    slots |= {sentence(slot): sentence(slots[slot]) for slot in ("he", "his", "she")}
+    return slots
+
+
+def _character(rng: random.Random, animal: str | None) -> tuple[str, str, str]:
+    """(what it is, pronoun, name): a child or an animal."""
+    lists = story_parts().lists
+    pronoun = rng.choice(("he", "she"))
+    if animal is None and rng.random() < 0.5:
+        child = "boy" if pronoun == "he" else "girl"
+        return f"{rng.choice(lists['child_adj'])} {child}", pronoun, rng.choice(lists[child + "s"])
+    kind = animal or rng.choice(lists["animals"])
+    named = rng.choice(lists["pets"] if rng.random() < 0.75 else lists["boys" if pronoun == "he" else "girls"])
+    return f"{rng.choice(lists['animal_adj'])} {kind}", pronoun, named
+
+
+def _fill(text: str, slots: dict[str, str]) -> str:
+    """The sentence with its slots filled and "a" turned into "an" where the word after it asks for it."""
+    for slot in ("kind", "fkind", "thing", "thing2"):
+        noun = with_article(slots[slot])
+        text = text.replace(f"a {{{slot}}}", noun).replace(f"A {{{slot}}}", sentence(noun))
+    return text.format_map(slots)

@@ -1,0 +1,42 @@
+"""Reads the plain text files under `data/`: one line at a time, `#` for comments, `@` for headings.
+
+Every file of the corpus is in one of these shapes, so that facts and sentences can be added without touching code.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+
+
+def lines(name: str) -> Iterator[str]:
+    """The lines of `data/NAME` that are no comments, trailing newline removed, "\\n" turned into a line break."""
+    for line in (DATA / name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            yield line.replace("\\n", "\n")
+
+
+def sections(name: str) -> list[tuple[list[str], list[str]]]:
+    """A file of `@heading words` lines, each followed by its lines: [(heading words, lines without empty ones)]."""
+    found: list[tuple[list[str], list[str]]] = []
+    for line in lines(name):
+        if line.startswith("@"):
+            found.append((line[1:].split(), []))
+        elif line.strip():
+            found[-1][1].append(line)
+    return found
+
+
+def columns(line: str) -> list[str]:
+    """The cells of a table row."""
+    return [cell.strip(" ") for cell in line.split(" | ")]
+
+
+def with_article(noun: str) -> str:
+    """ "owl" -> "an owl", by the first letter."""
+    return ("an " if noun[0] in "aeiouAEIOU" else "a ") + noun
+
+
+def sentence(text: str) -> str:
+    """The text with its first letter a capital."""
+    return text[:1].upper() + text[1:]

@@ -22,6 +22,8 @@ from fastllama.kernels.ragged import Ragged, Sampling
 
 # Tokens of a row that attend together: keeps the mask of a long prompt small, and skips keys that are in their future.
 QUERY_BLOCK_TOKENS = 128
+# oneDNN streams a packed weight up to 1.4 times as fast for four rows as for one, two or three.
+ONEDNN_MIN_ROWS = 4
 
 
 def pack(*parts: Tensor) -> Tensor:
@@ -191,6 +193,8 @@ def rotary(heads: Tensor, rope: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.is_mkldnn:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        return y
+        n_tokens = x.shape[0]
+        padded = F.pad(x, (0, 0, 0, max(0, ONEDNN_MIN_ROWS - n_tokens)))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")
+        return y[:n_tokens]
     return F.linear(x, weight)

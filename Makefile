@@ -19,7 +19,7 @@ $(INSTALLED): setup.py constraints.txt pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## Tell a story and answer a question with the built-in model
-	@$(BIN)/fastllama complete "Once upon a time"
+	@$(BIN)/fastllama complete "Once upon a time" --echo
 	@echo
 	@printf 'What is the capital of France?\n' | $(BIN)/fastllama chat --temperature 0
 

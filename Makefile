@@ -19,9 +19,10 @@ $(INSTALLED): setup.py constraints.txt pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## Tell a story and answer a question with the built-in model
-	@$(BIN)/fastllama complete "Once upon a time" --echo
+	@$(BIN)/fastllama complete "Once upon a time" --echo --seed 4
 	@echo
-	@printf 'What is the capital of France?\n' | $(BIN)/fastllama chat --temperature 0
+	@echo "> What is the capital of France?"
+	@echo "What is the capital of France?" | $(BIN)/fastllama chat --temperature 0
 
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest

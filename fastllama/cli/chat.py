@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from fastllama.cli.chat_loop import Conversation, Reply, TooLongError
 from fastllama.cli.options import ModelOptions, json_option, model_options, sampling_options
+from fastllama.cli.speed import print_speed
 
 DEFAULT_MAX_SEQ_LEN = 512
 PROMPT = "you> "
@@ -40,12 +42,17 @@ def chat(as_json: bool, system: str | None, **options: Any) -> None:
     llm = model.build(1, quiet=as_json)
     conversation = Conversation(llm, system, **options)
     interactive = sys.stdin.isatty()
+    n_tokens, seconds = 0, 0.0
     for line in _lines(interactive):
         if line.startswith("/"):
             if not _obey(line.strip(), conversation):
-                return
+                break
         elif line.strip():
-            _answer(conversation, line, interactive, as_json)
+            start = time.perf_counter()
+            n_tokens += _answer(conversation, line, interactive, as_json)
+            seconds += time.perf_counter() - start
+    if n_tokens and not as_json:
+        print_speed(n_tokens, seconds)
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -86,8 +93,8 @@ def _obey(command: str, conversation: Conversation) -> bool:
     return True
 
 
-def _answer(conversation: Conversation, message: str, interactive: bool, as_json: bool) -> None:
-    """Say `message` and print the reply, on a terminal as it comes."""
+def _answer(conversation: Conversation, message: str, interactive: bool, as_json: bool) -> int:
+    """Say `message` and print the reply, on a terminal as it comes -> the reply's number of tokens."""
     live = interactive and not as_json
     try:
         reply = conversation.say(message, show=_show if live else None, interruptible=interactive)
@@ -95,18 +102,19 @@ def _answer(conversation: Conversation, message: str, interactive: bool, as_json
         click.echo(f"{error}", err=True)
         if as_json:
             click.echo(json.dumps({"error": str(error)}))
-        return
+        return 0
     if reply.turns_forgotten:
         click.echo(f"(out of room: the oldest {reply.turns_forgotten} messages were forgotten)", err=True)
     if as_json:
         click.echo(json.dumps(_report(reply)))
-        return
+        return reply.n_tokens
     # A reader of a pipe tells replies apart by their lines, so a reply keeps to one.
     click.echo("" if live else " ".join(reply.text.split("\n")))
     if reply.finish_reason == "length":
         click.echo("(cut short: no room for more; --max_gen_len and --max_seq_len set how much)", err=True)
     elif reply.finish_reason == "interrupted":
         click.echo("(stopped)", err=True)
+    return reply.n_tokens
 
 
 def _show(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastllama.cli.options import ModelOptions, json_option, model_options, sampling_options
+from fastllama.cli.speed import print_speed
 
 if TYPE_CHECKING:
     from fastllama.generation import Llama
@@ -67,7 +68,7 @@ def complete(prompts: tuple[str, ...], as_json: bool, max_batch_size: int | None
     if len(completions) > 1:
         for number, completion in enumerate(completions, 1):
             click.echo(f"== {number}: {completion.prompt}\n{completion.text}\n")
-    click.echo(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s", err=True)
+    print_speed(n_tokens, seconds)
 
 
 def _read_prompt() -> str:

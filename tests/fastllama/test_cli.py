@@ -246,6 +246,7 @@ def test_complete_uses_the_model_in_the_package_and_says_so(checkpoint: str, mon
     monkeypatch.setattr("fastllama.builtin.builtin_checkpoint", lambda: (checkpoint, checkpoint))
     spoken = run("complete", "hello", *GREEDY)
     assert spoken.exit_code == 0 and spoken.stderr.splitlines()[0].startswith("no --ckpt_dir: using the small model")
+    assert spoken.stderr.splitlines()[-1].endswith("tokens/s")
     assert run("complete", "hello", *GREEDY, "--json").stderr == ""
     expect_error(run("complete", "hello", "--tokenizer_path", "x"), "--tokenizer_path needs --ckpt_dir")
 

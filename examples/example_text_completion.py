@@ -14,11 +14,7 @@ PROMPTS = [
     "I believe the meaning of life is",
     "The capital of Italy is",
     # A few examples of what is wanted, and a model of some size goes on in the same way.
-    """Small things and large ones:
-
-pond - lake
-hill - mountain
-village -""",
+    "My favourite season is",
 ]
 
 

@@ -193,6 +193,9 @@ class Transformer(nn.Module):
         if any(problems.values()):
             listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
             raise ValueError(f"the state dict does not fit this model: {listed}")
+        tied = [state_dict.get(name) for name in ("output.weight", "tok_embeddings.weight")]
+        if self.params.tied_output and tied[0] is not None and (tied[1] is None or not torch.equal(tied[0], tied[1])):
+            raise ValueError("output.weight differs from tok_embeddings.weight, but the model has tied_output=True")
         kept = self.state_dict() if missing else {}
         self.load_tensors((name, weight) for name, weight in {**kept, **state_dict}.items() if name in shapes)
         return LoadedKeys(missing, unexpected)

@@ -223,6 +223,31 @@ def test_sample_top_p_follows_metas_rule() -> None:
     assert torch.equal(sample_top_p(probs, 0.9), first)
 
 
+@pytest.mark.parametrize(
+    ("probs", "p"),
+    [([0.6, 0.3, 0.1], 0.9), ([0.4, 0.3, 0.2, 0.1], 0.9), ([0.3, 0.3, 0.2, 0.2], 0.6), ([0.4, 0.3, 0.2, 0.1], 0.4)],
+)
+def test_sample_top_p_compares_in_the_dtype_of_probs(probs: list[float], p: float) -> None:
+    """At a boundary the answer is that of Meta's sums in float32."""
+    row = torch.tensor([probs])
+    ordered = row[0].sort(descending=True).values
+    kept = int((ordered.cumsum(0) - ordered <= p).sum())
+    torch.manual_seed(0)
+    drawn = {int(sample_top_p(row, p)) for _ in range(300)}
+    assert drawn == set(range(kept))
+
+
+def test_submodules_are_reachable_from_the_package() -> None:
+    code = "import fastllama; fastllama.generation.Llama, fastllama.model.Transformer, fastllama.tokenizer.Tokenizer"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_text_and_chat_completion_take_any_iterable(llm: Llama) -> None:
+    assert len(llm.text_completion((text for text in ["a", "b"]), max_gen_len=1)) == 2  # type: ignore[arg-type]
+    dialogs = ([{"role": "user", "content": text}] for text in "ab")
+    assert len(llm.chat_completion(dialogs, max_gen_len=1)) == 2  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("p", [-0.1, float("nan"), "0.9"])
 def test_sample_top_p_rejects_bad_p(p: object) -> None:
     with pytest.raises(ValueError, match="top_p must be"):

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,9 @@ GENERATE_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "text-seed": ({"seed": "1"}, ValueError, "a seed must be"),
     "float-seed": ({"seed": 1.0}, ValueError, "a seed must be"),
     "huge-seed": ({"seed": 2**64}, ValueError, "a seed must be"),
+    "set-of-seeds": ({"seed": {1}}, ValueError, "a seed must be"),
+    "bytes-temperature": ({"temperature": b"1"}, ValueError, "temperature"),
+    "huge-temperature": ({"temperature": 10**400}, ValueError, "temperature"),
     "too-few-seeds": ({"prompt_tokens": [[1], [2]], "seed": [1]}, ValueError, "one for each of the 2 prompts, got 1"),
     "bad-seed-in-list": ({"seed": [None]}, ValueError, "a seed must be"),
 }
@@ -134,6 +138,65 @@ def test_a_call_within_a_stream_is_refused_and_the_stream_goes_on(llm: Llama) ->
     for increment in stream:
         tokens += increment.tokens
     assert tokens == expected[0]
+
+
+def test_forward_within_a_stream_is_refused(llm: Llama) -> None:
+    expected, _ = llm.generate([[1, 2, 3]], 6, temperature=0)
+    stream = llm.stream([[1, 2, 3]], 6, temperature=0)
+    tokens = list(next(stream).tokens)
+    with pytest.raises(RuntimeError, match="busy with another call or an open stream"):
+        llm.model.forward(torch.tensor([[5, 6]]), 0)
+    assert tokens + [token for increment in stream for token in increment.tokens] == expected[0]
+    assert llm.model.forward(torch.tensor([[5, 6]]), 0).isfinite().all()
+
+
+@pytest.mark.parametrize("stops", [None, 5, "ab", {1.5}, {"a"}], ids=str)
+def test_stop_tokens_that_are_no_ids_are_refused(llm: Llama, stops: Any) -> None:
+    before = llm.tokenizer.stop_tokens
+    try:
+        llm.tokenizer.stop_tokens = stops
+        with pytest.raises(ValueError, match="tokenizer.stop_tokens must be a set or list of token ids"):
+            llm.generate([[1]], 2)
+        llm.tokenizer.stop_tokens = {2**70, -1}  # ids that cannot come are no harm
+        assert llm.generate([[1]], 2)
+    finally:
+        llm.tokenizer.stop_tokens = before
+
+
+def test_stop_tokens_may_be_a_tensor_and_seeds_an_array(llm: Llama) -> None:
+    before = llm.tokenizer.stop_tokens
+    tokens, _ = llm.generate([[1, 2, 3]], 6, temperature=0)
+    try:
+        llm.tokenizer.stop_tokens = torch.tensor([tokens[0][2]])  # type: ignore[assignment]
+        assert llm.generate([[1, 2, 3]], 6, temperature=0)[0][0] == tokens[0][:2]
+    finally:
+        llm.tokenizer.stop_tokens = before
+    drawn = llm.generate([[1], [2]], 6, 2.0, 1.0, seed=[3, 4])
+    assert llm.generate([[1], [2]], 6, 2.0, 1.0, seed=np.array([3, 4])) == drawn  # type: ignore[arg-type]
+    assert llm.generate([[1]], 6, seed=torch.tensor(3)) == llm.generate([[1]], 6, seed=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e39, 1.0), (1e300, 1.0), (1e-300, 1.0), (1.0, 5.0), (1.0, 1e300)])
+def test_extreme_but_finite_parameters_work(llm: Llama, temperature: float, top_p: float) -> None:
+    assert len(llm.generate([[1, 2]], 3, temperature, top_p)[0]) == 1
+
+
+def test_top_p_above_one_keeps_everything(llm: Llama) -> None:
+    expected = llm.generate([[1, 2]], 8, 2.0, 1.0, seed=1)
+    assert llm.generate([[1, 2]], 8, 2.0, math.inf, seed=1) == llm.generate([[1, 2]], 8, 2.0, 3.0, seed=1) == expected
+
+
+def test_build_takes_any_kind_of_integer(folder: Path) -> None:
+    path = str(folder), str(folder / "tokenizer.model")
+    llm = Llama.build(*path, np.int64(16), np.int32(2), np.int64(1), device="cpu")  # type: ignore[arg-type]
+    assert llm.model.params.max_seq_len == 16 and type(llm.model.params.max_seq_len) is int
+
+
+@pytest.mark.parametrize("name", ["ckpt_dir", "tokenizer_path"])
+def test_build_rejects_what_is_no_path(folder: Path, name: str) -> None:
+    arguments: dict[str, Any] = {"ckpt_dir": str(folder), "tokenizer_path": str(folder / "tokenizer.model"), name: None}
+    with pytest.raises(ValueError, match=f"{name} must be a path, got None"):
+        Llama.build(max_seq_len=16, max_batch_size=1, **arguments)
 
 
 def test_a_concurrent_call_is_refused(llm: Llama) -> None:

@@ -1,5 +1,7 @@
 """Transformer: Meta's names in and out, ragged batches, chunked prefill, and what it refuses."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -105,6 +107,37 @@ def test_tied_output_is_the_embedding() -> None:
     assert torch.equal(model.state_dict()["output.weight"], weights["tok_embeddings.weight"])
 
 
+def test_tied_output_may_be_left_out_of_a_state_dict_but_must_not_differ() -> None:
+    params = tiny_params(tied_output=True)
+    model = Transformer(ModelArgs(max_batch_size=1, max_seq_len=8, **params))
+    weights = random_weights(params, seed=9)
+    del weights["output.weight"]
+    assert model.load_state_dict(weights) == ([], [])
+    with pytest.raises(ValueError, match=r"output.weight differs from tok_embeddings.weight"):
+        model.load_state_dict({**weights, "output.weight": torch.zeros(576, 64)})
+
+
+def test_copies_and_pickles_are_the_same_model() -> None:
+    model = tiny()
+    tokens = torch.tensor([[5, 6, 7]])
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied.forward(tokens, 0), model.forward(tokens, 0))
+
+
+def test_a_model_without_weights_says_so() -> None:
+    model = Transformer(ModelArgs(max_batch_size=1, max_seq_len=8, **tiny_params()), init_weights=False)
+    with pytest.raises(ValueError, match="no weights yet"):
+        model.forward(torch.tensor([[1]]), 0)
+
+
+def test_to_where_it_is_changes_nothing() -> None:
+    model = tiny()
+    expected = model.forward(torch.tensor([[5, 6, 7]]), 0)[:, 2:]
+    model.forward(torch.tensor([[5, 6]]), 0)
+    assert model.to("cpu") is model
+    torch.testing.assert_close(model.forward(torch.tensor([[7]]), 2), expected)
+
+
 def test_to_packs_anew() -> None:
     model = tiny()
     tokens = torch.tensor([[5, 6, 7]])
@@ -153,6 +186,8 @@ def test_prefill_in_chunks_equals_one_pass(monkeypatch: pytest.MonkeyPatch, chun
         (torch.zeros(5, 3, dtype=torch.long), 0, "5 rows do not fit the cache's max_batch_size of 4"),
         (torch.zeros(1, 3, dtype=torch.long), 62, "positions 62 to 64 do not fit the cache's max_seq_len of 64"),
         (torch.zeros(1, 3, dtype=torch.long), -1, "start_pos must be a whole number of at least 0, got -1"),
+        ([[1, 2]], 0, "got list"),
+        (torch.zeros(1, 3, dtype=torch.long), 0.0, "start_pos must be a whole number"),
         (torch.zeros(3, dtype=torch.long), 0, r"shape \(B, S\)"),
         (torch.zeros(1, 0, dtype=torch.long), 0, r"shape \(B, S\)"),
         (torch.zeros(1, 3), 0, "must be a tensor of integers"),
@@ -160,7 +195,7 @@ def test_prefill_in_chunks_equals_one_pass(monkeypatch: pytest.MonkeyPatch, chun
         (torch.tensor([[-1, 5]]), 0, "from 0 to 575, got -1"),
     ],
 )
-def test_forward_rejects(tokens: torch.Tensor, start_pos: int, message: str) -> None:
+def test_forward_rejects(tokens: Any, start_pos: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny().forward(tokens, start_pos)
 

@@ -151,6 +151,23 @@ def test_sample_draws_what_the_oracle_draws(vocabulary: int, spread: float) -> N
         torch.testing.assert_close(logprobs, expected)
 
 
+@pytest.mark.parametrize(
+    ("equal", "top_p", "kept"), [(10, 0.9, 10), (10, 0.7, 8), (20, 0.9, 19), (4, 0.5, 3), (5, 1.0, 5)]
+)
+def test_top_p_keeps_tokens_up_to_and_at_the_boundary(equal: int, top_p: float, kept: int) -> None:
+    """Equal logits put a boundary exactly at top_p: the token before which just that mass lies stays."""
+    n = 600
+    logits = torch.zeros(n, equal)
+    tokens, _ = reference.sample(logits, sampling(1.0, top_p, n), torch.arange(n))
+    assert set(tokens.tolist()) == set(range(kept))
+
+
+def test_log_probabilities_stay_exact_at_large_logits() -> None:
+    logits = torch.tensor([[1000.0, 988.0, 980.0]])
+    _, logprobs = reference.sample(logits, sampling(0.0, 1.0, 1), torch.zeros(1, dtype=torch.long))
+    assert logprobs.item() == pytest.approx(-math.log1p(math.exp(-12.0) + math.exp(-20.0)), abs=2e-7)
+
+
 def test_sample_follows_metas_distribution() -> None:
     """Chi-square of 20,000 draws against the renormalised nucleus."""
     logits = torch.tensor([2.0, 1.0, 1.0, 0.0, -1.0, 3.0])

@@ -13,7 +13,6 @@ PROMPTS = [
     "Once upon a time, there was a little fox",
     "I believe the meaning of life is",
     "The capital of Italy is",
-    # A few examples of what is wanted, and a model of some size goes on in the same way.
     "My favourite season is",
 ]
 

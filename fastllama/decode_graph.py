@@ -1,8 +1,9 @@
 """The decode step: one token for every row, with all that it reads and writes on the device.
 
-`DecodeState` names every tensor of the step. `step` is a function of it alone: embed → layers → logits → sample → write
-the token and its log-probability → stop test → advance. No value of a row reaches Python, so the step is the same for
-any batch in any state. The host only counts along (`Ragged.segments`) and reads what was written.
+`DecodeState` names every tensor of the step: embed → layers → logits → sample → write the token and its log-probability
+→ stop test → advance. What a row's tensors hold never decides what Python does, so that a graph can hold the step. The
+host counts along how long the rows are (an eager backend reads no more of the cache than that) and reads what was
+written.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ class DecodeState:
         )
 
     def read(self, positions: Sequence[int]) -> tuple[list[int], list[float]]:
-        """The token and log-probability that each row wrote at its position."""
+        """The token and log-probability that each row wrote at its position. Waits for the device."""
         at = torch.tensor(positions, device=self.tokens.device)[:, None]
         return self.out_tokens.gather(1, at)[:, 0].tolist(), self.out_logprobs.gather(1, at)[:, 0].tolist()
 

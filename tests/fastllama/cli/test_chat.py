@@ -1,0 +1,139 @@
+"""`fastllama chat`, through a pipe and on a terminal."""
+
+import json
+import os
+import pty
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fastllama import Llama
+from fastllama.cli import chat as chat_command
+from tests.command_line import CHAT, READ_TIMEOUT_S, ROOT, run
+
+
+def test_chat_answers_each_line_of_a_pipe_on_one_line(checkpoint: str) -> None:
+    llm = Llama.build(checkpoint, checkpoint, 512, 1, device="cpu")
+    dialog: list[Any] = [{"role": "system", "content": "be good"}]
+    expected = []
+    for line in ("hello", "and then?"):
+        dialog.append({"role": "user", "content": line})
+        answer = llm.chat_completion([dialog], temperature=0, max_gen_len=8)[0]["generation"]
+        dialog.append(answer)
+        expected.append(" ".join(answer["content"].split("\n")))
+    words = ("chat", "--system", "be good", "--ckpt_dir", checkpoint, *CHAT, "--max_seq_len", "512")
+    result = run(*words, stdin="hello\n\n  \nand then?\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.split("\n")[:-1] == expected
+
+
+def test_chat_json_is_one_object_a_reply(checkpoint: str) -> None:
+    result = run("chat", "--ckpt_dir", checkpoint, *CHAT, "--json", stdin="hello\n" + "x" * 400 + "\nagain")
+    first, second, third = (json.loads(line) for line in result.stdout.splitlines())
+    assert first["role"] == third["role"] == "assistant" and first["tokens"] == 8
+    assert first["finish_reason"] == "length" and isinstance(first["content"], str)
+    assert "raise --max_seq_len" in second["error"]
+    assert result.exit_code == 0
+
+
+def test_chat_obeys_slash_commands(checkpoint: str) -> None:
+    told = ["hello", "/reset", "hello", "/nonsense now", "/help", "/exit", "never asked"]
+    words = ("chat", "--ckpt_dir", checkpoint, *CHAT, "--max_seq_len", "512")
+    remembered = run(*words, stdin="hello\nhello\n").stdout.splitlines()
+    assert len(set(remembered)) == 2
+    result = run(*words, stdin="\n".join(told))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [remembered[0]] * 2
+    assert "unknown command /nonsense" in result.stderr
+    assert all(name in result.stderr for name in ("/reset", "/exit", "/help"))
+
+
+def test_chat_goes_on_after_a_message_that_is_too_long(checkpoint: str) -> None:
+    fresh = run("chat", "--ckpt_dir", checkpoint, *CHAT, stdin="hello\n")
+    result = run("chat", "--ckpt_dir", checkpoint, *CHAT, stdin="x" * 400 + "\nhello\n")
+    assert result.exit_code == 0
+    assert "context" in result.stderr and "raise --max_seq_len" in result.stderr
+    assert result.stdout == fresh.stdout
+
+
+def test_chat_forgets_the_oldest_turns_and_says_so(checkpoint: str) -> None:
+    result = run("chat", "--ckpt_dir", checkpoint, *CHAT, stdin="hello hello\n" * 5)
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 5
+    assert "the oldest 2 messages were forgotten" in result.stderr
+
+
+@pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt])
+def test_chat_at_the_prompt_leaves_at_ctrl_d_and_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, leave: type[BaseException]
+) -> None:
+    answers: Iterator[str] = iter(["hello", "again"])
+
+    def type_in(prompt: str) -> str:
+        assert prompt == "you> "
+        for line in answers:
+            return line
+        raise leave
+
+    monkeypatch.setattr("builtins.input", type_in)
+    assert list(chat_command._lines(interactive=True)) == ["hello", "again"]
+
+
+class Terminal:
+    """A chat on a terminal of its own."""
+
+    def __init__(self, *words: str) -> None:
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, "-m", "fastllama", "chat", *words])
+
+    def read_until(self, text: str) -> str:
+        found = ""
+        deadline = time.monotonic() + READ_TIMEOUT_S
+        while text not in found:
+            ready, _, _ = select.select([self.handle], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                pytest.fail(f"no {text!r} in {found!r}")
+            found += os.read(self.handle, 4096).decode(errors="replace")
+        return found
+
+    def write(self, text: str) -> None:
+        os.write(self.handle, text.encode())
+
+    def exit_code(self) -> int:
+        try:
+            while os.read(self.handle, 4096):
+                continue
+        except OSError:  # Linux reports the end of a terminal as an error
+            pass
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.handle)
+
+
+@pytest.fixture
+def terminal(checkpoint: str) -> Iterator[Terminal]:
+    chat = Terminal("--ckpt_dir", checkpoint, *CHAT)
+    yield chat
+    chat.close()
+
+
+def test_chat_on_a_terminal_prompts_and_leaves_at_its_end(terminal: Terminal) -> None:
+    terminal.read_until("you> ")
+    terminal.write("hello\n")
+    terminal.read_until("you> ")
+    terminal.write("/nonsense\n")
+    assert "unknown command" in terminal.read_until("you> ")
+    terminal.write("\x04")
+    assert terminal.exit_code() == 0

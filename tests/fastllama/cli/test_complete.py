@@ -1,0 +1,104 @@
+"""`fastllama complete`."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fastllama import Llama
+from tests.command_line import GREEDY, expect_error, run
+
+
+def test_complete_prints_what_text_completion_says(checkpoint: str, llm: Llama) -> None:
+    expected = llm.text_completion(["hello world"], temperature=0, max_gen_len=6)[0]["generation"]
+    result = run("complete", "hello world", "--ckpt_dir", checkpoint, *GREEDY)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == expected + "\n"
+    assert result.stderr.splitlines()[-1].startswith("6 tokens in ") and "tokens/s" in result.stderr
+
+
+def test_complete_takes_hyphens_and_original_places(tmp_path: Path, checkpoint: str) -> None:
+    os.symlink(checkpoint, tmp_path / "original")
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in GREEDY]
+    result = run("complete", "hello world", "--ckpt-dir", str(tmp_path), *words)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == run("complete", "hello world", "--ckpt_dir", checkpoint, *GREEDY).stdout
+
+
+def test_complete_prints_several_prompts_under_headers(checkpoint: str, llm: Llama) -> None:
+    prompts = ["one", "two two", "three"]
+    alone = [llm.text_completion([prompt], temperature=0, max_gen_len=6)[0]["generation"] for prompt in prompts]
+    expected = "".join(f"== {n}: {p}\n{text}\n\n" for n, (p, text) in enumerate(zip(prompts, alone, strict=True), 1))
+    for batch in ([], ["--max_batch_size", "2"]):
+        result = run("complete", *prompts, "--ckpt_dir", checkpoint, *GREEDY, *batch)
+        assert result.stdout == expected
+        assert "18 tokens in" in result.stderr
+
+
+def test_complete_reads_a_prompt_from_a_pipe(checkpoint: str) -> None:
+    piped = run("complete", "--ckpt_dir", checkpoint, *GREEDY, stdin="hello\nworld\n")
+    assert piped.stdout == run("complete", "hello\nworld", "--ckpt_dir", checkpoint, *GREEDY).stdout
+    expect_error(run("complete", "--ckpt_dir", checkpoint, stdin=""), "no PROMPT")
+
+
+def test_complete_json_is_one_object(checkpoint: str, llm: Llama) -> None:
+    tokens, scores = llm.generate([llm.tokenizer.encode("hello", bos=True, eos=False)], 6, 0, logprobs=True)
+    result = run("complete", "hello", "--ckpt_dir", checkpoint, *GREEDY, "--json", "--logprobs")
+    assert result.exit_code == 0 and result.stderr == ""
+    found = json.loads(result.stdout)
+    assert found["tokens"] == 6 and found["tokens_per_second"] > 0
+    assert found["completions"] == [
+        {
+            "prompt": "hello",
+            "text": llm.tokenizer.decode(tokens[0]),
+            "tokens": 6,
+            "finish_reason": "length",
+            "token_ids": tokens[0],
+            "logprobs": scores[0] if scores else None,
+        }
+    ]
+
+
+def test_complete_without_logprobs_has_none(checkpoint: str) -> None:
+    found = json.loads(run("complete", "a", "b", "--ckpt_dir", checkpoint, *GREEDY, "--json").stdout)
+    assert [sorted(row) for row in found["completions"]] == [["finish_reason", "prompt", "text", "tokens"]] * 2
+    expect_error(run("complete", "a", "--logprobs"), "--logprobs needs --json")
+
+
+def test_complete_echo_repeats_the_prompt_and_counts_only_what_came(checkpoint: str) -> None:
+    plain = json.loads(run("complete", "hello", "--ckpt_dir", checkpoint, *GREEDY, "--json").stdout)
+    echoed = json.loads(run("complete", "hello", "--ckpt_dir", checkpoint, *GREEDY, "--json", "--echo").stdout)
+    assert echoed["completions"][0]["text"] == "hello" + plain["completions"][0]["text"]
+    assert echoed["tokens"] == plain["tokens"] == 6
+
+
+def test_complete_seed_decides_the_draws(checkpoint: str) -> None:
+    words = ("complete", "a", "--ckpt_dir", checkpoint, "--max_gen_len", "12", "--max_seq_len", "64")
+    first, again, other = (run(*words, "--seed", seed).stdout for seed in ("3", "3", "4"))
+    assert first == again != other
+
+
+def test_complete_streams_pieces_as_they_come(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[str] = []
+    monkeypatch.setattr("fastllama.cli.complete.click.echo", lambda text="", **options: pieces.append(text))
+    assert run("complete", "hello", "--ckpt_dir", checkpoint, *GREEDY).exit_code == 0
+    assert len(pieces) >= 6
+
+
+def test_complete_uses_the_model_in_the_package_and_says_so(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastllama.builtin.builtin_checkpoint", lambda: (checkpoint, checkpoint))
+    spoken = run("complete", "hello", *GREEDY)
+    assert spoken.exit_code == 0 and spoken.stderr.splitlines()[0].startswith("no --ckpt_dir: using the small model")
+    assert spoken.stderr.splitlines()[-1].endswith("tokens/s")
+    assert run("complete", "hello", *GREEDY, "--json").stderr == ""
+    expect_error(run("complete", "hello", "--tokenizer_path", "x"), "--tokenizer_path needs --ckpt_dir")
+
+
+def test_complete_errors_name_what_is_wrong(tmp_path: Path, checkpoint: str) -> None:
+    expect_error(run("complete", "x", "--ckpt_dir", str(tmp_path / "nowhere")), "nowhere", "does not exist")
+    expect_error(run("complete", "x", "--ckpt_dir", str(tmp_path)), "no checkpoint in")
+    expect_error(run("complete", "x", "--ckpt_dir", checkpoint, "--tokenizer_path", "nowhere"), "nowhere")
+    expect_error(run("complete", "x", "--ckpt_dir", checkpoint, "--device", "gpu"), "device")
+    expect_error(run("complete", "x" * 500, "--ckpt_dir", checkpoint, *GREEDY), "max_seq_len of 64")
+    expect_error(run("complete", "x", "--ckpt_dir", checkpoint, *GREEDY, "--backend", "fused"), "fused")

@@ -1,0 +1,76 @@
+"""`fastllama inspect`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastllama import Llama
+from fastllama.cli.inspect import size_text
+from tests.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
+from tests.command_line import expect_error, run
+
+
+def test_inspect_json_describes_a_meta_checkpoint(checkpoint: str, llm: Llama) -> None:
+    result = run(
+        "inspect", checkpoint, "--max_batch_size", "3", "--max_seq_len", "100", "--dtype", "bfloat16", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    weights = llm.model.state_dict()
+    assert found["format"] == "meta" and found["stored_dtype"] == "float32"
+    assert found["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert found["architecture"]["n_kv_heads"] == 2 and found["architecture"]["hidden_dim"] > 0
+    memory = found["memory"]
+    assert (memory["dtype"], memory["max_batch_size"], memory["max_seq_len"]) == ("bfloat16", 3, 100)
+    assert memory["cache"] == 2 * 2 * 3 * 2 * 100 * 8 * 2  # k and v, layers, rows, kv heads, positions, width, bytes
+    assert memory["total"] == memory["weights"] + memory["cache"] + memory["workspace"]
+    assert [file["name"] for file in found["files"]] == ["consolidated.00.pth"]
+    assert found["tokenizer"]["n_words"] == 576 and found["tokenizer"]["fits_checkpoint"]
+    assert found["tokenizer"]["stop_tokens"] == sorted(llm.tokenizer.stop_tokens)
+
+
+def test_inspect_reads_headers_only(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastllama.checkpoint.base.read_share", lambda *args: pytest.fail("a weight was read"))
+    shown = run("inspect", "--ckpt_dir", checkpoint)
+    assert shown.exit_code == 0, shown.stderr
+    for part in ("architecture", "parameters", "consolidated.00.pth", "memory for 1 rows", "workspace", "stop tokens"):
+        assert part in shown.stdout
+
+
+def test_inspect_reads_hugging_face_folders_without_a_tokenizer(tmp_path: Path) -> None:
+    params = tiny_params()
+    write_huggingface(tmp_path, params, random_weights(params, seed=1))
+    found = json.loads(run("inspect", str(tmp_path), "--json").stdout)
+    assert found["format"] == "huggingface" and found["tokenizer"] is None
+    assert "tokenizer: none in the folder" in run("inspect", str(tmp_path)).stdout
+    expect_error(run("inspect", str(tmp_path), "--tokenizer_path", "nowhere"), "nowhere")
+
+
+def test_inspect_shows_how_rope_is_scaled_where_it_is(tmp_path: Path, checkpoint: str) -> None:
+    params = tiny_params(use_scaled_rope=True)
+    write_meta(tmp_path, params, random_weights(params, seed=1))
+    scaled = json.loads(run("inspect", str(tmp_path), "--json").stdout)["architecture"]
+    plain = json.loads(run("inspect", checkpoint, "--json").stdout)["architecture"]
+    assert scaled["rope_scaling_factor"] == 8.0 and scaled["rope_original_max_seq_len"] == 8192
+    assert not plain["use_scaled_rope"] and "rope_scaling_factor" not in plain
+
+
+def test_inspect_says_when_the_tokenizer_is_another_models(tmp_path: Path, checkpoint: str) -> None:
+    other = write_tokenizer(tmp_path, n_ranks=300)
+    assert "NOT the checkpoint's vocabulary" in run("inspect", checkpoint, "--tokenizer_path", str(other)).stdout
+
+
+def test_inspect_errors(tmp_path: Path, checkpoint: str) -> None:
+    expect_error(run("inspect", str(tmp_path / "nowhere")), "does not exist")
+    expect_error(run("inspect", checkpoint, "--ckpt_dir", checkpoint), "the same")
+    (tmp_path / "consolidated.00.pth").write_bytes(b"not a checkpoint")
+    (tmp_path / "params.json").write_text("{}")
+    expect_error(run("inspect", str(tmp_path)), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (2**52, "4096.0 TiB")]
+)
+def test_size_text_picks_a_unit(count: int, text: str) -> None:
+    assert size_text(count) == text

@@ -47,7 +47,10 @@ def main(
 
 if __name__ == "__main__":
     builtin_ckpt_dir, builtin_tokenizer_path = builtin_checkpoint()
-    parser = argparse.ArgumentParser(description="Complete a few texts.")
+    parser = argparse.ArgumentParser(
+        description="Complete a few texts.",
+        epilog="Example: python examples/example_text_completion.py --temperature 0",
+    )
     parser.add_argument("--ckpt_dir", default=builtin_ckpt_dir, help="default: the model in the package")
     parser.add_argument("--tokenizer_path", default=builtin_tokenizer_path)
     parser.add_argument("--temperature", type=float, default=0.6)

@@ -169,7 +169,11 @@ def train(out: Path, steps: int, seed: int) -> TrainableLlama:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fastllama.builtin.train", description="Train the built-in model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastllama.builtin.train",
+        description="Train the built-in model, then ask it its facts.",
+        epilog="Example: python -m fastllama.builtin.train --out trained --seed 2",
+    )
     default_out = Path(__file__).parent / "checkpoint"
     parser.add_argument("--out", type=Path, default=default_out, help="folder for the files (default: the package's)")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of about 2000 tokens (%(default)s)")

@@ -1,15 +1,28 @@
-"""What every test runs under: one thread, derandomised properties, and NaN in all memory that nothing has written."""
+"""What every test runs under: one thread, derandomised properties, and NaN in all memory that nothing has written.
 
+Where there is a GPU, kernels are compiled and tested on it; elsewhere triton interprets them on the CPU.
+"""
+
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("fastllama", derandomize=True, deadline=None, max_examples=30, database=None)
 hypothesis.settings.load_profile("fastllama")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run in the tests."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

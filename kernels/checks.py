@@ -1,0 +1,40 @@
+"""What a kernel's wrapper requires of its tensors, checked before anything is launched."""
+
+import torch
+from torch import Tensor
+
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def check_model_dtype(name: str, tensor: Tensor) -> None:
+    """ValueError unless a tensor has one of the model dtypes."""
+    if tensor.dtype not in MODEL_DTYPES:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}: convert the model")
+
+
+def check_head_dim(head_dim: int) -> None:
+    """ValueError for a head dim that the kernels have no tiles for."""
+    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"the fused kernels take even head dims up to {MAX_HEAD_DIM}, got {head_dim}: build with "
+            'backend="reference"'
+        )
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """ValueError unless a tensor is contiguous and of this shape (a letter stands for any size), dtype and device."""
+    fits = tensor.ndim == len(shape) and all(
+        isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted, got = (", ".join(map(str, sizes)) for sizes in (shape, tensor.shape))
+        raise ValueError(f"{name} must have shape ({wanted}), got ({got})")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}: convert it first")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}: move it first")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: make a copy with .contiguous()")

@@ -1,0 +1,39 @@
+"""The GPU that kernels are launched on: what the launch tables need to know of it.
+
+Everything comes from triton's active driver, so that a stand-in driver, which compiles for a GPU that is not here, gets
+that GPU's launches.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import triton
+
+from fastllama.kernels.interpreter import interpreting
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of GPU."""
+
+    backend: Literal["cuda", "hip"]
+    arch: int | str  # compute capability times ten, or the name of an AMD architecture
+    processors: int  # streaming multiprocessors, or compute units
+    shared_bytes: int  # shared memory that one program may have
+
+
+# What interpreted kernels are launched as: an H200 of a few multiprocessors, so that a small model's weights are dealt
+# to few programs, as a large one's are to many.
+INTERPRETED = Target("cuda", 90, 4, 232448)
+
+
+@cache
+def current_target() -> Target:
+    """The GPU of this process. All GPUs that one process launches on are taken to be of one kind."""
+    if interpreting():
+        return INTERPRETED
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    properties = driver.utils.get_device_properties(driver.get_current_device())
+    return Target(target.backend, target.arch, properties["multiprocessor_count"], properties["max_shared_mem"])

@@ -1,0 +1,37 @@
+"""Every kernel test: what wrappers allocate stands between guard bands and holds NaN until it is written."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.kernels import interpreter
+from tests.kernels.guards import GuardedMemory
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch: pytest.MonkeyPatch, nan_in_empty_memory: None) -> Iterator[GuardedMemory]:
+    """Memory for a test's own tensors; torch.empty and torch.empty_like take theirs from it, too."""
+    memory = GuardedMemory()
+
+    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = "cpu", **how: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        assert not how, f"an allocation with {sorted(how)} is not guarded"
+        return memory.empty(*shape, dtype=dtype or torch.get_default_dtype(), device=device)
+
+    def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return memory.empty(*tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    yield memory
+    memory.check()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def mended_interpreter() -> None:
+    """What `fastllama.kernels.fused` does when it is imported, for tests that launch kernels without it."""
+    if interpreter.interpreting():
+        interpreter.mend()

@@ -1,0 +1,58 @@
+"""The embedding: rows of the table by token id, and the sums of their squares for the first layer's norm.
+
+    h[n] = table[clamp(tokens[n], 0, V - 1)]
+
+tokens (N,) int64; table (V, E); h (N, E). Moves 2·N·E elements. An id outside the vocabulary reads the first or the
+last row, never what lies outside the table: a wrong id must not take the process down; the caller's check names it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels.checks import check_model_dtype, check_tensor
+from fastllama.kernels.few_tokens import MAX_TOKENS, RowSquares
+from fastllama.kernels.rms_norm import warps_for
+
+
+@triton.jit
+def _embed_kernel(tokens_ptr, table_ptr, h_ptr, squares_ptr, V: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    token = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_E)
+    live = cols < E
+    index = tl.load(tokens_ptr + token)
+    index = tl.minimum(tl.maximum(index, 0), V - 1)
+    row = tl.load(table_ptr + index * E + cols, mask=live, other=0.0)
+    tl.store(h_ptr + token.to(tl.int64) * E + cols, row, mask=live)
+    if squares_ptr is not None:
+        wide = row.to(tl.float32)
+        tl.store(squares_ptr + token, tl.sum(wide * wide, 0))
+
+
+def embed(table: Tensor, tokens: Tensor, squares: RowSquares) -> Tensor:
+    """Gather: table (V, E), tokens (N,) int64 -> h (N, E). Up to 16 tokens' sums of squares are left in `squares`.
+
+    Raises ValueError for tensors that do not belong together.
+    """
+    check_model_dtype("table", table)
+    check_tensor("table", table, ("V", "E"), table.dtype, table.device)
+    check_tensor("tokens", tokens, ("N",), torch.int64, table.device)
+    n_tokens, (n_rows, width) = tokens.shape[0], table.shape
+    h = torch.empty(n_tokens, width, dtype=table.dtype, device=table.device)
+    leaves = n_tokens <= MAX_TOKENS
+    block = triton.next_power_of_2(width)
+    if n_tokens:
+        _embed_kernel[(n_tokens,)](
+            tokens,
+            table,
+            h,
+            squares.sums if leaves else None,
+            V=n_rows,
+            E=width,
+            BLOCK_E=block,
+            num_warps=warps_for(block),
+        )
+    if leaves:
+        squares.left(h, 1)
+    return h

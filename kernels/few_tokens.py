@@ -1,0 +1,244 @@
+"""A projection of 2 to 16 tokens: y = epilogue(weight · norm(x)ᵀ) on the matrix units, the weight streamed once.
+
+    x (N, IN) → RMSNorm, where there is a norm, from sums of squares that whoever made x has left (`RowSquares`)
+    sums      = weight (OUT, IN) · xᵀ in float32, rounded to the model dtype
+    epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`projection.py`)
+
+Still bound by reading the weight: OUT·IN elements for 2·N·OUT·IN flops. The weight is the left operand, a tile of
+BLOCK_ROWS rows; the tokens, padded to 8 or 16, are the right one, so that a matrix instruction's columns are not
+wasted on tokens that are not there. Multiplying and adding instead would take most of the issue slots at 2 tokens
+already. A pipeline of asynchronous copies keeps about 96 KB a multiprocessor in flight.
+
+Here recomputing the norm would cost: every program would need all of x before it could begin. Sums of squares of h come
+instead from where h is made: `embed`, and this kernel's own plain epilogue, one partial sum a program and token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels.projection import Append, Projection, silu_times, store_rotated
+from fastllama.kernels.target import Target, current_target
+
+MAX_TOKENS = 16
+MIN_COLUMNS = 8  # of a matrix instruction's right operand on NVIDIA GPUs
+MIN_COLUMNS_AMD = 16
+ROWS = (64, 32, 16)  # of a tile: the most that still give most multiprocessors a program
+BUSY_PROCESSORS = 0.7  # of all; a few idle ones cost nothing as long as the others ask for enough
+CHUNK_BYTES = 256  # of a row in one stage
+MIN_STAGE_BYTES = 8192  # so that waiting for a stage is rare
+BYTES_IN_FLIGHT = 98304  # a multiprocessor
+STAGES = (3, 8)  # fewest and most
+ROWS_PER_WARP = 16  # of a matrix instruction's left operand
+SHARED_BYTES_SPARE = 2048  # for what passes between the threads of a program
+MAX_PARTS = 1024  # partial sums of squares that a row may have
+
+
+class RowSquares:
+    """Sums of squares of each row of the newest hidden state, in parts, left by the launch that made it.
+
+    Whoever reads them asks `of` whether they are those of the tensor in hand. Anything else that makes a hidden state,
+    or changes one in place, must give it a tensor object of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(MAX_PARTS, MAX_TOKENS, dtype=torch.float32, device=device)
+        self._parts = 0
+        self._of: Tensor | None = None
+
+    def left(self, h: Tensor, parts: int) -> None:
+        """h (N, E) has been made, and its sums are in `parts` rows of `sums`."""
+        self._of, self._parts = h, parts
+
+    def of(self, h: Tensor) -> int:
+        """In how many parts the sums of h are; 0 where they are another's."""
+        return self._parts if self._of is h else 0
+
+
+class Launch(NamedTuple):
+    """How a weight is dealt to programs."""
+
+    rows: int  # of each tile
+    chunk: int  # elements of a row in one stage
+    stages: int
+    warps: int
+
+
+def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> Launch:
+    """Rows, chunk, stages and warps for a weight of which a program takes `tiles` tiles of rows and the tokens padded
+    to `columns`.
+
+    weight (OUT × IN, bf16)      rows      programs / 132    stages   in flight a multiprocessor
+    8B  qkv      6144 ×  4096    32 pairs     96 =  0.7       7         96 KB
+    8B  output   4096 ×  4096    32          128 =  1.0       8         56 KB
+    8B  gate+up 28672 ×  4096    64 + 64     224 =  1.7       4         96 to 192 KB
+    8B  down     4096 × 14336    32          128 =  1.0       8         56 KB
+    8B  head   128256 ×  4096    64         2004 = 15.2       3         96 KB
+    1B  qkv      3072 ×  2048    16 pairs     96 =  0.7       8         56 KB
+    1B  output   2048 ×  2048    16          128 =  1.0       8         56 KB
+    1B  gate+up 16384 ×  2048    64 + 64     128 =  1.0       4         96 KB
+    1B  down     2048 ×  8192    16          128 =  1.0       8         56 KB
+    """
+    results = weight.shape[0] // tiles
+    rows = next((rows for rows in ROWS if results >= rows * BUSY_PROCESSORS * target.processors), ROWS[-1])
+    chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(weight.shape[1])))
+    if rows * tiles * CHUNK_BYTES < MIN_STAGE_BYTES and weight.shape[1] % (2 * chunk) == 0:
+        chunk *= 2
+    stage = rows * tiles * chunk * weight.itemsize
+    resident = max(1, min(4, results // (rows * target.processors)))
+    fewest, most = STAGES
+    stages = min(max(BYTES_IN_FLIGHT // (stage * resident) + 1, fewest), most)
+    stage += columns * chunk * weight.itemsize
+    while stages > 1 and stages * stage > target.shared_bytes - SHARED_BYTES_SPARE:
+        stages -= 1
+    return Launch(rows, chunk, stages, max(1, rows // ROWS_PER_WARP))
+
+
+@triton.jit
+def _few_tokens_kernel(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    y_ptr,
+    residual_ptr,
+    cache_k_ptr,
+    cache_v_ptr,
+    rope_ptr,
+    positions_ptr,
+    rows_ptr,
+    T,
+    eps,
+    squares_ptr,  # of x, read where there is a norm
+    y_squares_ptr,  # of y, left for whoever reads it next
+    N,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,  # results: rows of the weight, or half as many where two make one
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PARTS: tl.constexpr,
+    MAX_N: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    TWO: tl.constexpr = EPILOGUE != "none"
+    EVEN: tl.constexpr = IN % BLOCK_IN == 0 and OUT % BLOCK_ROWS == 0
+    out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tokens = tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_IN)
+    exists, token_exists = out < OUT, tokens < N
+    if EPILOGUE == "rotary":
+        first, second = 2 * out, 2 * out + 1
+    else:
+        first, second = out, out + OUT
+    weight_at = weight_ptr + first[:, None].to(tl.int64) * IN + cols[None, :]
+    weight_2_at = weight_ptr + second[:, None].to(tl.int64) * IN + cols[None, :]
+    x_at = x_ptr + tokens[None, :] * IN + cols[:, None]
+    if norm_ptr is not None:
+        parts = tl.arange(0, BLOCK_PARTS)[:, None]
+        left = tl.load(squares_ptr + parts * MAX_N + tokens[None, :], mask=(parts < PARTS) & token_exists, other=0.0)
+        inverse = tl.rsqrt(tl.sum(left, 0) / IN + eps)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+    if TWO:
+        sums_2 = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+    for begin in range(0, IN, BLOCK_IN):
+        if EVEN:
+            weight = tl.load(weight_at + begin)
+            if TWO:
+                weight_2 = tl.load(weight_2_at + begin)
+            x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
+        else:
+            inside = cols + begin < IN
+            live = exists[:, None] & inside[None, :]
+            weight = tl.load(weight_at + begin, mask=live, other=0.0)
+            if TWO:
+                weight_2 = tl.load(weight_2_at + begin, mask=live, other=0.0)
+            x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
+        if norm_ptr is not None:
+            if EVEN:
+                scale = tl.load(norm_ptr + begin + cols)
+            else:
+                scale = tl.load(norm_ptr + begin + cols, mask=inside, other=0.0)
+            x = (x.to(tl.float32) * inverse[None, :]).to(x.dtype) * scale[:, None]
+        sums = tl.dot(weight, x, sums, input_precision="ieee")
+        if TWO:
+            sums_2 = tl.dot(weight_2, x, sums_2, input_precision="ieee")
+
+    y = sums.to(y_ptr.dtype.element_ty)
+    live = exists[:, None] & token_exists[None, :]
+    if EPILOGUE == "rotary":
+        y_2 = sums_2.to(y_ptr.dtype.element_ty)
+        # fmt: off
+        store_rotated(y, y_2, out, tokens, live, y_ptr, cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr, rows_ptr,
+                      T, H, K, D)
+        # fmt: on
+    else:
+        at = tokens[None, :].to(tl.int64) * OUT + out[:, None]
+        if EPILOGUE == "swiglu":
+            y = silu_times(y, sums_2.to(y_ptr.dtype.element_ty))
+        elif residual_ptr is not None:
+            y = tl.load(residual_ptr + at, mask=live, other=0.0) + y
+        tl.store(y_ptr + at, y, mask=live)
+        if y_squares_ptr is not None:
+            value = tl.where(live, y.to(tl.float32), 0.0)
+            tl.store(y_squares_ptr + tl.program_id(0) * MAX_N + tokens, tl.sum(value * value, 0), mask=token_exists)
+
+
+def few_tokens(
+    x: Tensor,
+    weight: Tensor,
+    squares: RowSquares,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    append: Append | None = None,
+) -> Tensor:
+    """Project up to 16 tokens, x (N, IN), by weight (rows, IN), in one launch -> (N, OUT).
+
+    norm (IN,) with eps: normalise x first; `squares` must hold x's sums. residual (N, OUT): add it. swiglu: the weight
+    is a gate and an up projection of OUT rows each. append: the weight is a query, key and value projection; the
+    result is q (N, H·D). A plain result, with or without a residual, leaves its own sums in `squares`.
+    Raises ValueError for what does not belong together.
+    """
+    if not 1 <= x.shape[0] <= MAX_TOKENS:
+        raise ValueError(f"few_tokens takes 1 to {MAX_TOKENS} tokens, got {x.shape[0]}")
+    call = Projection.of(x, weight, norm, residual, swiglu, append)
+    parts = squares.of(x)
+    if norm is not None and not parts:
+        raise ValueError("a norm needs the sums of squares of x, but those in hand are another tensor's")
+    target = current_target()
+    columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, triton.next_power_of_2(x.shape[0]))
+    launch = choose_launch(weight, call.tiles, columns, target)
+    programs = triton.cdiv(call.results, launch.rows)
+    leaves = call.tiles == 1 and norm is None and programs <= MAX_PARTS
+    _few_tokens_kernel[(programs,)](
+        x,
+        norm,
+        weight,
+        *call.pointers,
+        call.length,
+        eps,
+        squares.sums if norm is not None else None,
+        squares.sums if leaves else None,
+        x.shape[0],
+        **call.dims,
+        PARTS=parts,
+        MAX_N=MAX_TOKENS,
+        BLOCK_PARTS=triton.next_power_of_2(max(parts, 1)),
+        BLOCK_N=columns,
+        BLOCK_ROWS=launch.rows,
+        BLOCK_IN=launch.chunk,
+        num_stages=launch.stages,
+        num_warps=launch.warps,
+    )
+    if leaves:
+        squares.left(call.y, programs)
+    return call.y

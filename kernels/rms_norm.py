@@ -1,0 +1,75 @@
+"""RMSNorm of many tokens, with or without a residual to add first (Zhang and Sennrich, 2019, as Llama rounds it).
+
+    h = x + residual, rounded to the model dtype          (only with a residual)
+    y = round(h / sqrt(mean(h²) + eps)) · weight          statistics in float32, rounded before the weight, as Meta does
+
+x, residual, y (N, E); weight (E,). Moves 2·N·E elements (4·N·E with a residual) for about 4·N·E flops: bound by memory.
+A program has a row to itself and holds it in registers, so that it is read once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels.checks import check_model_dtype, check_tensor
+
+MAX_WIDTH = 65536
+ELEMENTS_PER_THREAD = 16  # two 16-byte loads of bfloat16
+THREADS_PER_WARP = 32
+MAX_WARPS = 16
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, h_ptr, y_ptr, eps, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    cols = tl.arange(0, BLOCK_E)
+    live = cols < E
+    begin = tl.program_id(0).to(tl.int64) * E
+    h = tl.load(x_ptr + begin + cols, mask=live, other=0.0)
+    if residual_ptr is not None:
+        h = tl.load(residual_ptr + begin + cols, mask=live, other=0.0) + h
+        tl.store(h_ptr + begin + cols, h, mask=live)
+    wide = h.to(tl.float32)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / E + eps)).to(h.dtype)
+    tl.store(y_ptr + begin + cols, normed * tl.load(weight_ptr + cols, mask=live, other=0.0), mask=live)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise rows: x (N, E), weight (E,) -> (N, E).
+
+    Raises ValueError for tensors that do not belong together and for rows of more than 65,536.
+    """
+    return _launch(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add and normalise rows in one pass: x, residual (N, E), weight (E,) -> (normed, residual + x), (N, E) each.
+
+    Raises ValueError as `rms_norm` does.
+    """
+    return _launch(x, residual, weight, eps)
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    check_model_dtype("x", x)
+    check_tensor("x", x, ("N", "E"), x.dtype, x.device)
+    n_tokens, width = x.shape
+    if width > MAX_WIDTH:
+        raise ValueError(f"rms_norm takes rows of up to {MAX_WIDTH} elements, got {width}")
+    check_tensor("weight", weight, (width,), x.dtype, x.device)
+    h = x
+    if residual is not None:
+        check_tensor("residual", residual, (n_tokens, width), x.dtype, x.device)
+        h = torch.empty_like(x)
+    y = torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    if n_tokens:
+        _rms_norm_kernel[(n_tokens,)](
+            x, residual, weight, h, y, eps, E=width, BLOCK_E=block, num_warps=warps_for(block)
+        )
+    return y, h
+
+
+def warps_for(block: int) -> int:
+    """Warps for a program that holds a row of `block` elements, a power of two, in registers."""
+    return min(max(block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP), 1), MAX_WARPS)

@@ -1,0 +1,90 @@
+"""Rotary embedding and cache append of many tokens, after their projection by the library (Su et al., 2021).
+
+    q[n, h]                     = turn(heads[n, h])            H query heads
+    cache_k[row, k, position]   = turn(heads[n, H + k])        K key heads
+    cache_v[row, k, position]   = heads[n, H + K + k]          K value heads
+    turn: (a, b) → (a·cos − b·sin, a·sin + b·cos) for the interleaved pairs 2i, 2i + 1, in float32, rounded to the model
+    dtype; cos and sin from the table's row at the token's position, which holds plain or scaled rope alike
+
+heads (N, H + 2K, D). Reads and writes N·(H + 2K)·D elements and reads N·D float32 angles: bound by memory. A program
+takes a token's heads a few at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels.checks import check_model_dtype, check_tensor
+from fastllama.kernels.projection import Append, turn
+from fastllama.kernels.ragged import Ragged
+
+BLOCK_PAIRS = 512  # of one token: 1024 elements, eight for each of 128 threads: one 16-byte load
+
+
+@triton.jit
+def _rotary_append_kernel(
+    heads_ptr,
+    q_ptr,
+    cache_k_ptr,
+    cache_v_ptr,
+    rope_ptr,
+    positions_ptr,
+    rows_ptr,
+    T,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+):
+    WIDTH: tl.constexpr = (H + 2 * K) * D
+    token = tl.program_id(0)
+    position = tl.load(positions_ptr + token)
+    row = tl.load(rows_ptr + token)
+    elements = 2 * tl.program_id(1) * BLOCK_PAIRS + tl.arange(0, 2 * BLOCK_PAIRS)
+    live = elements < WIDTH
+    values = tl.load(heads_ptr + token.to(tl.int64) * WIDTH + elements, mask=live, other=0.0)
+
+    pairs = tl.program_id(1) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+    angle_at = rope_ptr + position * D + 2 * (pairs % (D // 2))
+    turned = pairs < (H + K) * (D // 2)
+    cos = tl.load(angle_at, mask=turned, other=1.0)
+    sin = tl.load(angle_at + 1, mask=turned, other=0.0)
+    even, odd = tl.split(tl.reshape(values, (BLOCK_PAIRS, 2)))
+    first, second = turn(even, odd, cos, sin)
+    values = tl.reshape(tl.join(first, second), (2 * BLOCK_PAIRS,))
+
+    head, dim = elements // D, elements % D
+    tl.store(q_ptr + token.to(tl.int64) * H * D + elements, values, mask=head < H)
+    key_at = ((row * K + (head - H)) * T + position) * D + dim
+    tl.store(cache_k_ptr + key_at, values, mask=(head >= H) & (head < H + K))
+    value_at = ((row * K + (head - H - K)) * T + position) * D + dim
+    tl.store(cache_v_ptr + value_at, values, mask=(head >= H + K) & live)
+
+
+def rotary_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
+    """Turn queries and keys and append keys and values to the cache.
+
+    heads (N, (H + 2K)·D), rope (T, D/2, 2) float32, one layer's cache_k and cache_v (B, K, T, D) -> q (N, H, D).
+    Raises ValueError for tensors that do not belong together.
+    """
+    check_model_dtype("heads", heads)
+    check_tensor("heads", heads, ("N", "(H + 2K)·D"), heads.dtype, heads.device)
+    append = Append.to(cache_k, cache_v, rope, batch)
+    n_tokens, width = heads.shape
+    n_heads = append.query_heads(n_tokens, width, heads.dtype, heads.device)
+    _, n_kv_heads, length, head_dim = cache_k.shape
+    q = torch.empty(n_tokens, n_heads, head_dim, dtype=heads.dtype, device=heads.device)
+    if n_tokens:
+        _rotary_append_kernel[(n_tokens, triton.cdiv(width // 2, BLOCK_PAIRS))](
+            heads,
+            q,
+            *append,
+            length,
+            H=n_heads,
+            K=n_kv_heads,
+            D=head_dim,
+            BLOCK_PAIRS=BLOCK_PAIRS,
+            num_warps=4,
+        )
+    return q

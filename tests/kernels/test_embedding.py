@@ -1,0 +1,38 @@
+"""The embedding gather: the reference's rows, and nothing from outside the table."""
+
+import pytest
+import torch
+
+from fastllama.kernels import reference
+from fastllama.kernels.embedding import embed
+from fastllama.kernels.few_tokens import RowSquares
+from fastllama.kernels.ragged import Ragged
+from tests.kernels.cases import DTYPES, random
+from tests.kernels.guards import GuardedMemory
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("n_tokens", "width"), [(1, 64), (16, 100), (21, 192)], ids=lambda n: str(n))
+def test_embed_matches_reference(
+    n_tokens: int, width: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
+) -> None:
+    """Ids outside the vocabulary, below and above, read the table's ends; past them stand guard bands."""
+    table = guarded.copy(random(50, width, dtype=dtype, seed=1).to(device))
+    ids = [3, -1, 49, 50, 2**40, -(2**40), 0] * 3
+    batch = Ragged.of([(0, 0, ids[:n_tokens])], device)
+    squares = RowSquares(device)
+    h = embed(table, batch.tokens, squares)
+    assert torch.equal(h, reference.embed(table, batch))
+    if n_tokens <= 16:
+        assert squares.of(h) == 1
+        torch.testing.assert_close(squares.sums[0, :n_tokens], h.float().pow(2).sum(-1))
+    else:
+        assert squares.of(h) == 0
+
+
+def test_embed_rejects_what_does_not_belong_together(device: torch.device) -> None:
+    table, squares = torch.zeros(5, 4, device=device), RowSquares(device)
+    with pytest.raises(ValueError, match="tokens must be torch.int64, got torch.int32"):
+        embed(table, torch.zeros(2, dtype=torch.int32, device=device), squares)
+    with pytest.raises(ValueError, match="table must be contiguous"):
+        embed(torch.zeros(4, 5, device=device).T, torch.zeros(2, dtype=torch.int64, device=device), squares)

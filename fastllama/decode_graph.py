@@ -83,7 +83,7 @@ def choose(model: Transformer, state: DecodeState, logits: Tensor) -> None:
     nothing.
     """
     following = state.positions + 1
-    tokens, logprobs = model.ops.sample(logits, state.sampling, following)
+    tokens, logprobs = model.ops.sample(logits, state.sampling, following, model.workspace)
     running = ~state.finished
     at = following[:, None]
     state.out_tokens.scatter_(1, at, torch.where(running[:, None], tokens[:, None], state.out_tokens.gather(1, at)))

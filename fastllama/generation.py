@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastllama import validate
+from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.ragged import Sampling
-from fastllama.kernels.reference import nucleus
 from fastllama.loading import load
 from fastllama.model import Transformer
 from fastllama.parallel import check_single_process
@@ -56,8 +56,8 @@ class Llama:
         ckpt_dir: the folder of the checkpoint. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with
         one. max_seq_len: positions per row, up to 8192, or 131072 where the checkpoint has scaled rope. max_batch_size:
         rows. seed: of the calls that bring none of their own. device: CUDA where there is one, else the CPU. dtype:
-        bfloat16 on CUDA (float16 where the GPU lacks it), float32 on a CPU. backend: "reference", or None for what the
-        device asks for. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it;
+        bfloat16 on CUDA (float16 where the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels) or
+        "reference" (plain torch), None for the first on CUDA and the second on a CPU. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it;
         switches scaled rope on.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or

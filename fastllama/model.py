@@ -217,7 +217,14 @@ class Transformer(nn.Module):
         self.register_buffer("rope", rope_table(p).to(self.device), persistent=False)
         heads = p.n_kv_heads, p.max_seq_len, p.head_dim
         self.cache = KVCache(p.n_layers, p.max_batch_size, *heads, device=self.device, dtype=self.dtype)
-        self.workspace = self.ops.workspace()
+        self.workspace = self.ops.workspace(
+            max_batch_size=p.max_batch_size,
+            n_heads=p.n_heads,
+            n_kv_heads=p.n_kv_heads,
+            head_dim=p.head_dim,
+            vocab_size=p.vocab_size,
+            device=self.device,
+        )
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
@@ -225,6 +232,7 @@ class Transformer(nn.Module):
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(BUSY)
         try:
+            self.workspace.reset()
             yield
         finally:
             self._lock.release()

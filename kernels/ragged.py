@@ -6,12 +6,19 @@ are this one type.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Workspace:
+    """Scratch memory that the ops of a step share. A backend whose ops need some has a kind of its own."""
+
+    def reset(self) -> None:
+        """Forget what a call that was broken off left behind."""
 
 
 class Segment(NamedTuple):
@@ -32,16 +39,34 @@ class Ragged:
     rows: Tensor  # (N,) int64, each token's cache row
     segments: tuple[Segment, ...]  # one per row in the batch, in the order of the flat tokens
     exact: bool = True  # the segments' `keys` are the rows' true lengths; False where they only bound them from above
-    workspace: Any = None  # the backend's scratch memory, from its `workspace`
+    workspace: Workspace | None = None  # the backend's; an op that needs one and has none makes its own
+    _query_blocks: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by size
 
     @cached_property
     def one_each(self) -> bool:
         """True for a decode step: one token per row, row i being token i."""
         return all(s.row == i and s.begin == i and s.end == i + 1 for i, s in enumerate(self.segments))
 
+    def query_blocks(self, size: int) -> Tensor:
+        """The batch's tokens in blocks of at most `size` of one row -> (blocks, 3) int32 on the tokens' device.
+
+        Each is (first token, end token, cache row). Those with most keys come first. Made once for each size.
+        """
+        if size not in self._query_blocks:
+            blocks = [
+                (segment.keys - (segment.end - end), begin, end, segment.row)
+                for segment in self.segments
+                for begin in range(segment.begin, segment.end, size)
+                for end in (min(begin + size, segment.end),)
+            ]
+            blocks.sort(key=lambda block: -block[0])
+            table = torch.tensor([block[1:] for block in blocks], dtype=torch.int32).view(-1, 3)
+            self._query_blocks[size] = table.to(self.tokens.device)
+        return self._query_blocks[size]
+
     @classmethod
     def of(
-        cls, pieces: Sequence[tuple[int, int, Sequence[int]]], device: torch.device, workspace: Any = None
+        cls, pieces: Sequence[tuple[int, int, Sequence[int]]], device: torch.device, workspace: Workspace | None = None
     ) -> "Ragged":
         """Build a batch from (row, position of the first token, tokens) for each row."""
         tokens: list[int] = []

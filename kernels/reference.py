@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.philox import uniform
-from fastllama.kernels.ragged import Ragged, Sampling
+from fastllama.kernels.ragged import Ragged, Sampling, Workspace
 
 # Tokens of a row that attend together: keeps the mask of a long prompt small, and skips keys that are in their future.
 QUERY_BLOCK_TOKENS = 128
@@ -52,8 +53,11 @@ def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(dense, list(rows))
 
 
-def workspace() -> None:
+def workspace(
+    *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
+) -> Workspace:
     """The scratch memory that the ops of a step share: plain torch needs none."""
+    return Workspace()
 
 
 def embed(table: Tensor, batch: Ragged) -> Tensor:
@@ -69,9 +73,19 @@ def qkv(
     h (N, E), norm (E,), packed weight ((H + 2K)·D, E), rope (T, D/2, 2) float32 holding cos and sin, one layer's
     cache_k and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
     """
-    n_tokens, n_kv_heads, head_dim = h.shape[0], cache_k.shape[1], cache_k.shape[3]
-    heads = _linear(rms_norm(h, norm, eps), weight).view(n_tokens, -1, head_dim)
-    rotated = rotary(heads[:, :-n_kv_heads], rope[batch.positions])
+    return rotary_append(_linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+
+
+def rotary_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
+    """Turn queries and keys, pairs (2i, 2i + 1) by their token's angles in float32, and append keys and values.
+
+    heads (N, (H + 2K)·D), the rest as in `qkv`. Returns q (N, H, D).
+    """
+    n_kv_heads, head_dim = cache_k.shape[1], cache_k.shape[3]
+    heads = heads.unflatten(-1, (-1, head_dim))
+    pairs = torch.view_as_complex(heads[:, :-n_kv_heads].float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.view_as_complex(rope[batch.positions])[:, None]
+    rotated = torch.view_as_real(turned).flatten(-2).to(heads.dtype)
     cache_k[batch.rows, :, batch.positions] = rotated[:, -n_kv_heads:]
     cache_v[batch.rows, :, batch.positions] = heads[:, -n_kv_heads:]
     return rotated[:, :-n_kv_heads]
@@ -121,7 +135,12 @@ def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -
 
 def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
     """Norm, gate and up projections, SiLU(gate)·up: h (N, E), norm (E,), packed weight (2F, E) -> (N, F)."""
-    gate, up = _linear(rms_norm(h, norm, eps), weight).chunk(2, dim=-1)
+    return silu_mul(_linear(rms_norm(h, norm, eps), weight))
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """SiLU(gate)·up: gate_up (N, 2F) -> (N, F)."""
+    gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -130,7 +149,9 @@ def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> 
     return _linear(rms_norm(h, norm, eps), weight)
 
 
-def sample(logits: Tensor, sampling: Sampling, positions: Tensor) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, sampling: Sampling, positions: Tensor, workspace: Workspace | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose each row's next token.
 
     logits (B, V) in the model dtype, positions (B,) int64 where the tokens will stand (the random stream's counter).
@@ -167,28 +188,15 @@ def _draw(x: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
     return torch.where(target[:, 0] < above[:, -1], from_above, from_tied)
 
 
-def nucleus(order_by: Tensor, mass: Tensor, limit: Tensor) -> Tensor:
-    """The tokens that top-p keeps: those before which, in descending order, at most `limit` of mass lies.
-
-    order_by (B, V) ranks the tokens, the lowest ids first among equals; mass (B, V) weighs them; limit (B,), which is
-    top_p times the total mass -> (B, V) bool. Sums and compares in the dtype of mass.
-    """
-    order = order_by.argsort(dim=-1, descending=True, stable=True)
-    ordered = mass.gather(-1, order)
-    before = ordered.cumsum(-1) - ordered
-    keep = before <= limit[:, None]
-    return torch.zeros_like(keep).scatter(-1, order, keep)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) in float32, rounded to the model dtype, then times the weight."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 
-def rotary(heads: Tensor, rope: Tensor) -> Tensor:
-    """Turn pairs (2i, 2i + 1) of heads (N, ·, D) by the angles with cos and sin rope (N, D/2, 2), in float32."""
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(rope)[:, None]).flatten(-2).to(heads.dtype)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual (N, E) -> the norm of their sum, and the sum rounded to the model dtype."""
+    h = residual + x
+    return rms_norm(h, weight, eps), h
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,22 +1,51 @@
 """Choose the backend: a module that exports the ops of `reference`. Called once, when a model is built."""
 
+import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
 from fastllama.kernels import reference
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS = ("reference", "fused")
+MIN_CAPABILITY = (8, 0)  # the first compute capability with bfloat16 matrix instructions
 
 
 def backend(name: str | None, device: torch.device) -> ModuleType:
     """The ops for a device: those of the named backend, or the device's default where name is None.
 
-    Raises ValueError for a name that is not a backend of this installation.
+    The default is "fused" on a GPU that it runs on, else "reference". Raises ValueError for a name that is none of the
+    backends', and for "fused" where it cannot run: without triton, on an older GPU, or on a CPU without its
+    interpreter.
     """
     if name is None:
-        name = "reference"
+        name = "fused" if device.type == "cuda" and _obstacle(device) is None else "reference"
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(repr(known) for known in BACKENDS)
         raise ValueError(f"backend must be one of {known}, got {name!r}: leave it out to get the one for {device}")
-    return BACKENDS[name]
+    if name == "reference":
+        return reference
+    obstacle = _obstacle(device)
+    if obstacle is not None:
+        raise ValueError(f'backend "fused" does not run here: {obstacle}; backend="reference" does')
+    return importlib.import_module("fastllama.kernels.fused")
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """What keeps the fused backend from running on a device, and its remedy."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton, on Linux)"
+    from fastllama.kernels.interpreter import interpreting
+
+    if interpreting():
+        return None
+    if device.type != "cuda":
+        return (
+            f"its kernels need a GPU and the device is {str(device)!r}. To run them in triton's interpreter, which is "
+            "slow, set the environment variable TRITON_INTERPRET=1 before python starts"
+        )
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"its kernels need compute capability 8.0 or higher and the GPU has {major}.{minor}"
+    return None

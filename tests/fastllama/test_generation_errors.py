@@ -236,7 +236,7 @@ BUILD_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "absent-device": ({"device": "cuda:99"}, ValueError, "torch sees"),
     "bad-dtype": ({"dtype": "int8"}, ValueError, "dtype must be one of float32"),
     "wide-dtype": ({"dtype": torch.float64}, ValueError, "dtype must be one of float32"),
-    "bad-backend": ({"backend": "abacus"}, ValueError, "backend must be one of 'reference'"),
+    "bad-backend": ({"backend": "abacus"}, ValueError, "backend must be one of 'reference', 'fused'"),
     "two-processes": ({"model_parallel_size": 2}, ValueError, "asks for 2 processes"),
     "bad-processes": ({"model_parallel_size": 0}, ValueError, "model_parallel_size"),
     "bad-rope-factor": ({"rope_scaling_factor": -1.0}, ValueError, "rope_scaling_factor"),

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.ragged import Ragged, Sampling, Segment
-from fastllama.kernels.select import backend
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -226,8 +225,3 @@ def test_ragged_of_lays_rows_one_after_the_other() -> None:
     assert batch.segments == (Segment(2, 0, 2, 7), Segment(0, 2, 3, 1)) and not batch.one_each
     assert Ragged.of([(0, 5, [1]), (1, 2, [2])], CPU).one_each
 
-
-def test_select_names_what_exists() -> None:
-    assert backend(None, CPU) is reference is backend("reference", CPU)
-    with pytest.raises(ValueError, match="backend must be one of 'reference', got 'abacus'"):
-        backend("abacus", CPU)

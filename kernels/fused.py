@@ -1,0 +1,178 @@
+"""The `fused` backend: every op of `reference` as Triton kernels. Shapes and meaning stand there, op by op.
+
+Each op decides by its number of tokens how it is served. A decode layer is five launches:
+
+    tokens          qkv                   attention          project, swiglu, project, head
+    1               matvec + epilogue     attention_decode   matvec + epilogue
+    2 to 16         few_tokens + epilogue attention_decode   few_tokens + epilogue
+    more            rms_norm, the library's matmul,          the library's matmul between rms_norm and an epilogue
+                    rotary_append
+
+and a prompt's tokens attend in `attention_prefill`, however few they are. One `embed` before the layers, then `head`
+and the two launches of `sample`: a decode step is 5·L + 4 launches.
+
+Weights are row-major, so that a weight and its packed form are the same bytes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllama.kernels import interpreter
+from fastllama.kernels import sampling as sampler
+from fastllama.kernels.attention_decode import AttentionScratch, attention_decode
+from fastllama.kernels.attention_prefill import attention_prefill
+from fastllama.kernels.checks import check_head_dim
+from fastllama.kernels.embedding import embed as gather
+from fastllama.kernels.few_tokens import MAX_TOKENS, RowSquares, few_tokens
+from fastllama.kernels.matvec import choose_launch, matvec
+from fastllama.kernels.projection import Append
+from fastllama.kernels.ragged import Ragged, Sampling, Workspace
+from fastllama.kernels.rms_norm import add_rms_norm, rms_norm
+from fastllama.kernels.rotary import rotary_append
+from fastllama.kernels.swiglu import silu_mul
+
+__all__ = ["add_rms_norm", "rms_norm", "rotary_append", "silu_mul"]
+
+if interpreter.interpreting():
+    interpreter.mend()
+
+
+class FusedWorkspace(Workspace):
+    """The kernels' scratch memory: counters, split results, candidates, sums of squares. One step at a time uses it."""
+
+    def __init__(
+        self,
+        *,
+        max_batch_size: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.attention = AttentionScratch.of(max_batch_size, n_kv_heads, n_heads, head_dim, device)
+        self.sampling = sampler.SamplingScratch.of(max_batch_size, vocab_size, device)
+        self.squares = RowSquares(device)
+
+    def reset(self) -> None:
+        """Zero the counters."""
+        self.attention.reset()
+        self.sampling.reset()
+
+
+def workspace(
+    *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
+) -> Workspace:
+    """Scratch memory for a model. Raises ValueError for a head dim that the kernels have no tiles for."""
+    check_head_dim(head_dim)
+    return FusedWorkspace(
+        max_batch_size=max_batch_size,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        device=device,
+    )
+
+
+def pack(*parts: Tensor) -> Tensor:
+    """Weights (rows_i, E) that are applied to one input together -> (sum of rows, E), row-major."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def repacks(device: torch.device, dtype: torch.dtype) -> bool:
+    """False: a single weight and its packed form are one copy."""
+    return False
+
+
+def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+    """A packed weight -> its parts, of the given numbers of rows."""
+    return torch.split(weight, list(rows))
+
+
+def embed(table: Tensor, batch: Ragged) -> Tensor:
+    """(V, E) -> (N, E)."""
+    return gather(table, batch.tokens, _squares(batch))
+
+
+def qkv(
+    h: Tensor, norm: Tensor, weight: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, eps: float, batch: Ragged
+) -> Tensor:
+    """h (N, E) -> q (N, H, D), and keys and values into the cache."""
+    if h.shape[0] > MAX_TOKENS:
+        return rotary_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+    append = Append.to(cache_k, cache_v, rope, batch)
+    return _few(h, weight, batch, norm=norm, eps=eps, append=append).unflatten(-1, (-1, cache_k.shape[3]))
+
+
+def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
+    """q (N, H, D) -> (N, H·D)."""
+    if not batch.one_each:
+        return attention_prefill(q, cache_k, cache_v, batch)
+    if isinstance(batch.workspace, FusedWorkspace):
+        scratch = batch.workspace.attention
+    else:
+        scratch = AttentionScratch.of(q.shape[0], cache_k.shape[1], q.shape[1], q.shape[2], q.device)
+    return attention_decode(q, cache_k, cache_v, batch.positions, scratch)
+
+
+def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -> Tensor:
+    """x (N, ·) -> (N, E)."""
+    if x.shape[0] > MAX_TOKENS:
+        y = F.linear(x, weight)
+        return y if residual is None else y.add_(residual)
+    return _few(x, weight, batch, residual=residual)
+
+
+def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
+    """h (N, E) -> (N, F)."""
+    if h.shape[0] > MAX_TOKENS:
+        return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
+    return _few(h, weight, batch, norm=norm, eps=eps, swiglu=True)
+
+
+def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
+    """h (M, E) -> logits (M, V)."""
+    if h.shape[0] > MAX_TOKENS:
+        return F.linear(rms_norm(h, norm, eps), weight)
+    return _few(h, weight, batch, norm=norm, eps=eps)
+
+
+def sample(
+    logits: Tensor, sampling: Sampling, positions: Tensor, workspace: Workspace | None = None
+) -> tuple[Tensor, Tensor]:
+    """logits (B, V) -> tokens (B,) int64 and their log-probabilities (B,) float32, in two launches."""
+    if isinstance(workspace, FusedWorkspace):
+        scratch = workspace.sampling
+    else:
+        scratch = sampler.SamplingScratch.of(*logits.shape, logits.device)
+    return sampler.sample(logits, sampling, positions, scratch)
+
+
+def _squares(batch: Ragged) -> RowSquares:
+    """Where sums of squares are left and found. Without a workspace none are, and a norm is a launch of its own."""
+    workspace = batch.workspace
+    return workspace.squares if isinstance(workspace, FusedWorkspace) else RowSquares(batch.tokens.device)
+
+
+def _few(
+    x: Tensor,
+    weight: Tensor,
+    batch: Ragged,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    append: Append | None = None,
+) -> Tensor:
+    """A projection of 1 to 16 tokens."""
+    tiles = 1 if append is None and not swiglu else 2
+    if x.shape[0] == 1 and choose_launch(weight, tiles) is not None:
+        return matvec(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append=append)
+    squares = _squares(batch)
+    if norm is not None and not squares.of(x):
+        x, norm = rms_norm(x, norm, eps), None
+    return few_tokens(x, weight, squares, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append=append)

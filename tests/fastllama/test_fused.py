@@ -1,0 +1,128 @@
+"""The whole model on Triton kernels: the reference backend's tokens and log-probabilities, on a GPU or interpreted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllama import Llama, ModelArgs, Transformer, builtin_checkpoint
+from fastllama.kernels.ragged import Ragged
+from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.tiny import tiny_llama
+
+BACKENDS = ("reference", "fused")
+STORIES260K = {
+    "dim": 64,
+    "n_layers": 5,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "vocab_size": 512,
+    "hidden_dim": 172,
+    "rope_theta": 10000.0,
+    "tied_output": True,
+}
+
+
+def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> list[Transformer]:
+    """A model on each backend, of the same random weights, large enough that no two logits are close."""
+    args = ModelArgs(**fields, max_batch_size=4, max_seq_len=64)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        for name, shape in args.shapes.items()
+        if name != "output.weight"
+    }
+    models = []
+    for backend in BACKENDS:
+        model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False)
+        model.load_tensors(weights.items())
+        models.append(model)
+    return models
+
+
+def test_builtin_model_gives_the_reference_tokens(device: torch.device) -> None:
+    """Ragged prompts, one of them longer than what the matrix–vector kernels serve, echoed and scored."""
+    texts = ["Once upon a time", "The capital of France is the city of Paris, and the sun was warm on that day.", "A"]
+    rows = []
+    for backend in BACKENDS:
+        llm = Llama.build(*builtin_checkpoint(), 64, 4, device=device, dtype="float32", backend=backend)
+        prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+        rows.append(llm.generate(prompts, 8, temperature=0, logprobs=True, echo=True))
+    (expected_tokens, expected_scores), (tokens, scores) = rows
+    assert tokens == expected_tokens
+    for ours, expected in zip(scores or [], expected_scores or [], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3], ids=["one-row", "three-rows"])
+def test_stories260k_shape_gives_the_reference_tokens(n_rows: int, device: torch.device) -> None:
+    prompts = [[1, 250, 17, 300, 41], [9], list(range(100, 120))][:n_rows]
+    outputs = []
+    for model in transformers(device, torch.float32, **STORIES260K):
+        outputs.append(Llama(model, tokenizer=_NoTokenizer()).generate(prompts, 8, temperature=0))  # type: ignore[arg-type]
+    assert outputs[0] == outputs[1]
+
+
+class _NoTokenizer:
+    """As much of a tokenizer as a call that neither encodes nor decodes needs."""
+
+    stop_tokens: frozenset[int] = frozenset()
+    special_tokens: dict[str, int] = {}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_logits_are_the_references(dtype: torch.dtype, device: torch.device) -> None:
+    """Prefill, a chunk after it, and a decode step; half precision rounds each layer's sums to a neighbour at times."""
+    reference, fused = transformers(device, dtype, **STORIES260K)
+    tokens = torch.arange(3 * 20).view(3, 20).to(device) * 7 % 512
+    for begin, end in ((0, 18), (18, 19), (19, 20)):
+        expected, ours = (model.forward(tokens[:, begin:end], begin) for model in (reference, fused))
+        torch.testing.assert_close(ours, expected, atol=0.1 if dtype == torch.bfloat16 else 0.02, rtol=0)
+
+
+def test_seeded_draws_are_the_references(device: torch.device, tmp_path: Path) -> None:
+    write_meta(tmp_path, tiny_params(), random_weights(tiny_params(), seed=3))
+    write_tokenizer(tmp_path)
+    outputs = []
+    for backend in BACKENDS:
+        llm = Llama.build(
+            str(tmp_path), str(tmp_path / "tokenizer.model"), 48, 4, device=device, dtype="float32", backend=backend
+        )
+        prompts = [[5, 250, 17], [9], [31, 32]]
+        outputs.append([llm.generate(prompts, 5, temperature=t, top_p=p, seed=11) for t, p in ((0.8, 0.9), (1.5, 1.0))])
+    assert outputs[0] == outputs[1]
+
+
+def test_an_op_without_a_workspace_makes_its_own(device: torch.device) -> None:
+    reference, fused = transformers(device, torch.float32, **STORIES260K)
+    batch = Ragged.of([(0, 0, [5, 6, 7]), (2, 0, [8])], device)
+    assert batch.workspace is None
+    hidden = [model.hidden(batch) for model in (reference, fused)]
+    torch.testing.assert_close(hidden[1], hidden[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_broken_off_call_leaves_nothing_behind(device: torch.device) -> None:
+    """Counters that an aborted launch left standing are zeroed before the next call."""
+    reference, fused = transformers(device, torch.float32, **STORIES260K)
+    tokens = torch.tensor([[5, 6, 7]], device=device)
+    expected = reference.forward(tokens, 0)
+    workspace = fused.workspace
+    workspace.attention.counters.fill_(3)  # type: ignore[attr-defined]
+    workspace.sampling.counters.fill_(3)  # type: ignore[attr-defined]
+    torch.testing.assert_close(fused.forward(tokens, 0), expected, atol=1e-4, rtol=1e-4)
+    assert not workspace.attention.counters.any() and not workspace.sampling.counters.any()  # type: ignore[attr-defined]
+
+
+def test_state_dict_goes_in_and_out_unchanged(tmp_path: Path) -> None:
+    expected = tiny_llama(tmp_path).model
+    fused = Transformer(expected.params, device="cpu", dtype=torch.float32, backend="fused", init_weights=False)
+    fused.load_state_dict(expected.state_dict())
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(fused.state_dict()[name], weight)
+
+
+def test_head_dims_beyond_the_tiles_are_refused() -> None:
+    args = ModelArgs(dim=516, n_layers=1, n_heads=2, head_dim=258, vocab_size=16, max_batch_size=1, max_seq_len=8)
+    with pytest.raises(ValueError, match='even head dims up to 256, got 258: build with backend="reference"'):
+        Transformer(args, backend="fused")
+    Transformer(args, backend="reference")

@@ -105,7 +105,7 @@ def qkv(
     if h.shape[0] > MAX_TOKENS:
         return rotary_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
     append = Append.to(cache_k, cache_v, rope, batch)
-    return _few(h, weight, batch, norm=norm, eps=eps, append=append).unflatten(-1, (-1, cache_k.shape[3]))
+    return _few(h, weight, batch, norm=norm, eps=eps, append=append).view(h.shape[0], -1, cache_k.shape[3])
 
 
 def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
@@ -148,7 +148,7 @@ def sample(
     if isinstance(workspace, FusedWorkspace):
         scratch = workspace.sampling
     else:
-        scratch = sampler.SamplingScratch.of(*logits.shape, logits.device)
+        scratch = sampler.SamplingScratch.of(logits.shape[0], logits.shape[1], logits.device)
     return sampler.sample(logits, sampling, positions, scratch)
 
 

@@ -42,8 +42,9 @@ def widen(handle: Any) -> np.ndarray:
     """A handle's values, those of a bfloat16 as float32."""
     if handle.dtype.scalar != tl.bfloat16:
         values: np.ndarray = handle.data
-        return values
-    return (handle.data.astype(np.uint32) << BITS_BFLOAT16).view(np.float32)
+    else:
+        values = (handle.data.astype(np.uint32) << BITS_BFLOAT16).view(np.float32)
+    return values
 
 
 def narrow(values: np.ndarray) -> np.ndarray:

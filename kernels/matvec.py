@@ -26,7 +26,7 @@ BYTES_PER_THREAD = 256  # of weights: 64 of the 128 registers that leave room fo
 SCALE_BYTES_PER_THREAD = 64  # a norm of more is fetched when it is used, so that registers hold weights instead
 PROGRAMS_PER_PROCESSOR = 2.5  # at least, so that reading never pauses for long while programs begin and end
 LOAD_BYTES = 16
-CHUNK_PER_WARP = 256  # elements of a row that 32 threads read in one 16-byte load each, of bfloat16
+CHUNK_PER_THREAD = 8  # elements of a row: one 16-byte load of bfloat16
 MIN_CHUNK = 256
 MAX_WARPS = 16
 
@@ -55,25 +55,26 @@ def choose_launch(weight: Tensor, tiles: int) -> Launch | None:
         1B   down     2048 ×  8192     2             32 KB   1024 =  7.8         256
         1B   head   128256 ×  2048     8             32 KB  16032 = 121.5        256
     """
-    (out_features, in_features), itemsize, processors = weight.shape, weight.itemsize, current_target().processors
+    target = current_target()
+    (out_features, in_features), itemsize, warp_size = weight.shape, weight.itemsize, target.warp_size
     rows = 1
     while (
         2 * rows * tiles * in_features * itemsize <= TILE_BYTES
-        and out_features / (2 * rows * tiles) >= PROGRAMS_PER_PROCESSOR * processors
+        and out_features / (2 * rows * tiles) >= PROGRAMS_PER_PROCESSOR * target.processors
     ):
         rows *= 2
     tile = rows * tiles * in_features * itemsize
     warps = 4
-    while tile > warps * 32 * BYTES_PER_THREAD:
+    while tile > warps * warp_size * BYTES_PER_THREAD:
         warps *= 2
     if warps > MAX_WARPS:
         return None
-    chunk = CHUNK_PER_WARP * warps
+    chunk = CHUNK_PER_THREAD * warp_size * warps
     while chunk > MIN_CHUNK and in_features % chunk:
         chunk //= 2
     if in_features % chunk:  # no whole number of chunks: the last one is masked
-        chunk = min(triton.next_power_of_2(in_features), CHUNK_PER_WARP * warps)
-    while warps > 1 and rows * chunk * itemsize < warps * 32 * LOAD_BYTES:
+        chunk = min(triton.next_power_of_2(in_features), CHUNK_PER_THREAD * warp_size * warps)
+    while warps > 1 and rows * chunk * itemsize < warps * warp_size * LOAD_BYTES:
         warps //= 2
     return Launch(rows, chunk, warps)
 
@@ -144,7 +145,8 @@ def _matvec_kernel(
             weights_2 = _load_rows(weight_ptr, out + OUT, 2 * OUT, IN, BLOCK_IN, EVEN)
     if norm_ptr is not None and HOLD_SCALES:
         scales = _load_vector(norm_ptr, IN, BLOCK_IN)
-    # Everything above is the same in every step; what follows was written by the launches before.
+    # Without a barrier the compiler starts to multiply when half of the loads are out, and the rest waits behind it.
+    tl.debug_barrier()
     x = _load_vector(x_ptr, IN, BLOCK_IN)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + out, mask=live, other=0.0)

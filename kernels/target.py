@@ -21,11 +21,12 @@ class Target:
     arch: int | str  # compute capability times ten, or the name of an AMD architecture
     processors: int  # streaming multiprocessors, or compute units
     shared_bytes: int  # shared memory that one program may have
+    warp_size: int = 32
 
 
-# What interpreted kernels are launched as: an H200 of a few multiprocessors, so that a small model's weights are dealt
+# What interpreted kernels are launched as: an H200 of one multiprocessor, so that a small model's weights are dealt
 # to few programs, as a large one's are to many.
-INTERPRETED = Target("cuda", 90, 4, 232448)
+INTERPRETED = Target("cuda", 90, 1, 232448)
 
 
 @cache
@@ -36,4 +37,10 @@ def current_target() -> Target:
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(driver.get_current_device())
-    return Target(target.backend, target.arch, properties["multiprocessor_count"], properties["max_shared_mem"])
+    return Target(
+        target.backend,
+        target.arch,
+        properties["multiprocessor_count"],
+        properties["max_shared_mem"],
+        target.warp_size,
+    )

@@ -1,0 +1,146 @@
+"""Top-p in the last program of a row: the candidates, the search for the lowest kept logit, and the draw.
+
+Candidates are the logits that may be kept, set aside block by block in order of id; a mass is a probability times
+whatever the whole row weighs. Device functions of the kernels in `sampling.py`, where the formula stands.
+"""
+
+import triton
+import triton.language as tl
+
+HIGHEST = tl.constexpr(2147483647)
+FOLD = tl.constexpr(4)  # candidates in one 16-byte load
+
+
+@triton.jit
+def _key_of(x, KEY_BITS: tl.constexpr):
+    """Integers that order as float32 values do, and are equal for 0.0 and -0.0."""
+    bits = tl.where(x == 0.0, 0, x.to(tl.int32, bitcast=True))
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - KEY_BITS)
+
+
+@triton.jit
+def _logit_of(key, KEY_BITS: tl.constexpr):
+    """The float32 value that has this key."""
+    EMPTY: tl.constexpr = 32 - KEY_BITS
+    bits = key << EMPTY
+    return (bits ^ ((bits >> 31) & (0x7FFFFFFF >> EMPTY << EMPTY))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _whole(x):
+    """The largest whole number up to x, of at least 0."""
+    return x.to(tl.int32).to(x.dtype)
+
+
+@triton.jit
+def set_candidates_aside(
+    x, mass, least, candidates_ptr, counts_ptr, lowest_ptr, slot, KEY_BITS: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Write a block's logits whose mass is at least `least` to its slots, with their number and smallest key."""
+    candidate = (mass > 0.0) & (mass >= least)
+    place = tl.cumsum(candidate.to(tl.int32), 0)
+    tl.store(candidates_ptr + slot * BLOCK_V + place - 1, x, mask=candidate)
+    tl.store(counts_ptr + slot, tl.max(place, 0))
+    tl.store(lowest_ptr + slot, tl.min(tl.where(candidate, _key_of(x, KEY_BITS), HIGHEST), 0))
+
+
+@triton.jit
+def _load_candidates(candidates_ptr, slots, counts, begin, maximum, scale, BLOCK_V, KEY_BITS, SHARE: tl.constexpr):
+    """A share of each block's candidates -> (masses, keys), (BLOCKS, SHARE) each; a slot without one weighs nothing."""
+    index, left = tl.arange(0, SHARE), counts - begin
+    # Whole shares are read, past a block's last candidate, too, so that the loads are 16 bytes wide.
+    x = tl.load(
+        candidates_ptr + slots[:, None] * BLOCK_V + (begin + index)[None, :],
+        mask=(left > 0)[:, None],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    live = index[None, :] < left[:, None]
+    return tl.where(live, tl.exp2((x - maximum) * scale), 0.0), _key_of(x, KEY_BITS)
+
+
+@triton.jit
+def _fold(x):
+    """Sum each FOLD neighbours, which one thread holds."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // FOLD, FOLD)), 2)
+
+
+@triton.jit
+def _lowest_kept_key(
+    candidates_ptr, slots, counts, low, high, limit, maximum, scale, BLOCK_V, KEY_BITS, SHARE: tl.constexpr
+):
+    """The lowest key in [low, high] above which lies at most `limit` of mass; above `high` there is none."""
+    longest = tl.max(counts, 0)
+    while low < high:  # at most KEY_BITS / 3 times: an eighth of the range remains
+        step = (high - low) // 8 + 1
+        above = (tl.zeros((slots.shape[0], SHARE // FOLD), tl.float32),) * 8
+        for begin in range(0, longest, SHARE):
+            # fmt: off
+            mass, key = _load_candidates(candidates_ptr, slots, counts, begin, maximum, scale, BLOCK_V, KEY_BITS,
+                                         SHARE)
+            # fmt: on
+            more = ()
+            end = low - 1
+            for i in tl.static_range(8):
+                end = tl.minimum(end + step, high)
+                more = more + (above[i] + _fold(tl.where(key > end.to(tl.int32), mass, 0.0)),)
+            above = more
+        pairs = tl.join(tl.join(above[0], above[1]), tl.join(above[2], above[3]))
+        pairs_2 = tl.join(tl.join(above[4], above[5]), tl.join(above[6], above[7]))
+        sums = tl.sum(tl.reshape(tl.join(pairs, pairs_2), (slots.shape[0] * SHARE // FOLD, 8)), 0)
+        low += step * tl.sum((sums.to(tl.float64) > limit).to(tl.int64), 0)
+        high = tl.minimum(high, low + step - 1)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _first_past(weights, until, goal, index):
+    """The first index of those with a weight at which the running sum `until` exceeds the goal.
+
+    The last of them, should rounding have kept the sum from it.
+    """
+    last = tl.max(tl.where(weights > 0.0, index, 0), 0)
+    return tl.minimum(tl.min(tl.where((weights > 0.0) & (until > goal), index, HIGHEST), 0), last)
+
+
+@triton.jit
+def draw_token(
+    logits_ptr, candidates_ptr, slots, counts, low, limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, SHARE: tl.constexpr
+):
+    """The token that u in [0, 1) picks, and its logit. logits_ptr points at the row."""
+    # With everything kept there is nothing to search for.
+    high = tl.where(limit == float("inf"), low, _key_of(maximum, KEY_BITS).to(tl.int64))
+    # fmt: off
+    threshold = _lowest_kept_key(candidates_ptr, slots, counts, low, high, limit, maximum, scale, BLOCK_V, KEY_BITS,
+                                 SHARE)
+    # fmt: on
+    BLOCKS: tl.constexpr = slots.shape[0]
+    above_sums = tl.zeros((BLOCKS, SHARE // FOLD), tl.float32)
+    tie_sums = tl.zeros((BLOCKS, SHARE // FOLD), tl.float32)
+    for begin in range(0, tl.max(counts, 0), SHARE):
+        mass, key = _load_candidates(candidates_ptr, slots, counts, begin, maximum, scale, BLOCK_V, KEY_BITS, SHARE)
+        above_sums += _fold(tl.where(key > threshold, mass, 0.0))
+        tie_sums += _fold(tl.where((key == threshold) & (mass > 0.0), 1.0, 0.0))
+
+    above, ties = tl.sum(above_sums, 1).to(tl.float64), tl.sum(tie_sums, 1).to(tl.float64)
+    above_until, ties_until = tl.cumsum(above, 0), tl.cumsum(ties, 0)
+    above_mass, last_tie = tl.max(above_until, 0), tl.max(ties_until, 0) - 1.0
+    weight = tl.exp2((_logit_of(threshold, KEY_BITS) - maximum) * scale).to(tl.float64)
+    # How many ties stay: those before which at most `limit` lies, of which the first is one.
+    last_kept = _whole(tl.minimum(tl.maximum((limit - above_mass) / weight, 0.0), last_tie))
+    goal = u * (above_mass + (last_kept + 1.0) * weight)
+    is_tie = goal >= above_mass
+    # A tie is found by counting: the first with more than rank + 1/2 ties up to and including itself.
+    goal = tl.where(is_tie, _whole(tl.minimum((goal - above_mass) / weight, last_kept)) + 0.5, goal)
+    inside = tl.where(is_tie, ties, above)
+    until = tl.where(is_tie, ties_until, above_until)
+    index = tl.arange(0, BLOCKS)
+    block = _first_past(inside, until, goal, index)
+    rest = (goal - tl.sum(tl.where(index == block, until - inside, 0.0), 0)).to(tl.float32)
+
+    ids = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
+    mass, key = tl.exp2((x - maximum) * scale), _key_of(x, KEY_BITS)
+    counted = tl.where(is_tie, tl.where(key == threshold, 1.0, 0.0), tl.where(key > threshold, mass, 0.0))
+    token = _first_past(counted, tl.cumsum(counted, 0), rest, ids)
+    return token, tl.sum(tl.where(ids == token, x, 0.0), 0)

@@ -1,0 +1,127 @@
+"""The projection kernels on an NVIDIA GPU, at the widths of Llama 3.2-1B and 3-8B, against float64."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.kernels import fused
+from fastllama.kernels.ragged import Ragged
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: torch.cuda.is_available() is False"),
+]
+
+
+class Widths(NamedTuple):
+    dim: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+
+
+WIDTHS = {
+    "3.2-1B": Widths(2048, 32, 8, 64, 8192, 128256),
+    "3-8B": Widths(4096, 32, 8, 128, 14336, 128256),
+    "3-70B/8": Widths(8192, 8, 1, 128, 3584, 16032),
+}
+TOKENS = (1, 2, 4, 8, 16, 17, 300)
+LENGTH = 512
+EPS = 1e-5
+RUNS = 100
+# Relative to the root of the mean square: half an ulp of bfloat16 is 2^-9, met about three times on the way.
+MAX_RELATIVE_ERROR = 6e-3
+MAX_ELEMENT_ERROR = 5e-2
+
+
+class Tensors:
+    """A layer's weights and a batch of one token a row (or, beyond what the cache has rows for, of one row)."""
+
+    def __init__(self, widths: Widths, n_tokens: int, device: torch.device) -> None:
+        torch.manual_seed(1)
+        dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size = self.widths = widths
+        rows = min(n_tokens, 16)
+        pieces = [(row, 7 * row, [row]) for row in range(rows)] if n_tokens <= 16 else [(3, 0, [5] * n_tokens)]
+
+        def weight(out: int, width: int) -> Tensor:
+            return torch.randn(out, width, device=device).div(width**0.5).bfloat16()
+
+        self.workspace = fused.workspace(
+            max_batch_size=16,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            device=device,
+        )
+        self.batch = Ragged.of(pieces, device, self.workspace)
+        self.table = torch.randn(64, dim, device=device).bfloat16()
+        self.norm = (1 + 0.1 * torch.randn(dim, device=device)).bfloat16()
+        self.wqkv, self.wo = weight((n_heads + 2 * n_kv_heads) * head_dim, dim), weight(dim, n_heads * head_dim)
+        self.w13, self.w2, self.output = weight(2 * hidden_dim, dim), weight(dim, hidden_dim), weight(vocab_size, dim)
+        self.attended = torch.randn(n_tokens, n_heads * head_dim, device=device).bfloat16()
+        angles = torch.rand(LENGTH, head_dim // 2, device=device) * 6.3
+        self.rope = torch.stack([angles.cos(), angles.sin()], -1)
+        cache = (16, n_kv_heads, LENGTH, head_dim)
+        self.cache_k, self.cache_v = (torch.zeros(cache, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def run(self) -> dict[str, Tensor]:
+        """One layer's projections and the head, each fed with what the one before made."""
+        h = fused.embed(self.table, self.batch)
+        q = fused.qkv(h, self.norm, self.wqkv, self.rope, self.cache_k, self.cache_v, EPS, self.batch)
+        middle = fused.project(self.attended, self.wo, h, self.batch)
+        hidden = fused.swiglu(middle, self.norm, self.w13, EPS, self.batch)
+        last = fused.project(hidden, self.w2, middle, self.batch)
+        logits = fused.head(last, self.norm, self.output, EPS, self.batch)
+        return {"h": h, "q": q, "middle": middle, "hidden": hidden, "last": last, "logits": logits}
+
+
+def normalised(h: Tensor, norm: Tensor) -> Tensor:
+    wide = h.double()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * norm.double()
+
+
+def assert_near(name: str, ours: Tensor, expected: Tensor) -> None:
+    """By the norm of the difference, and in every element by its own size and the typical one."""
+    error = (ours.double() - expected).norm() / expected.norm()
+    assert error < MAX_RELATIVE_ERROR, f"{name}: relative error {error:.2e}"
+    scale = expected.pow(2).mean().sqrt()
+    worst = ((ours.double() - expected).abs() / (scale + expected.abs())).max()
+    assert worst < MAX_ELEMENT_ERROR, f"{name}: one element is off by {worst:.2e} of its size"
+
+
+@pytest.mark.parametrize("n_tokens", TOKENS, ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("model", WIDTHS)
+def test_projections_match_float64(model: str, n_tokens: int, device: torch.device) -> None:
+    tensors = Tensors(WIDTHS[model], n_tokens, device)
+    out = tensors.run()
+    batch, (_, n_heads, n_kv_heads, head_dim, *_) = tensors.batch, tensors.widths
+    assert torch.equal(out["h"], tensors.table[batch.tokens])
+    heads = (normalised(out["h"], tensors.norm) @ tensors.wqkv.double().T).unflatten(-1, (-1, head_dim))
+    pairs = torch.view_as_complex(heads[:, : n_heads + n_kv_heads].unflatten(-1, (-1, 2)))
+    angles = torch.view_as_complex(tensors.rope.double()[batch.positions])[:, None]
+    turned = torch.view_as_real(pairs * angles).flatten(-2)
+    assert_near("q", out["q"], turned[:, :n_heads])
+    at = batch.rows, slice(None), batch.positions
+    assert_near("cache_k", tensors.cache_k[at], turned[:, n_heads:])
+    assert_near("cache_v", tensors.cache_v[at], heads[:, n_heads + n_kv_heads :])
+    assert tensors.cache_k.count_nonzero() <= n_tokens * n_kv_heads * head_dim
+    assert_near("output", out["middle"], out["h"].double() + tensors.attended.double() @ tensors.wo.double().T)
+    gate, up = (normalised(out["middle"], tensors.norm) @ tensors.w13.double().T).chunk(2, -1)
+    assert_near("swiglu", out["hidden"], torch.nn.functional.silu(gate) * up)
+    assert_near("down", out["last"], out["middle"].double() + out["hidden"].double() @ tensors.w2.double().T)
+    assert_near("logits", out["logits"], normalised(out["last"], tensors.norm) @ tensors.output.double().T)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4, 16], ids=lambda n: f"N{n}")
+def test_projections_repeat_themselves(n_tokens: int, device: torch.device) -> None:
+    """The same bits over a hundred runs: no sum depends on who comes first."""
+    tensors = Tensors(WIDTHS["3.2-1B"], n_tokens, device)
+    first = tensors.run()
+    for _ in range(RUNS):
+        for name, value in tensors.run().items():
+            assert torch.equal(value, first[name]), name

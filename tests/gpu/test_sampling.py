@@ -1,0 +1,147 @@
+"""The sampling kernels on an NVIDIA GPU: millions of draws against Meta's rule, and exact tokens against an oracle."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.kernels.ragged import Sampling
+from fastllama.kernels.sampling import SamplingScratch, sample
+from tests.kernels.cases import DTYPES, random
+from tests.kernels.draws import assert_follows, metas_distribution, numbers_drawn, possible_tokens, rows_of, sampling
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: torch.cuda.is_available() is False"),
+    pytest.mark.timeout(600),
+]
+
+DRAWS = 10_000_000
+ROWS = {1000: 200_000, 128256: 4000}  # of one launch, by vocabulary: about a gigabyte of logits, twice that of scratch
+ORACLE_ROWS = 200  # at most, and of so many logits in all: the oracle sorts them on the CPU
+ORACLE_LOGITS = 16_000_000
+MAX_NEAR_BOUNDARY = 20  # of those, where float32 sums cannot be expected to tell
+RUNS = 100
+FLAT_VOCABULARIES = (128256, 262144)
+NEAR_ALL_MASS = 2e-5  # what float32 sums over a whole vocabulary may be off by, and the mass of its lowest ties
+ALIKE_ROWS = 70_000  # more than a grid's second dimension could count
+DEVICE = torch.device("cuda")
+
+
+def scratch_for(logits: Tensor) -> SamplingScratch:
+    return SamplingScratch.of(logits.shape[0], logits.shape[1], logits.device)
+
+
+def draw_counts(row: Tensor, temperature: float, top_p: float, rows: int, draws: int) -> Tensor:
+    """How often each token (V,) is drawn from one row of logits, in launches of `rows` draws."""
+    logits = row.to(DEVICE).expand(rows, -1).contiguous()
+    scratch = scratch_for(logits)
+    how = sampling([temperature], [top_p], [(11, stream, 0) for stream in range(rows)], DEVICE)
+    counts = torch.zeros(len(row), dtype=torch.int64, device=DEVICE)
+    for position in range(-(-draws // rows)):
+        tokens, _ = sample(logits, how, torch.full_like(how.seed, position), scratch)
+        counts += torch.bincount(tokens, minlength=len(row))
+    assert not scratch.counters.any()
+    return counts.cpu()
+
+
+def drawn(logits: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
+    """One draw a row, at position 0."""
+    return sample(logits, how, torch.zeros_like(how.seed), scratch_for(logits))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.9), (0.7, 0.5), (1.5, 1.0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_sample_follows_metas_distribution_over_1000_tokens(
+    dtype: torch.dtype, temperature: float, top_p: float
+) -> None:
+    row = (random(1000, seed=1) * 1.5).to(dtype)
+    counts = draw_counts(row, temperature, top_p, ROWS[1000], DRAWS)
+    assert int(counts.sum()) >= DRAWS
+    assert_follows(counts, metas_distribution(row, temperature, top_p))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.9), (0.8, 0.95)], ids=str)
+def test_sample_follows_metas_distribution_over_128256_tokens(temperature: float, top_p: float) -> None:
+    row = (random(128256, seed=2) * 3).bfloat16()
+    counts = draw_counts(row, temperature, top_p, ROWS[128256], DRAWS)
+    assert int(counts.sum()) >= DRAWS
+    assert_follows(counts, metas_distribution(row, temperature, top_p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("vocabulary", [1000, 3457, 128256, 262144], ids=lambda v: f"V{v}")
+def test_sample_draws_what_the_oracle_draws(vocabulary: int, dtype: torch.dtype) -> None:
+    rows = min(ORACLE_ROWS, ORACLE_LOGITS // vocabulary)
+    spread = torch.tensor([4.0, 2.0, 6.0]).repeat(rows)[:rows, None]
+    logits = (random(rows, vocabulary, seed=3) * spread).to(dtype)
+    temperatures, top_ps = [0.6, 0.8, 1.0, 0.3, 1e-300], [0.9, 0.5, 0.95, 1.0]
+    how = sampling(
+        [temperatures[row % 5] for row in range(rows)],
+        [top_ps[row % 4] for row in range(rows)],
+        [(row << 33, row, 2**32 - 1) for row in range(rows)],
+        DEVICE,
+    )
+    tokens, logprobs = drawn(logits.to(DEVICE), how)
+    near = 0
+    for row, u in enumerate(numbers_drawn(how, torch.zeros_like(how.seed))):
+        possible = possible_tokens(logits[row], float(how.temperature[row]), float(how.top_p[row]), u)
+        assert int(tokens[row]) in possible, f"row {row} draws {int(tokens[row])}, the oracle {possible}"
+        near += len(possible) > 1
+    assert near <= MAX_NEAR_BOUNDARY
+    expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.cpu()[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.cpu().double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sample_greedy_and_draws_repeat_over_100_runs() -> None:
+    """Bit for bit, log-probabilities included, however the programs of a launch happen to be scheduled."""
+    logits = (random(16, 128256, seed=4) * 2).bfloat16().to(DEVICE)
+    logits[:, [5000, 120_000]] = 20.0
+    how = sampling([0.0, 1.0] * 8, [0.9], [(5, row, 0) for row in range(16)], DEVICE)
+    first = drawn(logits, how)
+    assert first[0][::2].tolist() == [5000] * 8
+    scratch, zero = scratch_for(logits), torch.zeros_like(how.seed)
+    for _ in range(RUNS):
+        again = sample(logits, how, zero, scratch)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("vocabulary", FLAT_VOCABULARIES, ids=lambda v: f"V{v}")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_sample_takes_flat_and_nearly_flat_rows(dtype: torch.dtype, vocabulary: int) -> None:
+    """Everything is a candidate: equal logits keep just the lowest ids, and drawing reaches all over the vocabulary."""
+    rows = 64
+    how = sampling([1.0], [0.5], [(6, row, 0) for row in range(rows)], DEVICE)
+    numbers = torch.tensor(numbers_drawn(how, torch.zeros_like(how.seed)), dtype=torch.float64)
+    tokens, logprobs = drawn(torch.full((rows, vocabulary), -3.0, dtype=dtype, device=DEVICE), how)
+    assert torch.equal(tokens.cpu(), (numbers * (vocabulary // 2 + 1)).long())
+    expected = torch.full_like(logprobs, -float(torch.tensor(float(vocabulary)).log()))
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+    wide = random(rows, vocabulary, seed=5).to(dtype).to(DEVICE)
+    near_all = sampling([1.0], [1 - 1e-9], [(6, row, 0) for row in range(rows)], DEVICE)
+    tokens, _ = drawn(wide, near_all)
+    mass = torch.softmax(wide.double(), -1)
+    before = torch.where(torch.arange(vocabulary, device=DEVICE) < tokens[:, None], mass, 0.0).sum(-1)
+    past = numbers.to(DEVICE) - before  # lies within the token's own mass, but for rounding and the lowest ties
+    assert bool(((past > -NEAR_ALL_MASS) & (past < mass.gather(1, tokens[:, None])[:, 0] + NEAR_ALL_MASS)).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_sample_marks_rows_that_are_not_numbers(dtype: torch.dtype) -> None:
+    logits = (random(12, 128256, seed=6) * 3).to(dtype).to(DEVICE)
+    how = sampling([0.0, 1.0] * 6, [0.9], [(7, row, 0) for row in range(12)], DEVICE)
+    clean = drawn(logits, how)
+    logits[2:4, 77], logits[4:6, 128255] = torch.nan, -torch.nan
+    logits[6:8, 60_000], logits[8:10] = torch.inf, -torch.inf
+    tokens, logprobs = drawn(logits, how)
+    broken = torch.zeros(12, dtype=torch.bool, device=DEVICE)
+    broken[2:10] = True
+    assert bool((tokens[broken] == -1).all()) and bool(logprobs[broken].isnan().all())
+    assert torch.equal(tokens[~broken], clean[0][~broken]) and torch.equal(logprobs[~broken], clean[1][~broken])
+
+
+def test_sample_takes_more_rows_than_a_grid_dimension() -> None:
+    row = torch.tensor([0.0, 1.0, 2.0, 0.5, -1.0], dtype=torch.bfloat16, device=DEVICE)
+    how = sampling([0.0, 1.0], [0.9], [(8, 0, 0), (8, 1, 0)], DEVICE)
+    many = rows_of(how, torch.arange(ALIKE_ROWS, device=DEVICE) % 2)
+    expected = drawn(row.repeat(2, 1), how)[0].repeat(ALIKE_ROWS // 2)
+    assert torch.equal(drawn(row.repeat(ALIKE_ROWS, 1), many)[0], expected)

@@ -5,10 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install demo test lint types clean
+OLDER_TRITON := .cache/triton-3.6.0
+WITH_OLDER_TRITON := PYTHONPATH=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python
+
+.PHONY: help install demo test test-triton-3.6 kernels-report lint types clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make .venv with the package, its tools and everything the tests need
 
@@ -27,6 +30,17 @@ demo: $(INSTALLED) ## Tell a story and answer a question with the built-in model
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest
 
+test-triton-3.6: $(OLDER_TRITON) ## Run the kernels' tests under the older triton
+	$(WITH_OLDER_TRITON) -m pytest tests/kernels tests/fastllama/test_fused.py tests/benchmarks/test_compiled.py
+
+kernels-report: $(INSTALLED) $(OLDER_TRITON) ## Compile the kernels for five GPUs and write docs/compiled/
+	$(BIN)/python -m fastllama.benchmarks.kernels_report
+	$(WITH_OLDER_TRITON) -m fastllama.benchmarks.kernels_report
+
+$(OLDER_TRITON): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	@touch $@
+
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,5 +49,5 @@ types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
 clean: ## Remove .venv and everything that was generated
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -100,7 +100,7 @@ class Transformer(nn.Module):
 
     def _forward(self, tokens: Tensor, start_pos: int, rows: int, length: int) -> Tensor:
         batch = Ragged(
-            tokens=tokens.to(self.device, torch.int64).flatten(),
+            tokens=tokens.to(self.device, torch.int64).flatten().contiguous(),
             positions=torch.arange(start_pos, start_pos + length, device=self.device).repeat(rows),
             rows=torch.arange(rows, device=self.device).repeat_interleave(length),
             segments=tuple(Segment(row, row * length, (row + 1) * length, start_pos + length) for row in range(rows)),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.ragged import Sampling
-from fastllama.kernels.top_p import HIGHEST, draw_token, set_candidates_aside
+from fastllama.kernels.top_p import HIGHEST, draw_token, least_candidate_mass, set_candidates_aside
 
 MAX_VOCABULARY = 262144
 MIN_BLOCK = 64
@@ -42,9 +42,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # 1 / temperature stays a finite, normal float32, so that no infinity meets a zero.
 MIN_TEMPERATURE = tl.constexpr(1e-38)
 MAX_TEMPERATURE = tl.constexpr(1e37)
-# What rounding may move the boundary by, in parts of the whole mass: near top_p = 1 everything is a candidate.
-CANDIDATE_SLACK = tl.constexpr(1e-5)
-CANDIDATE_SHARE = tl.constexpr(0.999)
 
 
 class Launch(NamedTuple):
@@ -123,6 +120,15 @@ def _load_scale(temperature_ptr, row):
 
 
 @triton.jit
+def _draw_number(seed_ptr, stream_ptr, call_ptr, positions_ptr, row):
+    """A row's number in [0, 1), as `philox.uniform` has it."""
+    position = tl.load(positions_ptr + row).to(tl.uint32)
+    stream, call = tl.load(stream_ptr + row).to(tl.uint32), tl.load(call_ptr + row).to(tl.uint32)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr + row), position, stream, call, tl.zeros((), tl.uint32))
+    return (word >> 8).to(tl.float64) * (1.0 / 16777216)
+
+
+@triton.jit
 def _statistics_kernel(
     logits_ptr,
     temperature_ptr,
@@ -180,20 +186,16 @@ def _draw_kernel(
     total = tl.sum(tl.load(sums_ptr + slots, mask=exists, other=0.0) * tl.exp2((maxima - maximum) * LOG2_E), 0)
     first_ids = tl.load(first_ids_ptr + slots, mask=exists, other=V)
     is_distribution = (maximum > float("-inf")) & (maximum < float("inf"))
-    top_p = tl.load(top_p_ptr + row)
-    # What the row gets unless it draws. One program of the row writes.
+    # What the row gets unless it draws, from one program of the row.
     token = tl.where(is_distribution, tl.min(tl.where(maxima == maximum, first_ids, V), 0), -1)
     logprob = tl.where(is_distribution, -tl.log(total), float("nan"))
-    writes = block == 0
+    top_p, writes = tl.load(top_p_ptr + row), block == 0
     if is_distribution & (tl.load(temperature_ptr + row) != 0.0) & (top_p != 0.0):
         scale = _load_scale(temperature_ptr, row)
         mass = tl.sum(tl.load(masses_ptr + slots, mask=exists, other=0.0) * tl.exp2((maxima - maximum) * scale), 0)
-        ids = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
-        least = tl.maximum((1.0 - top_p) * CANDIDATE_SHARE - CANDIDATE_SLACK, 0.0).to(tl.float32) * (mass / V)
         # fmt: off
-        set_candidates_aside(x, tl.exp2((x - maximum) * scale), least, candidates_ptr, counts_ptr, lowest_ptr,
-                              row * BLOCKS + block, KEY_BITS, BLOCK_V)
+        set_candidates_aside(logits_ptr + row * V, block, maximum, scale, least_candidate_mass(top_p, mass, V),
+                             candidates_ptr, counts_ptr, lowest_ptr, row * BLOCKS + block, V, KEY_BITS, BLOCK_V)
         # fmt: on
         tl.debug_barrier()  # all threads' stores before the one thread's atomic
         writes = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel", scope="gpu") == BLOCKS - 1
@@ -202,18 +204,11 @@ def _draw_kernel(
             counts = tl.load(counts_ptr + slots, mask=exists, other=0, cache_modifier=".cg")
             lowest = tl.load(lowest_ptr + slots, mask=exists, other=HIGHEST, cache_modifier=".cg")
             limit = tl.where(top_p >= 1.0, float("inf"), top_p * mass.to(tl.float64))
-            word, _, _, _ = tl.philox(
-                tl.load(seed_ptr + row),
-                tl.load(positions_ptr + row).to(tl.uint32),
-                tl.load(stream_ptr + row).to(tl.uint32),
-                tl.load(call_ptr + row).to(tl.uint32),
-                tl.zeros((), tl.uint32),
-            )
-            u = (word >> 8).to(tl.float64) * (1.0 / 16777216)
+            u = _draw_number(seed_ptr, stream_ptr, call_ptr, positions_ptr, row)
             # fmt: off
-            token, x_token = draw_token(logits_ptr + row * V, candidates_ptr, slots, counts,
-                                         tl.min(lowest, 0).to(tl.int64), limit, u, maximum, scale, V, BLOCK_V, KEY_BITS,
-                                         BLOCK_V // BLOCK_BLOCKS)
+            token, x_token = draw_token(logits_ptr + row * V, candidates_ptr + row * BLOCKS * BLOCK_V, counts,
+                                        tl.min(lowest, 0).to(tl.int64), limit, u, maximum, scale, V, BLOCK_V,
+                                        KEY_BITS, BLOCK_V // BLOCK_BLOCKS)
             # fmt: on
             logprob = x_token - maximum - tl.log(total)
     if writes:

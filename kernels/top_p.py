@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 
 HIGHEST = tl.constexpr(2147483647)
+# What rounding may move the boundary by, in parts of the whole mass: near top_p = 1 everything is a candidate.
+CANDIDATE_SLACK = tl.constexpr(1e-5)
+CANDIDATE_SHARE = tl.constexpr(0.999)
 FOLD = tl.constexpr(4)  # candidates in one 16-byte load
 
 
@@ -33,10 +36,19 @@ def _whole(x):
 
 
 @triton.jit
+def least_candidate_mass(top_p, mass, V):
+    """What a token must weigh to be kept, less what rounding may hide."""
+    return tl.maximum((1.0 - top_p) * CANDIDATE_SHARE - CANDIDATE_SLACK, 0.0).to(tl.float32) * (mass / V)
+
+
+@triton.jit
 def set_candidates_aside(
-    x, mass, least, candidates_ptr, counts_ptr, lowest_ptr, slot, KEY_BITS: tl.constexpr, BLOCK_V: tl.constexpr
+    logits_ptr, block, maximum, scale, least, candidates_ptr, counts_ptr, lowest_ptr, slot, V, KEY_BITS, BLOCK_V
 ):
     """Write a block's logits whose mass is at least `least` to its slots, with their number and smallest key."""
+    ids = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
+    mass = tl.exp2((x - maximum) * scale)
     candidate = (mass > 0.0) & (mass >= least)
     place = tl.cumsum(candidate.to(tl.int32), 0)
     tl.store(candidates_ptr + slot * BLOCK_V + place - 1, x, mask=candidate)
@@ -45,12 +57,13 @@ def set_candidates_aside(
 
 
 @triton.jit
-def _load_candidates(candidates_ptr, slots, counts, begin, maximum, scale, BLOCK_V, KEY_BITS, SHARE: tl.constexpr):
+def _load_candidates(candidates_ptr, counts, begin, maximum, scale, BLOCK_V, KEY_BITS, SHARE: tl.constexpr):
     """A share of each block's candidates -> (masses, keys), (BLOCKS, SHARE) each; a slot without one weighs nothing."""
     index, left = tl.arange(0, SHARE), counts - begin
+    block_begin = tl.arange(0, counts.shape[0]) * BLOCK_V
     # Whole shares are read, past a block's last candidate, too, so that the loads are 16 bytes wide.
     x = tl.load(
-        candidates_ptr + slots[:, None] * BLOCK_V + (begin + index)[None, :],
+        candidates_ptr + block_begin[:, None] + (begin + index)[None, :],
         mask=(left > 0)[:, None],
         other=0.0,
         cache_modifier=".cg",
@@ -66,17 +79,15 @@ def _fold(x):
 
 
 @triton.jit
-def _lowest_kept_key(
-    candidates_ptr, slots, counts, low, high, limit, maximum, scale, BLOCK_V, KEY_BITS, SHARE: tl.constexpr
-):
+def _lowest_kept_key(candidates_ptr, counts, low, high, limit, maximum, scale, BLOCK_V, KEY_BITS, SHARE: tl.constexpr):
     """The lowest key in [low, high] above which lies at most `limit` of mass; above `high` there is none."""
     longest = tl.max(counts, 0)
     while low < high:  # at most KEY_BITS / 3 times: an eighth of the range remains
         step = (high - low) // 8 + 1
-        above = (tl.zeros((slots.shape[0], SHARE // FOLD), tl.float32),) * 8
+        above = (tl.zeros((counts.shape[0], SHARE // FOLD), tl.float32),) * 8
         for begin in range(0, longest, SHARE):
             # fmt: off
-            mass, key = _load_candidates(candidates_ptr, slots, counts, begin, maximum, scale, BLOCK_V, KEY_BITS,
+            mass, key = _load_candidates(candidates_ptr, counts, begin, maximum, scale, BLOCK_V, KEY_BITS,
                                          SHARE)
             # fmt: on
             more = ()
@@ -87,7 +98,7 @@ def _lowest_kept_key(
             above = more
         pairs = tl.join(tl.join(above[0], above[1]), tl.join(above[2], above[3]))
         pairs_2 = tl.join(tl.join(above[4], above[5]), tl.join(above[6], above[7]))
-        sums = tl.sum(tl.reshape(tl.join(pairs, pairs_2), (slots.shape[0] * SHARE // FOLD, 8)), 0)
+        sums = tl.sum(tl.reshape(tl.join(pairs, pairs_2), (counts.shape[0] * SHARE // FOLD, 8)), 0)
         low += step * tl.sum((sums.to(tl.float64) > limit).to(tl.int64), 0)
         high = tl.minimum(high, low + step - 1)
     return low.to(tl.int32)
@@ -105,20 +116,20 @@ def _first_past(weights, until, goal, index):
 
 @triton.jit
 def draw_token(
-    logits_ptr, candidates_ptr, slots, counts, low, limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, SHARE: tl.constexpr
+    logits_ptr, candidates_ptr, counts, low, limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, SHARE: tl.constexpr
 ):
-    """The token that u in [0, 1) picks, and its logit. logits_ptr points at the row."""
+    """The token that u in [0, 1) picks, and its logit. The pointers are to the row's."""
     # With everything kept there is nothing to search for.
     high = tl.where(limit == float("inf"), low, _key_of(maximum, KEY_BITS).to(tl.int64))
     # fmt: off
-    threshold = _lowest_kept_key(candidates_ptr, slots, counts, low, high, limit, maximum, scale, BLOCK_V, KEY_BITS,
+    threshold = _lowest_kept_key(candidates_ptr, counts, low, high, limit, maximum, scale, BLOCK_V, KEY_BITS,
                                  SHARE)
     # fmt: on
-    BLOCKS: tl.constexpr = slots.shape[0]
+    BLOCKS: tl.constexpr = counts.shape[0]
     above_sums = tl.zeros((BLOCKS, SHARE // FOLD), tl.float32)
     tie_sums = tl.zeros((BLOCKS, SHARE // FOLD), tl.float32)
     for begin in range(0, tl.max(counts, 0), SHARE):
-        mass, key = _load_candidates(candidates_ptr, slots, counts, begin, maximum, scale, BLOCK_V, KEY_BITS, SHARE)
+        mass, key = _load_candidates(candidates_ptr, counts, begin, maximum, scale, BLOCK_V, KEY_BITS, SHARE)
         above_sums += _fold(tl.where(key > threshold, mass, 0.0))
         tie_sums += _fold(tl.where((key == threshold) & (mass > 0.0), 1.0, 0.0))
 

@@ -28,6 +28,7 @@ FLOORS = {
     "kernels.attention_tile": 0.1,
     "kernels.attention_decode": 0.2,
     "kernels.attention_prefill": 0.2,
+    "kernels.top_p": 0.1,
     "kernels.sampling": 0.2,
     "kernels.embedding": 0.3,
     "kernels.fused": 0.4,

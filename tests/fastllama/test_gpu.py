@@ -1,4 +1,4 @@
-"""The whole model on an NVIDIA GPU: the same tokens as on the CPU, and the defaults that CUDA gets."""
+"""The whole model on an NVIDIA GPU: the same tokens as on the CPU, on either backend, and the defaults of CUDA."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ pytestmark = [
 ]
 PROMPTS = [[5, 250, 17, 300, 41], [9], list(range(100, 140)), [31, 32]]
 MAX_GEN_LEN = 20
+RUNS = 100
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +25,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(folder: Path, device: str | None, dtype: str | None) -> Llama:
-    return Llama.build(str(folder), str(folder / "tokenizer.model"), 64, 4, device=device, dtype=dtype)
+def build(folder: Path, device: str | None, dtype: str | None, backend: str | None = None) -> Llama:
+    return Llama.build(str(folder), str(folder / "tokenizer.model"), 64, 4, device=device, dtype=dtype, backend=backend)
 
 
-def test_float32_matches_the_cpu(folder: Path) -> None:
-    on_cpu = build(folder, "cpu", "float32").generate(PROMPTS, MAX_GEN_LEN, temperature=0, logprobs=True, echo=True)
-    on_gpu = build(folder, "cuda", "float32").generate(PROMPTS, MAX_GEN_LEN, temperature=0, logprobs=True, echo=True)
-    assert on_gpu[0] == on_cpu[0]
-    for ours, expected in zip(on_gpu[1] or [], on_cpu[1] or [], strict=True):
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected), atol=1e-3, rtol=0)
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_float32_matches_the_cpu(folder: Path, backend: str) -> None:
+    expected = build(folder, "cpu", "float32", "reference").generate(
+        PROMPTS, MAX_GEN_LEN, temperature=0, logprobs=True, echo=True
+    )
+    ours = build(folder, "cuda", "float32", backend).generate(
+        PROMPTS, MAX_GEN_LEN, temperature=0, logprobs=True, echo=True
+    )
+    assert ours[0] == expected[0]
+    for scores, expected_scores in zip(ours[1] or [], expected[1] or [], strict=True):
+        torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected_scores), atol=1e-3, rtol=0)
 
 
-def test_seeded_draws_match_the_cpu(folder: Path) -> None:
-    rows = [build(folder, device, "float32").generate(PROMPTS, 8, seed=11)[0] for device in ("cpu", "cuda")]
-    assert rows[0] == rows[1]
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_seeded_draws_match_the_cpu(folder: Path, backend: str) -> None:
+    expected = build(folder, "cpu", "float32", "reference").generate(PROMPTS, 8, seed=11)
+    assert build(folder, "cuda", "float32", backend).generate(PROMPTS, 8, seed=11) == expected
 
 
-def test_defaults_are_cuda_and_half_precision(folder: Path) -> None:
+def test_defaults_are_kernels_in_half_precision(folder: Path) -> None:
     llm = build(folder, None, None)
-    assert llm.model.device.type == "cuda"
+    assert llm.model.device.type == "cuda" and llm.model.ops.__name__ == "fastllama.kernels.fused"
     assert llm.model.dtype == (
         torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     )
-    first = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0)
-    assert all(llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0) == first for _ in range(5))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_greedy_repeats_itself(folder: Path, rows: int) -> None:
+    """Greedy tokens and their log-probabilities, bit for bit, over a hundred runs."""
+    llm = build(folder, None, None)
+    first = llm.generate(PROMPTS[:rows], MAX_GEN_LEN, temperature=0, logprobs=True)
+    assert all(llm.generate(PROMPTS[:rows], MAX_GEN_LEN, temperature=0, logprobs=True) == first for _ in range(RUNS))

@@ -61,10 +61,10 @@ class Case:
 
     def expected_qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         """q (N, H·D) and both caches, NaN where nothing is written."""
-        caches = [torch.full_like(cache, torch.nan) for cache in self.append[:2]]
+        cache_k, cache_v = (torch.full_like(cache, torch.nan) for cache in self.append[:2])
         packed = reference.pack(self.wqkv)
-        q = reference.qkv(self.h, self.norm, packed, self.append.rope, *caches, EPS, self.batch)
-        return q.flatten(1), caches[0], caches[1]
+        q = reference.qkv(self.h, self.norm, packed, self.append.rope, cache_k, cache_v, EPS, self.batch)
+        return q.flatten(1), cache_k, cache_v
 
     def expected_swiglu(self) -> Tensor:
         """(N, F)."""

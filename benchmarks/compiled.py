@@ -1,0 +1,184 @@
+"""What the compiler made of a kernel: registers, spills, shared memory, load widths, matrix instructions.
+
+Widths are told by argument: each load in the LLVM IR is traced back from its address to the kernel's argument.
+Registers and spills come from the binary (NVIDIA) or the assembly's metadata (AMD), with the tools that come with
+triton.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from fastllama.benchmarks.gpus import Gpu
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+REGISTERS_PER_PROCESSOR = 65536
+THREADS_PER_PROCESSOR = 2048
+THREADS_PER_PROCESSOR_BY_ARCH: dict[int | str, int] = {89: 1536}
+PROGRAMS_PER_PROCESSOR = 32
+LOAD_BYTES = 16
+REGISTER_GRANULE = 8  # registers of a thread are handed out in
+SHARED_PER_PROGRAM_RESERVED = 1024
+ELEMENT_BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
+MATRIX_INSTRUCTIONS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
+
+
+class Compiled:
+    """One compiled kernel on one GPU."""
+
+    def __init__(self, compiled: Any, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.warps: int = compiled.metadata.num_warps
+        self.stages: int = compiled.metadata.num_stages
+        self.shared: int = compiled.metadata.shared
+        self._asm: dict[str, Any] = compiled.asm
+        self._arguments = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return self.warps * self.gpu.warp_size
+
+    @property
+    def registers(self) -> int:
+        """Of a thread."""
+        return self._usage["registers"]
+
+    @property
+    def spills(self) -> int:
+        """Bytes of a thread's stack, which is where spilled registers go.
+
+        AMD's scalar registers are not counted: they are kept in lanes of vector registers, not in memory.
+        """
+        return self._usage["spills"]
+
+    @property
+    def programs_per_processor(self) -> int:
+        """How many fit beside each other: by registers, threads and shared memory."""
+        granules = -(-self.registers // REGISTER_GRANULE) * REGISTER_GRANULE
+        by_registers = REGISTERS_PER_PROCESSOR // (granules * self.threads)
+        threads = THREADS_PER_PROCESSOR_BY_ARCH.get(self.gpu.arch, THREADS_PER_PROCESSOR)
+        total_shared = self.gpu.shared_bytes + SHARED_PER_PROGRAM_RESERVED
+        by_shared = total_shared // (self.shared + SHARED_PER_PROGRAM_RESERVED)
+        return min(by_registers, threads // self.threads, by_shared, PROGRAMS_PER_PROCESSOR)
+
+    @cached_property
+    def loads(self) -> dict[str, Counter[int]]:
+        """For each argument, how many loads of how many bytes a thread issues; "?" where an address has no argument."""
+        return _loads(self._asm["llir"], self._arguments)
+
+    @cached_property
+    def matrix_instructions(self) -> int:
+        text = self._asm["ptx"] if self.gpu.backend == "cuda" else self._asm["amdgcn"]
+        return len(re.findall(MATRIX_INSTRUCTIONS, text))
+
+    @cached_property
+    def barrier_before_atomics(self) -> bool | None:
+        """Whether a barrier stands between each atomic and the stores before it; None where there is no atomic."""
+        if self.gpu.backend == "cuda":
+            text, atomic, store, barrier = self._asm["ptx"], r"\batom\.", r"\bst\.global", r"\bbar(rier)?\.sync"
+        else:
+            text, atomic, store, barrier = self._asm["amdgcn"], "atomic", r"(global|buffer)_store", "s_barrier"
+        return _barrier_before_atomics(text, atomic, store, barrier)
+
+    @cached_property
+    def instructions(self) -> list[str]:
+        """The binary's instructions up to the last exit, NVIDIA only."""
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", self._run("nvdisasm", "-c"), re.MULTILINE)
+        last = max(index for index, line in enumerate(lines) if "EXIT" in line)
+        return lines[: last + 1]
+
+    @cached_property
+    def early_weight_bytes(self) -> int:
+        """Bytes of once-read weights that a thread requests before the first barrier, NVIDIA only."""
+        until = next((index for index, line in enumerate(self.instructions) if "BAR.SYNC" in line), 0)
+        return LOAD_BYTES * sum(bool(re.search(r"LDG\.E\.EF.*\.128", line)) for line in self.instructions[:until])
+
+    @cached_property
+    def _usage(self) -> dict[str, int]:
+        if self.gpu.backend == "hip":
+            text = self._asm["amdgcn"]
+            found = {name: int(value) for name, value in re.findall(r"\.(\w+_(?:count|size)):\s+(\d+)", text)}
+            return {"registers": found["vgpr_count"], "spills": found["private_segment_fixed_size"]}
+        usage = self._run("cuobjdump", "--dump-resource-usage")
+        registers, stack = (int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
+        return {"registers": registers, "spills": stack}
+
+    def _run(self, tool: str, *options: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self._asm["cubin"])
+            file.flush()
+            done = subprocess.run([BINARIES / tool, *options, file.name], capture_output=True, text=True, check=True)
+        return done.stdout
+
+
+def _barrier_before_atomics(text: str, atomic: str, store: str, barrier: str) -> bool | None:
+    stored, guarded = False, None
+    for line in text.splitlines():
+        if re.search(atomic, line) and "atomics" not in line:
+            guarded = guarded is not False and not stored
+        elif re.search(store, line):
+            stored = True
+        elif re.search(barrier, line):
+            stored = False
+    return guarded
+
+
+def _loads(ir: str, arguments: list[str]) -> dict[str, Counter[int]]:
+    """Loads from global memory in LLVM IR: by argument, counted by width in bytes."""
+    head, body = re.search(r"^define [^@]*@\w+\((.*?)\)[^()]*\{\n(.*?)^\}", ir, re.MULTILINE | re.DOTALL).groups()  # type: ignore[union-attr]
+    parameters = re.findall(r"%([\w.]+)(?=,|$)", head)
+    names = dict(zip(parameters, arguments, strict=False))
+    sources: dict[str, list[str]] = {}
+    found: list[tuple[str, int]] = []
+    for line in body.splitlines():
+        value, _, right = line.strip().partition(" = ")
+        if not right:
+            value, right = "", line.strip()
+        width = _width(right)
+        if width:
+            found.append((re.findall(_POINTER, right)[-1 if "cp.async" in right else 0], width))
+        elif value:
+            phi = " phi " in f" {right}" and re.findall(r"\[ %([\w.]+),", right)
+            sources[value.lstrip("%")] = phi or re.findall(_POINTER, right)
+    loads: dict[str, Counter[int]] = {}
+    for pointer, width in found:
+        loads.setdefault(_argument_of(pointer, sources, names), Counter())[width] += 1
+    return loads
+
+
+_POINTER = r"ptr addrspace\([18]\)[^%,)]* %([\w.]+)"
+
+
+def _width(instruction: str) -> int:
+    """Bytes that one thread loads with an instruction; 0 for any other."""
+    if asynchronous := re.search(r"cp\.async\.\w+\.shared\.global.*?, (0x[0-9a-f]+),", instruction):
+        return int(asynchronous[1], 16)
+    if inline := re.search(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", instruction):
+        return int(inline[1] or 1) * int(inline[2]) // 8
+    plain = re.search(r"(?:^|\s)load (?:volatile )?(<\d+ x \w+>|\w+), ptr addrspace\(1\)", instruction)
+    buffered = re.search(r"call (<\d+ x \w+>|\w+) @llvm\.amdgcn\.raw\.ptr\.buffer\.load\.(?!lds)", instruction)
+    if match := plain or buffered:
+        count, element = re.fullmatch(r"(?:<(\d+) x )?(\w+)>?", match[1]).groups()  # type: ignore[union-attr]
+        return int(count or 1) * ELEMENT_BYTES[element]
+    if to_shared := re.search(r"@llvm\.amdgcn\.(?:raw\.ptr\.buffer\.load|global\.load)(?:\.async)?\.lds", instruction):
+        return int(re.findall(r"i32 (\d+)", instruction[to_shared.end() :])[0])
+    return 0
+
+
+def _argument_of(pointer: str, sources: dict[str, list[str]], names: dict[str, str]) -> str:
+    seen, waiting = set(), [pointer]
+    while waiting:
+        value = waiting.pop()
+        if value in names:
+            return names[value]
+        if value not in seen:
+            seen.add(value)
+            waiting.extend(sources.get(value, []))
+    return "?"

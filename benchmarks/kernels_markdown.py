@@ -1,0 +1,99 @@
+"""The table of what compilers make of the kernels, in Markdown, as it stands in docs/compiled/."""
+
+import re
+from typing import Any
+
+from fastllama.benchmarks.gpus import GPUS
+from fastllama.benchmarks.kernels_table import Row, launch_counts
+from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
+
+RESOURCES = ("programs", "warps", "stages", "registers", "spills", "shared", "resident")
+
+
+def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> str:
+    """The whole document, from rows of every GPU and of the traffic."""
+    parts = [
+        f"# The kernels, as triton {triton_version} compiles them",
+        "Made by `make kernels-report` and held to by the tests. Every launch of a decode step at 1, 4 and 16 rows and "
+        f"of the kernels around the library's matmul for a prompt's {PREFILL_TOKENS} tokens, in bfloat16; the launches "
+        "are those of the real wrappers. 3-70B/8 is one rank of eight. No figure here was measured on a GPU.",
+        "## Launches of a decode step",
+        _table(
+            ["model", "rows", "a layer", "a step", "layers"],
+            [
+                [model, tokens, layer, step, MODELS[model].n_layers]
+                for (model, tokens), (layer, step) in launch_counts(compiled).items()
+            ],
+        ),
+        "Torch launches no kernel of its own between them.",
+        "## One row on an H200: how the weights are read",
+        "Bytes that a multiprocessor has asked for before it uses any (resident programs · threads · bytes a thread), "
+        "and the share of all issue slots that the instructions take if the weight is read at 4.5 TB/s, in µs.",
+        _table(
+            [
+                "model",
+                "op",
+                "weight",
+                "programs",
+                "beside each other",
+                "a thread",
+                "in flight, KB",
+                "issue slots",
+                "µs",
+            ],
+            [_streaming(row) for row in compiled if "early" in row],
+        ),
+        "## Bytes moved on an H200",
+        "Counted in the interpreter from the kernels' own loads and stores: those of weights, embedding and cache, "
+        "which come from memory, and all others, which L2 serves. The least is every operand once. Contexts of "
+        f"{CONTEXT_TOKENS} tokens.",
+        _table(
+            ["model", "rows", "op", "kernel", "least, KB", "weights and cache, KB", "the rest, KB"],
+            [_moved(row) for row in traffic],
+        ),
+    ]
+    for name in dict.fromkeys(row["gpu"] for row in compiled):
+        parts += [
+            f"## {name} ({GPUS[name].title})",
+            _table(
+                ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix"],
+                [_resources(row) for row in compiled if row["gpu"] == name],
+            ),
+        ]
+    legend = (
+        "Spills: bytes of a thread's stack. Shared: bytes of a program, limits "
+        + ", ".join(f"{name} {gpu.shared_bytes}" for name, gpu in GPUS.items())
+        + ". Resident: programs beside each other on a multiprocessor. Loads: bytes of a thread's loads by argument. "
+        "Matrix: instructions."
+    )
+    return "\n\n".join([*parts, legend]) + "\n"
+
+
+def _resources(row: Row) -> list[Any]:
+    loads = " · ".join(f"{name} {'/'.join(map(str, widths))}" for name, widths in sorted(row["loads"].items()))
+    kernel = re.sub("^_|_kernel$", "", row["kernel"])
+    return [row["model"], row["tokens"], row["op"], kernel, *(row[name] for name in RESOURCES), loads, row["matrix"]]
+
+
+def _streaming(row: Row) -> list[Any]:
+    return [
+        row["model"],
+        row["op"],
+        " × ".join(map(str, row["weight"])),
+        row["programs"],
+        row["resident"],
+        row["early"],
+        round(row["in_flight"] / 1024),
+        f"{row['issue']:.0%}",
+        f"{row['microseconds']:.1f}",
+    ]
+
+
+def _moved(row: Row) -> list[Any]:
+    sizes = [f"{row[name] / 1024:,.0f}" for name in ("least", "streamed", "rest")]
+    return [row["model"], row["tokens"], row["op"], re.sub("^_|_kernel$", "", row["kernel"]), *sizes]
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,171 @@
+"""The table of what compilers make of the kernels: its rows, and what they must hold to.
+
+Rows are plain dicts, so that they pass between the processes that compile for different GPUs.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastllama.benchmarks.compiled import Compiled
+from fastllama.benchmarks.gpus import GPUS, Gpu, Launch, recorded
+from fastllama.benchmarks.launches import (
+    BATCHES,
+    CONTEXT_TOKENS,
+    FIRST_LAYER,
+    MODELS,
+    PREFILL_TOKENS,
+    Shape,
+    decode_ops,
+    prefill_ops,
+)
+from fastllama.benchmarks.traffic import counted, least_bytes
+
+Row = dict[str, Any]
+STREAMED = ("weight_ptr", "table_ptr", "cache_k_ptr", "cache_v_ptr")  # read from memory, not from L2
+WIDE_LOAD_BYTES = 16
+LAYER_LAUNCHES = 5
+OTHER_LAUNCHES = 4  # of a step: embed, head, two of sample
+DOTS = {"_few_tokens_kernel", "_attention_decode_kernel", "_attention_prefill_kernel"}
+H200_READ_BYTES_PER_US = 4.5e6  # what published microbenchmarks reach when reading
+H200_CLOCKS_PER_US = 1980
+SCHEDULERS = 4  # of a multiprocessor, each issues one instruction a clock
+
+
+class _OtherKernels(TorchDispatchMode):
+    """Counts torch's own operations that would be a kernel on a GPU: all but allocations and views."""
+
+    FREE = ("aten::empty", "aten::detach")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func._schema.name.startswith(self.FREE))
+        return func(*args, **(kwargs or {}))
+
+
+def compiled_rows(gpu_name: str) -> Iterator[Row]:
+    """Every launch of the models' decode steps and prefill chunks, compiled for one GPU."""
+    gpu = GPUS[gpu_name]
+    seen: dict[str, Compiled] = {}  # by triton's own key: the same kernel serves many launches
+    for model, shape in MODELS.items():
+        for tokens in (*BATCHES, PREFILL_TOKENS):
+            ops = prefill_ops(shape) if tokens == PREFILL_TOKENS else decode_ops(shape, tokens)
+            for name, call in ops:
+                other = _OtherKernels()
+                with recorded(gpu) as launches, other:
+                    call()
+                if name == FIRST_LAYER:
+                    continue
+                for launch in launches:
+                    where = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": name, "other": other.count}
+                    compiled = seen.setdefault(launch.compiled.hash, Compiled(launch.compiled, gpu))
+                    yield where | _measured(launch, compiled, gpu)
+
+
+def _measured(launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
+    programs = 1
+    for size in launch.grid:
+        programs *= size
+    row: Row = {
+        "kernel": launch.kernel,
+        "programs": programs,
+        "warps": compiled.warps,
+        "stages": compiled.stages,
+        "registers": compiled.registers,
+        "spills": compiled.spills,
+        "shared": compiled.shared,
+        "resident": compiled.programs_per_processor,
+        "loads": {name.removesuffix("_ptr"): sorted(widths) for name, widths in compiled.loads.items()},
+        "matrix": compiled.matrix_instructions,
+        "barrier": compiled.barrier_before_atomics,
+    }
+    if gpu.arch == 90 and launch.kernel == "_matvec_kernel":
+        weight = launch.arguments["weight_ptr"]
+        microseconds = weight.nbytes / H200_READ_BYTES_PER_US
+        slots = microseconds * SCHEDULERS * H200_CLOCKS_PER_US * gpu.processors
+        row["weight"] = list(weight.shape)
+        row["early"] = compiled.early_weight_bytes
+        row["in_flight"] = compiled.early_weight_bytes * compiled.threads * compiled.programs_per_processor
+        row["issue"] = len(compiled.instructions) * compiled.warps * programs / slots
+        row["microseconds"] = microseconds
+    return row
+
+
+def traffic_rows() -> Iterator[Row]:
+    """Bytes that every launch of the decode steps moves, against the least."""
+    for model, shape in MODELS.items():
+        for tokens in BATCHES:
+            for name, call in decode_ops(shape, tokens):
+                with counted() as launches:
+                    call()
+                if name == FIRST_LAYER:
+                    continue
+                for launch in launches:
+                    streamed = sum(launch.moved.get(argument, 0) for argument in STREAMED)
+                    yield {
+                        "model": model,
+                        "tokens": tokens,
+                        "op": name,
+                        "kernel": launch.kernel,
+                        "least": least_bytes(launch, _live_bytes(shape, tokens, name)),
+                        "streamed": streamed,
+                        "rest": sum(launch.moved.values()) - streamed,
+                    }
+
+
+def _live_bytes(shape: Shape, tokens: int, op: str) -> dict[str, int]:
+    """Of tensors of which an op means only a part, that part's bytes."""
+    positions = tokens * (CONTEXT_TOKENS if op == "layer attention" else 1)
+    cache = positions * shape.n_kv_heads * shape.head_dim * 2
+    return {
+        "table_ptr": tokens * shape.dim * 2,
+        "rope_ptr": tokens * shape.head_dim * 4,
+        "cache_k_ptr": cache,
+        "cache_v_ptr": cache,
+    }
+
+
+def violations(rows: Iterable[Row]) -> list[str]:
+    """What a row must not be: each broken rule, with where."""
+    found = []
+    for row in rows:
+        gpu = GPUS[row["gpu"]]
+        loads = {name: min(widths) for name, widths in row["loads"].items()}
+        narrow = [name for name in STREAMED if loads.get(name.removesuffix("_ptr"), WIDE_LOAD_BYTES) < WIDE_LOAD_BYTES]
+        broken = {
+            f"spills {row['spills']}": row["spills"] > 0,
+            f"{row['shared']} bytes of shared memory, of {gpu.shared_bytes}": row["shared"] > gpu.shared_bytes,
+            f"loads {', '.join(narrow)} in less than {WIDE_LOAD_BYTES} bytes": bool(narrow),
+            "loads from an address that is no argument's": "?" in loads,
+            "uses no matrix instructions": row["kernel"] in DOTS and not row["matrix"],
+            "has no barrier before its atomic": row["barrier"] is False,
+            f"launches {row['other']} kernels of torch": row["other"] > 0,
+        }
+        where = f"{row['gpu']} {row['model']} {row['op']} at {row['tokens']} tokens: {row['kernel']}"
+        found += [f"{where} {what}" for what, is_broken in broken.items() if is_broken]
+    return found + list(_miscounted(rows))
+
+
+def launch_counts(rows: Iterable[Row]) -> dict[tuple[str, int], tuple[int, int]]:
+    """(model, rows in the batch) -> (launches of a layer, of a whole step), on the first GPU of the rows."""
+    rows = [row for row in rows if row["tokens"] in BATCHES]
+    counts = {}
+    for model, shape in MODELS.items():
+        for tokens in BATCHES:
+            mine = [row for row in rows if (row["model"], row["tokens"]) == (model, tokens)]
+            mine = [row for row in mine if row["gpu"] == mine[0]["gpu"]]
+            layer = sum(row["op"].startswith("layer") for row in mine)
+            if mine:
+                counts[model, tokens] = layer, layer * shape.n_layers + len(mine) - layer
+    return counts
+
+
+def _miscounted(rows: Iterable[Row]) -> Iterator[str]:
+    for (model, tokens), (layer, step) in launch_counts(rows).items():
+        expected = LAYER_LAUNCHES * MODELS[model].n_layers + OTHER_LAUNCHES
+        if (layer, step) != (LAYER_LAUNCHES, expected):
+            yield f"{model} at {tokens} tokens takes {layer} launches a layer and {step} a step, not 5 and {expected}"

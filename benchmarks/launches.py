@@ -1,0 +1,121 @@
+"""Every launch of a decode step and of a prefill chunk, made through the fused backend at the sizes of real models.
+
+The tensors are memory that was never touched, except what kernels decide by: tokens, positions, rows.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastllama.kernels import fused
+from fastllama.kernels.attention_prefill import attention_prefill
+from fastllama.kernels.embedding import embed
+from fastllama.kernels.few_tokens import RowSquares
+from fastllama.kernels.ragged import Ragged, Sampling
+from fastllama.kernels.rms_norm import add_rms_norm, rms_norm
+from fastllama.kernels.rotary import rotary_append
+from fastllama.kernels.swiglu import silu_mul
+
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
+EPS = 1e-5
+MAX_SEQ_LEN = 8192
+CONTEXT_TOKENS = 2048  # of each row in a decode step
+BATCHES = (1, 4, 16)
+PREFILL_TOKENS = 64
+FIRST_LAYER = "first layer"
+
+
+class Shape(NamedTuple):
+    """A model's widths, or one rank's part of them."""
+
+    n_layers: int
+    dim: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+
+
+MODELS = {
+    "3.2-1B": Shape(16, 2048, 32, 8, 64, 8192, 128256),
+    "3-8B": Shape(32, 4096, 32, 8, 128, 14336, 128256),
+    # One of eight ranks: an eighth of the heads, of the ffn width and of the vocabulary.
+    "3-70B/8": Shape(80, 8192, 8, 1, 128, 3584, 16032),
+}
+
+
+def _untouched(*shape: int) -> Tensor:
+    """Zeros that take no memory until they are read."""
+    return torch.from_numpy(np.zeros(shape, np.int16)).view(DTYPE)
+
+
+class _Layer:
+    """A layer's tensors and a batch of rows."""
+
+    def __init__(self, shape: Shape, rows: int) -> None:
+        self.shape = shape
+        qkv_rows = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
+        self.norm = _untouched(shape.dim)
+        self.wqkv, self.wo = _untouched(qkv_rows, shape.dim), _untouched(shape.dim, shape.n_heads * shape.head_dim)
+        self.w13, self.w2 = _untouched(2 * shape.hidden_dim, shape.dim), _untouched(shape.dim, shape.hidden_dim)
+        self.rope = torch.empty(MAX_SEQ_LEN, shape.head_dim // 2, 2)
+        cache = (rows, shape.n_kv_heads, MAX_SEQ_LEN, shape.head_dim)
+        self.cache_k, self.cache_v = _untouched(*cache), _untouched(*cache)
+
+
+def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The ops of a decode step of one layer behind another, each to be called before the next is taken.
+
+    Yields (name, call); a layer's names begin with "layer". The layer is the second: its norm finds sums of squares
+    from the projection of a first, which is called by the name FIRST_LAYER and is none of the step's.
+    """
+    layer = _Layer(shape, rows)
+    workspace = fused.workspace(
+        max_batch_size=rows,
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        device=CPU,
+    )
+    batch = Ragged.of([(row, CONTEXT_TOKENS - 1, [1]) for row in range(rows)], CPU, workspace)
+    state: dict[str, Tensor] = {}
+
+    def keep(name: str, call: Callable[[], Tensor]) -> Callable[[], None]:
+        return lambda: state.__setitem__(name, call())
+
+    table, output = _untouched(shape.vocab_size, shape.dim), _untouched(shape.vocab_size, shape.dim)
+    caches = layer.rope, layer.cache_k, layer.cache_v
+    yield "embed", keep("h", lambda: fused.embed(table, batch))
+    yield FIRST_LAYER, keep("h", lambda: fused.project(_untouched(rows, shape.hidden_dim), layer.w2, state["h"], batch))
+    yield "layer qkv", keep("q", lambda: fused.qkv(state["h"], layer.norm, layer.wqkv, *caches, EPS, batch))
+    yield "layer attention", keep("a", lambda: fused.attention(state["q"], layer.cache_k, layer.cache_v, batch))
+    yield "layer output", keep("h", lambda: fused.project(state["a"], layer.wo, state["h"], batch))
+    yield "layer gate+up", keep("f", lambda: fused.swiglu(state["h"], layer.norm, layer.w13, EPS, batch))
+    yield "layer down", keep("h", lambda: fused.project(state["f"], layer.w2, state["h"], batch))
+    yield "head", keep("logits", lambda: fused.head(state["h"], layer.norm, output, EPS, batch))
+    sampling = Sampling.of(0.6, 0.9, [(1, row, 0) for row in range(rows)], CPU)
+    logits = torch.randn(rows, shape.vocab_size, generator=torch.Generator().manual_seed(1)).to(DTYPE)
+    yield "sample", lambda: fused.sample(logits, sampling, batch.positions, workspace)
+
+
+def prefill_ops(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The kernels around the library's matmul, for a chunk of a prompt behind what is cached already."""
+    layer = _Layer(shape, 1)
+    tokens = PREFILL_TOKENS
+    batch = Ragged.of([(0, CONTEXT_TOKENS - tokens, [1] * tokens)], CPU)
+    h = _untouched(tokens, shape.dim)
+    heads = _untouched(tokens, layer.wqkv.shape[0])
+    q = _untouched(tokens, shape.n_heads, shape.head_dim)
+    table, squares = _untouched(shape.vocab_size, shape.dim), RowSquares(CPU)
+    yield "embed", lambda: embed(table, batch.tokens, squares)
+    yield "norm", lambda: rms_norm(h, layer.norm, EPS)
+    yield "add, norm", lambda: add_rms_norm(h, h, layer.norm, EPS)
+    yield "rotary, append", lambda: rotary_append(heads, layer.rope, layer.cache_k, layer.cache_v, batch)
+    yield "attention", lambda: attention_prefill(q, layer.cache_k, layer.cache_v, batch)
+    yield "swiglu", lambda: silu_mul(_untouched(tokens, 2 * shape.hidden_dim))

@@ -1,0 +1,98 @@
+"""What is read from a compiled kernel: each fault that the table must show is found in a kernel that has it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastllama.benchmarks.gpus import GPUS, compiling_environment
+from fastllama.benchmarks.kernels_table import Row, launch_counts, violations
+from fastllama.benchmarks.launches import MODELS
+
+KERNELS = Path(__file__).with_name("faulty_kernels.py")
+
+
+@pytest.fixture(scope="module", params=["sm_90", "gfx942"])
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The faulty kernels, compiled in a process of its own (this one interprets), by name."""
+    environment = compiling_environment(str(tmp_path_factory.mktemp("triton")))
+    command = [sys.executable, str(KERNELS), request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_load_widths_are_told_by_argument(measured: dict[str, Any]) -> None:
+    assert measured["wide"]["loads"] == {"x_ptr": {"16": 1}, "weight_ptr": {"16": 1}}
+    assert set(measured["narrow"]["loads"]["weight_ptr"]) == {"2"}
+    assert set(measured["narrow"]["loads"]["x_ptr"]) == {"16"}
+    assert measured["gather"]["loads"]["index_ptr"] and set(measured["gather"]["loads"]) == {"index_ptr", "weight_ptr"}
+
+
+def test_pipelined_loads_are_seen(measured: dict[str, Any]) -> None:
+    dot = measured["dot"]
+    assert set(dot["loads"]) == {"x_ptr", "weight_ptr"} and set(dot["loads"]["weight_ptr"]) == {"16"}
+    assert dot["matrix"] > 0 and dot["shared"] > 0
+    assert measured["wide"]["matrix"] == 0
+
+
+def test_spills_are_seen(measured: dict[str, Any]) -> None:
+    assert measured["spilling"]["spills"] > 0
+    assert measured["wide"]["spills"] == 0 and measured["wide"]["registers"] > 0
+
+
+def test_a_missing_barrier_is_seen(measured: dict[str, Any]) -> None:
+    assert measured["handing_over"]["barrier"] is True
+    assert measured["handing_over_unguarded"]["barrier"] is False
+    assert measured["wide"]["barrier"] is None
+
+
+def row(**changes: Any) -> Row:
+    sound = {
+        "gpu": "sm_90",
+        "model": "3-8B",
+        "tokens": 64,
+        "op": "attention",
+        "kernel": "_attention_prefill_kernel",
+        "other": 0,
+        "spills": 0,
+        "shared": 1000,
+        "loads": {"q": [16], "cache_k": [16], "positions": [8]},
+        "matrix": 3,
+        "barrier": None,
+    }
+    return sound | changes
+
+
+def test_a_sound_row_breaks_no_rule() -> None:
+    assert violations([row()]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spills": 8}, "spills 8"),
+        ({"shared": 240000}, f"240000 bytes of shared memory, of {GPUS['sm_90'].shared_bytes}"),
+        ({"loads": {"cache_k": [16, 4]}}, "loads cache_k_ptr in less than 16 bytes"),
+        ({"loads": {"?": [16]}}, "loads from an address that is no argument's"),
+        ({"matrix": 0}, "uses no matrix instructions"),
+        ({"barrier": False}, "has no barrier before its atomic"),
+        ({"other": 2}, "launches 2 kernels of torch"),
+    ],
+)
+def test_a_broken_rule_is_named_with_its_place(changes: dict[str, Any], message: str) -> None:
+    (found,) = violations([row(**changes)])
+    assert found == f"sm_90 3-8B attention at 64 tokens: _attention_prefill_kernel {message}"
+
+
+def test_a_sixth_launch_in_a_layer_is_counted() -> None:
+    ops = ["embed", "layer qkv", "layer attention", "layer output", "layer gate+up", "layer down", "head"]
+    step = [row(tokens=4, op=op) for op in (*ops, "sample", "sample")]
+    layers = MODELS["3-8B"].n_layers
+    assert launch_counts(step)["3-8B", 4] == (5, 5 * layers + 4) and not violations(step)
+    (found,) = violations([*step, row(tokens=4, op="layer down")])
+    assert found == f"3-8B at 4 tokens takes 6 launches a layer and {6 * layers + 4} a step, not 5 and {5 * layers + 4}"

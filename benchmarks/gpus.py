@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastllama.kernels.target import current_target
+from fastllama.kernels.target import target_of
 
 
 class Gpu(NamedTuple):
@@ -68,13 +68,13 @@ def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
     driver = triton.runtime.driver
     before = getattr(driver, "_active", None)
     driver.set_active(_Driver(gpu))
-    current_target.cache_clear()
+    target_of.cache_clear()
     JITFunction.run = recording_run
     try:
         yield launches
     finally:
         JITFunction.run = run
-        current_target.cache_clear()
+        target_of.cache_clear()
         if before is not None:
             driver.set_active(before)
 

@@ -7,6 +7,7 @@ from fastllama.benchmarks.gpus import GPUS
 from fastllama.benchmarks.kernels_table import Row, launch_counts
 from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
 
+BARRIER = {None: "", True: "yes", False: "MISSING"}
 RESOURCES = ("programs", "warps", "stages", "registers", "spills", "shared", "resident")
 
 
@@ -19,29 +20,20 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "are those of the real wrappers. 3-70B/8 is one rank of eight. No figure here was measured on a GPU.",
         "## Launches of a decode step",
         _table(
-            ["model", "rows", "a layer", "a step", "layers"],
+            ["GPU", "model", "rows", "a layer", "a step", "layers"],
             [
-                [model, tokens, layer, step, MODELS[model].n_layers]
-                for (model, tokens), (layer, step) in launch_counts(compiled).items()
+                [gpu, model, tokens, layer, step, MODELS[model].n_layers]
+                for (gpu, model, tokens), (layer, step) in launch_counts(compiled).items()
             ],
         ),
         "Torch launches no kernel of its own between them.",
-        "## One row on an H200: how the weights are read",
-        "Bytes that a multiprocessor has asked for before it uses any (resident programs · threads · bytes a thread), "
-        "and the share of all issue slots that the instructions take if the weight is read at 4.5 TB/s, in µs.",
+        "## How weights are read on an H200",
+        "In flight: what the programs that fit beside each other on a multiprocessor have asked for before they wait; a "
+        "part of it, where there are fewer programs than fit. Issue slots: the share of all that the instructions "
+        "take if the weight is read at 4.5 TB/s, in µs.",
         _table(
-            [
-                "model",
-                "op",
-                "weight",
-                "programs",
-                "beside each other",
-                "a thread",
-                "in flight, KB",
-                "issue slots",
-                "µs",
-            ],
-            [_streaming(row) for row in compiled if "early" in row],
+            ["model", "rows", "op", "weight", "programs / 132", "fit", "in flight, KB", "issue slots", "µs"],
+            [_streaming(row) for row in compiled if "in_flight" in row],
         ),
         "## Bytes moved on an H200",
         "Counted in the interpreter from the kernels' own loads and stores: those of weights, embedding and cache, "
@@ -56,7 +48,7 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         parts += [
             f"## {name} ({GPUS[name].title})",
             _table(
-                ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix"],
+                ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier"],
                 [_resources(row) for row in compiled if row["gpu"] == name],
             ),
         ]
@@ -64,7 +56,7 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "Spills: bytes of a thread's stack. Shared: bytes of a program, limits "
         + ", ".join(f"{name} {gpu.shared_bytes}" for name, gpu in GPUS.items())
         + ". Resident: programs beside each other on a multiprocessor. Loads: bytes of a thread's loads by argument. "
-        "Matrix: instructions."
+        "Matrix: instructions. Barrier: before the atomic that hands over."
     )
     return "\n\n".join([*parts, legend]) + "\n"
 
@@ -72,19 +64,28 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
 def _resources(row: Row) -> list[Any]:
     loads = " · ".join(f"{name} {'/'.join(map(str, widths))}" for name, widths in sorted(row["loads"].items()))
     kernel = re.sub("^_|_kernel$", "", row["kernel"])
-    return [row["model"], row["tokens"], row["op"], kernel, *(row[name] for name in RESOURCES), loads, row["matrix"]]
+    return [
+        row["model"],
+        row["tokens"],
+        row["op"],
+        kernel,
+        *(row[name] for name in RESOURCES),
+        loads,
+        row["matrix"],
+        BARRIER[row["barrier"]],
+    ]
 
 
 def _streaming(row: Row) -> list[Any]:
     return [
         row["model"],
+        row["tokens"],
         row["op"],
         " × ".join(map(str, row["weight"])),
-        row["programs"],
+        f"{row['share']:.1f}",
         row["resident"],
-        row["early"],
         round(row["in_flight"] / 1024),
-        f"{row['issue']:.0%}",
+        "" if row["issue"] is None else f"{row['issue']:.0%}",
         f"{row['microseconds']:.1f}",
     ]
 

@@ -3,7 +3,7 @@
 Rows are plain dicts, so that they pass between the processes that compile for different GPUs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +24,16 @@ from fastllama.benchmarks.traffic import counted, least_bytes
 
 Row = dict[str, Any]
 STREAMED = ("weight_ptr", "table_ptr", "cache_k_ptr", "cache_v_ptr")  # read from memory, not from L2
+MUST_READ = {
+    "_matvec_kernel": ("weight",),
+    "_few_tokens_kernel": ("weight",),
+    "_attention_decode_kernel": ("cache_k", "cache_v"),
+    "_attention_prefill_kernel": ("cache_k", "cache_v"),
+    "_embed_kernel": ("table",),
+}
+PROJECTIONS = {"_matvec_kernel", "_few_tokens_kernel"}
+HAND_OVERS = {"_attention_decode_kernel", "_draw_kernel"}  # to the last program, by an atomic counter
+MOST_STREAMED = 1.02  # of the least: each weight and each cached key is read once
 WIDE_LOAD_BYTES = 16
 LAYER_LAUNCHES = 5
 OTHER_LAUNCHES = 4  # of a step: embed, head, two of sample
@@ -83,16 +93,30 @@ def _measured(launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
         "matrix": compiled.matrix_instructions,
         "barrier": compiled.barrier_before_atomics,
     }
-    if gpu.arch == 90 and launch.kernel == "_matvec_kernel":
-        weight = launch.arguments["weight_ptr"]
-        microseconds = weight.nbytes / H200_READ_BYTES_PER_US
-        slots = microseconds * SCHEDULERS * H200_CLOCKS_PER_US * gpu.processors
-        row["weight"] = list(weight.shape)
-        row["early"] = compiled.early_weight_bytes
-        row["in_flight"] = compiled.early_weight_bytes * compiled.threads * compiled.programs_per_processor
-        row["issue"] = len(compiled.instructions) * compiled.warps * programs / slots
-        row["microseconds"] = microseconds
+    if gpu.arch == 90 and "weight_ptr" in launch.arguments and launch.kernel in PROJECTIONS:
+        row |= _streaming(launch, compiled, programs)
     return row
+
+
+def _streaming(launch: Launch, compiled: Compiled, programs: int) -> Row:
+    """How a projection reads its weight on an H200: bytes in flight on a multiprocessor, and the issue slots taken."""
+    weight = launch.arguments["weight_ptr"]
+    microseconds = weight.nbytes / H200_READ_BYTES_PER_US
+    slots = microseconds * SCHEDULERS * H200_CLOCKS_PER_US * compiled.gpu.processors
+    if launch.kernel == "_matvec_kernel":
+        of_program = compiled.early_weight_bytes * compiled.threads
+        issue = len(compiled.instructions) * compiled.warps * programs / slots
+    else:  # a loop, whose instructions are issued as often as it goes round; all stages but the one in use are coming
+        tiles = 1 if launch.arguments["EPILOGUE"] == "none" else 2
+        stage = launch.arguments["BLOCK_ROWS"] * launch.arguments["BLOCK_IN"] * tiles * weight.itemsize
+        of_program, issue = (compiled.stages - 1) * stage, None
+    return {
+        "weight": list(weight.shape),
+        "in_flight": of_program * compiled.programs_per_processor,
+        "share": programs / compiled.gpu.processors,
+        "issue": issue,
+        "microseconds": microseconds,
+    }
 
 
 def traffic_rows() -> Iterator[Row]:
@@ -106,12 +130,14 @@ def traffic_rows() -> Iterator[Row]:
                     continue
                 for launch in launches:
                     streamed = sum(launch.moved.get(argument, 0) for argument in STREAMED)
+                    live = _live_bytes(shape, tokens, name)
                     yield {
                         "model": model,
                         "tokens": tokens,
                         "op": name,
                         "kernel": launch.kernel,
-                        "least": least_bytes(launch, _live_bytes(shape, tokens, name)),
+                        "least": least_bytes(launch, live),
+                        "least_streamed": least_bytes(launch, live, STREAMED),
                         "streamed": streamed,
                         "rest": sum(launch.moved.values()) - streamed,
                     }
@@ -129,20 +155,22 @@ def _live_bytes(shape: Shape, tokens: int, op: str) -> dict[str, int]:
     }
 
 
-def violations(rows: Iterable[Row]) -> list[str]:
-    """What a row must not be: each broken rule, with where."""
+def violations(rows: Sequence[Row]) -> list[str]:
+    """What a compiled row must not be: each broken rule, with where."""
     found = []
     for row in rows:
         gpu = GPUS[row["gpu"]]
         loads = {name: min(widths) for name, widths in row["loads"].items()}
         narrow = [name for name in STREAMED if loads.get(name.removesuffix("_ptr"), WIDE_LOAD_BYTES) < WIDE_LOAD_BYTES]
+        unread = [name for name in MUST_READ.get(row["kernel"], ()) if name not in loads]
         broken = {
             f"spills {row['spills']}": row["spills"] > 0,
             f"{row['shared']} bytes of shared memory, of {gpu.shared_bytes}": row["shared"] > gpu.shared_bytes,
             f"loads {', '.join(narrow)} in less than {WIDE_LOAD_BYTES} bytes": bool(narrow),
             "loads from an address that is no argument's": "?" in loads,
             "uses no matrix instructions": row["kernel"] in DOTS and not row["matrix"],
-            "has no barrier before its atomic": row["barrier"] is False,
+            "has no barrier before its atomic": row["barrier"] is not (True if row["kernel"] in HAND_OVERS else None),
+            f"reads no {', '.join(unread)}": bool(unread),
             f"launches {row['other']} kernels of torch": row["other"] > 0,
         }
         where = f"{row['gpu']} {row['model']} {row['op']} at {row['tokens']} tokens: {row['kernel']}"
@@ -150,22 +178,30 @@ def violations(rows: Iterable[Row]) -> list[str]:
     return found + list(_miscounted(rows))
 
 
-def launch_counts(rows: Iterable[Row]) -> dict[tuple[str, int], tuple[int, int]]:
-    """(model, rows in the batch) -> (launches of a layer, of a whole step), on the first GPU of the rows."""
-    rows = [row for row in rows if row["tokens"] in BATCHES]
+def wasteful(rows: Sequence[Row]) -> list[str]:
+    """Launches that read weights, embedding or cache more than once, or not wholly."""
+    return [
+        f"{row['model']} {row['op']} at {row['tokens']} rows reads {row['streamed']} bytes, not {row['least_streamed']}"
+        for row in rows
+        if not row["least_streamed"] <= row["streamed"] <= MOST_STREAMED * row["least_streamed"]
+    ]
+
+
+def launch_counts(rows: Sequence[Row]) -> dict[tuple[str, str, int], tuple[int, int]]:
+    """(GPU, model, rows in the batch) -> (launches of a layer, of a whole step)."""
     counts = {}
-    for model, shape in MODELS.items():
-        for tokens in BATCHES:
-            mine = [row for row in rows if (row["model"], row["tokens"]) == (model, tokens)]
-            mine = [row for row in mine if row["gpu"] == mine[0]["gpu"]]
-            layer = sum(row["op"].startswith("layer") for row in mine)
-            if mine:
-                counts[model, tokens] = layer, layer * shape.n_layers + len(mine) - layer
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        for model, shape in MODELS.items():
+            for tokens in BATCHES:
+                ops = [row["op"] for row in rows if (row["gpu"], row["model"], row["tokens"]) == (gpu, model, tokens)]
+                layer = sum(op.startswith("layer") for op in ops)
+                if ops:
+                    counts[gpu, model, tokens] = layer, layer * shape.n_layers + len(ops) - layer
     return counts
 
 
-def _miscounted(rows: Iterable[Row]) -> Iterator[str]:
-    for (model, tokens), (layer, step) in launch_counts(rows).items():
+def _miscounted(rows: Sequence[Row]) -> Iterator[str]:
+    for (gpu, model, tokens), (layer, step) in launch_counts(rows).items():
         expected = LAYER_LAUNCHES * MODELS[model].n_layers + OTHER_LAUNCHES
         if (layer, step) != (LAYER_LAUNCHES, expected):
-            yield f"{model} at {tokens} tokens takes {layer} launches a layer and {step} a step, not 5 and {expected}"
+            yield f"{gpu} {model} at {tokens} rows takes {layer} launches a layer, {step} a step, not 5 and {expected}"

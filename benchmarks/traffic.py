@@ -6,8 +6,7 @@ sample is run, and scaled.
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor
 from triton.runtime import interpreter as stock
 
 ALL_PROGRAMS = 64  # of a launch: up to so many are all run
-SAMPLED_PROGRAMS = 5
+SAMPLED_PROGRAMS = 3  # between the first and the last
 # Scratch memory is moved by choice, not by need.
 SCRATCH = {"squares_ptr", "y_squares_ptr", "mixed_ptr", "maxima_ptr", "totals_ptr", "counters_ptr"}
 SCRATCH |= {"first_ids_ptr", "sums_ptr", "masses_ptr", "candidates_ptr", "counts_ptr", "lowest_ptr"}
@@ -59,8 +58,8 @@ def counted() -> Iterator[list[Traffic]]:
         counter.begin(arguments)
         with warnings.catch_warnings():  # what programs that were left out did not write may be anything
             warnings.simplefilter("ignore", RuntimeWarning)
-            share = _run_sample(self, lambda: execute(self, *args, **kwargs))
-        moved = {name: round(n_bytes / share) for name, n_bytes in counter.moved.items()}
+            _run_sample(self, sample(self.grid, kwargs), counter, lambda: execute(self, *args, **kwargs))
+        moved = {name: round(n_bytes) for name, n_bytes in counter.moved.items()}
         launches.append(Traffic(self.fn.__name__, moved, arguments))
 
     builder.create_masked_load, builder.create_masked_store = load, store
@@ -73,11 +72,14 @@ def counted() -> Iterator[list[Traffic]]:
         stock.GridExecutor.__call__, stock.GridExecutor._restore_args_dev = execute, restore
 
 
-def least_bytes(traffic: Traffic, live_bytes: dict[str, int]) -> int:
-    """Bytes that the op must move: each argument once, or `live_bytes` of those of which only a part is meant."""
+def least_bytes(traffic: Traffic, live_bytes: dict[str, int], only: Container[str] | None = None) -> int:
+    """Bytes that the op must move: each argument once, or `live_bytes` of those of which only a part is meant.
+
+    only: of these arguments alone.
+    """
     total = 0
     for name, tensor in traffic.arguments.items():
-        if isinstance(tensor, Tensor) and name not in SCRATCH:
+        if isinstance(tensor, Tensor) and name not in SCRATCH and (only is None or name in only):
             total += live_bytes.get(name, tensor.nbytes)
     return total
 
@@ -86,11 +88,12 @@ class _Counter:
     """Bytes by argument, of one launch."""
 
     def __init__(self) -> None:
-        self.moved: Counter[str] = Counter()
+        self.moved: dict[str, float] = {}
+        self.weight = 1.0  # programs that the one that runs stands for
         self._spans: list[tuple[int, int, str]] = []
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        self.moved = Counter()
+        self.moved = {}
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         self._spans = [(t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors.items()]
 
@@ -99,25 +102,46 @@ class _Counter:
         if live.any():
             address = int(pointers.data[live].flat[0])
             name = next(name for begin, end, name in self._spans if begin <= address < end)
-            self.moved[name] += int(live.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+            n_bytes = int(live.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+            self.moved[name] = self.moved.get(name, 0.0) + self.weight * n_bytes
 
 
-def _run_sample(executor: Any, run: Any) -> float:
-    """Run some of a launch's programs -> which share of all that was."""
-    grid = tuple(executor.grid) + (1,) * (3 - len(executor.grid))
-    everyone = list(product(*(range(size) for size in grid)))
-    sample = everyone
-    if len(everyone) > ALL_PROGRAMS:  # one kv head's, where the second dimension counts those
-        sample = [place for place in everyone if place[1] == 0]
-    if len(sample) > ALL_PROGRAMS:
-        sample = [sample[index * (len(sample) - 1) // (SAMPLED_PROGRAMS - 1)] for index in range(SAMPLED_PROGRAMS)]
+def sample(grid: tuple[int, ...], options: dict[str, Any]) -> list[tuple[tuple[int, int, int], float]]:
+    """Programs of a launch that stand for all: (place in the grid, programs it stands for) of each.
+
+    All programs of a small launch. Of a larger one those of the first row (sampling counts its blocks row by row) or of
+    the first kv head (attention's second dimension); of very many the first and the last, which may hang over an edge,
+    and some between.
+    """
+    x, y, z = (*grid, 1, 1)[:3]
+    everyone = list(product(range(x), range(y), range(z)))
+    alike = everyone
+    if len(everyone) > ALL_PROGRAMS:
+        alike = [place for place in everyone if place[0] < options.get("BLOCKS", x) and place[1] == 0]
+    if len(alike) <= ALL_PROGRAMS:
+        return [(place, len(everyone) / len(alike)) for place in alike]
+    inner = alike[1:-1]
+    middle = [inner[index * (len(inner) - 1) // (SAMPLED_PROGRAMS - 1)] for index in range(SAMPLED_PROGRAMS)]
+    share = len(everyone) / len(alike)
+    ends = [(alike[0], share), (alike[-1], share)]
+    return ends + [(place, share * len(inner) / len(middle)) for place in middle]
+
+
+def _run_sample(
+    executor: Any, places: list[tuple[tuple[int, int, int], float]], counter: _Counter, run: Callable[[], None]
+) -> None:
+    """Run these of a launch's programs."""
+    grid = (*executor.grid, 1, 1)[:3]
     builder = stock.interpreter_builder
-    place, size = builder.set_grid_idx, builder.set_grid_dim
-    builder.set_grid_idx = lambda x, y, z: place(*sample[x])
-    builder.set_grid_dim = lambda *_: size(*grid)
-    executor.grid = (len(sample),)
+    set_place, set_size = builder.set_grid_idx, builder.set_grid_dim
+
+    def set_sampled_place(x: int, y: int, z: int) -> None:
+        place, counter.weight = places[x]
+        set_place(*place)
+
+    builder.set_grid_idx, builder.set_grid_dim = set_sampled_place, lambda *_: set_size(*grid)
+    executor.grid = (len(places),)
     try:
         run()
     finally:
         del builder.set_grid_idx, builder.set_grid_dim
-    return len(sample) / len(everyone)

@@ -57,8 +57,8 @@ class Llama:
         one. max_seq_len: positions per row, up to 8192, or 131072 where the checkpoint has scaled rope. max_batch_size:
         rows. seed: of the calls that bring none of their own. device: CUDA where there is one, else the CPU. dtype:
         bfloat16 on CUDA (float16 where the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels) or
-        "reference" (plain torch), None for the first on CUDA and the second on a CPU. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it;
-        switches scaled rope on.
+        "reference" (plain torch), None for the first on CUDA and the second on a CPU. rope_scaling_factor: in place of
+        the checkpoint's, or of what is inferred from it; switches scaled rope on.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer of another vocabulary), ValueError for anything else that is wrong with the arguments or

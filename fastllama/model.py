@@ -232,7 +232,8 @@ class Transformer(nn.Module):
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(BUSY)
         try:
-            self.workspace.reset()
+            with torch.inference_mode():  # as the launches are that leave something behind
+                self.workspace.reset()
             yield
         finally:
             self._lock.release()

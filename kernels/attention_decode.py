@@ -134,7 +134,7 @@ def _merge_pieces(
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_head[:, None] & (dim < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "T"])
+@triton.jit(do_not_specialize=["B", "T"], do_not_specialize_on_alignment=["positions_ptr"])
 def _attention_decode_kernel(
     q_ptr,
     cache_k_ptr,

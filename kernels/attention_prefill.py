@@ -50,7 +50,7 @@ def choose_launch(longest: int, dims: AttentionDims, itemsize: int) -> Launch:
     return Launch(max(rows, few), keys, stages, WARPS)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr"])
 def _attention_prefill_kernel(
     q_ptr,
     cache_k_ptr,

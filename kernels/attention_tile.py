@@ -18,7 +18,7 @@ from fastllama.kernels.target import current_target
 MIN_DOT_ROWS = 16  # of a matrix instruction, in each direction
 MAX_GROUPS = 128
 MAX_TILE_HEADS = {2: 64, 4: 16}  # by bytes of an element: what a program's registers hold beside a tile of keys
-MAX_POSITIONS = 2**31 - 1  # of all cache rows together: lengths are added up in int32
+MAX_POSITIONS = 2**31 - 2**14  # of all cache rows together: lengths are added up in int32
 MAX_STREAM_KEYS = 64
 MAX_STAGES = 5
 PAIR_BYTES = 32768  # of a tile of keys and one of values

@@ -16,7 +16,7 @@ from fastllama.kernels.few_tokens import MAX_TOKENS, RowSquares
 from fastllama.kernels.rms_norm import warps_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens_ptr"])
 def _embed_kernel(tokens_ptr, table_ptr, h_ptr, squares_ptr, V: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr):
     token = tl.program_id(0)
     cols = tl.arange(0, BLOCK_E)

@@ -7,7 +7,7 @@
 Still bound by reading the weight: OUT·IN elements for 2·N·OUT·IN flops. The weight is the left operand, a tile of
 BLOCK_ROWS rows; the tokens, padded to 8 or 16, are the right one, so that a matrix instruction's columns are not
 wasted on tokens that are not there. Multiplying and adding instead would take most of the issue slots at 2 tokens
-already. A pipeline of asynchronous copies keeps about 96 KB a multiprocessor in flight.
+already. A pipeline of asynchronous copies keeps 56 to 192 KB a multiprocessor in flight (`choose_launch`).
 
 Here recomputing the norm would cost: every program would need all of x before it could begin. Sums of squares of h come
 instead from where h is made: `embed`, and this kernel's own plain epilogue, one partial sum a program and token.
@@ -52,6 +52,10 @@ class RowSquares:
     def left(self, h: Tensor, parts: int) -> None:
         """h (N, E) has been made, and its sums are in `parts` rows of `sums`."""
         self._of, self._parts = h, parts
+
+    def reset(self) -> None:
+        """Forget whose sums they are."""
+        self._of, self._parts = None, 0
 
     def of(self, h: Tensor) -> int:
         """In how many parts the sums of h are; 0 where they are another's."""
@@ -98,6 +102,16 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
 
 
 @triton.jit
+def _load(at, live, EVEN: tl.constexpr):
+    """What is live, of a tile that where EVEN is wholly so."""
+    if EVEN:
+        values = tl.load(at)
+    else:
+        values = tl.load(at, mask=live, other=0.0)
+    return values
+
+
+@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def _few_tokens_kernel(
     x_ptr,
     norm_ptr,
@@ -148,23 +162,17 @@ def _few_tokens_kernel(
     if TWO:
         sums_2 = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
     for begin in range(0, IN, BLOCK_IN):
+        inside = cols + begin < IN
+        live = exists[:, None] & inside[None, :]
+        weight = _load(weight_at + begin, live, EVEN)
+        if TWO:
+            weight_2 = _load(weight_2_at + begin, live, EVEN)
         if EVEN:
-            weight = tl.load(weight_at + begin)
-            if TWO:
-                weight_2 = tl.load(weight_2_at + begin)
             x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
         else:
-            inside = cols + begin < IN
-            live = exists[:, None] & inside[None, :]
-            weight = tl.load(weight_at + begin, mask=live, other=0.0)
-            if TWO:
-                weight_2 = tl.load(weight_2_at + begin, mask=live, other=0.0)
             x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
         if norm_ptr is not None:
-            if EVEN:
-                scale = tl.load(norm_ptr + begin + cols)
-            else:
-                scale = tl.load(norm_ptr + begin + cols, mask=inside, other=0.0)
+            scale = _load(norm_ptr + begin + cols, inside, EVEN)
             x = (x.to(tl.float32) * inverse[None, :]).to(x.dtype) * scale[:, None]
         sums = tl.dot(weight, x, sums, input_precision="ieee")
         if TWO:

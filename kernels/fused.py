@@ -14,14 +14,18 @@ and the two launches of `sample`: a decode step is 5·L + 4 launches.
 Weights are row-major, so that a weight and its packed form are the same bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels import interpreter
+from fastllama.kernels import interpreter, rotary
+from fastllama.kernels import rms_norm as norms
 from fastllama.kernels import sampling as sampler
+from fastllama.kernels import swiglu as activation
 from fastllama.kernels.attention_decode import AttentionScratch, attention_decode
 from fastllama.kernels.attention_prefill import attention_prefill
 from fastllama.kernels.checks import check_head_dim
@@ -30,11 +34,9 @@ from fastllama.kernels.few_tokens import MAX_TOKENS, RowSquares, few_tokens
 from fastllama.kernels.matvec import choose_launch, matvec
 from fastllama.kernels.projection import Append
 from fastllama.kernels.ragged import Ragged, Sampling, Workspace
-from fastllama.kernels.rms_norm import add_rms_norm, rms_norm
-from fastllama.kernels.rotary import rotary_append
-from fastllama.kernels.swiglu import silu_mul
 
-__all__ = ["add_rms_norm", "rms_norm", "rotary_append", "silu_mul"]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 if interpreter.interpreting():
     interpreter.mend()
@@ -58,9 +60,10 @@ class FusedWorkspace(Workspace):
         self.squares = RowSquares(device)
 
     def reset(self) -> None:
-        """Zero the counters."""
+        """Zero the counters, and forget whose sums of squares those are."""
         self.attention.reset()
         self.sampling.reset()
+        self.squares.reset()
 
 
 def workspace(
@@ -93,11 +96,35 @@ def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(weight, list(rows))
 
 
+def _on_its_device(op: Callable[P, R]) -> Callable[P, R]:
+    """The op, launching on the GPU that its tensors are on: triton launches on the current one, whichever that is."""
+
+    @wraps(op)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if device.type != "cuda":
+            return op(*args, **kwargs)
+        with torch.cuda.device(device):
+            return op(*args, **kwargs)
+
+    return guarded
+
+
+# Of the ops below each is one of these or more: they stand here for whoever wants one alone. `add_rms_norm` is for a
+# residual that comes after the projection, behind a collective, say; here `project` adds it.
+rms_norm = _on_its_device(norms.rms_norm)
+add_rms_norm = _on_its_device(norms.add_rms_norm)
+rotary_append = _on_its_device(rotary.rotary_append)
+silu_mul = _on_its_device(activation.silu_mul)
+
+
+@_on_its_device
 def embed(table: Tensor, batch: Ragged) -> Tensor:
     """(V, E) -> (N, E)."""
     return gather(table, batch.tokens, _squares(batch))
 
 
+@_on_its_device
 def qkv(
     h: Tensor, norm: Tensor, weight: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, eps: float, batch: Ragged
 ) -> Tensor:
@@ -108,6 +135,7 @@ def qkv(
     return _few(h, weight, batch, norm=norm, eps=eps, append=append).view(h.shape[0], -1, cache_k.shape[3])
 
 
+@_on_its_device
 def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
     if not batch.one_each:
@@ -119,6 +147,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Ten
     return attention_decode(q, cache_k, cache_v, batch.positions, scratch)
 
 
+@_on_its_device
 def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -> Tensor:
     """x (N, ·) -> (N, E)."""
     if x.shape[0] > MAX_TOKENS:
@@ -127,6 +156,7 @@ def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -
     return _few(x, weight, batch, residual=residual)
 
 
+@_on_its_device
 def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
     """h (N, E) -> (N, F)."""
     if h.shape[0] > MAX_TOKENS:
@@ -134,6 +164,7 @@ def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -
     return _few(h, weight, batch, norm=norm, eps=eps, swiglu=True)
 
 
+@_on_its_device
 def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
     """h (M, E) -> logits (M, V)."""
     if h.shape[0] > MAX_TOKENS:
@@ -141,6 +172,7 @@ def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> 
     return _few(h, weight, batch, norm=norm, eps=eps)
 
 
+@_on_its_device
 def sample(
     logits: Tensor, sampling: Sampling, positions: Tensor, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,13 @@ COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, n
 BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
+# Decided for good when kernels are defined, which is when their modules are imported.
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+
 def interpreting() -> bool:
-    """Whether kernels run in the interpreter. Decided when they were defined: TRITON_INTERPRET=1 before the import."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether this process's kernels run in the interpreter: TRITON_INTERPRET=1 was set before they were imported."""
+    return INTERPRETING
 
 
 @cache

@@ -7,9 +7,9 @@
 A matrix–vector product is bound by reading the weight: OUT·IN elements, 2·OUT·IN flops. What matters is how many bytes
 are on their way from memory at any time: with 4.5 TB/s and 700 ns of latency about 3 MB, or 24 KB a multiprocessor
 at the least and several times that in practice. So a program owns a few whole rows, 16 to 32 KB, and requests all of
-them in 16-byte loads, held in registers, before it looks at x; four programs a multiprocessor keep 112 to 160 KB in
-flight. There is no loop to wait in, no split of a row over programs and no second launch. Weights are read once a step:
-`evict_first` keeps them from driving the cache's keys and values out of L2.
+them in 16-byte loads, held in registers, before it looks at x; four or five programs a multiprocessor keep 112 to 160
+KB in flight. There is no loop to wait in, no split of a row over programs and no second launch. Weights are read once a
+step: `evict_first` keeps them from driving the cache's keys and values out of L2.
 """
 
 from typing import NamedTuple
@@ -107,7 +107,7 @@ def _load_vector(x_ptr, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
     return chunks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def _matvec_kernel(
     x_ptr,
     norm_ptr,
@@ -214,7 +214,8 @@ def matvec(
         call.length,
         eps,
         **call.dims,
-        HOLD_SCALES=weight.shape[1] * weight.itemsize <= launch.warps * 32 * SCALE_BYTES_PER_THREAD,
+        HOLD_SCALES=weight.shape[1] * weight.itemsize
+        <= launch.warps * current_target().warp_size * SCALE_BYTES_PER_THREAD,
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
         num_warps=launch.warps,

@@ -21,7 +21,7 @@ from fastllama.kernels.ragged import Ragged
 
 
 class Append(NamedTuple):
-    """Where the heads of a query/key/value projection go, besides q."""
+    """Where the heads of a query/key/value projection go, besides q. rows must be the cache's."""
 
     cache_k: Tensor  # (B, K, T, D) in the model dtype
     cache_v: Tensor
@@ -157,9 +157,11 @@ def store_rotated(
     exists = tl.max(live.to(tl.int32), 0) > 0
     position = tl.load(positions_ptr + tokens, mask=exists, other=0)[None, :]
     row = tl.load(rows_ptr + tokens, mask=exists, other=0)[None, :]
+    # A position outside the cache, which a captured graph may hold for a row that has ended, is written nowhere.
+    inside = live & (position >= 0) & (position < T)
     is_query = live & (head < H)
-    is_key = live & (head >= H) & (head < H + K)
-    turned = is_query | is_key
+    is_key = inside & (head >= H) & (head < H + K)
+    turned = inside & (head < H + K)
     cos = tl.load(rope_ptr + position * D + dim, mask=turned, other=1.0)
     sin = tl.load(rope_ptr + position * D + dim + 1, mask=turned, other=0.0)
     first, second = turn(even, odd, cos, sin)
@@ -169,7 +171,7 @@ def store_rotated(
     key_at = ((row * K + (head - H)) * T + position) * D + dim
     tl.store(cache_k_ptr + key_at, first, mask=is_key)
     tl.store(cache_k_ptr + key_at + 1, second, mask=is_key)
-    is_value = live & (head >= H + K)
+    is_value = inside & (head >= H + K)
     value_at = ((row * K + (head - H - K)) * T + position) * D + dim
     tl.store(cache_v_ptr + value_at, even, mask=is_value)
     tl.store(cache_v_ptr + value_at + 1, odd, mask=is_value)

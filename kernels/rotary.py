@@ -22,7 +22,7 @@ from fastllama.kernels.ragged import Ragged
 BLOCK_PAIRS = 512  # of one token: 1024 elements, eight for each of 128 threads: one 16-byte load
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def _rotary_append_kernel(
     heads_ptr,
     q_ptr,
@@ -47,7 +47,9 @@ def _rotary_append_kernel(
 
     pairs = tl.program_id(1) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     angle_at = rope_ptr + position * D + 2 * (pairs % (D // 2))
-    turned = pairs < (H + K) * (D // 2)
+    # A position outside the cache, which a captured graph may hold for a row that has ended, is written nowhere.
+    inside = (position >= 0) & (position < T)
+    turned = inside & (pairs < (H + K) * (D // 2))
     cos = tl.load(angle_at, mask=turned, other=1.0)
     sin = tl.load(angle_at + 1, mask=turned, other=0.0)
     even, odd = tl.split(tl.reshape(values, (BLOCK_PAIRS, 2)))
@@ -57,9 +59,9 @@ def _rotary_append_kernel(
     head, dim = elements // D, elements % D
     tl.store(q_ptr + token.to(tl.int64) * H * D + elements, values, mask=head < H)
     key_at = ((row * K + (head - H)) * T + position) * D + dim
-    tl.store(cache_k_ptr + key_at, values, mask=(head >= H) & (head < H + K))
+    tl.store(cache_k_ptr + key_at, values, mask=inside & (head >= H) & (head < H + K))
     value_at = ((row * K + (head - H - K)) * T + position) * D + dim
-    tl.store(cache_v_ptr + value_at, values, mask=(head >= H + K) & live)
+    tl.store(cache_v_ptr + value_at, values, mask=inside & (head >= H + K) & live)
 
 
 def rotary_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:

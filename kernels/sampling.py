@@ -38,6 +38,8 @@ THREADS_PER_WARP = 32
 # Bits that the key of a logit needs: sign, exponent and mantissa as float32 has them, less the mantissa's empty bits.
 # Of float16 that is 19, since float32 writes its subnormals with exponents of their own.
 KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
+# A row of a batch's tensors may begin anywhere: whether it is aligned must not compile a second kernel.
+PER_ROW = ["temperature_ptr", "top_p_ptr", "seed_ptr", "stream_ptr", "call_ptr", "positions_ptr"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 # 1 / temperature stays a finite, normal float32, so that no infinity meets a zero.
 MIN_TEMPERATURE = tl.constexpr(1e-38)
@@ -128,7 +130,7 @@ def _draw_number(seed_ptr, stream_ptr, call_ptr, positions_ptr, row):
     return (word >> 8).to(tl.float64) * (1.0 / 16777216)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature_ptr"])
 def _statistics_kernel(
     logits_ptr,
     temperature_ptr,
@@ -153,7 +155,7 @@ def _statistics_kernel(
     tl.store(masses_ptr + slot, tl.sum(tl.exp2((x - base) * _load_scale(temperature_ptr, row)), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _draw_kernel(
     logits_ptr,
     temperature_ptr,

@@ -29,14 +29,17 @@ class Target:
 INTERPRETED = Target("cuda", 90, 1, 232448)
 
 
-@cache
 def current_target() -> Target:
-    """The GPU of this process. All GPUs that one process launches on are taken to be of one kind."""
-    if interpreting():
-        return INTERPRETED
+    """The GPU that the next launch goes to: torch's current device."""
+    return INTERPRETED if interpreting() else target_of(triton.runtime.driver.active.get_current_device())
+
+
+@cache
+def target_of(device: int) -> Target:
+    """The GPU of an index."""
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
-    properties = driver.utils.get_device_properties(driver.get_current_device())
+    properties = driver.utils.get_device_properties(device)
     return Target(
         target.backend,
         target.arch,

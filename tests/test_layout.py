@@ -25,7 +25,7 @@ FLOORS = {
     "kernels.swiglu": 0.2,
     "kernels.matvec": 0.2,
     "kernels.few_tokens": 0.2,
-    "kernels.attention_tile": 0.1,
+    "kernels.attention_tile": 0.15,
     "kernels.attention_decode": 0.2,
     "kernels.attention_prefill": 0.2,
     "kernels.top_p": 0.1,
@@ -113,7 +113,9 @@ def test_files_and_functions_are_small(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             docstring = ast.get_docstring(node)
-            code = (node.end_lineno or 0) - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+            # A kernel's parameters stand one a line, and are no code.
+            begin = node.body[0].lineno if node.name.endswith("_kernel") else node.lineno
+            code = (node.end_lineno or 0) - begin + 1 - (docstring.count("\n") + 1 if docstring else 0)
             assert code <= MAX_FUNCTION_LINES, f"{node.name} has {code} lines of code"
 
 

@@ -12,15 +12,15 @@ from fastllama.benchmarks.gpus import GPUS, compiling_environment
 from fastllama.benchmarks.kernels_table import Row, launch_counts, violations
 from fastllama.benchmarks.launches import MODELS
 
-KERNELS = Path(__file__).with_name("faulty_kernels.py")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", params=["sm_90", "gfx942"])
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The faulty kernels, compiled in a process of its own (this one interprets), by name."""
     environment = compiling_environment(str(tmp_path_factory.mktemp("triton")))
-    command = [sys.executable, str(KERNELS), request.param]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.benchmarks.faulty_kernels", request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -61,7 +61,7 @@ def row(**changes: Any) -> Row:
         "other": 0,
         "spills": 0,
         "shared": 1000,
-        "loads": {"q": [16], "cache_k": [16], "positions": [8]},
+        "loads": {"q": [16], "cache_k": [16], "cache_v": [16], "positions": [8]},
         "matrix": 3,
         "barrier": None,
     }
@@ -77,10 +77,11 @@ def test_a_sound_row_breaks_no_rule() -> None:
     [
         ({"spills": 8}, "spills 8"),
         ({"shared": 240000}, f"240000 bytes of shared memory, of {GPUS['sm_90'].shared_bytes}"),
-        ({"loads": {"cache_k": [16, 4]}}, "loads cache_k_ptr in less than 16 bytes"),
-        ({"loads": {"?": [16]}}, "loads from an address that is no argument's"),
+        ({"loads": {"cache_k": [16, 4], "cache_v": [16]}}, "loads cache_k_ptr in less than 16 bytes"),
+        ({"loads": {"cache_k": [16], "cache_v": [16], "?": [16]}}, "loads from an address that is no argument's"),
         ({"matrix": 0}, "uses no matrix instructions"),
         ({"barrier": False}, "has no barrier before its atomic"),
+        ({"loads": {"cache_k": [16]}}, "reads no cache_v"),
         ({"other": 2}, "launches 2 kernels of torch"),
     ],
 )
@@ -93,6 +94,8 @@ def test_a_sixth_launch_in_a_layer_is_counted() -> None:
     ops = ["embed", "layer qkv", "layer attention", "layer output", "layer gate+up", "layer down", "head"]
     step = [row(tokens=4, op=op) for op in (*ops, "sample", "sample")]
     layers = MODELS["3-8B"].n_layers
-    assert launch_counts(step)["3-8B", 4] == (5, 5 * layers + 4) and not violations(step)
+    assert launch_counts(step)["sm_90", "3-8B", 4] == (5, 5 * layers + 4) and not violations(step)
     (found,) = violations([*step, row(tokens=4, op="layer down")])
-    assert found == f"3-8B at 4 tokens takes 6 launches a layer and {6 * layers + 4} a step, not 5 and {5 * layers + 4}"
+    assert (
+        found == f"sm_90 3-8B at 4 rows takes 6 launches a layer, {6 * layers + 4} a step, not 5 and {5 * layers + 4}"
+    )

@@ -1,12 +1,15 @@
 """The whole model on Triton kernels: the reference backend's tokens and log-probabilities, on a GPU or interpreted."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastllama import Llama, ModelArgs, Transformer, builtin_checkpoint
 from fastllama.kernels import attention_decode
+from fastllama.kernels import fused as fused_backend
 from fastllama.kernels.ragged import Ragged
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.tiny import tiny_llama
@@ -109,15 +112,37 @@ def test_an_op_without_a_workspace_makes_its_own(device: torch.device) -> None:
 
 
 def test_a_broken_off_call_leaves_nothing_behind(device: torch.device) -> None:
-    """Counters that an aborted launch left standing are zeroed before the next call."""
-    reference, fused = transformers(device, torch.float32, **STORIES260K)
-    tokens = torch.tensor([[5, 6, 7]], device=device)
-    expected = reference.forward(tokens, 0)
-    workspace = fused.workspace
-    workspace.attention.counters.fill_(3)
-    workspace.sampling.counters.fill_(3)
-    torch.testing.assert_close(fused.forward(tokens, 0), expected, atol=1e-4, rtol=1e-4)
-    assert not workspace.attention.counters.any() and not workspace.sampling.counters.any()
+    """Counters that an aborted launch left standing are zeroed before the next call, which attends and draws."""
+    outputs = []
+    for model in transformers(device, torch.float32, **STORIES260K):
+        if model.backend == "fused":
+            model.workspace.attention.counters.fill_(3)
+            model.workspace.sampling.counters.fill_(3)
+        llm = Llama(model, tokenizer=_NoTokenizer())  # type: ignore[arg-type]
+        outputs.append(llm.generate([[5, 6, 7] * 12], 2, temperature=1.0, seed=3))
+    assert outputs[0] == outputs[1]
+    assert not model.workspace.attention.counters.any() and not model.workspace.sampling.counters.any()
+
+
+def test_a_model_made_in_inference_mode_generates(device: torch.device) -> None:
+    with torch.inference_mode():
+        fused = transformers(device, torch.float32, **{**STORIES260K, "n_layers": 1})[1]
+    llm = Llama(fused, tokenizer=_NoTokenizer())  # type: ignore[arg-type]
+    assert len(llm.generate([[5, 6, 7]], 1, temperature=0)[0][0]) == 1
+
+
+def test_ops_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, which need not be the one that the tensors are on."""
+    entered: list[torch.device] = []
+
+    def enter(device: torch.device) -> nullcontext[None]:
+        entered.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(Tensor, "device", torch.device("cuda", 1))
+    guarded = fused_backend._on_its_device(lambda tensor: "launched")
+    assert guarded(torch.zeros(1)) == "launched" and entered == [torch.device("cuda", 1)]
 
 
 def test_state_dict_goes_in_and_out_unchanged(tmp_path: Path, device: torch.device) -> None:

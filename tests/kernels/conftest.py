@@ -13,7 +13,7 @@ from tests.kernels.guards import GuardedMemory
 
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch: pytest.MonkeyPatch, nan_in_empty_memory: None) -> Iterator[GuardedMemory]:
-    """Memory for a test's own tensors; torch.empty and torch.empty_like take theirs from it, too."""
+    """Memory for a test's own tensors; torch.empty, empty_like and zeros take theirs from it, too."""
     memory = GuardedMemory()
 
     def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = "cpu", **how: Any) -> Tensor:
@@ -24,6 +24,10 @@ def guarded(monkeypatch: pytest.MonkeyPatch, nan_in_empty_memory: None) -> Itera
     def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return memory.empty(*tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
 
+    def zeros(*size: Any, **how: Any) -> Tensor:
+        return empty(*size, **how).zero_()
+
+    monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
     yield memory

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.projection import Append
-from fastllama.kernels.ragged import Ragged
+from fastllama.kernels.ragged import Ragged, Segment
 from tests.kernels.cases import random
 from tests.kernels.guards import GuardedMemory
 
@@ -80,6 +80,13 @@ def scattered(n_tokens: int, device: torch.device) -> Ragged:
     third = n_tokens // 3
     counts = {3: n_tokens - 2 * third, 0: third, 2: third}
     return Ragged.of([(row, 5 * row + 1, [0] * count) for row, count in counts.items() if count], device)
+
+
+def outside(n_tokens: int, device: torch.device) -> Ragged:
+    """Tokens of row 1 at positions before the cache and behind it."""
+    positions = torch.tensor([-1, LENGTH, LENGTH + 5, -(2**40)] * n_tokens, device=device)[:n_tokens]
+    rows = torch.ones_like(positions)
+    return Ragged(torch.zeros_like(positions), positions, rows, (Segment(1, 0, n_tokens, LENGTH),))
 
 
 def assert_appended(ours: Tensor, expected: Tensor) -> None:

@@ -8,7 +8,7 @@ from fastllama.kernels.few_tokens import RowSquares, choose_launch, few_tokens
 from fastllama.kernels.target import Target
 from tests.kernels.cases import DTYPES, assert_matches
 from tests.kernels.guards import GuardedMemory
-from tests.kernels.projections import EPS, SHAPES, Case, Shape, assert_appended
+from tests.kernels.projections import EPS, SHAPES, Case, Shape, assert_appended, outside
 
 STORIES = SHAPES["E64-H8-K4-D8-F172"]
 
@@ -38,6 +38,13 @@ def test_few_tokens_matches_reference(
     for residual in (None, case.h):
         y = few_tokens(case.x, case.w2, squares, residual=residual)
         assert_matches("linear", y, case.expected_projection(residual))
+
+
+def test_few_tokens_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:
+    case = Case(STORIES, 4, torch.bfloat16, device, guarded)
+    append = case.append._replace(positions=outside(4, device).positions)
+    few_tokens(case.h, case.wqkv, with_squares(case), append=append)
+    assert case.append.cache_k.isnan().all() and case.append.cache_v.isnan().all()
 
 
 @pytest.mark.parametrize("n_tokens", [2, 16], ids=lambda n: f"N{n}")

@@ -224,4 +224,3 @@ def test_ragged_of_lays_rows_one_after_the_other() -> None:
     assert batch.rows.tolist() == [2, 2, 0]
     assert batch.segments == (Segment(2, 0, 2, 7), Segment(0, 2, 3, 1)) and not batch.one_each
     assert Ragged.of([(0, 5, [1]), (1, 2, [2])], CPU).one_each
-

@@ -31,7 +31,8 @@ def test_rms_norm_rounds_like_llama3(device: torch.device) -> None:
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).bfloat16()
     late = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS) * weight).bfloat16()
     ours = rms_norm(x.to(device), weight.to(device), EPS).cpu()
-    assert torch.equal(ours, normed * weight) and not torch.equal(ours, late)
+    # A GPU's reciprocal root may end one bit off, which moves a few values over the edge of a rounding.
+    assert (ours != normed * weight).float().mean() < 0.01 < (ours != late).float().mean()
 
 
 def test_rms_norm_takes_no_rows(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from fastllama.kernels import reference
 from fastllama.kernels.rotary import rotary_append
 from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
-from tests.kernels.projections import LENGTH, N_ROWS, scattered
+from tests.kernels.projections import LENGTH, N_ROWS, outside, scattered
 
 SHAPES = {"H8-K2-D64": (8, 2, 64), "H8-K4-D8": (8, 4, 8), "H3-K1-D20": (3, 1, 20), "H40-K8-D128": (40, 8, 128)}
 
@@ -37,6 +37,13 @@ def test_rotary_append_matches_reference(
 
 def dtype_ulp(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
+
+
+def test_rotary_append_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:
+    cache_k, cache_v = (guarded.empty(N_ROWS, 2, LENGTH, 8, device=device) for _ in range(2))
+    rope = guarded.copy(torch.ones(LENGTH, 4, 2, device=device))
+    rotary_append(random(4, 64, device=device), rope, cache_k, cache_v, outside(4, device))
+    assert cache_k.isnan().all() and cache_v.isnan().all()
 
 
 def test_rotary_append_rejects_what_does_not_belong_together(device: torch.device) -> None:

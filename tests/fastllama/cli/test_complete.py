@@ -95,10 +95,12 @@ def test_complete_uses_the_model_in_the_package_and_says_so(checkpoint: str, mon
     expect_error(run("complete", "hello", "--tokenizer_path", "x"), "--tokenizer_path needs --ckpt_dir")
 
 
-def test_complete_errors_name_what_is_wrong(tmp_path: Path, checkpoint: str) -> None:
+def test_complete_errors_name_what_is_wrong(tmp_path: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expect_error(run("complete", "x", "--ckpt_dir", str(tmp_path / "nowhere")), "nowhere", "does not exist")
     expect_error(run("complete", "x", "--ckpt_dir", str(tmp_path)), "no checkpoint in")
     expect_error(run("complete", "x", "--ckpt_dir", checkpoint, "--tokenizer_path", "nowhere"), "nowhere")
     expect_error(run("complete", "x", "--ckpt_dir", checkpoint, "--device", "gpu"), "device")
     expect_error(run("complete", "x" * 500, "--ckpt_dir", checkpoint, *GREEDY), "max_seq_len of 64")
-    expect_error(run("complete", "x", "--ckpt_dir", checkpoint, *GREEDY, "--backend", "fused"), "fused")
+    monkeypatch.setattr("fastllama.kernels.interpreter.interpreting", lambda: False)
+    fused = run("complete", "x", "--ckpt_dir", checkpoint, *GREEDY, "--device", "cpu", "--backend", "fused")
+    expect_error(fused, "its kernels need a GPU", "TRITON_INTERPRET=1", 'backend="reference" does')

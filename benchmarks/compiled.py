@@ -11,22 +11,34 @@ import tempfile
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 
 from fastllama.benchmarks.gpus import Gpu
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS_PER_PROCESSOR = 65536
-THREADS_PER_PROCESSOR = 2048
-THREADS_PER_PROCESSOR_BY_ARCH: dict[int | str, int] = {89: 1536}
-PROGRAMS_PER_PROCESSOR = 32
 LOAD_BYTES = 16
 REGISTER_GRANULE = 8  # registers of a thread are handed out in
-SHARED_PER_PROGRAM_RESERVED = 1024
 ELEMENT_BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
 MATRIX_INSTRUCTIONS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
+
+
+class Processor(NamedTuple):
+    """What a multiprocessor, or compute unit, holds at once."""
+
+    registers: int  # of all its threads, 32 bits each
+    threads: int
+    programs: int
+    reserved_bytes: int  # of shared memory beside each program's own
+
+
+# NVIDIA's CUDA programming guide, "Compute capabilities"; AMD's CDNA 3 ISA guide: four SIMDs of 512 · 64 registers.
+PROCESSOR = Processor(65536, 2048, 32, 1024)
+PROCESSORS: dict[int | str, Processor] = {
+    89: Processor(65536, 1536, 24, 1024),
+    "gfx942": Processor(131072, 2048, 32, 0),
+}
 
 
 class Compiled:
@@ -61,12 +73,12 @@ class Compiled:
     @property
     def programs_per_processor(self) -> int:
         """How many fit beside each other: by registers, threads and shared memory."""
+        processor = PROCESSORS.get(self.gpu.arch, PROCESSOR)
         granules = -(-self.registers // REGISTER_GRANULE) * REGISTER_GRANULE
-        by_registers = REGISTERS_PER_PROCESSOR // (granules * self.threads)
-        threads = THREADS_PER_PROCESSOR_BY_ARCH.get(self.gpu.arch, THREADS_PER_PROCESSOR)
-        total_shared = self.gpu.shared_bytes + SHARED_PER_PROGRAM_RESERVED
-        by_shared = total_shared // (self.shared + SHARED_PER_PROGRAM_RESERVED)
-        return min(by_registers, threads // self.threads, by_shared, PROGRAMS_PER_PROCESSOR)
+        by_registers = processor.registers // (granules * self.threads)
+        all_shared = self.gpu.shared_bytes + processor.reserved_bytes
+        by_shared = all_shared // max(self.shared + processor.reserved_bytes, 1)
+        return min(by_registers, processor.threads // self.threads, by_shared, processor.programs)
 
     @cached_property
     def loads(self) -> dict[str, Counter[int]]:

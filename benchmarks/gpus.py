@@ -52,6 +52,7 @@ class Launch(NamedTuple):
 def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
     """Within the block kernels are compiled for `gpu` and appended to the list instead of being launched.
 
+    One GPU a process: triton keeps what it has compiled by the number of the device, which is always 0 here.
     RuntimeError in a process whose kernels are interpreted.
     """
     if triton.knobs.runtime.interpret:

@@ -28,9 +28,9 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         ),
         "Torch launches no kernel of its own between them.",
         "## How weights are read on an H200",
-        "In flight: what the programs that fit beside each other on a multiprocessor have asked for before they wait; a "
-        "part of it, where there are fewer programs than fit. Issue slots: the share of all that the instructions "
-        "take if the weight is read at 4.5 TB/s, in µs.",
+        "In flight: what the programs that fit beside each other on a multiprocessor have asked for before they wait; "
+        "part of it, where there are fewer programs than fit. Issue slots: the share of all that the instructions take "
+        "if the weight is read at 4.5 TB/s, in µs.",
         _table(
             ["model", "rows", "op", "weight", "programs / 132", "fit", "in flight, KB", "issue slots", "µs"],
             [_streaming(row) for row in compiled if "in_flight" in row],

@@ -100,7 +100,8 @@ def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], obje
     yield "layer down", keep("h", lambda: fused.project(state["f"], layer.w2, state["h"], batch))
     yield "head", keep("logits", lambda: fused.head(state["h"], layer.norm, output, EPS, batch))
     sampling = Sampling.of(0.6, 0.9, [(1, row, 0) for row in range(rows)], CPU)
-    logits = torch.randn(rows, shape.vocab_size, generator=torch.Generator().manual_seed(1)).to(DTYPE)
+    # Spread as a model's are, so that the nucleus is small.
+    logits = (3 * torch.randn(rows, shape.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)
     yield "sample", lambda: fused.sample(logits, sampling, batch.positions, workspace)
 
 

@@ -32,7 +32,8 @@ CHUNK_BYTES = 256  # of a row in one stage
 MIN_STAGE_BYTES = 8192  # so that waiting for a stage is rare
 BYTES_IN_FLIGHT = 98304  # a multiprocessor
 STAGES = (3, 8)  # fewest and most
-ROWS_PER_WARP = 16  # of a matrix instruction's left operand
+ROWS_PER_WARP = 16  # of a matrix instruction's left operand, with MIN_COLUMNS of its right one
+MAX_WARPS = 4
 SHARED_BYTES_SPARE = 2048  # for what passes between the threads of a program
 MAX_PARTS = 1024  # partial sums of squares that a row may have
 
@@ -98,7 +99,8 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
     stage += columns * chunk * weight.itemsize
     while stages > 1 and stages * stage > target.shared_bytes - SHARED_BYTES_SPARE:
         stages -= 1
-    return Launch(rows, chunk, stages, max(1, rows // ROWS_PER_WARP))
+    warps = rows // ROWS_PER_WARP * (columns // MIN_COLUMNS)
+    return Launch(rows, chunk, stages, min(warps, MAX_WARPS))
 
 
 @triton.jit
@@ -111,7 +113,7 @@ def _load(at, live, EVEN: tl.constexpr):
     return values
 
 
-@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def _few_tokens_kernel(
     x_ptr,
     norm_ptr,

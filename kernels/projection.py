@@ -155,10 +155,12 @@ def store_rotated(
     head = (pairs // (D // 2))[:, None]
     dim = 2 * (pairs % (D // 2))[:, None]
     exists = tl.max(live.to(tl.int32), 0) > 0
-    position = tl.load(positions_ptr + tokens, mask=exists, other=0)[None, :]
-    row = tl.load(rows_ptr + tokens, mask=exists, other=0)[None, :]
     # A position outside the cache, which a captured graph may hold for a row that has ended, is written nowhere.
-    inside = live & (position >= 0) & (position < T)
+    position = tl.load(positions_ptr + tokens, mask=exists, other=-1)
+    inside = (position >= 0) & (position < T)
+    position = tl.where(inside, position, 0).to(tl.int32)[None, :]
+    inside = live & inside[None, :]
+    row = tl.load(rows_ptr + tokens, mask=exists, other=0)[None, :]
     is_query = live & (head < H)
     is_key = inside & (head >= H) & (head < H + K)
     turned = inside & (head < H + K)

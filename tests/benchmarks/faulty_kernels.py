@@ -87,6 +87,7 @@ def read(kernel: Any, gpu_name: str) -> dict[str, Any]:
         "registers": compiled.registers,
         "spills": compiled.spills,
         "shared": compiled.shared,
+        "resident": compiled.programs_per_processor,
         "loads": compiled.loads,
         "matrix": compiled.matrix_instructions,
         "barrier": compiled.barrier_before_atomics,

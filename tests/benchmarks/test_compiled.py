@@ -45,6 +45,12 @@ def test_spills_are_seen(measured: dict[str, Any]) -> None:
     assert measured["wide"]["spills"] == 0 and measured["wide"]["registers"] > 0
 
 
+def test_a_processor_holds_at_least_one_program(measured: dict[str, Any]) -> None:
+    assert measured["wide"]["resident"] in (8, 16)  # 2,048 threads of 256 or 128
+    assert all(kernel["resident"] >= 1 for kernel in measured.values())
+    assert measured["dot"]["resident"] < measured["wide"]["resident"]
+
+
 def test_a_missing_barrier_is_seen(measured: dict[str, Any]) -> None:
     assert measured["handing_over"]["barrier"] is True
     assert measured["handing_over_unguarded"]["barrier"] is False

@@ -22,7 +22,7 @@ def with_squares(case: Case) -> RowSquares:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 16], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("n_tokens", [1, 3, 8, 16], ids=lambda n: f"N{n}")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_few_tokens_matches_reference(
     shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory

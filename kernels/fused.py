@@ -15,6 +15,7 @@ Weights are row-major, so that a weight and its packed form are the same bytes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -42,22 +43,13 @@ if interpreter.interpreting():
     interpreter.mend()
 
 
+@dataclass(frozen=True)
 class FusedWorkspace(Workspace):
-    """The kernels' scratch memory: counters, split results, candidates, sums of squares. One step at a time uses it."""
+    """The kernels' scratch memory. One step at a time uses it."""
 
-    def __init__(
-        self,
-        *,
-        max_batch_size: int,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
-        self.attention = AttentionScratch.of(max_batch_size, n_kv_heads, n_heads, head_dim, device)
-        self.sampling = sampler.SamplingScratch.of(max_batch_size, vocab_size, device)
-        self.squares = RowSquares(device)
+    attention: AttentionScratch
+    sampling: sampler.SamplingScratch
+    squares: RowSquares
 
     def reset(self) -> None:
         """Zero the counters, and forget whose sums of squares those are."""
@@ -69,15 +61,12 @@ class FusedWorkspace(Workspace):
 def workspace(
     *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
 ) -> Workspace:
-    """Scratch memory for a model. Raises ValueError for a head dim that the kernels have no tiles for."""
+    """Scratch memory for a model. Raises ValueError for a head dim or a vocabulary that the kernels cannot take."""
     check_head_dim(head_dim)
     return FusedWorkspace(
-        max_batch_size=max_batch_size,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        vocab_size=vocab_size,
-        device=device,
+        AttentionScratch.of(max_batch_size, n_kv_heads, n_heads, head_dim, device),
+        sampler.SamplingScratch.of(max_batch_size, vocab_size, device),
+        RowSquares(device),
     )
 
 

@@ -33,6 +33,7 @@ TOKENS = (1, 2, 4, 8, 16, 17, 300)
 LENGTH = 512
 EPS = 1e-5
 RUNS = 100
+LARGE_CACHE = (17, 8, 131072, 128)  # 2.3e9 elements
 # Relative to the root of the mean square: half an ulp of bfloat16 is 2^-9, met about three times on the way.
 MAX_RELATIVE_ERROR = 6e-3
 MAX_ELEMENT_ERROR = 5e-2
@@ -125,3 +126,25 @@ def test_projections_repeat_themselves(n_tokens: int, device: torch.device) -> N
     for _ in range(RUNS):
         for name, value in tensors.run().items():
             assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 40], ids=lambda n: f"N{n}")
+def test_append_reaches_beyond_32_bits(n_tokens: int, device: torch.device) -> None:
+    """Into the last positions of a cache of more than 2^31 elements, by each of the three kernels that append."""
+    rows, n_kv_heads, length, head_dim = LARGE_CACHE
+    batch = Ragged.of([(rows - 1, length - n_tokens, [1] * n_tokens)], device)
+    torch.manual_seed(2)
+    h, norm = torch.randn(n_tokens, 256, device=device).bfloat16(), torch.ones(256, device=device).bfloat16()
+    weight = torch.randn(3 * n_kv_heads * head_dim, 256, device=device).div(16).bfloat16()
+    angles = torch.rand(length, head_dim // 2, device=device) * 6.3
+    rope = torch.stack([angles.cos(), angles.sin()], -1)
+    cache_k, cache_v = (torch.zeros(LARGE_CACHE, dtype=torch.bfloat16, device=device) for _ in range(2))
+    q = fused.qkv(h, norm, weight, rope, cache_k, cache_v, EPS, batch)
+    heads = (normalised(h, norm) @ weight.double().T).unflatten(-1, (-1, head_dim))
+    pairs = torch.view_as_complex(heads[:, : 2 * n_kv_heads].unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.view_as_complex(rope.double()[-n_tokens:])[:, None]).flatten(-2)
+    assert_near("q", q, turned[:, :n_kv_heads])
+    for cache, expected in ((cache_k, turned[:, n_kv_heads:]), (cache_v, heads[:, 2 * n_kv_heads :])):
+        written = cache[-1, :, -n_tokens:]
+        assert_near("cache", written.transpose(0, 1), expected)
+        assert cache.count_nonzero() == written.count_nonzero()

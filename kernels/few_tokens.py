@@ -72,6 +72,10 @@ class Launch(NamedTuple):
     warps: int
 
 
+# There are no matrix instructions for it: threads hold the factors of all their sums, and many small tiles are best.
+FLOAT32_LAUNCH = Launch(rows=16, chunk=32, stages=4, warps=4)
+
+
 def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> Launch:
     """Rows, chunk, stages and warps for a weight of which a program takes `tiles` tiles of rows and the tokens padded
     to `columns`.
@@ -87,6 +91,8 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
     1B  gate+up 16384 ×  2048    64 + 64     128 =  1.0       4         96 KB
     1B  down     2048 ×  8192    16          128 =  1.0       8         56 KB
     """
+    if weight.dtype == torch.float32:
+        return FLOAT32_LAUNCH
     results = weight.shape[0] // tiles
     rows = next((rows for rows in ROWS if results >= rows * BUSY_PROCESSORS * target.processors), ROWS[-1])
     chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(weight.shape[1])))

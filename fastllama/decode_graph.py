@@ -1,97 +1,215 @@
-"""The decode step: one token for every row, with all that it reads and writes on the device.
+"""The decode step: one token for every row, with all that it reads and writes on the device, captured in a CUDA graph.
 
-`DecodeState` names every tensor of the step: embed → layers → logits → sample → write the token and its log-probability
-→ stop test → advance. What a row's tensors hold never decides what Python does, so that a graph can hold the step. The
-host counts along how long the rows are (an eager backend reads no more of the cache than that) and reads what was
-written.
+A step is embed → layers → logits → sample → write the token and its log-probability → stop test → advance, on the
+static tensors of a `DecodeState`. It is one function, which runs eagerly, or once under capture and from then on as a
+graph of its launches: one graph for each batch size, all of them in one pool of memory. The host queues steps some
+way ahead of what it has read; what they wrote comes to it by copies beside the steps (`arrivals.py`), so that the
+device never waits for the host. A row that has ended rests, and costs next to nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastllama.arrivals import Arrivals, Gained
+from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.ragged import Ragged, Sampling, Segment
 from fastllama.model import Transformer
 
-NO_TOKEN = -1  # what `sample` gives a row whose logits are not numbers
+# Replays queued behind the one that the host reads: the device has work while the host is busy, and what is
+# wasted after the last stop token is as many. On a CPU, where a queued step has run by then, none.
+REPLAYS_AHEAD = 2
+FINE_BATCH_SIZES = (1, 2, 4, 8, 16)  # of graphs; beyond, multiples of the last, up to the most that the model takes
 
 
-@dataclass(frozen=True)
-class DecodeState:
-    """Static tensors of B rows; row i is cache row i."""
+def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None = None) -> None:
+    """Feed every row's newest token and choose the next.
 
-    rows: Tensor  # (B,) int64: 0, 1, …
-    tokens: Tensor  # (B,) int64, the newest token of each row, next to be fed
-    positions: Tensor  # (B,) int64, where it stands
-    last: Tensor  # (B,) int64, the last position that may get a token
-    finished: Tensor  # (B,) bool
-    stop_ids: Tensor  # (S,) int64
-    sampling: Sampling
-    out_tokens: Tensor  # (B, T + 1) int64 by position; a row whose prompt fills all T has a place to write to, too
-    out_logprobs: Tensor  # (B, T + 1) float32
-
-    @classmethod
-    def of(
-        cls,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        last: Sequence[int],
-        stop_ids: Sequence[int],
-        sampling: Sampling,
-    ) -> "DecodeState":
-        """Right after prefill: each row stands on its prompt's last token and may write up to position `last`."""
-        device = model.device
-        ends = [[prompt[-1], len(prompt) - 1, limit] for prompt, limit in zip(prompts, last, strict=True)]
-        tokens, positions, limits = torch.tensor(ends, dtype=torch.int64, device=device).T.contiguous()
-        shape = (len(prompts), model.cache.max_seq_len + 1)
-        return cls(
-            rows=torch.arange(len(prompts), device=device),
-            tokens=tokens,
-            positions=positions,
-            last=limits,
-            finished=positions >= limits,
-            stop_ids=torch.tensor(list(stop_ids), dtype=torch.int64, device=device),
-            sampling=sampling,
-            out_tokens=torch.full(shape, NO_TOKEN, dtype=torch.int64, device=device),
-            out_logprobs=torch.zeros(shape, dtype=torch.float32, device=device),
-        )
-
-    def read(self, positions: Sequence[int]) -> tuple[list[int], list[float]]:
-        """The token and log-probability that each row wrote at its position. Waits for the device."""
-        at = torch.tensor(positions, device=self.tokens.device)[:, None]
-        return self.out_tokens.gather(1, at)[:, 0].tolist(), self.out_logprobs.gather(1, at)[:, 0].tolist()
-
-
-def step(model: Transformer, state: DecodeState, lengths: Sequence[int]) -> None:
-    """Feed every row's newest token and choose the next. lengths are the rows' own, that token included."""
+    lengths: the rows' own, that token included, for a backend that reads no more of the cache. None: of any length, as
+    the device alone knows.
+    """
+    keys = lengths or [model.cache.max_seq_len] * state.rows.shape[0]
     batch = Ragged(
         tokens=state.tokens,
         positions=state.positions,
         rows=state.rows,
-        segments=tuple(Segment(row, row, row + 1, length) for row, length in enumerate(lengths)),
+        segments=tuple(Segment(row, row, row + 1, length) for row, length in enumerate(keys)),
+        exact=lengths is not None,
         workspace=model.workspace,
     )
-    choose(model, state, model.logits(model.hidden(batch), batch))
+    model.ops.choose(model.logits(model.hidden(batch), batch), state, model.workspace)
 
 
-def choose(model: Transformer, state: DecodeState, logits: Tensor) -> None:
-    """The second half of a step: from logits (B, V) to the rows' next tokens, written out and ready to be fed.
+class Graph(Protocol):
+    """Launches that are recorded once and replayed."""
 
-    A row that is finished, or becomes so, stays where it is: it is fed again what it was fed before, and writes
-    nothing.
+    def capture(self, launches: Callable[[], None]) -> None:
+        """Record what this function launches. It has run before."""
+
+    def replay(self) -> None:
+        """Queue the same launches, on the same memory."""
+
+
+class CudaGraph:
+    """A CUDA graph. All that are given one pool share their memory, and so run one at a time."""
+
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        self._device, self._pool = device, pool
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, launches: Callable[[], None]) -> None:
+        # Other threads may go on with what they do on the device.
+        how = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, **how):
+            launches()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Decoder:
+    """The decode steps of one model, whose cache rows 0, 1, … they use: hold `model.exclusively()` around a call.
+
+    A call is `begin`, then `choose` with the logits of the prompts' last tokens, then `launch` and `receive` by turns.
+    Only `receive` waits, and for no more than it brings. Graphs are made anew when the model's weights or cache have
+    moved.
     """
-    following = state.positions + 1
-    tokens, logprobs = model.ops.sample(logits, state.sampling, following, model.workspace)
-    running = ~state.finished
-    at = following[:, None]
-    state.out_tokens.scatter_(1, at, torch.where(running[:, None], tokens[:, None], state.out_tokens.gather(1, at)))
-    state.out_logprobs.scatter_(
-        1, at, torch.where(running[:, None], logprobs[:, None], state.out_logprobs.gather(1, at))
-    )
-    stopped = (tokens[:, None] == state.stop_ids).any(-1) | (tokens == NO_TOKEN)
-    state.finished.logical_or_(stopped | (following >= state.last))
-    advances = ~state.finished
-    state.tokens.copy_(torch.where(advances, tokens, state.tokens))
-    state.positions.add_(advances)
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        graphs: bool | None = None,
+        unroll: int = 1,
+        new_graph: Callable[[], Graph] | None = None,
+    ) -> None:
+        """graphs: capture steps; None does so where the backend is made for it. unroll: steps of one replay. new_graph:
+        makes graphs other than CUDA's.
+
+        Raises ValueError for an unroll below 1, and where graphs are asked for on a CPU.
+        """
+        if unroll < 1:
+            raise ValueError(f"unroll must be at least 1 step, got {unroll}")
+        if graphs and new_graph is None and model.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a GPU, and the model is on {str(model.device)!r}: leave graphs out")
+        self.model = model
+        self.unroll = unroll
+        self._captures, self._new_graph = graphs, new_graph
+        self._revision = -1
+
+    @property
+    def ahead(self) -> int:
+        """Replays that are worth queueing behind the next one to be received."""
+        return REPLAYS_AHEAD if self.model.device.type == "cuda" else 0
+
+    @property
+    def queued(self) -> int:
+        """Results that are yet to be received."""
+        return self._arrivals.queued
+
+    @torch.inference_mode()
+    def warm(self, batch_sizes: Sequence[int]) -> None:
+        """Capture the graphs of these batch sizes before they are first used. Waits for the device."""
+        with self.model.exclusively():
+            self._follow_model()
+            for n_rows in batch_sizes:
+                self._graph_of(n_rows)
+
+    def begin(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        last: Sequence[int],
+        stop_ids: Sequence[int],
+        sampling: Sampling,
+    ) -> None:
+        """Take on rows, each standing on its newest token at its position, to gain more up to position `last`."""
+        self._follow_model()
+        self._graph = self._graph_of(len(tokens))
+        self._state.set(tokens, positions, last, stop_ids, sampling)
+        self._rows = self._state.first(len(tokens)).drawing(greedy=sampling.greedy)
+        self._lengths = [position + 1 for position in positions]
+        self._finished: set[int] = set()
+        self._steps = 0
+        self._arrivals.clear()
+
+    def choose(self, logits: Tensor) -> None:
+        """Queue the rows' next tokens, from logits (B, V) that are at hand."""
+        self.model.ops.choose(logits, self._rows, self.model.workspace)
+        self._sent(1)
+
+    def launch(self) -> None:
+        """Queue the next `unroll` steps."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            for ahead in range(self.unroll):
+                step(self.model, self._rows, self._keys(ahead))
+        self._sent(self.unroll)
+
+    def receive(self) -> list[Gained]:
+        """What the oldest of what was queued brought, step by step, as soon as it has run.
+
+        Of a row that had ended before a step, that step's token means nothing.
+        """
+        return self._arrivals.receive()
+
+    def finish(self, row: int) -> None:
+        """The host has seen that a row ended, so that eager steps need not read its keys."""
+        self._finished.add(row)
+
+    def _keys(self, ahead: int) -> list[int]:
+        """The lengths of the rows in the step after `ahead` more. One that ended unseen counts a few too many."""
+        most = self.model.cache.max_seq_len
+        return [1 if row in self._finished else min(length + ahead, most) for row, length in enumerate(self._lengths)]
+
+    def _sent(self, n_steps: int) -> None:
+        self._arrivals.send(self._steps, n_steps)
+        self._steps += n_steps
+        self._lengths = [length + n_steps for length in self._lengths]
+
+    def _follow_model(self) -> None:
+        """Allocate the state, and forget graphs, whenever the model's tensors are others than they were."""
+        model = self.model
+        if self._revision == model.revision:
+            return
+        cache = model.cache
+        self._graphs: dict[int, Graph] = {}
+        self._state = DecodeState.of(
+            cache.max_batch_size, cache.max_seq_len + self.unroll, model.vocab_size, model.device
+        )
+        self._arrivals = Arrivals(self._state, self.unroll, REPLAYS_AHEAD + 1)
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._revision = model.revision
+
+    def _graph_of(self, n_rows: int) -> Graph | None:
+        """The graph for a batch of so many rows; None where steps run eagerly."""
+        captures = self._captures
+        if captures is None:
+            captures = self._new_graph is not None or self.model.ops.suits_graphs(self.model.device)
+        if not captures:
+            return None
+        size = graph_size(n_rows, self.model.cache.max_batch_size)
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(self._state.first(size))
+        return self._graphs[size]
+
+    def _capture(self, state: DecodeState) -> Graph:
+        def steps() -> None:
+            for _ in range(self.unroll):
+                step(self.model, state)
+
+        graph = self._new_graph() if self._new_graph else CudaGraph(self.model.device, self._pool)
+        self._state.park()  # so that the run before, which compiles kernels, leaves nothing behind
+        steps()
+        graph.capture(steps)
+        return graph
+
+
+def graph_size(n_rows: int, max_batch_size: int) -> int:
+    """Rows of the graph that serves a batch of n_rows: the others are parked."""
+    fine = FINE_BATCH_SIZES[-1]
+    size = next((size for size in FINE_BATCH_SIZES if size >= n_rows), -(-n_rows // fine) * fine)
+    return min(size, max_batch_size)

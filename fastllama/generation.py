@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllama import validate
+from fastllama.decode_graph import Decoder
 from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.ragged import Sampling
 from fastllama.loading import load
@@ -50,6 +51,7 @@ class Llama:
         dtype: torch.dtype | str | None = None,
         backend: str | None = None,
         rope_scaling_factor: float | None = None,
+        graph_batch_sizes: Sequence[int] | None = None,
     ) -> "Llama":
         """Load a checkpoint, Meta's or Hugging Face's, of any number of files.
 
@@ -58,7 +60,9 @@ class Llama:
         rows. seed: of the calls that bring none of their own. device: CUDA where there is one, else the CPU. dtype:
         bfloat16 on CUDA (float16 where the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels) or
         "reference" (plain torch), None for the first on CUDA and the second on a CPU. rope_scaling_factor: in place of
-        the checkpoint's, or of what is inferred from it; switches scaled rope on.
+        the checkpoint's, or of what is inferred from it; switches scaled rope on. graph_batch_sizes: for which numbers
+        of rows the decode step is captured as a CUDA graph now, where it is one, rather than in the first call that
+        needs it; None means 1 and max_batch_size.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer of another vocabulary), ValueError for anything else that is wrong with the arguments or
@@ -66,6 +70,8 @@ class Llama:
         """
         check_single_process(model_parallel_size)
         seed = validate.seed(seed)
+        max_batch_size = validate.whole_number("max_batch_size", max_batch_size, 1)
+        batch_sizes = validate.batch_sizes(graph_batch_sizes, max_batch_size)
         model, tokenizer = load(
             ckpt_dir,
             tokenizer_path,
@@ -76,13 +82,16 @@ class Llama:
             backend=backend,
             rope_scaling_factor=rope_scaling_factor,
         )
-        return Llama(model, tokenizer, seed=seed)
+        llm = Llama(model, tokenizer, seed=seed)
+        llm.decoder.warm(batch_sizes)
+        return llm
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
         """Put a model and its tokenizer together. seed: of the calls that bring none of their own."""
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
+        self.decoder = Decoder(model)
         self._seed = validate.seed(seed)
         self._calls = itertools.count(1)
 
@@ -228,7 +237,7 @@ class Llama:
 
     def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
         with self.model.exclusively():
-            yield from increments(self.model, request, tokenizer)
+            yield from increments(self.decoder, request, tokenizer)
 
 
 def sample_top_p(probs: Tensor, p: float) -> Tensor:

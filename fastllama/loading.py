@@ -33,7 +33,6 @@ def load(
 ) -> tuple[Transformer, Tokenizer]:
     """What `Llama.build` promises, argument by argument and error by error."""
     start = time.perf_counter()
-    max_batch_size = validate.whole_number("max_batch_size", max_batch_size, 1)
     max_seq_len = _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, " (8192 without scaled rope)")
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)

@@ -80,6 +80,7 @@ class Transformer(nn.Module):
         self.backend = backend
         self.ops = select.backend(backend, self.device)
         self._lock = threading.Lock()
+        self.revision = 0  # of the tensors that launches name: another number, other tensors
         self.layers = nn.ModuleList(Layer() for _ in range(params.n_layers))
         for slot in slots(self, self.layers):
             slot.owner.register_parameter(slot.attribute, None)
@@ -147,6 +148,7 @@ class Transformer(nn.Module):
                 self._set(slot, [waiting.pop(part) for part in slot.names])
         if expected:
             raise ValueError(f"{len(expected)} weights are missing: {_some(expected)}")
+        self.revision += 1
         if self.params.tied_output:  # one copy in memory where the backend packs nothing
             self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
 
@@ -214,6 +216,7 @@ class Transformer(nn.Module):
 
     def _allocate(self) -> None:
         p = self.params
+        self.revision += 1
         self.register_buffer("rope", rope_table(p).to(self.device), persistent=False)
         heads = p.n_kv_heads, p.max_seq_len, p.head_dim
         self.cache = KVCache(p.n_layers, p.max_batch_size, *heads, device=self.device, dtype=self.dtype)

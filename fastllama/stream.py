@@ -1,8 +1,8 @@
 """The loop of every call: prefill, then steps until every row has met a stop token or the end of its room.
 
 What the rows gain comes out increment by increment; `generate` collects them, `stream` hands them on. The device
-decides what a row does next (`decode_graph`); the host only follows, row by row, to know which increments to bring and
-when to end.
+decides what a row does next (`decode_graph`); the host only follows, a few steps behind, to know which increments to
+bring and when to end. So the last stop token is seen late, and what was queued after it is never looked at.
 """
 
 from collections.abc import Generator
@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from fastllama.decode_graph import NO_TOKEN, DecodeState, choose, step
+from fastllama.decode_graph import Decoder
+from fastllama.kernels.decode_state import NO_TOKEN
 from fastllama.kernels.ragged import Sampling
-from fastllama.model import Transformer
 from fastllama.prefill import NOT_FINITE_CAUSE, prefill
 from fastllama.tokenizer import TextStream, Tokenizer
 
@@ -86,11 +86,11 @@ class _Row:
 
 
 @torch.inference_mode()
-def increments(model: Transformer, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
+def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
     """Run a request, bringing increments as rows gain tokens, with text where a tokenizer is given.
 
-    Uses cache rows 0, 1, … of the model; nothing else may use them until the iterator has ended or been closed.
-    Raises ValueError, naming row and step, for logits that are not numbers.
+    Uses cache rows 0, 1, … of the decoder's model; nothing else may use them until the iterator has ended or been
+    closed. Raises ValueError, naming row and step, for logits that are not numbers.
     """
     rows = [
         _Row(
@@ -103,21 +103,32 @@ def increments(model: Transformer, request: Request, tokenizer: Tokenizer | None
         )
         for index, (prompt, budget) in enumerate(zip(request.prompts, request.budgets, strict=True))
     ]
-    running = [row for row in rows if not row.finished]
     scoring = request.logprobs and request.echo
-    if not running and not scoring:
+    if not scoring and all(row.finished for row in rows):
         yield from (row.begin(request, None) for row in rows)
         return
-    logits, scores = prefill(model, request.prompts, scoring)
+    decoder.begin(
+        [row.prompt[-1] for row in rows],
+        [row.length - 1 for row in rows],
+        [row.last for row in rows],
+        sorted(request.stop_ids),
+        request.sampling,
+    )
+    logits, scores = prefill(decoder.model, request.prompts, scoring)
     for row in rows:
         if request.echo or row.finished:
             yield row.begin(request, scores[row.index] if scores else None)
-    last, stop_ids = [row.last for row in rows], sorted(request.stop_ids)
-    state = DecodeState.of(model, request.prompts, last, stop_ids, request.sampling)
-    choose(model, state, logits)
+    running = [row for row in rows if not row.finished]
+    if running:
+        decoder.choose(logits)
+    wanted = max(request.budgets) - 1  # steps that can still bring something
     while running:
-        tokens, logprobs = state.read([row.length for row in rows])
-        yield from (row.step(request, tokens[row.index], logprobs[row.index]) for row in running)
-        running = [row for row in running if not row.finished]
-        if running:
-            step(model, state, [row.length for row in rows])
+        while wanted > 0 and decoder.queued <= decoder.ahead:
+            decoder.launch()
+            wanted -= decoder.unroll
+        for tokens, logprobs in decoder.receive():
+            yield from (row.step(request, tokens[row.index], logprobs[row.index]) for row in running)
+            for row in running:
+                if row.finished:
+                    decoder.finish(row.index)
+            running = [row for row in running if not row.finished]

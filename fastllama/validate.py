@@ -56,6 +56,14 @@ def stop_ids(value: Any, vocab_size: int) -> frozenset[int]:
     return frozenset(token for token in ids if token is not None and 0 <= token < vocab_size)
 
 
+def batch_sizes(value: Any, max_batch_size: int) -> list[int]:
+    """Batch sizes to capture graphs for, None meaning 1 and max_batch_size. Raises ValueError for any out of range."""
+    if value is None:
+        return sorted({1, max_batch_size})
+    sizes = listed("graph_batch_sizes", value)
+    return [whole_number("a size in graph_batch_sizes", size, 1, max_batch_size) for size in sizes]
+
+
 def listed(name: str, value: Any) -> list[Any]:
     """value as a list. Raises ValueError for a single text and for what cannot be gone through."""
     if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):

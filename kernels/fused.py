@@ -9,7 +9,7 @@ Each op decides by its number of tokens how it is served. A decode layer is five
                     rotary_append
 
 and a prompt's tokens attend in `attention_prefill`, however few they are. One `embed` before the layers, then `head`
-and the two launches of `sample`: a decode step is 5·L + 4 launches.
+and the two launches of `choose`: a decode step is 5·L + 4 launches.
 
 Weights are row-major, so that a weight and its packed form are the same bytes.
 """
@@ -30,11 +30,13 @@ from fastllama.kernels import swiglu as activation
 from fastllama.kernels.attention_decode import AttentionScratch, attention_decode
 from fastllama.kernels.attention_prefill import attention_prefill
 from fastllama.kernels.checks import check_head_dim
+from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed as gather
 from fastllama.kernels.few_tokens import MAX_TOKENS, RowSquares, few_tokens
 from fastllama.kernels.matvec import choose_launch, matvec
 from fastllama.kernels.projection import Append
 from fastllama.kernels.ragged import Ragged, Sampling, Workspace
+from fastllama.kernels.sampling_scratch import SamplingScratch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,7 +50,7 @@ class FusedWorkspace(Workspace):
     """The kernels' scratch memory. One step at a time uses it."""
 
     attention: AttentionScratch
-    sampling: sampler.SamplingScratch
+    sampling: SamplingScratch
     squares: RowSquares
 
     def reset(self) -> None:
@@ -58,6 +60,11 @@ class FusedWorkspace(Workspace):
         self.squares.reset()
 
 
+def suits_graphs(device: torch.device) -> bool:
+    """True on a GPU: every launch finds on the device how long rows are."""
+    return device.type == "cuda"
+
+
 def workspace(
     *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
 ) -> Workspace:
@@ -65,7 +72,7 @@ def workspace(
     check_head_dim(head_dim)
     return FusedWorkspace(
         AttentionScratch.of(max_batch_size, n_kv_heads, n_heads, head_dim, device),
-        sampler.SamplingScratch.of(max_batch_size, vocab_size, device),
+        SamplingScratch.of(max_batch_size, vocab_size, device),
         RowSquares(device),
     )
 
@@ -166,11 +173,19 @@ def sample(
     logits: Tensor, sampling: Sampling, positions: Tensor, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor]:
     """logits (B, V) -> tokens (B,) int64 and their log-probabilities (B,) float32, in two launches."""
+    return sampler.sample(logits, sampling, positions, _sampling_scratch(logits, workspace))
+
+
+@_on_its_device
+def choose(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
+    """logits (B, V) -> the state's rows stand on their next tokens, in the same two launches."""
+    sampler.choose(logits, state, _sampling_scratch(logits, workspace))
+
+
+def _sampling_scratch(logits: Tensor, workspace: Workspace | None) -> SamplingScratch:
     if isinstance(workspace, FusedWorkspace):
-        scratch = workspace.sampling
-    else:
-        scratch = sampler.SamplingScratch.of(logits.shape[0], logits.shape[1], logits.device)
-    return sampler.sample(logits, sampling, positions, scratch)
+        return workspace.sampling
+    return SamplingScratch.of(logits.shape[0], logits.shape[1], logits.device)
 
 
 def _squares(batch: Ragged) -> RowSquares:

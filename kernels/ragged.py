@@ -6,12 +6,18 @@ are this one type.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, or lists of them, as a tensor on the device, without waiting for what it is busy with."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 class Workspace:
@@ -60,8 +66,8 @@ class Ragged:
                 for end in (min(begin + size, segment.end),)
             ]
             blocks.sort(key=lambda block: -block[0])
-            table = torch.tensor([block[1:] for block in blocks], dtype=torch.int32).view(-1, 3)
-            self._query_blocks[size] = table.to(self.tokens.device)
+            table = upload([block[1:] for block in blocks], torch.int32, self.tokens.device)
+            self._query_blocks[size] = table.view(-1, 3)
         return self._query_blocks[size]
 
     @classmethod
@@ -79,8 +85,11 @@ class Ragged:
             positions.extend(range(start, start + len(piece)))
             rows.extend([row] * len(piece))
             segments.append(Segment(row, begin, len(tokens), start + len(piece)))
-        flat = torch.tensor([tokens, positions, rows], dtype=torch.int64, device=device)
+        flat = upload([tokens, positions, rows], torch.int64, device)
         return cls(flat[0], flat[1], flat[2], tuple(segments), workspace=workspace)
+
+
+PER_ROW = ("temperature", "top_p", "seed", "stream", "call")  # of Sampling's fields
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,15 @@ class Sampling:
     ) -> "Sampling":
         """The same temperature and top_p for every row, and (seed, stream, call) for each."""
         signed = [[seed - 2**64 if seed >= 2**63 else seed, stream, call] for seed, stream, call in streams]
-        seed, stream, call = torch.tensor(signed, dtype=torch.int64, device=device).T.contiguous()
+        seed, stream, call = upload(signed, torch.int64, device).T.contiguous()
         full = torch.full((len(streams),), temperature, dtype=torch.float64, device=device)
         return cls(full, torch.full_like(full, top_p), seed, stream, call, greedy=temperature == 0 or top_p == 0)
+
+    def first(self, n_rows: int) -> "Sampling":
+        """The first rows alone, sharing memory."""
+        return replace(self, **{name: getattr(self, name)[:n_rows] for name in PER_ROW})
+
+    def copy_(self, other: "Sampling") -> None:
+        """Take another's values, row by row; `greedy` stays."""
+        for name in PER_ROW:
+            getattr(self, name).copy_(getattr(other, name))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllama.kernels.decode_state import NO_TOKEN, PARKED, DecodeState
 from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.philox import uniform
 from fastllama.kernels.ragged import Ragged, Sampling, Workspace
@@ -51,6 +52,11 @@ def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
     """A packed weight -> its parts, of the given numbers of rows."""
     dense = weight.to_dense() if weight.is_mkldnn else weight
     return torch.split(dense, list(rows))
+
+
+def suits_graphs(device: torch.device) -> bool:
+    """Whether decode steps belong in a CUDA graph. These read as much of the cache as the host says rows are long."""
+    return False
 
 
 def workspace(
@@ -108,7 +114,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Ten
             end = min(begin + QUERY_BLOCK_TOKENS, segment.end)
             keys = segment.keys - (segment.end - end)
             k, v = cache_k[segment.row, None, :, :keys], cache_v[segment.row, None, :, :keys]
-            live = torch.arange(keys, device=q.device) <= batch.positions[begin:end, None]
+            live = torch.arange(keys, device=q.device) <= batch.positions[begin:end, None].clamp(min=0)
             if not batch.exact:  # a masked key weighs nothing, but what is not a number would still spread
                 k, v = (torch.where(live[-1, :, None], tensor, 0) for tensor in (k, v))
             single = batch.exact and end - begin == 1
@@ -156,7 +162,7 @@ def sample(
 
     logits (B, V) in the model dtype, positions (B,) int64 where the tokens will stand (the random stream's counter).
     Returns tokens (B,) int64 and the float32 log-probabilities (B,) of those tokens before temperature and top-p.
-    A row whose logits hold a NaN or no finite maximum gets token -1.
+    A row whose logits hold a NaN or no finite maximum gets NO_TOKEN.
 
     Top-p keeps a token exactly when the probability mass before it, in descending order, is at most top_p; among
     equal logits the lowest ids come first. The draw walks the kept tokens above the lowest kept logit in order of
@@ -169,7 +175,25 @@ def sample(
         deterministic = (sampling.temperature == 0) | (sampling.top_p == 0)
         tokens = torch.where(deterministic, tokens, _draw(x, sampling, positions))
     logprobs = scores.gather(-1, tokens[:, None])[:, 0]
-    return torch.where(logprobs.isnan(), -1, tokens), logprobs
+    return torch.where(logprobs.isnan(), NO_TOKEN, tokens), logprobs
+
+
+def choose(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
+    """Sample each row's next token, write it out, and stand on it, or park a row that it ends.
+
+    logits (B, V) in the model dtype; the state's B rows change in place. What ends a row: a stop token, its last
+    position, and logits that are not numbers, whose token is NO_TOKEN. A parked row writes nothing.
+    """
+    following = state.positions + 1
+    tokens, logprobs = sample(logits, state.sampling, following, workspace)
+    running = state.positions >= 0
+    at = torch.where(running, following - state.starts, 0)[None]
+    for out, new in ((state.out_tokens, tokens), (state.out_logprobs, logprobs)):
+        out.scatter_(0, at, torch.where(running, new, out.gather(0, at)))
+    known = tokens.clamp(min=0)
+    ends = (tokens == NO_TOKEN) | state.is_stop[known] | (following >= state.last)
+    state.tokens.copy_(known)
+    state.positions.copy_(torch.where(running & ~ends, following, PARKED))
 
 
 def _draw(x: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ it would exceed top_p · Σ mass. A block's candidates have as many slots as the
 overflow. The last block of a row to finish searches the candidates for the lowest kept logit, eight ways at a time on
 integers that order as the logits do: 3 passes over a few hundred candidates in the usual case, 6 over the vocabulary
 (11 in float32) at the worst. Sums are float32 and have a fixed order, so that runs repeat bit for bit.
-"""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+In a decode step (`choose`) the same program writes the token out, tests whether it ends the row, and advances the row:
+the next step can be queued before anyone has seen what this one drew.
+"""
 
 import torch
 import triton
@@ -27,90 +27,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.checks import check_model_dtype, check_tensor
+from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.ragged import Sampling
+from fastllama.kernels.sampling_scratch import SamplingScratch, choose_launch
 from fastllama.kernels.top_p import HIGHEST, draw_token, least_candidate_mass, set_candidates_aside
 
-MAX_VOCABULARY = 262144
-MIN_BLOCK = 64
-MAX_BLOCK = 2048
-LOGITS_PER_THREAD = 8
-THREADS_PER_WARP = 32
 # Bits that the key of a logit needs: sign, exponent and mantissa as float32 has them, less the mantissa's empty bits.
 # Of float16 that is 19, since float32 writes its subnormals with exponents of their own.
 KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 # A row of a batch's tensors may begin anywhere: whether it is aligned must not compile a second kernel.
-PER_ROW = ["temperature_ptr", "top_p_ptr", "seed_ptr", "stream_ptr", "call_ptr", "positions_ptr"]
+PER_ROW = ["temperature_ptr", "top_p_ptr", "seed_ptr", "stream_ptr", "call_ptr", "positions_ptr", "tokens_ptr"]
+PER_ROW += ["logprobs_ptr", "starts_ptr", "last_ptr", "newest_ptr"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 # 1 / temperature stays a finite, normal float32, so that no infinity meets a zero.
 MIN_TEMPERATURE = tl.constexpr(1e-38)
 MAX_TEMPERATURE = tl.constexpr(1e37)
-
-
-class Launch(NamedTuple):
-    """How a row is dealt to programs."""
-
-    block: int  # logits of a program
-    blocks: int  # programs of a row
-    warps: int
-
-
-def choose_launch(vocab_size: int) -> Launch:
-    """Blocks of 8 logits a thread: one 16-byte load of a half-precision type.
-
-    The last program looks at as many candidates at a time as it has had logits, a share of each block's, so that the
-    number of blocks costs it nothing: 32 of each of 63 hold most nuclei. A block of twice as many would occupy half as
-    many multiprocessors in both launches, and need 16 warps of at most 128 registers.
-
-        V = 128,256     63 blocks of 2,048 logits, 8 warps
-        V = 262,144     128 blocks of 2,048, 8 warps
-        V = 1,000       1 block of 1,024, 4 warps
-    """
-    block = max(MIN_BLOCK, min(MAX_BLOCK, triton.next_power_of_2(vocab_size)))
-    return Launch(block, triton.cdiv(vocab_size, block), max(1, block // (LOGITS_PER_THREAD * THREADS_PER_WARP)))
-
-
-@dataclass(frozen=True)
-class SamplingScratch:
-    """What blocks of logits hand to each other, for up to max_rows rows of one vocabulary of P blocks."""
-
-    vocab_size: int
-    maxima: Tensor  # (max_rows, P) float32: a block's largest logit; +inf where one is NaN
-    first_ids: Tensor  # (max_rows, P) int32: the lowest id that has it
-    sums: Tensor  # (max_rows, P) float32: Σ exp(x - maximum)
-    masses: Tensor  # (max_rows, P) float32: the same with temperature
-    candidates: Tensor  # (max_rows, P · block) float32: a block's logits that may be kept, in order of id
-    counts: Tensor  # (max_rows, P) int32: how many those are
-    lowest: Tensor  # (max_rows, P) int32: the key of the smallest of them
-    counters: Tensor  # (max_rows,) int32: blocks done; zero between calls
-
-    @classmethod
-    def of(cls, max_rows: int, vocab_size: int, device: torch.device) -> "SamplingScratch":
-        """Scratch memory for up to max_rows rows. Raises ValueError for a vocabulary that the kernels cannot take."""
-        if not 1 <= vocab_size <= MAX_VOCABULARY:
-            raise ValueError(
-                f"sampling takes a vocabulary of 1 to {MAX_VOCABULARY} tokens, got {vocab_size}: build with "
-                'backend="reference"'
-            )
-        launch = choose_launch(vocab_size)
-
-        def blocks(dtype: torch.dtype) -> Tensor:
-            return torch.empty(max_rows, launch.blocks, dtype=dtype, device=device)
-
-        return cls(
-            vocab_size,
-            maxima=blocks(torch.float32),
-            first_ids=blocks(torch.int32),
-            sums=blocks(torch.float32),
-            masses=blocks(torch.float32),
-            candidates=torch.empty(max_rows, launch.blocks * launch.block, dtype=torch.float32, device=device),
-            counts=blocks(torch.int32),
-            lowest=blocks(torch.int32),
-            counters=torch.zeros(max_rows, dtype=torch.int32, device=device),
-        )
-
-    def reset(self) -> None:
-        """Zero the counters, which a call that was broken off leaves behind."""
-        self.counters.zero_()
 
 
 @triton.jit
@@ -122,12 +53,28 @@ def _load_scale(temperature_ptr, row):
 
 
 @triton.jit
-def _draw_number(seed_ptr, stream_ptr, call_ptr, positions_ptr, row):
+def _draw_number(seed_ptr, stream_ptr, call_ptr, position, row):
     """A row's number in [0, 1), as `philox.uniform` has it."""
-    position = tl.load(positions_ptr + row).to(tl.uint32)
     stream, call = tl.load(stream_ptr + row).to(tl.uint32), tl.load(call_ptr + row).to(tl.uint32)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr + row), position, stream, call, tl.zeros((), tl.uint32))
+    word, _, _, _ = tl.philox(tl.load(seed_ptr + row), position.to(tl.uint32), stream, call, tl.zeros((), tl.uint32))
     return (word >> 8).to(tl.float64) * (1.0 / 16777216)
+
+
+@triton.jit
+def _advance(
+    row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr, logprobs_ptr, stride
+):
+    """Write a row's token out and stand on it, or at no position where it ends the row. A parked row rests."""
+    position = tl.load(positions_ptr + row)
+    if position >= 0:
+        following = position + 1
+        at = (following - tl.load(starts_ptr + row)) * stride + row
+        tl.store(tokens_ptr + at, token.to(tl.int64))
+        tl.store(logprobs_ptr + at, logprob)
+        known = tl.maximum(token, 0).to(tl.int64)
+        ends = (token < 0) | (following >= tl.load(last_ptr + row)) | tl.load(is_stop_ptr + known)
+        tl.store(newest_ptr + row, known)
+        tl.store(positions_ptr + row, tl.where(ends, -1, following))
 
 
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr"])
@@ -155,7 +102,7 @@ def _statistics_kernel(
     tl.store(masses_ptr + slot, tl.sum(tl.exp2((x - base) * _load_scale(temperature_ptr, row)), 0))
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=PER_ROW)
 def _draw_kernel(
     logits_ptr,
     temperature_ptr,
@@ -174,6 +121,11 @@ def _draw_kernel(
     counters_ptr,
     tokens_ptr,
     logprobs_ptr,
+    starts_ptr,  # and the next three: of a decode step, whose positions are those of the tokens before
+    last_ptr,
+    is_stop_ptr,
+    newest_ptr,
+    stride,  # from one step's results to the next's
     V: tl.constexpr,
     BLOCKS: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -206,7 +158,10 @@ def _draw_kernel(
             counts = tl.load(counts_ptr + slots, mask=exists, other=0, cache_modifier=".cg")
             lowest = tl.load(lowest_ptr + slots, mask=exists, other=HIGHEST, cache_modifier=".cg")
             limit = tl.where(top_p >= 1.0, float("inf"), top_p * mass.to(tl.float64))
-            u = _draw_number(seed_ptr, stream_ptr, call_ptr, positions_ptr, row)
+            position = tl.load(positions_ptr + row)
+            if newest_ptr is not None:
+                position += 1
+            u = _draw_number(seed_ptr, stream_ptr, call_ptr, position, row)
             # fmt: off
             token, x_token = draw_token(logits_ptr + row * V, candidates_ptr + row * BLOCKS * BLOCK_V, counts,
                                         tl.min(lowest, 0).to(tl.int64), limit, u, maximum, scale, V, BLOCK_V,
@@ -214,8 +169,14 @@ def _draw_kernel(
             # fmt: on
             logprob = x_token - maximum - tl.log(total)
     if writes:
-        tl.store(tokens_ptr + row, token.to(tl.int64))
-        tl.store(logprobs_ptr + row, logprob)
+        if newest_ptr is not None:
+            # fmt: off
+            _advance(row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr,
+                     logprobs_ptr, stride)
+            # fmt: on
+        else:
+            tl.store(tokens_ptr + row, token.to(tl.int64))
+            tl.store(logprobs_ptr + row, logprob)
 
 
 def sample(logits: Tensor, sampling: Sampling, positions: Tensor, scratch: SamplingScratch) -> tuple[Tensor, Tensor]:
@@ -227,6 +188,31 @@ def sample(logits: Tensor, sampling: Sampling, positions: Tensor, scratch: Sampl
     another on one stream. Raises ValueError for tensors that do not belong together and for a scratch of another
     vocabulary or fewer rows.
     """
+    rows = _check_logits(logits, sampling, positions, scratch)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _launch(logits, sampling, positions, scratch, tokens, logprobs)
+    return tokens, logprobs
+
+
+def choose(logits: Tensor, state: DecodeState, scratch: SamplingScratch) -> None:
+    """`sample` for every row of a decode state, which then stands on the new tokens: logits (B, V), changes the state.
+
+    Raises ValueError for tensors that do not belong together and for a scratch of another vocabulary or fewer rows.
+    """
+    rows = _check_logits(logits, state.sampling, state.positions, scratch)
+    device = logits.device
+    for name in ("tokens", "starts", "last"):
+        check_tensor(f"state.{name}", getattr(state, name), (rows,), torch.int64, device)
+    check_tensor("state.is_stop", state.is_stop, (logits.shape[1],), torch.bool, device)
+    if state.out_tokens.shape != state.out_logprobs.shape or state.out_tokens.stride() != state.out_logprobs.stride():
+        raise ValueError("state.out_tokens and state.out_logprobs must have one layout: make it with DecodeState.of")
+    advance = (state.starts, state.last, state.is_stop, state.tokens, state.out_tokens.stride(0))
+    _launch(logits, state.sampling, state.positions, scratch, state.out_tokens, state.out_logprobs, advance)
+
+
+def _check_logits(logits: Tensor, sampling: Sampling, positions: Tensor, scratch: SamplingScratch) -> int:
+    """The number of rows, B, of tensors that belong together."""
     check_model_dtype("logits", logits)
     check_tensor("logits", logits, ("B", "V"), logits.dtype, logits.device)
     rows, vocab_size = logits.shape
@@ -235,17 +221,21 @@ def sample(logits: Tensor, sampling: Sampling, positions: Tensor, scratch: Sampl
     for name in ("seed", "stream", "call"):
         check_tensor(f"sampling.{name}", getattr(sampling, name), (rows,), torch.int64, logits.device)
     check_tensor("positions", positions, (rows,), torch.int64, logits.device)
-    _check_scratch(scratch, rows, vocab_size, logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    if rows:
-        _launch(logits, sampling, positions, scratch, tokens, logprobs)
-    return tokens, logprobs
+    scratch.check(rows, vocab_size, logits.device)
+    return rows
 
 
 def _launch(
-    logits: Tensor, sampling: Sampling, positions: Tensor, scratch: SamplingScratch, tokens: Tensor, logprobs: Tensor
+    logits: Tensor,
+    sampling: Sampling,
+    positions: Tensor,
+    scratch: SamplingScratch,
+    tokens: Tensor,
+    logprobs: Tensor,
+    advance: tuple[Tensor | int | None, ...] = (None, None, None, None, 0),
 ) -> None:
+    if logits.shape[0] == 0:
+        return
     launch = choose_launch(logits.shape[1])
     grid = (logits.shape[0] * launch.blocks,)
     how = {"V": logits.shape[1], "BLOCKS": launch.blocks, "BLOCK_V": launch.block, "num_warps": launch.warps}
@@ -266,19 +256,8 @@ def _launch(
         scratch.counters,
         tokens,
         logprobs,
+        *advance,
         KEY_BITS=KEY_BITS[logits.dtype],
         BLOCK_BLOCKS=triton.next_power_of_2(launch.blocks),
         **how,
     )
-
-
-def _check_scratch(scratch: SamplingScratch, rows: int, vocab_size: int, device: torch.device) -> None:
-    """ValueError unless the scratch is on the device, of the same vocabulary, and for as many rows."""
-    max_rows = scratch.counters.shape[0]
-    if scratch.vocab_size != vocab_size or max_rows < rows:
-        raise ValueError(
-            f"scratch must be for at least {rows} rows and a vocabulary of {vocab_size}, got one for {max_rows} rows "
-            f"and {scratch.vocab_size}: make it with SamplingScratch.of"
-        )
-    if scratch.counters.device != device:
-        raise ValueError(f"scratch must be on {device}, got {scratch.counters.device}: make it there")

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.ragged import Sampling
-from fastllama.kernels.sampling import SamplingScratch, sample
+from fastllama.kernels.sampling import sample
+from fastllama.kernels.sampling_scratch import SamplingScratch
 from tests.kernels.cases import DTYPES, random
 from tests.kernels.draws import assert_follows, metas_distribution, numbers_drawn, possible_tokens, rows_of, sampling
 

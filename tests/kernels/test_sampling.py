@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.ragged import Sampling
-from fastllama.kernels.sampling import SamplingScratch, sample
+from fastllama.kernels.sampling import sample
+from fastllama.kernels.sampling_scratch import SamplingScratch
 from tests.kernels.cases import DTYPES, assert_matches, random
 from tests.kernels.draws import (
     assert_follows,

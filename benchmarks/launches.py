@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastllama.kernels import fused
 from fastllama.kernels.attention_prefill import attention_prefill
+from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed
 from fastllama.kernels.few_tokens import RowSquares
 from fastllama.kernels.ragged import Ragged, Sampling
@@ -84,25 +85,28 @@ def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], obje
         device=CPU,
     )
     batch = Ragged.of([(row, CONTEXT_TOKENS - 1, [1]) for row in range(rows)], CPU, workspace)
-    state: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
 
     def keep(name: str, call: Callable[[], Tensor]) -> Callable[[], None]:
-        return lambda: state.__setitem__(name, call())
+        return lambda: made.__setitem__(name, call())
 
     table, output = _untouched(shape.vocab_size, shape.dim), _untouched(shape.vocab_size, shape.dim)
     caches = layer.rope, layer.cache_k, layer.cache_v
     yield "embed", keep("h", lambda: fused.embed(table, batch))
-    yield FIRST_LAYER, keep("h", lambda: fused.project(_untouched(rows, shape.hidden_dim), layer.w2, state["h"], batch))
-    yield "layer qkv", keep("q", lambda: fused.qkv(state["h"], layer.norm, layer.wqkv, *caches, EPS, batch))
-    yield "layer attention", keep("a", lambda: fused.attention(state["q"], layer.cache_k, layer.cache_v, batch))
-    yield "layer output", keep("h", lambda: fused.project(state["a"], layer.wo, state["h"], batch))
-    yield "layer gate+up", keep("f", lambda: fused.swiglu(state["h"], layer.norm, layer.w13, EPS, batch))
-    yield "layer down", keep("h", lambda: fused.project(state["f"], layer.w2, state["h"], batch))
-    yield "head", keep("logits", lambda: fused.head(state["h"], layer.norm, output, EPS, batch))
+    yield FIRST_LAYER, keep("h", lambda: fused.project(_untouched(rows, shape.hidden_dim), layer.w2, made["h"], batch))
+    yield "layer qkv", keep("q", lambda: fused.qkv(made["h"], layer.norm, layer.wqkv, *caches, EPS, batch))
+    yield "layer attention", keep("a", lambda: fused.attention(made["q"], layer.cache_k, layer.cache_v, batch))
+    yield "layer output", keep("h", lambda: fused.project(made["a"], layer.wo, made["h"], batch))
+    yield "layer gate+up", keep("f", lambda: fused.swiglu(made["h"], layer.norm, layer.w13, EPS, batch))
+    yield "layer down", keep("h", lambda: fused.project(made["f"], layer.w2, made["h"], batch))
+    yield "head", keep("logits", lambda: fused.head(made["h"], layer.norm, output, EPS, batch))
+    state = DecodeState.of(rows, MAX_SEQ_LEN, shape.vocab_size, CPU)
+    standing = [CONTEXT_TOKENS - 1] * rows
     sampling = Sampling.of(0.6, 0.9, [(1, row, 0) for row in range(rows)], CPU)
+    state.set([1] * rows, standing, [MAX_SEQ_LEN - 1] * rows, [2, 3], sampling)
     # Spread as a model's are, so that the nucleus is small.
     logits = (3 * torch.randn(rows, shape.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)
-    yield "sample", lambda: fused.sample(logits, sampling, batch.positions, workspace)
+    yield "choose", lambda: fused.choose(logits, state, workspace)
 
 
 def prefill_ops(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:

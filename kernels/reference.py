@@ -192,7 +192,7 @@ def choose(logits: Tensor, state: DecodeState, workspace: Workspace | None = Non
         out.scatter_(0, at, torch.where(running, new, out.gather(0, at)))
     known = tokens.clamp(min=0)
     ends = (tokens == NO_TOKEN) | state.is_stop[known] | (following >= state.last)
-    state.tokens.copy_(known)
+    state.tokens.copy_(torch.where(running, known, state.tokens))
     state.positions.copy_(torch.where(running & ~ends, following, PARKED))
 
 

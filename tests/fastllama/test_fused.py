@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from fastllama import Llama, ModelArgs, Transformer, builtin_checkpoint
+from fastllama.decode_graph import Decoder
 from fastllama.kernels import attention_decode
 from fastllama.kernels import fused as fused_backend
 from fastllama.kernels.ragged import Ragged
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.tape import Tape
 from tests.tiny import tiny_llama
 
 BACKENDS = ("reference", "fused")
@@ -71,6 +73,17 @@ def test_stories260k_shape_gives_the_reference_tokens(n_rows: int, device: torch
     for model in transformers(device, torch.float32, **STORIES260K):
         outputs.append(Llama(model, tokenizer=_NoTokenizer()).generate(prompts, 8, temperature=0))  # type: ignore[arg-type]
     assert outputs[0] == outputs[1]
+
+
+def test_replays_like_eager(device: torch.device) -> None:
+    """Steps recorded once and replayed, thrice, on uneven batches: a GPU's graph, elsewhere its double."""
+    prompts = [[1, 250, 17, 300, 41], [9], [100, 101, 102]]
+    _, model = transformers(device, torch.float32, **{**STORIES260K, "n_layers": 1})
+    eager, replayed = (Llama(model, tokenizer=_NoTokenizer()) for _ in range(2))  # type: ignore[arg-type]
+    eager.decoder = Decoder(model, graphs=False)
+    replayed.decoder = Decoder(model, new_graph=None if device.type == "cuda" else Tape)
+    for rows, temperature in ((prompts, 0.0), (prompts[::-1], 1.0), (prompts[1:2], 0.8)):
+        assert replayed.generate(rows, 3, temperature, seed=3) == eager.generate(rows, 3, temperature, seed=3)
 
 
 class _NoTokenizer:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastllama import Llama
+from fastllama.decode_graph import Decoder
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 pytestmark = [
@@ -15,6 +16,7 @@ pytestmark = [
 PROMPTS = [[5, 250, 17, 300, 41], [9], list(range(100, 140)), [31, 32]]
 MAX_GEN_LEN = 20
 RUNS = 100
+CALLS = [(PROMPTS, 0.0), (PROMPTS[::-1], 1.0), (PROMPTS[1:3], 0.7)]
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +64,46 @@ def test_greedy_repeats_itself(folder: Path, rows: int) -> None:
     llm = build(folder, None, None)
     first = llm.generate(PROMPTS[:rows], MAX_GEN_LEN, temperature=0, logprobs=True)
     assert all(llm.generate(PROMPTS[:rows], MAX_GEN_LEN, temperature=0, logprobs=True) == first for _ in range(RUNS))
+
+
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_replays_like_eager(folder: Path, unroll: int) -> None:
+    """Tokens and log-probabilities bit for bit: a graph is the same launches."""
+    llm = build(folder, None, None)
+    assert llm.decoder._graphs.keys() == {1, 4}, "build captures the graphs of one row and of all"
+    answers = []
+    for decoder in (Decoder(llm.model, graphs=False), Decoder(llm.model, unroll=unroll)):
+        llm.decoder = decoder
+        answers.append([llm.generate(rows, MAX_GEN_LEN, t, logprobs=True, seed=7) for rows, t in CALLS * 3])
+    assert answers[0] == answers[1]
+
+
+def test_a_stream_brings_what_generate_returns(folder: Path) -> None:
+    llm = build(folder, None, None)
+    expected, _ = llm.generate(PROMPTS, MAX_GEN_LEN, seed=7)
+    gained: list[list[int]] = [[] for _ in PROMPTS]
+    for increment in llm.stream(PROMPTS, MAX_GEN_LEN, seed=7):
+        gained[increment.row] += increment.tokens
+    assert gained == expected
+
+
+def test_nothing_but_the_results_is_waited_for(folder: Path) -> None:
+    """From the prompts on: torch raises at whatever stops the host until the device is done."""
+    llm = build(folder, None, None)
+    expected = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0) == expected
+        assert list(llm.stream(PROMPTS[:1], MAX_GEN_LEN, seed=3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_other_weights_get_other_graphs(folder: Path) -> None:
+    llm = build(folder, None, None)
+    before = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0)
+    weights = llm.model.state_dict()
+    llm.model.load_state_dict({name: -weight for name, weight in weights.items()})
+    assert llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0) != before
+    llm.model.load_state_dict(weights)
+    assert llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0) == before

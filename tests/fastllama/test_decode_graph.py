@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from fastllama.kernels.ragged import Sampling
 from tests.tape import Tape
 from tests.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
 
+Rows = list[list[int]]
+
+MAX_GEN_LEN = 12
 PROMPTS = [[5, 250, 17, 300, 41], [9], list(range(100, 140)), [31, 32]]
 # Calls that differ in everything that a step must not take from Python.
-CALLS = [
+CALLS: list[dict[str, Any]] = [
     {"prompts": PROMPTS, "temperature": 0.0, "stops": set()},
     {"prompts": PROMPTS[2:] + PROMPTS[:2], "temperature": 1.0, "top_p": 0.8, "seed": [7, 8, 9, 10], "stops": set()},
     {"prompts": PROMPTS[:3], "temperature": 2.0, "top_p": 1.0, "seed": 5, "stops": set(range(0, 576, 5))},
@@ -44,21 +48,42 @@ def llm(tmp_path: Path) -> Iterator[Llama]:
     assert bool((state.positions == PARKED).all()), "a row is still standing after its call"
 
 
-def answers(llm: Llama, *, prompts: list[list[int]], stops: set[int], max_gen_len: int = 12, **how: object) -> object:
+def answers(llm: Llama, *, prompts: Rows, stops: set[int], **how: Any) -> tuple[Rows, list[list[float]]]:
     llm.tokenizer.stop_tokens = stops
-    tokens, scores = llm.generate(prompts, max_gen_len, logprobs=True, **how)  # type: ignore[arg-type]
+    tokens, scores = llm.generate(prompts, MAX_GEN_LEN, logprobs=True, **how)
     assert scores is not None
     return tokens, [[round(score, 4) for score in row] for row in scores]
+
+
+def streamed(llm: Llama, *, prompts: Rows, stops: set[int], **how: Any) -> Rows:
+    llm.tokenizer.stop_tokens = stops
+    tokens: Rows = [[] for _ in prompts]
+    for increment in llm.stream(prompts, MAX_GEN_LEN, **how):
+        tokens[increment.row] += increment.tokens
+    return tokens
+
+
+def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """A list that gets an entry for every step that runs."""
+    steps: list[None] = []
+    step = decode_graph.step
+
+    def counted(*args: Any) -> None:
+        steps.append(None)
+        step(*args)
+
+    monkeypatch.setattr(decode_graph, "step", counted)
+    return steps
 
 
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_replays_like_eager_on_uneven_batches(llm: Llama, unroll: int) -> None:
     """Thrice with one recording of each batch size: whatever Python had given to a step would be the first call's."""
-    expected = [answers(llm, **call) for call in CALLS]  # type: ignore[arg-type]
+    expected = [answers(llm, **call) for call in CALLS]
     recorder = Recorder()
     llm.decoder = Decoder(llm.model, new_graph=recorder, unroll=unroll)
     for _ in range(2):
-        assert [answers(llm, **call) for call in CALLS] == expected  # type: ignore[arg-type]
+        assert [answers(llm, **call) for call in CALLS] == expected
     assert len(recorder.tapes) == 1, "calls of three and four rows share the graph of four"
 
 
@@ -66,31 +91,22 @@ def test_replays_like_eager_on_uneven_batches(llm: Llama, unroll: int) -> None:
 def test_what_is_queued_ahead_never_reaches_the_output(
     llm: Llama, ahead: int, unroll: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [answers(llm, **call) for call in CALLS]  # type: ignore[arg-type]
+    expected = [answers(llm, **call) for call in CALLS]
     monkeypatch.setattr(Decoder, "ahead", ahead)
-    launched: list[int] = []
-    step = decode_graph.step
-    monkeypatch.setattr(decode_graph, "step", lambda *args: launched.append(1) or step(*args))
+    launched = counted_steps(monkeypatch)
     for new_graph in (None, Tape):
         llm.decoder = Decoder(llm.model, new_graph=new_graph, unroll=unroll)
-        assert [answers(llm, **call) for call in CALLS] == expected  # type: ignore[arg-type]
-        assert [list(stream) for stream in _streams(llm)] == [list(stream) for stream in _streams(llm)]
+        assert [answers(llm, **call) for call in CALLS] == expected
+        assert [streamed(llm, **call) for call in CALLS] == [tokens for tokens, _ in expected]
     # A row whose first token ends it: what was queued ahead ran in vain, and nothing more was.
-    llm.decoder, launched[:] = Decoder(llm.model, unroll=unroll), []
-    assert answers(llm, prompts=[[9]], stops=set(range(576)), temperature=0.0)[0] == [[]]  # type: ignore[index]
+    llm.decoder = Decoder(llm.model, unroll=unroll)
+    launched.clear()
+    assert answers(llm, prompts=[[9]], stops=set(range(576)), temperature=0.0)[0] == [[]]
     assert len(launched) == ahead * unroll
 
 
-def _streams(llm: Llama) -> Iterator[object]:
-    for call in CALLS:
-        llm.tokenizer.stop_tokens = call["stops"]  # type: ignore[assignment]
-        yield llm.stream(call["prompts"], 9, temperature=0.9, seed=4)  # type: ignore[arg-type]
-
-
 def test_no_step_is_queued_beyond_the_last_budget(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[int] = []
-    step = decode_graph.step
-    monkeypatch.setattr(decode_graph, "step", lambda *args: launched.append(1) or step(*args))
+    launched = counted_steps(monkeypatch)
     monkeypatch.setattr(Decoder, "ahead", 2)
     llm.tokenizer.stop_tokens = set()
     assert [len(row) for row in llm.generate(PROMPTS, 6, temperature=0)[0]] == [6, 6, 6, 6]
@@ -101,11 +117,11 @@ def test_a_stream_closed_early_leaves_nothing_behind(llm: Llama, monkeypatch: py
     monkeypatch.setattr(Decoder, "ahead", 2)
     for new_graph in (None, Tape):
         llm.decoder = Decoder(llm.model, new_graph=new_graph)
-        expected = answers(llm, **CALLS[1])  # type: ignore[arg-type]
+        expected = answers(llm, **CALLS[1])
         stream = llm.stream(PROMPTS, 20, seed=3)
         next(stream)
         stream.close()
-        assert answers(llm, **CALLS[1]) == expected  # type: ignore[arg-type]
+        assert answers(llm, **CALLS[1]) == expected
 
 
 def test_graphs_are_made_once_for_each_batch_size_and_anew_for_other_weights(llm: Llama) -> None:
@@ -116,14 +132,14 @@ def test_graphs_are_made_once_for_each_batch_size_and_anew_for_other_weights(llm
     for rows in (1, 2, 3, 4, 1):
         answers(llm, prompts=PROMPTS[:rows], stops=set(), temperature=0.0)
     assert len(recorder.tapes) == 3, "two rows had no graph yet; three take the one of four"
-    before = answers(llm, **CALLS[0])  # type: ignore[arg-type]
+    before = answers(llm, **CALLS[0])
     llm.model.load_state_dict({name: -weight for name, weight in llm.model.state_dict().items()})
-    after = answers(llm, **CALLS[0])  # type: ignore[arg-type]
+    after = answers(llm, **CALLS[0])
     assert len(recorder.tapes) == 4 and after != before
     llm.decoder = Decoder(llm.model)
-    assert answers(llm, **CALLS[0]) == after  # type: ignore[arg-type]
+    assert answers(llm, **CALLS[0]) == after
     llm.model.to(torch.float64).to(torch.float32)
-    assert answers(llm, **CALLS[0]) == after  # type: ignore[arg-type]
+    assert answers(llm, **CALLS[0]) == after
 
 
 def test_warming_up_changes_nothing_that_a_call_reads(llm: Llama) -> None:
@@ -139,7 +155,7 @@ def test_warming_up_changes_nothing_that_a_call_reads(llm: Llama) -> None:
 
 def test_a_step_that_waits_or_bakes_is_found_out(llm: Llama) -> None:
     """The double can fail: a step that reads a number on the host is refused, one that keeps it gives other tokens."""
-    expected = answers(llm, **CALLS[0])  # type: ignore[arg-type]
+    expected = answers(llm, **CALLS[0])
     ops = llm.model.ops
 
     def waiting(logits: Tensor, state: DecodeState, workspace: object) -> None:
@@ -154,7 +170,7 @@ def test_a_step_that_waits_or_bakes_is_found_out(llm: Llama) -> None:
     with pytest.raises(RuntimeError, match="aten::item waits for the device inside a step"):
         llm.generate(PROMPTS, 3, temperature=0)
     llm.model.ops = SimpleNamespace(**{**vars(ops), "choose": baking})  # type: ignore[assignment]
-    assert answers(llm, **CALLS[0]) != expected  # type: ignore[arg-type]
+    assert answers(llm, **CALLS[0]) != expected
 
 
 def test_rows_end_each_for_its_own_reason(llm: Llama) -> None:
@@ -204,14 +220,14 @@ def test_wrong_decoders_are_refused(llm: Llama) -> None:
 def test_graphs_are_left_out_where_they_are_not_wanted(llm: Llama) -> None:
     recorder = Recorder()
     llm.decoder = Decoder(llm.model, graphs=False, new_graph=recorder)
-    answers(llm, **CALLS[0])  # type: ignore[arg-type]
+    answers(llm, **CALLS[0])
     assert not recorder.tapes
 
 
 @pytest.mark.parametrize("sizes", [[0], [5], ["x"], 3, "1"])
-def test_batch_sizes_out_of_range_are_refused(sizes: object, tmp_path: Path) -> None:
+def test_batch_sizes_out_of_range_are_refused(sizes: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="graph_batch_sizes must be a"):
-        Llama.build(str(tmp_path), str(tmp_path), 8, 4, graph_batch_sizes=sizes)  # type: ignore[arg-type]
+        Llama.build(str(tmp_path), str(tmp_path), 8, 4, graph_batch_sizes=sizes)
 
 
 def test_build_warms_the_graphs_that_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the compiler made of a kernel: registers, spills, shared memory, load widths, matrix instructions.
 
-Widths are told by argument: each load in the LLVM IR is traced back from its address to the kernel's argument.
+Widths are told by argument (`llvm_ir.py`), and so is what a kernel does before it waits (`dependence.py`).
 Registers and spills come from the binary (NVIDIA) or the assembly's metadata (AMD), with the tools that come with
 triton.
 """
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import triton
 
 from fastllama.benchmarks.gpus import Gpu
+from fastllama.benchmarks.llvm_ir import KernelIR
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LOAD_BYTES = 16
 REGISTER_GRANULE = 8  # registers of a thread are handed out in
-ELEMENT_BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
 MATRIX_INSTRUCTIONS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
 
 
@@ -49,6 +49,7 @@ class Compiled:
         self.warps: int = compiled.metadata.num_warps
         self.stages: int = compiled.metadata.num_stages
         self.shared: int = compiled.metadata.shared
+        self.dependent = bool(getattr(compiled.metadata, "launch_pdl", False))
         self._asm: dict[str, Any] = compiled.asm
         self._arguments = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
@@ -81,9 +82,16 @@ class Compiled:
         return min(by_registers, processor.threads // self.threads, by_shared, processor.programs)
 
     @cached_property
+    def ir(self) -> KernelIR:
+        return KernelIR(self._asm["llir"], self._arguments)
+
+    @cached_property
     def loads(self) -> dict[str, Counter[int]]:
         """For each argument, how many loads of how many bytes a thread issues; "?" where an address has no argument."""
-        return _loads(self._asm["llir"], self._arguments)
+        loads: dict[str, Counter[int]] = {}
+        for load in self.ir.loads:
+            loads.setdefault(load.argument, Counter())[load.width] += 1
+        return loads
 
     @cached_property
     def matrix_instructions(self) -> int:
@@ -108,8 +116,9 @@ class Compiled:
 
     @cached_property
     def early_weight_bytes(self) -> int:
-        """Bytes of once-read weights that a thread requests before the first barrier, NVIDIA only."""
-        until = next((index for index, line in enumerate(self.instructions) if "BAR.SYNC" in line), 0)
+        """Bytes of once-read weights that a thread requests before the first barrier or wait, NVIDIA only."""
+        stops = "BAR.SYNC", "ACQBULK"
+        until = next((index for index, line in enumerate(self.instructions) if any(stop in line for stop in stops)), 0)
         return LOAD_BYTES * sum(bool(re.search(r"LDG\.E\.EF.*\.128", line)) for line in self.instructions[:until])
 
     @cached_property
@@ -140,57 +149,3 @@ def _barrier_before_atomics(text: str, atomic: str, store: str, barrier: str) ->
         elif re.search(barrier, line):
             stored = False
     return guarded
-
-
-def _loads(ir: str, arguments: list[str]) -> dict[str, Counter[int]]:
-    """Loads from global memory in LLVM IR: by argument, counted by width in bytes."""
-    head, body = re.search(r"^define [^@]*@\w+\((.*?)\)[^()]*\{\n(.*?)^\}", ir, re.MULTILINE | re.DOTALL).groups()  # type: ignore[union-attr]
-    parameters = re.findall(r"%([\w.]+)(?=,|$)", head)
-    names = dict(zip(parameters, arguments, strict=False))
-    sources: dict[str, list[str]] = {}
-    found: list[tuple[str, int]] = []
-    for line in body.splitlines():
-        value, _, right = line.strip().partition(" = ")
-        if not right:
-            value, right = "", line.strip()
-        width = _width(right)
-        if width:
-            found.append((re.findall(_POINTER, right)[-1 if "cp.async" in right else 0], width))
-        elif value:
-            phi = " phi " in f" {right}" and re.findall(r"\[ %([\w.]+),", right)
-            sources[value.lstrip("%")] = phi or re.findall(_POINTER, right)
-    loads: dict[str, Counter[int]] = {}
-    for pointer, width in found:
-        loads.setdefault(_argument_of(pointer, sources, names), Counter())[width] += 1
-    return loads
-
-
-_POINTER = r"ptr addrspace\([18]\)[^%,)]* %([\w.]+)"
-
-
-def _width(instruction: str) -> int:
-    """Bytes that one thread loads with an instruction; 0 for any other."""
-    if asynchronous := re.search(r"cp\.async\.\w+\.shared\.global.*?, (0x[0-9a-f]+),", instruction):
-        return int(asynchronous[1], 16)
-    if inline := re.search(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", instruction):
-        return int(inline[1] or 1) * int(inline[2]) // 8
-    plain = re.search(r"(?:^|\s)load (?:volatile )?(<\d+ x \w+>|\w+), ptr addrspace\(1\)", instruction)
-    buffered = re.search(r"call (<\d+ x \w+>|\w+) @llvm\.amdgcn\.raw\.ptr\.buffer\.load\.(?!lds)", instruction)
-    if match := plain or buffered:
-        count, element = re.fullmatch(r"(?:<(\d+) x )?(\w+)>?", match[1]).groups()  # type: ignore[union-attr]
-        return int(count or 1) * ELEMENT_BYTES[element]
-    if to_shared := re.search(r"@llvm\.amdgcn\.(?:raw\.ptr\.buffer\.load|global\.load)(?:\.async)?\.lds", instruction):
-        return int(re.findall(r"i32 (\d+)", instruction[to_shared.end() :])[0])
-    return 0
-
-
-def _argument_of(pointer: str, sources: dict[str, list[str]], names: dict[str, str]) -> str:
-    seen, waiting = set(), [pointer]
-    while waiting:
-        value = waiting.pop()
-        if value in names:
-            return names[value]
-        if value not in seen:
-            seen.add(value)
-            waiting.extend(sources.get(value, []))
-    return "?"

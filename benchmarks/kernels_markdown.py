@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from fastllama.benchmarks.gpus import GPUS
-from fastllama.benchmarks.kernels_table import Row, launch_counts
+from fastllama.benchmarks.kernels_table import WHOLE_STEP, Row, launch_counts
 from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
 
 BARRIER = {None: "", True: "yes", False: "MISSING"}
@@ -29,10 +29,10 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "Torch launches no kernel of its own between them.",
         "## How weights are read on an H200",
         "In flight: what the programs that fit beside each other on a multiprocessor have asked for before they wait; "
-        "part of it, where there are fewer programs than fit. Issue slots: the share of all that the instructions take "
-        "if the weight is read at 4.5 TB/s, in µs.",
+        "part of it, where there are fewer programs than fit. Waves: how often all multiprocessors fill up. Issue "
+        "slots: the share of all that the instructions take if the weight is read at 4.5 TB/s, in µs.",
         _table(
-            ["model", "rows", "op", "weight", "programs / 132", "fit", "in flight, KB", "issue slots", "µs"],
+            ["model", "rows", "op", "weight", "programs / 132", "fit", "waves", "in flight, KB", "issue slots", "µs"],
             [_streaming(row) for row in compiled if "in_flight" in row],
         ),
         "## Bytes moved on an H200",
@@ -48,15 +48,16 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         parts += [
             f"## {name} ({GPUS[name].title})",
             _table(
-                ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier"],
-                [_resources(row) for row in compiled if row["gpu"] == name],
+                ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier", "waits"],
+                [_resources(row) for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP],
             ),
         ]
     legend = (
         "Spills: bytes of a thread's stack. Shared: bytes of a program, limits "
         + ", ".join(f"{name} {gpu.shared_bytes}" for name, gpu in GPUS.items())
         + ". Resident: programs beside each other on a multiprocessor. Loads: bytes of a thread's loads by argument. "
-        "Matrix: instructions. Barrier: before the atomic that hands over."
+        "Matrix: instructions. Barrier: before the atomic that hands over. Waits: of a dependent launch, for the "
+        "kernels before it."
     )
     return "\n\n".join([*parts, legend]) + "\n"
 
@@ -73,7 +74,14 @@ def _resources(row: Row) -> list[Any]:
         loads,
         row["matrix"],
         BARRIER[row["barrier"]],
+        _waits(row),
     ]
+
+
+def _waits(row: Row) -> str:
+    if not row["dependent"]:
+        return ""
+    return "after prefetching " + ", ".join(row["prefetched"]) if row["prefetched"] else "first"
 
 
 def _streaming(row: Row) -> list[Any]:
@@ -84,6 +92,7 @@ def _streaming(row: Row) -> list[Any]:
         " × ".join(map(str, row["weight"])),
         f"{row['share']:.1f}",
         row["resident"],
+        f"{row['share'] / row['resident']:.1f}",
         round(row["in_flight"] / 1024),
         "" if row["issue"] is None else f"{row['issue']:.0%}",
         f"{row['microseconds']:.1f}",

@@ -74,7 +74,7 @@ def main(check: bool, as_json: bool, part: str | None) -> None:
     """Compile every launch of the models for five GPUs and write what the compiler made of them to docs/compiled/.
 
     Rules: no spills, shared memory within the GPU's, weights and cache read 16 bytes at a time, matrix instructions
-    where there is a dot, a barrier before each hand-over, five launches a layer.
+    where there is a dot, a barrier before each hand-over, five launches a layer, dependent launches that wait.
     """
     if part is not None:
         _print_part(part)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastllama.benchmarks import dependence
 from fastllama.benchmarks.compiled import Compiled
 from fastllama.benchmarks.gpus import GPUS, Gpu, Launch, recorded
 from fastllama.benchmarks.launches import (
@@ -19,8 +20,10 @@ from fastllama.benchmarks.launches import (
     Shape,
     decode_ops,
     prefill_ops,
+    whole_step,
 )
 from fastllama.benchmarks.traffic import counted, least_bytes
+from fastllama.kernels import dependent
 
 Row = dict[str, Any]
 STREAMED = ("weight_ptr", "table_ptr", "cache_k_ptr", "cache_v_ptr")  # read from memory, not from L2
@@ -36,7 +39,8 @@ HAND_OVERS = {"_attention_decode_kernel", "_draw_kernel"}  # to the last program
 MOST_STREAMED = 1.02  # of the least: each weight and each cached key is read once
 WIDE_LOAD_BYTES = 16
 LAYER_LAUNCHES = 5
-OTHER_LAUNCHES = 4  # of a step: embed, head, two of sample
+OTHER_LAUNCHES = 4  # of a step: embed, head, two of choose
+WHOLE_STEP = "step"  # the op of a row that counts a step's launches
 DOTS = {"_few_tokens_kernel", "_attention_decode_kernel", "_attention_prefill_kernel"}
 H200_READ_BYTES_PER_US = 4.5e6  # what published microbenchmarks reach when reading
 H200_CLOCKS_PER_US = 1980
@@ -74,6 +78,12 @@ def compiled_rows(gpu_name: str) -> Iterator[Row]:
                     where = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": name, "other": other.count}
                     compiled = seen.setdefault(launch.compiled.hash, Compiled(launch.compiled, gpu))
                     yield where | _measured(launch, compiled, gpu)
+            if tokens != PREFILL_TOKENS:
+                other, run = _OtherKernels(), whole_step(shape, tokens)
+                with recorded(gpu) as launches, other:
+                    run()
+                where = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": WHOLE_STEP, "other": other.count}
+                yield where | {"launches": len(launches)}
 
 
 def _measured(launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
@@ -92,6 +102,10 @@ def _measured(launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
         "loads": {name.removesuffix("_ptr"): sorted(widths) for name, widths in compiled.loads.items()},
         "matrix": compiled.matrix_instructions,
         "barrier": compiled.barrier_before_atomics,
+        "dependent": compiled.dependent,
+        "waits": dependence.waits(compiled.ir),
+        "faults": dependence.faults(compiled.ir) if compiled.dependent else [],
+        "prefetched": sorted(dependence.prefetches(compiled.ir)),
     }
     if gpu.arch == 90 and "weight_ptr" in launch.arguments and launch.kernel in PROJECTIONS:
         row |= _streaming(launch, compiled, programs)
@@ -147,7 +161,8 @@ def _live_bytes(shape: Shape, tokens: int, op: str) -> dict[str, int]:
     """Of tensors of which an op means only a part, that part's bytes."""
     positions = tokens * (CONTEXT_TOKENS if op == "layer attention" else 1)
     cache = positions * shape.n_kv_heads * shape.head_dim * 2
-    return {
+    written = {"is_stop_ptr": tokens, "tokens_ptr": 8 * tokens, "logprobs_ptr": 4 * tokens} if op == "choose" else {}
+    return written | {
         "table_ptr": tokens * shape.dim * 2,
         "rope_ptr": tokens * shape.head_dim * 4,
         "cache_k_ptr": cache,
@@ -159,7 +174,11 @@ def violations(rows: Sequence[Row]) -> list[str]:
     """What a compiled row must not be: each broken rule, with where."""
     found = []
     for row in rows:
+        if row["op"] == WHOLE_STEP:
+            continue
         gpu = GPUS[row["gpu"]]
+        can_depend = gpu.backend == "cuda" and int(gpu.arch) >= dependent.MIN_ARCH
+        is_of_step = row["tokens"] != PREFILL_TOKENS
         loads = {name: min(widths) for name, widths in row["loads"].items()}
         narrow = [name for name in STREAMED if loads.get(name.removesuffix("_ptr"), WIDE_LOAD_BYTES) < WIDE_LOAD_BYTES]
         unread = [name for name in MUST_READ.get(row["kernel"], ()) if name not in loads]
@@ -172,10 +191,18 @@ def violations(rows: Sequence[Row]) -> list[str]:
             "has no barrier before its atomic": row["barrier"] is not (True if row["kernel"] in HAND_OVERS else None),
             f"reads no {', '.join(unread)}": bool(unread),
             f"launches {row['other']} kernels of torch": row["other"] > 0,
+            "is not launched as dependent": can_depend and is_of_step and not row["dependent"],
+            "waits without being launched as dependent": row["waits"] > 0 and not row["dependent"],
+            ", ".join(row["faults"]): bool(row["faults"]),
+            "prefetches nothing": can_depend and is_of_step and _should_prefetch(row),
         }
         where = f"{row['gpu']} {row['model']} {row['op']} at {row['tokens']} tokens: {row['kernel']}"
         found += [f"{where} {what}" for what, is_broken in broken.items() if is_broken]
     return found + list(_miscounted(rows))
+
+
+def _should_prefetch(row: Row) -> bool:
+    return row["kernel"] in PROJECTIONS | {"_attention_decode_kernel"} and not row["prefetched"]
 
 
 def wasteful(rows: Sequence[Row]) -> list[str]:
@@ -188,15 +215,14 @@ def wasteful(rows: Sequence[Row]) -> list[str]:
 
 
 def launch_counts(rows: Sequence[Row]) -> dict[tuple[str, str, int], tuple[int, int]]:
-    """(GPU, model, rows in the batch) -> (launches of a layer, of a whole step)."""
+    """(GPU, model, rows in the batch) -> (launches of a layer, of a whole step, torch's included)."""
     counts = {}
-    for gpu in dict.fromkeys(row["gpu"] for row in rows):
-        for model, shape in MODELS.items():
-            for tokens in BATCHES:
-                ops = [row["op"] for row in rows if (row["gpu"], row["model"], row["tokens"]) == (gpu, model, tokens)]
-                layer = sum(op.startswith("layer") for op in ops)
-                if ops:
-                    counts[gpu, model, tokens] = layer, layer * shape.n_layers + len(ops) - layer
+    for row in rows:
+        if row["op"] == WHOLE_STEP:
+            where = row["gpu"], row["model"], row["tokens"]
+            same = [other for other in rows if (other["gpu"], other["model"], other["tokens"]) == where]
+            layer = sum(other["op"].startswith("layer") for other in same)
+            counts[where] = layer, row["launches"] + row["other"]
     return counts
 
 

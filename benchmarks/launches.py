@@ -10,15 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastllama.args import ModelArgs
+from fastllama.decode_graph import step
 from fastllama.kernels import fused
 from fastllama.kernels.attention_prefill import attention_prefill
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed
 from fastllama.kernels.few_tokens import RowSquares
-from fastllama.kernels.ragged import Ragged, Sampling
+from fastllama.kernels.ragged import Ragged, Sampling, Workspace
 from fastllama.kernels.rms_norm import add_rms_norm, rms_norm
 from fastllama.kernels.rotary import rotary_append
 from fastllama.kernels.swiglu import silu_mul
+from fastllama.model import Transformer
+from fastllama.slots import slots
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -27,6 +31,7 @@ MAX_SEQ_LEN = 8192
 CONTEXT_TOKENS = 2048  # of each row in a decode step
 BATCHES = (1, 4, 16)
 PREFILL_TOKENS = 64
+STEP_POSITIONS = 64
 FIRST_LAYER = "first layer"
 
 
@@ -56,12 +61,13 @@ def _untouched(*shape: int) -> Tensor:
 
 
 class _Layer:
-    """A layer's tensors and a batch of rows."""
+    """A layer's tensors, those around the layers, and a cache of rows."""
 
     def __init__(self, shape: Shape, rows: int) -> None:
         self.shape = shape
         qkv_rows = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
-        self.norm = _untouched(shape.dim)
+        self.norm = _untouched(shape.dim)  # each of them
+        self.tok_embeddings, self.output = (_untouched(shape.vocab_size, shape.dim) for _ in range(2))
         self.wqkv, self.wo = _untouched(qkv_rows, shape.dim), _untouched(shape.dim, shape.n_heads * shape.head_dim)
         self.w13, self.w2 = _untouched(2 * shape.hidden_dim, shape.dim), _untouched(shape.dim, shape.hidden_dim)
         self.rope = torch.empty(MAX_SEQ_LEN, shape.head_dim // 2, 2)
@@ -76,21 +82,14 @@ def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], obje
     from the projection of a first, which is called by the name FIRST_LAYER and is none of the step's.
     """
     layer = _Layer(shape, rows)
-    workspace = fused.workspace(
-        max_batch_size=rows,
-        n_heads=shape.n_heads,
-        n_kv_heads=shape.n_kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
-        device=CPU,
-    )
+    workspace = _workspace(shape, rows)
     batch = Ragged.of([(row, CONTEXT_TOKENS - 1, [1]) for row in range(rows)], CPU, workspace)
     made: dict[str, Tensor] = {}
 
     def keep(name: str, call: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: made.__setitem__(name, call())
 
-    table, output = _untouched(shape.vocab_size, shape.dim), _untouched(shape.vocab_size, shape.dim)
+    table, output = layer.tok_embeddings, layer.output
     caches = layer.rope, layer.cache_k, layer.cache_v
     yield "embed", keep("h", lambda: fused.embed(table, batch))
     yield FIRST_LAYER, keep("h", lambda: fused.project(_untouched(rows, shape.hidden_dim), layer.w2, made["h"], batch))
@@ -100,13 +99,43 @@ def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], obje
     yield "layer gate+up", keep("f", lambda: fused.swiglu(made["h"], layer.norm, layer.w13, EPS, batch))
     yield "layer down", keep("h", lambda: fused.project(made["f"], layer.w2, made["h"], batch))
     yield "head", keep("logits", lambda: fused.head(made["h"], layer.norm, output, EPS, batch))
-    state = DecodeState.of(rows, MAX_SEQ_LEN, shape.vocab_size, CPU)
-    standing = [CONTEXT_TOKENS - 1] * rows
-    sampling = Sampling.of(0.6, 0.9, [(1, row, 0) for row in range(rows)], CPU)
-    state.set([1] * rows, standing, [MAX_SEQ_LEN - 1] * rows, [2, 3], sampling)
+    state = _state(shape, rows, CONTEXT_TOKENS)
     # Spread as a model's are, so that the nucleus is small.
     logits = (3 * torch.randn(rows, shape.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)
     yield "choose", lambda: fused.choose(logits, state, workspace)
+
+
+def whole_step(shape: Shape, rows: int) -> Callable[[], None]:
+    """The decode step itself, of a Transformer of all the model's layers."""
+    # Its cache is short: what is launched depends on the number of rows alone.
+    args = ModelArgs(**shape._asdict(), max_batch_size=rows, max_seq_len=STEP_POSITIONS)
+    model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False)
+    model.ops, model.workspace = fused, _workspace(shape, rows)
+    layer = _Layer(shape, rows)
+    for slot in slots(model, model.layers):
+        weight = getattr(layer, slot.attribute, layer.norm)
+        setattr(slot.owner, slot.attribute, torch.nn.Parameter(weight, requires_grad=False))
+    state = _state(shape, rows, STEP_POSITIONS)
+    return lambda: step(model, state)
+
+
+def _workspace(shape: Shape, rows: int) -> Workspace:
+    return fused.workspace(
+        max_batch_size=rows,
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        device=CPU,
+    )
+
+
+def _state(shape: Shape, rows: int, positions: int) -> DecodeState:
+    """Rows that draw, and stand before the last of so many positions."""
+    state = DecodeState.of(rows, positions, shape.vocab_size, CPU)
+    sampling = Sampling.of(0.6, 0.9, [(1, row, 0) for row in range(rows)], CPU)
+    state.set([1] * rows, [positions - 2] * rows, [positions - 1] * rows, [2, 3], sampling)
+    return state
 
 
 def prefill_ops(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -117,8 +146,8 @@ def prefill_ops(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
     h = _untouched(tokens, shape.dim)
     heads = _untouched(tokens, layer.wqkv.shape[0])
     q = _untouched(tokens, shape.n_heads, shape.head_dim)
-    table, squares = _untouched(shape.vocab_size, shape.dim), RowSquares(CPU)
-    yield "embed", lambda: embed(table, batch.tokens, squares)
+    squares = RowSquares(CPU)
+    yield "embed", lambda: embed(layer.tok_embeddings, batch.tokens, squares)
     yield "norm", lambda: rms_norm(h, layer.norm, EPS)
     yield "add, norm", lambda: add_rms_norm(h, h, layer.norm, EPS)
     yield "rotary, append", lambda: rotary_append(heads, layer.rope, layer.cache_k, layer.cache_v, batch)

@@ -17,55 +17,27 @@ programs of their own.
 Splitting the keys: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllama.kernels.attention_scratch import AttentionScratch
 from fastllama.kernels.attention_tile import AttentionDims, attend, stream_launch
 from fastllama.kernels.checks import check_tensor
+from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, prefetch_rows, wait_for_inputs
 
-SLOTS = 32  # with the 8 kv heads of every Llama 3: 256 programs, two for each multiprocessor of the largest GPUs
 MIN_SLOT_KEYS = 128  # shorter pieces cost more in merging than they gain
 MERGED_BYTES = 65536  # of partial sums that the merge holds in registers at a time
 
 
-def merged_heads(dims: AttentionDims, rows: int, itemsize: int) -> int:
+def merged_heads(dims: AttentionDims, rows: int, slots: int, itemsize: int) -> int:
     """Heads that the merge adds up at a time: four of D = 128 with 128 registers.
 
     Half as many where float32 or the lengths of many rows, of which few are in pieces then, need registers too.
     """
-    merged_bytes = MERGED_BYTES // 2 if itemsize == 4 or rows > SLOTS else MERGED_BYTES
-    return max(1, min(int(triton.next_power_of_2(dims.tile_heads)), merged_bytes // (SLOTS * dims.block_d * 4)))
-
-
-@dataclass(frozen=True)
-class AttentionScratch:
-    """What the programs of a row in several pieces hand to the last of them, for up to max_rows rows."""
-
-    mixed: Tensor  # (SLOTS + max_rows, K, G, D) float32: sums of p · v
-    maxima: Tensor  # (SLOTS + max_rows, K, G) float32: of the scores, in powers of two
-    totals: Tensor  # (SLOTS + max_rows, K, G) float32: sums of p
-    counters: Tensor  # (max_rows, H) int32: pieces done, one for each tile of heads; zero between calls
-
-    @classmethod
-    def of(
-        cls, max_rows: int, n_kv_heads: int, n_heads: int, head_dim: int, device: torch.device
-    ) -> "AttentionScratch":
-        """Scratch memory for decode steps of up to max_rows rows."""
-        shape = (SLOTS + max_rows, n_kv_heads, n_heads // n_kv_heads)
-        return cls(
-            torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
-            torch.empty(*shape, dtype=torch.float32, device=device),
-            torch.empty(*shape, dtype=torch.float32, device=device),
-            torch.zeros(max_rows, n_heads, dtype=torch.int32, device=device),
-        )
-
-    def reset(self) -> None:
-        """Zero the counters, which a call that was broken off leaves behind."""
-        self.counters.zero_()
+    merged_bytes = MERGED_BYTES // 2 if itemsize == 4 or rows > slots else MERGED_BYTES
+    return max(1, min(int(triton.next_power_of_2(dims.tile_heads)), merged_bytes // (slots * dims.block_d * 4)))
 
 
 @triton.jit
@@ -92,6 +64,22 @@ def _deal_slots(
     piece_keys = tl.cdiv(row_length, tl.maximum(row_pieces, 1) * BLOCK_T) * BLOCK_T
     row_pieces = tl.cdiv(row_length, tl.maximum(piece_keys, 1))
     return mine, row_length, index, row_pieces, piece_keys
+
+
+@triton.jit
+def _prefetch_share(cache_k_ptr, cache_v_ptr, positions_ptr, slot, head_tile, B, T, K, TILES, D, KEYS, KEY_BYTES):
+    """Bring to L2 keys and values that some program will want: KEYS of a row, which are there since earlier steps.
+
+    Which programs those are is not known before the wait, nor how long rows are; a position that was read too early
+    brings the wrong keys, and nothing else. Slots go round the rows.
+    """
+    row, begin = slot % B, slot // B * KEYS
+    length = tl.minimum(tl.load(positions_ptr + row), T).to(tl.int32)
+    n_keys = tl.minimum(tl.maximum(length - begin, 0), KEYS)
+    wanted = ((n_keys > 0) & (head_tile % TILES == 0)).to(tl.int32)
+    at = ((row.to(tl.int64) * K + head_tile // TILES) * T + begin) * D
+    prefetch_rows(cache_k_ptr + at, 0, wanted, n_keys * KEY_BYTES)
+    prefetch_rows(cache_v_ptr + at, 0, wanted, n_keys * KEY_BYTES)
 
 
 @triton.jit
@@ -159,9 +147,16 @@ def _attention_decode_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_MERGE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,  # bytes of a key
 ):
     slot = tl.program_id(0)
     head_tile = tl.program_id(1)
+    if PREFETCH > 0:
+        # fmt: off
+        _prefetch_share(cache_k_ptr, cache_v_ptr, positions_ptr, slot, head_tile, B, T, K, TILES, D, MIN_KEYS, PREFETCH)
+        # fmt: on
+    wait_for_inputs(DEPENDENT)
     row, length, index, pieces, piece_keys = _deal_slots(positions_ptr, slot, B, T, SLOTS, MIN_KEYS, BLOCK_B, BLOCK_T)
     if index < pieces:
         group = tl.arange(0, BLOCK_G)
@@ -221,12 +216,12 @@ def attention_decode(
     if cache_k.shape[0] < rows:
         raise ValueError(f"the cache must have a row for each of the {rows} tokens, got {cache_k.shape[0]} rows")
     check_tensor("positions", positions, (rows,), torch.int64, q.device)
-    _check_scratch(scratch, rows, dims, q.device)
+    scratch.check(rows, dims, q.device)
     out = torch.empty(rows, q.shape[1] * dims.head_dim, dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
     launch = stream_launch(dims.block_heads, dims.block_d * q.itemsize, q.itemsize)
-    _attention_decode_kernel[(SLOTS + rows, dims.n_kv_heads * dims.tiles)](
+    _attention_decode_kernel[(scratch.slots + rows, dims.n_kv_heads * dims.tiles)](
         q,
         cache_k,
         cache_v,
@@ -243,27 +238,16 @@ def attention_decode(
         TILES=dims.tiles,
         G=dims.tile_heads,
         D=dims.head_dim,
-        SLOTS=SLOTS,
+        SLOTS=scratch.slots,
         MIN_KEYS=MIN_SLOT_KEYS,
         BLOCK_B=triton.next_power_of_2(rows),
         BLOCK_G=launch.rows,
         BLOCK_T=launch.keys,
         BLOCK_D=dims.block_d,
-        BLOCK_MERGE=merged_heads(dims, rows, q.itemsize),
+        BLOCK_MERGE=merged_heads(dims, rows, scratch.slots, q.itemsize),
+        PREFETCH=prefetch_bytes(dims.head_dim * q.itemsize, PREFETCH_BYTES // MIN_SLOT_KEYS),
         num_warps=launch.warps,
         num_stages=launch.stages,
+        **dependent_launch(),
     )
     return out
-
-
-def _check_scratch(scratch: AttentionScratch, n_rows: int, dims: AttentionDims, device: torch.device) -> None:
-    """ValueError unless the scratch is on the device, of the same heads, and for as many rows."""
-    heads = (dims.n_kv_heads, dims.groups, dims.head_dim)
-    if tuple(scratch.mixed.shape[1:]) != heads or scratch.counters.shape[0] < n_rows:
-        got = (scratch.counters.shape[0], *scratch.mixed.shape[1:])
-        raise ValueError(
-            f"scratch must be for at least {n_rows} rows and (K, G, D) = {heads}, got one for {got[0]} rows and "
-            f"{got[1:]}: make it with AttentionScratch.of"
-        )
-    if scratch.mixed.device != device:
-        raise ValueError(f"scratch must be on {device}, got {scratch.mixed.device}: make it there")

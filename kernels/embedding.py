@@ -12,12 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.checks import check_model_dtype, check_tensor
+from fastllama.kernels.dependent import dependent_launch, wait_for_inputs
 from fastllama.kernels.few_tokens import MAX_TOKENS, RowSquares
 from fastllama.kernels.rms_norm import warps_for
 
 
 @triton.jit(do_not_specialize_on_alignment=["tokens_ptr"])
-def _embed_kernel(tokens_ptr, table_ptr, h_ptr, squares_ptr, V: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def _embed_kernel(
+    tokens_ptr,
+    table_ptr,
+    h_ptr,
+    squares_ptr,
+    V: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    wait_for_inputs(DEPENDENT)
     token = tl.program_id(0)
     cols = tl.arange(0, BLOCK_E)
     live = cols < E
@@ -52,6 +63,7 @@ def embed(table: Tensor, tokens: Tensor, squares: RowSquares) -> Tensor:
             E=width,
             BLOCK_E=block,
             num_warps=warps_for(block),
+            **dependent_launch(),
         )
     if leaves:
         squares.left(h, 1)

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.projection import Append, Projection, silu_times, store_rotated
+from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, wait_for_inputs
+from fastllama.kernels.projection import Append, Projection, prefetch_weight, silu_times, store_rotated
 from fastllama.kernels.target import Target, current_target
 
 MAX_TOKENS = 16
@@ -148,8 +149,14 @@ def _few_tokens_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,  # bytes of each row
 ):
     TWO: tl.constexpr = EPILOGUE != "none"
+    if PREFETCH > 0:
+        begin_out = tl.program_id(0) * BLOCK_ROWS
+        prefetch_weight(weight_ptr, begin_out, tl.minimum(OUT - begin_out, BLOCK_ROWS), OUT, IN, EPILOGUE, PREFETCH)
+    wait_for_inputs(DEPENDENT)
     EVEN: tl.constexpr = IN % BLOCK_IN == 0 and OUT % BLOCK_ROWS == 0
     out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tokens = tl.arange(0, BLOCK_N)
@@ -216,13 +223,14 @@ def few_tokens(
     residual: Tensor | None = None,
     swiglu: bool = False,
     append: Append | None = None,
+    launch: Launch | None = None,
 ) -> Tensor:
     """Project up to 16 tokens, x (N, IN), by weight (rows, IN), in one launch -> (N, OUT).
 
     norm (IN,) with eps: normalise x first; `squares` must hold x's sums. residual (N, OUT): add it. swiglu: the weight
     is a gate and an up projection of OUT rows each. append: the weight is a query, key and value projection; the
-    result is q (N, H·D). A plain result, with or without a residual, leaves its own sums in `squares`.
-    Raises ValueError for what does not belong together.
+    result is q (N, H·D). A plain result, with or without a residual, leaves its own sums in `squares`. launch: in place
+    of `choose_launch`'s. Raises ValueError for what does not belong together.
     """
     if not 1 <= x.shape[0] <= MAX_TOKENS:
         raise ValueError(f"few_tokens takes 1 to {MAX_TOKENS} tokens, got {x.shape[0]}")
@@ -232,7 +240,7 @@ def few_tokens(
         raise ValueError("a norm needs the sums of squares of x, but those in hand are another tensor's")
     target = current_target()
     columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, triton.next_power_of_2(x.shape[0]))
-    launch = choose_launch(weight, call.tiles, columns, target)
+    launch = launch or choose_launch(weight, call.tiles, columns, target)
     programs = triton.cdiv(call.results, launch.rows)
     leaves = call.tiles == 1 and norm is None and programs <= MAX_PARTS
     _few_tokens_kernel[(programs,)](
@@ -252,8 +260,10 @@ def few_tokens(
         BLOCK_N=columns,
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
+        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, PREFETCH_BYTES // (launch.rows * call.tiles)),
         num_stages=launch.stages,
         num_warps=launch.warps,
+        **dependent_launch(),
     )
     if leaves:
         squares.left(call.y, programs)

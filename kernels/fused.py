@@ -27,8 +27,9 @@ from fastllama.kernels import interpreter, rotary
 from fastllama.kernels import rms_norm as norms
 from fastllama.kernels import sampling as sampler
 from fastllama.kernels import swiglu as activation
-from fastllama.kernels.attention_decode import AttentionScratch, attention_decode
+from fastllama.kernels.attention_decode import attention_decode
 from fastllama.kernels.attention_prefill import attention_prefill
+from fastllama.kernels.attention_scratch import AttentionScratch
 from fastllama.kernels.checks import check_head_dim
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed as gather

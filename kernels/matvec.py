@@ -10,6 +10,9 @@ at the least and several times that in practice. So a program owns a few whole r
 them in 16-byte loads, held in registers, before it looks at x; four or five programs a multiprocessor keep 112 to 160
 KB in flight. There is no loop to wait in, no split of a row over programs and no second launch. Weights are read once a
 step: `evict_first` keeps them from driving the cache's keys and values out of L2.
+
+All of that comes before the wait of a dependent launch (`dependent.py`), and so does a prefetch to L2: while the
+programs that fit wait for x, memory goes on with the weights of those that will come after them.
 """
 
 from typing import NamedTuple
@@ -18,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.projection import Append, Projection, silu_times, store_rotated
+from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, wait_for_inputs
+from fastllama.kernels.projection import Append, Projection, prefetch_weight, silu_times, store_rotated
 from fastllama.kernels.target import current_target
 
 TILE_BYTES = 32768  # of weights that a program holds in registers
@@ -130,6 +134,9 @@ def _matvec_kernel(
     HOLD_SCALES: tl.constexpr,  # the norm's, in registers from the start
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,  # bytes of each row
+    RESIDENT: tl.constexpr,  # programs that run at once: theirs are the first weights, those of as many more are next
 ):
     TWO: tl.constexpr = EPILOGUE != "none"
     EVEN: tl.constexpr = IN % BLOCK_IN == 0 and OUT % BLOCK_ROWS == 0
@@ -145,8 +152,15 @@ def _matvec_kernel(
             weights_2 = _load_rows(weight_ptr, out + OUT, 2 * OUT, IN, BLOCK_IN, EVEN)
     if norm_ptr is not None and HOLD_SCALES:
         scales = _load_vector(norm_ptr, IN, BLOCK_IN)
-    # Without a barrier the compiler starts to multiply when half of the loads are out, and the rest waits behind it.
-    tl.debug_barrier()
+    if PREFETCH > 0:
+        begin = (tl.program_id(0) + RESIDENT) * BLOCK_ROWS
+        is_next = (tl.program_id(0) < RESIDENT) & (begin + BLOCK_ROWS <= OUT)
+        prefetch_weight(weight_ptr, begin, tl.where(is_next, BLOCK_ROWS, 0), OUT, IN, EPILOGUE, PREFETCH)
+    if DEPENDENT:
+        wait_for_inputs(DEPENDENT)
+    else:
+        # Or the compiler starts to multiply when half of the loads are out, and the rest waits behind it.
+        tl.debug_barrier()
     x = _load_vector(x_ptr, IN, BLOCK_IN)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + out, mask=live, other=0.0)
@@ -193,19 +207,23 @@ def matvec(
     residual: Tensor | None = None,
     swiglu: bool = False,
     append: Append | None = None,
+    launch: Launch | None = None,
 ) -> Tensor:
     """Project one token, x (1, IN), by weight (rows, IN), in one launch -> (1, OUT).
 
     norm (IN,) with eps: normalise x first. residual (1, OUT): add it. swiglu: the weight is a gate and an up
     projection of OUT rows each. append: the weight is a query, key and value projection; the result is q (1, H·D).
-    Raises ValueError for what does not belong together, and for rows that `choose_launch` finds too long.
+    launch: in place of `choose_launch`'s. Raises ValueError for what does not belong together, and for rows that
+    `choose_launch` finds too long.
     """
     if x.shape[:1] != (1,):
         raise ValueError(f"matvec takes one token, x (1, IN), got {tuple(x.shape)}")
     call = Projection.of(x, weight, norm, residual, swiglu, append)
-    launch = choose_launch(weight, call.tiles)
+    launch = launch or choose_launch(weight, call.tiles)
     if launch is None:
         raise ValueError(f"rows of {weight.shape[1]} elements of {weight.dtype} are too long for matvec")
+    target, row_bytes = current_target(), weight.shape[1] * weight.itemsize
+    resident = max(1, PREFETCH_BYTES // (launch.rows * call.tiles * row_bytes)) * target.processors
     _matvec_kernel[(triton.cdiv(call.results, launch.rows),)](
         x,
         norm,
@@ -214,10 +232,12 @@ def matvec(
         call.length,
         eps,
         **call.dims,
-        HOLD_SCALES=weight.shape[1] * weight.itemsize
-        <= launch.warps * current_target().warp_size * SCALE_BYTES_PER_THREAD,
+        HOLD_SCALES=row_bytes <= launch.warps * target.warp_size * SCALE_BYTES_PER_THREAD,
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
+        PREFETCH=prefetch_bytes(row_bytes, PREFETCH_BYTES),
+        RESIDENT=resident,
         num_warps=launch.warps,
+        **dependent_launch(),
     )
     return call.y

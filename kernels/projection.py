@@ -1,4 +1,4 @@
-"""What the two projection kernels (`matvec`, `few_tokens`) share: their arguments, and what becomes of finished sums.
+"""What the two projection kernels (`matvec`, `few_tokens`) share: arguments, prefetches, what becomes of finished sums.
 
 A projection is y = epilogue(weight · norm(x)). Its sums come in float32 and are rounded to the model dtype, as Meta's
 matmul rounds them, as tiles (BLOCK_ROWS, BLOCK_N): rows of the weight down, tokens across. Then
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.checks import check_head_dim, check_model_dtype, check_tensor
+from fastllama.kernels.dependent import prefetch_rows
 from fastllama.kernels.ragged import Ragged
 
 
@@ -113,6 +114,19 @@ class Projection(NamedTuple):
                 "EPILOGUE": epilogue,
             },
         )
+
+
+@triton.jit
+def prefetch_weight(weight_ptr, begin, n_results, OUT, IN, EPILOGUE, N_BYTES):
+    """Bring to L2 the first bytes of the weight's rows that make results [begin, begin + n_results)."""
+    ROW_BYTES: tl.constexpr = IN * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    begin = begin.to(tl.int64)
+    if EPILOGUE == "rotary":
+        prefetch_rows(weight_ptr + 2 * begin * IN, ROW_BYTES, 2 * n_results, N_BYTES)
+    else:
+        prefetch_rows(weight_ptr + begin * IN, ROW_BYTES, n_results, N_BYTES)
+        if EPILOGUE == "swiglu":
+            prefetch_rows(weight_ptr + (begin + OUT) * IN, ROW_BYTES, n_results, N_BYTES)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.dependent import dependent_launch, wait_for_inputs
 from fastllama.kernels.ragged import Sampling
 from fastllama.kernels.sampling_scratch import SamplingScratch, choose_launch
 from fastllama.kernels.top_p import HIGHEST, draw_token, least_candidate_mass, set_candidates_aside
@@ -88,7 +89,9 @@ def _statistics_kernel(
     V: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_inputs(DEPENDENT)
     row, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
     ids = block * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
@@ -131,8 +134,10 @@ def _draw_kernel(
     KEY_BITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_BLOCKS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    row, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
+    wait_for_inputs(DEPENDENT)
+    row, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     blocks = tl.arange(0, BLOCK_BLOCKS)
     exists, slots = blocks < BLOCKS, row * BLOCKS + blocks
     maxima = tl.load(maxima_ptr + slots, mask=exists, other=float("-inf"))
@@ -147,9 +152,11 @@ def _draw_kernel(
     if is_distribution & (tl.load(temperature_ptr + row) != 0.0) & (top_p != 0.0):
         scale = _load_scale(temperature_ptr, row)
         mass = tl.sum(tl.load(masses_ptr + slots, mask=exists, other=0.0) * tl.exp2((maxima - maximum) * scale), 0)
+        limit = tl.where(top_p >= 1.0, float("inf"), top_p * mass.to(tl.float64))
+        row_logits_ptr, slot = logits_ptr + row.to(tl.int64) * V, (row * BLOCKS + block).to(tl.int64)
         # fmt: off
-        set_candidates_aside(logits_ptr + row * V, block, maximum, scale, least_candidate_mass(top_p, mass, V),
-                             candidates_ptr, counts_ptr, lowest_ptr, row * BLOCKS + block, V, KEY_BITS, BLOCK_V)
+        set_candidates_aside(row_logits_ptr, block, maximum, scale, least_candidate_mass(top_p, mass, V),
+                             candidates_ptr, counts_ptr, lowest_ptr, slot, V, KEY_BITS, BLOCK_V)
         # fmt: on
         tl.debug_barrier()  # all threads' stores before the one thread's atomic
         writes = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel", scope="gpu") == BLOCKS - 1
@@ -157,17 +164,16 @@ def _draw_kernel(
             tl.store(counters_ptr + row, 0)
             counts = tl.load(counts_ptr + slots, mask=exists, other=0, cache_modifier=".cg")
             lowest = tl.load(lowest_ptr + slots, mask=exists, other=HIGHEST, cache_modifier=".cg")
-            limit = tl.where(top_p >= 1.0, float("inf"), top_p * mass.to(tl.float64))
             position = tl.load(positions_ptr + row)
             if newest_ptr is not None:
                 position += 1
             u = _draw_number(seed_ptr, stream_ptr, call_ptr, position, row)
+            row_candidates_ptr = candidates_ptr + (slot - block) * BLOCK_V
             # fmt: off
-            token, x_token = draw_token(logits_ptr + row * V, candidates_ptr + row * BLOCKS * BLOCK_V, counts,
-                                        tl.min(lowest, 0).to(tl.int64), limit, u, maximum, scale, V, BLOCK_V,
-                                        KEY_BITS, BLOCK_V // BLOCK_BLOCKS)
+            token, x_token = draw_token(row_logits_ptr, row_candidates_ptr, counts, tl.min(lowest, 0).to(tl.int64),
+                                        limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, BLOCK_V // BLOCK_BLOCKS)
             # fmt: on
-            logprob = x_token - maximum - tl.log(total)
+            logprob += x_token - maximum
     if writes:
         if newest_ptr is not None:
             # fmt: off
@@ -239,6 +245,7 @@ def _launch(
     launch = choose_launch(logits.shape[1])
     grid = (logits.shape[0] * launch.blocks,)
     how = {"V": logits.shape[1], "BLOCKS": launch.blocks, "BLOCK_V": launch.block, "num_warps": launch.warps}
+    how |= dependent_launch()
     statistics = (scratch.maxima, scratch.first_ids, scratch.sums, scratch.masses)
     _statistics_kernel[grid](logits, sampling.temperature, *statistics, **how)
     _draw_kernel[grid](

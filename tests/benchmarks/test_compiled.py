@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
-from fastllama.benchmarks.kernels_table import Row, launch_counts, violations
+from fastllama.benchmarks.kernels_table import WHOLE_STEP, Row, launch_counts, violations
 from fastllama.benchmarks.launches import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,10 @@ def row(**changes: Any) -> Row:
         "loads": {"q": [16], "cache_k": [16], "cache_v": [16], "positions": [8]},
         "matrix": 3,
         "barrier": None,
+        "dependent": False,
+        "waits": 0,
+        "faults": [],
+        "prefetched": [],
     }
     return sound | changes
 
@@ -89,6 +93,8 @@ def test_a_sound_row_breaks_no_rule() -> None:
         ({"barrier": False}, "has no barrier before its atomic"),
         ({"loads": {"cache_k": [16]}}, "reads no cache_v"),
         ({"other": 2}, "launches 2 kernels of torch"),
+        ({"waits": 1}, "waits without being launched as dependent"),
+        ({"dependent": True, "waits": 1, "faults": ["has 2 waits, not one"]}, "has 2 waits, not one"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_place(changes: dict[str, Any], message: str) -> None:
@@ -96,12 +102,27 @@ def test_a_broken_rule_is_named_with_its_place(changes: dict[str, Any], message:
     assert found == f"sm_90 3-8B attention at 64 tokens: _attention_prefill_kernel {message}"
 
 
+def test_a_decode_step_depends_and_prefetches_where_it_can() -> None:
+    sound = row(tokens=4, op="layer down", kernel="_matvec_kernel", loads={"weight": [16]}, dependent=True, waits=1)
+    assert violations([sound | {"prefetched": ["weight"]}]) == []
+    where = "3-8B layer down at 4 tokens: _matvec_kernel"
+    assert violations([sound]) == [f"sm_90 {where} prefetches nothing"]
+    usual = sound | {"dependent": False, "waits": 0, "prefetched": ["weight"]}
+    assert violations([usual]) == [f"sm_90 {where} is not launched as dependent"]
+    assert violations([usual | {"gpu": "sm_89", "prefetched": []}]) == []
+
+
 def test_a_sixth_launch_in_a_layer_is_counted() -> None:
-    ops = ["embed", "layer qkv", "layer attention", "layer output", "layer gate+up", "layer down", "head"]
-    step = [row(tokens=4, op=op) for op in (*ops, "sample", "sample")]
-    layers = MODELS["3-8B"].n_layers
-    assert launch_counts(step)["sm_90", "3-8B", 4] == (5, 5 * layers + 4) and not violations(step)
-    (found,) = violations([*step, row(tokens=4, op="layer down")])
-    assert (
-        found == f"sm_90 3-8B at 4 rows takes 6 launches a layer, {6 * layers + 4} a step, not 5 and {5 * layers + 4}"
-    )
+    ops = ["layer qkv", "layer attention", "layer output", "layer gate+up", "layer down"]
+    how = {"tokens": 4, "dependent": True, "waits": 1, "prefetched": ["cache_k"]}
+    layer = [row(op=op, **how) for op in ops]
+    expected = 5 * MODELS["3-8B"].n_layers + 4
+    step = row(tokens=4, op=WHOLE_STEP, launches=expected)
+    assert launch_counts([*layer, step])["sm_90", "3-8B", 4] == (5, expected) and not violations([*layer, step])
+    sixth = [*layer, row(op="layer down", **how), step]
+    for rows, counts in (
+        (sixth, f"6 launches a layer, {expected} a step"),
+        ([*layer, step | {"launches": expected + 32}], f"5 launches a layer, {expected + 32} a step"),
+        ([*layer, step | {"other": 1}], f"5 launches a layer, {expected + 1} a step"),
+    ):
+        assert violations(rows) == [f"sm_90 3-8B at 4 rows takes {counts}, not 5 and {expected}"]

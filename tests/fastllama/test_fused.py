@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastllama import Llama, ModelArgs, Transformer, builtin_checkpoint
 from fastllama.decode_graph import Decoder
-from fastllama.kernels import attention_decode
+from fastllama.kernels import attention_scratch
 from fastllama.kernels import fused as fused_backend
 from fastllama.kernels.ragged import Ragged
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
@@ -32,7 +32,7 @@ STORIES260K = {
 
 @pytest.fixture(autouse=True)
 def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_decode, "SLOTS", FEW_SLOTS)
+    monkeypatch.setattr(attention_scratch, "SLOTS", FEW_SLOTS)
 
 
 def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> list[Transformer]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama.kernels.attention_decode import AttentionScratch, attention_decode
+from fastllama.kernels.attention_decode import attention_decode
 from fastllama.kernels.attention_prefill import attention_prefill
+from fastllama.kernels.attention_scratch import AttentionScratch
 from fastllama.kernels.ragged import Ragged
 from tests.kernels.cases import DTYPES, NAMES, TOLERANCES
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.attention_decode import SLOTS, AttentionScratch, attention_decode
+from fastllama.kernels.attention_decode import attention_decode
 from fastllama.kernels.attention_prefill import attention_prefill
+from fastllama.kernels.attention_scratch import SLOTS, AttentionScratch
 from fastllama.kernels.ragged import Ragged, Segment
 from tests.kernels.cases import NAMES, assert_matches, random
 from tests.kernels.guards import GuardedMemory
@@ -247,6 +248,8 @@ def test_attention_scratch_grows_with_the_rows_only() -> None:
     scratch = AttentionScratch.of(5, 2, 6, 10, torch.device("cpu"))
     held = (scratch.mixed, scratch.maxima, scratch.totals)
     assert sum(tensor.numel() for tensor in held) == (SLOTS + 5) * 2 * 3 * (10 + 2)
+    assert scratch.slots == SLOTS
+    assert AttentionScratch.of(5, 2, 6, 10, torch.device("cpu"), slots=8).slots == 8
 
 
 def with_head_dim(tensors: Tensors, head_dim: int) -> Tensors:

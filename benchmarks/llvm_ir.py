@@ -1,0 +1,88 @@
+"""A compiled kernel's LLVM IR, read line by line: what it loads, and from which of the kernel's arguments."""
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+ELEMENT_BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
+UNKNOWN = "?"  # in place of an argument's name
+_POINTER = r"ptr addrspace\([18]\)[^%,)]* %([\w.]+)"
+
+
+class Load(NamedTuple):
+    """One load from global memory, of a thread."""
+
+    line: int
+    value: str  # its result; empty for a copy to shared memory
+    argument: str  # whose memory it reads
+    width: int  # bytes
+
+
+class KernelIR:
+    """The body of a kernel."""
+
+    def __init__(self, ir: str, arguments: list[str]) -> None:
+        """arguments: the names of the kernel's own, in order; what triton adds comes after."""
+        head, body = re.search(  # type: ignore[union-attr]
+            r"^define [^@]*@\w+\((.*?)\)[^()]*\{\n(.*?)^\}", ir, re.MULTILINE | re.DOTALL
+        ).groups()
+        self.lines: list[str] = [line.strip() for line in body.splitlines()]
+        self._names: dict[str, str] = dict(zip(re.findall(r"%([\w.]+)(?=,|$)", head), arguments, strict=False))
+
+    @cached_property
+    def loads(self) -> list[Load]:
+        return [
+            Load(index, value, self.argument_of(pointers_in(right)[-1 if "cp.async" in right else 0]), width)
+            for index, value, right in self.assignments()
+            if (width := loaded_bytes(right))
+        ]
+
+    def assignments(self) -> Iterator[tuple[int, str, str]]:
+        """(line, name of the result or "", instruction) of every line."""
+        for index, line in enumerate(self.lines):
+            value, _, right = line.partition(" = ")
+            yield (index, value.lstrip("%"), right) if right else (index, "", line)
+
+    def argument_of(self, pointer: str) -> str:
+        """The name of the argument that an address is made from."""
+        seen, waiting = set(), [pointer]
+        while waiting:
+            value = waiting.pop()
+            if value in self._names:
+                return self._names[value]
+            if value not in seen:
+                seen.add(value)
+                waiting.extend(self._sources.get(value, []))
+        return UNKNOWN
+
+    @cached_property
+    def _sources(self) -> dict[str, list[str]]:
+        """The pointers that each value is made from."""
+        sources: dict[str, list[str]] = {}
+        for _, value, right in self.assignments():
+            if value and not loaded_bytes(right):
+                phi = re.findall(r"\[ %([\w.]+),", right) if " phi " in f" {right}" else []
+                sources[value] = phi or pointers_in(right)
+        return sources
+
+
+def pointers_in(instruction: str) -> list[str]:
+    """The pointers to global memory that an instruction names."""
+    return re.findall(_POINTER, instruction)
+
+
+def loaded_bytes(instruction: str) -> int:
+    """Bytes that one thread loads from global memory with an instruction; 0 for any other."""
+    if asynchronous := re.search(r"cp\.async\.\w+\.shared\.global.*?, (0x[0-9a-f]+),", instruction):
+        return int(asynchronous[1], 16)
+    if inline := re.search(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", instruction):
+        return int(inline[1] or 1) * int(inline[2]) // 8
+    plain = re.search(r"(?:^|\s)load (?:volatile )?(<\d+ x \w+>|\w+), ptr addrspace\(1\)", instruction)
+    buffered = re.search(r"call (<\d+ x \w+>|\w+) @llvm\.amdgcn\.raw\.ptr\.buffer\.load\.(?!lds)", instruction)
+    if match := plain or buffered:
+        count, element = re.fullmatch(r"(?:<(\d+) x )?(\w+)>?", match[1]).groups()  # type: ignore[union-attr]
+        return int(count or 1) * ELEMENT_BYTES[element]
+    if to_shared := re.search(r"@llvm\.amdgcn\.(?:raw\.ptr\.buffer\.load|global\.load)(?:\.async)?\.lds", instruction):
+        return int(re.findall(r"i32 (\d+)", instruction[to_shared.end() :])[0])
+    return 0

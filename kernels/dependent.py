@@ -1,0 +1,106 @@
+"""Programmatic dependent launch: a kernel begins while the one before it ends, and waits where it must.
+
+At a boundary between two kernels a GPU idles: the last programs of one end, the next is launched, its first loads are
+on their way. From compute capability 9.0 on, a kernel may be launched as dependent on the one before: its programs
+begin as soon as there is room for them, do what needs nothing of that one, wait until it has completed and its results
+are visible, and go on. What needs nothing of it is most of the work here: the weights are immutable. A program requests
+the weights that it holds in registers, and has those that others will want brought to L2, before it waits.
+
+The rule that makes this safe: every program of such a kernel waits exactly once, before any branch, loop or return.
+Before that it only loads immutable weights and prefetches; every read of what another kernel writes, and every write,
+comes after. Then at the wait not only the kernel before is complete, but everything earlier in the stream: it waited,
+too. So buffers can be used again and again, and a kernel that is launched as usual, torch's own, may stand anywhere in
+between. `benchmarks/dependence.py` proves the rule from the compiler's IR.
+
+A prefetch may be steered by a number that is not final, as long as every value of it leads to an address inside the
+tensor: a prefetch changes nothing that can be seen.
+
+NVIDIA, CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol` and
+`cp.async.bulk.prefetch`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import triton
+import triton.language as tl
+
+from fastllama.kernels.interpreter import interpreting
+from fastllama.kernels.target import current_target
+
+MIN_ARCH = 90  # compute capability times ten
+PREFETCH_BYTES = 131072  # a multiprocessor: what memory delivers in the few microseconds of a wait
+ALIGNMENT = 16  # bytes of a prefetch's address and size
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What launches do that can; a benchmark turns it off to see what it brings. A captured graph keeps what it has."""
+
+    launch: bool = True
+    prefetch: bool = True  # only with a dependent launch: without one there is nothing to wait for
+
+
+_switches = Switches()
+
+
+@contextmanager
+def switched(*, launch: bool = True, prefetch: bool = True) -> Iterator[None]:
+    """Within the block, launch and prefetch so. Of the whole process: for benchmarks and tests."""
+    global _switches
+    before, _switches = _switches, replace(_switches, launch=launch, prefetch=prefetch)
+    try:
+        yield
+    finally:
+        _switches = before
+
+
+def is_dependent() -> bool:
+    """Whether kernels are launched as dependent on the one before."""
+    if interpreting() or not _switches.launch:
+        return False
+    target = current_target()
+    return target.backend == "cuda" and int(target.arch) >= MIN_ARCH
+
+
+def dependent_launch() -> dict[str, bool]:
+    """A launch's keywords: triton's own, where the target knows it, and the kernel's DEPENDENT."""
+    return {"DEPENDENT": True, "launch_pdl": True} if is_dependent() else {"DEPENDENT": False}
+
+
+def prefetch_bytes(row_bytes: int, most: int) -> int:
+    """How much of a row of row_bytes a program brings to L2 before it waits: up to `most` bytes, 0 for nothing."""
+    if not (is_dependent() and _switches.prefetch) or row_bytes % ALIGNMENT:
+        return 0
+    return min(row_bytes, most // ALIGNMENT * ALIGNMENT)
+
+
+@triton.jit
+def wait_for_inputs(DEPENDENT: tl.constexpr):
+    """Wait for all that came before in the stream, and let the next kernel begin."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_rows(ptr, row_bytes, rows, n_bytes):
+    """Have the first n_bytes of each of up to as many rows as there are threads brought to L2, a row by each thread."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred mine;
+        .reg .u32 thread;
+        .reg .u64 address;
+        mov.u32 thread, %tid.x;
+        setp.lt.s32 mine, thread, $3;
+        mad.wide.u32 address, thread, $2, $1;
+        @mine cp.async.bulk.prefetch.L2.global [address], $4;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r,r",
+        [ptr, row_bytes, rows, n_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -17,9 +17,10 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.measure import GIGA, Contention, ReadProbe, Summary, percentile, summarize, synchronize
-from fastllama.benchmarks.models import Run, bytes_per_step
+from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.peers import Agreement, PeerError, compare
 from fastllama.generation import Llama
+from fastllama.speed_of_light import decode_step, total_bytes
 
 DEFAULT_STEPS = 32
 DEFAULT_ROUNDS = 3
@@ -165,7 +166,7 @@ def run_case(
 
     other_cores = contention.cores()
     # The cache that a step reads grows by one position a step.
-    step_bytes = bytes_per_step(args, dtype, case.batch, case.context + case.steps / 2)
+    step_bytes = total_bytes(decode_step(args, dtype, case.batch, case.context + case.steps / 2))
     timings = {name: Timing.of(runs[name], ceilings[name], case.batch, step_bytes) for name in timed if runs[name]}
     for name, timing in timings.items():
         if name in reports and reports[name]["status"] == "measured":

@@ -7,7 +7,6 @@ disk.
 
 import base64
 import itertools
-import math
 import string
 import tempfile
 from collections.abc import Iterator
@@ -135,14 +134,6 @@ def random_tensors(
         generator.manual_seed(seed * SEEDS_PER_MODEL + index)
         tensor = torch.randn(shape, generator=generator, device=device) * RANDOM_STD
         yield name, (tensor + 1 if len(shape) == 1 else tensor).to(dtype)
-
-
-def bytes_per_step(args: ModelArgs, dtype: torch.dtype, batch: int, positions: float) -> float:
-    """Bytes that a decode step must read: every weight but the embedding once, and `positions` of cache per row."""
-    n_kv_heads, head_dim, _ = resolved(args)
-    elements = sum(math.prod(shape) for name, shape in args.shapes.items() if name != "tok_embeddings.weight")
-    cache = 2 * args.n_layers * n_kv_heads * head_dim * positions * batch
-    return (elements + cache) * dtype.itemsize
 
 
 @dataclass(frozen=True)

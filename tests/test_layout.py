@@ -52,6 +52,7 @@ FLOORS = {
     "decode_graph": 3.1,
     "builtin": 3,
     "limits": 4,
+    "speed_of_light": 4,
     "stream": 4,
     "loading": 5,
     "generation": 6,

@@ -13,7 +13,7 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks import measure, models, peers, suite
 from fastllama.benchmarks.decode import DecodeCase, Ours, Runner, Timing, run_case, table
 from fastllama.benchmarks.measure import ReadProbe, read_result, summarize
-from fastllama.benchmarks.models import ModelSource, Run, build, bytes_per_step, random_tensors
+from fastllama.benchmarks.models import ModelSource, Run, build, random_tensors
 from fastllama.benchmarks.peers import PeerError, ReferencePeer, absence, compare
 from fastllama.benchmarks.reference_peer import refusal
 from fastllama.cli import bench as bench_command
@@ -83,13 +83,6 @@ def test_random_176m_is_the_model_it_says() -> None:
     args = ModelSource.named("random-176m").args(1, 64)
     assert (args.hidden_dim, args.head_dim) == (3584, 64)
     assert sum(torch.Size(shape).numel() for shape in args.shapes.values()) == pytest.approx(176e6, rel=0.01)
-
-
-def test_bytes_per_step_counts_weights_without_the_embedding_and_the_cache() -> None:
-    weights = sum(tensor.numel() for name, tensor in random_tensors(ARGS, 0, CPU, torch.float32) if "tok_" not in name)
-    per_position = 2 * 2 * 2 * 8  # keys and values of two layers, two kv heads, eight wide
-    assert bytes_per_step(ARGS, torch.float32, batch=3, positions=10.5) == 4 * (weights + 3 * 10.5 * per_position)
-    assert bytes_per_step(ARGS, torch.bfloat16, batch=1, positions=0) == 2 * weights
 
 
 def test_model_source_survives_json_and_needs_one_origin() -> None:

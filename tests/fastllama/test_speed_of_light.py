@@ -1,0 +1,60 @@
+"""The least times: what is counted, against the tables of the published models and by hand."""
+
+import pytest
+import torch
+
+from fastllama import ModelArgs
+from fastllama.speed_of_light import Machine, Work, decode_step, least_seconds, prefill, total_bytes, total_flops
+
+LLAMA_3_8B = ModelArgs(
+    dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3, multiple_of=1024
+)
+LLAMA_3_2_1B = ModelArgs(
+    dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.5, multiple_of=256
+)
+H200 = Machine(read=4.5e12, matmul=7.9e14)
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("args", "gigabytes", "tokens_per_second", "bytes_per_position"),
+    [(LLAMA_3_8B, 15.01, 300, 131072), (LLAMA_3_2_1B, 2.47, 1820, 32768)],
+    ids=["8B", "1B"],
+)
+def test_published_models(args: ModelArgs, gigabytes: float, tokens_per_second: float, bytes_per_position: int) -> None:
+    step = decode_step(args, BF16, batch=1, context=0)
+    assert total_bytes(step) / 1e9 == pytest.approx(gigabytes, abs=0.005)
+    assert 1 / least_seconds(step, H200) == pytest.approx(tokens_per_second, rel=0.002)
+    longer = decode_step(args, BF16, batch=3, context=100)
+    embedded = 2 * args.dim * BF16.itemsize
+    assert total_bytes(longer) - total_bytes(step) - embedded == 3 * 100 * bytes_per_position
+    assert sum(work.count for work in step) == 5 * args.n_layers + 4
+
+
+def test_a_launch_takes_the_longer_of_its_two_times() -> None:
+    machine = Machine(read=100.0, matmul=1000.0)
+    assert Work("a", 2, bytes=50, flops=100).least_seconds(machine) == 0.5
+    assert Work("b", 1, bytes=50, flops=900).least_seconds(machine) == 0.9
+    assert least_seconds([Work("a", 2, 50, 100), Work("b", 1, 50, 900)], machine) == pytest.approx(1.9)
+    with pytest.raises(ValueError, match="read rate must be positive, got 0"):
+        Machine(read=0, matmul=1)
+
+
+def test_every_weight_is_counted_once() -> None:
+    args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=100, hidden_dim=80)
+    sizes = {name: torch.Size(shape).numel() for name, shape in args.shapes.items()}
+    elements = sum(sizes.values()) - sizes["tok_embeddings.weight"]
+    assert total_bytes(decode_step(args, torch.float32, 5, 0)) == 4 * (elements + 5 * 48)
+    matrices = elements - sum(size for name, size in sizes.items() if "norm" in name)
+    assert total_flops(decode_step(args, torch.float32, 5, 0)) == 2 * 5 * matrices
+    attention = {work.name: work for work in decode_step(args, torch.float32, 5, 7)}["attention"]
+    assert (attention.bytes, attention.flops) == (2 * 2 * 8 * 5 * 7 * 4, 4 * 6 * 8 * 5 * 7)
+
+
+def test_prefill_attends_causally_and_reads_weights_once() -> None:
+    args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=100, hidden_dim=80)
+    work = {one.name: one for one in prefill(args, torch.float32, [3, 1])}
+    assert work["attention"].flops == 4 * 48 * (1 + 2 + 3 + 1)
+    assert work["qkv"].bytes == 4 * (80 * 48 + 48) and work["qkv"].flops == 2 * 4 * 80 * 48
+    assert work["head"].flops == 2 * 2 * 100 * 48
+    assert "draw" not in work

@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 OLDER_TRITON := .cache/triton-3.6.0
 WITH_OLDER_TRITON := PYTHONPATH=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python
 
-.PHONY: help install demo test test-triton-3.6 kernels-report lint types clean
+.PHONY: help install demo test test-triton-3.6 kernels-report gpu-report lint types clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ test-triton-3.6: $(OLDER_TRITON) ## Run the kernels' tests under the older trito
 kernels-report: $(INSTALLED) $(OLDER_TRITON) ## Compile the kernels for five GPUs and write docs/compiled/
 	$(BIN)/python -m fastllama.benchmarks.kernels_report
 	$(WITH_OLDER_TRITON) -m fastllama.benchmarks.kernels_report
+
+gpu-report: ## With RESULTS=dir, on a machine with a GPU and its own torch and triton: tests and times
+	$(PYTHON) -m fastllama.benchmarks.gpu_report \
+		--results $(or $(RESULTS),$(error say where to: make gpu-report RESULTS=dir)) $(if $(COMMIT),--commit $(COMMIT))
 
 $(OLDER_TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

@@ -19,6 +19,7 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.measure import GIGA, Contention, ReadProbe, Summary, percentile, summarize, synchronize
 from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.peers import Agreement, PeerError, compare
+from fastllama.benchmarks.tables import aligned
 from fastllama.generation import Llama
 from fastllama.speed_of_light import decode_step, total_bytes
 
@@ -267,9 +268,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 f"batch {record['batch']} context {record['context']}: other programs used {record['other_cores']:.1f} "
                 "cores meanwhile; measure again when they rest"
             )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(lines + notes)
+    return "\n".join([aligned(rows), *notes])
 
 
 def _versus(peer: dict[str, Any] | None) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from fastllama.benchmarks.gpus import GPUS
 from fastllama.benchmarks.kernels_table import WHOLE_STEP, Row, launch_counts
 from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
+from fastllama.benchmarks.tables import markdown as table
 
 BARRIER = {None: "", True: "yes", False: "MISSING"}
 RESOURCES = ("programs", "warps", "stages", "registers", "spills", "shared", "resident")
@@ -19,37 +20,56 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         f"of the kernels around the library's matmul for a prompt's {PREFILL_TOKENS} tokens, in bfloat16; the launches "
         "are those of the real wrappers. 3-70B/8 is one rank of eight. No figure here was measured on a GPU.",
         "## Launches of a decode step",
-        _table(
-            ["GPU", "model", "rows", "a layer", "a step", "layers"],
+        table(
             [
-                [gpu, model, tokens, layer, step, MODELS[model].n_layers]
-                for (gpu, model, tokens), (layer, step) in launch_counts(compiled).items()
-            ],
+                ["GPU", "model", "rows", "a layer", "a step", "layers"],
+                *(
+                    [gpu, model, tokens, layer, step, MODELS[model].n_layers]
+                    for (gpu, model, tokens), (layer, step) in launch_counts(compiled).items()
+                ),
+            ]
         ),
         "Torch launches no kernel of its own between them.",
         "## How weights are read on an H200",
         "In flight: what the programs that fit beside each other on a multiprocessor have asked for before they wait; "
         "part of it, where there are fewer programs than fit. Waves: how often all multiprocessors fill up. Issue "
         "slots: the share of all that the instructions take if the weight is read at 4.5 TB/s, in µs.",
-        _table(
-            ["model", "rows", "op", "weight", "programs / 132", "fit", "waves", "in flight, KB", "issue slots", "µs"],
-            [_streaming(row) for row in compiled if "in_flight" in row],
+        table(
+            [
+                [
+                    "model",
+                    "rows",
+                    "op",
+                    "weight",
+                    "programs / 132",
+                    "fit",
+                    "waves",
+                    "in flight, KB",
+                    "issue slots",
+                    "µs",
+                ],
+                *(_streaming(row) for row in compiled if "in_flight" in row),
+            ]
         ),
         "## Bytes moved on an H200",
         "Counted in the interpreter from the kernels' own loads and stores: those of weights, embedding and cache, "
         "which come from memory, and all others, which L2 serves. The least is every operand once. Contexts of "
         f"{CONTEXT_TOKENS} tokens.",
-        _table(
-            ["model", "rows", "op", "kernel", "least, KB", "weights and cache, KB", "the rest, KB"],
-            [_moved(row) for row in traffic],
+        table(
+            [
+                ["model", "rows", "op", "kernel", "least, KB", "weights and cache, KB", "the rest, KB"],
+                *(_moved(row) for row in traffic),
+            ]
         ),
     ]
     for name in dict.fromkeys(row["gpu"] for row in compiled):
         parts += [
             f"## {name} ({GPUS[name].title})",
-            _table(
-                ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier", "waits"],
-                [_resources(row) for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP],
+            table(
+                [
+                    ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier", "waits"],
+                    *(_resources(row) for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP),
+                ]
             ),
         ]
     legend = (
@@ -102,8 +122,3 @@ def _streaming(row: Row) -> list[Any]:
 def _moved(row: Row) -> list[Any]:
     sizes = [f"{row[name] / 1024:,.0f}" for name in ("least", "streamed", "rest")]
     return [row["model"], row["tokens"], row["op"], re.sub("^_|_kernel$", "", row["kernel"]), *sizes]
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from fastllama.benchmarks.environment import Environment
+from fastllama.decode_graph import CudaGraph
 
 SCHEMA_VERSION = 1
 CPU_BUFFER_BYTES = 256 * 2**20  # several times the last-level cache of any CPU that is likely to run this
@@ -124,6 +125,17 @@ def _time_calls_cuda(call: Callable[[], object], device: torch.device, repeats: 
             synchronize(device)
             times += [start.elapsed_time(end) / 1e3 for start, end in events]
     return times
+
+
+def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """On CUDA what replays `call`'s launches from a graph, so that the host is not what is timed; elsewhere `call`."""
+    if device.type != "cuda":
+        return call
+    call()  # compiles what has to be compiled
+    synchronize(device)
+    graph = CudaGraph(device, torch.cuda.graph_pool_handle())
+    graph.capture(call)
+    return graph.replay
 
 
 class Contention:
@@ -233,9 +245,13 @@ class ResultFile:
 
 
 def write_result(result: ResultFile, path: str | Path) -> None:
-    """Write `result` as JSON; a reader sees the old file or the new one, never a part. OSError where it cannot be."""
+    """Write `result` as JSON. OSError where it cannot be."""
+    write_text(json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a file of which a reader sees the old text or the new one, never a part. OSError where it cannot be."""
     path = Path(path)
-    text = json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks import decode
+from fastllama.benchmarks import decode, launch_times
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.measure import (
+    GIGA,
+    TERA,
     Ceiling,
     ReadProbe,
     ResultFile,
@@ -25,6 +27,8 @@ from fastllama.benchmarks.measure import (
 from fastllama.benchmarks.models import ModelSource, build
 from fastllama.benchmarks.peers import PeerError, ReferencePeer, absence
 from fastllama.benchmarks.reference_peer import refusal
+from fastllama.model import Transformer
+from fastllama.speed_of_light import Machine
 
 SUITE_NAMES = ("decode",)
 DEFAULT_BATCHES = (1, 4)
@@ -76,12 +80,15 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
         probe = ReadProbe(plan.device)
         fixed = {"copy": copy_ceiling(plan.device), "matmul": matmul_ceiling(plan.device, plan.dtype)}
         progress(f"loading {plan.source.name}")
-        ours = decode.Ours(build(plan.source, args, plan.device, plan.dtype, plan.backend))
+        llm = build(plan.source, args, plan.device, plan.dtype, plan.backend)
+        ours = decode.Ours(llm)
         with _peers(plan, args, progress) as peers:
             for case in plan.cases:
                 record = decode.run_case(
                     case, ours, peers, probe, model=plan.source.name, args=args, dtype=plan.dtype, progress=progress
                 )
+                progress(f"decode {plan.source.name} batch {case.batch} context {case.context}: launch by launch")
+                record["launches"] = _launches(llm.model, case, probe, fixed["matmul"])
                 ceilings: dict[str, Ceiling] = {"read": probe.ceiling(), **fixed}
                 result = replace(result, ceilings=ceilings, records=[*result.records, record])
                 if output is not None:
@@ -91,6 +98,15 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
         if output is not None:
             write_result(result, output)
     return result
+
+
+def _launches(model: Transformer, case: decode.DecodeCase, probe: ReadProbe, matmul: Ceiling) -> list[dict[str, Any]]:
+    """The launches of a step at half of the case's steps, beside the least that they could take."""
+    before = probe.sample().p50
+    times = launch_times.launch_times(model, case.batch, case.context + case.steps // 2)
+    # The higher neighbour, as in the rounds: shares are not flattered.
+    machine = Machine(read=max(before, probe.sample().p50) * GIGA, matmul=matmul.value * TERA)
+    return [one.against(machine) for one in times]
 
 
 @contextlib.contextmanager
@@ -132,6 +148,9 @@ def report(result: ResultFile) -> str:
             "",
             f"decode of {first['model']} in {first['dtype']}, {first['steps']} greedy tokens, {first['rounds']} rounds",
             decode.table(result.records),
+            "",
+            "a step launch by launch: how many, µs of one, % of the speed of light",
+            launch_times.table(result.records),
         ]
     if result.interrupted:
         lines.append("interrupted: only finished cases are shown")

@@ -45,7 +45,7 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None =
 class Graph(Protocol):
     """Launches that are recorded once and replayed."""
 
-    def capture(self, launches: Callable[[], None]) -> None:
+    def capture(self, launches: Callable[[], object]) -> None:
         """Record what this function launches. It has run before."""
 
     def replay(self) -> None:
@@ -59,7 +59,7 @@ class CudaGraph:
         self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
 
-    def capture(self, launches: Callable[[], None]) -> None:
+    def capture(self, launches: Callable[[], object]) -> None:
         # Other threads may go on with what they do on the device.
         how = {"pool": self._pool, "capture_error_mode": "thread_local"}
         with torch.cuda.device(self._device), torch.cuda.graph(self._graph, **how):

@@ -48,8 +48,7 @@ def decode_step(args: ModelArgs, dtype: torch.dtype, batch: int, context: float)
         Work("embed", 1, batch * args.dim * dtype.itemsize, 0),
         *_layers(args, dtype, batch, attended, attended),
         _head(args, dtype, batch),
-        Work("statistics", 1, 0, 0),
-        Work("draw", 1, 0, 0),
+        Work("sampling", 2, 0, 0),
     ]
 
 

@@ -15,7 +15,8 @@ Weights are row-major, so that a weight and its packed form are the same bytes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -59,6 +60,10 @@ class FusedWorkspace(Workspace):
         self.attention.reset()
         self.sampling.reset()
         self.squares.reset()
+
+    def as_it_is(self) -> "FusedWorkspace":
+        """The same memory; whose sums of squares those are stays what it is now."""
+        return replace(self, squares=copy(self.squares))
 
 
 def suits_graphs(device: torch.device) -> bool:

@@ -39,6 +39,7 @@ KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 # A row of a batch's tensors may begin anywhere: whether it is aligned must not compile a second kernel.
 PER_ROW = ["temperature_ptr", "top_p_ptr", "seed_ptr", "stream_ptr", "call_ptr", "positions_ptr", "tokens_ptr"]
 PER_ROW += ["logprobs_ptr", "starts_ptr", "last_ptr", "newest_ptr"]
+MAX_SHARE = tl.constexpr(128)  # of each block's candidates at a time: where blocks are few, registers are the limit
 LOG2_E = tl.constexpr(1.4426950408889634)
 # 1 / temperature stays a finite, normal float32, so that no infinity meets a zero.
 MIN_TEMPERATURE = tl.constexpr(1e-38)
@@ -169,9 +170,10 @@ def _draw_kernel(
                 position += 1
             u = _draw_number(seed_ptr, stream_ptr, call_ptr, position, row)
             row_candidates_ptr = candidates_ptr + (slot - block) * BLOCK_V
+            SHARE: tl.constexpr = min(BLOCK_V // BLOCK_BLOCKS, MAX_SHARE)
             # fmt: off
             token, x_token = draw_token(row_logits_ptr, row_candidates_ptr, counts, tl.min(lowest, 0).to(tl.int64),
-                                        limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, BLOCK_V // BLOCK_BLOCKS)
+                                        limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, SHARE)
             # fmt: on
             logprob += x_token - maximum
     if writes:

@@ -25,9 +25,9 @@ class Launch(NamedTuple):
 def choose_launch(vocab_size: int) -> Launch:
     """Blocks of 8 logits a thread: one 16-byte load of a half-precision type.
 
-    The last program looks at as many candidates at a time as it has had logits, a share of each block's, so that the
-    number of blocks costs it nothing: 32 of each of 63 hold most nuclei. A block of twice as many would occupy half as
-    many multiprocessors in both launches, and need 16 warps of at most 128 registers.
+    The last program looks at up to as many candidates at a time as it has had logits, a share of each block's, so that
+    the number of blocks costs it nothing: 32 of each of 63 hold most nuclei. A block of twice as many would occupy half
+    as many multiprocessors in both launches, and need 16 warps of at most 128 registers.
 
         V = 128,256     63 blocks of 2,048 logits, 8 warps
         V = 262,144     128 blocks of 2,048, 8 warps

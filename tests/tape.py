@@ -40,7 +40,7 @@ class Tape(TorchDispatchMode):
         self.calls: list[tuple[str, Callable[[], None]]] = []  # name, what it does when replayed
         self.kept: list[object] = []  # views, so that their memory is nobody else's
 
-    def capture(self, launches: Callable[[], None]) -> None:
+    def capture(self, launches: Callable[[], object]) -> None:
         with _recorded_kernels(), self:
             Tape.recording = self
             try:

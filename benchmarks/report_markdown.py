@@ -1,0 +1,110 @@
+"""A GPU report for people: one page of Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastllama.benchmarks.measure import ResultFile
+from fastllama.benchmarks.tables import markdown
+
+TITLES = {
+    "boundaries": "What a boundary between two launches costs",
+    "tests": "GPU tests",
+    "launches": "A decode step, launch by launch",
+    "decode": "Tokens a second",
+    "prefill": "Prefill",
+    "sampling": "Sampling",
+    "switches": "What the graph, the dependent launch, prefetches and unrolling bring",
+    "variants": "Launches beside those of the tables, µs",
+    "kernel tests": "Kernel tests, compiled",
+}
+Record = dict[str, Any]
+
+
+def summary(result: ResultFile) -> str:
+    """The report as far as it goes."""
+    environment = result.environment
+    where = f"{environment.device_name}, torch {environment.torch}, triton {environment.triton}"
+    state = {True: ", changed", False: "", None: ""}[environment.git_dirty]
+    parts = [
+        f"# {where}",
+        f"{environment.date}, commit {environment.git_commit}{state}, CUDA {environment.cuda}, driver "
+        f"{environment.driver}, Python {environment.python}: `{environment.command}`",
+    ]
+    if environment.device == "cpu":
+        parts.append("**A rehearsal on a CPU: toy sizes, interpreted kernels. The times mean nothing.**")
+    if result.interrupted:
+        parts.append("Interrupted.")
+    if result.ceilings:
+        parts.append("## Ceilings")
+        head: list[list[object]] = [["", "median", "p10", "p90", "", "how"]]
+        for name, one in result.ceilings.items():
+            samples = one.samples
+            rates = (f"{rate:.4g}" for rate in (samples.p50, samples.p10, samples.p90))
+            head.append([name, *rates, one.unit, one.method])
+        parts.append(markdown(head))
+    for suite in dict.fromkeys(record["suite"] for record in result.records):
+        records = [record for record in result.records if record["suite"] == suite]
+        parts += [f"## {TITLES.get(suite, suite)}", *_section(suite, records)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(suite: str, records: Sequence[Record]) -> list[str]:
+    found = [record for record in records if "not_run" not in record and record.keys() != {"suite", "error"}]
+    notes = [str(record.get("not_run") or f"**{record['error']}**") for record in records if record not in found]
+    if not found:
+        return notes
+    make = {"launches": _launches, "variants": _variants}.get(suite, _plain)
+    return [*make(found), *notes]
+
+
+def _plain(records: Sequence[Record]) -> list[str]:
+    """A column for each key."""
+    keys = [key for key in records[0] if key != "suite"]
+    heads = [key.replace("_", " ") for key in keys]
+    return [markdown([heads, *([_text(record.get(key)) for key in keys] for record in records)])]
+
+
+def _launches(records: Sequence[Record]) -> list[str]:
+    """A table for each case: every launch and their sum."""
+    parts = []
+    for case in dict.fromkeys((record["model"], record["batch"], record["context"]) for record in records):
+        mine = [record for record in records if (record["model"], record["batch"], record["context"]) == case]
+        rows: list[list[object]] = [["launch", "", "µs", "least", "share", "ms a step", "gap, ms"]]
+        whole = [0.0, 0.0]
+        for record in mine:
+            step = [record["count"] * record[name] / 1e3 for name in ("microseconds", "least_microseconds")]
+            whole = [whole[0] + step[0], whole[1] + step[1]]
+            cells = [f"{record[name]:.2f}" for name in ("microseconds", "least_microseconds")]
+            share = f"{record['share']:.0%}" if record["least_microseconds"] else ""
+            rows.append(
+                [record["launch"], f"x {record['count']}", *cells, share, f"{step[0]:.3f}", f"{step[0] - step[1]:.3f}"]
+            )
+        rows.append(["all", "", "", "", f"{whole[1] / whole[0]:.0%}", f"{whole[0]:.3f}", f"{whole[0] - whole[1]:.3f}"])
+        parts += [f"{case[0]}, batch {case[1]}, context {case[2]}", markdown(rows)]
+    return parts
+
+
+def _variants(records: Sequence[Record]) -> list[str]:
+    """A line for each op: the table's launch, the best of the others, and the library."""
+    rows: list[list[object]] = [["model", "batch", "op", "in the table", "µs", "best other", "µs", "library, µs"]]
+    for case in dict.fromkeys((record["model"], record["batch"], record["op"]) for record in records):
+        mine = [record for record in records if (record["model"], record["batch"], record["op"]) == case]
+        timed = [record for record in mine if record["microseconds"] is not None]
+        usual = next((record for record in timed if record["in_table"]), None)
+        library = next((record for record in timed if record["variant"].startswith("the library")), None)
+        others = [record for record in timed if record is not usual and record is not library]
+        best = min(others, key=lambda record: float(record["microseconds"]), default=None)
+        rows.append([*case, *_variant(usual), *_variant(best), _variant(library)[1]])
+    return [markdown(rows)]
+
+
+def _variant(record: Record | None) -> tuple[str, str]:
+    return (record["variant"], _text(record["microseconds"])) if record else ("", "")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

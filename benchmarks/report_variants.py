@@ -1,0 +1,164 @@
+"""The launch tables' neighbours: each projection's launch, and others near it, beside the library's matmul.
+
+The tables in `kernels/matvec.py`, `kernels/few_tokens.py` and `kernels/attention_scratch.py` are arithmetic; what is
+faster here on a GPU goes into them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllama.benchmarks.launch_times import fill_cache
+from fastllama.benchmarks.report_sections import DTYPE, MICRO, Bench, Found, Record
+from fastllama.kernels import few_tokens, matvec
+from fastllama.kernels.attention_decode import attention_decode
+from fastllama.kernels.attention_scratch import SLOTS, AttentionScratch
+from fastllama.kernels.projection import Append
+from fastllama.kernels.ragged import Ragged
+from fastllama.kernels.target import current_target
+from fastllama.model import Transformer
+
+ROWS, MAX_ROWS = (0.5, 1, 2), 128  # of the table's
+WARPS, MAX_WARPS = (0.5, 1, 2), 16
+STAGES = (0.5, 1)
+CHUNKS = (1, 2)
+MAX_THREAD_BYTES = 512  # of weights that a thread can hold in registers
+OTHER_SLOTS = (16, 64, 128)
+MIN_CALLS = 4  # of one graph, and weights behind each other
+
+Call = Callable[[], object]
+Launch = matvec.Launch | few_tokens.Launch
+Weights = Sequence[Tensor]
+
+
+def variants(bench: Bench) -> Found:
+    """Decode attention, then every projection of every model at every batch."""
+    for name in bench.sizes.models:
+        yield from _attention(bench, name)
+    for name in bench.sizes.models:
+        for batch in bench.sizes.batches:
+            yield from _projections(bench, name, batch)
+
+
+@torch.inference_mode()
+def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
+    model = bench.model(name)
+    positions = Ragged.of([(row, bench.sizes.contexts[0] - 1, [1]) for row in range(batch)], bench.device)
+    append = Append.to(*model.cache.layer(0), model.rope, positions)
+    squares = few_tokens.RowSquares(bench.device)
+    # Plain, as they would be without a norm: what is compared is how a weight is read.
+    ops: dict[str, tuple[Weights, int, dict[str, Any]]] = {
+        "qkv": (_weights(model, "wqkv"), 2, {"append": append}),
+        "output": (_weights(model, "wo"), 1, {}),
+        "gate+up": (_weights(model, "w13"), 2, {"swiglu": True}),
+        "down": (_weights(model, "w2"), 1, {}),
+        "head": ([model.output.detach()], 1, {}),
+    }
+    for op, (weights, tiles, epilogue) in ops.items():
+        x = torch.randn(batch, weights[0].shape[1], device=bench.device, dtype=DTYPE)
+        calls: dict[str, Callable[[Tensor], object]] = {
+            _text(launch): partial(_project, launch, epilogue, squares, x)
+            for launch in _launches(weights[0], tiles, batch)[: bench.sizes.neighbours + 1]
+        }
+        usual = next(iter(calls))
+        calls["the library's matmul"] = partial(F.linear, x)
+        for variant, call in calls.items():
+            chain = [partial(call, weight) for weight in weights] * -(-MIN_CALLS // len(weights))
+            record = {"model": name, "batch": batch, "op": op, "variant": variant, "in_table": variant == usual}
+            yield record | _microseconds(bench, chain)
+
+
+def _project(
+    launch: Launch, epilogue: dict[str, Any], squares: few_tokens.RowSquares, x: Tensor, weight: Tensor
+) -> Tensor:
+    if isinstance(launch, matvec.Launch):
+        return matvec.matvec(x, weight, launch=launch, **epilogue)
+    return few_tokens.few_tokens(x, weight, squares, launch=launch, **epilogue)
+
+
+def _weights(model: Transformer, attribute: str) -> Weights:
+    return [getattr(layer, attribute).detach() for layer in model.layers]
+
+
+def _launches(weight: Tensor, tiles: int, batch: int) -> Sequence[Launch]:
+    """The table's launch, then its neighbours."""
+    return _matvec_launches(weight, tiles) if batch == 1 else _few_tokens_launches(weight, tiles, batch)
+
+
+def _matvec_launches(weight: Tensor, tiles: int) -> list[matvec.Launch]:
+    usual = matvec.choose_launch(weight, tiles)
+    if usual is None:
+        raise ValueError(f"rows of {weight.shape[1]} elements are too long for matvec")
+    in_features = weight.shape[1]
+    found = [usual]
+    for more_rows in ROWS:
+        for more_warps in WARPS:
+            rows, warps = int(usual.rows * more_rows), int(usual.warps * more_warps)
+            if not (1 <= rows <= MAX_ROWS and 1 <= warps <= MAX_WARPS):
+                continue
+            chunk = int(usual.chunk * more_warps)
+            chunk = chunk if chunk and in_features % chunk == 0 else usual.chunk
+            if rows * tiles * in_features * weight.itemsize <= MAX_THREAD_BYTES * 32 * warps:
+                found.append(matvec.Launch(rows, chunk, warps))
+    return list(dict.fromkeys(found))
+
+
+def _few_tokens_launches(weight: Tensor, tiles: int, batch: int) -> list[few_tokens.Launch]:
+    target = current_target()
+    columns = 8 if batch <= 8 else 16
+    usual = few_tokens.choose_launch(weight, tiles, columns, target)
+    found = [usual]
+    for more_rows in ROWS:
+        for more_chunk in CHUNKS:
+            for more_stages in STAGES:
+                rows, chunk = int(usual.rows * more_rows), usual.chunk * more_chunk
+                stages = max(2, int(usual.stages * more_stages))
+                shared = stages * (rows * tiles + columns) * chunk * weight.itemsize
+                if 16 <= rows <= MAX_ROWS and chunk <= weight.shape[1] and shared <= target.shared_bytes - 2048:
+                    warps = max(1, min(4, rows // 16 * (columns // 8)))
+                    found.append(few_tokens.Launch(rows, chunk, stages, warps))
+    return list(dict.fromkeys(found))
+
+
+def _text(launch: Launch) -> str:
+    return ", ".join(f"{name} {value}" for name, value in launch._asdict().items())
+
+
+@torch.inference_mode()
+def _attention(bench: Bench, name: str) -> Iterator[Record]:
+    model, sizes = bench.model(name), bench.sizes
+    args = model.params
+    for batch in dict.fromkeys((sizes.batches[0], sizes.batches[-1])):
+        for context in sizes.contexts:
+            fill_cache(model, batch, context)
+            positions = torch.full((batch,), context - 1, device=bench.device)
+            q = torch.randn(batch, args.n_heads, args.head_dim, device=bench.device, dtype=DTYPE)
+            for slots in (SLOTS, *OTHER_SLOTS[: sizes.neighbours]):
+                scratch = AttentionScratch.of(
+                    batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, slots=slots
+                )
+                chain = [
+                    partial(attention_decode, q, *model.cache.layer(layer), positions, scratch)
+                    for layer in range(model.n_layers)
+                ]
+                record = {"model": name, "batch": batch, "op": f"attention over {context}", "variant": f"slots {slots}"}
+                yield record | {"in_table": slots == SLOTS} | _microseconds(bench, chain)
+
+
+def _microseconds(bench: Bench, chain: Sequence[Call]) -> Record:
+    """Of one call; or why there is none: not every launch fits every GPU."""
+
+    def run() -> None:
+        for call in chain:
+            call()
+
+    try:
+        return {"microseconds": MICRO * bench.median_seconds(run) / len(chain)}
+    except Exception as error:
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()  # what broke the device is no matter of this launch
+        return {"microseconds": None, "error": f"{type(error).__name__}: {error}"[:200]}

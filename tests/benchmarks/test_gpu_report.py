@@ -1,0 +1,159 @@
+"""The GPU report: rehearsed whole on the CPU, and its sections going wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.benchmarks import gpu_report, report_tests
+from fastllama.benchmarks.environment import describe_environment
+from fastllama.benchmarks.gpus import GPUS, compiling_environment
+from fastllama.benchmarks.measure import Ceiling, ResultFile, read_result, summarize
+from fastllama.benchmarks.report_markdown import summary
+from fastllama.benchmarks.report_sections import Bench
+from fastllama.benchmarks.report_sizes import TOY
+
+ROOT = Path(__file__).resolve().parents[2]
+FAULTY = "tests.benchmarks.faulty_sections:"
+
+
+def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastllama.benchmarks.gpu_report", "--results", str(tmp_path), "--json"]
+    done = subprocess.run(
+        [*command, "--commit", "abc"],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "summary.md", "gpu-tests.txt"}
+    result = read_result(tmp_path / "report.json")
+    assert json.loads(done.stdout.splitlines()[-1]) == result.to_json()
+    assert not [record for record in result.records if "error" in record], done.stderr
+    assert {record["suite"] for record in result.records} | {"ceilings"} == set(gpu_report.SECTIONS)
+    assert result.ceilings.keys() == {"read", "read_kernel", "copy", "matmul"}
+    (tests,) = (record for record in result.records if record["suite"] == "tests")
+    assert (tests["returncode"], tests["n_passed"], tests["n_failed"]) == (0, 0, 0) and tests["n_skipped"] > 100
+    launches = [record for record in result.records if record["suite"] == "launches"]
+    assert {record["launch"] for record in launches} >= {"embed", "qkv", "attention", "gate+up", "head", "sampling"}
+    assert all(record["microseconds"] > record["least_microseconds"] >= 0 for record in launches)
+    assert all(record["share"] > 0 for record in result.records if record["suite"] == "decode")
+    page = (tmp_path / "summary.md").read_text()
+    assert "A rehearsal on a CPU" in page and "## A decode step, launch by launch" in page
+
+
+def run(tmp_path: Path, *names: str, budget: float = 120.0) -> list[dict[str, Any]]:
+    sections = {name: FAULTY + name for name in names}
+    result = gpu_report.report(tmp_path, sections, budget)
+    assert read_result(tmp_path / "report.json") == result
+    return result.records
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_section_that_raises_or_dies_leaves_the_others_alone(tmp_path: Path) -> None:
+    assert run(tmp_path, "raises", "dies", "fine") == [
+        {"suite": "raises", "value": 3},
+        {"suite": "raises", "error": "ValueError: it broke"},
+        {"suite": "dies", "value": 4},
+        {"suite": "dies", "error": "its process ended with code 3"},
+        {"suite": "fine", "value": 1},
+        {"suite": "fine", "value": 2},
+    ]
+    page = (tmp_path / "summary.md").read_text()
+    assert "**ValueError: it broke**" in page and "ended with code 3" in page
+
+
+def test_hanging_is_given_up_and_time_that_is_up_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "PATIENCE_SECONDS", 1.0)
+    records = run(tmp_path, "hangs", "goes_on", "fine", budget=10.0)
+    assert records[:2] == [{"suite": "hangs", "value": 5}, {"suite": "hangs", "error": "nothing came for 1 s"}]
+    assert records[-2:] == [
+        {"suite": "goes_on", "not_run": "no time left for the rest"},
+        {"suite": "fine", "not_run": "no time left"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sections", "decode,speed"], "unknown section 'speed': expected some of ceilings, boundaries"),
+        (["--budget", "0"], "--budget must be above 0, got 0"),
+        (["--results", f"{__file__}/under"], "cannot make the folder"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu_report.main(["--results", str(tmp_path / "results"), *words])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
+    def variant(op: str, name: str, microseconds: float | None, in_table: bool = False) -> dict[str, Any]:
+        case = {"suite": "variants", "model": "8B", "batch": 1, "op": op}
+        return {**case, "variant": name, "in_table": in_table, "microseconds": microseconds}
+
+    ceiling = Ceiling("read", "GB/s", "a kernel", summarize([4500.0]))
+    records = [
+        variant("qkv", "rows 2", 12.5, in_table=True),
+        variant("qkv", "rows 4", 11.25),
+        variant("qkv", "rows 8", None),
+        variant("qkv", "the library's matmul", 14.0),
+        variant("down", "rows 1", None, in_table=True),
+    ]
+    page = summary(ResultFile(describe_environment("cpu"), {"read": ceiling}, records, interrupted=True))
+    assert "| 8B | 1 | qkv | rows 2 | 12.5 | rows 4 | 11.25 | 14 |" in page
+    assert "| 8B | 1 | down |  |  |  |  |  |" in page
+    assert "| read | 4500 | 4500 | 4500 | GB/s | a kernel |" in page and "Interrupted." in page
+
+
+def test_tests_that_are_not_there_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_tests, "ROOT", tmp_path)
+    bench = Bench(torch.device("cpu"), TOY, tmp_path)
+    assert list(report_tests.gpu_tests(bench)) == [{"not_run": "no tests/gpu beside the package"}]
+    monkeypatch.setattr(report_tests, "NEEDED", ("pytest", "no_such_plugin"))
+    assert list(report_tests.gpu_tests(bench)) == [{"not_run": "no_such_plugin not installed"}]
+
+
+def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_fast.py").write_text("def test_good():\n    pass\n\n\ndef test_bad():\n    assert 1 == 2\n")
+    (tmp_path / "test_slow.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(600)\n")
+    monkeypatch.setattr(report_tests, "ROOT", tmp_path)
+    bench = Bench(torch.device("cpu"), TOY, tmp_path)
+    (record,) = report_tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=4.0)
+    assert record["returncode"] is None and record["seconds"] < 60  # type: ignore[index]
+    assert "test_bad FAILED" in (tmp_path / report_tests.FILE).read_text()
+    (record,) = report_tests._tests(bench, ("test_fast.py",), limit=60.0)
+    assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, 1)  # type: ignore[index]
+    assert record["failures"] == ["test_fast.py::test_bad"]  # type: ignore[index]
+
+
+def test_kernels_are_compiled_ahead_without_a_gpu(tmp_path: Path) -> None:
+    script = (
+        "from fastllama.benchmarks.gpus import GPUS; from fastllama.benchmarks.launches import Shape\n"
+        "from fastllama.benchmarks.report_tests import compile_step\n"
+        "print(compile_step(GPUS['sm_90'], Shape(2, 64, 4, 2, 16, 128, 512), 1))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=compiling_environment(str(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == str(5 * 2 + 4), done.stderr
+    assert list(tmp_path.rglob("*.cubin")) and GPUS["sm_90"].arch == 90

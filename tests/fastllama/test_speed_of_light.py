@@ -1,5 +1,8 @@
 """The least times: what is counted, against the tables of the published models and by hand."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -58,3 +61,19 @@ def test_prefill_attends_causally_and_reads_weights_once() -> None:
     assert work["qkv"].bytes == 4 * (80 * 48 + 48) and work["qkv"].flops == 2 * 4 * 80 * 48
     assert work["head"].flops == 2 * 2 * 100 * 48
     assert "draw" not in work
+
+
+def test_the_budget_in_the_notes_is_this_models() -> None:
+    """docs/performance-notes.md: launches, megabytes and least times of an 8B step."""
+    notes = (Path(__file__).resolve().parents[2] / "docs" / "performance-notes.md").read_text()
+    step = decode_step(LLAMA_3_8B, BF16, batch=1, context=128)
+    for work in step:
+        row = f"| {work.name} | {work.count} | {work.bytes / 1e6:.1f} | {work.least_seconds(H200) * 1e6:.1f} |"
+        assert row in notes, row
+    least = least_seconds(step, H200)
+    assert f"| 164 | {total_bytes(step) / 1e6:,.0f} | **{least * 1e6:,.0f}**" in notes
+    assert f"| tokens/s | | | {1 / least:.0f} |" in notes
+    # The predictions add up.
+    rows = [re.split(r" *\| *", line)[1:-1] for line in notes.splitlines() if re.match(r"\| (\w|\+)+ \| \d+ \|", line)]
+    for column, total in ((4, "3,916"), (5, "3,612")):
+        assert round(sum(int(row[1]) * float(row[column]) for row in rows)) == int(total.replace(",", ""))

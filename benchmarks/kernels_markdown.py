@@ -21,13 +21,11 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "are those of the real wrappers. 3-70B/8 is one rank of eight. No figure here was measured on a GPU.",
         "## Launches of a decode step",
         table(
+            ["GPU", "model", "rows", "a layer", "a step", "layers"],
             [
-                ["GPU", "model", "rows", "a layer", "a step", "layers"],
-                *(
-                    [gpu, model, tokens, layer, step, MODELS[model].n_layers]
-                    for (gpu, model, tokens), (layer, step) in launch_counts(compiled).items()
-                ),
-            ]
+                [gpu, model, tokens, layer, step, MODELS[model].n_layers]
+                for (gpu, model, tokens), (layer, step) in launch_counts(compiled).items()
+            ],
         ),
         "Torch launches no kernel of its own between them.",
         "## How weights are read on an H200",
@@ -35,41 +33,24 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "part of it, where there are fewer programs than fit. Waves: how often all multiprocessors fill up. Issue "
         "slots: the share of all that the instructions take if the weight is read at 4.5 TB/s, in µs.",
         table(
-            [
-                [
-                    "model",
-                    "rows",
-                    "op",
-                    "weight",
-                    "programs / 132",
-                    "fit",
-                    "waves",
-                    "in flight, KB",
-                    "issue slots",
-                    "µs",
-                ],
-                *(_streaming(row) for row in compiled if "in_flight" in row),
-            ]
+            ["model", "rows", "op", "weight", "programs / 132", "fit", "waves", "in flight, KB", "issue slots", "µs"],
+            [_streaming(row) for row in compiled if "in_flight" in row],
         ),
         "## Bytes moved on an H200",
         "Counted in the interpreter from the kernels' own loads and stores: those of weights, embedding and cache, "
         "which come from memory, and all others, which L2 serves. The least is every operand once. Contexts of "
         f"{CONTEXT_TOKENS} tokens.",
         table(
-            [
-                ["model", "rows", "op", "kernel", "least, KB", "weights and cache, KB", "the rest, KB"],
-                *(_moved(row) for row in traffic),
-            ]
+            ["model", "rows", "op", "kernel", "least, KB", "weights and cache, KB", "the rest, KB"],
+            [_moved(row) for row in traffic],
         ),
     ]
     for name in dict.fromkeys(row["gpu"] for row in compiled):
         parts += [
             f"## {name} ({GPUS[name].title})",
             table(
-                [
-                    ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier", "waits"],
-                    *(_resources(row) for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP),
-                ]
+                ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier", "waits"],
+                [_resources(row) for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP],
             ),
         ]
     legend = (

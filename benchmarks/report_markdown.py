@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fastllama.benchmarks.measure import ResultFile
+from fastllama.benchmarks.measure import Ceiling, ResultFile
 from fastllama.benchmarks.tables import markdown
 
 TITLES = {
@@ -17,6 +17,8 @@ TITLES = {
     "variants": "Launches beside those of the tables, µs",
     "kernel tests": "Kernel tests, compiled",
 }
+LAUNCH_HEAD = ("launch", "", "µs", "least", "share", "ms a step", "gap, ms")
+VARIANT_HEAD = ("model", "batch", "op", "in the table", "µs", "best other", "µs", "library, µs")
 Record = dict[str, Any]
 
 
@@ -36,16 +38,16 @@ def summary(result: ResultFile) -> str:
         parts.append("Interrupted.")
     if result.ceilings:
         parts.append("## Ceilings")
-        head: list[list[object]] = [["", "median", "p10", "p90", "", "how"]]
-        for name, one in result.ceilings.items():
-            samples = one.samples
-            rates = (f"{rate:.4g}" for rate in (samples.p50, samples.p10, samples.p90))
-            head.append([name, *rates, one.unit, one.method])
-        parts.append(markdown(head))
+        parts.append(markdown(["", "median", "p10", "p90", "", "how"], map(_ceiling, result.ceilings.values())))
     for suite in dict.fromkeys(record["suite"] for record in result.records):
         records = [record for record in result.records if record["suite"] == suite]
         parts += [f"## {TITLES.get(suite, suite)}", *_section(suite, records)]
     return "\n\n".join(parts) + "\n"
+
+
+def _ceiling(ceiling: Ceiling) -> Sequence[object]:
+    samples = ceiling.samples
+    return [ceiling.name, *map(_text, (samples.p50, samples.p10, samples.p90)), ceiling.unit, ceiling.method]
 
 
 def _section(suite: str, records: Sequence[Record]) -> list[str]:
@@ -61,7 +63,7 @@ def _plain(records: Sequence[Record]) -> list[str]:
     """A column for each key."""
     keys = [key for key in records[0] if key != "suite"]
     heads = [key.replace("_", " ") for key in keys]
-    return [markdown([heads, *([_text(record.get(key)) for key in keys] for record in records)])]
+    return [markdown(heads, ([_text(record.get(key)) for key in keys] for record in records))]
 
 
 def _launches(records: Sequence[Record]) -> list[str]:
@@ -69,7 +71,7 @@ def _launches(records: Sequence[Record]) -> list[str]:
     parts = []
     for case in dict.fromkeys((record["model"], record["batch"], record["context"]) for record in records):
         mine = [record for record in records if (record["model"], record["batch"], record["context"]) == case]
-        rows: list[list[object]] = [["launch", "", "µs", "least", "share", "ms a step", "gap, ms"]]
+        rows: list[list[object]] = []
         whole = [0.0, 0.0]
         for record in mine:
             step = [record["count"] * record[name] / 1e3 for name in ("microseconds", "least_microseconds")]
@@ -80,13 +82,13 @@ def _launches(records: Sequence[Record]) -> list[str]:
                 [record["launch"], f"x {record['count']}", *cells, share, f"{step[0]:.3f}", f"{step[0] - step[1]:.3f}"]
             )
         rows.append(["all", "", "", "", f"{whole[1] / whole[0]:.0%}", f"{whole[0]:.3f}", f"{whole[0] - whole[1]:.3f}"])
-        parts += [f"{case[0]}, batch {case[1]}, context {case[2]}", markdown(rows)]
+        parts += [f"{case[0]}, batch {case[1]}, context {case[2]}", markdown(LAUNCH_HEAD, rows)]
     return parts
 
 
 def _variants(records: Sequence[Record]) -> list[str]:
     """A line for each op: the table's launch, the best of the others, and the library."""
-    rows: list[list[object]] = [["model", "batch", "op", "in the table", "µs", "best other", "µs", "library, µs"]]
+    rows: list[list[object]] = []
     for case in dict.fromkeys((record["model"], record["batch"], record["op"]) for record in records):
         mine = [record for record in records if (record["model"], record["batch"], record["op"]) == case]
         timed = [record for record in mine if record["microseconds"] is not None]
@@ -95,7 +97,7 @@ def _variants(records: Sequence[Record]) -> list[str]:
         others = [record for record in timed if record is not usual and record is not library]
         best = min(others, key=lambda record: float(record["microseconds"]), default=None)
         rows.append([*case, *_variant(usual), *_variant(best), _variant(library)[1]])
-    return [markdown(rows)]
+    return [markdown(VARIANT_HEAD, rows)]
 
 
 def _variant(record: Record | None) -> tuple[str, str]:

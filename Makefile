@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
+# Two files of tests at a time, or up to four: the tests of one share what they compile.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 OLDER_TRITON := .cache/triton-3.6.0
 WITH_OLDER_TRITON := PYTHONPATH=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python
 
@@ -28,10 +31,10 @@ demo: $(INSTALLED) ## Tell a story and answer a question with the built-in model
 	@echo "What is the capital of France?" | $(BIN)/fastllama chat --temperature 0
 
 test: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-triton-3.6: $(OLDER_TRITON) ## Run the kernels' tests under the older triton
-	$(WITH_OLDER_TRITON) -m pytest tests/kernels tests/fastllama/test_fused.py tests/benchmarks/test_compiled.py
+	$(WITH_OLDER_TRITON) $(PYTEST) tests/kernels tests/fastllama/test_fused.py tests/benchmarks/test_compiled.py
 
 kernels-report: $(INSTALLED) $(OLDER_TRITON) ## Compile the kernels for five GPUs and write docs/compiled/
 	$(BIN)/python -m fastllama.benchmarks.kernels_report

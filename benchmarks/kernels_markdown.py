@@ -18,7 +18,8 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         f"# The kernels, as triton {triton_version} compiles them",
         "Made by `make kernels-report` and held to by the tests. Every launch of a decode step at 1, 4 and 16 rows and "
         f"of the kernels around the library's matmul for a prompt's {PREFILL_TOKENS} tokens, in bfloat16; the launches "
-        "are those of the real wrappers. 3-70B/8 is one rank of eight. No figure here was measured on a GPU.",
+        "are those of the real wrappers. 3-70B/8 is one rank of eight; 3.2-1B is compiled for the H200 alone. No "
+        "figure here was measured on a GPU.",
         "## Launches of a decode step",
         table(
             ["GPU", "model", "rows", "a layer", "a step", "layers"],

@@ -16,7 +16,7 @@ import triton
 
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
 from fastllama.benchmarks.kernels_markdown import markdown
-from fastllama.benchmarks.kernels_table import Row, compiled_rows, traffic_rows, violations, wasteful
+from fastllama.benchmarks.kernels_table import H200, Row, compiled_rows, traffic_rows, violations, wasteful
 from fastllama.kernels import target
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +99,7 @@ def main(check: bool, as_json: bool, part: str | None) -> None:
 def _print_part(part: str) -> None:
     """One part's rows on stdout, a JSON object a line."""
     if part == TRAFFIC:
-        h200 = GPUS["sm_90"]
+        h200 = GPUS[H200]
         target.INTERPRETED = target.Target(h200.backend, h200.arch, h200.processors, h200.shared_bytes)
     for row in traffic_rows() if part == TRAFFIC else compiled_rows(part):
         click.echo(json.dumps(row))

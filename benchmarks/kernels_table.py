@@ -16,6 +16,7 @@ from fastllama.benchmarks.launches import (
     CONTEXT_TOKENS,
     FIRST_LAYER,
     MODELS,
+    OTHERS_MODELS,
     PREFILL_TOKENS,
     Shape,
     decode_ops,
@@ -42,6 +43,7 @@ LAYER_LAUNCHES = 5
 OTHER_LAUNCHES = 4  # of a step: embed, head, two of choose
 WHOLE_STEP = "step"  # the op of a row that counts a step's launches
 DOTS = {"_few_tokens_kernel", "_attention_decode_kernel", "_attention_prefill_kernel"}
+H200 = "sm_90"
 H200_READ_BYTES_PER_US = 4.5e6  # what published microbenchmarks reach when reading
 H200_CLOCKS_PER_US = 1980
 SCHEDULERS = 4  # of a multiprocessor, each issues one instruction a clock
@@ -63,9 +65,10 @@ class _OtherKernels(TorchDispatchMode):
 
 def compiled_rows(gpu_name: str) -> Iterator[Row]:
     """Every launch of the models' decode steps and prefill chunks, compiled for one GPU."""
-    gpu = GPUS[gpu_name]
+    gpu, models = GPUS[gpu_name], MODELS if gpu_name == H200 else OTHERS_MODELS
     seen: dict[str, Compiled] = {}  # by triton's own key: the same kernel serves many launches
-    for model, shape in MODELS.items():
+    for model in models:
+        shape = MODELS[model]
         for tokens in (*BATCHES, PREFILL_TOKENS):
             ops = prefill_ops(shape) if tokens == PREFILL_TOKENS else decode_ops(shape, tokens)
             for name, call in ops:

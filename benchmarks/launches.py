@@ -53,6 +53,7 @@ MODELS = {
     # One of eight ranks: an eighth of the heads, of the ffn width and of the vocabulary.
     "3-70B/8": Shape(80, 8192, 8, 1, 128, 3584, 16032),
 }
+OTHERS_MODELS = ("3-8B", "3-70B/8")  # compiled for GPUs that are not an H200: the smallest asks least of them
 
 
 def _untouched(*shape: int) -> Tensor:

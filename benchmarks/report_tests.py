@@ -55,7 +55,8 @@ def _tests(bench: Bench, paths: tuple[str, ...], limit: float) -> Found:
         yield {"not_run": f"{', '.join(missing)} not installed" if missing else f"no {paths[0]} beside the package"}
         return
     several = bench.device.type == "cuda" and importlib.util.find_spec("xdist") is not None
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *paths]
+    # Another machine's versions may deprecate what ours do not: that is no failure there.
+    command = [sys.executable, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", *paths]
     command += ["-n", str(min(WORKERS, os.cpu_count() or 1))] if several else []
     start = time.perf_counter()
     with (bench.results / FILE).open("a+", encoding="utf-8") as file:

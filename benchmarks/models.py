@@ -40,7 +40,24 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         "ffn_dim_multiplier": 1.3,
     },
 }
-MODEL_NAMES = ("builtin", *RANDOM_MODELS)
+_LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500000.0}
+_SCALED = {**_LLAMA_3, "use_scaled_rope": True}
+# The published models' shapes, as their params.json have them. Their weights here are random, made on the device.
+PUBLISHED_MODELS: dict[str, dict[str, Any]] = {
+    "llama3-8b": _LLAMA_3
+    | {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
+    "llama3-70b": _LLAMA_3
+    | {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "multiple_of": 4096},
+    "llama3.1-8b": _SCALED
+    | {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
+    "llama3.2-1b": _SCALED
+    | {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.5, "multiple_of": 256}
+    | {"rope_scaling_factor": 32.0, "tied_output": True},
+    "llama3.2-3b": _SCALED
+    | {"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "ffn_dim_multiplier": 1.0, "multiple_of": 256}
+    | {"rope_scaling_factor": 32.0, "tied_output": True},
+}
+MODEL_NAMES = ("builtin", *RANDOM_MODELS, *PUBLISHED_MODELS)
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,9 @@ class ModelSource:
         if name == "builtin":
             ckpt_dir, tokenizer_path = fastllama.builtin_checkpoint()
             return cls(name, ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path)
-        if name in RANDOM_MODELS:
-            return cls(name, shape=RANDOM_MODELS[name])
+        shapes = RANDOM_MODELS | PUBLISHED_MODELS
+        if name in shapes:
+            return cls(name, shape=shapes[name])
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODEL_NAMES)}")
 
     @classmethod
@@ -128,10 +146,15 @@ def resolved(args: ModelArgs) -> tuple[int, int, int]:
 def random_tensors(
     args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Normal weights of RANDOM_STD, norms around one: the same ones for the same seed and kind of device."""
+    """Normal weights of RANDOM_STD, norms around one: the same ones for the same seed and kind of device.
+
+    A tied output comes twice, as in Meta's files.
+    """
     generator = torch.Generator(device)
-    for index, (name, shape) in enumerate(args.shapes.items()):
-        generator.manual_seed(seed * SEEDS_PER_MODEL + index)
+    names = list(args.shapes)
+    for name, shape in args.shapes.items():
+        drawn = "tok_embeddings.weight" if args.tied_output and name == "output.weight" else name
+        generator.manual_seed(seed * SEEDS_PER_MODEL + names.index(drawn))
         tensor = torch.randn(shape, generator=generator, device=device) * RANDOM_STD
         yield name, (tensor + 1 if len(shape) == 1 else tensor).to(dtype)
 

@@ -15,15 +15,26 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import fastllama
-from fastllama.benchmarks import reference_peer
 from fastllama.benchmarks.models import ModelSource, Run
 
-PEER_NAMES = ("reference",)
+
+class Kind(NamedTuple):
+    """One that can be compared with."""
+
+    module: str  # of its process
+    packages: tuple[str, ...]  # that it needs
+
+
+PEERS = {
+    "reference": Kind("fastllama.benchmarks.reference_peer", ("llama_models", "fairscale")),
+    "transformers": Kind("fastllama.benchmarks.transformers_peer", ("transformers",)),
+    "transformers-compiled": Kind("fastllama.benchmarks.transformers_peer", ("transformers",)),
+}
 CLOSE_TIMEOUT_S = 10
 # How far two right answers may lie apart, in nats of log-probability and in logits: rounding, summed in another order.
 LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
@@ -82,19 +93,28 @@ def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
 
 def absence(name: str) -> str | None:
     """Why the peer called `name` cannot run here, or None when it can. ValueError for a name that is no peer's."""
-    if name not in PEER_NAMES:
-        raise ValueError(f"unknown peer {name!r}: expected one of {', '.join(PEER_NAMES)}")
-    missing = [package for package in ("llama_models", "fairscale") if importlib.util.find_spec(package) is None]
+    if name not in PEERS:
+        raise ValueError(f"unknown peer {name!r}: expected one of {', '.join(PEERS)}")
+    packages = PEERS[name].packages
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        return f"{' and '.join(missing)} not installed: pip install llama-models fairscale"
+        wanted = " ".join(package.replace("_", "-") for package in packages)
+        return f"{' and '.join(missing)} not installed: pip install {wanted}"
     return None
 
 
-class ReferencePeer:
-    """Meta's Transformer in a process of its own. A context manager; leaving it ends the process."""
+class Peer:
+    """A peer in a process of its own. A context manager; leaving it ends the process."""
 
     def __init__(
-        self, source: ModelSource, *, device: torch.device, dtype: torch.dtype, max_batch_size: int, max_seq_len: int
+        self,
+        name: str,
+        source: ModelSource,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_batch_size: int,
+        max_seq_len: int,
     ) -> None:
         """Start the process and load the weights. PeerError with the reason where that fails."""
         self._folder = tempfile.TemporaryDirectory(prefix="fastllama-peer-")
@@ -103,7 +123,7 @@ class ReferencePeer:
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", reference_peer.__name__],
+                [sys.executable, "-m", PEERS[name].module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -115,6 +135,7 @@ class ReferencePeer:
         try:
             self._ask(
                 {
+                    "name": name,
                     "folder": self._folder.name,
                     "source": source.to_json(),
                     "device": str(device),
@@ -129,7 +150,7 @@ class ReferencePeer:
             raise
 
     def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run:
-        """`steps` greedy tokens for each of the equally long `prompts`. PeerError when the peer fails."""
+        """`steps` greedy tokens for each of the `prompts`. PeerError when the peer fails."""
         return Run(**self._ask({"prompts": prompts, "steps": steps, "logprobs": logprobs}))
 
     def close(self) -> None:
@@ -143,7 +164,7 @@ class ReferencePeer:
                     stream.close()
         self._folder.cleanup()
 
-    def __enter__(self) -> "ReferencePeer":
+    def __enter__(self) -> "Peer":
         return self
 
     def __exit__(

@@ -1,25 +1,21 @@
-"""Meta's own Transformer, from the package llama-models, as a process that generates on request.
+"""Meta's own Transformer, from the package llama-models, as a peer.
 
-It runs apart so that neither side disturbs the other: fairscale wants a process group, both hold a thread pool and an
-allocator. The first line on stdin describes the model, each later line a generation; each gets one line of JSON back.
-The loop is the one that the reference's `generate` runs for equally long greedy prompts: prefill, then one token a
-step, an argmax, and a look for stop tokens.
-
-Run by `peers.ReferencePeer`, not by hand.
+The loop is the one that the reference's `generate` runs for greedy prompts: prefill up to the end of the shortest
+prompt, then one position a step, the prompt's token or an argmax, and a look for stop tokens.
 """
 
-import json
-import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.measure import synchronize
-from fastllama.benchmarks.models import ModelSource, Run, resolved
+from fastllama.benchmarks.models import Run, resolved
+from fastllama.benchmarks.peer_process import Generate, main, model_of, scores_of
 
 META_ROPE_FACTOR = 8
 
@@ -36,15 +32,13 @@ def refusal(args: ModelArgs) -> str | None:
     return None
 
 
-def build(request: dict[str, Any]) -> torch.nn.Module:
+def build(request: dict[str, Any]) -> Generate:
     """Meta's Transformer holding the weights that `request` describes."""
     from fairscale.nn.model_parallel import initialize as model_parallel
     from llama_models.llama3.args import ModelArgs as MetaArgs
     from llama_models.llama3.model import Transformer as MetaTransformer
 
-    device, dtype = torch.device(request["device"]), getattr(torch, request["dtype"])
-    torch.set_num_threads(request["threads"])
-    source = ModelSource(**request["source"])
+    source, device, dtype = model_of(request)
     args = source.args(request["max_batch_size"], request["max_seq_len"])
     n_kv_heads, _, hidden_dim = resolved(args)
     # A file as the meeting point of the one process: unlike a port, nobody else can have it.
@@ -71,16 +65,19 @@ def build(request: dict[str, Any]) -> torch.nn.Module:
     model.load_state_dict(weights)
     del weights
     model.eval()
-    return model
+    return partial(generate, model)
 
 
 @torch.inference_mode()
 def generate(model: torch.nn.Module, prompts: list[list[int]], steps: int, with_logprobs: bool) -> Run:
-    """`steps` greedy tokens for each of `prompts`, which are equally long, as the reference's loop makes them."""
+    """`steps` greedy tokens for each of `prompts`, as the reference's loop makes them."""
     device = next(model.parameters()).device
-    length = len(prompts[0])
-    tokens = torch.full((len(prompts), length + steps), -1, dtype=torch.long, device=device)
-    tokens[:, :length] = torch.tensor(prompts, dtype=torch.long, device=device)
+    lengths = [len(prompt) for prompt in prompts]
+    total = max(lengths) + steps
+    tokens = torch.full((len(prompts), total), -1, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long, device=device)
+    is_prompt = tokens >= 0
     stop_tokens = torch.tensor([-1], device=device)  # matches nothing, so that lengths are fixed; the test for it stays
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     seconds: list[float] = []
@@ -89,56 +86,25 @@ def generate(model: torch.nn.Module, prompts: list[list[int]], steps: int, with_
     previous = 0
     synchronize(device)
     start = time.perf_counter()
-    for current in range(length, length + steps):
+    for current in range(min(lengths), total):
         logits = model(tokens[:, previous:current], previous)[:, -1]
-        chosen = torch.argmax(logits, dim=-1)
+        chosen = torch.where(is_prompt[:, current], tokens[:, current], torch.argmax(logits, dim=-1))
         tokens[:, current] = chosen
-        finished |= torch.isin(chosen, stop_tokens)
+        finished |= ~is_prompt[:, current] & torch.isin(chosen, stop_tokens)
         previous = current
         if bool(finished.all()):
             break
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        if current >= max(lengths):  # by now every row has its token of this step
+            seconds.append(time.perf_counter() - start)
         if with_logprobs:
-            best = logits.topk(2, dim=-1).values
-            scores = torch.log_softmax(logits, dim=-1).gather(1, chosen[:, None])[:, 0]
-            for row, (score, margin) in enumerate(
-                zip(scores.tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True)
-            ):
-                logprobs[row].append(score)
-                margins[row].append(margin)
-    generated = tokens[:, length:].tolist()
+            for row, (score, margin) in enumerate(zip(*scores_of(logits, chosen), strict=True)):
+                if lengths[row] <= current < lengths[row] + steps:
+                    logprobs[row].append(score)
+                    margins[row].append(margin)
+    generated = [row[length : length + steps] for row, length in zip(tokens.tolist(), lengths, strict=True)]
     return Run(generated, seconds, logprobs, margins) if with_logprobs else Run(generated, seconds)
 
 
-def answer(channel: IO[str], message: dict[str, Any]) -> None:
-    channel.write(json.dumps(message) + "\n")
-    channel.flush()
-
-
-def serve(requests: IO[str], channel: IO[str]) -> int:
-    """Answer until stdin ends. A failure is one `{"error": ...}` line, after which the process is of no more use."""
-    try:
-        model = build(json.loads(requests.readline()))
-        answer(channel, {"ready": True})
-        for line in requests:
-            request = json.loads(line)
-            run = generate(model, request["prompts"], request["steps"], request["logprobs"])
-            answer(channel, vars(run))
-    except Exception as error:
-        answer(channel, {"error": f"{type(error).__name__}: {error}"})
-        return 1
-    return 0
-
-
-def main() -> int:
-    # Libraries print to stdout as they start; the answers get a descriptor of their own, and what is printed goes to
-    # stderr.
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    with channel:
-        return serve(sys.stdin, channel)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(build))

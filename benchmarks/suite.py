@@ -5,14 +5,14 @@ Results are written after every case, so that a run that is stopped or breaks do
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks import decode, launch_times
+from fastllama.benchmarks import decode, generate, launch_times, prefill
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.measure import (
     GIGA,
@@ -25,12 +25,22 @@ from fastllama.benchmarks.measure import (
     write_result,
 )
 from fastllama.benchmarks.models import ModelSource, build
-from fastllama.benchmarks.peers import PeerError, ReferencePeer, absence
+from fastllama.benchmarks.peers import Peer, PeerError, absence
 from fastllama.benchmarks.reference_peer import refusal
+from fastllama.benchmarks.rounds import (
+    DEFAULT_ROUNDS,
+    DEFAULT_STEPS,
+    SUITES,
+    Case,
+    Ours,
+    Runner,
+    Suite,
+    measure,
+)
+from fastllama.generation import Llama
 from fastllama.model import Transformer
 from fastllama.speed_of_light import Machine
 
-SUITE_NAMES = ("decode",)
 DEFAULT_BATCHES = (1, 4)
 DEFAULT_CONTEXTS = (32, 512)
 
@@ -43,22 +53,25 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     backend: str | None = None
-    suites: Sequence[str] = SUITE_NAMES
+    suites: Sequence[Suite] = ("decode",)
     batches: Sequence[int] = DEFAULT_BATCHES
     contexts: Sequence[int] = DEFAULT_CONTEXTS
-    steps: int = decode.DEFAULT_STEPS
-    rounds: int = decode.DEFAULT_ROUNDS
+    steps: int = DEFAULT_STEPS
+    rounds: int = DEFAULT_ROUNDS
     peers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for suite in self.suites:
-            if suite not in SUITE_NAMES:
-                raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(SUITE_NAMES)}")
+            if suite not in SUITES:
+                raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(SUITES)}")
 
     @property
-    def cases(self) -> list[decode.DecodeCase]:
+    def cases(self) -> list[Case]:
         return [
-            decode.DecodeCase(b, context, self.steps, self.rounds) for context in self.contexts for b in self.batches
+            Case(suite, batch, context, 1 if suite == "prefill" else self.steps, self.rounds)
+            for suite in self.suites
+            for context in self.contexts
+            for batch in self.batches
         ]
 
     def args(self) -> ModelArgs:
@@ -81,14 +94,9 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
         fixed = {"copy": copy_ceiling(plan.device), "matmul": matmul_ceiling(plan.device, plan.dtype)}
         progress(f"loading {plan.source.name}")
         llm = build(plan.source, args, plan.device, plan.dtype, plan.backend)
-        ours = decode.Ours(llm)
         with _peers(plan, args, progress) as peers:
             for case in plan.cases:
-                record = decode.run_case(
-                    case, ours, peers, probe, model=plan.source.name, args=args, dtype=plan.dtype, progress=progress
-                )
-                progress(f"decode {plan.source.name} batch {case.batch} context {case.context}: launch by launch")
-                record["launches"] = _launches(llm.model, case, probe, fixed["matmul"])
+                record = _measured(plan, case, llm, peers, probe, fixed["matmul"], progress)
                 ceilings: dict[str, Ceiling] = {"read": probe.ceiling(), **fixed}
                 result = replace(result, ceilings=ceilings, records=[*result.records, record])
                 if output is not None:
@@ -100,7 +108,33 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
     return result
 
 
-def _launches(model: Transformer, case: decode.DecodeCase, probe: ReadProbe, matmul: Ceiling) -> list[dict[str, Any]]:
+def _measured(
+    plan: Plan,
+    case: Case,
+    llm: Llama,
+    peers: dict[str, Runner | str],
+    probe: ReadProbe,
+    matmul: Ceiling,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """One case's record, ready for JSON."""
+    args = llm.model.params
+
+    def say(text: str) -> None:
+        progress(f"{case.suite} {plan.source.name} {case.label}: {text}")
+
+    measured = measure(case, args.vocab_size, Ours(llm), peers, probe, plan.dtype, say)
+    record = asdict(case) | {"model": plan.source.name, "dtype": str(plan.dtype).removeprefix("torch.")}
+    if case.suite == "decode":
+        record |= decode.record(case, measured, args, plan.dtype)
+        say("launch by launch")
+        record["launches"] = _launches(llm.model, case, probe, matmul)
+        return record
+    of_suite = prefill.record if case.suite == "prefill" else generate.record
+    return record | of_suite(case, measured, args, plan.dtype, matmul)
+
+
+def _launches(model: Transformer, case: Case, probe: ReadProbe, matmul: Ceiling) -> list[dict[str, Any]]:
     """The launches of a step at half of the case's steps, beside the least that they could take."""
     before = probe.sample().p50
     times = launch_times.launch_times(model, case.batch, case.context + case.steps // 2)
@@ -110,19 +144,20 @@ def _launches(model: Transformer, case: decode.DecodeCase, probe: ReadProbe, mat
 
 
 @contextlib.contextmanager
-def _peers(plan: Plan, args: ModelArgs, progress: Callable[[str], None]) -> Iterator[dict[str, decode.Runner | str]]:
+def _peers(plan: Plan, args: ModelArgs, progress: Callable[[str], None]) -> Iterator[dict[str, Runner | str]]:
     """The plan's peers by name, running, or the reason why one is not."""
-    peers: dict[str, decode.Runner | str] = {}
+    peers: dict[str, Runner | str] = {}
     with contextlib.ExitStack() as stack:
         for name in plan.peers:
-            reason = absence(name) or refusal(args)
+            reason = absence(name) or (refusal(args) if name == "reference" else None)
             if reason is not None:
                 peers[name] = reason
                 continue
             progress(f"starting {name}")
             try:
                 peers[name] = stack.enter_context(
-                    ReferencePeer(
+                    Peer(
+                        name,
                         plan.source,
                         device=plan.device,
                         dtype=plan.dtype,
@@ -142,19 +177,28 @@ def report(result: ResultFile) -> str:
         f"{environment.device_name}, {environment.threads} threads, torch {environment.torch}",
         *(_describe(ceiling) for ceiling in result.ceilings.values()),
     ]
-    if result.records:
-        first: dict[str, Any] = result.records[0]
-        lines += [
-            "",
-            f"decode of {first['model']} in {first['dtype']}, {first['steps']} greedy tokens, {first['rounds']} rounds",
-            decode.table(result.records),
-            "",
-            "a step launch by launch: how many, µs of one, % of the speed of light",
-            launch_times.table(result.records),
-        ]
+    for suite in dict.fromkeys(record["suite"] for record in result.records):
+        lines += ["", *_section(suite, [record for record in result.records if record["suite"] == suite])]
     if result.interrupted:
         lines.append("interrupted: only finished cases are shown")
     return "\n".join(lines)
+
+
+def _section(suite: str, records: Sequence[dict[str, Any]]) -> list[str]:
+    first = records[0]
+    how = f"{first['model']} in {first['dtype']}, {first['rounds']} rounds"
+    if suite == "prefill":
+        return [f"prefill of {how}", prefill.table(records)]
+    if suite == "generate":
+        return [f"generate on {how}: ragged prompts, {first['steps']} greedy tokens each", generate.table(records)]
+    lines = [f"decode of {how}, {first['steps']} greedy tokens", decode.table(records)]
+    if all("launches" in record for record in records):
+        lines += [
+            "",
+            "a step launch by launch: how many, µs of one, % of the speed of light",
+            launch_times.table(records),
+        ]
+    return lines
 
 
 def _describe(ceiling: Ceiling) -> str:

@@ -94,7 +94,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     files, found = _find_tensors(folder)
 
     check_dtypes(folder, {name: _torch_name(piece.stored_dtype) for name, piece in found.items()})
-    theirs = _their_names(params["n_layers"])
+    theirs = their_names(params["n_layers"])
     expected = list(theirs.values())
     if params["tied_output"] and theirs[OUTPUT_NAME] not in found:
         expected.remove(theirs[OUTPUT_NAME])
@@ -250,7 +250,7 @@ def _open_file(path: Path) -> Any:
         raise ValueError(f"{path}: is truncated or damaged ({shown(str(error))}); download it again") from error
 
 
-def _their_names(n_layers: int) -> dict[str, str]:
+def their_names(n_layers: int) -> dict[str, str]:
     """transformers' name of every weight, by Meta's."""
     theirs = {f"{ours}.weight": f"{name}.weight" for ours, name in OUTER_NAMES.items()}
     for layer in range(n_layers):

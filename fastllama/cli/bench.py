@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from fastllama.benchmarks.suite import Plan
 
 # Told here as well as in benchmarks/, which imports torch; a test holds the two together.
-SUITES = ("decode",)
-MODELS = ("builtin", "random-176m")
-PEERS = ("reference", "none")
+SUITES = ("decode", "prefill", "generate")
+MODELS = ("builtin", "random-176m", "llama3-8b", "llama3-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b")
+PEERS = ("reference", "transformers", "transformers-compiled", "none")
 EXIT_INTERRUPTED = 130
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks import measure, models, peers, suite
-from fastllama.benchmarks.decode import DecodeCase, Ours, Runner, Timing, run_case, table
+from fastllama.benchmarks import decode, measure, models, peers, rounds, suite
+from fastllama.benchmarks.decode import Timing, table
 from fastllama.benchmarks.measure import ReadProbe, read_result, summarize
 from fastllama.benchmarks.models import ModelSource, Run, build, random_tensors
-from fastllama.benchmarks.peers import PeerError, ReferencePeer, absence, compare
+from fastllama.benchmarks.peers import Peer, PeerError, absence, compare
 from fastllama.benchmarks.reference_peer import refusal
+from fastllama.benchmarks.rounds import SUITES, Case, Ours, Runner
 from fastllama.cli import bench as bench_command
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 600, "multiple_of": 16}
 SOURCE = ModelSource("tiny", shape=SHAPE)
 ARGS = SOURCE.args(max_batch_size=3, max_seq_len=32)
-CASE = DecodeCase(batch=2, context=5, steps=4, rounds=2)
+CASE = Case("decode", batch=2, context=5, steps=4, rounds=2)
 
 
 class Scripted:
@@ -54,12 +55,11 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> ReadProbe:
     return ReadProbe(CPU)
 
 
-def record_of(ours: Runner, peer: Runner | str, probe: ReadProbe, case: DecodeCase = CASE) -> dict[str, Any]:
+def record_of(ours: Runner, peer: Runner | str, probe: ReadProbe, case: Case = CASE) -> dict[str, Any]:
     said: list[str] = []
-    record = run_case(
-        case, ours, {"reference": peer}, probe, model="tiny", args=ARGS, dtype=torch.float32, progress=said.append
-    )
-    assert said and all("tiny" in line for line in said)
+    measured = rounds.measure(case, ARGS.vocab_size, ours, {"reference": peer}, probe, torch.float32, said.append)
+    assert said[0] == "comparing outputs"
+    record = dataclasses.asdict(case) | decode.record(case, measured, ARGS, torch.float32)
     json.dumps(record, allow_nan=False)
     return record
 
@@ -105,12 +105,12 @@ def test_build_gives_random_weights_a_printable_tokenizer() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch", 0), ("context", 0), ("steps", 1), ("rounds", 0)])
-def test_decode_case_rejects_sizes_that_measure_nothing(name: str, value: int) -> None:
+def test_case_rejects_sizes_that_measure_nothing(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least"):
-        dataclasses.replace(CASE, **{name: value})
+        dataclasses.replace(CASE, **{name: value})  # type: ignore[arg-type]
 
 
-def test_decode_case_prompts_differ_by_row_and_repeat() -> None:
+def test_case_prompts_differ_by_row_and_repeat() -> None:
     prompts = CASE.prompts(600)
     assert [len(prompt) for prompt in prompts] == [5, 5] and prompts[0] != prompts[1]
     assert prompts == CASE.prompts(600)
@@ -171,7 +171,7 @@ def test_timing_counts_decode_steps_only() -> None:
     assert timing.read_share == pytest.approx((0.5 + 1.2) / 2)
 
 
-def test_run_case_compares_first_then_alternates(probe: ReadProbe) -> None:
+def test_measure_compares_first_then_alternates(probe: ReadProbe) -> None:
     log: list[str] = []
     record = record_of(Scripted("ours", 0.01, log), Scripted("peer", 0.03, log), probe)
     assert log == ["ours?", "peer?", "ours", "peer", "peer", "ours"]
@@ -183,7 +183,7 @@ def test_run_case_compares_first_then_alternates(probe: ReadProbe) -> None:
     assert "3.00x" in table([record])
 
 
-def test_run_case_takes_shares_of_the_higher_neighbour(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_takes_shares_of_the_higher_neighbour(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([10.0, 30.0, 20.0, 40.0, 20.0, 10.0])
     monkeypatch.setattr(probe, "sample", lambda: summarize([next(rates)]))
     record = record_of(Scripted("ours", 0.01, []), Scripted("peer", 0.01, []), probe)
@@ -192,7 +192,7 @@ def test_run_case_takes_shares_of_the_higher_neighbour(probe: ReadProbe, monkeyp
     assert record["peers"]["reference"]["read_gb_per_second"]["p50"] == 35.0
 
 
-def test_run_case_reports_a_wrong_peer_and_never_times_it(probe: ReadProbe) -> None:
+def test_measure_reports_a_wrong_peer_and_never_times_it(probe: ReadProbe) -> None:
     log: list[str] = []
     record = record_of(Scripted("ours", 0.01, log), Scripted("peer", 0.001, log, tokens=8), probe)
     assert log == ["ours?", "peer?", "ours", "ours"]
@@ -204,7 +204,7 @@ def test_run_case_reports_a_wrong_peer_and_never_times_it(probe: ReadProbe) -> N
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_run_case_goes_on_without_a_peer_that_breaks(probe: ReadProbe, fails_at: int) -> None:
+def test_measure_goes_on_without_a_peer_that_breaks(probe: ReadProbe, fails_at: int) -> None:
     log: list[str] = []
     record = record_of(Scripted("ours", 0.01, log), Scripted("peer", 0.01, log, fails_at=fails_at), probe)
     assert record["peers"]["reference"]["status"] == "failed"
@@ -213,7 +213,7 @@ def test_run_case_goes_on_without_a_peer_that_breaks(probe: ReadProbe, fails_at:
     assert record["tokens_per_second"]["count"] == CASE.rounds
 
 
-def test_run_case_skips_an_absent_peer_by_name(probe: ReadProbe) -> None:
+def test_measure_skips_an_absent_peer_by_name(probe: ReadProbe) -> None:
     record = record_of(Scripted("ours", 0.01, []), "llama_models not installed", probe)
     assert record["peers"]["reference"] == {"status": "skipped", "reason": "llama_models not installed"}
     assert "reference skipped: llama_models not installed" in table([record])
@@ -243,8 +243,8 @@ def test_refusal_names_what_metas_code_cannot_run() -> None:
     assert "by 32" in str(refusal(ModelArgs(**{**scaled, "rope_scaling_factor": 32.0})))
 
 
-def start_reference(source: ModelSource) -> ReferencePeer:
-    return ReferencePeer(source, device=CPU, dtype=torch.float32, max_batch_size=3, max_seq_len=32)
+def start_reference(source: ModelSource) -> Peer:
+    return Peer("reference", source, device=CPU, dtype=torch.float32, max_batch_size=3, max_seq_len=32)
 
 
 def test_reference_peer_agrees_on_the_same_weights_and_not_on_others() -> None:
@@ -267,7 +267,7 @@ def test_reference_peer_says_why_it_cannot_start(tmp_path: Path) -> None:
 
 
 def test_reference_peer_that_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastllama.benchmarks.reference_peer.__name__", "fastllama.benchmarks.no_such_module")
+    monkeypatch.setitem(peers.PEERS, "reference", peers.Kind("fastllama.benchmarks.no_such_module", ()))
     with pytest.raises(PeerError, match=r"process ended: .*no_such_module"):
         start_reference(SOURCE)
 
@@ -300,7 +300,7 @@ def test_suite_keeps_finished_cases_when_interrupted(
                 raise KeyboardInterrupt
             return super().run(prompts, steps, logprobs)
 
-    monkeypatch.setattr("fastllama.benchmarks.decode.Ours", lambda llm: Interrupted("ours", 0.01, log))
+    monkeypatch.setattr("fastllama.benchmarks.suite.Ours", lambda llm: Interrupted("ours", 0.01, log))
     plan = suite.Plan(SOURCE, CPU, torch.float32, batches=(1, 2), contexts=(3,), steps=3, rounds=1)
     result = suite.run(plan, lambda text: None, tmp_path / "result.json")
     assert result.interrupted and [record["batch"] for record in result.records] == [1]
@@ -315,8 +315,8 @@ def test_suite_fails_before_measuring_where_it_cannot_write(tmp_path: Path) -> N
 
 
 def test_names_told_by_the_command_are_those_that_exist() -> None:
-    assert suite.SUITE_NAMES == bench_command.SUITES
+    assert SUITES == bench_command.SUITES
     assert models.MODEL_NAMES == bench_command.MODELS
-    assert (*peers.PEER_NAMES, "none") == bench_command.PEERS
-    with pytest.raises(ValueError, match="unknown suite 'prefill'"):
-        suite.Plan(SOURCE, CPU, torch.float32, suites=["prefill"])
+    assert (*peers.PEERS, "none") == bench_command.PEERS
+    with pytest.raises(ValueError, match="unknown suite 'load'"):
+        suite.Plan(SOURCE, CPU, torch.float32, suites=["load"])  # type: ignore[list-item]

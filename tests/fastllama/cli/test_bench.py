@@ -61,7 +61,7 @@ def test_bench_interrupted_prints_what_there_is(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastllama.benchmarks.decode.run_case", interrupt)
+    monkeypatch.setattr("fastllama.benchmarks.suite.measure", interrupt)
     result = run("bench", "--ckpt_dir", checkpoint, *BENCH, "--json")
     assert result.exit_code == program.EXIT_INTERRUPTED
     assert json.loads(result.stdout)["interrupted"] is True

@@ -1,0 +1,237 @@
+"""A case on ours and on peers: outputs compared first, then rounds in which they take turns.
+
+Each run stands between two samples of the read bandwidth, because a machine's speed drifts and only neighbours in time
+can be compared. A ratio is the median of the rounds' own ratios. Stop tokens are put aside, so that every row has the
+length that the case names.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+
+from fastllama.benchmarks.measure import Contention, ReadProbe, Summary, summarize, synchronize
+from fastllama.benchmarks.models import Run
+from fastllama.benchmarks.peers import Agreement, PeerError, compare
+from fastllama.generation import Llama
+
+Suite = Literal["decode", "prefill", "generate"]
+SUITES: tuple[Suite, ...] = get_args(Suite)
+OURS = "fastllama"
+DEFAULT_STEPS = 32
+DEFAULT_ROUNDS = 3
+MIN_STEPS = {"decode": 2, "prefill": 1, "generate": 1}  # one inter-token latency needs two tokens
+PROMPT_SEED = 7
+SHORTEST_PROMPT = 0.25  # of the longest, in a ragged batch
+BUSY_CORES = 0.1  # cores used by others from which a figure deserves a warning
+
+Progress = Callable[[str], None]
+
+
+class Runner(Protocol):
+    """Ours or a peer: greedy tokens for some prompts, with the time of each step."""
+
+    def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """`batch` rows of `context` prompt tokens each, or up to that many in `generate`, decoded for `steps` tokens."""
+
+    suite: Suite
+    batch: int
+    context: int
+    steps: int = DEFAULT_STEPS
+    rounds: int = DEFAULT_ROUNDS
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("context", 1), ("steps", MIN_STEPS[self.suite]), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def label(self) -> str:
+        return f"batch {self.batch} context {self.context}"
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the prompts. Ragged ones are spread evenly, the longest first."""
+        if self.suite != "generate" or self.batch == 1:
+            return [self.context] * self.batch
+        least = SHORTEST_PROMPT * self.context
+        step = (self.context - least) / (self.batch - 1)
+        return [max(1, round(self.context - row * step)) for row in range(self.batch)]
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        """Random token ids, the same for every caller of the same case; rows differ."""
+        generator = torch.Generator().manual_seed(PROMPT_SEED)
+        ids = torch.randint(vocab_size, (self.batch, self.context), generator=generator).tolist()
+        return [row[:length] for row, length in zip(ids, self.lengths, strict=True)]
+
+
+class Ours:
+    """fastllama as a Runner, through `Llama.stream`: what a user of the runtime gets, tokenizer and all."""
+
+    def __init__(self, llm: Llama) -> None:
+        self._llm = llm
+
+    def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run:
+        device = self._llm.model.device
+        tokens: list[list[int]] = [[] for _ in prompts]
+        scores: list[list[float]] = [[] for _ in prompts]
+        seconds: list[float] = []
+        with _without_stop_tokens(self._llm):
+            synchronize(device)
+            start = time.perf_counter()
+            for increment in self._llm.stream(prompts, steps, temperature=0.0, logprobs=logprobs):
+                tokens[increment.row] += increment.tokens
+                scores[increment.row] += increment.logprobs or []
+                # A step is over when the slowest row has its token.
+                complete = min(len(row) for row in tokens)
+                if complete > len(seconds):
+                    seconds += [time.perf_counter() - start] * (complete - len(seconds))
+        return Run(tokens, seconds, scores if logprobs else None)
+
+
+@contextlib.contextmanager
+def _without_stop_tokens(llm: Llama) -> Iterator[None]:
+    kept = llm.tokenizer.stop_tokens
+    llm.tokenizer.stop_tokens = set()
+    try:
+        yield
+    finally:
+        llm.tokenizer.stop_tokens = kept
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the rounds of a case came to, by runner: ours is called OURS."""
+
+    runs: dict[str, list[Run]]
+    ceilings: dict[str, list[float]]  # read bandwidth around each run, GB/s
+    reports: dict[str, dict[str, Any]]  # of each peer: its status and the reason for it
+    other_cores: float  # that other programs kept busy meanwhile
+
+    def record(self, figures: Callable[[list[Run], list[float]], dict[str, Any]], span: "Span") -> dict[str, Any]:
+        """Ours by `figures`, and beside it every peer that was measured, with the ratio of their spans, round by round.
+
+        A ratio above 1 says that ours is as many times as fast.
+        """
+        reports = {name: dict(report) for name, report in self.reports.items()}
+        ours = self.runs[OURS]
+        for name, report in reports.items():
+            if report["status"] == "measured":
+                pairs = zip(ours, self.runs[name], strict=True)
+                ratio: Summary = summarize(span(theirs) / span(mine) for mine, theirs in pairs)
+                report |= figures(self.runs[name], self.ceilings[name]) | {"ratio": asdict(ratio)}
+        return {"other_cores": self.other_cores, **figures(ours, self.ceilings[OURS]), "peers": reports}
+
+
+Span = Callable[[Run], float]  # the seconds of a run that a case is about
+
+
+def measure(
+    case: Case,
+    vocab_size: int,
+    ours: Runner,
+    peers: dict[str, Runner | str],
+    probe: ReadProbe,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> Measured:
+    """Compare, then time. `peers` holds a Runner or the reason why there is none.
+
+    KeyboardInterrupt passes through; the caller keeps earlier cases.
+    """
+    prompts = case.prompts(vocab_size)
+    progress("comparing outputs")
+    own = ours.run(prompts, case.steps, logprobs=True)  # also the warm-up
+    reports: dict[str, dict[str, Any]] = {}
+    timed: dict[str, Runner] = {OURS: ours}
+    for name, peer in peers.items():
+        if isinstance(peer, str):
+            reports[name] = {"status": "skipped", "reason": peer}
+            continue
+        try:
+            agreement = compare(own, peer.run(prompts, case.steps, logprobs=True), dtype)
+        except PeerError as error:
+            reports[name] = {"status": "failed", "reason": str(error)}
+            continue
+        reports[name] = _report(agreement)
+        if agreement.agrees:
+            timed[name] = peer
+    contention = Contention()
+    runs, ceilings = _time_rounds(case, timed, prompts, probe, reports, progress)
+    return Measured(runs, ceilings, reports, contention.cores())
+
+
+def _report(agreement: Agreement) -> dict[str, Any]:
+    if agreement.agrees:
+        return {"status": "measured", "agreement": asdict(agreement)}
+    return {"status": "disagrees", "reason": agreement.difference, "agreement": asdict(agreement)}
+
+
+def _time_rounds(
+    case: Case,
+    timed: dict[str, Runner],
+    prompts: list[list[int]],
+    probe: ReadProbe,
+    reports: dict[str, dict[str, Any]],
+    progress: Progress,
+) -> tuple[dict[str, list[Run]], dict[str, list[float]]]:
+    """(runs, read bandwidth in GB/s around each run) by runner; a peer that fails is reported and left out after."""
+    runs: dict[str, list[Run]] = {name: [] for name in timed}
+    ceilings: dict[str, list[float]] = {name: [] for name in timed}
+    alive = dict(timed)
+    for index in range(case.rounds):
+        # Every other round runs backwards, so that nobody always goes first.
+        order = list(alive) if index % 2 == 0 else list(reversed(alive))
+        before = probe.sample().p50
+        for name in order:
+            progress(f"round {index + 1}/{case.rounds}, {name}")
+            try:
+                run = alive[name].run(prompts, case.steps)
+            except PeerError as error:
+                reports[name] |= {"status": "failed", "reason": str(error)}
+                del alive[name]
+                continue
+            after = probe.sample().p50
+            runs[name].append(run)
+            # The higher neighbour: where the machine's bandwidth changed in between, the share is not flattered.
+            ceilings[name].append(max(before, after))
+            before = after
+    return runs, ceilings
+
+
+def versus(record: dict[str, Any], name: str) -> str:
+    """A table's cell: how many times as fast as a peer ours is, or why that is not known."""
+    peer = record["peers"].get(name)
+    if peer is None:
+        return "-"
+    if peer["status"] != "measured":
+        return str(peer["status"])
+    ratio = peer["ratio"]
+    return f"{ratio['p50']:.2f}x ({ratio['minimum']:.2f}-{ratio['maximum']:.2f})"
+
+
+def peer_names(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Every peer in the records, in order of appearance."""
+    return list(dict.fromkeys(name for record in records for name in record["peers"]))
+
+
+def notes(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What stands below a table: why a peer was not timed, and where others disturbed."""
+    found = []
+    for record in records:
+        for name, peer in record["peers"].items():
+            if peer["status"] != "measured":
+                found.append(f"{name} {peer['status']}: {peer['reason']}")
+        if record["other_cores"] > BUSY_CORES:
+            found.append(
+                f"batch {record['batch']} context {record['context']}: other programs used {record['other_cores']:.1f} "
+                "cores meanwhile; measure again when they rest"
+            )
+    return list(dict.fromkeys(found))

@@ -18,12 +18,12 @@ from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.peers import Agreement, PeerError, compare
 from fastllama.generation import Llama
 
-Suite = Literal["decode", "prefill", "generate"]
+Suite = Literal["decode", "prefill", "generate", "load", "memory"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 OURS = "fastllama"
 DEFAULT_STEPS = 32
 DEFAULT_ROUNDS = 3
-MIN_STEPS = {"decode": 2, "prefill": 1, "generate": 1}  # one inter-token latency needs two tokens
+MIN_STEPS = {"decode": 2}  # one inter-token latency needs two tokens; elsewhere one token is enough
 PROMPT_SEED = 7
 SHORTEST_PROMPT = 0.25  # of the longest, in a ragged batch
 BUSY_CORES = 0.1  # cores used by others from which a figure deserves a warning
@@ -48,7 +48,7 @@ class Case:
     rounds: int = DEFAULT_ROUNDS
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("context", 1), ("steps", MIN_STEPS[self.suite]), ("rounds", 1)):
+        for name, least in (("batch", 1), ("context", 1), ("steps", MIN_STEPS.get(self.suite, 1)), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks import decode, generate, launch_times, prefill
+from fastllama.benchmarks import decode, generate, launch_times, memory, prefill
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.measure import (
     GIGA,
@@ -67,12 +67,15 @@ class Plan:
 
     @property
     def cases(self) -> list[Case]:
-        return [
+        cases = [
             Case(suite, batch, context, 1 if suite == "prefill" else self.steps, self.rounds)
             for suite in self.suites
             for context in self.contexts
             for batch in self.batches
         ]
+        # Loading is the same for all but the size of the cache.
+        largest = max(self.batches), max(self.contexts)
+        return [case for case in cases if case.suite != "load" or (case.batch, case.context) == largest]
 
     def args(self) -> ModelArgs:
         """The model's arguments, with a cache just large enough."""
@@ -96,7 +99,10 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
         llm = build(plan.source, args, plan.device, plan.dtype, plan.backend)
         with _peers(plan, args, progress) as peers:
             for case in plan.cases:
-                record = _measured(plan, case, llm, peers, probe, fixed["matmul"], progress)
+                if case.suite in ("load", "memory"):
+                    record = _started(plan, case, fixed["copy"], progress)
+                else:
+                    record = _measured(plan, case, llm, peers, probe, fixed["matmul"], progress)
                 ceilings: dict[str, Ceiling] = {"read": probe.ceiling(), **fixed}
                 result = replace(result, ceilings=ceilings, records=[*result.records, record])
                 if output is not None:
@@ -106,6 +112,17 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
         if output is not None:
             write_result(result, output)
     return result
+
+
+def _started(plan: Plan, case: Case, copy: Ceiling, progress: Callable[[str], None]) -> dict[str, Any]:
+    """One record of the load or the memory suite, ready for JSON."""
+    progress(f"{case.suite} {plan.source.name} {case.label}")
+    dtype = str(plan.dtype).removeprefix("torch.")
+    record = asdict(case) | {"model": plan.source.name, "dtype": dtype}
+    how = {"device": str(plan.device), "dtype": dtype, "backend": plan.backend}
+    if case.suite == "load":
+        return record | memory.load_record(case, plan.source, how, copy)
+    return record | memory.memory_record(case, plan.source, how)
 
 
 def _measured(
@@ -189,6 +206,10 @@ def _section(suite: str, records: Sequence[dict[str, Any]]) -> list[str]:
     how = f"{first['model']} in {first['dtype']}, {first['rounds']} rounds"
     if suite == "prefill":
         return [f"prefill of {how}", prefill.table(records)]
+    if suite == "load":
+        return [f"load {first['model']} as {first['dtype']}, {first['rounds']} rounds", memory.load_table(records)]
+    if suite == "memory":
+        return [f"memory of {first['model']} in {first['dtype']}, MiB", memory.memory_table(records)]
     if suite == "generate":
         return [f"generate on {how}: ragged prompts, {first['steps']} greedy tokens each", generate.table(records)]
     lines = [f"decode of {how}, {first['steps']} greedy tokens", decode.table(records)]

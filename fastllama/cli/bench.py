@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastllama.benchmarks.suite import Plan
 
 # Told here as well as in benchmarks/, which imports torch; a test holds the two together.
-SUITES = ("decode", "prefill", "generate")
+SUITES = ("decode", "prefill", "generate", "load", "memory")
 MODELS = ("builtin", "random-176m", "llama3-8b", "llama3-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b")
 PEERS = ("reference", "transformers", "transformers-compiled", "none")
 EXIT_INTERRUPTED = 130

@@ -318,5 +318,5 @@ def test_names_told_by_the_command_are_those_that_exist() -> None:
     assert SUITES == bench_command.SUITES
     assert models.MODEL_NAMES == bench_command.MODELS
     assert (*peers.PEERS, "none") == bench_command.PEERS
-    with pytest.raises(ValueError, match="unknown suite 'load'"):
-        suite.Plan(SOURCE, CPU, torch.float32, suites=["load"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="unknown suite 'speed'"):
+        suite.Plan(SOURCE, CPU, torch.float32, suites=["speed"])  # type: ignore[list-item]

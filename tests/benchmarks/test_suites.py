@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastllama.benchmarks import generate, peers, prefill, rounds, suite
+from fastllama.benchmarks import generate, memory, peers, prefill, rounds, suite
 from fastllama.benchmarks.measure import Ceiling, ReadProbe, summarize
 from fastllama.benchmarks.models import PUBLISHED_MODELS, ModelSource, Run, build
 from fastllama.benchmarks.peers import Peer, compare
@@ -15,6 +16,7 @@ from fastllama.benchmarks.rounds import Case, Measured, Ours
 from fastllama.speed_of_light import prefill as prefill_work
 from fastllama.speed_of_light import total_flops
 from tests.benchmarks.test_decode import ARGS, CPU, SOURCE, Scripted, probe
+from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 __all__ = ["probe"]  # a fixture
 MATMUL = Ceiling("matmul", "TFLOP/s", "given", summarize([1e-6]))
@@ -107,13 +109,43 @@ def test_transformers_takes_scaled_rope_and_tied_output() -> None:
 def test_all_suites_run_in_one_result(probe: ReadProbe) -> None:
     plan = suite.Plan(SOURCE, CPU, torch.float32, suites=rounds.SUITES, batches=(2,), contexts=(4,), steps=3, rounds=1)
     result = suite.run(plan, lambda text: None)
-    assert [(record["suite"], record["steps"]) for record in result.records] == [
-        ("decode", 3),
-        ("prefill", 1),
-        ("generate", 3),
-    ]
+    assert {record["suite"]: record["steps"] for record in result.records} == {
+        "decode": 3,
+        "prefill": 1,
+        "generate": 3,
+        "load": 3,
+        "memory": 3,
+    }
     shown = suite.report(result)
-    assert all(part in shown for part in ("decode of tiny", "prefill of tiny", "ttft ms p50", "generate on tiny"))
+    parts = (
+        "decode of tiny",
+        "prefill of tiny",
+        "ttft ms p50",
+        "generate on tiny",
+        "memory of tiny",
+        "not run: random",
+    )
+    assert all(part in shown for part in parts)
+
+
+def test_load_and_memory_are_those_of_a_fresh_process(tmp_path: Path) -> None:
+    params = tiny_params()
+    write_meta(tmp_path, params, random_weights(params, seed=3), shards=2)
+    write_tokenizer(tmp_path)
+    source = ModelSource.folder(str(tmp_path), None)
+    how = {"device": "cpu", "dtype": "float32", "backend": None}
+    loaded = memory.load_record(Case("load", 2, 8, 2, rounds=2), source, how, MATMUL)
+    json.dumps(loaded, allow_nan=False)
+    files = memory.weight_files(tmp_path)
+    assert len(files) == 2 and loaded["checkpoint_bytes"] == sum(path.stat().st_size for path in files)
+    assert loaded["seconds"]["count"] == 2 and loaded["seconds"]["minimum"] > 0
+    assert "GB/s" in memory.load_table([loaded | {"batch": 2, "context": 8}])
+    record = memory.memory_record(Case("memory", 2, 8, 2), source, how)
+    planned = record["planned"]
+    assert planned["total"] == planned["weights"] + planned["cache"] + planned["workspace"] > 0
+    assert record["peak_bytes"] >= record["held_bytes"] > 0
+    with pytest.raises(memory.LoadError, match="nowhere"):
+        memory.memory_record(Case("memory", 1, 8, 2), ModelSource("no", ckpt_dir="nowhere", tokenizer_path="x"), how)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 OLDER_TRITON := .cache/triton-3.6.0
 WITH_OLDER_TRITON := PYTHONPATH=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python
 
-.PHONY: help install demo test test-triton-3.6 kernels-report gpu-report lint types clean
+.PHONY: help install demo test test-triton-3.6 kernels-report gpu-report readme bench-smoke lint types clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,13 @@ kernels-report: $(INSTALLED) $(OLDER_TRITON) ## Compile the kernels for five GPU
 gpu-report: ## With RESULTS=dir, on a machine with a GPU and its own torch and triton: tests and times
 	$(PYTHON) -m fastllama.benchmarks.gpu_report \
 		--results $(or $(RESULTS),$(error say where to: make gpu-report RESULTS=dir)) $(if $(COMMIT),--commit $(COMMIT))
+
+readme: $(INSTALLED) ## Write the figures of benchmarks/results/ into the README
+	$(BIN)/python -m fastllama.benchmarks.readme
+
+bench-smoke: $(INSTALLED) ## Every suite against every peer, at toy size
+	$(BIN)/fastllama bench --suite decode,prefill,generate,load,memory --peers reference,transformers,transformers-compiled \
+		--batch 1,2 --context 8 --steps 3 --rounds 1
 
 $(OLDER_TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

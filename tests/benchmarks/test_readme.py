@@ -1,0 +1,45 @@
+"""The README's figures: those of the result files, and no others."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fastllama.benchmarks import readme
+from fastllama.benchmarks.environment import describe_environment
+from fastllama.benchmarks.measure import Ceiling, ResultFile, summarize, write_result
+
+
+def test_the_readme_holds_the_figures_of_the_result_files() -> None:
+    kept = readme.README.read_text(encoding="utf-8")
+    assert readme.with_figures(kept, readme.figures()) == kept, "run `make readme`"
+
+
+def test_every_file_is_named_with_its_figures_and_plots(tmp_path: Path) -> None:
+    ceiling = Ceiling("read", "GB/s", "by hand", summarize([12.5]))
+    for name in ("one", "two"):
+        write_result(ResultFile(describe_environment("cpu"), {"read": ceiling}), tmp_path / f"{name}.json")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "throughput.png").write_bytes(b"")
+    found = readme.figures(tmp_path)
+    assert found.index("results/one.json") < found.index("results/two.json")
+    assert found.count("12.5 GB/s") == 2
+    assert found.count("![throughput](benchmarks/results/two/throughput.png)") == 1 and "latency" not in found
+
+
+def test_figures_stand_between_the_marks_alone() -> None:
+    text = f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n"
+    assert readme.with_figures(text, "new") == f"above\n{readme.BEGIN}\nnew\n{readme.END}\nbelow\n"
+    with pytest.raises(ValueError, match="must have the marks"):
+        readme.with_figures("no marks", "new")
+
+
+def test_check_fails_on_other_figures_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"{readme.BEGIN}\n1000 tokens/s\n{readme.END}\n")
+    monkeypatch.setattr(readme, "README", path)
+    monkeypatch.setattr(readme, "figures", lambda: "10 tokens/s")
+    run = CliRunner()
+    assert run.invoke(readme.main, ["--check"]).exit_code == 1 and "1000" in path.read_text()
+    assert run.invoke(readme.main, []).exit_code == 0 and "1000" not in path.read_text()
+    assert run.invoke(readme.main, ["--check"]).exit_code == 0

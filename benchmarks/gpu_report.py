@@ -1,6 +1,7 @@
 """One command for a machine with a GPU: everything worth knowing of this project there, most valuable first.
 
-Needs nothing but the checkout and the machine's own torch and triton. The sections run in a process of their own and
+Needs nothing but the checkout and the package's dependencies (torch, triton, psutil, tiktoken, safetensors, tqdm) as
+the machine has them: no installation, no network. The sections run in a process of their own and
 this one writes what they bring as it comes: one that fails, hangs or takes the GPU down with it costs what it had left
 to say, and the next goes on in a new process. On a machine without a GPU everything runs on toy sizes, with kernels
 interpreted: a rehearsal, whose times mean nothing.
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from queue import Empty
@@ -24,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastllama.benchmarks.measure import Ceiling, ResultFile
 
-BUDGET_SECONDS = 520.0
+BUDGET_SECONDS = 510.0
 START_SECONDS = 90.0  # for the sections' process to begin
 PATIENCE_SECONDS = 240.0  # for the next thing that a section finds
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # to stop what the sections' process has started itself
-REPORT_FILE, SUMMARY_FILE = "report.json", "summary.md"
+REPORT_FILE, SUMMARY_FILE, TESTS_FILE = "report.json", "summary.md", "gpu-tests.txt"
 # In order of value, with the function of each.
 SECTIONS = {
     "ceilings": "fastllama.benchmarks.report_sections:ceilings",
@@ -44,6 +46,7 @@ SECTIONS = {
     "kernel tests": "fastllama.benchmarks.report_tests:kernel_tests",
 }
 NEEDED = "ceilings"  # by every other section
+PACKAGES = ("torch", "triton", "psutil", "tiktoken", "safetensors", "tqdm", "numpy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--budget", type=float, default=BUDGET_SECONDS, metavar="S", help="seconds in all (default: %(default)g)"
     )
     parser.add_argument(
-        "--sections", default=",".join(SECTIONS), metavar="NAMES", help="which, with commas between (default: all)"
+        "--sections",
+        default=",".join(SECTIONS),
+        metavar="NAMES",
+        help=f"which of {', '.join(SECTIONS)}; ceilings always runs, and their order stays (default: all)",
     )
     parser.add_argument("--commit", metavar="HASH", help="the commit, where the checkout comes without its .git")
     parser.add_argument("--json", action="store_true", help="the report's object as the last line of stdout")
@@ -75,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"cannot make the folder {options.results}: {error.strerror}")
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        parser.error(f"this python lacks {', '.join(missing)}: run with one that has them (make gpu-report PYTHON=...)")
     sections = {name: function for name, function in SECTIONS.items() if name in (NEEDED, *names)}
+    signal.signal(signal.SIGTERM, _interrupt)
     result = report(options.results, sections, options.budget, options.commit)
     print(
         json.dumps(result.to_json(), allow_nan=False) if options.json else (options.results / SUMMARY_FILE).read_text()
@@ -88,6 +98,7 @@ def report(results: Path, sections: Mapping[str, str], budget: float, commit: st
 
     budget: seconds in all. commit: where it cannot be found out.
     """
+    end = time.monotonic() + budget
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -101,10 +112,11 @@ def report(results: Path, sections: Mapping[str, str], budget: float, commit: st
     device = "cuda" if has_gpu else "cpu"
     environment = describe_environment(device)
     keeper = _Keeper(results, ResultFile(replace(environment, git_commit=environment.git_commit or commit), {}))
-    waiting, end = list(sections.items()), time.monotonic() + budget
+    (results / TESTS_FILE).unlink(missing_ok=True)  # of an earlier run
+    waiting = list(sections.items())
     try:
         while waiting and time.monotonic() < end:
-            waiting = waiting[_Sections(device, results, waiting, keeper).run(end) :]
+            waiting = waiting[_Sections(device, results, waiting, keeper, end).run() :]
     except KeyboardInterrupt:
         keeper.interrupt()
         _say("interrupted: what was found stays")
@@ -122,11 +134,16 @@ class _Keeper:
         self._write()
 
     def add(self, section: str, found: "Ceiling | dict[str, Any]") -> None:
+        before = self.result
         if isinstance(found, dict):
-            self.result = replace(self.result, records=[*self.result.records, {"suite": section, **found}])
+            self.result = replace(before, records=[*before.records, {"suite": section, **found}])
         else:
-            self.result = replace(self.result, ceilings={**self.result.ceilings, found.name: found})
-        self._write()
+            self.result = replace(before, ceilings={**before.ceilings, found.name: found})
+        try:
+            self._write()
+        except (ValueError, TypeError, KeyError) as error:  # a figure that is not finite, say: no reason to stop
+            self.result = before
+            self.add(section, {"error": f"cannot be written: {error!r}, of {found!r}"[:500]})
 
     def interrupt(self) -> None:
         self.result = replace(self.result, interrupted=True)
@@ -143,22 +160,24 @@ class _Keeper:
 class _Sections:
     """Sections in a process of their own, as this one follows them."""
 
-    def __init__(self, device: str, results: Path, sections: Sequence[tuple[str, str]], keeper: _Keeper) -> None:
+    def __init__(
+        self, device: str, results: Path, sections: Sequence[tuple[str, str]], keeper: _Keeper, end: float
+    ) -> None:
         context = multiprocessing.get_context("spawn")
-        self._names, self._keeper = [name for name, _ in sections], keeper
+        self._names, self._keeper, self._end = [name for name, _ in sections], keeper, end
         self._queue = context.Queue()
         functions = [function for _, function in sections]
-        arguments = (device, results, functions, dict(keeper.result.ceilings), self._queue)
+        arguments = (device, results, functions, dict(keeper.result.ceilings), end, self._queue)
         self._process = context.Process(target=_work, args=arguments)
 
-    def run(self, end: float) -> int:
+    def run(self) -> int:
         """Until they are done, one of them ends the process, or time is up -> how many are over with."""
         self._process.start()
         over, heard, patience, begun = 0, time.monotonic(), START_SECONDS, 0.0
         try:
             while over < len(self._names):
                 name = self._names[over]
-                if time.monotonic() >= end:
+                if time.monotonic() >= self._end:
                     self._keeper.add(name, {"not_run": "no time left for the rest"})
                     return over + 1
                 try:
@@ -194,11 +213,17 @@ class _Sections:
         return None
 
 
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _work(device: str, results: Path, functions: Sequence[str], ceilings: dict[str, Any], queue: Any) -> None:
+def _work(
+    device: str, results: Path, functions: Sequence[str], ceilings: dict[str, Any], end: float, queue: Any
+) -> None:
     """The sections' process: (kind, what was found) for each thing that they bring."""
     import torch
 
@@ -207,7 +232,7 @@ def _work(device: str, results: Path, functions: Sequence[str], ceilings: dict[s
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    bench = Bench(torch.device(device), FULL if device == "cuda" else TOY, results, ceilings)
+    bench = Bench(torch.device(device), FULL if device == "cuda" else TOY, results, end, ceilings)
     for function in functions:
         queue.put(("begin", None))
         try:

@@ -133,7 +133,7 @@ def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], o
         return call
     call()  # compiles what has to be compiled
     synchronize(device)
-    graph = CudaGraph(device, torch.cuda.graph_pool_handle())
+    graph = CudaGraph.alone(device)
     graph.capture(call)
     return graph.replay
 

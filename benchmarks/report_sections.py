@@ -4,6 +4,7 @@ A record is one flat JSON object. Models have random weights, and caches random 
 Every rate is of greedy steps through `Decoder`, as `Llama.generate` runs them.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Bench:
     device: torch.device
     sizes: Sizes
     results: Path  # the folder of result files
+    end: float = math.inf  # by time.monotonic(), when the report has to be done
     ceilings: dict[str, Ceiling] = field(default_factory=dict)
     _models: dict[str, Transformer] = field(default_factory=dict)
 
@@ -121,7 +123,7 @@ def boundaries(bench: Bench) -> Found:
 
 
 def launches(bench: Bench) -> Found:
-    """Each launch of a decode step against the speed of light, and a step of them."""
+    """Each launch of a decode step against the speed of light."""
     sizes = bench.sizes
     cases = [(batch, sizes.contexts[0]) for batch in sizes.batches] + [(1, sizes.contexts[-1])]
     for batch, context in dict.fromkeys(cases):
@@ -133,11 +135,15 @@ def launches(bench: Bench) -> Found:
 
 
 def decode(bench: Bench) -> Found:
-    """Tokens a second at every batch and context, as users get them."""
+    """Tokens a second at every batch and context, as users get them: of some runs, the middle one."""
     for context in bench.sizes.contexts:
         for batch in bench.sizes.batches:
             for name in bench.sizes.models:
-                yield _rate(bench, name, Decoder(bench.model(name)), batch, context)
+                decoder = Decoder(bench.model(name))
+                runs = [_rate(bench, name, decoder, batch, context) for _ in range(bench.sizes.rounds)]
+                runs.sort(key=lambda record: record["tokens_per_second"])
+                rates = [record["tokens_per_second"] for record in runs]
+                yield runs[len(runs) // 2] | {"slowest": rates[0], "fastest": rates[-1]}
 
 
 def switches(bench: Bench) -> Found:

@@ -13,12 +13,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
+from itertools import product
 from pathlib import Path
 
 import torch
 
+from fastllama.benchmarks.gpu_report import TESTS_FILE
 from fastllama.benchmarks.gpus import Gpu, recorded
 from fastllama.benchmarks.launches import Shape, prefill_ops, whole_step
 from fastllama.benchmarks.report_sections import Bench, Found
@@ -26,13 +29,16 @@ from fastllama.kernels.dependent import switched
 from fastllama.kernels.target import current_target
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = "gpu-tests.txt"
 NEEDED = ("pytest", "pytest_timeout", "hypothesis")
 GPU_TESTS = ("tests/gpu", "tests/fastllama/test_gpu.py")
 KERNEL_TESTS = ("tests/kernels", "tests/fastllama/test_fused.py")
-GPU_TESTS_SECONDS, KERNEL_TESTS_SECONDS = 150.0, 240.0
-WORKERS = 8  # with a share of the GPU's memory each
+GPU_TESTS_SECONDS, KERNEL_TESTS_SECONDS = 150.0, 180.0
+COMPILING_SECONDS = 60.0  # beyond the tests
+SPARE_SECONDS = 15.0  # of the report's, to say what the tests came to
+WORKERS = 8
 OUTCOMES = ("passed", "failed", "skipped", "error")
+# A test's line as pytest prints it, alone or by a worker of several.
+LINE = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] ([A-Z]+) |\S+::.* ([A-Z]+) +\[ *\d+%\]$)", re.MULTILINE)
 
 
 def gpu_tests(bench: Bench) -> Found:
@@ -56,24 +62,25 @@ def _tests(bench: Bench, paths: tuple[str, ...], limit: float) -> Found:
         return
     several = bench.device.type == "cuda" and importlib.util.find_spec("xdist") is not None
     # Another machine's versions may deprecate what ours do not: that is no failure there.
-    command = [sys.executable, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", *paths]
+    lenient = ("-W", "default::DeprecationWarning", "-W", "default::FutureWarning")
+    command = [sys.executable, "-m", "pytest", "-v", *lenient, "-p", "no:cacheprovider", *paths]
     command += ["-n", str(min(WORKERS, os.cpu_count() or 1))] if several else []
     start = time.perf_counter()
-    with (bench.results / FILE).open("a+", encoding="utf-8") as file:
+    with (bench.results / TESTS_FILE).open("a+", encoding="utf-8") as file:
         file.write(f"$ python {' '.join(command[1:])}\n")
         file.flush()
         begin = file.tell()
-        code = _run(command, file.fileno(), limit)
+        code = _run(command, file.fileno(), min(limit, bench.end - time.monotonic() - SPARE_SECONDS))
         file.seek(begin)
         printed = file.read()
-    counted = {word: int(number) for number, word in re.findall(rf"(\d+) ({'|'.join(OUTCOMES)})", _last_line(printed))}
+    counted = Counter((alone or by_worker).lower() for by_worker, alone in LINE.findall(printed))
     yield {
         "tests": " ".join(paths),
-        **{f"n_{outcome}": counted.get(outcome, 0) for outcome in OUTCOMES},
+        **{f"n_{outcome}": counted[outcome] for outcome in OUTCOMES},
         "returncode": code,
         "seconds": time.perf_counter() - start,
         "failures": sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE))),
-        "file": FILE,
+        "file": TESTS_FILE,
     }
 
 
@@ -81,16 +88,12 @@ def _run(command: list[str], output: int, limit: float) -> int | None:
     """The command's exit code; None where it had to be stopped, with all that it started."""
     with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as child:
         try:
-            return child.wait(limit)
+            return child.wait(max(limit, 0.0))
         except subprocess.TimeoutExpired:
             return None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-
-
-def _last_line(text: str) -> str:
-    return text.rstrip().rpartition("\n")[2]
 
 
 @contextlib.contextmanager
@@ -101,14 +104,19 @@ def _compiling(bench: Bench) -> Iterator[None]:
         return
     gpu = gpu_of(bench.device)
     context = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1)
-    for shape in bench.sizes.models.values():
-        for batch in bench.sizes.batches:
-            for launch, prefetch in ((True, True), (True, False), (False, False)):
-                workers.submit(compile_step, gpu, shape, batch, launch, prefetch)
-        workers.submit(compile_prefill, gpu, shape)
+    n_workers = max(1, (os.cpu_count() or 1) // 2)  # the tests take the other half
+    workers = ProcessPoolExecutor(n_workers, mp_context=context, max_tasks_per_child=1)
+    shapes, batches = bench.sizes.models.values(), bench.sizes.batches
+    switches = ((True, True), (True, False), (False, False))
+    tasks = [workers.submit(compile_step, gpu, *how, *on) for on in switches for how in product(shapes, batches)]
+    tasks += [workers.submit(compile_prefill, gpu, shape) for shape in shapes]
     try:
         yield
+        # What follows is timed: nothing should be compiling meanwhile.
+        done, late = wait(tasks, timeout=min(COMPILING_SECONDS, bench.end - time.monotonic() - SPARE_SECONDS))
+        failed = [error for task in done if (error := task.exception()) is not None]
+        if late or failed:
+            print(f"compiled ahead: {len(done)} of {len(tasks)}, failed: {failed}", file=sys.stderr, flush=True)
     finally:
         workers.shutdown(wait=False, cancel_futures=True)
 

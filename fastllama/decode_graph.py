@@ -7,6 +7,7 @@ way ahead of what it has read; what they wrote comes to it by copies beside the 
 device never waits for the host. A row that has ended rests, and costs next to nothing.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -53,16 +54,25 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph. All that are given one pool share their memory, and so run one at a time."""
+    """A CUDA graph. All that are given one stream and pool share their memory, and so run one at a time."""
 
-    def __init__(self, device: torch.device, pool: Any) -> None:
-        self._device, self._pool = device, pool
+    _capturing = threading.Lock()  # torch captures one graph at a time
+
+    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        """stream: to capture on, of the device that the launches go to; no other work may be on it."""
+        self._stream, self._pool = stream, pool
         self._graph = torch.cuda.CUDAGraph()
 
+    @classmethod
+    def alone(cls, device: torch.device) -> "CudaGraph":
+        """One with memory of its own."""
+        return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+
     def capture(self, launches: Callable[[], object]) -> None:
-        # Other threads may go on with what they do on the device.
-        how = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, **how):
+        # Entering torch's context makes the stream's device the current one. Without a stream it would take one that
+        # all graphs of the process share, on whichever device captured first. Other threads may go on meanwhile.
+        how = {"stream": self._stream, "pool": self._pool, "capture_error_mode": "thread_local"}
+        with self._capturing, torch.cuda.device(self._stream.device), torch.cuda.graph(self._graph, **how):
             launches()
 
     def replay(self) -> None:
@@ -73,8 +83,8 @@ class Decoder:
     """The decode steps of one model, whose cache rows 0, 1, … they use: hold `model.exclusively()` around a call.
 
     A call is `begin`, then `choose` with the logits of the prompts' last tokens, then `launch` and `receive` by turns.
-    Only `receive` waits, and for no more than it brings. Graphs are made anew when the model's weights or cache have
-    moved.
+    Only `receive` waits, and for no more than it brings; and `begin`, for the device, when a graph has to be captured
+    that `warm` has not. Graphs are made anew when the model's weights or cache have moved.
     """
 
     def __init__(
@@ -181,7 +191,8 @@ class Decoder:
             cache.max_batch_size, cache.max_seq_len + self.unroll, model.vocab_size, model.device
         )
         self._arrivals = Arrivals(self._state, self.unroll, REPLAYS_AHEAD + 1)
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        if model.device.type == "cuda":
+            self._stream, self._pool = torch.cuda.Stream(model.device), torch.cuda.graph_pool_handle()
         self._revision = model.revision
 
     def _graph_of(self, n_rows: int) -> Graph | None:
@@ -201,7 +212,7 @@ class Decoder:
             for _ in range(self.unroll):
                 step(self.model, state)
 
-        graph = self._new_graph() if self._new_graph else CudaGraph(self.model.device, self._pool)
+        graph = self._new_graph() if self._new_graph else CudaGraph(self._stream, self._pool)
         self._state.park()  # so that the run before, which compiles kernels, leaves nothing behind
         steps()
         graph.capture(steps)

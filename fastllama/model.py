@@ -134,6 +134,7 @@ class Transformer(nn.Module):
         expected = {name: shape for name, shape in self.params.shapes.items() if name not in ignored}
         homes = {name: slot for slot in slots(self, self.layers) for name in slot.names}
         waiting: dict[str, Tensor] = {}
+        self.revision += 1  # first: a load that breaks off half-way has replaced tensors, too
         for name, tensor in tensors:
             if name in ignored:
                 continue
@@ -148,7 +149,6 @@ class Transformer(nn.Module):
                 self._set(slot, [waiting.pop(part) for part in slot.names])
         if expected:
             raise ValueError(f"{len(expected)} weights are missing: {_some(expected)}")
-        self.revision += 1
         if self.params.tied_output:  # one copy in memory where the backend packs nothing
             self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
 

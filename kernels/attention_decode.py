@@ -74,7 +74,8 @@ def _prefetch_share(cache_k_ptr, cache_v_ptr, positions_ptr, slot, head_tile, B,
     brings the wrong keys, and nothing else. Slots go round the rows.
     """
     row, begin = slot % B, slot // B * KEYS
-    length = tl.minimum(tl.load(positions_ptr + row), T).to(tl.int32)
+    # Whatever number stands there, an address inside the cache: cut before it becomes 32 bits.
+    length = tl.minimum(tl.maximum(tl.load(positions_ptr + row), 0), T).to(tl.int32)
     n_keys = tl.minimum(tl.maximum(length - begin, 0), KEYS)
     wanted = ((n_keys > 0) & (head_tile % TILES == 0)).to(tl.int32)
     at = ((row.to(tl.int64) * K + head_tile // TILES) * T + begin) * D

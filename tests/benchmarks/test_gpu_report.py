@@ -135,7 +135,8 @@ def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: 
     bench = Bench(torch.device("cpu"), TOY, tmp_path)
     (record,) = report_tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=4.0)
     assert record["returncode"] is None and record["seconds"] < 60  # type: ignore[index]
-    assert "test_bad FAILED" in (tmp_path / report_tests.FILE).read_text()
+    assert (record["n_passed"], record["n_failed"]) == (1, 1)  # type: ignore[index]
+    assert "test_bad FAILED" in (tmp_path / gpu_report.TESTS_FILE).read_text()
     (record,) = report_tests._tests(bench, ("test_fast.py",), limit=60.0)
     assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, 1)  # type: ignore[index]
     assert record["failures"] == ["test_fast.py::test_bad"]  # type: ignore[index]

@@ -142,6 +142,20 @@ def test_graphs_are_made_once_for_each_batch_size_and_anew_for_other_weights(llm
     assert answers(llm, **CALLS[0]) == after
 
 
+def test_a_load_that_breaks_off_leaves_no_graph_of_replaced_weights(llm: Llama) -> None:
+    recorder = Recorder()
+    llm.decoder = Decoder(llm.model, new_graph=recorder)
+    answers(llm, **CALLS[0])
+    made, weights = len(recorder.tapes), llm.model.state_dict()
+    del weights["norm.weight"]
+    with pytest.raises(ValueError, match="1 weights are missing"):
+        llm.model.load_tensors((name, -weight) for name, weight in weights.items())
+    after = answers(llm, **CALLS[0])
+    assert len(recorder.tapes) == made + 1
+    llm.decoder = Decoder(llm.model)
+    assert answers(llm, **CALLS[0]) == after
+
+
 def test_warming_up_changes_nothing_that_a_call_reads(llm: Llama) -> None:
     llm.decoder = Decoder(llm.model, new_graph=Tape)
     llm.generate(PROMPTS, 2, temperature=0)

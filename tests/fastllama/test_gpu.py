@@ -19,6 +19,11 @@ RUNS = 100
 CALLS = [(PROMPTS, 0.0), (PROMPTS[::-1], 1.0), (PROMPTS[1:3], 0.7)]
 
 
+@pytest.fixture(autouse=True)
+def nan_in_empty_memory() -> None:
+    """Not here: it would put launches between the model's own, and the model is to run as it does for users."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gpu")
@@ -87,12 +92,13 @@ def test_a_stream_brings_what_generate_returns(folder: Path) -> None:
     assert gained == expected
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_but_the_results_is_waited_for(folder: Path) -> None:
     """From the prompts on: torch raises at whatever stops the host until the device is done."""
     llm = build(folder, None, None)
     expected = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         assert llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0) == expected
         assert list(llm.stream(PROMPTS[:1], MAX_GEN_LEN, seed=3))
     finally:

@@ -24,8 +24,9 @@ from fastllama.kernels.ragged import Ragged, Sampling, Workspace
 
 # Tokens of a row that attend together: keeps the mask of a long prompt small, and skips keys that are in their future.
 QUERY_BLOCK_TOKENS = 128
-# oneDNN streams a packed weight up to 1.4 times as fast for four rows as for one, two or three.
-ONEDNN_MIN_ROWS = 4
+# With AVX-512, oneDNN streams a packed weight up to 1.4 times as fast for four rows as for fewer; with AVX2 it is the
+# fewer the faster.
+ONEDNN_MIN_ROWS = 4 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 1
 
 
 def pack(*parts: Tensor) -> Tensor:
@@ -226,7 +227,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.is_mkldnn:
         n_tokens = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, max(0, ONEDNN_MIN_ROWS - n_tokens)))
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")
+        if n_tokens < ONEDNN_MIN_ROWS:
+            x = F.pad(x, (0, 0, 0, ONEDNN_MIN_ROWS - n_tokens))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return y[:n_tokens]
     return F.linear(x, weight)

@@ -1,4 +1,4 @@
-"""`fastllama bench`: how fast, against what the machine allows and against Meta's code."""
+"""`fastllama bench`: how fast, against what the machine allows and against other implementations."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,12 @@ EXIT_INTERRUPTED = 130
 @checkpoint_options
 @click.option("--batch", "batches", type=Integers(), default="1,4", show_default=True, help="Rows decoded together.")
 @click.option(
-    "--context", "contexts", type=Integers(), default="32,512", show_default=True, help="Tokens in each prompt."
+    "--context",
+    "contexts",
+    type=Integers(),
+    default="32,512",
+    show_default=True,
+    help="Tokens in each prompt; in generate, in the longest.",
 )
 @click.option("--steps", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens decoded per row.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Repetitions of each case.")
@@ -36,14 +41,14 @@ EXIT_INTERRUPTED = 130
 @click.option("--output", type=click.Path(dir_okay=False), help="Result file (JSON), written after every case.")
 @json_option("the result file's object as the last line")
 def bench(as_json: bool, output: str | None, threads: int | None, **options: Any) -> int:
-    """Measure speed.
+    """Measure speed and memory.
 
-    Outputs are compared with the peer's first; where they disagree, the peer's time is not reported. Ctrl-C keeps what
-    was measured.
+    Outputs are compared with the peers' first; where they disagree, a peer's time is not taken. Ctrl-C keeps what was
+    measured. docs/benchmarking.md tells how to read it.
 
     \b
     Examples:
-      fastllama bench --suite decode
+      fastllama bench --suite decode,prefill,generate --peers reference,transformers
       fastllama bench --model random-176m --batch 1,4 --output result.json --json
     """
     import torch

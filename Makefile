@@ -49,7 +49,7 @@ readme: $(INSTALLED) ## Write the figures of benchmarks/results/ into the README
 
 bench-smoke: $(INSTALLED) ## Every suite against every peer, at toy size
 	$(BIN)/fastllama bench --suite decode,prefill,generate,load,memory --peers reference,transformers,transformers-compiled \
-		--batch 1,2 --context 8 --steps 3 --rounds 1
+		--batch 2 --context 8 --steps 3 --rounds 1
 
 $(OLDER_TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

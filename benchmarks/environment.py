@@ -39,6 +39,7 @@ class Environment:
     driver: str | None
     git_commit: str | None
     git_dirty: bool | None
+    clocks: str | None = None  # of a GPU as the run began: its processors', its memory's
 
 
 def describe_environment(device: torch.device | str) -> Environment:
@@ -64,6 +65,7 @@ def describe_environment(device: torch.device | str) -> Environment:
         driver=_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else None,
         git_commit=commit,
         git_dirty=dirty,
+        clocks=_run("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader") if on_cuda else None,
     )
 
 

@@ -30,7 +30,7 @@ def summary(result: ResultFile) -> str:
     parts = [
         f"# {where}",
         f"{environment.date}, commit {environment.git_commit}{state}, CUDA {environment.cuda}, driver "
-        f"{environment.driver}, Python {environment.python}: `{environment.command}`",
+        f"{environment.driver}, clocks {environment.clocks}, Python {environment.python}: `{environment.command}`",
     ]
     if environment.device == "cpu":
         parts.append("**A rehearsal on a CPU: toy sizes, interpreted kernels. The times mean nothing.**")

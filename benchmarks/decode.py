@@ -7,13 +7,11 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.measure import GIGA, Summary, percentile, summarize
+from fastllama.benchmarks.measure import GIGA, MILLI, Summary, percentile, summarize
 from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.rounds import Case, Measured, notes, peer_names, versus
 from fastllama.benchmarks.tables import aligned
 from fastllama.speed_of_light import decode_step, total_bytes
-
-MILLI = 1e3
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from fastllama.benchmarks.measure import Summary, replayed, summarize, time_calls
+from fastllama.benchmarks.measure import MICRO, Summary, replayed, summarize, time_calls
 from fastllama.benchmarks.tables import aligned
 from fastllama.decode_graph import step
 from fastllama.kernels.decode_state import DecodeState
@@ -24,7 +24,6 @@ from fastllama.speed_of_light import Machine, Work, decode_step
 REPEATS = 10
 CUDA_CHAIN = 16  # calls of one graph, at least: beside them its own launch is small
 TOP_P = 0.9
-MICRO = 1e6
 # The calls of the backend by the names that the speed of light has for their launches.
 NAMES = {"embed": "embed", "qkv": "qkv", "attention": "attention", "swiglu": "gate+up", "head": "head"}
 PROJECTIONS = {"attention": "output", "gate+up": "down"}  # by what comes before them

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.measure import TERA, Ceiling, percentile, summarize
+from fastllama.benchmarks.measure import MILLI, TERA, Ceiling, percentile, summarize
 from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.rounds import Case, Measured, notes, peer_names, versus
 from fastllama.benchmarks.tables import aligned
 from fastllama.speed_of_light import prefill, total_flops
-
-MILLI = 1e3
 
 
 def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, matmul: Ceiling) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.launch_times import fill_cache, launch_times
 from fastllama.benchmarks.measure import (
     GIGA,
+    MICRO,
+    MILLI,
     TERA,
     Ceiling,
     ReadProbe,
@@ -40,8 +42,6 @@ from fastllama.speed_of_light import Machine, decode_step, least_seconds, total_
 from fastllama.speed_of_light import prefill as prefill_work
 
 DTYPE = torch.bfloat16
-MICRO = 1e6
-MILLI = 1e3
 WARMUP = 2
 PREFILLS = 5  # repeats, at most: they take long
 SPREAD = 3.0  # of random logits: a nucleus of some hundred tokens, more than a trained model's

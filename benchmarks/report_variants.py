@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllama.benchmarks.launch_times import fill_cache
-from fastllama.benchmarks.report_sections import DTYPE, MICRO, Bench, Found, Record
+from fastllama.benchmarks.measure import MICRO
+from fastllama.benchmarks.report_sections import DTYPE, Bench, Found, Record
 from fastllama.kernels import few_tokens, matvec
 from fastllama.kernels.attention_decode import attention_decode
 from fastllama.kernels.attention_scratch import SLOTS, AttentionScratch

@@ -1,7 +1,6 @@
 """The decode suite: what it counts, when it refuses to time a peer, and what survives an interruption."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.args import ModelArgs
 from fastllama.benchmarks import decode, measure, models, peers, rounds, suite
 from fastllama.benchmarks.decode import Timing, table
 from fastllama.benchmarks.measure import ReadProbe, read_result, summarize
 from fastllama.benchmarks.models import ModelSource, Run, build, random_tensors
-from fastllama.benchmarks.peers import Peer, PeerError, absence, compare
-from fastllama.benchmarks.reference_peer import refusal
+from fastllama.benchmarks.peers import PeerError
 from fastllama.benchmarks.rounds import SUITES, Case, Ours, Runner
 from fastllama.cli import bench as bench_command
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
@@ -62,10 +59,6 @@ def record_of(ours: Runner, peer: Runner | str, probe: ReadProbe, case: Case = C
     record = dataclasses.asdict(case) | decode.record(case, measured, ARGS, torch.float32)
     json.dumps(record, allow_nan=False)
     return record
-
-
-def run_of(tokens: list[list[int]], logprob: float = -1.0, margin: float = 1.0) -> Run:
-    return Run(tokens, [], [[logprob] * len(row) for row in tokens], [[margin] * len(row) for row in tokens])
 
 
 def test_random_tensors_repeat_and_fill_the_model() -> None:
@@ -128,36 +121,6 @@ def test_ours_runs_full_length_and_gives_the_stop_tokens_back() -> None:
     assert len(run.seconds) == CASE.steps and run.seconds == sorted(run.seconds)
     assert llm.tokenizer.stop_tokens is stops
     assert Ours(llm).run(prompts, CASE.steps).logprobs is None
-
-
-def test_compare_agrees_within_the_tolerance() -> None:
-    found = compare(run_of([[1, 2], [3, 4]]), run_of([[1, 2], [3, 4]], logprob=-1.00005), torch.float32)
-    assert (found.agrees, found.tokens_compared, found.tokens_total) == (True, 4, 4)
-    assert found.max_logprob_difference == pytest.approx(5e-5)
-
-
-@pytest.mark.parametrize("logprob", [-1.001, float("nan")])
-def test_compare_names_log_probabilities_that_differ(logprob: float) -> None:
-    found = compare(run_of([[1, 2]]), run_of([[1, 2]], logprob=logprob), torch.float32)
-    assert not found.agrees and "row 0 step 0: log-probabilities" in str(found.difference)
-
-
-def test_compare_names_tokens_that_differ() -> None:
-    found = compare(run_of([[1, 2], [3, 9, 5]]), run_of([[1, 2], [3, 4, 5]]), torch.float32)
-    assert not found.agrees and "row 1 step 1: token 9 here, 4 there" in str(found.difference)
-
-
-def test_compare_lets_tokens_part_at_a_tie_only() -> None:
-    ours, tied, clear = run_of([[1, 9, 9]]), run_of([[1, 2, 3]], margin=5e-5), run_of([[1, 2, 3]], margin=2e-4)
-    assert compare(ours, tied, torch.float32).agrees
-    assert compare(ours, tied, torch.float32).tokens_compared == 1
-    assert not compare(ours, clear, torch.float32).agrees
-
-
-def test_compare_rejects_other_lengths_and_missing_scores() -> None:
-    assert not compare(run_of([[1]]), run_of([[1, 2]]), torch.float32).agrees
-    with pytest.raises(ValueError, match="log-probabilities of both runs"):
-        compare(Run([[1]], [0.0]), run_of([[1]]), torch.float32)
 
 
 def test_timing_counts_decode_steps_only() -> None:
@@ -225,51 +188,6 @@ def test_table_is_aligned_and_warns_of_others(probe: ReadProbe) -> None:
     assert len({len(line) for line in lines[:3]}) == 1
     assert sum("other programs used 1.5 cores" in line for line in lines) == 1
     assert any("batch 16" in line for line in lines[3:])
-
-
-def test_absence_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert absence("reference") is None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_models" else object())
-    assert "llama_models not installed" in str(absence("reference"))
-    with pytest.raises(ValueError, match="unknown peer 'vllm'"):
-        absence("vllm")
-
-
-def test_refusal_names_what_metas_code_cannot_run() -> None:
-    assert refusal(ARGS) is None
-    assert "head_dim" in str(refusal(ModelArgs(**{**SHAPE, "head_dim": 16})))
-    scaled = {**SHAPE, "use_scaled_rope": True}
-    assert refusal(ModelArgs(**{**scaled, "rope_scaling_factor": 8.0})) is None
-    assert "by 32" in str(refusal(ModelArgs(**{**scaled, "rope_scaling_factor": 32.0})))
-
-
-def start_reference(source: ModelSource) -> Peer:
-    return Peer("reference", source, device=CPU, dtype=torch.float32, max_batch_size=3, max_seq_len=32)
-
-
-def test_reference_peer_agrees_on_the_same_weights_and_not_on_others() -> None:
-    prompts = CASE.prompts(ARGS.vocab_size)
-    with start_reference(SOURCE) as peer:
-        theirs = peer.run(prompts, 8, logprobs=True)
-        again = peer.run(prompts, 8)
-    assert again.tokens == theirs.tokens and again.logprobs is None and len(again.seconds) == 8
-    same = compare(Ours(build(SOURCE, ARGS, CPU, torch.float32, None)).run(prompts, 8, True), theirs, torch.float32)
-    assert same.agrees, same.difference
-    assert same.tokens_compared == 16
-    other = dataclasses.replace(SOURCE, seed=SOURCE.seed + 1)
-    different = compare(Ours(build(other, ARGS, CPU, torch.float32, None)).run(prompts, 8, True), theirs, torch.float32)
-    assert not different.agrees
-
-
-def test_reference_peer_says_why_it_cannot_start(tmp_path: Path) -> None:
-    with pytest.raises(PeerError, match=r"AssertionError: .*does not exist"):
-        start_reference(ModelSource.folder(str(tmp_path / "nowhere"), None))
-
-
-def test_reference_peer_that_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.PEERS, "reference", peers.Kind("fastllama.benchmarks.no_such_module", ()))
-    with pytest.raises(PeerError, match=r"process ended: .*no_such_module"):
-        start_reference(SOURCE)
 
 
 def test_suite_measures_a_checkpoint_against_the_reference(tmp_path: Path, probe: ReadProbe) -> None:

@@ -8,6 +8,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"', (ROOT / "fastllama" / "__init__.py").read_text(), re.MULTILINE)
 
+PLOTS = ["matplotlib>=3.9"]
 # Meta's own code as the oracle of the tests and a peer of the benchmarks; it needs fairscale's groups to exist.
 REFERENCE = ["llama-models==0.3.0", "fairscale==0.4.13"]
 
@@ -41,9 +42,11 @@ setup(
         "psutil>=6",
     ],
     extras_require={
+        "plots": PLOTS,
         "reference": REFERENCE,
         "train": ["regex>=2024.4"],
         "dev": [
+            *PLOTS,
             *REFERENCE,
             "hypothesis>=6.100",
             "mypy>=1.15",

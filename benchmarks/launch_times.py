@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from fastllama.benchmarks.measure import MICRO, Summary, replayed, summarize, time_calls
-from fastllama.benchmarks.tables import aligned
+from fastllama.benchmarks.tables import Table
 from fastllama.decode_graph import step
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.ragged import Ragged, Sampling, Workspace
@@ -162,7 +162,7 @@ def _chain(device: torch.device, n_calls: int) -> int:
     return -(-CUDA_CHAIN // n_calls) if device.type == "cuda" else 1
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[dict[str, Any]]) -> Table:
     """One line for each record's "launches": µs of one of each kind, and the share of the speed of light."""
     first = records[0]["launches"]
     head = ["batch", "context", *(f"{one['launch']} x{one['count']}" for one in first), "all, ms", "least, ms"]
@@ -170,7 +170,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         [record["batch"], record["context"], *map(_cell, record["launches"]), *map(_milliseconds, _sums(record))]
         for record in records
     ]
-    return aligned([head, *rows])
+    return Table(head, rows)
 
 
 def _cell(launch: dict[str, Any]) -> str:

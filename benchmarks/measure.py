@@ -34,6 +34,7 @@ CUDA_MATMUL_SIZE = 8192
 PROBE_SECONDS = 0.3
 MILLI = 1e3  # of a second's
 MICRO = 1e6
+NANO = 1e9
 GIGA = 1e9
 TERA = 1e12
 
@@ -91,27 +92,36 @@ def time_calls(
     warmup: int = 2,
     repeats: int = 10,
     seconds: float = 0.0,
+    before: Callable[[], object] | None = None,
 ) -> list[float]:
     """Seconds of each of at least `repeats` calls, going on until `seconds` have passed.
 
-    `warmup` calls before them are not timed. On CUDA each call stands between two events, so the host's own time
-    between launches is not counted.
+    `warmup` calls before them are not timed, nor is `before`, which runs before each. On CUDA each call stands between
+    two events, so the host's own time between launches is not counted.
     """
     for _ in range(warmup):
         call()
     synchronize(device)
     if device.type == "cuda":
-        return _time_calls_cuda(call, device, repeats, seconds)
+        return _time_calls_cuda(call, device, repeats, seconds, before)
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < repeats or time.perf_counter() - begin < seconds:
+        if before is not None:
+            before()
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
     return times
 
 
-def _time_calls_cuda(call: Callable[[], object], device: torch.device, repeats: int, seconds: float) -> list[float]:
+def _time_calls_cuda(
+    call: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    seconds: float,
+    before: Callable[[], object] | None,
+) -> list[float]:
     times: list[float] = []
     begin = time.perf_counter()
     with torch.cuda.device(device):
@@ -121,6 +131,8 @@ def _time_calls_cuda(call: Callable[[], object], device: torch.device, repeats: 
                 for _ in range(max(1, repeats))
             ]
             for start, end in events:
+                if before is not None:
+                    before()
                 start.record()
                 call()
                 end.record()
@@ -138,6 +150,17 @@ def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], o
     graph = CudaGraph.alone(device)
     graph.capture(call)
     return graph.replay
+
+
+class CacheFlush:
+    """Called, fills every cache with other things: what runs next finds nothing of its own there."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+        self._buffer = torch.ones(size // 4, device=device)
+
+    def __call__(self) -> None:
+        self._buffer.neg_()
 
 
 class Contention:

@@ -13,8 +13,8 @@ import torch
 from fastllama.benchmarks import loading_process
 from fastllama.benchmarks.measure import GIGA, Ceiling, percentile, summarize
 from fastllama.benchmarks.models import ModelSource
-from fastllama.benchmarks.rounds import Case, notes
-from fastllama.benchmarks.tables import aligned
+from fastllama.benchmarks.rounds import Case
+from fastllama.benchmarks.tables import Table
 
 MIB = 2**20
 WEIGHT_PATTERNS = ("*.pth", "*.safetensors")
@@ -80,24 +80,22 @@ def _build(case: Case, source: ModelSource, how: dict[str, Any]) -> dict[str, An
     return found
 
 
-def load_table(records: Sequence[dict[str, Any]]) -> str:
+def load_table(records: Sequence[dict[str, Any]]) -> Table:
     """The load suite's records for people."""
-    rows: list[list[object]] = [["seconds p50", "GB/s", "% of copy", "peak host MiB", "held MiB"]]
+    rows = []
     for record in records:
-        if "not_run" in record:
-            return f"not run: {record['not_run']}"
         sizes = (record["peak_host_bytes"], record["held_bytes"])
         rate = [f"{record['gb_per_second']:.2f}", f"{record['copy_share'] * 100:.0f}%"]
         rows.append([f"{record['seconds']['p50']:.2f}", *rate, *(f"{size / MIB:.0f}" for size in sizes)])
-    return "\n".join([aligned(rows), *notes(records)])
+    return Table(["seconds p50", "GB/s", "% of copy", "peak host MiB", "held MiB"], rows)
 
 
-def memory_table(records: Sequence[dict[str, Any]]) -> str:
+def memory_table(records: Sequence[dict[str, Any]]) -> Table:
     """The memory suite's records for people, in MiB."""
-    rows: list[list[object]] = [["batch", "context", "held", "peak", "planned", "weights", "cache", "workspace"]]
+    rows = []
     for record in records:
         planned = record["planned"]
         sizes = [record["held_bytes"], record["peak_bytes"], planned["total"]]
         sizes += [planned[name] for name in ("weights", "cache", "workspace")]
         rows.append([record["batch"], record["context"], *(f"{size / MIB:.0f}" for size in sizes)])
-    return aligned(rows)
+    return Table(["batch", "context", "held", "peak", "planned", "weights", "cache", "workspace"], rows)

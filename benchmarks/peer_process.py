@@ -33,10 +33,16 @@ def model_of(request: dict[str, Any]) -> tuple[ModelSource, torch.device, torch.
 
 
 def scores_of(logits: Tensor, chosen: Tensor) -> tuple[list[float], list[float]]:
-    """logits (B, V), chosen (B,) -> the chosen tokens' log-probabilities, and the lead of the best over the second."""
-    best = logits.topk(2, dim=-1).values
+    """logits (B, V), chosen (B,) -> the chosen tokens' log-probabilities, and `margins_of` the logits."""
     scores = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0]
-    return scores.tolist(), (best[:, 0] - best[:, 1]).tolist()
+    return scores.tolist(), margins_of(logits)
+
+
+def margins_of(logits: Tensor) -> list[float]:
+    """logits (B, V) -> the lead of each row's best over its second."""
+    best = logits.topk(2, dim=-1).values
+    found: list[float] = (best[:, 0] - best[:, 1]).tolist()
+    return found
 
 
 def answer(channel: IO[str], message: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 import fastllama
+from fastllama.args import ModelArgs
+from fastllama.benchmarks import gpt_fast_peer, reference_peer
 from fastllama.benchmarks.models import ModelSource, Run
 
 
@@ -28,14 +31,26 @@ class Kind(NamedTuple):
 
     module: str  # of its process
     packages: tuple[str, ...]  # that it needs
+    refusal: Callable[[ModelArgs], str | None] = lambda args: None  # why it cannot run a model
+    takes_ragged: bool = True  # prompts of different lengths
 
 
 PEERS = {
-    "reference": Kind("fastllama.benchmarks.reference_peer", ("llama_models", "fairscale")),
+    "reference": Kind(
+        "fastllama.benchmarks.reference_peer", ("llama_models", "fairscale"), refusal=reference_peer.refusal
+    ),
     "transformers": Kind("fastllama.benchmarks.transformers_peer", ("transformers",)),
     "transformers-compiled": Kind("fastllama.benchmarks.transformers_peer", ("transformers",)),
+    "torch-compile": Kind("fastllama.benchmarks.compiled_peer", ()),
+    "gpt-fast": Kind(
+        "fastllama.benchmarks.gpt_fast_peer",
+        ("sentencepiece", "tiktoken"),
+        refusal=gpt_fast_peer.refusal,
+        takes_ragged=False,
+    ),
 }
 CLOSE_TIMEOUT_S = 10
+MAX_REASON = 300  # characters
 # How far two right answers may lie apart, in nats of log-probability and in logits: rounding, summed in another order.
 LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 
@@ -91,16 +106,27 @@ def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
     return Agreement(difference is None, compared, total, worst, tolerance, difference)
 
 
-def absence(name: str) -> str | None:
-    """Why the peer called `name` cannot run here, or None when it can. ValueError for a name that is no peer's."""
+def absence(name: str, args: ModelArgs, gpt_fast: str | None = None) -> str | None:
+    """Why the peer called `name` cannot run this model here, or None when it can. ValueError for no peer's name.
+
+    gpt_fast: the folder of gpt-fast's code.
+    """
     if name not in PEERS:
         raise ValueError(f"unknown peer {name!r}: expected one of {', '.join(PEERS)}")
+    if name == "gpt-fast" and (reason := gpt_fast_peer.missing(gpt_fast)) is not None:
+        return reason
     packages = PEERS[name].packages
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
+    lacking = [package for package in packages if importlib.util.find_spec(package) is None]
+    if lacking:
         wanted = " ".join(package.replace("_", "-") for package in packages)
-        return f"{' and '.join(missing)} not installed: pip install {wanted}"
-    return None
+        return f"{' and '.join(lacking)} not installed: pip install {wanted}"
+    return PEERS[name].refusal(args)
+
+
+def one_line(error: object) -> str:
+    """What an error says, without line breaks and, where it goes on for pages, cut."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."
 
 
 class Peer:
@@ -115,10 +141,12 @@ class Peer:
         dtype: torch.dtype,
         max_batch_size: int,
         max_seq_len: int,
+        gpt_fast: str | None = None,
     ) -> None:
         """Start the process and load the weights. PeerError with the reason where that fails."""
         self._folder = tempfile.TemporaryDirectory(prefix="fastllama-peer-")
         self._log = Path(self._folder.name, "stderr.txt")
+        self._error: str | None = None  # the first that there was
         root = str(Path(fastllama.__file__).parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._log.open("wb") as log:
@@ -143,6 +171,7 @@ class Peer:
                     "max_batch_size": max_batch_size,
                     "max_seq_len": max_seq_len,
                     "threads": torch.get_num_threads(),
+                    "gpt_fast": gpt_fast,
                 }
             )
         except BaseException:
@@ -150,7 +179,7 @@ class Peer:
             raise
 
     def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run:
-        """`steps` greedy tokens for each of the `prompts`. PeerError when the peer fails."""
+        """`steps` greedy tokens for each of the `prompts`. PeerError when the peer fails, and again ever after."""
         return Run(**self._ask({"prompts": prompts, "steps": steps, "logprobs": logprobs}))
 
     def close(self) -> None:
@@ -173,6 +202,15 @@ class Peer:
         self.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._error is not None:
+            raise PeerError(self._error)
+        try:
+            return self._exchange(request)
+        except PeerError as error:
+            self._error = str(error)
+            raise
+
+    def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise PeerError("the peer has no pipes")
@@ -186,7 +224,7 @@ class Peer:
             raise PeerError(f"the peer's process ended: {self._last_words()}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise PeerError(" ".join(str(reply["error"]).split()))
+            raise PeerError(one_line(reply["error"]))
         return reply
 
     def _last_words(self) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 
 from fastllama.benchmarks.measure import read_result, write_text
-from fastllama.benchmarks.suite import report
+from fastllama.benchmarks.plots import NAMES
+from fastllama.benchmarks.result_tables import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by `make readme` from benchmarks/results -->", "<!-- end of figures -->"
-PLOTS = ("throughput", "launches", "latency")
 
 
 def figures(results: Path = RESULTS) -> str:
@@ -28,9 +28,9 @@ def figures(results: Path = RESULTS) -> str:
         commit = (environment.git_commit or "unknown")[:10]
         parts += [
             f"[`{name}`]({name}), {environment.date[:10]}, commit {commit}:",
-            f"```\n{environment.command}\n```\n```\n{report(result)}\n```",
+            f"```\n{environment.command}\n```\n\n{report(result, in_markdown=True)}",
         ]
-        plots = [f"{path.stem}/{plot}.png" for plot in PLOTS if (results / path.stem / f"{plot}.png").exists()]
+        plots = [f"{path.stem}/{plot}.png" for plot in NAMES if (results / path.stem / f"{plot}.png").exists()]
         parts += [f"![{Path(plot).stem}](benchmarks/results/{plot})" for plot in plots]
     return "\n\n".join(parts)
 

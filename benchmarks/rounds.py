@@ -7,7 +7,7 @@ length that the case names.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -18,7 +18,7 @@ from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.peers import Agreement, PeerError, compare
 from fastllama.generation import Llama
 
-Suite = Literal["decode", "prefill", "generate", "load", "memory"]
+Suite = Literal["kernels", "decode", "prefill", "generate", "load", "memory"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 OURS = "fastllama"
 DEFAULT_STEPS = 32
@@ -26,7 +26,6 @@ DEFAULT_ROUNDS = 3
 MIN_STEPS = {"decode": 2}  # one inter-token latency needs two tokens; elsewhere one token is enough
 PROMPT_SEED = 7
 SHORTEST_PROMPT = 0.25  # of the longest, in a ragged batch
-BUSY_CORES = 0.1  # cores used by others from which a figure deserves a warning
 
 Progress = Callable[[str], None]
 
@@ -113,6 +112,7 @@ class Measured:
     runs: dict[str, list[Run]]
     ceilings: dict[str, list[float]]  # read bandwidth around each run, GB/s
     reports: dict[str, dict[str, Any]]  # of each peer: its status and the reason for it
+    warmup_seconds: float  # of our first run, which is not among `runs`
     other_cores: float  # that other programs kept busy meanwhile
 
     def record(self, figures: Callable[[list[Run], list[float]], dict[str, Any]], span: "Span") -> dict[str, Any]:
@@ -127,7 +127,8 @@ class Measured:
                 pairs = zip(ours, self.runs[name], strict=True)
                 ratio: Summary = summarize(span(theirs) / span(mine) for mine, theirs in pairs)
                 report |= figures(self.runs[name], self.ceilings[name]) | {"ratio": asdict(ratio)}
-        return {"other_cores": self.other_cores, **figures(ours, self.ceilings[OURS]), "peers": reports}
+        own = {"warmup_seconds": self.warmup_seconds, **figures(ours, self.ceilings[OURS])}
+        return {"other_cores": self.other_cores, **own, "peers": reports}
 
 
 Span = Callable[[Run], float]  # the seconds of a run that a case is about
@@ -137,35 +138,41 @@ def measure(
     case: Case,
     vocab_size: int,
     ours: Runner,
-    peers: dict[str, Runner | str],
+    peers: dict[str, Runner | PeerError | str],
     probe: ReadProbe,
     dtype: torch.dtype,
     progress: Progress,
 ) -> Measured:
-    """Compare, then time. `peers` holds a Runner or the reason why there is none.
+    """Compare, then time. `peers` holds a Runner, the error that there was in starting it, or why there is none.
 
     KeyboardInterrupt passes through; the caller keeps earlier cases.
     """
     prompts = case.prompts(vocab_size)
     progress("comparing outputs")
+    begin = time.perf_counter()
     own = ours.run(prompts, case.steps, logprobs=True)  # also the warm-up
+    warmup_seconds = time.perf_counter() - begin
     reports: dict[str, dict[str, Any]] = {}
     timed: dict[str, Runner] = {OURS: ours}
     for name, peer in peers.items():
         if isinstance(peer, str):
             reports[name] = {"status": "skipped", "reason": peer}
             continue
+        if isinstance(peer, PeerError):
+            reports[name] = {"status": "failed", "reason": str(peer)}
+            continue
+        begin = time.perf_counter()
         try:
             agreement = compare(own, peer.run(prompts, case.steps, logprobs=True), dtype)
         except PeerError as error:
             reports[name] = {"status": "failed", "reason": str(error)}
             continue
-        reports[name] = _report(agreement)
+        reports[name] = _report(agreement) | {"warmup_seconds": time.perf_counter() - begin}
         if agreement.agrees:
             timed[name] = peer
     contention = Contention()
     runs, ceilings = _time_rounds(case, timed, prompts, probe, reports, progress)
-    return Measured(runs, ceilings, reports, contention.cores())
+    return Measured(runs, ceilings, reports, warmup_seconds, contention.cores())
 
 
 def _report(agreement: Agreement) -> dict[str, Any]:
@@ -204,34 +211,3 @@ def _time_rounds(
             ceilings[name].append(max(before, after))
             before = after
     return runs, ceilings
-
-
-def versus(record: dict[str, Any], name: str) -> str:
-    """A table's cell: how many times as fast as a peer ours is, or why that is not known."""
-    peer = record["peers"].get(name)
-    if peer is None:
-        return "-"
-    if peer["status"] != "measured":
-        return str(peer["status"])
-    ratio = peer["ratio"]
-    return f"{ratio['p50']:.2f}x ({ratio['minimum']:.2f}-{ratio['maximum']:.2f})"
-
-
-def peer_names(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Every peer in the records, in order of appearance."""
-    return list(dict.fromkeys(name for record in records for name in record["peers"]))
-
-
-def notes(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What stands below a table: why a peer was not timed, and where others disturbed."""
-    found = []
-    for record in records:
-        for name, peer in record["peers"].items():
-            if peer["status"] != "measured":
-                found.append(f"{name} {peer['status']}: {peer['reason']}")
-        if record["other_cores"] > BUSY_CORES:
-            found.append(
-                f"batch {record['batch']} context {record['context']}: other programs used {record['other_cores']:.1f} "
-                "cores meanwhile; measure again when they rest"
-            )
-    return list(dict.fromkeys(found))

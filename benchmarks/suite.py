@@ -4,6 +4,7 @@ Results are written after every case, so that a run that is stopped or breaks do
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks import decode, generate, launch_times, memory, prefill
+from fastllama.benchmarks import decode, generate, launch_times, memory, op_times, prefill
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.measure import (
     GIGA,
@@ -25,24 +26,21 @@ from fastllama.benchmarks.measure import (
     write_result,
 )
 from fastllama.benchmarks.models import ModelSource, build
-from fastllama.benchmarks.peers import Peer, PeerError, absence
-from fastllama.benchmarks.reference_peer import refusal
-from fastllama.benchmarks.rounds import (
-    DEFAULT_ROUNDS,
-    DEFAULT_STEPS,
-    SUITES,
-    Case,
-    Ours,
-    Runner,
-    Suite,
-    measure,
-)
+from fastllama.benchmarks.ops import ops_of
+from fastllama.benchmarks.peers import PEERS, Peer, PeerError, absence
+from fastllama.benchmarks.rounds import DEFAULT_ROUNDS, DEFAULT_STEPS, SUITES, Case, Ours, Runner, Suite, measure
 from fastllama.generation import Llama
+from fastllama.kernels import select
 from fastllama.model import Transformer
 from fastllama.speed_of_light import Machine
 
 DEFAULT_BATCHES = (1, 4)
 DEFAULT_CONTEXTS = (32, 512)
+WITH_MODEL = ("decode", "prefill", "generate")  # the suites that run ours and peers in turns
+FRESH = ("load", "memory")  # those that build a model in a process of its own
+FAILED = ("disagrees", "failed")  # the states of a peer, or of ours, that something is wrong with
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,17 +57,19 @@ class Plan:
     steps: int = DEFAULT_STEPS
     rounds: int = DEFAULT_ROUNDS
     peers: Sequence[str] = ()
+    gpt_fast: str | None = None  # the folder of its code
 
     def __post_init__(self) -> None:
         for suite in self.suites:
             if suite not in SUITES:
                 raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(SUITES)}")
 
-    @property
-    def cases(self) -> list[Case]:
+    def cases(self, suites: Sequence[str]) -> list[Case]:
+        """Those of the plan's suites that are among `suites`."""
         cases = [
             Case(suite, batch, context, 1 if suite == "prefill" else self.steps, self.rounds)
             for suite in self.suites
+            if suite in suites
             for context in self.contexts
             for batch in self.batches
         ]
@@ -77,9 +77,26 @@ class Plan:
         largest = max(self.batches), max(self.contexts)
         return [case for case in cases if case.suite != "load" or (case.batch, case.context) == largest]
 
+    @property
     def args(self) -> ModelArgs:
         """The model's arguments, with a cache just large enough."""
         return self.source.args(max(self.batches), max(self.contexts) + self.steps)
+
+    def record_of(self, case: Case) -> Record:
+        """What every record of a case begins with."""
+        return asdict(case) | {"model": self.source.name, "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+class _Ground:
+    """The machine's ceilings: those measured once, and the one that is sampled again beside every figure."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.probe = ReadProbe(plan.device)
+        self.copy = copy_ceiling(plan.device)
+        self.matmul = matmul_ceiling(plan.device, plan.dtype)
+
+    def ceilings(self) -> dict[str, Ceiling]:
+        return {"read": self.probe.ceiling(), "copy": self.copy, "matmul": self.matmul}
 
 
 def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None = None) -> ResultFile:
@@ -87,26 +104,18 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
 
     ValueError or OSError for a plan that cannot begin, before anything is measured.
     """
-    args = plan.args()
+    args = plan.args
+    select.backend(plan.backend, plan.device)
     result = ResultFile(describe_environment(plan.device), {})
     if output is not None:
         write_result(result, output)  # a path that cannot be written should not be found out at the end
     try:
         progress("measuring the machine")
-        probe = ReadProbe(plan.device)
-        fixed = {"copy": copy_ceiling(plan.device), "matmul": matmul_ceiling(plan.device, plan.dtype)}
-        progress(f"loading {plan.source.name}")
-        llm = build(plan.source, args, plan.device, plan.dtype, plan.backend)
-        with _peers(plan, args, progress) as peers:
-            for case in plan.cases:
-                if case.suite in ("load", "memory"):
-                    record = _started(plan, case, fixed["copy"], progress)
-                else:
-                    record = _measured(plan, case, llm, peers, probe, fixed["matmul"], progress)
-                ceilings: dict[str, Ceiling] = {"read": probe.ceiling(), **fixed}
-                result = replace(result, ceilings=ceilings, records=[*result.records, record])
-                if output is not None:
-                    write_result(result, output)
+        ground = _Ground(plan)
+        for record in _records(plan, args, ground, progress):
+            result = replace(result, ceilings=ground.ceilings(), records=[*result.records, record])
+            if output is not None:
+                write_result(result, output)
     except KeyboardInterrupt:
         result = replace(result, interrupted=True)
         if output is not None:
@@ -114,59 +123,116 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
     return result
 
 
-def _started(plan: Plan, case: Case, copy: Ceiling, progress: Callable[[str], None]) -> dict[str, Any]:
-    """One record of the load or the memory suite, ready for JSON."""
-    progress(f"{case.suite} {plan.source.name} {case.label}")
-    dtype = str(plan.dtype).removeprefix("torch.")
-    record = asdict(case) | {"model": plan.source.name, "dtype": dtype}
-    how = {"device": str(plan.device), "dtype": dtype, "backend": plan.backend}
-    if case.suite == "load":
-        return record | memory.load_record(case, plan.source, how, copy)
-    return record | memory.memory_record(case, plan.source, how)
+def failures(result: ResultFile) -> list[str]:
+    """Everything in a result that went wrong, a line each: outputs that disagree, peers that broke down."""
+    found = []
+    for record in result.records:
+        if record.get("status") in FAILED:
+            found.append(f"{record['suite']}: {record['not_run']}")
+        for name, peer in record["peers"].items():
+            if peer["status"] in FAILED:
+                found.append(f"{record['suite']}: {name} {peer['status']}: {peer['reason']}")
+    return list(dict.fromkeys(found))
+
+
+def _records(plan: Plan, args: ModelArgs, ground: _Ground, progress: Callable[[str], None]) -> Iterator[Record]:
+    """Every record, as soon as it is there."""
+    for case in plan.cases(["kernels"]):
+        yield from _op_records(plan, args, case, ground, progress)
+    if cases := plan.cases(WITH_MODEL):
+        progress(f"loading {plan.source.name}")
+        llm = build(plan.source, args, plan.device, plan.dtype, plan.backend)
+        with _peers(plan, args, progress) as peers:
+            for case in cases:
+                yield _measured(plan, case, llm, peers, ground, progress)
+        del llm
+    for case in plan.cases(FRESH):
+        progress(f"{case.suite} {plan.source.name} {case.label}")
+        yield plan.record_of(case) | _fresh(plan, case, ground)
+
+
+def _op_records(
+    plan: Plan, args: ModelArgs, case: Case, ground: _Ground, progress: Callable[[str], None]
+) -> Iterator[Record]:
+    """The kernels suite's records of one case, an op each."""
+    bench = op_times.Bench(
+        args,
+        plan.device,
+        plan.dtype,
+        select.backend(plan.backend, plan.device).__name__.rpartition(".")[2],
+        case.rounds,
+        ground.probe,
+        ground.matmul.value * TERA,
+    )
+    every = case.context == plan.contexts[0]
+    for op in ops_of(args, plan.device, plan.dtype, case.batch, case.context, every):
+        say = _saying(progress, f"kernels {plan.source.name} {case.label} {op.name}")
+        yield plan.record_of(case) | op_times.measure(op, bench, case.batch, say)
 
 
 def _measured(
     plan: Plan,
     case: Case,
     llm: Llama,
-    peers: dict[str, Runner | str],
-    probe: ReadProbe,
-    matmul: Ceiling,
+    peers: dict[str, Peer | PeerError | str],
+    ground: _Ground,
     progress: Callable[[str], None],
-) -> dict[str, Any]:
-    """One case's record, ready for JSON."""
+) -> Record:
+    """One case's record of ours and the peers in turns."""
     args = llm.model.params
-
-    def say(text: str) -> None:
-        progress(f"{case.suite} {plan.source.name} {case.label}: {text}")
-
-    measured = measure(case, args.vocab_size, Ours(llm), peers, probe, plan.dtype, say)
-    record = asdict(case) | {"model": plan.source.name, "dtype": str(plan.dtype).removeprefix("torch.")}
+    say = _saying(progress, f"{case.suite} {plan.source.name} {case.label}")
+    begin = time.perf_counter()
+    llm.decoder.warm([case.batch])
+    record = plan.record_of(case) | {"capture_seconds": time.perf_counter() - begin}
+    runners = {name: _suited(name, peer, case) for name, peer in peers.items()}
+    measured = measure(case, args.vocab_size, Ours(llm), runners, ground.probe, plan.dtype, say)
     if case.suite == "decode":
         record |= decode.record(case, measured, args, plan.dtype)
         say("launch by launch")
-        record["launches"] = _launches(llm.model, case, probe, matmul)
+        record["launches"] = _launches(llm.model, case, ground)
         return record
     of_suite = prefill.record if case.suite == "prefill" else generate.record
-    return record | of_suite(case, measured, args, plan.dtype, matmul)
+    return record | of_suite(case, measured, args, plan.dtype, ground.matmul)
 
 
-def _launches(model: Transformer, case: Case, probe: ReadProbe, matmul: Ceiling) -> list[dict[str, Any]]:
+def _suited(name: str, peer: Peer | PeerError | str, case: Case) -> Runner | PeerError | str:
+    """The peer, or why it does not run this case."""
+    if isinstance(peer, Peer) and not PEERS[name].takes_ragged and len(set(case.lengths)) > 1:
+        return "it takes equally long prompts only"
+    return peer
+
+
+def _fresh(plan: Plan, case: Case, ground: _Ground) -> Record:
+    how = {
+        "device": str(plan.device),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "backend": plan.backend,
+    }
+    if case.suite == "load":
+        return memory.load_record(case, plan.source, how, ground.copy)
+    return memory.memory_record(case, plan.source, how)
+
+
+def _saying(progress: Callable[[str], None], what: str) -> Callable[[str], None]:
+    return lambda text: progress(f"{what}: {text}")
+
+
+def _launches(model: Transformer, case: Case, ground: _Ground) -> list[Record]:
     """The launches of a step at half of the case's steps, beside the least that they could take."""
-    before = probe.sample().p50
+    before = ground.probe.sample().p50
     times = launch_times.launch_times(model, case.batch, case.context + case.steps // 2)
     # The higher neighbour, as in the rounds: shares are not flattered.
-    machine = Machine(read=max(before, probe.sample().p50) * GIGA, matmul=matmul.value * TERA)
+    machine = Machine(read=max(before, ground.probe.sample().p50) * GIGA, matmul=ground.matmul.value * TERA)
     return [one.against(machine) for one in times]
 
 
 @contextlib.contextmanager
-def _peers(plan: Plan, args: ModelArgs, progress: Callable[[str], None]) -> Iterator[dict[str, Runner | str]]:
+def _peers(plan: Plan, args: ModelArgs, progress: Callable[[str], None]) -> Iterator[dict[str, Peer | PeerError | str]]:
     """The plan's peers by name, running, or the reason why one is not."""
-    peers: dict[str, Runner | str] = {}
+    peers: dict[str, Peer | PeerError | str] = {}
     with contextlib.ExitStack() as stack:
         for name in plan.peers:
-            reason = absence(name) or (refusal(args) if name == "reference" else None)
+            reason = absence(name, args, plan.gpt_fast)
             if reason is not None:
                 peers[name] = reason
                 continue
@@ -180,51 +246,9 @@ def _peers(plan: Plan, args: ModelArgs, progress: Callable[[str], None]) -> Iter
                         dtype=plan.dtype,
                         max_batch_size=args.max_batch_size,
                         max_seq_len=args.max_seq_len,
+                        gpt_fast=plan.gpt_fast,
                     )
                 )
             except PeerError as error:
-                peers[name] = str(error)
+                peers[name] = error
         yield peers
-
-
-def report(result: ResultFile) -> str:
-    """A result for people: what it was measured on, the table, and how to read it."""
-    environment = result.environment
-    lines = [
-        f"{environment.device_name}, {environment.threads} threads, torch {environment.torch}",
-        *(_describe(ceiling) for ceiling in result.ceilings.values()),
-    ]
-    for suite in dict.fromkeys(record["suite"] for record in result.records):
-        lines += ["", *_section(suite, [record for record in result.records if record["suite"] == suite])]
-    if result.interrupted:
-        lines.append("interrupted: only finished cases are shown")
-    return "\n".join(lines)
-
-
-def _section(suite: str, records: Sequence[dict[str, Any]]) -> list[str]:
-    first = records[0]
-    how = f"{first['model']} in {first['dtype']}, {first['rounds']} rounds"
-    if suite == "prefill":
-        return [f"prefill of {how}", prefill.table(records)]
-    if suite == "load":
-        return [f"load {first['model']} as {first['dtype']}, {first['rounds']} rounds", memory.load_table(records)]
-    if suite == "memory":
-        return [f"memory of {first['model']} in {first['dtype']}, MiB", memory.memory_table(records)]
-    if suite == "generate":
-        return [f"generate on {how}: ragged prompts, {first['steps']} greedy tokens each", generate.table(records)]
-    lines = [f"decode of {how}, {first['steps']} greedy tokens", decode.table(records)]
-    if all("launches" in record for record in records):
-        lines += [
-            "",
-            "a step launch by launch: how many, µs of one, % of the speed of light",
-            launch_times.table(records),
-        ]
-    return lines
-
-
-def _describe(ceiling: Ceiling) -> str:
-    samples = ceiling.samples
-    digits = 1 if samples.p50 >= 10 else 3
-    low, high, best = (f"{value:.{digits}f}" for value in (samples.p10, samples.p90, samples.maximum))
-    value = f"{samples.p50:.{digits}f} {ceiling.unit}"
-    return f"{ceiling.name:6} {value} (p10 {low}, p90 {high}, best {best}; {ceiling.method})"

@@ -1,6 +1,8 @@
 """`fastllama bench`: how fast, against what the machine allows and against other implementations."""
 
 import json
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,17 +10,28 @@ import click
 from fastllama.cli.options import Integers, Names, checkpoint_options, device_options, json_option
 
 if TYPE_CHECKING:
+    from fastllama.benchmarks.measure import ResultFile
     from fastllama.benchmarks.models import ModelSource
     from fastllama.benchmarks.suite import Plan
 
 # Told here as well as in benchmarks/, which imports torch; a test holds the two together.
-SUITES = ("decode", "prefill", "generate", "load", "memory")
-MODELS = ("builtin", "random-176m", "llama3-8b", "llama3-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b")
-PEERS = ("reference", "transformers", "transformers-compiled", "none")
+SUITES = ("kernels", "decode", "prefill", "generate", "load", "memory")
+MODELS = (
+    "builtin",
+    "random-toy",
+    "random-176m",
+    "llama3-8b",
+    "llama3-70b",
+    "llama3.1-8b",
+    "llama3.2-1b",
+    "llama3.2-3b",
+)
+PEERS = ("reference", "transformers", "transformers-compiled", "torch-compile", "gpt-fast", "none")
 EXIT_INTERRUPTED = 130
+EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--suite", "suites", type=Names(*SUITES), default="decode", show_default=True, help="What to measure.")
 @click.option(
     "--model", type=click.Choice(MODELS), metavar="NAME", help=f"One of {', '.join(MODELS)}. Default: builtin."
@@ -36,11 +49,21 @@ EXIT_INTERRUPTED = 130
 @click.option("--steps", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens decoded per row.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Repetitions of each case.")
 @click.option("--peers", type=Names(*PEERS), default="reference", show_default=True, help="Whom to compare with.")
+@click.option("--gpt_fast", metavar="DIR", help="A checkout of gpt-fast, for that peer.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's.")
 @device_options
-@click.option("--output", type=click.Path(dir_okay=False), help="Result file (JSON), written after every case.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False),
+    help="Result file, written after every case; plots stand in a folder of its name. "
+    "Default: fastllama-bench-TIME.json here.",
+)
+@click.option("--no_plots", is_flag=True, help="Draw nothing.")
+@click.option("--markdown", is_flag=True, help="Print the tables in Markdown.")
+@click.option("--strict", is_flag=True, help="Exit with 1 where outputs disagree or a peer breaks down.")
 @json_option("the result file's object as the last line")
-def bench(as_json: bool, output: str | None, threads: int | None, **options: Any) -> int:
+@click.pass_context
+def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, **options: Any) -> int | None:
     """Measure speed and memory.
 
     Outputs are compared with the peers' first; where they disagree, a peer's time is not taken. Ctrl-C keeps what was
@@ -50,16 +73,77 @@ def bench(as_json: bool, output: str | None, threads: int | None, **options: Any
     Examples:
       fastllama bench --suite decode,prefill,generate --peers reference,transformers
       fastllama bench --model random-176m --batch 1,4 --output result.json --json
+      fastllama bench compare before.json after.json
     """
+    if context.invoked_subcommand is not None:
+        return None
+    from fastllama.benchmarks import suite
+
+    result = _run(**options)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), allow_nan=False))
+    else:
+        from fastllama.benchmarks.result_tables import report
+
+        click.echo(report(result, markdown))
+    if result.interrupted:
+        return EXIT_INTERRUPTED
+    failures = suite.failures(result)
+    for failure in failures if strict else []:
+        click.echo(failure, err=True)
+    return EXIT_FOUND if strict and failures else 0
+
+
+@bench.command()
+@click.argument("first", type=click.Path(exists=True, dir_okay=False))
+@click.argument("second", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Change that is worth a mark.",
+)
+@click.option("--anyway", is_flag=True, help="Also files of different machines.")
+@click.option("--markdown", is_flag=True, help="Print the table in Markdown.")
+@json_option("the comparison as an object on the last line")
+def compare(first: str, second: str, threshold: float, anyway: bool, markdown: bool, as_json: bool) -> int:
+    """Compare two result files, the second against the first.
+
+    A ratio above 1 says that the second is better. Its range is what the two files' spreads (p10 to p90) leave open; a
+    change is marked where the whole range lies beyond the threshold. Exits with 1 where there is a regression.
+
+    \b
+    Example:
+      fastllama bench compare before.json after.json
+    """
+    from fastllama.benchmarks.compare_results import compare_results, report
+    from fastllama.benchmarks.measure import read_result
+
+    results = read_result(first), read_result(second)
+    found = compare_results(*results, threshold=threshold, anyway=anyway)
+    click.echo(json.dumps(found.to_json(), allow_nan=False) if as_json else report(found, *results, markdown))
+    return EXIT_FOUND if found.regressions else 0
+
+
+def _run(output: str | None, no_plots: bool, threads: int | None, **options: Any) -> "ResultFile":
+    """Measure, and draw beside the result file."""
     import torch
 
-    from fastllama.benchmarks import suite
+    from fastllama.benchmarks import plots, suite
 
     if threads is not None:
         torch.set_num_threads(threads)
-    result = suite.run(_plan(**options), lambda text: click.echo(text, err=True), output)
-    click.echo(json.dumps(result.to_json(), allow_nan=False) if as_json else suite.report(result))
-    return EXIT_INTERRUPTED if result.interrupted else 0
+    path = Path(output or f"fastllama-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
+    result = suite.run(_plan(**options), lambda text: click.echo(text, err=True), path)
+    click.echo(f"wrote {path}", err=True)
+    if not no_plots:
+        if plots.available():
+            for plot in plots.draw(result, path.with_suffix("")):
+                click.echo(f"wrote {plot}", err=True)
+        else:
+            click.echo(plots.WITHOUT, err=True)
+    return result
 
 
 def _plan(

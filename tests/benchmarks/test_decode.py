@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from fastllama.benchmarks import decode, measure, models, peers, rounds, suite
-from fastllama.benchmarks.decode import Timing, table
 from fastllama.benchmarks.measure import ReadProbe, read_result, summarize
 from fastllama.benchmarks.models import ModelSource, Run, build, random_tensors
+from fastllama.benchmarks.peer_table import notes, peer_table
 from fastllama.benchmarks.peers import PeerError
-from fastllama.benchmarks.rounds import SUITES, Case, Ours, Runner
+from fastllama.benchmarks.result_tables import report
+from fastllama.benchmarks.rounds import SUITES, Case, Measured, Ours, Runner
+from fastllama.benchmarks.tables import aligned
 from fastllama.cli import bench as bench_command
+from fastllama.speed_of_light import decode_step, total_bytes
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 CPU = torch.device("cpu")
@@ -59,6 +62,11 @@ def record_of(ours: Runner, peer: Runner | str, probe: ReadProbe, case: Case = C
     record = dataclasses.asdict(case) | decode.record(case, measured, ARGS, torch.float32)
     json.dumps(record, allow_nan=False)
     return record
+
+
+def shown(records: list[dict[str, Any]]) -> str:
+    """Records as people see them."""
+    return "\n".join([aligned(*peer_table(records, decode.COLUMNS)), *notes(records)])
 
 
 def test_random_tensors_repeat_and_fill_the_model() -> None:
@@ -123,15 +131,25 @@ def test_ours_runs_full_length_and_gives_the_stop_tokens_back() -> None:
     assert Ours(llm).run(prompts, CASE.steps).logprobs is None
 
 
-def test_timing_counts_decode_steps_only() -> None:
+def test_figures_count_decode_steps_only() -> None:
     runs = [Run([[0] * 3] * 2, [9.0, 9.5, 10.5]), Run([[0] * 3] * 2, [1.0, 1.25, 1.5])]
-    timing = Timing.of(runs, ceilings=[8.0, 10.0], batch=2, step_bytes=3e9)
-    assert (timing.tokens_per_second.minimum, timing.tokens_per_second.maximum) == (2 / 0.75, 8.0)
-    assert timing.median_ttft_ms == 5000.0
-    assert timing.median_itl_ms == 375.0
-    # 4 and 12 GB/s, a half of 8 and 1.2 of 10.
-    assert timing.gb_per_second == pytest.approx(8.0)
-    assert timing.read_share == pytest.approx((0.5 + 1.2) / 2)
+    case = dataclasses.replace(CASE, steps=3)
+    step_bytes = total_bytes(decode_step(ARGS, torch.float32, 2, 6.5))
+    ceilings = [8 * step_bytes / 1e9, 10 * step_bytes / 1e9]
+    found = decode.record(
+        case, Measured({"fastllama": runs}, {"fastllama": ceilings}, {}, 0.5, 0.0), ARGS, torch.float32
+    )
+    # 2 steps of 2 rows in 1.5 and in 0.5 seconds.
+    assert found["samples_ts"] == [4 / 1.5, 8.0] and found["avg_ts"] == pytest.approx((4 / 1.5 + 8) / 2)
+    assert found["samples_ns"] == [1_500_000_000, 500_000_000] and found["avg_ns"] == 1_000_000_000
+    assert found["stddev_ns"] == pytest.approx(0.5e9 * 2**0.5)
+    assert (found["tokens_per_second"]["minimum"], found["tokens_per_second"]["maximum"]) == (4 / 1.5, 8.0)
+    assert found["itls"] == [[0.5, 1.0], [0.25, 0.25]]
+    assert found["median_ttft_ms"] == 5000.0 and found["median_itl_ms"] == 375.0 and found["mean_itl_ms"] == 500.0
+    assert (found["n_prompt"], found["n_gen"], found["n_depth"]) == (0, 2, 5)
+    # Steps a second over those that the ceiling allows: 4/3 of 8 and 4 of 10.
+    assert found["read_share"] == pytest.approx((4 / 3 / 8 + 4 / 10) / 2)
+    assert found["warmup_seconds"] == 0.5
 
 
 def test_measure_compares_first_then_alternates(probe: ReadProbe) -> None:
@@ -143,7 +161,7 @@ def test_measure_compares_first_then_alternates(probe: ReadProbe) -> None:
     assert peer["ratio"]["p50"] == pytest.approx(3.0)
     assert record["tokens_per_second"]["p50"] == pytest.approx(200.0)
     assert peer["tokens_per_second"]["p50"] == pytest.approx(200.0 / 3)
-    assert "3.00x" in table([record])
+    assert "3.00x" in shown([record])
 
 
 def test_measure_takes_shares_of_the_higher_neighbour(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +180,8 @@ def test_measure_reports_a_wrong_peer_and_never_times_it(probe: ReadProbe) -> No
     peer = record["peers"]["reference"]
     assert peer["status"] == "disagrees" and "token 7 here, 8 there" in peer["reason"]
     assert "tokens_per_second" not in peer and "ratio" not in peer
-    shown = table([record])
-    assert "disagrees" in shown and "x (" not in shown
+    text = shown([record])
+    assert "disagrees" in text and "x (" not in text
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
@@ -179,12 +197,12 @@ def test_measure_goes_on_without_a_peer_that_breaks(probe: ReadProbe, fails_at: 
 def test_measure_skips_an_absent_peer_by_name(probe: ReadProbe) -> None:
     record = record_of(Scripted("ours", 0.01, []), "llama_models not installed", probe)
     assert record["peers"]["reference"] == {"status": "skipped", "reason": "llama_models not installed"}
-    assert "reference skipped: llama_models not installed" in table([record])
+    assert "reference skipped: llama_models not installed" in shown([record])
 
 
 def test_table_is_aligned_and_warns_of_others(probe: ReadProbe) -> None:
     quiet = record_of(Scripted("ours", 0.01, []), "absent", probe) | {"other_cores": 0.0}
-    lines = table([quiet, {**quiet, "batch": 16, "other_cores": 1.5}]).splitlines()
+    lines = shown([quiet, {**quiet, "batch": 16, "other_cores": 1.5}]).splitlines()
     assert len({len(line) for line in lines[:3]}) == 1
     assert sum("other programs used 1.5 cores" in line for line in lines) == 1
     assert any("batch 16" in line for line in lines[3:])
@@ -203,7 +221,7 @@ def test_suite_measures_a_checkpoint_against_the_reference(tmp_path: Path, probe
         (2, "measured"),
     ]
     assert set(result.ceilings) == {"read", "copy", "matmul"} and not result.interrupted
-    shown = suite.report(result)
+    shown = report(result)
     assert "vs reference" in shown and "GB/s" in shown and "decode of tiny in float32" in shown
 
 
@@ -223,7 +241,7 @@ def test_suite_keeps_finished_cases_when_interrupted(
     result = suite.run(plan, lambda text: None, tmp_path / "result.json")
     assert result.interrupted and [record["batch"] for record in result.records] == [1]
     assert read_result(tmp_path / "result.json") == result
-    assert "interrupted" in suite.report(result)
+    assert "interrupted" in report(result)
 
 
 def test_suite_fails_before_measuring_where_it_cannot_write(tmp_path: Path) -> None:

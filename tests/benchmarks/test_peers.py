@@ -51,11 +51,11 @@ def test_compare_rejects_other_lengths_and_missing_scores() -> None:
 
 
 def test_absence_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert absence("reference") is None
+    assert absence("reference", ARGS) is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_models" else object())
-    assert "llama_models not installed" in str(absence("reference"))
+    assert "llama_models not installed" in str(absence("reference", ARGS))
     with pytest.raises(ValueError, match="unknown peer 'vllm'"):
-        absence("vllm")
+        absence("vllm", ARGS)
 
 
 def test_refusal_names_what_metas_code_cannot_run() -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.benchmarks import generate, memory, peers, prefill, rounds, suite
+from fastllama.benchmarks import generate, memory, op_times, peers, prefill, rounds, suite
 from fastllama.benchmarks.measure import Ceiling, ReadProbe, summarize
 from fastllama.benchmarks.models import PUBLISHED_MODELS, ModelSource, Run, build
+from fastllama.benchmarks.peer_table import peer_table
 from fastllama.benchmarks.peers import Peer, compare
+from fastllama.benchmarks.result_tables import report
 from fastllama.benchmarks.rounds import Case, Measured, Ours
+from fastllama.benchmarks.tables import aligned
 from fastllama.speed_of_light import prefill as prefill_work
 from fastllama.speed_of_light import total_flops
 from tests.benchmarks.test_decode import ARGS, CPU, SOURCE, Scripted, probe
@@ -29,7 +32,7 @@ def run_taking(*seconds: float) -> Run:
 
 def measured(ours: list[Run], theirs: list[Run]) -> Measured:
     ceilings = {"fastllama": [10.0] * len(ours), "reference": [10.0] * len(theirs)}
-    return Measured({"fastllama": ours, "reference": theirs}, ceilings, {"reference": {"status": "measured"}}, 0.0)
+    return Measured({"fastllama": ours, "reference": theirs}, ceilings, {"reference": {"status": "measured"}}, 0.0, 0.0)
 
 
 def test_ragged_prompts_are_spread_from_the_longest_down() -> None:
@@ -49,11 +52,12 @@ def test_prefill_counts_the_first_token_alone() -> None:
     )
     json.dumps(found, allow_nan=False)
     flops = total_flops(prefill_work(ARGS, torch.float32, [5, 5]))
-    assert found["ttft_ms"]["minimum"] == 250 and found["prompt_tokens_per_second"]["maximum"] == 40
+    assert found["median_ttft_ms"] == 375 and found["tokens_per_second"]["maximum"] == 40
+    assert (found["n_prompt"], found["n_gen"]) == (5, 0)
     assert found["tflops"] == pytest.approx(flops / 0.375 / 1e12)
     assert found["matmul_share"] == pytest.approx(found["tflops"] / 1e-6)
     assert found["peers"]["reference"]["ratio"]["p50"] == pytest.approx(3.0)
-    shown = prefill.table([dataclasses.asdict(case) | found])
+    shown = aligned(*peer_table([dataclasses.asdict(case) | found], prefill.COLUMNS))
     assert "3.00x (2.00-4.00)" in shown and "vs reference" in shown
 
 
@@ -64,7 +68,9 @@ def test_generate_counts_the_whole_call_and_every_token() -> None:
     assert found["seconds"]["p50"] == 2.0 and found["tokens_per_second"]["p50"] == 3 * 4 / 2.0
     assert found["peers"]["reference"]["ratio"]["p50"] == 2.5
     assert found["least_seconds"] > 0 and found["share"] == pytest.approx(found["least_seconds"] / 2.0)
-    assert "3-12" in generate.table([dataclasses.asdict(RAGGED) | found])
+    assert found["output_throughput"] == 6.0 and found["total_token_throughput"] == (12 + 8 + 3 + 12) / 2
+    assert found["median_e2el_ms"] == 2000
+    assert "3-12" in aligned(*peer_table([dataclasses.asdict(RAGGED) | found], generate.COLUMNS))
 
 
 def test_a_peer_that_disagrees_in_any_suite_is_not_timed(probe: ReadProbe) -> None:
@@ -75,7 +81,8 @@ def test_a_peer_that_disagrees_in_any_suite_is_not_timed(probe: ReadProbe) -> No
     )
     record = generate.record(RAGGED, found, ARGS, torch.float32, MATMUL)
     assert record["peers"]["reference"]["status"] == "disagrees" and "seconds" not in record["peers"]["reference"]
-    assert "disagrees" in generate.table([dataclasses.asdict(RAGGED) | record]) and "peer" not in log
+    assert "disagrees" in aligned(*peer_table([dataclasses.asdict(RAGGED) | record], generate.COLUMNS))
+    assert "peer" not in log
 
 
 @pytest.mark.parametrize("name", ["reference", "transformers"])
@@ -106,26 +113,27 @@ def test_transformers_takes_scaled_rope_and_tied_output() -> None:
     assert agreement.agrees, agreement.difference
 
 
-def test_all_suites_run_in_one_result(probe: ReadProbe) -> None:
+def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_times, "ROTATED_BYTES", 1)
+    # What torch.compile gives is compared in test_op_times.py; here it would take most of the time.
+    monkeypatch.setattr(op_times, "compiled", lambda ops: ops)
     plan = suite.Plan(SOURCE, CPU, torch.float32, suites=rounds.SUITES, batches=(2,), contexts=(4,), steps=3, rounds=1)
     result = suite.run(plan, lambda text: None)
     assert {record["suite"]: record["steps"] for record in result.records} == {
+        "kernels": 3,
         "decode": 3,
         "prefill": 1,
         "generate": 3,
         "load": 3,
         "memory": 3,
     }
-    shown = suite.report(result)
-    parts = (
-        "decode of tiny",
-        "prefill of tiny",
-        "ttft ms p50",
-        "generate on tiny",
-        "memory of tiny",
-        "not run: random",
-    )
-    assert all(part in shown for part in parts)
+    assert suite.failures(result) == []
+    for in_markdown in (False, True):
+        shown = report(result, in_markdown)
+        parts = ["kernels of tiny", "decode of tiny", "prefill of tiny", "ttft ms p50", "generate on tiny"]
+        parts += ["memory of tiny", "not run: random"]
+        assert all(part in shown for part in parts)
+        assert ("| --- |" in shown) is in_markdown
 
 
 def test_load_and_memory_are_those_of_a_fresh_process(tmp_path: Path) -> None:
@@ -139,7 +147,7 @@ def test_load_and_memory_are_those_of_a_fresh_process(tmp_path: Path) -> None:
     files = memory.weight_files(tmp_path)
     assert len(files) == 2 and loaded["checkpoint_bytes"] == sum(path.stat().st_size for path in files)
     assert loaded["seconds"]["count"] == 2 and loaded["seconds"]["minimum"] > 0
-    assert "GB/s" in memory.load_table([loaded | {"batch": 2, "context": 8}])
+    assert "GB/s" in aligned(*memory.load_table([loaded | {"batch": 2, "context": 8}]))
     record = memory.memory_record(Case("memory", 2, 8, 2), source, how)
     planned = record["planned"]
     assert planned["total"] == planned["weights"] + planned["cache"] + planned["workspace"] > 0
@@ -166,4 +174,4 @@ def test_published_shapes_have_the_published_sizes(name: str, billions: float, h
 
 
 def test_every_peer_is_a_module_with_its_packages() -> None:
-    assert all(kind.packages and kind.module.startswith("fastllama.benchmarks.") for kind in peers.PEERS.values())
+    assert all(kind.module.startswith("fastllama.benchmarks.") for kind in peers.PEERS.values())

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.benchmarks.tolerances import TOLERANCES
 from fastllama.kernels.attention_decode import attention_decode
 from fastllama.kernels.attention_prefill import attention_prefill
 from fastllama.kernels.attention_scratch import AttentionScratch
 from fastllama.kernels.ragged import Ragged
-from tests.kernels.cases import DTYPES, NAMES, TOLERANCES
+from tests.kernels.cases import DTYPES, NAMES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import reference
 from fastllama.kernels.attention_decode import attention_decode
 from fastllama.kernels.attention_prefill import attention_prefill
 from fastllama.kernels.attention_scratch import SLOTS, AttentionScratch
 from fastllama.kernels.ragged import Ragged, Segment
-from tests.kernels.cases import NAMES, assert_matches, random
+from tests.kernels.cases import NAMES, random
 from tests.kernels.guards import GuardedMemory
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels.embedding import embed
 from fastllama.kernels.few_tokens import RowSquares, choose_launch, few_tokens
 from fastllama.kernels.target import Target
-from tests.kernels.cases import DTYPES, assert_matches
+from tests.kernels.cases import DTYPES
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.projections import EPS, SHAPES, Case, Shape, assert_appended, outside
 

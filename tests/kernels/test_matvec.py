@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import matvec as module
 from fastllama.kernels.matvec import choose_launch, matvec
 from fastllama.kernels.target import Target
-from tests.kernels.cases import DTYPES, assert_matches, random
+from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.projections import EPS, SHAPES, Case, Shape, assert_appended, outside
 

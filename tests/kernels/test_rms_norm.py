@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import reference
 from fastllama.kernels.rms_norm import add_rms_norm, rms_norm
-from tests.kernels.cases import DTYPES, assert_matches, random
+from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
 
 EPS = 1e-5

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import reference
 from fastllama.kernels.ragged import Sampling
 from fastllama.kernels.sampling import sample
 from fastllama.kernels.sampling_scratch import SamplingScratch
-from tests.kernels.cases import DTYPES, assert_matches, random
+from tests.kernels.cases import DTYPES, random
 from tests.kernels.draws import (
     assert_follows,
     metas_distribution,

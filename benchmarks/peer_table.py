@@ -1,0 +1,46 @@
+"""Records and their peers as a table: a line each, a column for each figure and for each peer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastllama.benchmarks.tables import Table
+
+BUSY_CORES = 0.1  # cores used by others from which a figure deserves a warning
+
+Record = dict[str, Any]
+Columns = Mapping[str, Callable[[Record], object]]  # by head
+
+
+def peer_table(records: Sequence[Record], columns: Columns) -> Table:
+    """The records' figures by `columns`, and how many times as fast as each peer ours is."""
+    peers = list(dict.fromkeys(name for record in records for name in record["peers"]))
+    rows = [
+        [*(cell(record) for cell in columns.values()), *(_versus(record, name) for name in peers)] for record in records
+    ]
+    return Table([*columns, *(f"vs {name}" for name in peers)], rows)
+
+
+def _versus(record: Record, name: str) -> str:
+    """The ratio with its range, or why it is not known."""
+    peer = record["peers"].get(name)
+    if peer is None:
+        return "-"
+    if peer["status"] != "measured":
+        return str(peer["status"])
+    ratio = peer["ratio"]
+    return f"{ratio['p50']:.2f}x ({ratio['minimum']:.2f}-{ratio['maximum']:.2f})"
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """What stands below a table: why a peer was not timed, and where others disturbed."""
+    found = []
+    for record in records:
+        for name, peer in record["peers"].items():
+            if peer["status"] != "measured":
+                found.append(f"{name} {peer['status']}: {peer['reason']}")
+        if record["other_cores"] > BUSY_CORES:
+            found.append(
+                f"batch {record['batch']} context {record['context']}: other programs used {record['other_cores']:.1f} "
+                "cores meanwhile; measure again when they rest"
+            )
+    return list(dict.fromkeys(found))

@@ -1,0 +1,138 @@
+"""A result as pictures: tokens a second against batch, a step launch by launch, and how latencies are spread.
+
+Drawn by matplotlib, which is an optional dependency: a bench without it has tables only.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastllama.benchmarks.measure import GIGA, MICRO, MILLI, ResultFile, percentile
+from fastllama.benchmarks.rounds import OURS
+
+THROUGHPUT, LAUNCHES, LATENCY = "throughput", "launches", "latency"
+NAMES = (THROUGHPUT, LAUNCHES, LATENCY)
+WITHOUT = "no plots: matplotlib is not installed (pip install matplotlib)"
+PANEL_INCHES = (5.2, 4.0)
+DOTS_PER_INCH = 110
+BINS = 40
+LATENCY_TAIL = 99.5  # percentile where the axis ends: one straggler should not squeeze all others into a bar
+LEGEND_LINE = 0.12  # of the highest bar, kept free above it for each line of a legend
+OURS_COLOR, LIMIT_COLOR = "#c0392b", "#555555"
+# Told apart by people who see no red or green, too.
+PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
+PIECE_COLORS = ("#bbbbbb", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#56b4e9", "#cc79a7", "#444444")
+
+Record = dict[str, Any]
+
+
+def available() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(result: ResultFile, folder: Path) -> list[Path]:
+    """Write what plots the result's decode records allow into `folder`, which is made. Returns their paths."""
+    records = [record for record in result.records if record["suite"] == "decode" and "itls" in record]
+    if not records:
+        return []
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    contexts = list(dict.fromkeys(record["context"] for record in records))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, panel in ((THROUGHPUT, _throughput), (LAUNCHES, _launches), (LATENCY, _latency)):
+        # Not through pyplot: it keeps global state, and asks for a screen.
+        figure = Figure(figsize=(PANEL_INCHES[0] * len(contexts), PANEL_INCHES[1]), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, len(contexts), squeeze=False)[0]
+        for axis, context in zip(axes, contexts, strict=True):
+            panel(axis, [record for record in records if record["context"] == context])
+        if name != LATENCY:  # whose panels have each their own
+            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True)
+        first, environment = records[0], result.environment
+        figure.suptitle(f"{first['model']} in {first['dtype']} on {environment.device_name}", fontsize=10)
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+        paths.append(path)
+    return paths
+
+
+def _throughput(axis: Any, records: Sequence[Record]) -> None:
+    """Tokens a second over the batch, ours and the peers', below what reading the step's bytes would allow."""
+    from matplotlib.ticker import LogLocator
+
+    batches = [record["batch"] for record in records]
+    limits = [
+        record["batch"] * record["read_gb_per_second"]["p50"] * GIGA / record["bytes_per_step"] for record in records
+    ]
+    axis.plot(batches, limits, color=LIMIT_COLOR, linestyle="--", marker="_", label="limit: read bandwidth")
+    _rates(axis, batches, records, OURS, OURS_COLOR)
+    for name, color in zip(_measured_peers(records), PEER_COLORS, strict=False):
+        having = [record for record in records if "tokens_per_second" in record["peers"].get(name, {})]
+        _rates(axis, [record["batch"] for record in having], [record["peers"][name] for record in having], name, color)
+    axis.set(xlabel="batch", ylabel="tokens/s", title=_title(records), yscale="log")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(batches, [str(batch) for batch in batches])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+
+
+def _rates(axis: Any, batches: Sequence[int], records: Sequence[Record], name: str, color: str) -> None:
+    rates = [record["tokens_per_second"] for record in records]
+    middle = [rate["p50"] for rate in rates]
+    reach = [
+        [rate["p50"] - rate["minimum"] for rate in rates],
+        [rate["maximum"] - rate["p50"] for rate in rates],
+    ]
+    axis.errorbar(batches, middle, yerr=reach, color=color, marker="o", capsize=3, label=name)
+
+
+def _launches(axis: Any, records: Sequence[Record]) -> None:
+    """A step's launches on top of each other, each case beside the least that they could take."""
+    ticks, labels, top = [], [], 0.0
+    for place, record in enumerate(records):
+        for offset, key in ((-0.2, "microseconds"), (0.2, "least_microseconds")):
+            bottom = 0.0
+            for launch, color in zip(record["launches"], PIECE_COLORS, strict=False):
+                one = launch[key]["p50"] if key == "microseconds" else launch[key]
+                height = one * launch["count"] * MILLI / MICRO
+                label = f"{launch['launch']} x{launch['count']}" if not place and key == "microseconds" else None
+                axis.bar(place + offset, height, 0.36, bottom=bottom, color=color, label=label)
+                bottom += height
+            top = max(top, bottom)
+            ticks.append(place + offset)
+            labels.append("measured" if key == "microseconds" else "least")
+        axis.text(place, -0.16, f"batch {record['batch']}", ha="center", transform=axis.get_xaxis_transform())
+    axis.set_xticks(ticks, labels, fontsize=7)
+    axis.set(ylabel="ms a step", title=_title(records), ylim=(0, top * 1.05))
+
+
+def _latency(axis: Any, records: Sequence[Record]) -> None:
+    """How inter-token latencies are spread: ours at every batch, p50 and p99 marked."""
+    flat = {record["batch"]: [MILLI * one for run in record["itls"] for one in run] for record in records}
+    top = 0.0
+    end = max(percentile(samples, LATENCY_TAIL) for samples in flat.values())
+    for (batch, samples), color in zip(flat.items(), (OURS_COLOR, *PEER_COLORS), strict=False):
+        middle, tail = (percentile(samples, percent) for percent in (50, 99))
+        label = f"batch {batch}: p50 {middle:.3g}, p99 {tail:.3g} ms"
+        counts, _, _ = axis.hist(samples, bins=BINS, range=(0, end), histtype="stepfilled", color=color, alpha=0.2)
+        axis.hist(samples, bins=BINS, range=(0, end), histtype="step", color=color, label=label)
+        top = max(top, *counts)
+        axis.axvline(middle, color=color, linewidth=1.5)
+        axis.axvline(tail, color=color, linewidth=1, linestyle=":")
+    axis.set(xlabel="ms between tokens", ylabel="tokens", title=_title(records), xlim=(0, end))
+    axis.set_ylim(0, top * (1 + LEGEND_LINE * len(flat)))
+    axis.legend(fontsize=8, loc="upper left")
+
+
+def _measured_peers(records: Sequence[Record]) -> list[str]:
+    found = (name for record in records for name, peer in record["peers"].items() if peer["status"] == "measured")
+    return list(dict.fromkeys(found))
+
+
+def _title(records: Sequence[Record]) -> str:
+    return f"context {records[0]['context']}"

@@ -1,0 +1,85 @@
+"""The pictures of a result: there, of the size that they say, and drawn from the result's figures."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastllama.benchmarks import decode, plots
+from fastllama.benchmarks.environment import describe_environment
+from fastllama.benchmarks.launch_times import LaunchTime
+from fastllama.benchmarks.measure import ResultFile, summarize
+from fastllama.benchmarks.models import Run
+from fastllama.benchmarks.rounds import Case, Measured
+from fastllama.speed_of_light import Machine, Work
+from tests.benchmarks.test_decode import ARGS
+
+MACHINE = Machine(read=1e9, matmul=1e12)
+
+
+def record(batch: int, context: int) -> dict[str, Any]:
+    case = Case("decode", batch, context, steps=3, rounds=2)
+    ours, theirs = ([Run([[0] * 3] * batch, [0.1, 0.1 + one, 0.1 + 2 * one])] * 2 for one in (0.01, 0.02))
+    measured = Measured(
+        {"fastllama": ours, "reference": theirs},
+        {"fastllama": [1.0, 2.0], "reference": [1.0, 2.0]},
+        {"reference": {"status": "measured"}, "transformers": {"status": "skipped", "reason": "absent"}},
+        0.0,
+        0.0,
+    )
+    launches = [
+        LaunchTime(Work("qkv", 2, bytes=2e5, flops=1e3), summarize([400.0])).against(MACHINE),
+        LaunchTime(Work("sampling", 2, bytes=0, flops=0), summarize([50.0])).against(MACHINE),
+    ]
+    found = decode.record(case, measured, ARGS, torch.float32)
+    return dataclasses.asdict(case) | found | {"model": "tiny", "dtype": "float32", "launches": launches}
+
+
+def result(*records: dict[str, Any]) -> ResultFile:
+    return ResultFile(describe_environment("cpu"), {}, list(records))
+
+
+def test_draws_three_pictures_a_panel_for_each_context(tmp_path: Path) -> None:
+    found = plots.draw(result(*(record(batch, context) for context in (8, 16) for batch in (1, 4))), tmp_path / "run")
+    assert [path.name for path in found] == ["throughput.png", "launches.png", "latency.png"]
+    assert {path.stem for path in found} == set(plots.NAMES)
+    for path in found:
+        with Image.open(path) as image:
+            size = image.size
+            colors = len(image.convert("RGB").getcolors(2**20) or [])
+        expected = (2 * plots.PANEL_INCHES[0] * plots.DOTS_PER_INCH, plots.PANEL_INCHES[1] * plots.DOTS_PER_INCH)
+        assert size == pytest.approx(expected, abs=1) and colors > 20
+
+
+def test_throughput_shows_ours_the_peers_and_the_limit() -> None:
+    axis = Figure().subplots()
+    records = [record(1, 8), record(4, 8)]
+    plots._throughput(axis, records)
+    assert set(axis.get_legend_handles_labels()[1]) == {"limit: read bandwidth", "fastllama", "reference"}
+    limits = [one["batch"] * 1.5e9 / one["bytes_per_step"] for one in records]
+    assert _heights(axis.get_lines()[0]) == pytest.approx(limits)
+    rates = {
+        bars.get_label(): _heights(bars.lines[0]) for bars in axis.containers if isinstance(bars, ErrorbarContainer)
+    }
+    assert rates == {"fastllama": pytest.approx([100, 400]), "reference": pytest.approx([50, 200])}
+
+
+def _heights(line: Any) -> list[float]:
+    return [float(height) for height in line.get_ydata()]
+
+
+def test_launches_stack_up_to_the_step_beside_the_least() -> None:
+    axis = Figure().subplots()
+    plots._launches(axis, [record(1, 8)])
+    heights = [bar.get_height() for bar in axis.patches]  # type: ignore[attr-defined]
+    assert heights == pytest.approx([0.8, 0.1, 0.4, 0.0])  # 2 x 400 and 2 x 50 µs; 2 x 200 µs and nothing
+
+
+def test_a_result_without_decode_has_no_pictures(tmp_path: Path) -> None:
+    assert plots.draw(result({"suite": "memory"}), tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()

@@ -8,10 +8,16 @@ INSTALLED := $(VENV)/installed
 # Two files of tests at a time, or up to four: the tests of one share what they compile.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+# Where the toy benchmarks write, and their sizes. Two at a time, the longest first: compilers take most of it.
+SMOKE := .cache/bench-smoke
+smoke-%: export TORCHINDUCTOR_COMPILE_THREADS := 1
+SMOKED := --strict --batch 2 --context 8 --steps 3 --rounds 1 --threads 1
+
 OLDER_TRITON := .cache/triton-3.6.0
 WITH_OLDER_TRITON := PYTHONPATH=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python
 
-.PHONY: help install demo test test-triton-3.6 kernels-report gpu-report readme bench-smoke lint types clean
+.PHONY: help install demo test test-triton-3.6 kernels-report gpu-report readme \
+	bench-smoke smoke-compiled smoke-kernels smoke-models lint types clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,9 +53,21 @@ gpu-report: ## With RESULTS=dir, on a machine with a GPU and its own torch and t
 readme: $(INSTALLED) ## Write the figures of benchmarks/results/ into the README
 	$(BIN)/python -m fastllama.benchmarks.readme
 
-bench-smoke: $(INSTALLED) ## Every suite against every peer, at toy size
-	$(BIN)/fastllama bench --suite decode,prefill,generate,load,memory --peers reference,transformers,transformers-compiled \
-		--batch 2 --context 8 --steps 3 --rounds 1
+bench-smoke: $(INSTALLED) ## Every suite and every peer at toy size; fails where one disagrees or breaks down
+	@mkdir -p $(SMOKE)
+	@$(MAKE) --no-print-directory -j2 smoke-compiled smoke-kernels smoke-models
+
+smoke-compiled:
+	$(BIN)/fastllama bench $(SMOKED) --model random-toy --suite decode --peers transformers-compiled,torch-compile \
+		--no_plots --output $(SMOKE)/compiled.json
+
+smoke-kernels:
+	$(BIN)/fastllama bench $(SMOKED) --model random-toy --suite kernels --output $(SMOKE)/kernels.json
+
+smoke-models:
+	$(BIN)/fastllama bench $(SMOKED) --suite decode,prefill,generate,load,memory --peers reference,transformers \
+		--output $(SMOKE)/models.json
+	$(BIN)/fastllama bench compare $(SMOKE)/models.json $(SMOKE)/models.json
 
 $(OLDER_TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastllama.benchmarks.environment import Environment
-from fastllama.benchmarks.measure import ResultFile
+from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.tables import aligned, markdown
 
 DEFAULT_THRESHOLD = 0.05  # of change that is worth a mark

@@ -24,7 +24,8 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastllama.benchmarks.measure import Ceiling, ResultFile
+    from fastllama.benchmarks.measure import Ceiling
+    from fastllama.benchmarks.result_file import ResultFile
 
 BUDGET_SECONDS = 510.0
 START_SECONDS = 90.0  # for the sections' process to begin
@@ -107,7 +108,7 @@ def report(results: Path, sections: Mapping[str, str], budget: float, commit: st
         _say("no GPU: toy sizes and interpreted kernels, a rehearsal")
 
     from fastllama.benchmarks.environment import describe_environment
-    from fastllama.benchmarks.measure import ResultFile
+    from fastllama.benchmarks.result_file import ResultFile
 
     device = "cuda" if has_gpu else "cpu"
     environment = describe_environment(device)
@@ -150,8 +151,8 @@ class _Keeper:
         self._write()
 
     def _write(self) -> None:
-        from fastllama.benchmarks.measure import write_result, write_text
         from fastllama.benchmarks.report_markdown import summary
+        from fastllama.benchmarks.result_file import write_result, write_text
 
         write_result(self.result, self._results / REPORT_FILE)
         write_text(summary(self.result), self._results / SUMMARY_FILE)

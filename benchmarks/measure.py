@@ -1,4 +1,4 @@
-"""The ground every benchmark stands on: timing, statistics, the machine's ceilings and the result file.
+"""The ground every benchmark stands on: timing, statistics and the machine's ceilings.
 
 A speed means little alone, so each is reported against what the machine could do in the same run: how fast it reads
 memory, copies it and multiplies matrices. Two habits follow from machines whose speed drifts, as shared ones do:
@@ -10,23 +10,16 @@ memory, copies it and multiplies matrices. Two habits follow from machines whose
 """
 
 import contextlib
-import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import psutil
 import torch
 
-from fastllama.benchmarks.environment import Environment
 from fastllama.decode_graph import CudaGraph
 
-SCHEMA_VERSION = 1
 CPU_BUFFER_BYTES = 256 * 2**20  # several times the last-level cache of any CPU that is likely to run this
 CUDA_BUFFER_BYTES = 2**30
 CPU_MATMUL_SIZE = 2048
@@ -254,60 +247,3 @@ def matmul_ceiling(
     times = time_calls(lambda: left @ right, device=device, repeats=3, seconds=seconds)
     name = str(dtype).removeprefix("torch.")
     return Ceiling("matmul", "TFLOP/s", f"{size} x {size} {name}", summarize(2 * size**3 / s / TERA for s in times))
-
-
-@dataclass(frozen=True)
-class ResultFile:
-    """Everything a run found. `records` are JSON objects, one a case; their keys belong to the suite that wrote."""
-
-    environment: Environment
-    ceilings: dict[str, Ceiling]
-    records: list[dict[str, Any]] = field(default_factory=list)
-    interrupted: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-
-def write_result(result: ResultFile, path: str | Path) -> None:
-    """Write `result` as JSON. OSError where it cannot be."""
-    write_text(json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n", path)
-
-
-def write_text(text: str, path: str | Path) -> None:
-    """Write a file of which a reader sees the old text or the new one, never a part. OSError where it cannot be."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a result is meant to be read by others.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def read_result(path: str | Path) -> ResultFile:
-    """The result in `path`. ValueError when it is not a result file of this schema version."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a result file: expected JSON, got {error}") from error
-    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(
-            f"{path}: expected a result file of schema version {SCHEMA_VERSION}, got {found}; measure again"
-        )
-    try:
-        ceilings = {
-            name: Ceiling(**{**value, "samples": Summary(**value["samples"])})
-            for name, value in data["ceilings"].items()
-        }
-        environment = Environment(**data["environment"])
-        return ResultFile(environment, ceilings, list(data["records"]), bool(data["interrupted"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a complete result file: {error!r}; measure again") from error

@@ -30,7 +30,7 @@ BYTES = 256
 SEEDS_PER_MODEL = 1_000_003  # tensors of one model never share a seed with those of the next model seed
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     # To see that everything runs.
-    "random-toy": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32},
+    "random-toy": {"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32},
     # About 176 million parameters: small enough for a CPU, and at float32 far beyond its caches.
     "random-176m": {
         "dim": 1024,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastllama.benchmarks.measure import GIGA, MICRO, MILLI, ResultFile, percentile
+from fastllama.benchmarks.measure import GIGA, MICRO, MILLI, percentile
+from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.rounds import OURS
 
 THROUGHPUT, LAUNCHES, LATENCY = "throughput", "launches", "latency"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from fastllama.benchmarks.measure import read_result, write_text
 from fastllama.benchmarks.plots import NAMES
+from fastllama.benchmarks.result_file import read_result, write_text
 from fastllama.benchmarks.result_tables import report
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fastllama.benchmarks.measure import Ceiling, ResultFile
+from fastllama.benchmarks.measure import Ceiling
+from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.tables import markdown
 
 TITLES = {

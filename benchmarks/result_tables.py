@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastllama.benchmarks import decode, generate, launch_times, memory, op_times, prefill
-from fastllama.benchmarks.measure import Ceiling, ResultFile
+from fastllama.benchmarks.measure import Ceiling
 from fastllama.benchmarks.peer_table import notes, peer_table
+from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.tables import Table, aligned, markdown
 
 COLUMNS = {

@@ -15,19 +15,11 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import decode, generate, launch_times, memory, op_times, prefill
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.measure import (
-    GIGA,
-    TERA,
-    Ceiling,
-    ReadProbe,
-    ResultFile,
-    copy_ceiling,
-    matmul_ceiling,
-    write_result,
-)
+from fastllama.benchmarks.measure import GIGA, TERA, Ceiling, ReadProbe, copy_ceiling, matmul_ceiling
 from fastllama.benchmarks.models import ModelSource, build
 from fastllama.benchmarks.ops import ops_of
 from fastllama.benchmarks.peers import PEERS, Peer, PeerError, absence
+from fastllama.benchmarks.result_file import ResultFile, write_result
 from fastllama.benchmarks.rounds import DEFAULT_ROUNDS, DEFAULT_STEPS, SUITES, Case, Ours, Runner, Suite, measure
 from fastllama.generation import Llama
 from fastllama.kernels import select
@@ -184,7 +176,7 @@ def _measured(
     begin = time.perf_counter()
     llm.decoder.warm([case.batch])
     record = plan.record_of(case) | {"capture_seconds": time.perf_counter() - begin}
-    runners = {name: _suited(name, peer, case) for name, peer in peers.items()}
+    runners = {name: suited(name, peer, case) for name, peer in peers.items()}
     measured = measure(case, args.vocab_size, Ours(llm), runners, ground.probe, plan.dtype, say)
     if case.suite == "decode":
         record |= decode.record(case, measured, args, plan.dtype)
@@ -195,7 +187,7 @@ def _measured(
     return record | of_suite(case, measured, args, plan.dtype, ground.matmul)
 
 
-def _suited(name: str, peer: Peer | PeerError | str, case: Case) -> Runner | PeerError | str:
+def suited(name: str, peer: Peer | PeerError | str, case: Case) -> Runner | PeerError | str:
     """The peer, or why it does not run this case."""
     if isinstance(peer, Peer) and not PEERS[name].takes_ragged and len(set(case.lengths)) > 1:
         return "it takes equally long prompts only"

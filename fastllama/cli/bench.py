@@ -10,8 +10,8 @@ import click
 from fastllama.cli.options import Integers, Names, checkpoint_options, device_options, json_option
 
 if TYPE_CHECKING:
-    from fastllama.benchmarks.measure import ResultFile
     from fastllama.benchmarks.models import ModelSource
+    from fastllama.benchmarks.result_file import ResultFile
     from fastllama.benchmarks.suite import Plan
 
 # Told here as well as in benchmarks/, which imports torch; a test holds the two together.
@@ -118,7 +118,7 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
       fastllama bench compare before.json after.json
     """
     from fastllama.benchmarks.compare_results import compare_results, report
-    from fastllama.benchmarks.measure import read_result
+    from fastllama.benchmarks.result_file import read_result
 
     results = read_result(first), read_result(second)
     found = compare_results(*results, threshold=threshold, anyway=anyway)

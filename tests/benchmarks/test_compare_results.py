@@ -8,7 +8,8 @@ import pytest
 
 from fastllama.benchmarks.compare_results import compare_results, report
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.measure import Ceiling, ResultFile, summarize
+from fastllama.benchmarks.measure import Ceiling, summarize
+from fastllama.benchmarks.result_file import ResultFile
 
 
 def decode(*rates: float, batch: int = 1, **more: Any) -> dict[str, Any]:

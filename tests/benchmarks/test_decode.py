@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fastllama.benchmarks import decode, measure, models, peers, rounds, suite
-from fastllama.benchmarks.measure import ReadProbe, read_result, summarize
+from fastllama.benchmarks.measure import ReadProbe, summarize
 from fastllama.benchmarks.models import ModelSource, Run, build, random_tensors
 from fastllama.benchmarks.peer_table import notes, peer_table
 from fastllama.benchmarks.peers import PeerError
+from fastllama.benchmarks.result_file import read_result
 from fastllama.benchmarks.result_tables import report
 from fastllama.benchmarks.rounds import SUITES, Case, Measured, Ours, Runner
 from fastllama.benchmarks.tables import aligned

@@ -13,10 +13,11 @@ import torch
 from fastllama.benchmarks import gpu_report, report_tests
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
-from fastllama.benchmarks.measure import Ceiling, ResultFile, read_result, summarize
+from fastllama.benchmarks.measure import Ceiling, summarize
 from fastllama.benchmarks.report_markdown import summary
 from fastllama.benchmarks.report_sections import Bench
 from fastllama.benchmarks.report_sizes import TOY
+from fastllama.benchmarks.result_file import ResultFile, read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTY = "tests.benchmarks.faulty_sections:"

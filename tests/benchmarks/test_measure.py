@@ -14,15 +14,13 @@ from fastllama.benchmarks.measure import (
     Ceiling,
     Contention,
     ReadProbe,
-    ResultFile,
     copy_ceiling,
     matmul_ceiling,
     percentile,
-    read_result,
     summarize,
     time_calls,
-    write_result,
 )
+from fastllama.benchmarks.result_file import SCHEMA_VERSION, ResultFile, read_result, write_result
 
 CPU = torch.device("cpu")
 SMALL_BUFFER_BYTES = 2**16
@@ -148,7 +146,7 @@ def test_result_file_comes_back_as_it_went(tmp_path: Path) -> None:
     result = result_file()
     write_result(result, path)
     assert read_result(path) == result
-    assert json.loads(path.read_text())["schema_version"] == measure.SCHEMA_VERSION
+    assert json.loads(path.read_text())["schema_version"] == SCHEMA_VERSION
 
 
 def test_write_result_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:

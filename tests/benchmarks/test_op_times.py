@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import op_times, ops, suite
-from fastllama.benchmarks.measure import ReadProbe, ResultFile
+from fastllama.benchmarks.measure import ReadProbe
 from fastllama.benchmarks.op_times import Bench, Difference, check_draw, measure
 from fastllama.benchmarks.ops import Inputs, Op, ops_of
 from fastllama.benchmarks.peer_table import peer_table
+from fastllama.benchmarks.result_file import ResultFile
 from fastllama.kernels import reference
 from fastllama.speed_of_light import decode_step, prefill
 from tests.benchmarks.test_decode import CPU, SHAPE, probe

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks import peers
+from fastllama.benchmarks import compiled_peer, peers, suite
 from fastllama.benchmarks.models import ModelSource, Run, build
 from fastllama.benchmarks.peers import Peer, PeerError, absence, compare
 from fastllama.benchmarks.reference_peer import refusal
-from fastllama.benchmarks.rounds import Ours
+from fastllama.benchmarks.rounds import Case, Ours
 from tests.benchmarks.test_decode import ARGS, CASE, CPU, SHAPE, SOURCE
 
 
@@ -93,3 +93,48 @@ def test_reference_peer_that_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(peers.PEERS, "reference", peers.Kind("fastllama.benchmarks.no_such_module", ()))
     with pytest.raises(PeerError, match=r"process ended: .*no_such_module"):
         start_reference(SOURCE)
+
+
+def test_a_peer_that_broke_down_says_why_ever_after() -> None:
+    with start_reference(SOURCE) as peer:
+        for _ in range(2):
+            with pytest.raises(PeerError, match="AssertionError"):
+                peer.run([[0] * 100], 8)
+
+
+def test_reasons_are_one_line_and_no_novel() -> None:
+    assert peers.one_line("one\n  two") == "one two"
+    assert len(peers.one_line("x" * 5000)) < 400
+
+
+def test_gpt_fast_needs_a_checkout_and_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--gpt_fast DIR" in str(absence("gpt-fast", ARGS))
+    assert "lacks model.py and generate.py" in str(absence("gpt-fast", ARGS, str(tmp_path)))
+    for name in ("model.py", "generate.py"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "sentencepiece" in str(absence("gpt-fast", ARGS, str(tmp_path)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert absence("gpt-fast", ARGS, str(tmp_path)) is None
+    assert "head_dim" in str(absence("gpt-fast", ModelArgs(**{**SHAPE, "head_dim": 16}), str(tmp_path)))
+
+
+def test_gpt_fast_is_not_asked_for_ragged_prompts() -> None:
+    peer = Peer.__new__(Peer)
+    ragged, even = Case("generate", 3, 12), Case("decode", 3, 12)
+    assert suite.suited("gpt-fast", peer, ragged) == "it takes equally long prompts only"
+    assert suite.suited("gpt-fast", peer, even) is peer and suite.suited("reference", peer, ragged) is peer
+
+
+def test_the_compiled_peer_answers_with_our_tokens_and_its_margins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiler, which `make bench-smoke` runs: everything around it."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    request = {"source": SOURCE.to_json(), "device": "cpu", "dtype": "float32", "threads": 1}
+    generate = compiled_peer.build(request | {"max_batch_size": 3, "max_seq_len": 32})
+    prompts = CASE.prompts(ARGS.vocab_size)
+    theirs, again = generate(prompts, 8, True), generate(prompts, 8, False)
+    ours = Ours(build(SOURCE, ARGS, CPU, torch.float32, None)).run(prompts, 8, True)
+    agreement = compare(ours, theirs, torch.float32)
+    assert agreement.agrees and agreement.tokens_compared == 16, agreement.difference
+    assert again.tokens == theirs.tokens and again.margins is None and theirs.margins is not None
+    assert all(margin > 0 for row in theirs.margins for margin in row)

@@ -13,8 +13,9 @@ from PIL import Image
 from fastllama.benchmarks import decode, plots
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.launch_times import LaunchTime
-from fastllama.benchmarks.measure import ResultFile, summarize
+from fastllama.benchmarks.measure import summarize
 from fastllama.benchmarks.models import Run
+from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.rounds import Case, Measured
 from fastllama.speed_of_light import Machine, Work
 from tests.benchmarks.test_decode import ARGS

@@ -7,7 +7,8 @@ from click.testing import CliRunner
 
 from fastllama.benchmarks import readme
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.measure import Ceiling, ResultFile, summarize, write_result
+from fastllama.benchmarks.measure import Ceiling, summarize
+from fastllama.benchmarks.result_file import ResultFile, write_result
 
 
 def test_the_readme_holds_the_figures_of_the_result_files() -> None:

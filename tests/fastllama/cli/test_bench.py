@@ -1,10 +1,14 @@
 """`fastllama bench`, as a command."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from fastllama.benchmarks.environment import describe_environment
+from fastllama.benchmarks.measure import summarize
+from fastllama.benchmarks.result_file import ResultFile, write_result
 from fastllama.cli import program
 from tests.command_line import expect_error, run
 
@@ -16,6 +20,12 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastllama.benchmarks.measure.ReadProbe.sample.__defaults__", (0.0,))
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a result is written that no --output names."""
+    monkeypatch.chdir(tmp_path)
+
+
 BENCH = ("--batch", "1,2", "--context", "4", "--steps", "3", "--rounds", "1", "--device", "cpu", "--peers", "none")
 
 
@@ -23,6 +33,55 @@ def test_bench_prints_a_table_and_keeps_stdout_for_it(checkpoint: str, small_pro
     result = run("bench", "--suite", "decode", "--ckpt_dir", checkpoint, *BENCH)
     assert result.exit_code == 0, result.stderr
     assert "tokens/s" in result.stdout and "comparing" not in result.stdout and "comparing" in result.stderr
+
+
+def test_bench_leaves_a_result_file_and_its_plots(checkpoint: str, small_probe: None, tmp_path: Path) -> None:
+    result = run("bench", "--ckpt_dir", checkpoint, *BENCH, "--markdown")
+    assert result.exit_code == 0, result.stderr
+    (written,) = tmp_path.glob("fastllama-bench-*.json")
+    assert f"wrote {written.name}" in result.stderr and "| tokens/s |" in result.stdout
+    assert {path.name for path in written.with_suffix("").iterdir()} == {
+        "throughput.png",
+        "launches.png",
+        "latency.png",
+    }
+
+
+def test_bench_without_matplotlib_says_so_and_goes_on(
+    checkpoint: str, small_probe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastllama.benchmarks.plots.available", lambda: False)
+    result = run("bench", "--ckpt_dir", checkpoint, *BENCH)
+    assert result.exit_code == 0 and "pip install matplotlib" in result.stderr
+    assert not list(tmp_path.glob("*/*.png"))
+
+
+def test_bench_strict_fails_where_something_is_wrong(
+    checkpoint: str, small_probe: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ["decode: reference disagrees: row 0 step 0: token 1 here, 2 there"]
+    monkeypatch.setattr("fastllama.benchmarks.suite.failures", lambda result: wrong)
+    lenient, strict = (
+        run("bench", "--ckpt_dir", checkpoint, *BENCH, "--no_plots", *words) for words in ((), ("--strict",))
+    )
+    assert lenient.exit_code == 0 and strict.exit_code == 1
+    assert wrong[0] in strict.stderr and wrong[0] not in lenient.stderr
+
+
+def test_compare_prints_ratios_and_fails_on_a_regression(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{name}.json") for name in ("first", "second")]
+    for path, rate in zip(paths, (100.0, 50.0), strict=True):
+        record = {"suite": "decode", "batch": 1, "tokens_per_second": asdict(summarize([rate]))}
+        write_result(ResultFile(describe_environment("cpu"), {}, [record]), path)
+    same, worse, better = (run("bench", "compare", *two) for two in ((paths[0],) * 2, paths, paths[::-1]))
+    assert (same.exit_code, worse.exit_code, better.exit_code) == (0, 1, 0)
+    assert "REGRESSION" in worse.stdout and "0.50x" in worse.stdout and "better" in better.stdout
+    found = json.loads(run("bench", "compare", *paths, "--json").stdout)
+    assert found["changes"][0]["ratio"] == 0.5 and found["only_first"] == []
+    assert "| REGRESSION |" in run("bench", "compare", *paths, "--markdown").stdout
+    (tmp_path / "other.json").write_text("{}")
+    expect_error(run("bench", "compare", paths[0], str(tmp_path / "other.json")), "other.json", "schema version")
+    expect_error(run("bench", "compare", paths[0], "nowhere.json"), "nowhere.json")
 
 
 def test_bench_json_is_the_result_files_object(tmp_path: Path, checkpoint: str, small_probe: None) -> None:
@@ -37,13 +96,14 @@ def test_bench_json_is_the_result_files_object(tmp_path: Path, checkpoint: str, 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("--suite", "decode,prefil"), ("--suite", "'prefil' is not one of decode")),
+        (("--suite", "decode,prefil"), ("--suite", "'prefil' is not one of kernels, decode")),
         (("--model", "gpt"), ("--model",)),
         (("--batch", "1,x"), ("--batch",)),
         (("--batch", "0"), ("--batch",)),
         (("--context", "1,-2"), ("--context",)),
         (("--steps", "1"), ("--steps",)),
         (("--peers", "vllm"), ("--peers", "reference")),
+        (("compare", "one.json", "two.json"), ("one.json", "does not exist")),
         (("--model", "builtin", "--ckpt_dir", "x"), ("exclude each other",)),
         (("--tokenizer_path", "x"), ("needs --ckpt_dir",)),
         (("--model", "random-176m", "--device", "cuda:99"), ("cuda:99",)),

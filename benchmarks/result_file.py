@@ -1,0 +1,70 @@
+"""The result file: everything that a run found, on what and how, as JSON."""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastllama.benchmarks.environment import Environment
+from fastllama.benchmarks.measure import Ceiling, Summary
+
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """Everything a run found. `records` are JSON objects, one a case; their keys belong to the suite that wrote."""
+
+    environment: Environment
+    ceilings: dict[str, Ceiling]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def write_result(result: ResultFile, path: str | Path) -> None:
+    """Write `result` as JSON. OSError where it cannot be."""
+    write_text(json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a file of which a reader sees the old text or the new one, never a part. OSError where it cannot be."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result is meant to be read by others.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_result(path: str | Path) -> ResultFile:
+    """The result in `path`. ValueError when it is not a result file of this schema version."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a result file: expected JSON, got {error}") from error
+    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(
+            f"{path}: expected a result file of schema version {SCHEMA_VERSION}, got {found}; measure again"
+        )
+    try:
+        ceilings = {
+            name: Ceiling(**{**value, "samples": Summary(**value["samples"])})
+            for name, value in data["ceilings"].items()
+        }
+        environment = Environment(**data["environment"])
+        return ResultFile(environment, ceilings, list(data["records"]), bool(data["interrupted"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a complete result file: {error!r}; measure again") from error

@@ -104,7 +104,7 @@ def measure(op: Op, bench: Bench, batch: int, progress: Progress) -> dict[str, A
         return found | {"not_run": reason, "status": ours["status"], "other_cores": 0.0, "peers": peers}
     if bench.interpreted:
         reason = f"{op.name}: outputs compared; times of interpreted kernels mean nothing"
-        return found | {"not_run": reason, "status": "measured", "other_cores": 0.0, "peers": {}}
+        return found | {"not_run": reason, "status": "measured", "other_cores": 0.0, "peers": peers}
     return found | _timed(op, bench, alive, peers, progress)
 
 
@@ -131,6 +131,7 @@ def ways(op: Op, bench: Bench, inputs: Sequence[Inputs], batch: int) -> dict[str
 
 def checked(op: Op, inputs: Sequence[Inputs], make: Callable[[], Calls]) -> Calls:
     """The calls, if they give what the reference gives. Difference if not. Also the warm-up, which compiles."""
+    op.forget(inputs[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compilers, about speed and about themselves
         calls = make()
@@ -176,12 +177,19 @@ def _timed(
 ) -> dict[str, Any]:
     """Rounds of all ways in turn, every other one backwards."""
     contention = Contention()
-    runs = {name: replayed(partial(each, calls), bench.device) for name, calls in alive.items()}
-    samples: dict[str, list[list[float]]] = {name: [] for name in alive}  # µs of one call, by round
+    runs: dict[str, Callable[[], object]] = {}
+    for name, calls in alive.items():
+        try:
+            runs[name] = replayed(partial(each, calls), bench.device)
+        except Exception as error:  # what others do need not be fit for a graph
+            if name == OURS:
+                raise
+            peers[name] = {"status": "failed", "reason": f"{op.name} in a CUDA graph: {one_line(error)}"}
+    samples: dict[str, list[list[float]]] = {name: [] for name in runs}  # µs of one call, by round
     before = bench.probe.sample().p50
     for index in range(bench.rounds):
         progress(f"round {index + 1}/{bench.rounds}")
-        for name in list(alive) if index % 2 == 0 else reversed(alive):
+        for name in list(runs) if index % 2 == 0 else reversed(runs):
             times = time_calls(runs[name], device=bench.device, warmup=1, repeats=REPEATS, before=bench.flush)
             samples[name].append([MICRO * second / len(alive[name]) for second in times])
     machine = Machine(read=max(before, bench.probe.sample().p50) * GIGA, matmul=bench.matmul)
@@ -191,7 +199,7 @@ def _timed(
         flat = [one for of_round in samples[name] for one in of_round]
         return {"microseconds": asdict(summarize(flat)), "share": least / percentile(flat, 50)}
 
-    for name in peers.keys() & alive.keys():
+    for name in peers.keys() & runs.keys():
         medians = [[percentile(one, 50) for one in samples[whose]] for whose in (name, OURS)]
         ratio = summarize(theirs / mine for theirs, mine in zip(*medians, strict=True))
         peers[name] |= figures(name) | {"ratio": asdict(ratio)}

@@ -85,13 +85,19 @@ class Op:
             batch = replace(batch, workspace=scratch.as_it_is())
         return replace(inputs, batch=batch, x=x, weight=weight)
 
+    def forget(self, inputs: Inputs) -> None:
+        """Take out of the cache what a call is to append, so that one which appends nothing shows."""
+        if self.name.endswith("qkv"):
+            for cache in (inputs.cache_k, inputs.cache_v):
+                cache[inputs.batch.rows, :, inputs.batch.positions] = torch.nan
+
     def results(self, inputs: Inputs, output: Output) -> tuple[Tensor, ...]:
         """Everything that a call left: what it returned, and what it appended to the cache."""
+        found = output if isinstance(output, tuple) else (output,)
         if not self.name.endswith("qkv"):
-            return output if isinstance(output, tuple) else (output,)
+            return found
         rows, positions = inputs.batch.rows, inputs.batch.positions
-        assert isinstance(output, Tensor)
-        return output, inputs.cache_k[rows, :, positions], inputs.cache_v[rows, :, positions]
+        return *found, inputs.cache_k[rows, :, positions], inputs.cache_v[rows, :, positions]
 
 
 def _library_embed(i: Inputs) -> Tensor:

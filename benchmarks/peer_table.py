@@ -33,14 +33,16 @@ def _versus(record: Record, name: str) -> str:
 
 def notes(records: Sequence[Record]) -> list[str]:
     """What stands below a table: why a peer was not timed, and where others disturbed."""
-    found = []
-    for record in records:
-        for name, peer in record["peers"].items():
-            if peer["status"] != "measured":
-                found.append(f"{name} {peer['status']}: {peer['reason']}")
-        if record["other_cores"] > BUSY_CORES:
-            found.append(
-                f"batch {record['batch']} context {record['context']}: other programs used {record['other_cores']:.1f} "
-                "cores meanwhile; measure again when they rest"
-            )
+    found = [
+        f"{name} {peer['status']}: {peer['reason']}"
+        for record in records
+        for name, peer in record["peers"].items()
+        if peer["status"] != "measured"
+    ]
+    busy = [record["other_cores"] for record in records if record["other_cores"] > BUSY_CORES]
+    if busy:
+        found.append(
+            f"other programs used up to {max(busy):.1f} cores during {len(busy)} of {len(records)} measurements; "
+            "measure again when they rest"
+        )
     return list(dict.fromkeys(found))

@@ -25,7 +25,7 @@ def figures(results: Path = RESULTS) -> str:
         result = read_result(path)
         environment = result.environment
         name = f"benchmarks/results/{path.name}"
-        commit = (environment.git_commit or "unknown")[:10]
+        commit = (environment.git_commit or "unknown")[:10] + (" and changes" if environment.git_dirty else "")
         parts += [
             f"[`{name}`]({name}), {environment.date[:10]}, commit {commit}:",
             f"```\n{environment.command}\n```\n\n{report(result, in_markdown=True)}",

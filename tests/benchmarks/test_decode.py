@@ -203,10 +203,10 @@ def test_measure_skips_an_absent_peer_by_name(probe: ReadProbe) -> None:
 
 def test_table_is_aligned_and_warns_of_others(probe: ReadProbe) -> None:
     quiet = record_of(Scripted("ours", 0.01, []), "absent", probe) | {"other_cores": 0.0}
-    lines = shown([quiet, {**quiet, "batch": 16, "other_cores": 1.5}]).splitlines()
-    assert len({len(line) for line in lines[:3]}) == 1
-    assert sum("other programs used 1.5 cores" in line for line in lines) == 1
-    assert any("batch 16" in line for line in lines[3:])
+    lines = shown([quiet, *({**quiet, "batch": 16, "other_cores": cores} for cores in (1.5, 0.5))]).splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert sum("other programs used up to 1.5 cores during 2 of 3" in line for line in lines) == 1
+    assert "other programs" not in shown([quiet])
 
 
 def test_suite_measures_a_checkpoint_against_the_reference(tmp_path: Path, probe: ReadProbe) -> None:

@@ -164,7 +164,7 @@ def test_write_result_cleans_up_when_the_replacement_fails(tmp_path: Path, monke
     def refuse(*args: object) -> None:
         raise PermissionError("no")
 
-    monkeypatch.setattr("fastllama.benchmarks.measure.os.replace", refuse)
+    monkeypatch.setattr("fastllama.benchmarks.result_file.os.replace", refuse)
     with pytest.raises(PermissionError):
         write_result(result_file(), tmp_path / "result.json")
     assert list(tmp_path.iterdir()) == []
@@ -176,8 +176,8 @@ def test_write_result_cleans_up_when_the_replacement_fails(tmp_path: Path, monke
         ("not json", "expected JSON"),
         ("[]", "got list"),
         ('{"schema_version": 99}', "got 99"),
-        ('{"schema_version": 1}', "not a complete result file"),
-        ('{"schema_version": 1, "environment": {}, "ceilings": {}, "records": [], "interrupted": false}', "complete"),
+        ('{"schema_version": 2}', "not a complete result file"),
+        ('{"schema_version": 2, "environment": {}, "ceilings": {}, "records": [], "interrupted": false}', "complete"),
     ],
 )
 def test_read_result_rejects_other_files(tmp_path: Path, text: str, message: str) -> None:

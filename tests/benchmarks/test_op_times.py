@@ -119,6 +119,19 @@ def _spoilt(op: Op, inputs: Inputs) -> Any:
     return flat
 
 
+def test_a_projection_that_appends_nothing_is_wrong(bench: Callable[..., Bench]) -> None:
+    op = OPS["qkv"]
+
+    def forgetful(inputs: Inputs) -> Any:
+        before = inputs.cache_v.clone()
+        found = op.kind.library(inputs)
+        inputs.cache_v.copy_(before)
+        return found
+
+    wrong = dataclasses.replace(op, kind=op.kind._replace(library=forgetful))
+    assert measure(wrong, bench(), ROWS, silent)["peers"]["library"]["status"] == "disagrees"
+
+
 def test_a_peer_that_breaks_down_is_reported(bench: Callable[..., Bench]) -> None:
     def explode(inputs: Inputs) -> Tensor:
         raise RuntimeError("no\nkernel " + "x" * 1000)

@@ -32,7 +32,14 @@ EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
 
 
 @click.group(invoke_without_command=True)
-@click.option("--suite", "suites", type=Names(*SUITES), default="decode", show_default=True, help="What to measure.")
+@click.option(
+    "--suite",
+    "suites",
+    type=Names(*SUITES),
+    default="decode",
+    show_default=True,
+    help=f"What to measure, of {', '.join(SUITES)}.",
+)
 @click.option(
     "--model", type=click.Choice(MODELS), metavar="NAME", help=f"One of {', '.join(MODELS)}. Default: builtin."
 )
@@ -48,7 +55,13 @@ EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
 )
 @click.option("--steps", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens decoded per row.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Repetitions of each case.")
-@click.option("--peers", type=Names(*PEERS), default="reference", show_default=True, help="Whom to compare with.")
+@click.option(
+    "--peers",
+    type=Names(*PEERS),
+    default="reference",
+    show_default=True,
+    help=f"Whom to compare with, of {', '.join(PEERS)}.",
+)
 @click.option("--gpt_fast", metavar="DIR", help="A checkout of gpt-fast, for that peer.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's.")
 @device_options

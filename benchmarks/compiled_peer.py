@@ -1,9 +1,12 @@
 """Our reference backend behind torch.compile as a peer: the layers, the head and the choice, each compiled whole.
 
-Weights are plain row-major ones, for the compiler knows no other layout; everything around the model is our own.
+Weights are plain row-major ones, for the compiler knows no other layout; a decode step reads the whole cache under a
+mask, so that it is one program. Everything around the model is our own. Without CUDA graphs: the cache is written in
+place, which torch.compile's own do not take.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,11 +17,11 @@ from torch import Tensor, nn
 
 from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.models import build as build_ours
-from fastllama.benchmarks.peer_process import Generate, main, margins_of, model_of
+from fastllama.benchmarks.peer_process import Generate, compile_or_fail, main, margins_of, model_of
 from fastllama.benchmarks.rounds import Ours
 from fastllama.kernels import reference
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.ragged import Workspace
+from fastllama.kernels.ragged import Ragged, Workspace
 from fastllama.model import Transformer
 from fastllama.slots import slots
 
@@ -28,10 +31,11 @@ def build(request: dict[str, Any]) -> Generate:
     source, device, dtype = model_of(request)
     args = source.args(request["max_batch_size"], request["max_seq_len"])
     llm = build_ours(source, args, device, dtype, "reference")
-    ops = _compile(llm.model)
-    return partial(generate, Ours(llm), ops)
+    compile_or_fail()
+    return partial(generate, Ours(llm), compile_model(llm.model, partial(torch.compile, fullgraph=True)))
 
 
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 # What a model asks its backend for, but for the choice.
 OPS = ("embed", "qkv", "attention", "project", "swiglu", "head", "suits_graphs", "pack", "unpack", "workspace")
 
@@ -39,10 +43,10 @@ OPS = ("embed", "qkv", "attention", "project", "swiglu", "head", "suits_graphs",
 class _Ops(SimpleNamespace):
     """The reference's ops, with a compiled choice that can be asked what the best logits' leads were."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: Compiler) -> None:
         super().__init__(**{name: getattr(reference, name) for name in OPS})
         self.margins: list[list[float]] | None = None  # of each choice, row by row, where they are wanted
-        self._choose = torch.compile(reference.choose)
+        self._choose = compiled(reference.choose)
 
     def choose(self, logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
         if self.margins is not None:
@@ -50,16 +54,27 @@ class _Ops(SimpleNamespace):
         self._choose(logits, state, workspace)
 
 
-def _compile(model: Transformer) -> _Ops:
+def compile_model(model: Transformer, compiled: Compiler) -> _Ops:
+    """Have the model's layers, head and choice go through `compiled`; its ops from then on."""
     for slot in slots(model, model.layers):
         weight = getattr(slot.owner, slot.attribute).detach()
         if weight.is_mkldnn:
             setattr(slot.owner, slot.attribute, nn.Parameter(weight.to_dense(), requires_grad=False))
-    ops = _Ops()
+    ops = _Ops(compiled)
     model.ops = cast(Any, ops)
-    for name in ("hidden", "logits"):
-        setattr(model, name, torch.compile(getattr(model, name)))
+    hidden, max_seq_len = compiled(model.hidden), model.cache.max_seq_len
+    model.hidden = lambda batch: hidden(_of_one_shape(batch, max_seq_len))  # type: ignore[method-assign]
+    model.logits = compiled(model.logits)  # type: ignore[method-assign]
     return ops
+
+
+def _of_one_shape(batch: Ragged, max_seq_len: int) -> Ragged:
+    """A decode step over the whole cache, masked, for a compiler to which every length would be another program."""
+    if batch.one_each:
+        segments = tuple(segment._replace(keys=max_seq_len) for segment in batch.segments)
+        batch = replace(batch, segments=segments, exact=False)
+    assert batch.one_each is not None  # looked at now: the compiler cannot see through what a cached property locks
+    return batch
 
 
 def generate(ours: Ours, ops: _Ops, prompts: list[list[int]], steps: int, with_logprobs: bool) -> Run:

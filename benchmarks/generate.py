@@ -11,7 +11,7 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.fields import latency, throughput
-from fastllama.benchmarks.measure import GIGA, TERA, Ceiling, percentile, summarize
+from fastllama.benchmarks.measure import GIGA, TERA, percentile, summarize
 from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.peer_table import Columns
 from fastllama.benchmarks.rounds import Case, Measured
@@ -26,15 +26,18 @@ COLUMNS: Columns = {
 }
 
 
-def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, matmul: Ceiling) -> dict[str, Any]:
-    """What the rounds of a case came to, ready for JSON. Shares are of the speed of light, prompts and steps."""
+def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
+    """What the rounds of a case came to, ready for JSON. Shares are of the speed of light, prompts and steps.
+
+    matmul: the machine's rate, in TFLOP/s.
+    """
     mean_context = sum(case.lengths) / case.batch + case.steps / 2
     step = decode_step(args, dtype, case.batch, mean_context)
     n_generated = case.batch * case.steps
 
     def figures(runs: list[Run], ceilings: list[float]) -> dict[str, Any]:
         seconds = [run.seconds[-1] for run in runs]
-        machine = Machine(read=percentile(ceilings, 50) * GIGA, matmul=matmul.value * TERA)
+        machine = Machine(read=percentile(ceilings, 50) * GIGA, matmul=matmul * TERA)
         least = least_seconds(prefill(args, dtype, case.lengths), machine)
         least += (case.steps - 1) * least_seconds(step, machine)  # the first token comes with the prompts
         median = percentile(seconds, 50)

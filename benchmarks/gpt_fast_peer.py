@@ -17,7 +17,7 @@ from torch import Tensor
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.measure import synchronize
 from fastllama.benchmarks.models import Run, resolved
-from fastllama.benchmarks.peer_process import Generate, main, model_of
+from fastllama.benchmarks.peer_process import Generate, compile_or_fail, main, model_of
 
 FILES = ("model.py", "generate.py")
 
@@ -62,6 +62,7 @@ def build(request: dict[str, Any]) -> Generate:
         model = theirs.Transformer(config)
     model.load_state_dict(dict(source.tensors(args, device, dtype)), assign=True)
     model = model.to(device=device, dtype=dtype).eval()
+    compile_or_fail()
     step = program.decode_one_token
     if device.type == "cuda":
         step = torch.compile(step, mode="reduce-overhead", fullgraph=True)
@@ -109,13 +110,12 @@ def generate(
 
     def keep(probs: Tensor) -> Tensor:
         """The likeliest tokens (B, 1) of probs (B, V), once they are there."""
-        best = probs.topk(2, -1)
-        chosen = best.indices[:, :1]
+        chosen = probs.argmax(-1, keepdim=True)
         for row, token in enumerate(chosen[:, 0].tolist()):
             tokens[row].append(token)
         seconds.append(time.perf_counter() - start)
         if with_logprobs:
-            logs = best.values.float().log()
+            logs = probs.topk(2, -1).values.float().log()
             for row, (score, margin) in enumerate(
                 zip(logs[:, 0].tolist(), (logs[:, 0] - logs[:, 1]).tolist(), strict=True)
             ):

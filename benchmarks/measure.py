@@ -150,10 +150,10 @@ class CacheFlush:
 
     def __init__(self, device: torch.device) -> None:
         size = CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
-        self._buffer = torch.ones(size // 4, device=device)
+        self._buffer = torch.randn(size // 4, device=device)
 
     def __call__(self) -> None:
-        self._buffer.neg_()
+        self._buffer.sum()  # reads: what had been written would be on its way to memory in the time of others
 
 
 class Contention:
@@ -237,13 +237,35 @@ def copy_ceiling(device: torch.device, buffer_bytes: int | None = None, seconds:
     return Ceiling("copy", "GB/s", method, summarize(moved / second / GIGA for second in times))
 
 
+class MatmulProbe:
+    """Measures the rate of matrix multiplication, now and again later: square random matrices by the library."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, size: int | None = None) -> None:
+        self._device = device
+        self._size = size or (CUDA_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE)
+        self._factors = [torch.randn(self._size, self._size, device=device).to(dtype) for _ in range(2)]
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._seen: list[float] = []
+
+    def sample(self, seconds: float = PROBE_SECONDS) -> Summary:
+        """TFLOP/s of products repeated for `seconds`."""
+        left, right = self._factors
+        times = time_calls(lambda: left @ right, device=self._device, warmup=1, repeats=3, seconds=seconds)
+        rates = [2 * self._size**3 / second / TERA for second in times]
+        self._seen += rates
+        return summarize(rates)
+
+    def ceiling(self) -> Ceiling:
+        """Every sample so far as one ceiling; takes one first if there is none."""
+        if not self._seen:
+            self.sample()
+        return Ceiling("matmul", "TFLOP/s", f"{self._size} x {self._size} {self._dtype}", summarize(self._seen))
+
+
 def matmul_ceiling(
     device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = PROBE_SECONDS
 ) -> Ceiling:
     """Matrix multiplication rate in TFLOP/s on square random matrices."""
-    size = size or (CUDA_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE)
-    left = torch.randn(size, size, device=device).to(dtype)
-    right = torch.randn(size, size, device=device).to(dtype)
-    times = time_calls(lambda: left @ right, device=device, repeats=3, seconds=seconds)
-    name = str(dtype).removeprefix("torch.")
-    return Ceiling("matmul", "TFLOP/s", f"{size} x {size} {name}", summarize(2 * size**3 / s / TERA for s in times))
+    probe = MatmulProbe(device, dtype, size)
+    probe.sample(seconds)
+    return probe.ceiling()

@@ -17,8 +17,10 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.measure import (
     GIGA,
     MICRO,
+    TERA,
     CacheFlush,
     Contention,
+    MatmulProbe,
     ReadProbe,
     percentile,
     replayed,
@@ -43,7 +45,7 @@ REFERENCE, COMPILED, LIBRARY = "reference", "torch-compile", "library"
 COLUMNS: Columns = {
     "op": lambda record: record["op"],
     "batch": lambda record: record["batch"],
-    "context": lambda record: record["context"],
+    "context": lambda record: record["context"] or "-",
     "µs p50": lambda record: f"{record['microseconds']['p50']:.1f}",
     "% of light": lambda record: f"{record['share']:.0%}" if record["least_microseconds"] else "-",
 }
@@ -60,7 +62,7 @@ class Bench:
     backend: str
     rounds: int
     probe: ReadProbe
-    matmul: float  # flops a second
+    matmul: MatmulProbe
 
     def __post_init__(self) -> None:
         self.ops = select.backend(self.backend, self.device)
@@ -95,12 +97,10 @@ def measure(op: Op, bench: Bench, batch: int, progress: Progress) -> dict[str, A
         except Difference as error:
             peers[name] = {"status": "disagrees", "reason": f"{op.name}: {error}"}
         except Exception as error:  # whatever a compiler or a library may raise: the others go on
-            if name == OURS:
-                raise
             peers[name] = {"status": "failed", "reason": f"{op.name}: {one_line(error)}"}
     ours = peers.pop(OURS)
     if OURS not in alive:
-        reason = f"{OURS}'s output is wrong: {ours['reason']}"
+        reason = f"{OURS} {ours['status']}: {ours['reason']}"
         return found | {"not_run": reason, "status": ours["status"], "other_cores": 0.0, "peers": peers}
     if bench.interpreted:
         reason = f"{op.name}: outputs compared; times of interpreted kernels mean nothing"
@@ -119,6 +119,8 @@ def ways(op: Op, bench: Bench, inputs: Sequence[Inputs], batch: int) -> dict[str
     def through_compiled() -> Calls:
         ops = compiled(reference)  # weights as they are: the compiler knows no other layout
         plain = [replace(one, batch=replace(one.batch, workspace=Workspace())) for one in inputs]
+        # Looked at now: the compiler cannot see through what a cached property locks.
+        assert all(one.batch.one_each in (True, False) for one in plain)
         return [partial(op.kind.call, ops, one) for one in plain]
 
     ways: dict[str, Callable[[], Calls]] = {OURS: partial(through, bench.ops)}
@@ -162,7 +164,7 @@ def check_draw(inputs: Inputs, tokens: Tensor, logprobs: Tensor) -> None:
     allowed = logits == logits.amax(-1, keepdim=True)
     if not inputs.sampling.greedy:
         probs = torch.softmax(logits.double() / TEMPERATURE, -1)
-        ordered, ids = probs.sort(-1, descending=True)
+        ordered, ids = probs.sort(stable=True, dim=-1, descending=True)
         before = torch.zeros_like(probs).scatter(-1, ids, ordered.cumsum(-1) - ordered)
         allowed = before <= TOP_P + NUCLEUS_SLACK
     outside = ~allowed.gather(-1, tokens[:, None])[:, 0]
@@ -186,13 +188,15 @@ def _timed(
                 raise
             peers[name] = {"status": "failed", "reason": f"{op.name} in a CUDA graph: {one_line(error)}"}
     samples: dict[str, list[list[float]]] = {name: [] for name in runs}  # µs of one call, by round
-    before = bench.probe.sample().p50
+    before = bench.probe.sample().p50, bench.matmul.sample().p50
     for index in range(bench.rounds):
         progress(f"round {index + 1}/{bench.rounds}")
         for name in list(runs) if index % 2 == 0 else reversed(runs):
             times = time_calls(runs[name], device=bench.device, warmup=1, repeats=REPEATS, before=bench.flush)
             samples[name].append([MICRO * second / len(alive[name]) for second in times])
-    machine = Machine(read=max(before, bench.probe.sample().p50) * GIGA, matmul=bench.matmul)
+    # The higher neighbours, so that no share is flattered.
+    read, matmul = map(max, before, (bench.probe.sample().p50, bench.matmul.sample().p50))
+    machine = Machine(read=read * GIGA, matmul=matmul * TERA)
     least = MICRO * op.work.least_seconds(machine)
 
     def figures(name: str) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class Op:
     kind: _Kind = field(repr=False)
 
     @property
+    def in_any_context(self) -> bool:
+        """Whether a decode step's call is the same over any number of cached positions."""
+        return self.name in ONCE_A_BATCH
+
+    @property
     def samples(self) -> bool:
         return self.kind.tolerance == "sample"
 
@@ -142,7 +147,7 @@ def _library_greedy(i: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _library_top_p(i: Inputs) -> tuple[Tensor, Tensor]:
-    ordered, ids = torch.softmax(i.x.float() / TEMPERATURE, -1).sort(-1, descending=True)
+    ordered, ids = torch.softmax(i.x.float() / TEMPERATURE, -1).sort(stable=True, dim=-1, descending=True)
     ordered[ordered.cumsum(-1) - ordered > TOP_P] = 0.0
     tokens = ids.gather(-1, torch.multinomial(ordered, 1))
     return tokens[:, 0], torch.log_softmax(i.x.float(), -1).gather(-1, tokens)[:, 0]
@@ -265,4 +270,4 @@ def compiled(ops: Any) -> SimpleNamespace:
     """A backend's ops behind torch.compile, each compiled for the shapes it meets first."""
     torch.compiler.reset()  # or the ninth shape of an op would run uncompiled
     names = ("embed", "qkv", "attention", "project", "swiglu", "head", "sample")
-    return SimpleNamespace(**{name: torch.compile(getattr(ops, name)) for name in names})
+    return SimpleNamespace(**{name: torch.compile(getattr(ops, name), fullgraph=True) for name in names})

@@ -23,6 +23,8 @@ class Generate(Protocol):
     def __call__(self, prompts: list[list[int]], steps: int, with_logprobs: bool) -> Run: ...
 
 
+RECOMPILE_LIMIT = 64  # prompts and steps of every case of a run
+
 Build = Callable[[dict[str, Any]], Generate]
 
 
@@ -43,6 +45,12 @@ def margins_of(logits: Tensor) -> list[float]:
     best = logits.topk(2, dim=-1).values
     found: list[float] = (best[:, 0] - best[:, 1]).tolist()
     return found
+
+
+def compile_or_fail() -> None:
+    """Make torch.compile fail where it would quietly go on uncompiled: past its limit of shapes for one function."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit, config.fail_on_recompile_limit_hit = RECOMPILE_LIMIT, True
 
 
 def answer(channel: IO[str], message: dict[str, Any]) -> None:

@@ -39,6 +39,14 @@ def notes(records: Sequence[Record]) -> list[str]:
         for name, peer in record["peers"].items()
         if peer["status"] != "measured"
     ]
+    for record in records:
+        for name, peer in record["peers"].items():
+            agreement = peer.get("agreement")
+            if peer["status"] == "measured" and agreement and agreement["tokens_compared"] < agreement["tokens_total"]:
+                found.append(
+                    f"{name}: {agreement['tokens_compared']} of {agreement['tokens_total']} tokens compared at batch "
+                    f"{record['batch']} context {record['context']}, up to a tie in which the two chose differently"
+                )
     busy = [record["other_cores"] for record in records if record["other_cores"] > BUSY_CORES]
     if busy:
         found.append(

@@ -8,6 +8,7 @@ report says instead of a time.
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -70,7 +71,7 @@ class Agreement:
     agrees: bool
     tokens_compared: int
     tokens_total: int
-    max_logprob_difference: float
+    max_logprob_difference: float | None  # None for one that is no number
     tolerance: float
     difference: str | None = None
 
@@ -90,20 +91,23 @@ def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
     for row, (mine, theirs) in enumerate(zip(ours.tokens, oracle.tokens, strict=True)):
         for step, (token, expected) in enumerate(zip(mine, theirs, strict=True)):
             margin = oracle.margins[row][step]
+            gap = abs(ours.logprobs[row][step] - oracle.logprobs[row][step])
             if token != expected:
-                if not margin <= tolerance:
-                    difference = (
-                        difference
-                        or f"row {row} step {step}: token {token} here, {expected} there, margin {margin:.3g}"
+                # Two tokens of nearly the same probability, to both.
+                if not (margin <= tolerance and gap <= 2 * tolerance):
+                    difference = difference or (
+                        f"row {row} step {step}: token {token} here, {expected} there, margin {margin:.3g}, "
+                        f"log-probabilities {gap:.3g} apart"
                     )
                 break
-            gap = abs(ours.logprobs[row][step] - oracle.logprobs[row][step])
             # Not `gap > tolerance`: a NaN must count as a difference.
             if not gap <= tolerance:
                 difference = difference or f"row {row} step {step}: log-probabilities {gap:.3g} apart"
             worst = max(worst, gap)
             compared += 1
-    return Agreement(difference is None, compared, total, worst, tolerance, difference)
+    return Agreement(
+        difference is None, compared, total, worst if math.isfinite(worst) else None, tolerance, difference
+    )
 
 
 def absence(name: str, args: ModelArgs, gpt_fast: str | None = None) -> str | None:

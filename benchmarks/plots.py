@@ -5,6 +5,7 @@ Drawn by matplotlib, which is an optional dependency: a bench without it has tab
 
 import importlib.util
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ DOTS_PER_INCH = 110
 BINS = 40
 LATENCY_TAIL = 99.5  # percentile where the axis ends: one straggler should not squeeze all others into a bar
 LEGEND_LINE = 0.12  # of the highest bar, kept free above it for each line of a legend
+LEAST_MS = 1e-3  # that the axis of latencies shows
 OURS_COLOR, LIMIT_COLOR = "#c0392b", "#555555"
 # Told apart by people who see no red or green, too.
 PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
@@ -49,7 +51,8 @@ def draw(result: ResultFile, folder: Path) -> list[Path]:
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(contexts), squeeze=False)[0]
         for axis, context in zip(axes, contexts, strict=True):
-            panel(axis, [record for record in records if record["context"] == context])
+            mine = [record for record in records if record["context"] == context]
+            panel(axis, sorted(mine, key=lambda record: record["batch"]))
         if name != LATENCY:  # whose panels have each their own
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True)
         first, environment = records[0], result.environment
@@ -70,7 +73,7 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
     ]
     axis.plot(batches, limits, color=LIMIT_COLOR, linestyle="--", marker="_", label="limit: read bandwidth")
     _rates(axis, batches, records, OURS, OURS_COLOR)
-    for name, color in zip(_measured_peers(records), PEER_COLORS, strict=False):
+    for name, color in zip(_measured_peers(records), cycle(PEER_COLORS)):
         having = [record for record in records if "tokens_per_second" in record["peers"].get(name, {})]
         _rates(axis, [record["batch"] for record in having], [record["peers"][name] for record in having], name, color)
     axis.set(xlabel="batch", ylabel="tokens/s", title=_title(records), yscale="log")
@@ -98,7 +101,7 @@ def _launches(axis: Any, records: Sequence[Record]) -> None:
     for place, record in enumerate(records):
         for offset, key in ((-0.2, "microseconds"), (0.2, "least_microseconds")):
             bottom = 0.0
-            for launch, color in zip(record["launches"], PIECE_COLORS, strict=False):
+            for launch, color in zip(record["launches"], cycle(PIECE_COLORS)):
                 one = launch[key]["p50"] if key == "microseconds" else launch[key]
                 height = one * launch["count"] * MILLI / MICRO
                 label = f"{launch['launch']} x{launch['count']}" if not place and key == "microseconds" else None
@@ -116,8 +119,8 @@ def _latency(axis: Any, records: Sequence[Record]) -> None:
     """How inter-token latencies are spread: ours at every batch, p50 and p99 marked."""
     flat = {record["batch"]: [MILLI * one for run in record["itls"] for one in run] for record in records}
     top = 0.0
-    end = max(percentile(samples, LATENCY_TAIL) for samples in flat.values())
-    for (batch, samples), color in zip(flat.items(), (OURS_COLOR, *PEER_COLORS), strict=False):
+    end = max(*(percentile(samples, LATENCY_TAIL) for samples in flat.values()), LEAST_MS)
+    for (batch, samples), color in zip(flat.items(), cycle((OURS_COLOR, *PEER_COLORS))):
         middle, tail = (percentile(samples, percent) for percent in (50, 99))
         label = f"batch {batch}: p50 {middle:.3g}, p99 {tail:.3g} ms"
         counts, _, _ = axis.hist(samples, bins=BINS, range=(0, end), histtype="stepfilled", color=color, alpha=0.2)

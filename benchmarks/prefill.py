@@ -6,7 +6,7 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.fields import latency, throughput
-from fastllama.benchmarks.measure import TERA, Ceiling, percentile
+from fastllama.benchmarks.measure import TERA, percentile
 from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.peer_table import Columns
 from fastllama.benchmarks.rounds import Case, Measured
@@ -22,8 +22,8 @@ COLUMNS: Columns = {
 }
 
 
-def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, matmul: Ceiling) -> dict[str, Any]:
-    """What the rounds of a case came to, ready for JSON. Shares are of the matmul rate.
+def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
+    """What the rounds of a case came to, ready for JSON. Shares are of the matmul rate, in TFLOP/s.
 
     Flops are those that the answer needs: a peer that computes the logits of every position gets no credit for them.
     """
@@ -36,7 +36,7 @@ def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, 
             **throughput(sum(case.lengths), seconds),
             **latency("ttft", seconds),
             "tflops": tflops,
-            "matmul_share": tflops / matmul.value,
+            "matmul_share": tflops / matmul,
         }
 
     sizes = {"n_prompt": case.context, "n_gen": 0, "n_depth": 0, "flops": flops}

@@ -53,15 +53,16 @@ def _section(suite: str, records: Records) -> tuple[str, list[Table | str]]:
 
 
 def _parts(suite: str, records: Records) -> list[Table | str]:
-    not_run = [f"not run: {record['not_run']}" for record in records if "not_run" in record]
     found = [record for record in records if "not_run" not in record]
+    not_run = [f"not run: {record['not_run']}" for record in records if "not_run" in record]
+    not_run = list(dict.fromkeys(not_run))
     if not found:
-        return [*not_run]
+        return [*not_run, *notes(records)]
     if suite == "load":
         return [memory.load_table(found), *not_run]
     if suite == "memory":
         return [memory.memory_table(found), *not_run]
-    parts: list[Table | str] = [peer_table(found, COLUMNS[suite]), *notes(found), *not_run]
+    parts: list[Table | str] = [peer_table(found, COLUMNS[suite]), *notes(records), *not_run]
     if suite == "decode" and all("launches" in record for record in found):
         title = "a step launch by launch: how many, µs of one, % of the speed of light"
         parts += [title, launch_times.table(found)]

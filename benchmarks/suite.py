@@ -15,7 +15,7 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import decode, generate, launch_times, memory, op_times, prefill
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.measure import GIGA, TERA, Ceiling, ReadProbe, copy_ceiling, matmul_ceiling
+from fastllama.benchmarks.measure import GIGA, TERA, Ceiling, MatmulProbe, ReadProbe, copy_ceiling
 from fastllama.benchmarks.models import ModelSource, build
 from fastllama.benchmarks.ops import ops_of
 from fastllama.benchmarks.peers import PEERS, Peer, PeerError, absence
@@ -74,21 +74,27 @@ class Plan:
         """The model's arguments, with a cache just large enough."""
         return self.source.args(max(self.batches), max(self.contexts) + self.steps)
 
+    @property
+    def backend_name(self) -> str:
+        """The backend that runs. ValueError for one that cannot."""
+        return select.backend(self.backend, self.device).__name__.rpartition(".")[2]
+
     def record_of(self, case: Case) -> Record:
         """What every record of a case begins with."""
-        return asdict(case) | {"model": self.source.name, "dtype": str(self.dtype).removeprefix("torch.")}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return asdict(case) | {"model": self.source.name, "dtype": dtype, "backend": self.backend_name}
 
 
 class _Ground:
-    """The machine's ceilings: those measured once, and the one that is sampled again beside every figure."""
+    """The machine's ceilings: one measured once, and those that are sampled again beside every figure."""
 
     def __init__(self, plan: Plan) -> None:
         self.probe = ReadProbe(plan.device)
         self.copy = copy_ceiling(plan.device)
-        self.matmul = matmul_ceiling(plan.device, plan.dtype)
+        self.matmul = MatmulProbe(plan.device, plan.dtype)
 
     def ceilings(self) -> dict[str, Ceiling]:
-        return {"read": self.probe.ceiling(), "copy": self.copy, "matmul": self.matmul}
+        return {"read": self.probe.ceiling(), "copy": self.copy, "matmul": self.matmul.ceiling()}
 
 
 def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None = None) -> ResultFile:
@@ -97,7 +103,7 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
     ValueError or OSError for a plan that cannot begin, before anything is measured.
     """
     args = plan.args
-    select.backend(plan.backend, plan.device)
+    _ = plan.backend_name  # cannot be found out later
     result = ResultFile(describe_environment(plan.device), {})
     if output is not None:
         write_result(result, output)  # a path that cannot be written should not be found out at the end
@@ -131,6 +137,7 @@ def _records(plan: Plan, args: ModelArgs, ground: _Ground, progress: Callable[[s
     """Every record, as soon as it is there."""
     for case in plan.cases(["kernels"]):
         yield from _op_records(plan, args, case, ground, progress)
+    _hand_back(plan.device)
     if cases := plan.cases(WITH_MODEL):
         progress(f"loading {plan.source.name}")
         llm = build(plan.source, args, plan.device, plan.dtype, plan.backend)
@@ -138,9 +145,16 @@ def _records(plan: Plan, args: ModelArgs, ground: _Ground, progress: Callable[[s
             for case in cases:
                 yield _measured(plan, case, llm, peers, ground, progress)
         del llm
+        _hand_back(plan.device)
     for case in plan.cases(FRESH):
         progress(f"{case.suite} {plan.source.name} {case.label}")
         yield plan.record_of(case) | _fresh(plan, case, ground)
+
+
+def _hand_back(device: torch.device) -> None:
+    """What torch keeps of memory that is free, so that other processes find it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _op_records(
@@ -151,15 +165,17 @@ def _op_records(
         args,
         plan.device,
         plan.dtype,
-        select.backend(plan.backend, plan.device).__name__.rpartition(".")[2],
+        plan.backend_name,
         case.rounds,
         ground.probe,
-        ground.matmul.value * TERA,
+        ground.matmul,
     )
     every = case.context == plan.contexts[0]
     for op in ops_of(args, plan.device, plan.dtype, case.batch, case.context, every):
         say = _saying(progress, f"kernels {plan.source.name} {case.label} {op.name}")
-        yield plan.record_of(case) | op_times.measure(op, bench, case.batch, say)
+        record = plan.record_of(case) | op_times.measure(op, bench, case.batch, say)
+        # What has no bearing on an op is not to tell two measurements of it apart.
+        yield record | {"steps": None, "context": None if op.in_any_context else case.context}
 
 
 def _measured(
@@ -177,14 +193,16 @@ def _measured(
     llm.decoder.warm([case.batch])
     record = plan.record_of(case) | {"capture_seconds": time.perf_counter() - begin}
     runners = {name: suited(name, peer, case) for name, peer in peers.items()}
+    before = ground.matmul.sample().p50
     measured = measure(case, args.vocab_size, Ours(llm), runners, ground.probe, plan.dtype, say)
+    matmul = max(before, ground.matmul.sample().p50)
     if case.suite == "decode":
         record |= decode.record(case, measured, args, plan.dtype)
         say("launch by launch")
-        record["launches"] = _launches(llm.model, case, ground)
+        record["launches"] = _launches(llm.model, case, ground.probe, matmul)
         return record
     of_suite = prefill.record if case.suite == "prefill" else generate.record
-    return record | of_suite(case, measured, args, plan.dtype, ground.matmul)
+    return record | of_suite(case, measured, args, plan.dtype, matmul)
 
 
 def suited(name: str, peer: Peer | PeerError | str, case: Case) -> Runner | PeerError | str:
@@ -209,12 +227,12 @@ def _saying(progress: Callable[[str], None], what: str) -> Callable[[str], None]
     return lambda text: progress(f"{what}: {text}")
 
 
-def _launches(model: Transformer, case: Case, ground: _Ground) -> list[Record]:
+def _launches(model: Transformer, case: Case, probe: ReadProbe, matmul: float) -> list[Record]:
     """The launches of a step at half of the case's steps, beside the least that they could take."""
-    before = ground.probe.sample().p50
+    before = probe.sample().p50
     times = launch_times.launch_times(model, case.batch, case.context + case.steps // 2)
     # The higher neighbour, as in the rounds: shares are not flattered.
-    machine = Machine(read=max(before, ground.probe.sample().p50) * GIGA, matmul=ground.matmul.value * TERA)
+    machine = Machine(read=max(before, probe.sample().p50) * GIGA, matmul=matmul * TERA)
     return [one.against(machine) for one in times]
 
 

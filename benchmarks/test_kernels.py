@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastllama.benchmarks.measure import ReadProbe, replayed, synchronize
+from fastllama.benchmarks.measure import MatmulProbe, ReadProbe, replayed, synchronize
 from fastllama.benchmarks.models import ModelSource
 from fastllama.benchmarks.op_times import COMPILED, LIBRARY, REFERENCE, Bench, checked, each, ways
 from fastllama.benchmarks.ops import Op, ops_of
@@ -30,7 +30,7 @@ OPS = {(batch, op.name): op for batch in BATCHES for op in ops_of(ARGS, DEVICE, 
 @cache
 def bench() -> Bench:
     backend = "reference" if select.backend(None, DEVICE) is reference else "fused"
-    return Bench(ARGS, DEVICE, DTYPE, backend, ROUNDS, ReadProbe(DEVICE), matmul=1.0)
+    return Bench(ARGS, DEVICE, DTYPE, backend, ROUNDS, ReadProbe(DEVICE), MatmulProbe(DEVICE, DTYPE))
 
 
 @pytest.mark.parametrize("way", [OURS, REFERENCE, COMPILED, LIBRARY])

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.measure import synchronize
 from fastllama.benchmarks.models import Run, resolved
-from fastllama.benchmarks.peer_process import Generate, main, model_of, scores_of
+from fastllama.benchmarks.peer_process import Generate, compile_or_fail, main, model_of, scores_of
 from fastllama.checkpoint.huggingface import PERMUTED_PARTS, their_names
 
 PAD = 0
@@ -51,7 +51,8 @@ def build(request: dict[str, Any]) -> Generate:
     model = model.to(device).eval()
     compiled = request["name"] == "transformers-compiled"
     if compiled:
-        model.forward = torch.compile(model.forward)
+        compile_or_fail()
+        model.forward = torch.compile(model.forward, mode="reduce-overhead" if device.type == "cuda" else None)
     return partial(generate, model, compiled)
 
 

@@ -27,6 +27,7 @@ MODELS = (
     "llama3.2-3b",
 )
 PEERS = ("reference", "transformers", "transformers-compiled", "torch-compile", "gpt-fast", "none")
+COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 EXIT_INTERRUPTED = 130
 EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
 
@@ -89,6 +90,9 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
       fastllama bench compare before.json after.json
     """
     if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name) is COMMAND_LINE]
+        if given:
+            raise click.UsageError(f"--{given[0]} stands before {context.invoked_subcommand}: write it behind")
         return None
     from fastllama.benchmarks import suite
 
@@ -124,7 +128,8 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
     """Compare two result files, the second against the first.
 
     A ratio above 1 says that the second is better. Its range is what the two files' spreads (p10 to p90) leave open; a
-    change is marked where the whole range lies beyond the threshold. Exits with 1 where there is a regression.
+    change is marked where the whole range lies beyond the threshold. Exits with 1 where there is a regression, or where
+    something fails or is wrong that was measured before.
 
     \b
     Example:
@@ -136,7 +141,7 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
     results = read_result(first), read_result(second)
     found = compare_results(*results, threshold=threshold, anyway=anyway)
     click.echo(json.dumps(found.to_json(), allow_nan=False) if as_json else report(found, *results, markdown))
-    return EXIT_FOUND if found.regressions else 0
+    return EXIT_FOUND if found.fails else 0
 
 
 def _run(output: str | None, no_plots: bool, threads: int | None, **options: Any) -> "ResultFile":

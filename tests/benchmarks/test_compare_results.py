@@ -32,7 +32,14 @@ def test_a_ratio_has_the_range_that_both_spreads_leave() -> None:
 
 @pytest.mark.parametrize(
     ("second", "verdict"),
-    [((80, 80, 80), "REGRESSION"), ((97, 97, 97), ""), ((50, 96, 110), ""), ((104, 104, 104), ""), ((120,), "better")],
+    [
+        ((80, 80, 80), "REGRESSION"),
+        ((97, 97, 97), ""),
+        ((50, 96, 110), ""),
+        ((104, 104, 104), ""),
+        ((120, 120), "better"),
+        ((80,), "no spread"),
+    ],
 )
 def test_a_change_is_marked_where_its_whole_range_is_beyond_the_threshold(
     second: tuple[float, ...], verdict: str
@@ -43,7 +50,7 @@ def test_a_change_is_marked_where_its_whole_range_is_beyond_the_threshold(
 
 
 def test_where_less_is_better_the_ratio_is_turned() -> None:
-    times = [{"suite": "kernels", "op": "qkv", "microseconds": dataclasses.asdict(summarize([t]))} for t in (10, 20)]
+    times = [{"suite": "kernels", "op": "qkv", "microseconds": dataclasses.asdict(summarize([t, t]))} for t in (10, 20)]
     memory = [{"suite": "memory", "peak_bytes": size, "held_bytes": 5} for size in (100, 50)]
     found = compare_results(result(times[0], memory[0]), result(times[1], memory[1]))
     assert [(change.figure, change.ratio, change.verdict) for change in found.changes] == [
@@ -70,7 +77,7 @@ def test_what_only_one_file_has_is_named() -> None:
     )
     found = compare_results(first, second)
     assert found.only_first == ["decode tiny batch 2 context 8"]
-    assert found.only_second == ["decode tiny batch 3 context 8", "load"]
+    assert found.only_second == ["decode tiny batch 3 context 8"]
     json.dumps(found.to_json(), allow_nan=False)
     for in_markdown in (False, True):
         shown = report(found, first, second, in_markdown)
@@ -90,3 +97,26 @@ def test_other_machines_are_refused_unless_asked_for() -> None:
 def test_files_with_nothing_in_common_are_an_error() -> None:
     with pytest.raises(ValueError, match="no figure in common"):
         compare_results(result(decode(1)), result(decode(1, batch=2)))
+
+
+def test_what_became_wrong_is_broken_and_no_mere_absence() -> None:
+    op = {"suite": "kernels", "op": "qkv", "batch": 1}
+    first = result(decode(1, 1), op | {"microseconds": dataclasses.asdict(summarize([10, 10]))})
+    second = result(decode(1, 1), op | {"not_run": "fastllama disagrees: qkv: not close", "status": "disagrees"})
+    found = compare_results(first, second)
+    assert found.fails and not found.regressions and found.only_first == []
+    assert found.broken == ["kernels qkv batch 1: fastllama disagrees: qkv: not close"]
+    assert "BROKEN in the second: kernels qkv" in report(found, first, second)
+    assert not compare_results(first, first).fails
+
+
+def test_the_time_that_tests_took_is_no_speed() -> None:
+    tests = [{"suite": "tests", "seconds": seconds, "n_failed": 0} for seconds in (30.0, 60.0)]
+    found = compare_results(result(decode(1, 1), tests[0]), result(decode(1, 1), tests[1]))
+    assert [change.figure for change in found.changes] == ["tokens_per_second"]
+
+
+def test_a_machine_that_was_another_is_told() -> None:
+    first, second = result(decode(1, 1)), result(decode(1, 1), read=5.0)
+    assert "another then" in report(compare_results(first, second), first, second)
+    assert "another then" not in report(compare_results(first, first), first, first)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastllama.benchmarks import decode, measure, models, peers, rounds, suite
-from fastllama.benchmarks.measure import ReadProbe, summarize
+from fastllama.benchmarks.measure import MatmulProbe, ReadProbe, summarize
 from fastllama.benchmarks.models import ModelSource, Run, build, random_tensors
 from fastllama.benchmarks.peer_table import notes, peer_table
 from fastllama.benchmarks.peers import PeerError
@@ -52,7 +52,8 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> ReadProbe:
     monkeypatch.setattr(measure, "CPU_BUFFER_BYTES", 2**16)
     monkeypatch.setattr(measure, "CPU_MATMUL_SIZE", 16)
     monkeypatch.setattr(measure, "PROBE_SECONDS", 0.0)
-    monkeypatch.setattr(ReadProbe.sample, "__defaults__", (0.0,))
+    for kind in (ReadProbe, MatmulProbe):
+        monkeypatch.setattr(kind.sample, "__defaults__", (0.0,))
     return ReadProbe(CPU)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import op_times, ops, suite
-from fastllama.benchmarks.measure import ReadProbe
+from fastllama.benchmarks.measure import MatmulProbe, ReadProbe
 from fastllama.benchmarks.op_times import Bench, Difference, check_draw, measure
 from fastllama.benchmarks.ops import Inputs, Op, ops_of
 from fastllama.benchmarks.peer_table import peer_table
@@ -36,7 +36,9 @@ def bench(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Be
     """Makes one with few copies, whose compiler compiles nothing: it would take most of the time."""
     monkeypatch.setattr(op_times, "ROTATED_BYTES", 2**15)
     monkeypatch.setattr(op_times, "compiled", lambda ops: ops)
-    return lambda backend="reference", dtype=torch.float32: Bench(ARGS, CPU, dtype, backend, 2, probe, 1e9)
+    return lambda backend="reference", dtype=torch.float32: Bench(
+        ARGS, CPU, dtype, backend, 2, probe, MatmulProbe(CPU, dtype)
+    )
 
 
 def test_ops_are_those_of_a_step_and_a_prefill_with_their_work() -> None:
@@ -102,7 +104,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(
     assert record["status"] == "disagrees" and "microseconds" not in record and name in record["not_run"]
     result = ResultFile.__new__(ResultFile)
     object.__setattr__(result, "records", [record | {"suite": "kernels"}])
-    assert any("output is wrong" in failure for failure in suite.failures(result))
+    assert any("fastllama disagrees" in failure for failure in suite.failures(result))
 
 
 def _plain(weight: Tensor) -> Tensor:

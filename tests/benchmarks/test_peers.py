@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import math
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,14 @@ def test_compare_lets_tokens_part_at_a_tie_only() -> None:
     assert compare(ours, tied, torch.float32).agrees
     assert compare(ours, tied, torch.float32).tokens_compared == 1
     assert not compare(ours, clear, torch.float32).agrees
+
+
+def test_compare_is_not_taken_in_by_an_oracle_that_knows_nothing() -> None:
+    constant = run_of([[0, 0, 0]], logprob=-9.0, margin=0.0)
+    found = compare(run_of([[5, 6, 7]]), constant, torch.float32)
+    assert not found.agrees and "apart" in str(found.difference)
+    endless = compare(run_of([[5]]), run_of([[5]], logprob=-math.inf), torch.float32)
+    assert not endless.agrees and endless.max_logprob_difference is None
 
 
 def test_compare_rejects_other_lengths_and_missing_scores() -> None:
@@ -126,13 +137,15 @@ def test_gpt_fast_is_not_asked_for_ragged_prompts() -> None:
     assert suite.suited("gpt-fast", peer, even) is peer and suite.suited("reference", peer, ragged) is peer
 
 
-def test_the_compiled_peer_answers_with_our_tokens_and_its_margins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the compiler, which `make bench-smoke` runs: everything around it."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    request = {"source": SOURCE.to_json(), "device": "cpu", "dtype": "float32", "threads": 1}
-    generate = compiled_peer.build(request | {"max_batch_size": 3, "max_seq_len": 32})
-    prompts = CASE.prompts(ARGS.vocab_size)
-    theirs, again = generate(prompts, 8, True), generate(prompts, 8, False)
+def test_the_compiled_peer_is_whole_and_answers_with_our_tokens_and_its_margins() -> None:
+    """Traced without the C++ that `make bench-smoke` compiles: a graph that breaks would be an error."""
+    llm = build(SOURCE, ARGS, CPU, torch.float32, "reference")
+    compiled = partial(torch.compile, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler, about itself
+        ops = compiled_peer.compile_model(llm.model, compiled)
+        prompts = CASE.prompts(ARGS.vocab_size)
+        theirs, again = (compiled_peer.generate(Ours(llm), ops, prompts, 8, scores) for scores in (True, False))
     ours = Ours(build(SOURCE, ARGS, CPU, torch.float32, None)).run(prompts, 8, True)
     agreement = compare(ours, theirs, torch.float32)
     assert agreement.agrees and agreement.tokens_compared == 16, agreement.difference

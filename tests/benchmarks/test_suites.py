@@ -22,7 +22,8 @@ from tests.benchmarks.test_decode import ARGS, CPU, SOURCE, Scripted, probe
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 __all__ = ["probe"]  # a fixture
-MATMUL = Ceiling("matmul", "TFLOP/s", "given", summarize([1e-6]))
+COPY = Ceiling("copy", "GB/s", "given", summarize([1e-6]))
+MATMUL = 1e-6  # TFLOP/s
 RAGGED = Case("generate", batch=3, context=12, steps=4, rounds=1)
 
 
@@ -120,7 +121,7 @@ def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.Monk
     plan = suite.Plan(SOURCE, CPU, torch.float32, suites=rounds.SUITES, batches=(2,), contexts=(4,), steps=3, rounds=1)
     result = suite.run(plan, lambda text: None)
     assert {record["suite"]: record["steps"] for record in result.records} == {
-        "kernels": 3,
+        "kernels": None,
         "decode": 3,
         "prefill": 1,
         "generate": 3,
@@ -142,7 +143,7 @@ def test_load_and_memory_are_those_of_a_fresh_process(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     source = ModelSource.folder(str(tmp_path), None)
     how = {"device": "cpu", "dtype": "float32", "backend": None}
-    loaded = memory.load_record(Case("load", 2, 8, 2, rounds=2), source, how, MATMUL)
+    loaded = memory.load_record(Case("load", 2, 8, 2, rounds=2), source, how, COPY)
     json.dumps(loaded, allow_nan=False)
     files = memory.weight_files(tmp_path)
     assert len(files) == 2 and loaded["checkpoint_bytes"] == sum(path.stat().st_size for path in files)

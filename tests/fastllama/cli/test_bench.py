@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from fastllama.benchmarks.compare_results import DEFAULT_THRESHOLD
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.measure import summarize
 from fastllama.benchmarks.result_file import ResultFile, write_result
 from fastllama.cli import program
+from fastllama.cli.bench import compare
 from tests.command_line import expect_error, run
 
 
@@ -17,7 +19,8 @@ from tests.command_line import expect_error, run
 def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastllama.benchmarks.measure.CPU_BUFFER_BYTES", 2**16)
     monkeypatch.setattr("fastllama.benchmarks.measure.CPU_MATMUL_SIZE", 16)
-    monkeypatch.setattr("fastllama.benchmarks.measure.ReadProbe.sample.__defaults__", (0.0,))
+    for kind in ("ReadProbe", "MatmulProbe"):
+        monkeypatch.setattr(f"fastllama.benchmarks.measure.{kind}.sample.__defaults__", (0.0,))
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +74,7 @@ def test_bench_strict_fails_where_something_is_wrong(
 def test_compare_prints_ratios_and_fails_on_a_regression(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{name}.json") for name in ("first", "second")]
     for path, rate in zip(paths, (100.0, 50.0), strict=True):
-        record = {"suite": "decode", "batch": 1, "tokens_per_second": asdict(summarize([rate]))}
+        record = {"suite": "decode", "batch": 1, "tokens_per_second": asdict(summarize([rate, rate]))}
         write_result(ResultFile(describe_environment("cpu"), {}, [record]), path)
     same, worse, better = (run("bench", "compare", *two) for two in ((paths[0],) * 2, paths, paths[::-1]))
     assert (same.exit_code, worse.exit_code, better.exit_code) == (0, 1, 0)
@@ -82,6 +85,8 @@ def test_compare_prints_ratios_and_fails_on_a_regression(tmp_path: Path) -> None
     (tmp_path / "other.json").write_text("{}")
     expect_error(run("bench", "compare", paths[0], str(tmp_path / "other.json")), "other.json", "schema version")
     expect_error(run("bench", "compare", paths[0], "nowhere.json"), "nowhere.json")
+    expect_error(run("bench", "--json", "compare", *paths), "stands before compare")
+    assert compare.params[2].default == DEFAULT_THRESHOLD
 
 
 def test_bench_json_is_the_result_files_object(tmp_path: Path, checkpoint: str, small_probe: None) -> None:

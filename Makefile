@@ -17,7 +17,7 @@ OLDER_TRITON := .cache/triton-3.6.0
 WITH_OLDER_TRITON := PYTHONPATH=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python
 
 .PHONY: help install demo test test-triton-3.6 kernels-report gpu-report readme \
-	bench-smoke smoke-compiled smoke-kernels smoke-models lint types clean
+	bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,7 +55,7 @@ readme: $(INSTALLED) ## Write the figures of benchmarks/results/ into the README
 
 bench-smoke: $(INSTALLED) ## Every suite and every peer at toy size; fails where one disagrees or breaks down
 	@mkdir -p $(SMOKE)
-	@$(MAKE) --no-print-directory -j2 smoke-compiled smoke-kernels smoke-models
+	@$(MAKE) --no-print-directory -j2 smoke-compiled smoke-kernels smoke-models smoke-memory
 
 smoke-compiled:
 	$(BIN)/fastllama bench $(SMOKED) --model random-toy --suite decode --peers transformers-compiled,torch-compile \
@@ -65,9 +65,11 @@ smoke-kernels:
 	$(BIN)/fastllama bench $(SMOKED) --model random-toy --suite kernels --output $(SMOKE)/kernels.json
 
 smoke-models:
-	$(BIN)/fastllama bench $(SMOKED) --suite decode,prefill,generate,load,memory --peers reference,transformers \
+	$(BIN)/fastllama bench $(SMOKED) --suite decode,prefill,generate --peers reference,transformers \
 		--output $(SMOKE)/models.json
-	$(BIN)/fastllama bench compare $(SMOKE)/models.json $(SMOKE)/models.json
+
+smoke-memory:
+	$(BIN)/fastllama bench $(SMOKED) --suite load,memory --output $(SMOKE)/memory.json
 
 $(OLDER_TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

@@ -22,9 +22,9 @@ from fastllama.decode_graph import CudaGraph
 
 CPU_BUFFER_BYTES = 256 * 2**20  # several times the last-level cache of any CPU that is likely to run this
 CUDA_BUFFER_BYTES = 2**30
-CPU_MATMUL_SIZE = 2048
+CPU_MATMUL_SIZE = 1024
 CUDA_MATMUL_SIZE = 8192
-PROBE_SECONDS = 0.3
+PROBE_SECONDS = 0.2
 MILLI = 1e3  # of a second's
 MICRO = 1e6
 NANO = 1e9

@@ -1,12 +1,13 @@
 """What a model is: Meta's params.json as a dataclass, checked."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
 UNSET: Any = None  # the default of a field that takes its value from the others
 UNKNOWN_VOCAB_SIZE = -1
+MOST_PROCESSES_NAMED = 64
 IGNORED_NAMES = frozenset({"rope.freqs"})  # Meta's files may hold the rotary frequencies, which follow from the fields
 # Meta's params.json says only `use_scaled_rope`. The factor is 8, but 32 for the 1B and 3B of Llama 3.2, known by their
 # widths.
@@ -90,6 +91,40 @@ class ModelArgs:
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
         setattr(self, name, float(value))
+
+    def split(self, size: int) -> "ModelArgs":
+        """The part of the model that each of `size` processes has: heads, ffn width and vocabulary divided.
+
+        With more processes than kv heads, each has one, which it shares with its neighbours. Raises ValueError, saying
+        which sizes do, where the model cannot be divided so.
+        """
+        if size == 1:
+            return self
+        obstacles = self.obstacles(size)
+        if obstacles:
+            fits = [n for n in range(1, MOST_PROCESSES_NAMED + 1) if not self.obstacles(n)]
+            raise ValueError(
+                f"this model cannot be split over world_size={size} processes: {'; '.join(obstacles)}; "
+                f"use one of {', '.join(map(str, fits))} processes"
+            )
+        return replace(
+            self,
+            n_heads=self.n_heads // size,
+            n_kv_heads=max(1, self.n_kv_heads // size),
+            hidden_dim=self.hidden_dim // size,
+            vocab_size=self.vocab_size // size,
+        )
+
+    def obstacles(self, size: int) -> list[str]:
+        """What keeps `size` processes from sharing the model."""
+        found = [
+            f"{name}={getattr(self, name)} does not divide by {size}"
+            for name in ("n_heads", "hidden_dim", "vocab_size")
+            if getattr(self, name) % size
+        ]
+        if self.n_kv_heads % size and size % self.n_kv_heads:
+            found.append(f"n_kv_heads={self.n_kv_heads} is neither a multiple nor a divisor of {size}")
+        return found
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,6 @@ from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.ragged import Sampling
 from fastllama.loading import load
 from fastllama.model import Transformer
-from fastllama.parallel import check_single_process
 from fastllama.stream import Increment, Request, increments
 from fastllama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, check_dialog
 
@@ -57,18 +56,18 @@ class Llama:
 
         ckpt_dir: the folder of the checkpoint. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with
         one. max_seq_len: positions per row, up to 8192, or 131072 where the checkpoint has scaled rope. max_batch_size:
-        rows. seed: of the calls that bring none of their own. device: CUDA where there is one, else the CPU. dtype:
-        bfloat16 on CUDA (float16 where the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels) or
-        "reference" (plain torch), None for the first on CUDA and the second on a CPU. rope_scaling_factor: in place of
-        the checkpoint's, or of what is inferred from it; switches scaled rope on. graph_batch_sizes: for which numbers
-        of rows the decode step is captured as a CUDA graph now, where it is one, rather than in the first call that
-        needs it; None means 1 and max_batch_size.
+        rows. model_parallel_size: processes that share the model, whatever the number of files; None means all that
+        torchrun started; each of them builds, and makes the same calls. seed: of the calls that bring none of their
+        own. device: CUDA where there is one, else the CPU. dtype: bfloat16 on CUDA (float16 where the GPU lacks it),
+        float32 on a CPU. backend: "fused" (Triton kernels) or "reference" (plain torch), None for the first on CUDA and
+        the second on a CPU. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it; switches
+        scaled rope on. graph_batch_sizes: for which numbers of rows the decode step is captured as a CUDA graph now,
+        where it is one, rather than in the first call that needs it; None means 1 and max_batch_size.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer of another vocabulary), ValueError for anything else that is wrong with the arguments or
         the files, and DoesNotFit (a MemoryError), naming sizes that would fit, where memory does not suffice.
         """
-        check_single_process(model_parallel_size)
         seed = validate.seed(seed)
         max_batch_size = validate.whole_number("max_batch_size", max_batch_size, 1)
         batch_sizes = validate.batch_sizes(graph_batch_sizes, max_batch_size)
@@ -77,6 +76,7 @@ class Llama:
             tokenizer_path,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
+            model_parallel_size=model_parallel_size,
             device=device,
             dtype=dtype,
             backend=backend,

@@ -38,13 +38,20 @@ class DoesNotFit(MemoryError, ValueError):
 
 
 def memory_plan(
-    args: ModelArgs, dtype: torch.dtype, max_batch_size: int, max_seq_len: int, *, shares_tied_output: bool = False
+    args: ModelArgs,
+    dtype: torch.dtype,
+    max_batch_size: int,
+    max_seq_len: int,
+    *,
+    shares_tied_output: bool = False,
+    n_processes: int = 1,
 ) -> MemoryPlan:
-    """What a model of this shape takes on its device.
+    """What a model of this shape takes on its device, or on each of `n_processes` that share it.
 
     shares_tied_output: the backend keeps a tied output projection and the embedding in one copy.
     """
     size = dtype.itemsize
+    vocab_size, args = args.vocab_size, args.split(n_processes)
     n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
     shapes = dict(args.shapes)
     if args.tied_output and shares_tied_output:
@@ -60,8 +67,8 @@ def memory_plan(
     )
     queries = min(QUERY_BLOCK_TOKENS, max_seq_len) * args.n_heads // n_kv_heads
     mask = queries * max_seq_len * (2 + size)  # as booleans, repeated for each group, and as numbers to add
-    scoring = SCORE_CHUNK_TOKENS * args.vocab_size * (size + 2 * FLOAT32_BYTES)
-    sampling = max_batch_size * args.vocab_size * (size + SAMPLING_BYTES_PER_LOGIT)
+    scoring = SCORE_CHUNK_TOKENS * vocab_size * (size + 2 * FLOAT32_BYTES)
+    sampling = max_batch_size * vocab_size * (size + SAMPLING_BYTES_PER_LOGIT)
     outputs = max_batch_size * max_seq_len * 12
     forward = n_tokens * per_token + mask + max(scoring, sampling) + outputs
     loading = max(elements) * size  # a weight, before it is packed
@@ -77,11 +84,14 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_fits(args: ModelArgs, dtype: torch.dtype, free: int, *, shares_tied_output: bool = False) -> MemoryPlan:
+def check_fits(
+    args: ModelArgs, dtype: torch.dtype, free: int, *, shares_tied_output: bool = False, n_processes: int = 1
+) -> MemoryPlan:
     """The plan for `args`; DoesNotFit, saying what would fit, where it needs more than `free` bytes."""
 
     def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
-        return memory_plan(args, dtype, max_batch_size, max_seq_len, shares_tied_output=shares_tied_output)
+        sizes = (args, dtype, max_batch_size, max_seq_len)
+        return memory_plan(*sizes, shares_tied_output=shares_tied_output, n_processes=n_processes)
 
     needed = plan(args.max_batch_size, args.max_seq_len)
     if needed.total <= free:

@@ -6,9 +6,9 @@ import time
 
 import torch
 
-from fastllama import limits, validate
+from fastllama import limits, parallel, validate
 from fastllama.args import ModelArgs
-from fastllama.checkpoint import open_checkpoint
+from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.kernels import select
 from fastllama.model import Transformer
 from fastllama.tokenizer import Tokenizer
@@ -26,19 +26,56 @@ def load(
     *,
     max_seq_len: int,
     max_batch_size: int,
+    model_parallel_size: int | None,
     device: torch.device | str | None,
     dtype: torch.dtype | str | None,
     backend: str | None,
     rope_scaling_factor: float | None,
 ) -> tuple[Transformer, Tokenizer]:
-    """What `Llama.build` promises, argument by argument and error by error."""
-    start = time.perf_counter()
+    """What `Llama.build` promises, argument by argument and error by error.
+
+    Where several processes share the model, an error in one of them is raised in all.
+    """
     max_seq_len = _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, " (8192 without scaled rope)")
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
-    _check_paths(ckpt_dir, tokenizer_path)
-    checkpoint = open_checkpoint(ckpt_dir)
+    group = parallel.model_group(model_parallel_size, device)
+    error: Exception | None = None
+    try:
+        _check_paths(ckpt_dir, tokenizer_path)
+        checkpoint = open_checkpoint(ckpt_dir)
+        args, tokenizer = _args_and_tokenizer(
+            checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
+        )
+        weights = checkpoint.tensors(group.rank, group.size, progress=None if group.rank == 0 else False)
+        limits.check_fits(
+            args,
+            dtype,
+            limits.free_memory(device),
+            shares_tied_output=not ops.repacks(device, dtype),
+            n_processes=group.size,
+        )
+        model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
+        start = time.perf_counter()
+        model.load_tensors(weights)
+        logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
+    except Exception as raised:
+        error = raised
+        raise
+    finally:
+        group.check(error)
+    return model, tokenizer
+
+
+def _args_and_tokenizer(
+    checkpoint: Checkpoint,
+    tokenizer_path: str,
+    max_seq_len: int,
+    max_batch_size: int,
+    rope_scaling_factor: float | None,
+) -> tuple[ModelArgs, Tokenizer]:
+    """The model's arguments and the tokenizer that belongs to it."""
     fields = dict(checkpoint.params)
     if rope_scaling_factor is not None:
         fields.update(use_scaled_rope=True, rope_scaling_factor=rope_scaling_factor)
@@ -52,20 +89,16 @@ def load(
             "use the tokenizer that belongs to the checkpoint"
         )
     tokenizer.stop_tokens |= set(checkpoint.stop_token_ids)
-    limits.check_fits(args, dtype, limits.free_memory(device), shares_tied_output=not ops.repacks(device, dtype))
-    model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False)
-    model.load_tensors(checkpoint.tensors())
-    logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
-    return model, tokenizer
+    return args, tokenizer
 
 
 def choose_device(value: torch.device | str | None) -> torch.device:
-    """The device asked for; None is CUDA's current GPU where there is one, else the CPU.
+    """The device asked for; None is this process's GPU, as torchrun or CUDA says, where there is one, else the CPU.
 
     Raises ValueError for a device that is neither, or not here.
     """
     if value is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        value = torch.device("cuda", parallel.gpu_index()) if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(value)
     except (RuntimeError, TypeError):

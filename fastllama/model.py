@@ -8,6 +8,7 @@ What the five calls compute stands in `fastllama.kernels.reference`.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from fastllama.args import IGNORED_NAMES, ModelArgs
 from fastllama.cache import KVCache
 from fastllama.kernels import select
 from fastllama.kernels.ragged import Ragged, Segment
+from fastllama.parallel import ALONE, Group
 from fastllama.rope import rope_table
 from fastllama.slots import Slot, slots
 
@@ -45,7 +47,11 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama model with its cache. `params` are its ModelArgs, `ops` its backend, `cache` its KVCache."""
+    """A Llama model with its cache. `params` are its ModelArgs, `ops` its backend, `cache` its KVCache.
+
+    Where a group of processes shares the model, `share` are the ModelArgs of this one's part: its heads with their
+    cache, its ffn width, its rows of the embedding and of the output. All of the group make the same calls.
+    """
 
     tok_embeddings: Tensor
     norm: Tensor
@@ -60,18 +66,20 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         init_weights: bool = True,
+        group: Group = ALONE,
     ) -> None:
         """Allocate the cache and, unless `init_weights` is False (for weights that are loaded next), random weights.
 
-        device and dtype default to torch's own defaults, backend to what the device asks for.
-        Raises ValueError for an unknown vocabulary size or backend.
+        device and dtype default to torch's own defaults, backend to what the device asks for. group: the processes that
+        share the model.
+        Raises ValueError for an unknown vocabulary size or backend, and for sizes that the group cannot divide.
         """
         super().__init__()
         if params.vocab_size < 1:
-            raise ValueError(
-                f"a Transformer needs to know its vocab_size, got {params.vocab_size}: set it in ModelArgs"
-            )
+            raise ValueError(f"the model needs to know its vocab_size, got {params.vocab_size}: set it in ModelArgs")
         self.params = params
+        self.group = group
+        self.share = params.split(group.size)
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
         # torch.get_default_device does not know of torch.set_default_tensor_type, which Meta's scripts call.
@@ -97,7 +105,10 @@ class Transformer(nn.Module):
         RuntimeError while a generation or an open stream is using the cache.
         """
         with self.exclusively():
-            return self._forward(tokens, *self._check_forward(tokens, start_pos))
+            if self.output is None:
+                raise ValueError(NO_WEIGHTS)
+            sizes = self.cache.max_batch_size, self.cache.max_seq_len, self.vocab_size
+            return self._forward(tokens, *validate.forward(tokens, start_pos, *sizes))
 
     def _forward(self, tokens: Tensor, start_pos: int, rows: int, length: int) -> Tensor:
         batch = Ragged(
@@ -111,27 +122,38 @@ class Transformer(nn.Module):
 
     def hidden(self, batch: Ragged) -> Tensor:
         """Run the layers over a batch, appending its keys and values to the cache -> (N, dim)."""
-        ops, eps = self.ops, self.params.norm_eps
-        h = ops.embed(self.tok_embeddings, batch)
+        ops, eps, group = self.ops, self.params.norm_eps, self.group
+        adds = group.rank == 0  # the residual, which is in every process, once
+        h = self._embed(batch)
         for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
             k, v = self.cache.layer(index)
             q = ops.qkv(h, layer.attention_norm, layer.wqkv, self.rope, k, v, eps, batch)
-            h = ops.project(ops.attention(q, k, v, batch), layer.wo, h, batch)
-            h = ops.project(ops.swiglu(h, layer.ffn_norm, layer.w13, eps, batch), layer.w2, h, batch)
-        return cast(Tensor, h)
+            h = group.sum(ops.project(ops.attention(q, k, v, batch), layer.wo, h if adds else None, batch))
+            f = ops.swiglu(h, layer.ffn_norm, layer.w13, eps, batch)
+            h = group.sum(ops.project(f, layer.w2, h if adds else None, batch))
+        return h
+
+    def _embed(self, batch: Ragged) -> Tensor:
+        """(N, dim), each token's row from the process that has it."""
+        if self.group.size == 1:
+            return cast(Tensor, self.ops.embed(self.tok_embeddings, batch))
+        ids = batch.tokens - self.group.rank * self.share.vocab_size
+        h = self.ops.embed(self.tok_embeddings, replace(batch, tokens=ids))
+        elsewhere = (ids < 0) | (ids >= self.share.vocab_size)
+        return self.group.sum(h.masked_fill_(elsewhere[:, None], 0))
 
     def logits(self, h: Tensor, batch: Ragged) -> Tensor:
         """Of any M of a batch's hidden states, h (M, dim) -> (M, V) in the model dtype."""
-        return cast(Tensor, self.ops.head(h, self.norm, self.output, self.params.norm_eps, batch))
+        return self.group.join(self.ops.head(h, self.norm, self.output, self.params.norm_eps, batch))
 
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take every weight by Meta's name, in any order, packing each as soon as what it is packed with has come.
+        """Take every weight, or the process's slice of it, by Meta's name, in any order; pack as soon as it can be.
 
         With a tied output, `output.weight` is the embedding and is not read. Raises ValueError, listing them, for names
         that are missing, unexpected, repeated or of another shape.
         """
         ignored = IGNORED_NAMES | ({"output.weight"} if self.params.tied_output else set())
-        expected = {name: shape for name, shape in self.params.shapes.items() if name not in ignored}
+        expected = {name: shape for name, shape in self.share.shapes.items() if name not in ignored}
         homes = {name: slot for slot in slots(self, self.layers) for name in slot.names}
         waiting: dict[str, Tensor] = {}
         self.revision += 1  # first: a load that breaks off half-way has replaced tensors, too
@@ -148,18 +170,18 @@ class Transformer(nn.Module):
             if all(part in waiting for part in slot.names):
                 self._set(slot, [waiting.pop(part) for part in slot.names])
         if expected:
-            raise ValueError(f"{len(expected)} weights are missing: {_some(expected)}")
+            raise ValueError(f"{len(expected)} weights are missing: {validate.some(expected)}")
         if self.params.tied_output:  # one copy in memory where the backend packs nothing
             self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
 
     def state_dict(  # type: ignore[override]
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
-        """Every weight by Meta's name and in Meta's shape, in the model dtype.
+        """Every weight by Meta's name and in Meta's shape, in the model dtype; in a group, this process's slice of it.
 
         Packed weights come as copies, so change a model through `load_state_dict`.
         """
-        shapes, weights = self.params.shapes, {} if destination is None else destination
+        shapes, weights = self.share.shapes, {} if destination is None else destination
         for slot in slots(self, self.layers):
             packed = getattr(slot.owner, slot.attribute)
             if packed is None:
@@ -177,7 +199,7 @@ class Transformer(nn.Module):
         strict=False keeps the weights that are missing and passes over names that are not the model's. Raises
         ValueError, before anything is changed, listing what is missing, unexpected or of another shape.
         """
-        shapes = self.params.shapes
+        shapes = self.share.shapes
         missing = [name for name in shapes if name not in state_dict]
         if self.params.tied_output and "output.weight" in missing:
             missing.remove("output.weight")
@@ -193,7 +215,7 @@ class Transformer(nn.Module):
             "misshaped": misshaped,
         }
         if any(problems.values()):
-            listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+            listed = "; ".join(f"{kind}: {validate.some(names)}" for kind, names in problems.items() if names)
             raise ValueError(f"the state dict does not fit this model: {listed}")
         tied = [state_dict.get(name) for name in ("output.weight", "tok_embeddings.weight")]
         if self.params.tied_output and tied[0] is not None and (tied[1] is None or not torch.equal(tied[0], tied[1])):
@@ -215,7 +237,7 @@ class Transformer(nn.Module):
         return self
 
     def _allocate(self) -> None:
-        p = self.params
+        p = self.share
         self.revision += 1
         self.register_buffer("rope", rope_table(p).to(self.device), persistent=False)
         heads = p.n_kv_heads, p.max_seq_len, p.head_dim
@@ -225,7 +247,7 @@ class Transformer(nn.Module):
             n_heads=p.n_heads,
             n_kv_heads=p.n_kv_heads,
             head_dim=p.head_dim,
-            vocab_size=p.vocab_size,
+            vocab_size=self.vocab_size,
             device=self.device,
         )
 
@@ -247,28 +269,15 @@ class Transformer(nn.Module):
             raise RuntimeError(BUSY)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle by weights in Meta's names: packed ones, locks and backends do neither."""
-        return _rebuild, (self.params, self.device, self.dtype, self.backend, self.state_dict())
+        """Copy and pickle by weights in Meta's names: packed ones, locks and backends do neither.
 
-    def _check_forward(self, tokens: Tensor, start_pos: int) -> tuple[int, int, int]:
-        """(start_pos, rows, length), where they fit."""
-        if self.output is None:
-            raise ValueError(NO_WEIGHTS)
-        start_pos = validate.whole_number("start_pos", start_pos, 0)
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
-            got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"tokens must be a tensor of integers of shape (B, S), got {got}")
-        rows, length = tokens.shape
-        most_rows, most_positions = self.cache.max_batch_size, self.cache.max_seq_len
-        if rows > most_rows:
-            raise ValueError(f"{rows} rows do not fit the cache's max_batch_size of {most_rows}")
-        last = start_pos + length - 1
-        if last >= most_positions:
-            raise ValueError(f"positions {start_pos} to {last} do not fit the cache's max_seq_len of {most_positions}")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"token ids must be from 0 to {self.vocab_size - 1}, got {low if low < 0 else high}")
-        return start_pos, rows, length
+        TypeError for a process's part of a model, which is nothing without the others'.
+        """
+        if self.group.size > 1:
+            raise TypeError(
+                f"a model that {self.group.size} processes share cannot be copied or pickled: build it again"
+            )
+        return _rebuild, (self.params, self.device, self.dtype, self.backend, self.state_dict())
 
     def _set(self, slot: Slot, parts: list[Tensor]) -> None:
         # A single part would keep sharing the caller's memory, or the mapped file's; several are concatenated anyway.
@@ -277,7 +286,7 @@ class Transformer(nn.Module):
         setattr(slot.owner, slot.attribute, nn.Parameter(weight, requires_grad=False))
 
     def _random_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, shape in self.params.shapes.items():
+        for name, shape in self.share.shapes.items():
             weight = torch.empty(shape, device=self.device, dtype=self.dtype)
             yield name, weight.fill_(1) if len(shape) == 1 else weight.normal_(0, INIT_STD)
 
@@ -288,9 +297,3 @@ def _rebuild(
     model = Transformer(params, device=device, dtype=dtype, backend=backend, init_weights=False)
     model.load_tensors(weights.items())
     return model
-
-
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more

@@ -1,8 +1,61 @@
-"""Which process of how many this is."""
+"""The processes that share a model: which one this is, and the two collectives that they need.
 
+torchrun starts the processes, torch.distributed connects them (NCCL between GPUs, gloo between CPUs) and fairscale's
+groups say who shares a model with whom, as in Meta's code. None of it is touched where a model runs in one process.
+"""
+
+import contextlib
 import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from fastllama import validate
+
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells beside WORLD_SIZE and LOCAL_RANK
+FAIRSCALE_GROUPS = "fairscale.nn.model_parallel.initialize"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that share a model, of which this is number `rank`. Every one of them makes the same calls."""
+
+    rank: int = 0
+    size: int = 1
+    processes: Any = None  # torch.distributed's group
+
+    def sum(self, x: Tensor) -> Tensor:
+        """What every process has of a sum -> the sum, the same bits in each. The memory is x's."""
+        if self.size == 1:
+            return x
+        dist.all_reduce(x, group=self.processes)
+        # Another tensor: what is known of x, its sums of squares say, is not true of the sum.
+        return x.view_as(x)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Every process's columns, x (N, V / size) -> all of them, (N, V)."""
+        if self.size == 1:
+            return x
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(parts.unbind()), x.contiguous(), group=self.processes)
+        return parts.movedim(0, 1).flatten(1)
+
+    def check(self, error: BaseException | None) -> None:
+        """Wait for all; where one brings an error, raise in every other what it says. Its own is for it to raise."""
+        if self.size == 1:
+            return
+        found: list[str | None] = [None] * self.size
+        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", self.processes)
+        failed = next((rank for rank, text in enumerate(found) if text is not None), None)
+        if error is None and failed is not None:
+            raise RuntimeError(f"process {failed} of {self.size} failed: {found[failed]}")
+
+
+ALONE = Group()
 
 
 def world_size() -> int:
@@ -13,12 +66,81 @@ def world_size() -> int:
     return int(value)
 
 
-def check_single_process(model_parallel_size: int | None) -> None:
-    """Raise ValueError where the caller or torchrun asks for a model split over several processes."""
-    asked = 1 if model_parallel_size is None else validate.whole_number("model_parallel_size", model_parallel_size, 1)
-    for size, source in ((asked, "model_parallel_size"), (world_size(), "torchrun's WORLD_SIZE")):
-        if size > 1:
-            raise ValueError(
-                f"{source} asks for {size} processes, but a model runs in one process here, whatever the "
-                "checkpoint's number of shards: use plain python or torchrun --nproc_per_node 1"
-            )
+def local_rank() -> int:
+    """Which of this machine's processes this is, as torchrun tells."""
+    value = os.environ.get("LOCAL_RANK") or "0"
+    if not value.isdecimal():
+        raise ValueError(f"the environment variable LOCAL_RANK must be a number, got {value!r}: start with torchrun")
+    return int(value)
+
+
+def gpu_index() -> int:
+    """The GPU of this process: CUDA's current one, but torchrun's where nobody has set up torch.distributed yet."""
+    started = world_size() > 1 and not dist.is_initialized()
+    return local_rank() if started else torch.cuda.current_device()
+
+
+def model_group(model_parallel_size: int | None, device: torch.device) -> Group:
+    """The group that this process shares a model with, made where there is none. All processes call it together.
+
+    fairscale's groups are taken as they are where the caller has initialised them, and so is torch.distributed. Where
+    the world is larger than `model_parallel_size` (None: the whole world), neighbours share a model.
+    Raises ValueError for a size that the world cannot be divided into, or that the caller's groups have not.
+    """
+    asked = (
+        None if model_parallel_size is None else validate.whole_number("model_parallel_size", model_parallel_size, 1)
+    )
+    theirs = sys.modules.get(FAIRSCALE_GROUPS)
+    if theirs is not None and theirs.model_parallel_is_initialized():
+        return _initialised(theirs, asked)
+    world = dist.get_world_size() if dist.is_initialized() else world_size()
+    size = world if asked is None else asked
+    if world % size:
+        raise ValueError(
+            f"model_parallel_size asks for {size} processes and {world} were started: use torchrun --nproc_per_node "
+            f"{size}, or a size that divides {world}"
+        )
+    if size == 1:
+        return ALONE
+    if not dist.is_initialized():
+        _initialise_world(device)
+    groups = _fairscale()
+    # It says what it does on stdout, which belongs to the answers.
+    with contextlib.redirect_stdout(sys.stderr):
+        groups.initialize_model_parallel(size)
+    return _initialised(groups, asked)
+
+
+def _initialised(groups: Any, asked: int | None) -> Group:
+    size = groups.get_model_parallel_world_size()
+    if asked not in (None, size):
+        raise ValueError(
+            f"model_parallel_size asks for {asked} processes, and fairscale's groups, which are there already, are of "
+            f"{size}: leave it out, or destroy_model_parallel() first"
+        )
+    return Group(groups.get_model_parallel_rank(), size, groups.get_model_parallel_group()) if size > 1 else ALONE
+
+
+def _initialise_world(device: torch.device) -> None:
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE asks for {world_size()} processes and {', '.join(missing)} are not set: start them with "
+            "torchrun, or unset it"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    else:
+        dist.init_process_group("gloo")
+
+
+def _fairscale() -> Any:
+    try:
+        from fairscale.nn.model_parallel import initialize
+    except ImportError as error:
+        raise ValueError(
+            "a model on several processes needs fairscale's groups, and fairscale is not installed: "
+            "pip install fairscale"
+        ) from error
+    return initialize

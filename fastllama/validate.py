@@ -5,6 +5,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # what torch.manual_seed takes
 
 
@@ -133,3 +135,33 @@ def _prompt(row: int, prompt: list[int], vocab_size: int, max_seq_len: int) -> l
     return [
         whole_number(f"token {place} of prompt {row}", token, 0, vocab_size - 1) for place, token in enumerate(prompt)
     ]
+
+
+def forward(
+    tokens: object, start_pos: object, max_batch_size: int, max_seq_len: int, vocab_size: int
+) -> tuple[int, int, int]:
+    """(start_pos, rows, length) of tokens (B, S) that are to be run from position start_pos on, where they fit.
+
+    ValueError where they do not, or are no tokens.
+    """
+    start = whole_number("start_pos", start_pos, 0)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
+        got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens must be a tensor of integers of shape (B, S), got {got}")
+    rows, length = tokens.shape
+    if rows > max_batch_size:
+        raise ValueError(f"{rows} rows do not fit the cache's max_batch_size of {max_batch_size}")
+    last = start + length - 1
+    if last >= max_seq_len:
+        raise ValueError(f"positions {start} to {last} do not fit the cache's max_seq_len of {max_seq_len}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
+    return start, rows, length
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """Names for a message, the first of them where they are many."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

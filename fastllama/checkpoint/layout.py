@@ -34,7 +34,6 @@ SPLIT_AXES = {
 EMBEDDING_NAME = "tok_embeddings.weight"
 OUTPUT_NAME = "output.weight"
 KV_PARTS = ("wk", "wv")
-LARGEST_WORLD_SIZE_NAMED = 64
 
 
 class Piece(Protocol):
@@ -104,25 +103,7 @@ def check_split(params: Mapping[str, Any], rank: int, world_size: int) -> None:
     """ValueError unless every split axis divides by `world_size` and `rank` is one of its processes."""
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"expected 0 <= rank < world_size, got rank={rank}, world_size={world_size}")
-    obstacles = _obstacles(params, world_size)
-    if obstacles:
-        fits = [n for n in range(1, LARGEST_WORLD_SIZE_NAMED + 1) if not _obstacles(params, n)]
-        raise ValueError(
-            f"this model cannot be split over world_size={world_size} processes: {'; '.join(obstacles)}; "
-            f"use one of {', '.join(map(str, fits))} processes"
-        )
-
-
-def _obstacles(params: Mapping[str, Any], world_size: int) -> list[str]:
-    found = [
-        f"{field}={params[field]} does not divide by {world_size}"
-        for field in ("n_heads", "hidden_dim", "vocab_size")
-        if params[field] % world_size
-    ]
-    kv_heads = params["n_kv_heads"]
-    if kv_heads % world_size and world_size % kv_heads:
-        found.append(f"n_kv_heads={kv_heads} is neither a multiple nor a divisor of {world_size}")
-    return found
+    ModelArgs(**params).split(world_size)
 
 
 def read_share(stored: Stored, weight: Weight, rank: int, world_size: int) -> torch.Tensor:

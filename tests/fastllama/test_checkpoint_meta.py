@@ -219,7 +219,7 @@ def test_hidden_dim_of_published_models(dim: int, multiplier: float, multiple_of
 
 
 def test_check_split_names_what_divides() -> None:
-    dims = {"n_heads": 12, "n_kv_heads": 4, "hidden_dim": 96, "vocab_size": 480}
+    dims = {"n_heads": 12, "n_kv_heads": 4, "head_dim": 8, "hidden_dim": 96, "vocab_size": 480}
     for world_size in (1, 2, 4, 12):
         check_split(dims, world_size - 1, world_size)
     with pytest.raises(ValueError, match=r"world_size=6 .*n_kv_heads=4 .* of 6; use one of 1, 2, 4, 12 processes"):

@@ -1,6 +1,7 @@
 """Every wrong argument: a clear error of the promised type before any work, and the next call works."""
 
 import math
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastllama import Llama
+from fastllama import Llama, parallel
 from fastllama.limits import DoesNotFit
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.tiny import MAX_SEQ_LEN, tiny_llama
@@ -258,13 +259,20 @@ def test_build_rejects(folder: Path, case: str) -> None:
     assert Llama.build(**arguments).generate([[1]], 2)
 
 
-def test_build_rejects_torchruns_many_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_needs_all_that_torchrun_sets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a process where no oracle has made groups of its own.
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    monkeypatch.delitem(sys.modules, parallel.FAIRSCALE_GROUPS, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE asks for 2 processes"):
-        Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2)
+    with pytest.raises(
+        ValueError, match="WORLD_SIZE asks for 2 processes and RANK, MASTER_ADDR, MASTER_PORT are not set"
+    ):
+        Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2, device="cpu")
+    with pytest.raises(ValueError, match="asks for 3 processes and 2 were started"):
+        Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2, 3, device="cpu")
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ValueError, match="WORLD_SIZE must be a number"):
-        Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2)
+        Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2, device="cpu")
 
 
 def test_build_rejects_a_folder_without_weights(tmp_path: Path, folder: Path) -> None:

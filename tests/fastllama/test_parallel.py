@@ -1,0 +1,143 @@
+"""A model on several processes over gloo: the answers of one process, whatever the number of files."""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.args import ModelArgs
+from fastllama.model import Transformer
+from fastllama.parallel import ALONE, Group
+from tests.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
+from tests.parallel_cases import answers, build
+from tests.processes import run_processes
+
+PARAMS = tiny_params()  # eight heads over two kv heads, so that four processes share them
+LOGPROB_TOLERANCE = 2e-5  # sums in another order, in float32
+SHARDS = (1, 2, 4, 8)
+FORMATS = [*(f"{shards} shards" for shards in SHARDS), "Llama 2's embedding", "Hugging Face"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same model in every format, and one that cannot be divided."""
+    root = tmp_path_factory.mktemp("parallel")
+    weights = random_weights(PARAMS, seed=7)
+    for shards in SHARDS:
+        write_meta(root / f"{shards} shards", PARAMS, weights, shards=shards)
+    write_meta(root / "Llama 2's embedding", PARAMS, weights, shards=2, embedding_axis=1)
+    write_huggingface(root / "Hugging Face", PARAMS, weights, max_shard_size="100KB")
+    odd = tiny_params(dim=48, n_heads=3, n_kv_heads=3)
+    write_meta(root / "odd", odd, random_weights(odd, seed=1))
+    for folder in root.iterdir():
+        write_tokenizer(folder)
+    return {folder.name: str(folder) for folder in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, str]) -> dict[str, Any]:
+    return answers(build(folders["1 shards"]))
+
+
+@pytest.fixture(scope="module")
+def found_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each of so many processes found, in one run for all tests."""
+
+    @functools.cache
+    def run(size: int) -> list[dict[str, Any]]:
+        arguments = {"folders": [folders[name] for name in FORMATS], "indivisible": folders["odd"]}
+        return run_processes(size, tmp_path_factory.mktemp("out"), "tests.parallel_cases:generations", arguments)
+
+    return run
+
+
+def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["tokens"] == expected["tokens"]
+    for mine, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
+        for row, wanted in zip(mine, theirs, strict=True):
+            assert row == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+    assert found["logits"] == pytest.approx(expected["logits"], abs=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_give_one_processes_answers(found_by: Any, expected: dict[str, Any], size: int, format: str) -> None:
+    for found in found_by(size):
+        assert_alike(found["answers"][FORMATS.index(format)], expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_process_draws_the_same_tokens_from_the_same_bits(found_by: Any, size: int) -> None:
+    first, *others = (found["answers"] for found in found_by(size))
+    assert all(found == first for found in others)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_process_holds_its_part(found_by: Any, expected: dict[str, Any], size: int) -> None:
+    args = ModelArgs(**PARAMS)
+    norms = (2 * args.n_layers + 1) * args.dim
+    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * args.dim
+    repeated = max(1, size // args.n_kv_heads)  # a kv head that neighbours share is in each of them
+    for found in found_by(size):
+        mine = found["answers"][0]
+        assert mine["cached"] == expected["cached"] * repeated // size
+        assert mine["weights"] == norms + (expected["weights"] - norms - kv) // size + kv * repeated // size
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_size_that_does_not_divide_is_one_clear_error_everywhere(found_by: Any, size: int) -> None:
+    errors = {found["error"] for found in found_by(size)}
+    assert len(errors) == 1
+    (error,) = errors
+    assert f"world_size={size}" in error and "n_heads=3" in error and "use one of 1 processes" in error
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_processes_failure_is_every_processes_and_the_next_build_works(found_by: Any, size: int) -> None:
+    for rank, found in enumerate(found_by(size)):
+        if rank == 1:
+            assert found["failure"].startswith("AssertionError: ") and "nowhere" in found["failure"]
+        else:
+            assert found["failure"].startswith(f"RuntimeError: process 1 of {size} failed: AssertionError: ")
+        assert found["again"]
+
+
+def test_groups_within_the_world_are_respected(
+    folders: dict[str, str], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run_processes(4, tmp_path, "tests.parallel_cases:subsets", {"folder": folders["4 shards"]})
+    for rank, one in enumerate(found):
+        assert_alike(one["answers"], expected)
+        assert (one["rank"], one["size"], one["alone"], one["again"]) == (rank % 2, 2, 1, True)
+        assert "asks for 4 processes" in one["error"] and "are of 2" in one["error"]
+
+
+def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], tmp_path: Path) -> None:
+    found = run_processes(
+        2, tmp_path, "tests.parallel_cases:fused", {"folder": folders["2 shards"]}, TRITON_INTERPRET="1"
+    )
+    llm = build(folders["1 shards"], backend="reference")
+    tokens, logprobs = llm.generate([[5, 6, 7], [300, 2, 9, 11, 50, 3]], 2, temperature=0.0, logprobs=True)
+    drawn, _ = llm.generate([[1]], 2, temperature=0.9, seed=5)
+    assert logprobs is not None
+    for one in found:
+        assert (one["tokens"], one["drawn"]) == (tokens, drawn)
+        for row, wanted in zip(one["logprobs"], logprobs, strict=True):
+            assert row == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+
+
+def test_a_part_of_a_model_is_not_copied() -> None:
+    args = ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=8)
+    part = Transformer(args, device="cpu", dtype=torch.float32, group=Group(1, 2))
+    assert part.share.n_heads == 4 and part.params.n_heads == 8
+    with pytest.raises(TypeError, match="2 processes share"):
+        copy.deepcopy(part)
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    x = torch.ones(2, 3)
+    assert ALONE.sum(x) is x and ALONE.join(x) is x
+    ALONE.check(ValueError("its own"))

@@ -1,0 +1,79 @@
+"""What each process of a group does in the tests of parallelism; it returns what JSON can hold."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastllama import Llama
+
+PROMPTS = [[5, 6, 7], [300, 2, 9, 11, 50, 3], [1]]
+STEPS = 6
+MAX_SEQ_LEN, MAX_BATCH_SIZE = 24, 4
+
+
+def build(folder: str, **options: Any) -> Llama:
+    tokenizer = str(Path(folder) / "tokenizer.model")
+    llm = Llama.build(folder, tokenizer, MAX_SEQ_LEN, MAX_BATCH_SIZE, device="cpu", **options)
+    llm.tokenizer.stop_tokens = set()
+    return llm
+
+
+def generations(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Every folder's answers, and what wrong sizes and one process's failure come to."""
+    found: dict[str, Any] = {"answers": [answers(build(folder)) for folder in arguments["folders"]]}
+    found["error"] = refusal(arguments["indivisible"])
+    found["failure"] = refusal("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
+    found["again"] = answers(build(arguments["folders"][0])) == found["answers"][0]
+    return found
+
+
+def answers(llm: Llama) -> dict[str, Any]:
+    greedy = llm.generate(PROMPTS, STEPS, temperature=0.0, logprobs=True, echo=True)
+    drawn = llm.generate(PROMPTS, STEPS, temperature=0.9, top_p=0.8, logprobs=True, seed=3)
+    unseeded = llm.generate(PROMPTS, STEPS, temperature=1.0, top_p=0.9)
+    logits = llm.model.forward(torch.tensor([[1, 2, 3]]), 0)
+    return {
+        "tokens": [greedy[0], drawn[0], unseeded[0]],
+        "logprobs": [greedy[1], drawn[1]],
+        "logits": logits[0, -1].tolist(),
+        "cached": llm.model.cache.k.numel(),
+        "weights": sum(tensor.numel() for tensor in llm.model.state_dict().values()),
+    }
+
+
+def refusal(folder: str) -> str:
+    """What a build that has to fail says."""
+    try:
+        build(folder)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "built"
+
+
+def fused(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A few tokens by interpreted kernels."""
+    llm = build(arguments["folder"], backend="fused")
+    tokens, logprobs = llm.generate(PROMPTS[:2], 2, temperature=0.0, logprobs=True)
+    drawn, _ = llm.generate(PROMPTS[2:], 2, temperature=0.9, seed=5)
+    return {"tokens": tokens, "logprobs": logprobs, "drawn": drawn}
+
+
+def subsets(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Half of the world for each model, through groups of the caller's own and through model_parallel_size."""
+    from fairscale.nn.model_parallel import initialize
+
+    dist.init_process_group("gloo")
+    initialize.initialize_model_parallel(2)
+    mine = build(arguments["folder"])
+    found = {"answers": answers(mine), "rank": mine.model.group.rank, "size": mine.model.group.size}
+    try:
+        build(arguments["folder"], model_parallel_size=4)
+    except ValueError as error:
+        found["error"] = str(error)
+    initialize.destroy_model_parallel()
+    found["again"] = answers(build(arguments["folder"], model_parallel_size=2)) == found["answers"]
+    initialize.destroy_model_parallel()
+    found["alone"] = build(arguments["folder"], model_parallel_size=1).model.group.size
+    return found

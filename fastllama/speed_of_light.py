@@ -8,6 +8,7 @@ memory needs for its bytes and the matrix units for its flops; a step at least t
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,31 @@ class Machine:
         for name, rate in (("read", self.read), ("matmul", self.matmul)):
             if not rate > 0:
                 raise ValueError(f"a machine's {name} rate must be positive, got {rate}")
+
+
+@dataclass(frozen=True)
+class Links:
+    """What connects the processes that share a model."""
+
+    bandwidth: float  # bytes a second that each sends, and receives
+    latency: float  # seconds of a collective on next to nothing
+
+
+class DataSheet(NamedTuple):
+    """A GPU as its maker describes it: what `inspect` plans with, where nothing has been measured."""
+
+    machine: Machine  # matmul is dense bfloat16
+    link_bandwidth: float
+
+
+# NVIDIA's data sheets, of the SXM boards; links are NVLink's, one direction.
+DATA_SHEETS = {
+    "A100": DataSheet(Machine(read=2.039e12, matmul=312e12), 300e9),
+    "H100": DataSheet(Machine(read=3.35e12, matmul=989e12), 450e9),
+    "H200": DataSheet(Machine(read=4.8e12, matmul=989e12), 450e9),
+    "B200": DataSheet(Machine(read=8e12, matmul=2250e12), 900e9),
+}
+COLLECTIVE_LATENCY_S = 10e-6  # assumed, within one machine
 
 
 @dataclass(frozen=True)
@@ -60,6 +86,20 @@ def prefill(args: ModelArgs, dtype: torch.dtype, lengths: Sequence[int]) -> list
         *_layers(args, dtype, n_tokens, n_tokens, attended),
         _head(args, dtype, len(lengths)),
     ]
+
+
+def collectives_seconds(args: ModelArgs, dtype: torch.dtype, batch: int, n_processes: int, links: Links) -> float:
+    """The least time of what `n_processes` that share a model exchange in a decode step.
+
+    A sum behind the embedding and two in each layer, (batch, dim) each, which a ring sends twice but for one process's
+    part; and the logits, gathered.
+    """
+    if n_processes == 1:
+        return 0.0
+    others = (n_processes - 1) / n_processes
+    rows, logits = (batch * width * dtype.itemsize for width in (args.dim, args.vocab_size))
+    of_sum = links.latency + 2 * others * rows / links.bandwidth
+    return (2 * args.n_layers + 1) * of_sum + links.latency + others * logits / links.bandwidth
 
 
 def least_seconds(work: Iterable[Work], machine: Machine) -> float:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fastllama import Llama
+from fastllama.benchmarks.loading_process import PeakHostMemory, own_bytes
 
 PROMPTS = [[5, 6, 7], [300, 2, 9, 11, 50, 3], [1]]
 STEPS = 6
@@ -15,7 +16,7 @@ MAX_SEQ_LEN, MAX_BATCH_SIZE = 24, 4
 
 def build(folder: str, **options: Any) -> Llama:
     tokenizer = str(Path(folder) / "tokenizer.model")
-    llm = Llama.build(folder, tokenizer, MAX_SEQ_LEN, MAX_BATCH_SIZE, device="cpu", **options)
+    llm = Llama.build(folder, tokenizer, MAX_SEQ_LEN, MAX_BATCH_SIZE, **{"device": "cpu", **options})
     llm.tokenizer.stop_tokens = set()
     return llm
 
@@ -52,12 +53,28 @@ def refusal(folder: str) -> str:
     return "built"
 
 
+def memory(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Peak of this process's own memory, beyond what it had, while it builds; files that are mapped count nothing."""
+    before = own_bytes()
+    with PeakHostMemory() as peak:
+        llm = build(arguments["folder"])
+    return {"peak": peak.bytes - before, "weights": sum(t.nbytes for t in llm.model.state_dict().values())}
+
+
 def fused(arguments: dict[str, Any]) -> dict[str, Any]:
     """A few tokens by interpreted kernels."""
     llm = build(arguments["folder"], backend="fused")
     tokens, logprobs = llm.generate(PROMPTS[:2], 2, temperature=0.0, logprobs=True)
     drawn, _ = llm.generate(PROMPTS[2:], 2, temperature=0.9, seed=5)
     return {"tokens": tokens, "logprobs": logprobs, "drawn": drawn}
+
+
+def on_gpus(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Graphs with NCCL's collectives in them, replayed, in float32, where tokens are the same to the last."""
+    llm = build(arguments["folder"], device=None, dtype="float32")
+    first, again = answers(llm), answers(llm)
+    # The third of these draws anew in each call.
+    return {"answers": first, "repeats": again["tokens"][:2] == first["tokens"][:2], "device": str(llm.model.device)}
 
 
 def subsets(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastllama.cli.options import DTYPES, LONGEST_SEQUENCE, json_option, locate
+from fastllama.cli.options import DTYPES, LONGEST_SEQUENCE, Integers, json_option, locate
 
 if TYPE_CHECKING:
+    import torch
+
+    from fastllama.args import ModelArgs
     from fastllama.checkpoint import Checkpoint
 
+# Told here as well as in speed_of_light.py, which imports torch; a test holds the two together.
+GPUS = ("A100", "H100", "H200", "B200")
 DEFAULT_MAX_SEQ_LEN = 2048
 DEFAULT_MAX_BATCH_SIZE = 1
 SPECIAL_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
@@ -39,6 +44,16 @@ STEP = 1024
     help="To plan for.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="To plan for. Default: the one stored.")
+@click.option(
+    "--nproc",
+    type=Integers(),
+    default="1,2,4,8",
+    show_default=True,
+    help="Numbers of processes, one on each GPU, to plan for.",
+)
+@click.option(
+    "--gpu", type=click.Choice(GPUS), default="H100", show_default=True, help="Whose data sheet sets the limit."
+)
 @json_option("one object")
 def inspect(
     checkpoint: str | None,
@@ -47,24 +62,38 @@ def inspect(
     max_seq_len: int,
     max_batch_size: int,
     dtype: str | None,
+    nproc: tuple[int, ...],
+    gpu: str,
     as_json: bool,
 ) -> None:
-    """Describe the checkpoint in the folder CKPT: architecture, files, memory, tokenizer. No weight is read.
+    """Describe the checkpoint in the folder CKPT: architecture, files, memory, tokenizer, and what several GPUs bring.
+
+    No weight is read. The tokens a second are a limit: what reading the weights and the cache, and exchanging sums,
+    takes at least by the GPU's data sheet.
 
     \b
     Examples:
       fastllama inspect Meta-Llama-3-8B
       fastllama inspect Meta-Llama-3-8B --max_batch_size 8 --max_seq_len 8192 --dtype bfloat16
+      fastllama inspect Meta-Llama-3-70B --nproc 2,4,8 --gpu H200
     """
     if checkpoint is not None and ckpt_dir is not None:
         raise click.UsageError("CKPT and --ckpt_dir are the same: give one of them.")
     folder, tokenizer_file = locate(checkpoint or ckpt_dir, tokenizer_path, quiet=as_json)
-    description = describe(folder, tokenizer_file, max_seq_len=max_seq_len, max_batch_size=max_batch_size, dtype=dtype)
+    sizes: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "dtype": dtype}
+    description = describe(folder, tokenizer_file, nproc=nproc, gpu=gpu, **sizes)
     click.echo(json.dumps(description) if as_json else render(description))
 
 
 def describe(
-    ckpt_dir: str, tokenizer_path: str, *, max_seq_len: int, max_batch_size: int, dtype: str | None
+    ckpt_dir: str,
+    tokenizer_path: str,
+    *,
+    max_seq_len: int,
+    max_batch_size: int,
+    dtype: str | None,
+    nproc: Sequence[int],
+    gpu: str,
 ) -> dict[str, Any]:
     """All that is known without reading a weight, ready for JSON; sizes in bytes."""
     import torch
@@ -95,7 +124,38 @@ def describe(
             "workspace": plan.workspace,
             "total": plan.total,
         },
+        "gpu": gpu,
+        "processes": [_plan(args, planned, n, gpu) for n in dict.fromkeys(nproc)],
         "tokenizer": _describe_tokenizer(tokenizer_path, checkpoint, named=tokenizer_path != ckpt_dir),
+    }
+
+
+def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -> dict[str, Any]:
+    """What each of so many processes would hold, and the most tokens a second that they could make."""
+    from fastllama.limits import memory_plan
+    from fastllama.speed_of_light import (
+        COLLECTIVE_LATENCY_S,
+        DATA_SHEETS,
+        Links,
+        collectives_seconds,
+        decode_step,
+        least_seconds,
+    )
+
+    obstacles = args.obstacles(n_processes)
+    if obstacles:
+        return {"n": n_processes, "obstacles": obstacles}
+    batch, context = args.max_batch_size, args.max_seq_len / 2  # of a row that fills its cache, on average
+    sheet = DATA_SHEETS[gpu]
+    links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
+    exchanging = collectives_seconds(args, dtype, batch, n_processes, links)
+    seconds = least_seconds(decode_step(args.split(n_processes), dtype, batch, context), sheet.machine) + exchanging
+    plan = memory_plan(args, dtype, batch, args.max_seq_len, n_processes=n_processes)
+    return {
+        "n": n_processes,
+        "bytes_each": plan.total,
+        "most_tokens_per_second": batch / seconds,
+        "share_of_exchanging": exchanging / seconds,
     }
 
 
@@ -143,9 +203,20 @@ def render(description: dict[str, Any]) -> str:
             f"memory for {shape}",
             [(name, size_text(memory[name])) for name in ("weights", "cache", "workspace", "total")],
         ),
+        (
+            f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange",
+            [(str(one["n"]), _plan_text(one)) for one in description["processes"]],
+        ),
         _tokenizer_section(tokenizer) if tokenizer else ("tokenizer: none in the folder", []),
     ]
     return "\n\n".join("\n".join([title, *_aligned(rows)]) for title, rows in sections)
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    if "obstacles" in plan:
+        return "not possible: " + "; ".join(plan["obstacles"])
+    rate, share = plan["most_tokens_per_second"], plan["share_of_exchanging"]
+    return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}"
 
 
 def _tokenizer_section(tokenizer: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:

@@ -129,6 +129,18 @@ def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], tmp_p
             assert row == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
 
 
+def test_a_process_takes_little_more_host_memory_than_its_part(tmp_path: Path) -> None:
+    params = tiny_params(dim=512, hidden_dim=4096, n_layers=5)
+    weights = random_weights(params, seed=1)
+    total, largest = (combine(weight.nbytes for weight in weights.values()) for combine in (sum, max))
+    write_meta(tmp_path / "large", params, weights, shards=1)
+    write_tokenizer(tmp_path / "large")
+    for found in run_processes(2, tmp_path, "tests.parallel_cases:memory", {"folder": str(tmp_path / "large")}):
+        assert 0.5 * total <= found["weights"] < 0.51 * total
+        # Beside its half, the slices of a slot, joined, and packed: six halves of a matrix.
+        assert found["weights"] <= found["peak"] < found["weights"] + 3.5 * largest < 0.8 * total
+
+
 def test_a_part_of_a_model_is_not_copied() -> None:
     args = ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=8)
     part = Transformer(args, device="cpu", dtype=torch.float32, group=Group(1, 2))

@@ -2,12 +2,26 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastllama import ModelArgs
-from fastllama.speed_of_light import Machine, Work, decode_step, least_seconds, prefill, total_bytes, total_flops
+from fastllama.limits import memory_plan
+from fastllama.speed_of_light import (
+    COLLECTIVE_LATENCY_S,
+    DATA_SHEETS,
+    Links,
+    Machine,
+    Work,
+    collectives_seconds,
+    decode_step,
+    least_seconds,
+    prefill,
+    total_bytes,
+    total_flops,
+)
 
 LLAMA_3_8B = ModelArgs(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3, multiple_of=1024
@@ -15,6 +29,7 @@ LLAMA_3_8B = ModelArgs(
 LLAMA_3_2_1B = ModelArgs(
     dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.5, multiple_of=256
 )
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 H200 = Machine(read=4.5e12, matmul=7.9e14)
 BF16 = torch.bfloat16
 
@@ -65,7 +80,7 @@ def test_prefill_attends_causally_and_reads_weights_once() -> None:
 
 def test_the_budget_in_the_notes_is_this_models() -> None:
     """docs/performance-notes.md: launches, megabytes and least times of an 8B step."""
-    notes = (Path(__file__).resolve().parents[2] / "docs" / "performance-notes.md").read_text()
+    notes = (DOCS / "performance-notes.md").read_text()
     step = decode_step(LLAMA_3_8B, BF16, batch=1, context=128)
     for work in step:
         row = f"| {work.name} | {work.count} | {work.bytes / 1e6:.1f} | {work.least_seconds(H200) * 1e6:.1f} |"
@@ -77,3 +92,34 @@ def test_the_budget_in_the_notes_is_this_models() -> None:
     rows = [re.split(r" *\| *", line)[1:-1] for line in notes.splitlines() if re.match(r"\| (\w|\+)+ \| \d+ \|", line)]
     for column, total in ((4, "3,916"), (5, "3,612")):
         assert round(sum(int(row[1]) * float(row[column]) for row in rows)) == int(total.replace(",", ""))
+
+
+def test_collectives_are_counted_by_hand() -> None:
+    args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=100, hidden_dim=80)
+    links = Links(bandwidth=1e6, latency=1e-3)
+    assert collectives_seconds(args, torch.float32, 5, 1, links) == 0
+    # Seven sums of 5 x 48 numbers, of which a ring of two sends each once; half of 5 x 100 logits.
+    expected = 7 * (1e-3 + 5 * 48 * 4 / 1e6) + 1e-3 + 5 * 100 * 4 / 2 / 1e6
+    assert collectives_seconds(args, torch.float32, 5, 2, links) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("3.1-8B", {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024}),
+        ("3.1-70B", {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096}),
+        ("3.1-405B", {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096}),
+    ],
+)
+def test_the_plans_in_the_docs_are_these_models(name: str, fields: dict[str, Any]) -> None:
+    """docs/scaling.md: memory and limits on several GPUs."""
+    text = (DOCS / "scaling.md").read_text()
+    args = ModelArgs(**fields, n_kv_heads=8, vocab_size=128256, max_seq_len=8192, max_batch_size=1)
+    sheet = DATA_SHEETS["H100"]
+    links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
+    for n in (1, 2, 4, 8):
+        plan = memory_plan(args, BF16, 1, 8192, n_processes=n)
+        exchanging = collectives_seconds(args, BF16, 1, n, links)
+        seconds = least_seconds(decode_step(args.split(n), BF16, 1, 4096), sheet.machine) + exchanging
+        row = f"| {name} | {n} | {plan.total / 2**30:.1f} | {1 / seconds:.0f} | {exchanging / seconds:.0%} |"
+        assert row in text, row

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fastllama import Llama
-from fastllama.cli.inspect import size_text
+from fastllama.cli.inspect import GPUS, size_text
+from fastllama.speed_of_light import DATA_SHEETS
 from tests.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
 from tests.command_line import expect_error, run
 
@@ -74,3 +75,17 @@ def test_inspect_errors(tmp_path: Path, checkpoint: str) -> None:
 )
 def test_size_text_picks_a_unit(count: int, text: str) -> None:
     assert size_text(count) == text
+
+
+def test_inspect_plans_for_several_processes(checkpoint: str) -> None:
+    found = json.loads(run("inspect", checkpoint, "--nproc", "1,2,4,3", "--gpu", "H200", "--json").stdout)
+    one, two, four, three = found["processes"]
+    assert found["gpu"] == "H200" and tuple(DATA_SHEETS) == GPUS
+    assert one["bytes_each"] == found["memory"]["total"] and one["share_of_exchanging"] == 0
+    assert four["bytes_each"] < two["bytes_each"] < one["bytes_each"]
+    # Of a model this small the exchange is nearly all.
+    assert 0.9 < two["share_of_exchanging"] < 1 and two["most_tokens_per_second"] < one["most_tokens_per_second"]
+    assert three.keys() == {"n", "obstacles"} and "n_heads=8 does not divide by 3" in three["obstacles"]
+    shown = run("inspect", checkpoint, "--nproc", "2,3").stdout
+    assert "on several H100" in shown and "not possible: n_heads=8" in shown
+    expect_error(run("inspect", checkpoint, "--gpu", "abacus"), "abacus")

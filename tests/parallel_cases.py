@@ -21,13 +21,19 @@ def build(folder: str, **options: Any) -> Llama:
     return llm
 
 
-def generations(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Every folder's answers, and what wrong sizes and one process's failure come to."""
+def everything(arguments: dict[str, Any]) -> dict[str, Any]:
+    """All cases in one group of processes: starting them takes longer than they do.
+
+    Every folder's answers, what wrong sizes and one process's failure come to; of two processes also memory and
+    interpreted kernels, of four also parts of the world.
+    """
     found: dict[str, Any] = {"answers": [answers(build(folder)) for folder in arguments["folders"]]}
     found["error"] = refusal(arguments["indivisible"])
     found["failure"] = refusal("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
     found["again"] = answers(build(arguments["folders"][0])) == found["answers"][0]
-    return found
+    if dist.get_world_size() == 2:
+        return found | {"memory": memory(arguments["large"]), "fused": fused(arguments["folders"][1])}
+    return found | {"subsets": subsets(arguments["folders"][2])}
 
 
 def answers(llm: Llama) -> dict[str, Any]:
@@ -53,17 +59,17 @@ def refusal(folder: str) -> str:
     return "built"
 
 
-def memory(arguments: dict[str, Any]) -> dict[str, Any]:
+def memory(folder: str) -> dict[str, Any]:
     """Peak of this process's own memory, beyond what it had, while it builds; files that are mapped count nothing."""
     before = own_bytes()
     with PeakHostMemory() as peak:
-        llm = build(arguments["folder"])
+        llm = build(folder)
     return {"peak": peak.bytes - before, "weights": sum(t.nbytes for t in llm.model.state_dict().values())}
 
 
-def fused(arguments: dict[str, Any]) -> dict[str, Any]:
+def fused(folder: str) -> dict[str, Any]:
     """A few tokens by interpreted kernels."""
-    llm = build(arguments["folder"], backend="fused")
+    llm = build(folder, backend="fused")
     tokens, logprobs = llm.generate(PROMPTS[:2], 2, temperature=0.0, logprobs=True)
     drawn, _ = llm.generate(PROMPTS[2:], 2, temperature=0.9, seed=5)
     return {"tokens": tokens, "logprobs": logprobs, "drawn": drawn}
@@ -77,20 +83,20 @@ def on_gpus(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"answers": first, "repeats": again["tokens"][:2] == first["tokens"][:2], "device": str(llm.model.device)}
 
 
-def subsets(arguments: dict[str, Any]) -> dict[str, Any]:
+def subsets(folder: str) -> dict[str, Any]:
     """Half of the world for each model, through groups of the caller's own and through model_parallel_size."""
     from fairscale.nn.model_parallel import initialize
 
-    dist.init_process_group("gloo")
+    initialize.destroy_model_parallel()
     initialize.initialize_model_parallel(2)
-    mine = build(arguments["folder"])
+    mine = build(folder)
     found = {"answers": answers(mine), "rank": mine.model.group.rank, "size": mine.model.group.size}
     try:
-        build(arguments["folder"], model_parallel_size=4)
+        build(folder, model_parallel_size=4)
     except ValueError as error:
         found["error"] = str(error)
     initialize.destroy_model_parallel()
-    found["again"] = answers(build(arguments["folder"], model_parallel_size=2)) == found["answers"]
+    found["again"] = answers(build(folder, model_parallel_size=2)) == found["answers"]
     initialize.destroy_model_parallel()
-    found["alone"] = build(arguments["folder"], model_parallel_size=1).model.group.size
+    found["alone"] = build(folder, model_parallel_size=1).model.group.size
     return found

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ FORMATS = [*(f"{shards} shards" for shards in SHARDS), "Llama 2's embedding", "H
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The same model in every format, and one that cannot be divided."""
+    """The same model in every format, one that cannot be divided, and a large one."""
     root = tmp_path_factory.mktemp("parallel")
     weights = random_weights(PARAMS, seed=7)
     for shards in SHARDS:
@@ -32,6 +31,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     write_huggingface(root / "Hugging Face", PARAMS, weights, max_shard_size="100KB")
     odd = tiny_params(dim=48, n_heads=3, n_kv_heads=3)
     write_meta(root / "odd", odd, random_weights(odd, seed=1))
+    large = tiny_params(dim=512, hidden_dim=4096, n_layers=5)
+    write_meta(root / "large", large, random_weights(large, seed=1))
     for folder in root.iterdir():
         write_tokenizer(folder)
     return {folder.name: str(folder) for folder in root.iterdir()}
@@ -49,7 +50,9 @@ def found_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     @functools.cache
     def run(size: int) -> list[dict[str, Any]]:
         arguments = {"folders": [folders[name] for name in FORMATS], "indivisible": folders["odd"]}
-        return run_processes(size, tmp_path_factory.mktemp("out"), "tests.parallel_cases:generations", arguments)
+        arguments |= {"large": folders["large"]}
+        out = tmp_path_factory.mktemp("out")
+        return run_processes(size, out, "tests.parallel_cases:everything", arguments, TRITON_INTERPRET="1")
 
     return run
 
@@ -105,40 +108,34 @@ def test_one_processes_failure_is_every_processes_and_the_next_build_works(found
         assert found["again"]
 
 
-def test_groups_within_the_world_are_respected(
-    folders: dict[str, str], expected: dict[str, Any], tmp_path: Path
-) -> None:
-    found = run_processes(4, tmp_path, "tests.parallel_cases:subsets", {"folder": folders["4 shards"]})
-    for rank, one in enumerate(found):
+def test_groups_within_the_world_are_respected(found_by: Any, expected: dict[str, Any]) -> None:
+    for rank, found in enumerate(found_by(4)):
+        one = found["subsets"]
         assert_alike(one["answers"], expected)
         assert (one["rank"], one["size"], one["alone"], one["again"]) == (rank % 2, 2, 1, True)
         assert "asks for 4 processes" in one["error"] and "are of 2" in one["error"]
 
 
-def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], tmp_path: Path) -> None:
-    found = run_processes(
-        2, tmp_path, "tests.parallel_cases:fused", {"folder": folders["2 shards"]}, TRITON_INTERPRET="1"
-    )
+def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], found_by: Any) -> None:
     llm = build(folders["1 shards"], backend="reference")
     tokens, logprobs = llm.generate([[5, 6, 7], [300, 2, 9, 11, 50, 3]], 2, temperature=0.0, logprobs=True)
     drawn, _ = llm.generate([[1]], 2, temperature=0.9, seed=5)
     assert logprobs is not None
-    for one in found:
+    for found in found_by(2):
+        one = found["fused"]
         assert (one["tokens"], one["drawn"]) == (tokens, drawn)
         for row, wanted in zip(one["logprobs"], logprobs, strict=True):
             assert row == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
 
 
-def test_a_process_takes_little_more_host_memory_than_its_part(tmp_path: Path) -> None:
-    params = tiny_params(dim=512, hidden_dim=4096, n_layers=5)
-    weights = random_weights(params, seed=1)
-    total, largest = (combine(weight.nbytes for weight in weights.values()) for combine in (sum, max))
-    write_meta(tmp_path / "large", params, weights, shards=1)
-    write_tokenizer(tmp_path / "large")
-    for found in run_processes(2, tmp_path, "tests.parallel_cases:memory", {"folder": str(tmp_path / "large")}):
-        assert 0.5 * total <= found["weights"] < 0.51 * total
+def test_a_process_takes_little_more_host_memory_than_its_part(folders: dict[str, str], found_by: Any) -> None:
+    weights = build(folders["large"]).model.state_dict().values()
+    total, largest = (combine(weight.nbytes for weight in weights) for combine in (sum, max))
+    for found in found_by(2):
+        one = found["memory"]
+        assert 0.5 * total <= one["weights"] < 0.51 * total
         # Beside its half, the slices of a slot, joined, and packed: six halves of a matrix.
-        assert found["weights"] <= found["peak"] < found["weights"] + 3.5 * largest < 0.8 * total
+        assert one["weights"] <= one["peak"] < one["weights"] + 3.5 * largest < 0.8 * total
 
 
 def test_a_part_of_a_model_is_not_copied() -> None:

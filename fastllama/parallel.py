@@ -5,6 +5,7 @@ groups say who shares a model with whom, as in Meta's code. None of it is touche
 """
 
 import contextlib
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from fastllama import validate
 
 TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells beside WORLD_SIZE and LOCAL_RANK
 FAIRSCALE_GROUPS = "fairscale.nn.model_parallel.initialize"
+
+
+class ProcessFailed(RuntimeError):
+    """Another of the processes that share a model failed; the message says which, and why."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,14 @@ class Group:
         return parts.movedim(0, 1).flatten(1)
 
     def check(self, error: BaseException | None) -> None:
-        """Wait for all; where one brings an error, raise in every other what it says. Its own is for it to raise."""
+        """Wait for all; ProcessFailed in every other where one brings an error. Its own is for it to raise."""
         if self.size == 1:
             return
         found: list[str | None] = [None] * self.size
         dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", self.processes)
         failed = next((rank for rank, text in enumerate(found) if text is not None), None)
         if error is None and failed is not None:
-            raise RuntimeError(f"process {failed} of {self.size} failed: {found[failed]}")
+            raise ProcessFailed(f"process {failed} of {self.size} failed: {found[failed]}")
 
 
 ALONE = Group()
@@ -106,7 +111,7 @@ def model_group(model_parallel_size: int | None, device: torch.device) -> Group:
         _initialise_world(device)
     groups = _fairscale()
     # It says what it does on stdout, which belongs to the answers.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(io.StringIO()):
         groups.initialize_model_parallel(size)
     return _initialised(groups, asked)
 

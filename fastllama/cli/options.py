@@ -1,9 +1,10 @@
 """Options that several commands share, under Meta's names, and what they come to: a built Llama."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -80,6 +81,7 @@ class ModelOptions:
     backend: str | None
     seed: int
     max_seq_len: int
+    nproc: int
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> "ModelOptions":
@@ -88,19 +90,36 @@ class ModelOptions:
 
     def build(self, max_batch_size: int, quiet: bool = False) -> "Llama":
         """The Llama that these options describe."""
+        self._check_processes()
         ckpt_dir, tokenizer_path = locate(self.ckpt_dir, self.tokenizer_path, quiet)
+        arguments: dict[str, Any] = {
+            "ckpt_dir": ckpt_dir,
+            "tokenizer_path": tokenizer_path,
+            "max_seq_len": self.max_seq_len,
+            "max_batch_size": max_batch_size,
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "backend": self.backend,
+        }
         from fastllama.generation import Llama
 
-        return Llama.build(
-            ckpt_dir,
-            tokenizer_path,
-            self.max_seq_len,
-            max_batch_size,
-            seed=self.seed,
-            device=self.device,
-            dtype=self.dtype,
-            backend=self.backend,
-        )
+        if self.nproc == 1:
+            return Llama.build(**arguments)
+        from fastllama.cli import workers
+
+        workers.start(self.nproc, arguments)
+        try:
+            return cast("Llama", workers.Leader(Llama.build(**arguments)))
+        except Exception as error:
+            workers.mourn(error)
+            raise
+
+    def _check_processes(self) -> None:
+        if self.nproc > 1 and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise click.UsageError("--nproc starts processes, and torchrun has: leave one of them out.")
+        if self.nproc > 1 and self.device is not None and ":" in self.device:
+            raise click.UsageError(f"--nproc puts a process on each GPU: --device cuda, not {self.device}.")
 
 
 def locate(ckpt_dir: str | None, tokenizer_path: str | None, quiet: bool) -> tuple[str, str]:
@@ -130,6 +149,13 @@ def model_options(max_seq_len: int) -> Decorator:
             help="Tokens of prompt and answer together that fit.",
         ),
         device_options,
+        click.option(
+            "--nproc",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Processes that share the model, one on each GPU.",
+        ),
         click.option(
             "--seed", type=click.IntRange(0, LARGEST_SEED), default=1, show_default=True, help="Of the random draws."
         ),

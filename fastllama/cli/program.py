@@ -56,6 +56,9 @@ def is_expected(error: Exception) -> bool:
     if isinstance(error, ValueError | AssertionError | OSError | MemoryError):
         return True
     # torch reports a CPU that is out of memory, and a device that is not there, as a bare RuntimeError.
+    parallel = sys.modules.get("fastllama.parallel")
+    if parallel is not None and isinstance(error, parallel.ProcessFailed):
+        return True
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True

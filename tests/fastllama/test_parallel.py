@@ -104,7 +104,7 @@ def test_one_processes_failure_is_every_processes_and_the_next_build_works(found
         if rank == 1:
             assert found["failure"].startswith("AssertionError: ") and "nowhere" in found["failure"]
         else:
-            assert found["failure"].startswith(f"RuntimeError: process 1 of {size} failed: AssertionError: ")
+            assert found["failure"].startswith(f"ProcessFailed: process 1 of {size} failed: AssertionError: ")
         assert found["again"]
 
 

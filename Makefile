@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 # Two files of tests at a time, or up to four: the tests of one share what they compile.
-PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Where the toy benchmarks write, and their sizes. Two at a time, the longest first: compilers take most of it.
 SMOKE := .cache/bench-smoke

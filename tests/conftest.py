@@ -19,6 +19,16 @@ hypothesis.settings.register_profile("fastllama", derandomize=True, deadline=Non
 hypothesis.settings.load_profile("fastllama")
 
 
+# What takes longest begins first, or one process would end long after the others.
+LONGEST = ("test_compiled.py", "test_gpu_report.py", "test_workers.py", "test_parallel.py", "test_fused.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first; the order within a file, and of the others, stays."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels run in the tests."""

@@ -1,6 +1,5 @@
 """`--nproc`: the same answers, one process at the terminal, and nobody left behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,17 +13,9 @@ import pytest
 
 from fastllama.cli import workers
 from fastllama.cli.workers import Leader
-from tests.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
+from tests.command_line import CHAT, ROOT, expect_error, run, run_process
 
 DEADLINE_S = 10
-
-
-def test_two_processes_complete_as_one_does() -> None:
-    words = ("complete", "Once upon a time", "My favourite", *GREEDY, "--json")
-    alone, together = run(*words), run_process(*words, "--nproc", "2")
-    assert together.returncode == 0, together.stderr
-    one, two = (json.loads(found.stdout)["completions"] for found in (alone, together))
-    assert one == two and len(two) == 2
 
 
 def test_a_chat_of_two_processes_reads_and_answers_once() -> None:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastllama.benchmarks.environment import Environment
-from fastllama.benchmarks.result_file import ResultFile
+from fastllama.benchmarks.result_file import FAILED, ResultFile
 from fastllama.benchmarks.tables import aligned, markdown
 
 DEFAULT_THRESHOLD = 0.05  # of change that is worth a mark
@@ -23,7 +23,6 @@ FIGURES: tuple[tuple[tuple[str, bool], ...], ...] = (
     (("held_bytes", False),),
 )
 NO_SPEEDS = ("tests", "kernel tests")  # the suites of a GPU report whose seconds say nothing
-FAILED = ("disagrees", "failed")
 FASTER, SLOWER, ALIKE, NO_SPREAD = "better", "REGRESSION", "", "no spread"
 
 Record = dict[str, Any]

@@ -73,7 +73,7 @@ def _of_one_shape(batch: Ragged, max_seq_len: int) -> Ragged:
     if batch.one_each:
         segments = tuple(segment._replace(keys=max_seq_len) for segment in batch.segments)
         batch = replace(batch, segments=segments, exact=False)
-    assert batch.one_each is not None  # looked at now: the compiler cannot see through what a cached property locks
+    _ = batch.one_each  # looked at now: the compiler cannot see through what a cached property locks
     return batch
 
 

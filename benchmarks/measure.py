@@ -260,12 +260,3 @@ class MatmulProbe:
         if not self._seen:
             self.sample()
         return Ceiling("matmul", "TFLOP/s", f"{self._size} x {self._size} {self._dtype}", summarize(self._seen))
-
-
-def matmul_ceiling(
-    device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = PROBE_SECONDS
-) -> Ceiling:
-    """Matrix multiplication rate in TFLOP/s on square random matrices."""
-    probe = MatmulProbe(device, dtype, size)
-    probe.sample(seconds)
-    return probe.ceiling()

@@ -22,9 +22,9 @@ from fastllama.benchmarks.measure import (
     MILLI,
     TERA,
     Ceiling,
+    MatmulProbe,
     ReadProbe,
     copy_ceiling,
-    matmul_ceiling,
     percentile,
     replayed,
     summarize,
@@ -102,7 +102,9 @@ def ceilings(bench: Bench) -> Found:
     rates = summarize(source.numel() * source.element_size() / second / GIGA for second in times)
     yield Ceiling("read_kernel", "GB/s", f"a kernel of {READ_BLOCK * 2} bytes a program", rates)
     yield copy_ceiling(device, sizes.read_bytes, sizes.seconds)
-    yield matmul_ceiling(device, DTYPE, None if device.type == "cuda" else 16, sizes.seconds)
+    products = MatmulProbe(device, DTYPE, None if device.type == "cuda" else 16)
+    products.sample(sizes.seconds)
+    yield products.ceiling()
 
 
 def boundaries(bench: Bench) -> Found:

@@ -11,6 +11,7 @@ from fastllama.benchmarks.environment import Environment
 from fastllama.benchmarks.measure import Ceiling, Summary
 
 SCHEMA_VERSION = 2
+FAILED = ("disagrees", "failed")  # the status of a record, or of a peer in it, that something is wrong with
 
 
 @dataclass(frozen=True)

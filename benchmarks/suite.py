@@ -19,7 +19,7 @@ from fastllama.benchmarks.measure import GIGA, TERA, Ceiling, MatmulProbe, ReadP
 from fastllama.benchmarks.models import ModelSource, build
 from fastllama.benchmarks.ops import ops_of
 from fastllama.benchmarks.peers import PEERS, Peer, PeerError, absence
-from fastllama.benchmarks.result_file import ResultFile, write_result
+from fastllama.benchmarks.result_file import FAILED, ResultFile, write_result
 from fastllama.benchmarks.rounds import DEFAULT_ROUNDS, DEFAULT_STEPS, SUITES, Case, Ours, Runner, Suite, measure
 from fastllama.generation import Llama
 from fastllama.kernels import select
@@ -30,7 +30,6 @@ DEFAULT_BATCHES = (1, 4)
 DEFAULT_CONTEXTS = (32, 512)
 WITH_MODEL = ("decode", "prefill", "generate")  # the suites that run ours and peers in turns
 FRESH = ("load", "memory")  # those that build a model in a process of its own
-FAILED = ("disagrees", "failed")  # the states of a peer, or of ours, that something is wrong with
 
 Record = dict[str, Any]
 
@@ -103,7 +102,7 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
     ValueError or OSError for a plan that cannot begin, before anything is measured.
     """
     args = plan.args
-    _ = plan.backend_name  # cannot be found out later
+    _ = plan.backend_name  # one that cannot run should not be found out later
     result = ResultFile(describe_environment(plan.device), {})
     if output is not None:
         write_result(result, output)  # a path that cannot be written should not be found out at the end

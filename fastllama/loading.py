@@ -36,12 +36,12 @@ def load(
 
     Where several processes share the model, an error in one of them is raised in all.
     """
+    start = time.perf_counter()
     max_seq_len = _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, " (8192 without scaled rope)")
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
     group = parallel.model_group(model_parallel_size, device)
-    error: Exception | None = None
     try:
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir)
@@ -57,14 +57,12 @@ def load(
             n_processes=group.size,
         )
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
-        start = time.perf_counter()
         model.load_tensors(weights)
-        logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
-    except Exception as raised:
-        error = raised
-        raise
-    finally:
+    except Exception as error:  # an interrupt is for this process alone, and must not wait for others
         group.check(error)
+        raise
+    group.check(None)
+    logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
     return model, tokenizer
 
 

@@ -34,6 +34,9 @@ POLL_SECONDS = 0.2
 PATIENCE = timedelta(days=365)  # of a follower for what is said next: people think
 EXIT_WORKER_DIED = 2
 
+_workers: list["subprocess.Popen[bytes]"] = []  # the followers, by rank from 1
+_keep: list[Any] = []  # what has to live as long as the process
+
 
 class Leader:
     """A Llama whose streams the followers run along with. Everything else is the Llama's own."""
@@ -115,10 +118,6 @@ def _share_cores(count: int) -> None:
         threads = max(1, torch.get_num_threads() // count)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-
-
-_workers: list["subprocess.Popen[bytes]"] = []
-_keep: list[Any] = []  # what has to live as long as the process
 
 
 def _watch(logs: Path) -> None:

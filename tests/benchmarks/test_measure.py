@@ -13,9 +13,9 @@ from fastllama.benchmarks.environment import describe_environment, git_state
 from fastllama.benchmarks.measure import (
     Ceiling,
     Contention,
+    MatmulProbe,
     ReadProbe,
     copy_ceiling,
-    matmul_ceiling,
     percentile,
     summarize,
     time_calls,
@@ -83,7 +83,9 @@ def test_ceilings_are_positive_and_say_how() -> None:
     read = probe.ceiling()
     assert read.samples.count == 2 * first.count
     copied = copy_ceiling(CPU, SMALL_BUFFER_BYTES, seconds=0.0)
-    multiplied = matmul_ceiling(CPU, torch.float32, size=16, seconds=0.0)
+    products = MatmulProbe(CPU, torch.float32, size=16)
+    products.sample(0.0)
+    multiplied = products.ceiling()
     assert [ceiling.unit for ceiling in (read, copied, multiplied)] == ["GB/s", "GB/s", "TFLOP/s"]
     assert all(ceiling.value > 0 for ceiling in (read, copied, multiplied))
     assert probe.method in read.method and "float32" in multiplied.method

@@ -14,7 +14,6 @@ from fastllama.benchmarks.gpus import GPUS, Gpu, Launch, recorded
 from fastllama.benchmarks.launches import (
     BATCHES,
     CONTEXT_TOKENS,
-    FIRST_LAYER,
     MODELS,
     OTHERS_MODELS,
     PREFILL_TOKENS,
@@ -75,8 +74,6 @@ def compiled_rows(gpu_name: str) -> Iterator[Row]:
                 other = _OtherKernels()
                 with recorded(gpu) as launches, other:
                     call()
-                if name == FIRST_LAYER:
-                    continue
                 for launch in launches:
                     where = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": name, "other": other.count}
                     compiled = seen.setdefault(launch.compiled.hash, Compiled(launch.compiled, gpu))
@@ -143,8 +140,6 @@ def traffic_rows() -> Iterator[Row]:
             for name, call in decode_ops(shape, tokens):
                 with counted() as launches:
                     call()
-                if name == FIRST_LAYER:
-                    continue
                 for launch in launches:
                     streamed = sum(launch.moved.get(argument, 0) for argument in STREAMED)
                     live = _live_bytes(shape, tokens, name)

@@ -17,7 +17,7 @@ from fastllama.benchmarks.measure import MICRO, Summary, replayed, summarize, ti
 from fastllama.benchmarks.tables import Table
 from fastllama.decode_graph import step
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.ragged import Ragged, Sampling, Workspace
+from fastllama.kernels.ragged import Sampling
 from fastllama.model import Transformer
 from fastllama.speed_of_light import Machine, Work, decode_step
 
@@ -73,16 +73,9 @@ class _Recorder:
             run = partial(function, logits, _long_lasting(state, self._spare_steps), workspace)
             self.calls.append(_Call("sampling", run))
             return run()
-        kept = partial(function, *(_as_it_is(argument) for argument in arguments))
-        self.calls.append(_Call(NAMES.get(op) or PROJECTIONS[self.calls[-1].name], kept))
+        name = NAMES.get(op) or PROJECTIONS[self.calls[-1].name]
+        self.calls.append(_Call(name, partial(function, *arguments)))
         return function(*arguments)
-
-
-def _as_it_is(argument: Any) -> Any:
-    """What later calls leave in the workspace is not what this one found there."""
-    if isinstance(argument, Ragged) and isinstance(argument.workspace, Workspace):
-        return replace(argument, workspace=argument.workspace.as_it_is())
-    return argument
 
 
 def _long_lasting(state: DecodeState, n_steps: int) -> DecodeState:

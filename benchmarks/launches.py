@@ -4,6 +4,7 @@ The tensors are memory that was never touched, except what kernels decide by: to
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +17,12 @@ from fastllama.kernels import fused
 from fastllama.kernels.attention_prefill import attention_prefill
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed
-from fastllama.kernels.few_tokens import RowSquares
 from fastllama.kernels.ragged import Ragged, Sampling, Workspace
 from fastllama.kernels.rms_norm import add_rms_norm, rms_norm
 from fastllama.kernels.rotary import rotary_append
 from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
+from fastllama.parallel import ALONE, Group
 from fastllama.slots import slots
 
 CPU = torch.device("cpu")
@@ -32,7 +33,6 @@ CONTEXT_TOKENS = 2048  # of each row in a decode step
 BATCHES = (1, 4, 16)
 PREFILL_TOKENS = 64
 STEP_POSITIONS = 64
-FIRST_LAYER = "first layer"
 
 
 class Shape(NamedTuple):
@@ -45,13 +45,14 @@ class Shape(NamedTuple):
     head_dim: int
     hidden_dim: int
     vocab_size: int
+    n_processes: int = 1  # of which each has as much
 
 
 MODELS = {
     "3.2-1B": Shape(16, 2048, 32, 8, 64, 8192, 128256),
     "3-8B": Shape(32, 4096, 32, 8, 128, 14336, 128256),
     # One of eight ranks: an eighth of the heads, of the ffn width and of the vocabulary.
-    "3-70B/8": Shape(80, 8192, 8, 1, 128, 3584, 16032),
+    "3-70B/8": Shape(80, 8192, 8, 1, 128, 3584, 16032, n_processes=8),
 }
 OTHERS_MODELS = ("3-8B", "3-70B/8")  # compiled for GPUs that are not an H200: the smallest asks least of them
 
@@ -79,8 +80,8 @@ class _Layer:
 def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """The ops of a decode step of one layer behind another, each to be called before the next is taken.
 
-    Yields (name, call); a layer's names begin with "layer". The layer is the second: its norm finds sums of squares
-    from the projection of a first, which is called by the name FIRST_LAYER and is none of the step's.
+    Yields (name, call); a layer's names begin with "layer". Of a model that processes share, one's: collectives are
+    none of these.
     """
     layer = _Layer(shape, rows)
     workspace = _workspace(shape, rows)
@@ -92,8 +93,8 @@ def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], obje
 
     table, output = layer.tok_embeddings, layer.output
     caches = layer.rope, layer.cache_k, layer.cache_v
-    yield "embed", keep("h", lambda: fused.embed(table, batch))
-    yield FIRST_LAYER, keep("h", lambda: fused.project(_untouched(rows, shape.hidden_dim), layer.w2, made["h"], batch))
+    begin = None if shape.n_processes == 1 else 0
+    yield "embed", keep("h", lambda: fused.embed(table, batch, begin))
     yield "layer qkv", keep("q", lambda: fused.qkv(made["h"], layer.norm, layer.wqkv, *caches, EPS, batch))
     yield "layer attention", keep("a", lambda: fused.attention(made["q"], layer.cache_k, layer.cache_v, batch))
     yield "layer output", keep("h", lambda: fused.project(made["a"], layer.wo, made["h"], batch))
@@ -102,15 +103,30 @@ def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], obje
     yield "head", keep("logits", lambda: fused.head(made["h"], layer.norm, output, EPS, batch))
     state = _state(shape, rows, CONTEXT_TOKENS)
     # Spread as a model's are, so that the nucleus is small.
-    logits = (3 * torch.randn(rows, shape.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)
+    logits = (3 * torch.randn(rows, _vocab_size(shape), generator=torch.Generator().manual_seed(1))).to(DTYPE)
     yield "choose", lambda: fused.choose(logits, state, workspace)
 
 
+@dataclass(frozen=True)
+class _Unheard(Group):
+    """One of several processes, whose collectives nobody hears: for its launches, not for answers."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        return torch.empty(x.shape[0], self.size * x.shape[1], dtype=x.dtype)
+
+
 def whole_step(shape: Shape, rows: int) -> Callable[[], None]:
-    """The decode step itself, of a Transformer of all the model's layers."""
+    """The decode step itself, of a Transformer of all the model's layers; of one process, without collectives."""
+    widths = shape._asdict()
+    n = widths.pop("n_processes")
+    whole = {name: n * widths[name] for name in ("n_heads", "n_kv_heads", "hidden_dim", "vocab_size")}
     # Its cache is short: what is launched depends on the number of rows alone.
-    args = ModelArgs(**shape._asdict(), max_batch_size=rows, max_seq_len=STEP_POSITIONS)
-    model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False)
+    args = ModelArgs(**widths | whole, max_batch_size=rows, max_seq_len=STEP_POSITIONS)
+    group = _Unheard(0, n) if n > 1 else ALONE
+    model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False, group=group)
     model.ops, model.workspace = fused, _workspace(shape, rows)
     layer = _Layer(shape, rows)
     for slot in slots(model, model.layers):
@@ -126,14 +142,19 @@ def _workspace(shape: Shape, rows: int) -> Workspace:
         n_heads=shape.n_heads,
         n_kv_heads=shape.n_kv_heads,
         head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
+        vocab_size=_vocab_size(shape),
         device=CPU,
     )
 
 
+def _vocab_size(shape: Shape) -> int:
+    """Of the whole model: every process draws from all logits."""
+    return shape.n_processes * shape.vocab_size
+
+
 def _state(shape: Shape, rows: int, positions: int) -> DecodeState:
     """Rows that draw, and stand before the last of so many positions."""
-    state = DecodeState.of(rows, positions, shape.vocab_size, CPU)
+    state = DecodeState.of(rows, positions, _vocab_size(shape), CPU)
     sampling = Sampling.of(0.6, 0.9, [(1, row, 0) for row in range(rows)], CPU)
     state.set([1] * rows, [positions - 2] * rows, [positions - 1] * rows, [2, 3], sampling)
     return state
@@ -147,8 +168,7 @@ def prefill_ops(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
     h = _untouched(tokens, shape.dim)
     heads = _untouched(tokens, layer.wqkv.shape[0])
     q = _untouched(tokens, shape.n_heads, shape.head_dim)
-    squares = RowSquares(CPU)
-    yield "embed", lambda: embed(layer.tok_embeddings, batch.tokens, squares)
+    yield "embed", lambda: embed(layer.tok_embeddings, batch.tokens)
     yield "norm", lambda: rms_norm(h, layer.norm, EPS)
     yield "add, norm", lambda: add_rms_norm(h, h, layer.norm, EPS)
     yield "rotary, append", lambda: rotary_append(heads, layer.rope, layer.cache_k, layer.cache_v, batch)

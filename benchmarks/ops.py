@@ -56,7 +56,6 @@ class _Kind(NamedTuple):
     tolerance: str  # its row of TOLERANCES
     call: Callable[[Any, Inputs], Output]
     library: Callable[[Inputs], Output]
-    normed: bool = False
     packed: bool = True  # whether its weight is what `ops.pack` makes
 
 
@@ -79,16 +78,9 @@ class Op:
         return self.kind.tolerance == "sample"
 
     def suited(self, ops: Any, inputs: Inputs, scratch: Workspace) -> Inputs:
-        """The inputs as a backend finds them in a step: its own layout of the weight, and what the op before left."""
-        batch = replace(inputs.batch, workspace=scratch)
-        x, weight = inputs.x, inputs.weight
-        if self.kind.packed:
-            weight = ops.pack(weight)
-        if self.kind.normed:
-            # In a step the launch before leaves sums of squares behind; here gathering x from itself does.
-            x = ops.embed(x, replace(batch, tokens=torch.arange(x.shape[0], device=x.device)))
-            batch = replace(batch, workspace=scratch.as_it_is())
-        return replace(inputs, batch=batch, x=x, weight=weight)
+        """The inputs as a backend finds them in a step: with its scratch memory, and its own layout of the weight."""
+        weight = ops.pack(inputs.weight) if self.kind.packed else inputs.weight
+        return replace(inputs, batch=replace(inputs.batch, workspace=scratch), weight=weight)
 
     def forget(self, inputs: Inputs) -> None:
         """Take out of the cache what a call is to append, so that one which appends nothing shows."""
@@ -165,7 +157,6 @@ _KINDS = {
         "linear",
         lambda ops, i: ops.qkv(i.x, i.norm, i.weight, i.rope, i.cache_k, i.cache_v, i.eps, i.batch),
         _library_qkv,
-        normed=True,
     ),
     "attention": _Kind(
         "attention",
@@ -174,13 +165,9 @@ _KINDS = {
         packed=False,
     ),
     "output": _PROJECT,
-    "gate+up": _Kind(
-        "linear", lambda ops, i: ops.swiglu(i.x, i.norm, i.weight, i.eps, i.batch), _library_swiglu, normed=True
-    ),
+    "gate+up": _Kind("linear", lambda ops, i: ops.swiglu(i.x, i.norm, i.weight, i.eps, i.batch), _library_swiglu),
     "down": _PROJECT,
-    "head": _Kind(
-        "linear", lambda ops, i: ops.head(i.x, i.norm, i.weight, i.eps, i.batch), _library_linear, normed=True
-    ),
+    "head": _Kind("linear", lambda ops, i: ops.head(i.x, i.norm, i.weight, i.eps, i.batch), _library_linear),
     "greedy": _Kind("sample", _sample, _library_greedy, packed=False),
     "top-p": _Kind("sample", _sample, _library_top_p, packed=False),
 }

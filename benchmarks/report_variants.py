@@ -50,7 +50,6 @@ def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
     model = bench.model(name)
     positions = Ragged.of([(row, bench.sizes.contexts[0] - 1, [1]) for row in range(batch)], bench.device)
     append = Append.to(*model.cache.layer(0), model.rope, positions)
-    squares = few_tokens.RowSquares(bench.device)
     # Plain, as they would be without a norm: what is compared is how a weight is read.
     ops: dict[str, tuple[Weights, int, dict[str, Any]]] = {
         "qkv": (_weights(model, "wqkv"), 2, {"append": append}),
@@ -62,7 +61,7 @@ def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
     for op, (weights, tiles, epilogue) in ops.items():
         x = torch.randn(batch, weights[0].shape[1], device=bench.device, dtype=DTYPE)
         calls: dict[str, Callable[[Tensor], object]] = {
-            _text(launch): partial(_project, launch, epilogue, squares, x)
+            _text(launch): partial(_project, launch, epilogue, x)
             for launch in _launches(weights[0], tiles, batch)[: bench.sizes.neighbours + 1]
         }
         usual = next(iter(calls))
@@ -73,12 +72,10 @@ def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
             yield record | _microseconds(bench, chain)
 
 
-def _project(
-    launch: Launch, epilogue: dict[str, Any], squares: few_tokens.RowSquares, x: Tensor, weight: Tensor
-) -> Tensor:
+def _project(launch: Launch, epilogue: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(launch, matvec.Launch):
         return matvec.matvec(x, weight, launch=launch, **epilogue)
-    return few_tokens.few_tokens(x, weight, squares, launch=launch, **epilogue)
+    return few_tokens.few_tokens(x, weight, launch=launch, **epilogue)
 
 
 def _weights(model: Transformer, attribute: str) -> Weights:

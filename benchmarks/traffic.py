@@ -18,7 +18,7 @@ from triton.runtime import interpreter as stock
 ALL_PROGRAMS = 64  # of a launch: up to so many are all run
 SAMPLED_PROGRAMS = 3  # between the first and the last
 # Scratch memory is moved by choice, not by need.
-SCRATCH = {"squares_ptr", "y_squares_ptr", "mixed_ptr", "maxima_ptr", "totals_ptr", "counters_ptr"}
+SCRATCH = {"mixed_ptr", "maxima_ptr", "totals_ptr", "counters_ptr"}
 SCRATCH |= {"first_ids_ptr", "sums_ptr", "masses_ptr", "candidates_ptr", "counts_ptr", "lowest_ptr"}
 
 

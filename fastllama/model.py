@@ -8,7 +8,6 @@ What the five calls compute stands in `fastllama.kernels.reference`.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -137,10 +136,8 @@ class Transformer(nn.Module):
         """(N, dim), each token's row from the process that has it."""
         if self.group.size == 1:
             return cast(Tensor, self.ops.embed(self.tok_embeddings, batch))
-        ids = batch.tokens - self.group.rank * self.share.vocab_size
-        h = self.ops.embed(self.tok_embeddings, replace(batch, tokens=ids))
-        elsewhere = (ids < 0) | (ids >= self.share.vocab_size)
-        return self.group.sum(h.masked_fill_(elsewhere[:, None], 0))
+        begin = self.group.rank * self.share.vocab_size
+        return self.group.sum(self.ops.embed(self.tok_embeddings, batch, begin))
 
     def logits(self, h: Tensor, batch: Ragged) -> Tensor:
         """Of any M of a batch's hidden states, h (M, dim) -> (M, V) in the model dtype."""

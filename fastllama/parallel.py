@@ -5,9 +5,9 @@ groups say who shares a model with whom, as in Meta's code. None of it is touche
 """
 
 import contextlib
-import io
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch import Tensor
 from fastllama import validate
 
 TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells beside WORLD_SIZE and LOCAL_RANK
+TORCHRUNS_PREFIX = "TORCHELASTIC_"  # of what else it tells
 FAIRSCALE_GROUPS = "fairscale.nn.model_parallel.initialize"
+# Into one tensor; what takes a list of tensors copies to each of them. torch 2.13 calls it by another name.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class ProcessFailed(RuntimeError):
@@ -34,20 +37,18 @@ class Group:
     processes: Any = None  # torch.distributed's group
 
     def sum(self, x: Tensor) -> Tensor:
-        """What every process has of a sum -> the sum, the same bits in each. The memory is x's."""
-        if self.size == 1:
-            return x
-        dist.all_reduce(x, group=self.processes)
-        # Another tensor: what is known of x, its sums of squares say, is not true of the sum.
-        return x.view_as(x)
+        """What every process has of a sum -> the sum, the same bits in each, in place of x."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.processes)
+        return x
 
     def join(self, x: Tensor) -> Tensor:
         """Every process's columns, x (N, V / size) -> all of them, (N, V)."""
         if self.size == 1:
             return x
-        parts = x.new_empty(self.size, *x.shape)
-        dist.all_gather(list(parts.unbind()), x.contiguous(), group=self.processes)
-        return parts.movedim(0, 1).flatten(1)
+        parts: Tensor = x.new_empty(self.size * x.shape[0], x.shape[1])
+        _all_gather(parts, x.contiguous(), group=self.processes)
+        return parts.view(self.size, *x.shape).movedim(0, 1).flatten(1)
 
     def check(self, error: BaseException | None) -> None:
         """Wait for all; ProcessFailed in every other where one brings an error. Its own is for it to raise."""
@@ -69,6 +70,19 @@ def world_size() -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"the environment variable WORLD_SIZE must be a number of processes, got {value!r}: unset it")
     return int(value)
+
+
+def torchrun_started() -> bool:
+    """Whether this is one of several processes, and told how to find the others."""
+    return world_size() > 1 and all(os.environ.get(name) for name in TORCHRUN)
+
+
+def environment_alone() -> dict[str, str]:
+    """The environment without what torchrun told: for a process that this one starts, and that shares nothing."""
+    told = (*TORCHRUN, "WORLD_SIZE", "LOCAL_RANK")
+    return {
+        name: value for name, value in os.environ.items() if name not in told and not name.startswith(TORCHRUNS_PREFIX)
+    }
 
 
 def local_rank() -> int:
@@ -110,10 +124,19 @@ def model_group(model_parallel_size: int | None, device: torch.device) -> Group:
     if not dist.is_initialized():
         _initialise_world(device)
     groups = _fairscale()
-    # It says what it does on stdout, which belongs to the answers.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with _silenced(groups):
         groups.initialize_model_parallel(size)
     return _initialised(groups, asked)
+
+
+@contextlib.contextmanager
+def _silenced(module: Any) -> Iterator[None]:
+    """Nothing that the module's own code prints is seen; sys.stdout, which is everybody's, stays as it is."""
+    module.print = lambda *words, **how: None
+    try:
+        yield
+    finally:
+        del module.print
 
 
 def _initialised(groups: Any, asked: int | None) -> Group:

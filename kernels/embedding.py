@@ -1,6 +1,7 @@
-"""The embedding: rows of the table by token id, and the sums of their squares for the first layer's norm.
+"""The embedding: rows of the table by token id.
 
     h[n] = table[clamp(tokens[n], 0, V - 1)]
+    h[n] = table[tokens[n] - begin], 0 where there is no such row        of a table that is a slice of the vocabulary
 
 tokens (N,) int64; table (V, E); h (N, E). Moves 2·N·E elements. An id outside the vocabulary reads the first or the
 last row, never what lies outside the table: a wrong id must not take the process down; the caller's check names it.
@@ -13,16 +14,16 @@ from torch import Tensor
 
 from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.dependent import dependent_launch, wait_for_inputs
-from fastllama.kernels.few_tokens import MAX_TOKENS, RowSquares
 from fastllama.kernels.rms_norm import warps_for
 
 
-@triton.jit(do_not_specialize_on_alignment=["tokens_ptr"])
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["tokens_ptr"])
 def _embed_kernel(
     tokens_ptr,
     table_ptr,
     h_ptr,
-    squares_ptr,
+    begin,
+    SLICE: tl.constexpr,
     V: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -33,16 +34,16 @@ def _embed_kernel(
     cols = tl.arange(0, BLOCK_E)
     live = cols < E
     index = tl.load(tokens_ptr + token)
+    if SLICE:
+        index -= begin
+        live &= (index >= 0) & (index < V)
     index = tl.minimum(tl.maximum(index, 0), V - 1)
     row = tl.load(table_ptr + index * E + cols, mask=live, other=0.0)
-    tl.store(h_ptr + token.to(tl.int64) * E + cols, row, mask=live)
-    if squares_ptr is not None:
-        wide = row.to(tl.float32)
-        tl.store(squares_ptr + token, tl.sum(wide * wide, 0))
+    tl.store(h_ptr + token.to(tl.int64) * E + cols, row, mask=cols < E)
 
 
-def embed(table: Tensor, tokens: Tensor, squares: RowSquares) -> Tensor:
-    """Gather: table (V, E), tokens (N,) int64 -> h (N, E). Up to 16 tokens' sums of squares are left in `squares`.
+def embed(table: Tensor, tokens: Tensor, begin: int | None = None) -> Tensor:
+    """Gather: table (V, E), tokens (N,) int64 -> h (N, E). begin: the table is a slice of the vocabulary, from this id.
 
     Raises ValueError for tensors that do not belong together.
     """
@@ -51,20 +52,18 @@ def embed(table: Tensor, tokens: Tensor, squares: RowSquares) -> Tensor:
     check_tensor("tokens", tokens, ("N",), torch.int64, table.device)
     n_tokens, (n_rows, width) = tokens.shape[0], table.shape
     h = torch.empty(n_tokens, width, dtype=table.dtype, device=table.device)
-    leaves = n_tokens <= MAX_TOKENS
     block = triton.next_power_of_2(width)
     if n_tokens:
         _embed_kernel[(n_tokens,)](
             tokens,
             table,
             h,
-            squares.sums if leaves else None,
+            begin or 0,
+            SLICE=begin is not None,
             V=n_rows,
             E=width,
             BLOCK_E=block,
             num_warps=warps_for(block),
             **dependent_launch(),
         )
-    if leaves:
-        squares.left(h, 1)
     return h

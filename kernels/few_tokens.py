@@ -1,7 +1,7 @@
 """A projection of 2 to 16 tokens: y = epilogue(weight · norm(x)ᵀ) on the matrix units, the weight streamed once.
 
-    x (N, IN) → RMSNorm, where there is a norm, from sums of squares that whoever made x has left (`RowSquares`)
-    sums      = weight (OUT, IN) · xᵀ in float32, rounded to the model dtype
+    x (N, IN) → x · scale, where there is a norm, rounded to the model dtype; its squares are summed on the way
+    sums      = weight (OUT, IN) · xᵀ in float32, times 1 / sqrt(mean(x²) + eps), rounded to the model dtype
     epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`projection.py`)
 
 Still bound by reading the weight: OUT·IN elements for 2·N·OUT·IN flops. The weight is the left operand, a tile of
@@ -9,8 +9,9 @@ BLOCK_ROWS rows; the tokens, padded to 8 or 16, are the right one, so that a mat
 wasted on tokens that are not there. Multiplying and adding instead would take most of the issue slots at 2 tokens
 already. A pipeline of asynchronous copies keeps 56 to 192 KB a multiprocessor in flight (`choose_launch`).
 
-Here recomputing the norm would cost: every program would need all of x before it could begin. Sums of squares of h come
-instead from where h is made: `embed`, and this kernel's own plain epilogue, one partial sum a program and token.
+A norm divides a token by one number, which comes out of the sums as well as out of the token. So every program reads x
+once, as it multiplies by it, and divides at the end: x need not be known before the first weight is used, and nobody
+has to leave a word about x, who may be a collective. Meta rounds the quotient before it is scaled, this the scaled x.
 """
 
 from typing import NamedTuple
@@ -36,32 +37,6 @@ STAGES = (3, 8)  # fewest and most
 ROWS_PER_WARP = 16  # of a matrix instruction's left operand, with MIN_COLUMNS of its right one
 MAX_WARPS = 4
 SHARED_BYTES_SPARE = 2048  # for what passes between the threads of a program
-MAX_PARTS = 1024  # partial sums of squares that a row may have
-
-
-class RowSquares:
-    """Sums of squares of each row of the newest hidden state, in parts, left by the launch that made it.
-
-    Whoever reads them asks `of` whether they are those of the tensor in hand. Anything else that makes a hidden state,
-    or changes one in place, must give it a tensor object of its own.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(MAX_PARTS, MAX_TOKENS, dtype=torch.float32, device=device)
-        self._parts = 0
-        self._of: Tensor | None = None
-
-    def left(self, h: Tensor, parts: int) -> None:
-        """h (N, E) has been made, and its sums are in `parts` rows of `sums`."""
-        self._of, self._parts = h, parts
-
-    def reset(self) -> None:
-        """Forget whose sums they are."""
-        self._of, self._parts = None, 0
-
-    def of(self, h: Tensor) -> int:
-        """In how many parts the sums of h are; 0 where they are another's."""
-        return self._parts if self._of is h else 0
 
 
 class Launch(NamedTuple):
@@ -134,8 +109,6 @@ def _few_tokens_kernel(
     rows_ptr,
     T,
     eps,
-    squares_ptr,  # of x, read where there is a norm
-    y_squares_ptr,  # of y, left for whoever reads it next
     N,
     IN: tl.constexpr,
     OUT: tl.constexpr,  # results: rows of the weight, or half as many where two make one
@@ -143,9 +116,6 @@ def _few_tokens_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    PARTS: tl.constexpr,
-    MAX_N: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -170,9 +140,7 @@ def _few_tokens_kernel(
     weight_2_at = weight_ptr + second[:, None].to(tl.int64) * IN + cols[None, :]
     x_at = x_ptr + tokens[None, :] * IN + cols[:, None]
     if norm_ptr is not None:
-        parts = tl.arange(0, BLOCK_PARTS)[:, None]
-        left = tl.load(squares_ptr + parts * MAX_N + tokens[None, :], mask=(parts < PARTS) & token_exists, other=0.0)
-        inverse = tl.rsqrt(tl.sum(left, 0) / IN + eps)
+        squares = tl.zeros((BLOCK_IN, BLOCK_N), tl.float32)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
     if TWO:
         sums_2 = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
@@ -187,11 +155,17 @@ def _few_tokens_kernel(
         else:
             x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
         if norm_ptr is not None:
-            scale = _load(norm_ptr + begin + cols, inside, EVEN)
-            x = (x.to(tl.float32) * inverse[None, :]).to(x.dtype) * scale[:, None]
+            wide = x.to(tl.float32)
+            squares += wide * wide
+            x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
         sums = tl.dot(weight, x, sums, input_precision="ieee")
         if TWO:
             sums_2 = tl.dot(weight_2, x, sums_2, input_precision="ieee")
+    if norm_ptr is not None:
+        inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)[None, :]
+        sums *= inverse
+        if TWO:
+            sums_2 *= inverse
 
     y = sums.to(y_ptr.dtype.element_ty)
     live = exists[:, None] & token_exists[None, :]
@@ -208,15 +182,11 @@ def _few_tokens_kernel(
         elif residual_ptr is not None:
             y = tl.load(residual_ptr + at, mask=live, other=0.0) + y
         tl.store(y_ptr + at, y, mask=live)
-        if y_squares_ptr is not None:
-            value = tl.where(live, y.to(tl.float32), 0.0)
-            tl.store(y_squares_ptr + tl.program_id(0) * MAX_N + tokens, tl.sum(value * value, 0), mask=token_exists)
 
 
 def few_tokens(
     x: Tensor,
     weight: Tensor,
-    squares: RowSquares,
     *,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -227,36 +197,25 @@ def few_tokens(
 ) -> Tensor:
     """Project up to 16 tokens, x (N, IN), by weight (rows, IN), in one launch -> (N, OUT).
 
-    norm (IN,) with eps: normalise x first; `squares` must hold x's sums. residual (N, OUT): add it. swiglu: the weight
-    is a gate and an up projection of OUT rows each. append: the weight is a query, key and value projection; the
-    result is q (N, H·D). A plain result, with or without a residual, leaves its own sums in `squares`. launch: in place
-    of `choose_launch`'s. Raises ValueError for what does not belong together.
+    norm (IN,) with eps: normalise x first. residual (N, OUT): add it. swiglu: the weight is a gate and an up projection
+    of OUT rows each. append: the weight is a query, key and value projection; the result is q (N, H·D). launch: in
+    place of `choose_launch`'s. Raises ValueError for what does not belong together.
     """
     if not 1 <= x.shape[0] <= MAX_TOKENS:
         raise ValueError(f"few_tokens takes 1 to {MAX_TOKENS} tokens, got {x.shape[0]}")
     call = Projection.of(x, weight, norm, residual, swiglu, append)
-    parts = squares.of(x)
-    if norm is not None and not parts:
-        raise ValueError("a norm needs the sums of squares of x, but those in hand are another tensor's")
     target = current_target()
     columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, triton.next_power_of_2(x.shape[0]))
     launch = launch or choose_launch(weight, call.tiles, columns, target)
-    programs = triton.cdiv(call.results, launch.rows)
-    leaves = call.tiles == 1 and norm is None and programs <= MAX_PARTS
-    _few_tokens_kernel[(programs,)](
+    _few_tokens_kernel[(triton.cdiv(call.results, launch.rows),)](
         x,
         norm,
         weight,
         *call.pointers,
         call.length,
         eps,
-        squares.sums if norm is not None else None,
-        squares.sums if leaves else None,
         x.shape[0],
         **call.dims,
-        PARTS=parts,
-        MAX_N=MAX_TOKENS,
-        BLOCK_PARTS=triton.next_power_of_2(max(parts, 1)),
         BLOCK_N=columns,
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
@@ -265,6 +224,4 @@ def few_tokens(
         num_warps=launch.warps,
         **dependent_launch(),
     )
-    if leaves:
-        squares.left(call.y, programs)
     return call.y

@@ -15,8 +15,7 @@ Weights are row-major, so that a weight and its packed form are the same bytes.
 """
 
 from collections.abc import Callable, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -34,7 +33,7 @@ from fastllama.kernels.attention_scratch import AttentionScratch
 from fastllama.kernels.checks import check_head_dim
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed as gather
-from fastllama.kernels.few_tokens import MAX_TOKENS, RowSquares, few_tokens
+from fastllama.kernels.few_tokens import MAX_TOKENS, few_tokens
 from fastllama.kernels.matvec import choose_launch, matvec
 from fastllama.kernels.projection import Append
 from fastllama.kernels.ragged import Ragged, Sampling, Workspace
@@ -53,17 +52,11 @@ class FusedWorkspace(Workspace):
 
     attention: AttentionScratch
     sampling: SamplingScratch
-    squares: RowSquares
 
     def reset(self) -> None:
-        """Zero the counters, and forget whose sums of squares those are."""
+        """Zero the counters."""
         self.attention.reset()
         self.sampling.reset()
-        self.squares.reset()
-
-    def as_it_is(self) -> "FusedWorkspace":
-        """The same memory; whose sums of squares those are stays what it is now."""
-        return replace(self, squares=copy(self.squares))
 
 
 def suits_graphs(device: torch.device) -> bool:
@@ -79,7 +72,6 @@ def workspace(
     return FusedWorkspace(
         AttentionScratch.of(max_batch_size, n_kv_heads, n_heads, head_dim, device),
         SamplingScratch.of(max_batch_size, vocab_size, device),
-        RowSquares(device),
     )
 
 
@@ -121,9 +113,9 @@ silu_mul = _on_its_device(activation.silu_mul)
 
 
 @_on_its_device
-def embed(table: Tensor, batch: Ragged) -> Tensor:
+def embed(table: Tensor, batch: Ragged, begin: int | None = None) -> Tensor:
     """(V, E) -> (N, E)."""
-    return gather(table, batch.tokens, _squares(batch))
+    return gather(table, batch.tokens, begin)
 
 
 @_on_its_device
@@ -134,7 +126,7 @@ def qkv(
     if h.shape[0] > MAX_TOKENS:
         return rotary_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
     append = Append.to(cache_k, cache_v, rope, batch)
-    return _few(h, weight, batch, norm=norm, eps=eps, append=append).view(h.shape[0], -1, cache_k.shape[3])
+    return _few(h, weight, norm=norm, eps=eps, append=append).view(h.shape[0], -1, cache_k.shape[3])
 
 
 @_on_its_device
@@ -155,7 +147,7 @@ def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -
     if x.shape[0] > MAX_TOKENS:
         y = F.linear(x, weight)
         return y if residual is None else y.add_(residual)
-    return _few(x, weight, batch, residual=residual)
+    return _few(x, weight, residual=residual)
 
 
 @_on_its_device
@@ -163,7 +155,7 @@ def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -
     """h (N, E) -> (N, F)."""
     if h.shape[0] > MAX_TOKENS:
         return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
-    return _few(h, weight, batch, norm=norm, eps=eps, swiglu=True)
+    return _few(h, weight, norm=norm, eps=eps, swiglu=True)
 
 
 @_on_its_device
@@ -171,7 +163,7 @@ def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> 
     """h (M, E) -> logits (M, V)."""
     if h.shape[0] > MAX_TOKENS:
         return F.linear(rms_norm(h, norm, eps), weight)
-    return _few(h, weight, batch, norm=norm, eps=eps)
+    return _few(h, weight, norm=norm, eps=eps)
 
 
 @_on_its_device
@@ -194,16 +186,10 @@ def _sampling_scratch(logits: Tensor, workspace: Workspace | None) -> SamplingSc
     return SamplingScratch.of(logits.shape[0], logits.shape[1], logits.device)
 
 
-def _squares(batch: Ragged) -> RowSquares:
-    """Where sums of squares are left and found. Without a workspace none are, and a norm is a launch of its own."""
-    workspace = batch.workspace
-    return workspace.squares if isinstance(workspace, FusedWorkspace) else RowSquares(batch.tokens.device)
-
-
 def _few(
     x: Tensor,
     weight: Tensor,
-    batch: Ragged,
+    *,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
@@ -214,7 +200,4 @@ def _few(
     tiles = 1 if append is None and not swiglu else 2
     if x.shape[0] == 1 and choose_launch(weight, tiles) is not None:
         return matvec(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append=append)
-    squares = _squares(batch)
-    if norm is not None and not squares.of(x):
-        x, norm = rms_norm(x, norm, eps), None
-    return few_tokens(x, weight, squares, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append=append)
+    return few_tokens(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append=append)

@@ -26,10 +26,6 @@ class Workspace:
     def reset(self) -> None:
         """Forget what a call that was broken off left behind."""
 
-    def as_it_is(self) -> "Workspace":
-        """The same memory, and what the host knows of its contents now, whatever it learns later."""
-        return self
-
 
 class Segment(NamedTuple):
     """The host's view of one row's tokens in the batch."""

@@ -67,9 +67,15 @@ def workspace(
     return Workspace()
 
 
-def embed(table: Tensor, batch: Ragged) -> Tensor:
-    """Rows of the embedding: table (V, E) -> (N, E). An id outside the vocabulary reads the first or last row."""
-    return F.embedding(batch.tokens.clamp(0, table.shape[0] - 1), table)
+def embed(table: Tensor, batch: Ragged, begin: int | None = None) -> Tensor:
+    """Rows of the embedding: table (V, E) -> (N, E). An id outside the vocabulary reads the first or last row.
+
+    begin: the table is a slice of the vocabulary, from this id on; tokens that it has not are zeros.
+    """
+    ids = batch.tokens - (begin or 0)
+    inside = ids.clamp(0, table.shape[0] - 1)
+    h = F.embedding(inside, table)
+    return h if begin is None else h.masked_fill_((ids != inside)[:, None], 0)
 
 
 def qkv(

@@ -39,7 +39,7 @@ def test_every_launch_of_a_step_is_timed(temperature: float) -> None:
 
 
 def test_a_step_is_kept_call_by_call(device: torch.device) -> None:
-    """On the fused backend, a norm of few tokens finds the sums of squares that it found in the step."""
+    """On the fused backend, each call is a launch."""
     model = transformer("fused", device)
     with model.exclusively(), torch.inference_mode():
         calls = timing._recorded(model, 2, 5, 0.0, spare_steps=4)

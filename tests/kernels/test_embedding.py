@@ -5,7 +5,6 @@ import torch
 
 from fastllama.kernels import reference
 from fastllama.kernels.embedding import embed
-from fastllama.kernels.few_tokens import RowSquares
 from fastllama.kernels.ragged import Ragged
 from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
@@ -20,19 +19,26 @@ def test_embed_matches_reference(
     table = guarded.copy(random(50, width, dtype=dtype, seed=1).to(device))
     ids = [3, -1, 49, 50, 2**40, -(2**40), 0] * 3
     batch = Ragged.of([(0, 0, ids[:n_tokens])], device)
-    squares = RowSquares(device)
-    h = embed(table, batch.tokens, squares)
-    assert torch.equal(h, reference.embed(table, batch))
-    if n_tokens <= 16:
-        assert squares.of(h) == 1
-        torch.testing.assert_close(squares.sums[0, :n_tokens], h.float().pow(2).sum(-1))
-    else:
-        assert squares.of(h) == 0
+    assert torch.equal(embed(table, batch.tokens), reference.embed(table, batch))
+
+
+@pytest.mark.parametrize("begin", [0, 50, 100])
+def test_a_slice_of_the_table_leaves_zeros_for_the_others(
+    begin: int, device: torch.device, guarded: GuardedMemory
+) -> None:
+    whole = random(150, 100, seed=1).to(device)
+    table = guarded.copy(whole[begin : begin + 50])
+    tokens = torch.tensor([0, 49, 50, 99, 100, 149], device=device)
+    inside = (tokens >= begin) & (tokens < begin + 50)
+    expected = torch.where(inside[:, None], whole[tokens], 0)
+    batch = Ragged.of([(0, 0, tokens.tolist())], device)
+    for h in (embed(table, tokens, begin), reference.embed(table, batch, begin)):
+        assert torch.equal(h, expected)
 
 
 def test_embed_rejects_what_does_not_belong_together(device: torch.device) -> None:
-    table, squares = torch.zeros(5, 4, device=device), RowSquares(device)
+    table = torch.zeros(5, 4, device=device)
     with pytest.raises(ValueError, match="tokens must be torch.int64, got torch.int32"):
-        embed(table, torch.zeros(2, dtype=torch.int32, device=device), squares)
+        embed(table, torch.zeros(2, dtype=torch.int32, device=device))
     with pytest.raises(ValueError, match="table must be contiguous"):
-        embed(torch.zeros(4, 5, device=device).T, torch.zeros(2, dtype=torch.int64, device=device), squares)
+        embed(torch.zeros(4, 5, device=device).T, torch.zeros(2, dtype=torch.int64, device=device))

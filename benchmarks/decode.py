@@ -33,11 +33,11 @@ def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype) 
     step_bytes = total_bytes(decode_step(args, dtype, case.batch, case.context + case.steps / 2))
     n_steps = case.steps - 1  # the first token comes with the prompts
 
-    def figures(runs: list[Run], ceilings: list[float]) -> dict[str, Any]:
+    def figures(runs: list[Run], ceilings: list[float], devices: int) -> dict[str, Any]:
         spans = [_span(run) for run in runs]
         itls = [[later - sooner for sooner, later in pairwise(run.seconds)] for run in runs]
         bandwidths = [step_bytes * n_steps / span / GIGA for span in spans]
-        shares = [bandwidth / ceiling for bandwidth, ceiling in zip(bandwidths, ceilings, strict=True)]
+        shares = [bandwidth / (devices * ceiling) for bandwidth, ceiling in zip(bandwidths, ceilings, strict=True)]
         return {
             **throughput(case.batch * n_steps, spans),
             **latency("ttft", [run.seconds[0] for run in runs]),

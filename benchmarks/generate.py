@@ -35,9 +35,9 @@ def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, 
     step = decode_step(args, dtype, case.batch, mean_context)
     n_generated = case.batch * case.steps
 
-    def figures(runs: list[Run], ceilings: list[float]) -> dict[str, Any]:
+    def figures(runs: list[Run], ceilings: list[float], devices: int) -> dict[str, Any]:
         seconds = [run.seconds[-1] for run in runs]
-        machine = Machine(read=percentile(ceilings, 50) * GIGA, matmul=matmul * TERA)
+        machine = Machine(read=devices * percentile(ceilings, 50) * GIGA, matmul=devices * matmul * TERA)
         least = least_seconds(prefill(args, dtype, case.lengths), machine)
         least += (case.steps - 1) * least_seconds(step, machine)  # the first token comes with the prompts
         median = percentile(seconds, 50)

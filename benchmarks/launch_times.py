@@ -3,7 +3,8 @@
 A step runs once and its calls of the backend are kept, each with its own layer's tensors. Then all calls of one kind
 follow each other, layer after layer, so that what a layer reads has left the caches by the time its turn comes again,
 as in a step; where all layers together fit a cache (a short context's keys and values), it has not, in neither. On CUDA
-they follow each other in a graph, and the time of one has a boundary between two launches in it.
+they follow each other in a graph, and the time of one has a boundary between two launches in it. Where processes share
+the model all of them do this together; the launches are this one's, and what they exchange comes last.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from fastllama.speed_of_light import Machine, Work, decode_step
 REPEATS = 10
 CUDA_CHAIN = 16  # calls of one graph, at least: beside them its own launch is small
 TOP_P = 0.9
+LAUNCHES_OF_A_CALL = {"sampling": 2}  # of the others' one
 # The calls of the backend by the names that the speed of light has for their launches.
 NAMES = {"embed": "embed", "qkv": "qkv", "attention": "attention", "swiglu": "gate+up", "head": "head"}
 PROJECTIONS = {"attention": "output", "gate+up": "down"}  # by what comes before them
@@ -108,8 +110,23 @@ def launch_times(
         )
     with model.exclusively():
         calls = _recorded(model, batch, context, temperature, spare_steps=_chain(model.device, 1) * (repeats + 4))
-        work = decode_step(model.params, model.dtype, batch, context)
+        work = [*decode_step(model.share, model.dtype, batch, context), *_exchanges(model)]
+        calls += _exchanging(model, batch)
         return [_timed(one, calls, model.device, repeats) for one in work]
+
+
+def _exchanges(model: Transformer) -> list[Work]:
+    """The collectives of a step, whose least time is not known from bytes."""
+    if model.group.size == 1:
+        return []
+    return [Work("sum", 2 * model.n_layers + 1, 0, 0), Work("gather", 1, 0, 0)]
+
+
+def _exchanging(model: Transformer, batch: int) -> list[_Call]:
+    """A call of each of them."""
+    zeros = partial(torch.zeros, dtype=model.dtype, device=model.device)
+    hidden, logits = zeros(batch, model.params.dim), zeros(batch, model.share.vocab_size)
+    return [_Call("sum", partial(model.group.sum, hidden)), _Call("gather", partial(model.group.join, logits))]
 
 
 def fill_cache(model: Transformer, batch: int, context: int) -> None:
@@ -146,7 +163,7 @@ def _timed(work: Work, calls: Sequence[_Call], device: torch.device, repeats: in
             call()
 
     times = time_calls(replayed(run, device), device=device, repeats=repeats)
-    launches = len(chain) * work.count // len(mine)
+    launches = len(chain) * LAUNCHES_OF_A_CALL.get(work.name, 1)
     return LaunchTime(work, summarize(MICRO * seconds / launches for seconds in times))
 
 

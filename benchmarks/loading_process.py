@@ -4,14 +4,16 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import psutil
 import torch
 
+from fastllama import workers
 from fastllama.benchmarks.measure import synchronize
-from fastllama.benchmarks.models import ModelSource, build
+from fastllama.benchmarks.models import ModelSource, described
 from fastllama.benchmarks.rounds import Case, Ours
 from fastllama.generation import Llama
 from fastllama.limits import memory_plan
@@ -57,24 +59,32 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     case = Case("memory", request["batch"], request["context"], request["steps"])
     max_seq_len = case.context + case.steps
     args = source.args(case.batch, max_seq_len)
+    nproc = request["nproc"]
+    how = {"device": request["device"], "dtype": request["dtype"], "backend": request["backend"]}
+    arguments = {"max_seq_len": max_seq_len, "max_batch_size": case.batch, **how}
+    build: Callable[..., Llama] = described
+    if source.ckpt_dir is None:
+        arguments["source"] = request["source"]
+    else:
+        build = Llama.build
+        arguments |= {"ckpt_dir": source.ckpt_dir, "tokenizer_path": str(source.tokenizer_path)}
+    if nproc > 1:
+        workers.start(nproc)
+        workers.await_followers()
     before = own_bytes()
     synchronize(device)
     start = time.perf_counter()
     with PeakHostMemory() as loading:
-        if source.ckpt_dir is None:
-            llm = build(source, args, device, dtype, request["backend"])
-        else:
-            how = {"device": device, "dtype": dtype, "backend": request["backend"]}
-            llm = Llama.build(source.ckpt_dir, str(source.tokenizer_path), max_seq_len, case.batch, **how)
+        llm = build(**arguments) if nproc == 1 else workers.lead(build, **arguments)
         synchronize(device)
     seconds = time.perf_counter() - start
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else own_bytes() - before
     with PeakHostMemory() as answering:
         Ours(llm).run(case.prompts(args.vocab_size), case.steps)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else answering.bytes - before
-    plan = memory_plan(
-        args, dtype, case.batch, max_seq_len, shares_tied_output=not llm.model.ops.repacks(device, dtype)
-    )
+    shares_tied_output = not llm.model.ops.repacks(device, dtype)
+    plan = memory_plan(args, dtype, case.batch, max_seq_len, shares_tied_output=shares_tied_output, n_processes=nproc)
+    workers.dismiss()
     return {
         "seconds": seconds,
         "peak_host_bytes": loading.bytes - before,

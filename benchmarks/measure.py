@@ -12,7 +12,7 @@ memory, copies it and multiplies matrices. Two habits follow from machines whose
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -194,6 +194,17 @@ class Ceiling:
         return self.samples.p50
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many CPU threads within the block: a process that shares a model has fewer than the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class ReadProbe:
     """Measures read bandwidth, now and again later: random numbers beyond every cache, reduced to a scalar.
 
@@ -201,7 +212,7 @@ class ReadProbe:
     """
 
     def __init__(self, device: torch.device, buffer_bytes: int | None = None) -> None:
-        self._device = device
+        self._device, self._threads = device, torch.get_num_threads()
         default_bytes = CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
         buffer = torch.randn((buffer_bytes or default_bytes) // 4, device=device)
         self._bytes = buffer.numel() * buffer.element_size()
@@ -213,7 +224,8 @@ class ReadProbe:
 
     def sample(self, seconds: float = PROBE_SECONDS) -> Summary:
         """GB/s of reads repeated without a pause for `seconds`."""
-        times = time_calls(self._call, device=self._device, warmup=1, repeats=3, seconds=seconds)
+        with _threads(self._threads):
+            times = time_calls(self._call, device=self._device, warmup=1, repeats=3, seconds=seconds)
         rates = [self._bytes / second / GIGA for second in times]
         self._seen += rates
         return summarize(rates)
@@ -241,7 +253,7 @@ class MatmulProbe:
     """Measures the rate of matrix multiplication, now and again later: square random matrices by the library."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, size: int | None = None) -> None:
-        self._device = device
+        self._device, self._threads = device, torch.get_num_threads()
         self._size = size or (CUDA_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE)
         self._factors = [torch.randn(self._size, self._size, device=device).to(dtype) for _ in range(2)]
         self._dtype = str(dtype).removeprefix("torch.")
@@ -250,7 +262,8 @@ class MatmulProbe:
     def sample(self, seconds: float = PROBE_SECONDS) -> Summary:
         """TFLOP/s of products repeated for `seconds`."""
         left, right = self._factors
-        times = time_calls(lambda: left @ right, device=self._device, warmup=1, repeats=3, seconds=seconds)
+        with _threads(self._threads):
+            times = time_calls(lambda: left @ right, device=self._device, warmup=1, repeats=3, seconds=seconds)
         rates = [2 * self._size**3 / second / TERA for second in times]
         self._seen += rates
         return summarize(rates)

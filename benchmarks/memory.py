@@ -15,6 +15,7 @@ from fastllama.benchmarks.measure import GIGA, Ceiling, percentile, summarize
 from fastllama.benchmarks.models import ModelSource
 from fastllama.benchmarks.rounds import Case
 from fastllama.benchmarks.tables import Table
+from fastllama.parallel import environment_alone
 
 MIB = 2**20
 WEIGHT_PATTERNS = ("*.pth", "*.safetensors")
@@ -73,7 +74,9 @@ def _build(case: Case, source: ModelSource, how: dict[str, Any]) -> dict[str, An
     request = how | {"source": source.to_json(), "batch": case.batch, "context": case.context, "steps": case.steps}
     request["threads"] = torch.get_num_threads()
     command = [sys.executable, "-m", loading_process.__name__]
-    done = subprocess.run(command, input=json.dumps(request) + "\n", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=json.dumps(request) + "\n", capture_output=True, text=True, check=False, env=environment_alone()
+    )
     if done.returncode:
         raise LoadError(done.stderr.strip().rpartition("\n")[2])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -19,8 +19,11 @@ import torch
 import fastllama
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import open_checkpoint
+from fastllama.checkpoint.layout import Stored, read_share, weights
 from fastllama.generation import Llama
+from fastllama.loading import choose_device
 from fastllama.model import Transformer
+from fastllama.parallel import ALONE, Group, model_group
 from fastllama.tokenizer import Tokenizer
 from fastllama.tokenizer_files import NUM_SPECIAL_TOKENS
 
@@ -99,12 +102,14 @@ class ModelSource:
         fields = self.shape if self.ckpt_dir is None else open_checkpoint(self.ckpt_dir).params
         return ModelArgs(**{**fields, "max_batch_size": max_batch_size, "max_seq_len": max_seq_len})
 
-    def tensors(self, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every weight, in Meta's names, on `device` in `dtype`."""
+    def tensors(
+        self, args: ModelArgs, device: torch.device, dtype: torch.dtype, group: Group = ALONE
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every weight, or this process's part of it, in Meta's names, on `device` in `dtype`."""
         if self.ckpt_dir is None:
-            yield from random_tensors(args, self.seed, device, dtype)
+            yield from random_tensors(args, self.seed, device, dtype, group)
             return
-        for name, tensor in open_checkpoint(self.ckpt_dir).tensors(progress=False):
+        for name, tensor in open_checkpoint(self.ckpt_dir).tensors(group.rank, group.size, progress=False):
             yield name, tensor.to(device=device, dtype=dtype)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,15 +117,25 @@ class ModelSource:
 
 
 def build(source: ModelSource, args: ModelArgs, device: torch.device, dtype: torch.dtype, backend: str | None) -> Llama:
-    """A Llama with the weights of `source`."""
-    model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False)
-    model.load_tensors(source.tensors(args, device, dtype))
+    """A Llama with the weights of `source`, or this process's part of it, where several share one."""
+    group = model_group(None, device)
+    model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
+    model.load_tensors(source.tensors(args, device, dtype, group))
     if source.tokenizer_path is not None:
         return Llama(model, Tokenizer(source.tokenizer_path))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
         path.write_bytes(_ranks(args.vocab_size - NUM_SPECIAL_TOKENS))
         return Llama(model, Tokenizer(path))
+
+
+def described(
+    source: dict[str, Any], max_batch_size: int, max_seq_len: int, device: str, dtype: str, backend: str | None
+) -> Llama:
+    """`build` for other processes: what it takes, as JSON can hold it."""
+    model = ModelSource(**source)
+    args = model.args(max_batch_size, max_seq_len)
+    return build(model, args, choose_device(device), getattr(torch, dtype), backend)
 
 
 def _ranks(count: int) -> bytes:
@@ -146,19 +161,20 @@ def resolved(args: ModelArgs) -> tuple[int, int, int]:
 
 
 def random_tensors(
-    args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype
+    args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype, group: Group = ALONE
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Normal weights of RANDOM_STD, norms around one: the same ones for the same seed and kind of device.
 
-    A tied output comes twice, as in Meta's files.
+    A tied output comes twice, as in Meta's files. Of a model that is shared, the process's part.
     """
     generator = torch.Generator(device)
     names = list(args.shapes)
-    for name, shape in args.shapes.items():
-        drawn = "tok_embeddings.weight" if args.tied_output and name == "output.weight" else name
+    for weight in weights(vars(args)):
+        drawn = "tok_embeddings.weight" if args.tied_output and weight.name == "output.weight" else weight.name
         generator.manual_seed(seed * SEEDS_PER_MODEL + names.index(drawn))
-        tensor = torch.randn(shape, generator=generator, device=device) * RANDOM_STD
-        yield name, (tensor + 1 if len(shape) == 1 else tensor).to(dtype)
+        tensor = torch.randn(weight.shape, generator=generator, device=device) * RANDOM_STD
+        tensor = (tensor + 1 if len(weight.shape) == 1 else tensor).to(dtype)
+        yield weight.name, read_share(Stored((tensor,)), weight, group.rank, group.size)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ import fastllama
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import gpt_fast_peer, reference_peer
 from fastllama.benchmarks.models import ModelSource, Run
+from fastllama.parallel import environment_alone
 
 
 class Kind(NamedTuple):
@@ -161,7 +162,7 @@ class Peer:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**environment_alone(), "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C is for us: we end the peer once what was measured is safe
             )
         try:
@@ -236,3 +237,32 @@ class Peer:
             return "it was closed"
         lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
+
+
+@contextlib.contextmanager
+def running(
+    names: Sequence[str],
+    source: ModelSource,
+    args: ModelArgs,
+    progress: Callable[[str], None],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    gpt_fast: str | None,
+) -> Iterator[dict[str, Peer | PeerError | str]]:
+    """The peers of these names, or the reason why one is not there. args: the model's, with the sizes of its cache."""
+    peers: dict[str, Peer | PeerError | str] = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            reason = absence(name, args, gpt_fast)
+            if reason is not None:
+                peers[name] = reason
+                continue
+            progress(f"starting {name}")
+            sizes = {"max_batch_size": args.max_batch_size, "max_seq_len": args.max_seq_len}
+            try:
+                peer = Peer(name, source, device=device, dtype=dtype, gpt_fast=gpt_fast, **sizes)
+                peers[name] = stack.enter_context(peer)
+            except PeerError as error:
+                peers[name] = error
+        yield peers

@@ -29,14 +29,14 @@ def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, 
     """
     flops = total_flops(prefill(args, dtype, case.lengths))
 
-    def figures(runs: list[Run], ceilings: list[float]) -> dict[str, Any]:
+    def figures(runs: list[Run], ceilings: list[float], devices: int) -> dict[str, Any]:
         seconds = [run.seconds[0] for run in runs]
         tflops = flops / percentile(seconds, 50) / TERA
         return {
             **throughput(sum(case.lengths), seconds),
             **latency("ttft", seconds),
             "tflops": tflops,
-            "matmul_share": tflops / matmul,
+            "matmul_share": tflops / (devices * matmul),
         }
 
     sizes = {"n_prompt": case.context, "n_gen": 0, "n_depth": 0, "flops": flops}

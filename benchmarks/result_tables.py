@@ -40,14 +40,16 @@ def report(result: ResultFile, in_markdown: bool = False) -> str:
 def _section(suite: str, records: Records) -> tuple[str, list[Table | str]]:
     """(title, tables and the lines between and below them) of one suite."""
     first = records[0]
-    how = f"{first['model']} in {first['dtype']}, {first['rounds']} rounds"
+    nproc = first.get("nproc", 1)
+    where = f" on {nproc} processes" if nproc > 1 else ""
+    how = f"{first['model']} in {first['dtype']}{where}, {first['rounds']} rounds"
     titles = {
         "kernels": f"kernels of {how}: {first.get('backend')} backend",
         "decode": f"decode of {how}, {first['steps']} greedy tokens",
         "prefill": f"prefill of {how}",
         "generate": f"generate on {how}: ragged prompts, {first['steps']} greedy tokens each",
-        "load": f"load {first['model']} as {first['dtype']}, {first['rounds']} rounds",
-        "memory": f"memory of {first['model']} in {first['dtype']}, MiB",
+        "load": f"load {first['model']} as {first['dtype']}{where}, {first['rounds']} rounds",
+        "memory": f"memory of {first['model']} in {first['dtype']}{where}, MiB{' of the first' if where else ''}",
     }
     return titles[suite], _parts(suite, records)
 

@@ -114,8 +114,9 @@ class Measured:
     reports: dict[str, dict[str, Any]]  # of each peer: its status and the reason for it
     warmup_seconds: float  # of our first run, which is not among `runs`
     other_cores: float  # that other programs kept busy meanwhile
+    devices: int = 1  # that ours ran on, each with the ceilings of one
 
-    def record(self, figures: Callable[[list[Run], list[float]], dict[str, Any]], span: "Span") -> dict[str, Any]:
+    def record(self, figures: "Figures", span: "Span") -> dict[str, Any]:
         """Ours by `figures`, and beside it every peer that was measured, with the ratio of their spans, round by round.
 
         A ratio above 1 says that ours is as many times as fast.
@@ -126,11 +127,12 @@ class Measured:
             if report["status"] == "measured":
                 pairs = zip(ours, self.runs[name], strict=True)
                 ratio: Summary = summarize(span(theirs) / span(mine) for mine, theirs in pairs)
-                report |= figures(self.runs[name], self.ceilings[name]) | {"ratio": asdict(ratio)}
-        own = {"warmup_seconds": self.warmup_seconds, **figures(ours, self.ceilings[OURS])}
+                report |= figures(self.runs[name], self.ceilings[name], 1) | {"ratio": asdict(ratio)}
+        own = {"warmup_seconds": self.warmup_seconds, **figures(ours, self.ceilings[OURS], self.devices)}
         return {"other_cores": self.other_cores, **own, "peers": reports}
 
 
+Figures = Callable[[list[Run], list[float], int], dict[str, Any]]  # of runs, the ceilings around them, and devices
 Span = Callable[[Run], float]  # the seconds of a run that a case is about
 
 
@@ -142,10 +144,11 @@ def measure(
     probe: ReadProbe,
     dtype: torch.dtype,
     progress: Progress,
+    devices: int = 1,
 ) -> Measured:
     """Compare, then time. `peers` holds a Runner, the error that there was in starting it, or why there is none.
 
-    KeyboardInterrupt passes through; the caller keeps earlier cases.
+    devices: that ours runs on; a peer runs on one. KeyboardInterrupt passes through; the caller keeps earlier cases.
     """
     prompts = case.prompts(vocab_size)
     progress("comparing outputs")
@@ -172,7 +175,7 @@ def measure(
             timed[name] = peer
     contention = Contention()
     runs, ceilings = _time_rounds(case, timed, prompts, probe, reports, progress)
-    return Measured(runs, ceilings, reports, warmup_seconds, contention.cores())
+    return Measured(runs, ceilings, reports, warmup_seconds, contention.cores(), devices)
 
 
 def _report(agreement: Agreement) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Results are written after every case, so that a run that is stopped or breaks down still leaves a complete file behind.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,18 +11,18 @@ from typing import Any
 
 import torch
 
+from fastllama import parallel, workers
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import decode, generate, launch_times, memory, op_times, prefill
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.measure import GIGA, TERA, Ceiling, MatmulProbe, ReadProbe, copy_ceiling
-from fastllama.benchmarks.models import ModelSource, build
+from fastllama.benchmarks.models import ModelSource, build, described
 from fastllama.benchmarks.ops import ops_of
-from fastllama.benchmarks.peers import PEERS, Peer, PeerError, absence
+from fastllama.benchmarks.peers import PEERS, Peer, PeerError, running
 from fastllama.benchmarks.result_file import FAILED, ResultFile, write_result
 from fastllama.benchmarks.rounds import DEFAULT_ROUNDS, DEFAULT_STEPS, SUITES, Case, Ours, Runner, Suite, measure
 from fastllama.generation import Llama
 from fastllama.kernels import select
-from fastllama.model import Transformer
 from fastllama.speed_of_light import Machine
 
 DEFAULT_BATCHES = (1, 4)
@@ -49,11 +48,14 @@ class Plan:
     rounds: int = DEFAULT_ROUNDS
     peers: Sequence[str] = ()
     gpt_fast: str | None = None  # the folder of its code
+    nproc: int = 1  # processes that share our model, one on each GPU; a peer's is in one
 
     def __post_init__(self) -> None:
         for suite in self.suites:
             if suite not in SUITES:
                 raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(SUITES)}")
+        if self.nproc > 1 and "kernels" in self.suites:
+            raise ValueError("the kernels suite measures the launches of one process: leave it out, or nproc")
 
     def cases(self, suites: Sequence[str]) -> list[Case]:
         """Those of the plan's suites that are among `suites`."""
@@ -80,8 +82,8 @@ class Plan:
 
     def record_of(self, case: Case) -> Record:
         """What every record of a case begins with."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return asdict(case) | {"model": self.source.name, "dtype": dtype, "backend": self.backend_name}
+        how = {"dtype": _name(self.dtype), "backend": self.backend_name, "nproc": self.nproc}
+        return asdict(case) | {"model": self.source.name} | how
 
 
 class _Ground:
@@ -103,6 +105,7 @@ def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None =
     """
     args = plan.args
     _ = plan.backend_name  # one that cannot run should not be found out later
+    args.split(plan.nproc)
     result = ResultFile(describe_environment(plan.device), {})
     if output is not None:
         write_result(result, output)  # a path that cannot be written should not be found out at the end
@@ -138,16 +141,40 @@ def _records(plan: Plan, args: ModelArgs, ground: _Ground, progress: Callable[[s
         yield from _op_records(plan, args, case, ground, progress)
     _hand_back(plan.device)
     if cases := plan.cases(WITH_MODEL):
-        progress(f"loading {plan.source.name}")
-        llm = build(plan.source, args, plan.device, plan.dtype, plan.backend)
-        with _peers(plan, args, progress) as peers:
+        how: dict[str, Any] = {"device": plan.device, "dtype": plan.dtype, "gpt_fast": plan.gpt_fast}
+        with running(plan.peers, plan.source, args, progress, **how) as peers:
+            progress(f"loading {plan.source.name}")
+            llm = _ours(plan, args)
             for case in cases:
                 yield _measured(plan, case, llm, peers, ground, progress)
         del llm
+        if plan.nproc > 1:
+            workers.dismiss()
         _hand_back(plan.device)
     for case in plan.cases(FRESH):
         progress(f"{case.suite} {plan.source.name} {case.label}")
         yield plan.record_of(case) | _fresh(plan, case, ground)
+
+
+def _ours(plan: Plan, args: ModelArgs) -> Llama:
+    """The plan's model, led where several processes share it."""
+    if plan.nproc == 1:
+        return build(plan.source, args, plan.device, plan.dtype, plan.backend)
+    if not parallel.torchrun_started():
+        workers.start(plan.nproc)
+    return workers.lead(
+        described,
+        source=plan.source.to_json(),
+        max_batch_size=args.max_batch_size,
+        max_seq_len=args.max_seq_len,
+        device=plan.device.type,
+        dtype=_name(plan.dtype),
+        backend=plan.backend,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _hand_back(device: torch.device) -> None:
@@ -189,16 +216,17 @@ def _measured(
     args = llm.model.params
     say = _saying(progress, f"{case.suite} {plan.source.name} {case.label}")
     begin = time.perf_counter()
-    llm.decoder.warm([case.batch])
+    workers.together(llm, _warm, batch=case.batch)
     record = plan.record_of(case) | {"capture_seconds": time.perf_counter() - begin}
     runners = {name: suited(name, peer, case) for name, peer in peers.items()}
     before = ground.matmul.sample().p50
-    measured = measure(case, args.vocab_size, Ours(llm), runners, ground.probe, plan.dtype, say)
+    devices = plan.nproc if plan.device.type == "cuda" else 1
+    measured = measure(case, args.vocab_size, Ours(llm), runners, ground.probe, plan.dtype, say, devices)
     matmul = max(before, ground.matmul.sample().p50)
     if case.suite == "decode":
         record |= decode.record(case, measured, args, plan.dtype)
         say("launch by launch")
-        record["launches"] = _launches(llm.model, case, ground.probe, matmul)
+        record["launches"] = _launches(llm, case, ground.probe, matmul, plan.nproc // devices)
         return record
     of_suite = prefill.record if case.suite == "prefill" else generate.record
     return record | of_suite(case, measured, args, plan.dtype, matmul)
@@ -213,9 +241,10 @@ def suited(name: str, peer: Peer | PeerError | str, case: Case) -> Runner | Peer
 
 def _fresh(plan: Plan, case: Case, ground: _Ground) -> Record:
     how = {
-        "device": str(plan.device),
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(plan.device) if plan.nproc == 1 else plan.device.type,
+        "dtype": _name(plan.dtype),
         "backend": plan.backend,
+        "nproc": plan.nproc,
     }
     if case.suite == "load":
         return memory.load_record(case, plan.source, how, ground.copy)
@@ -226,38 +255,22 @@ def _saying(progress: Callable[[str], None], what: str) -> Callable[[str], None]
     return lambda text: progress(f"{what}: {text}")
 
 
-def _launches(model: Transformer, case: Case, probe: ReadProbe, matmul: float) -> list[Record]:
-    """The launches of a step at half of the case's steps, beside the least that they could take."""
+def _warm(llm: Llama, batch: int) -> None:
+    llm.decoder.warm([batch])
+
+
+def _launches(llm: Llama, case: Case, probe: ReadProbe, matmul: float, sharing: int) -> list[Record]:
+    """The launches of a step at half of the case's steps, beside the least that they could take.
+
+    sharing: processes that launch theirs on the same device at the same time.
+    """
     before = probe.sample().p50
-    times = launch_times.launch_times(model, case.batch, case.context + case.steps // 2)
+    times = workers.together(llm, _launch_times, batch=case.batch, context=case.context + case.steps // 2)
     # The higher neighbour, as in the rounds: shares are not flattered.
-    machine = Machine(read=max(before, probe.sample().p50) * GIGA, matmul=matmul * TERA)
+    read = max(before, probe.sample().p50)
+    machine = Machine(read=read * GIGA / sharing, matmul=matmul * TERA / sharing)
     return [one.against(machine) for one in times]
 
 
-@contextlib.contextmanager
-def _peers(plan: Plan, args: ModelArgs, progress: Callable[[str], None]) -> Iterator[dict[str, Peer | PeerError | str]]:
-    """The plan's peers by name, running, or the reason why one is not."""
-    peers: dict[str, Peer | PeerError | str] = {}
-    with contextlib.ExitStack() as stack:
-        for name in plan.peers:
-            reason = absence(name, args, plan.gpt_fast)
-            if reason is not None:
-                peers[name] = reason
-                continue
-            progress(f"starting {name}")
-            try:
-                peers[name] = stack.enter_context(
-                    Peer(
-                        name,
-                        plan.source,
-                        device=plan.device,
-                        dtype=plan.dtype,
-                        max_batch_size=args.max_batch_size,
-                        max_seq_len=args.max_seq_len,
-                        gpt_fast=plan.gpt_fast,
-                    )
-                )
-            except PeerError as error:
-                peers[name] = error
-        yield peers
+def _launch_times(llm: Llama, batch: int, context: int) -> list[launch_times.LaunchTime]:
+    return launch_times.launch_times(llm.model, batch, context)

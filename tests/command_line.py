@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ def run(*words: str, stdin: str | None = None) -> Result:
     return CliRunner().invoke(main, list(words), input=stdin)
 
 
-def run_process(*words: str, stdin: str = "", **options: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "fastllama", *words]
+def run_process(
+    *words: str, stdin: str = "", launcher: Sequence[str] = (), **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *launcher, "-m", "fastllama", *words]
     return subprocess.run(
         command, input=stdin, text=True, capture_output=True, cwd=ROOT, timeout=READ_TIMEOUT_S, check=False, **options
     )

@@ -56,6 +56,8 @@ FLOORS = {
     "stream": 4,
     "loading": 5,
     "generation": 6,
+    "workers": 6.1,
+    "follower": 6.2,
     "benchmarks": 7,
     "cli": 8,
     "__main__": 9,

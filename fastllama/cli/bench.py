@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastllama.cli.options import Integers, Names, checkpoint_options, device_options, json_option
+from fastllama.cli.options import (
+    Integers,
+    Names,
+    check_processes,
+    checkpoint_options,
+    device_options,
+    json_option,
+    nproc_option,
+    under_torchrun,
+)
 
 if TYPE_CHECKING:
     from fastllama.benchmarks.models import ModelSource
@@ -64,6 +73,7 @@ EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
     help=f"Whom to compare with, of {', '.join(PEERS)}.",
 )
 @click.option("--gpt_fast", metavar="DIR", help="A checkout of gpt-fast, for that peer.")
+@nproc_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's.")
 @device_options
 @click.option(
@@ -172,17 +182,25 @@ def _plan(
     device: str | None,
     dtype: str | None,
     peers: tuple[str, ...],
+    nproc: int,
     **sizes: Any,
 ) -> "Plan":
-    from fastllama.benchmarks.suite import Plan
+    from fastllama.benchmarks.suite import FRESH, Plan
     from fastllama.loading import choose_device, choose_dtype
+    from fastllama.parallel import world_size
 
+    check_processes(nproc, device)
+    if under_torchrun():
+        nproc = world_size()
+        if found := [suite for suite in sizes["suites"] if suite in FRESH]:
+            raise click.UsageError(f"{found[0]} starts processes of its own: use --nproc instead of torchrun.")
     chosen = choose_device(device)
     return Plan(
         source=_source(model, ckpt_dir, tokenizer_path),
         device=chosen,
         dtype=choose_dtype(dtype, chosen),
         peers=[name for name in peers if name != "none"],
+        nproc=nproc,
         **sizes,
     )
 

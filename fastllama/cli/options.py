@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -89,8 +89,8 @@ class ModelOptions:
         return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
     def build(self, max_batch_size: int, quiet: bool = False) -> "Llama":
-        """The Llama that these options describe."""
-        self._check_processes()
+        """The Llama that these options describe, led where several processes share it."""
+        check_processes(self.nproc, self.device)
         ckpt_dir, tokenizer_path = locate(self.ckpt_dir, self.tokenizer_path, quiet)
         arguments: dict[str, Any] = {
             "ckpt_dir": ckpt_dir,
@@ -104,22 +104,39 @@ class ModelOptions:
         }
         from fastllama.generation import Llama
 
-        if self.nproc == 1:
+        if self.nproc == 1 and not under_torchrun():
             return Llama.build(**arguments)
-        from fastllama.cli import workers
+        from fastllama import workers
 
-        workers.start(self.nproc, arguments)
-        try:
-            return cast("Llama", workers.Leader(Llama.build(**arguments)))
-        except Exception as error:
-            workers.mourn(error)
-            raise
+        if self.nproc > 1:
+            workers.start(self.nproc)
+        return workers.lead(Llama.build, **arguments)
 
-    def _check_processes(self) -> None:
-        if self.nproc > 1 and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise click.UsageError("--nproc starts processes, and torchrun has: leave one of them out.")
-        if self.nproc > 1 and self.device is not None and ":" in self.device:
-            raise click.UsageError(f"--nproc puts a process on each GPU: --device cuda, not {self.device}.")
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
+        return False
+    from fastllama import parallel  # brings torch with it
+
+    return parallel.torchrun_started()
+
+
+def check_processes(nproc: int, device: str | None) -> None:
+    """UsageError where --nproc cannot be what was meant."""
+    several = "--nproc" if nproc > 1 else "torchrun" if under_torchrun() else None
+    if nproc > 1 and (os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise click.UsageError("--nproc starts processes, and torchrun has: leave one of them out.")
+    if several and device is not None and ":" in device:
+        raise click.UsageError(f"{several} puts a process on each GPU: --device cuda, not {device}.")
+    if nproc > 1:
+        import torch
+
+        from fastllama.loading import choose_device
+
+        n_gpus = torch.cuda.device_count()
+        if choose_device(device).type == "cuda" and nproc > n_gpus:
+            raise click.UsageError(f"--nproc {nproc} puts a process on each GPU, and there are {n_gpus} here.")
 
 
 def locate(ckpt_dir: str | None, tokenizer_path: str | None, quiet: bool) -> tuple[str, str]:
@@ -149,17 +166,22 @@ def model_options(max_seq_len: int) -> Decorator:
             help="Tokens of prompt and answer together that fit.",
         ),
         device_options,
-        click.option(
-            "--nproc",
-            type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            help="Processes that share the model, one on each GPU.",
-        ),
+        nproc_option,
         click.option(
             "--seed", type=click.IntRange(0, LARGEST_SEED), default=1, show_default=True, help="Of the random draws."
         ),
     )
+
+
+def nproc_option(command: Any) -> Any:
+    """--nproc."""
+    return click.option(
+        "--nproc",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Processes that share the model, one on each GPU.",
+    )(command)
 
 
 def checkpoint_options(command: Any) -> Any:

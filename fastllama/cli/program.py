@@ -1,5 +1,6 @@
 """The program `fastllama`: its commands, and how every one of them fails."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from fastllama.cli.bench import bench
 from fastllama.cli.chat import chat
 from fastllama.cli.complete import complete
 from fastllama.cli.inspect import inspect
+from fastllama.cli.options import under_torchrun
 
 PROGRAM = "fastllama"
 EXIT_ERROR = 2
@@ -30,7 +32,7 @@ class Program(click.Group):
         if not standalone_mode:
             return run(*args, standalone_mode=False, **options)
         try:
-            code = run(*args, standalone_mode=False, **options)
+            code = _shared(run, *args, standalone_mode=False, **options)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(EXIT_ERROR)
@@ -43,6 +45,19 @@ class Program(click.Group):
                 raise
             fail(str(error) or type(error).__name__)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _shared(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Run in one process. Of those that torchrun started it is the first; the others follow it, whatever it builds."""
+    if not under_torchrun():
+        return run(*args, **options)
+    from fastllama import follower, workers
+
+    if os.environ["RANK"] != "0":
+        return follower.follow()
+    code = run(*args, **options)
+    workers.dismiss()
+    return code
 
 
 def fail(message: str) -> NoReturn:

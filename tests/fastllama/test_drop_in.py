@@ -11,6 +11,7 @@ import pytest
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+LOGPROB_TOLERANCE = 2e-5  # of sums in another order
 SCRIPT = """
 import json, sys
 from typing import List
@@ -39,7 +40,7 @@ main(sys.argv[1], sys.argv[2])
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drop-in")
-    write_meta(folder, tiny_params(), random_weights(tiny_params()), shards=2)
+    write_meta(folder, tiny_params(), random_weights(tiny_params()), shards=4)
     write_tokenizer(folder)
     (folder / "script.py").write_text(SCRIPT)
     return folder
@@ -53,10 +54,14 @@ def run(launcher: list[str], checkpoint: Path) -> str:
     return done.stdout
 
 
-def test_python_and_torchrun_print_the_same(checkpoint: Path) -> None:
-    plain = run([sys.executable], checkpoint)
-    lines = plain.splitlines()
-    assert lines[0].startswith("the first of two > ") and lines[-1].startswith("assistant ")
-    assert any(line.startswith("[[-") and len(json.loads(line)) == 2 for line in lines)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "0"]
-    assert run(torchrun, checkpoint) == plain
+@pytest.mark.parametrize("processes", [1, 2])
+def test_python_and_torchrun_print_the_same(checkpoint: Path, processes: int) -> None:
+    plain = run([sys.executable], checkpoint).splitlines()
+    assert plain[0].startswith("the first of two > ") and plain[-1].startswith("assistant ")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    shared = run([*torchrun, "--local-ranks-filter", "0"], checkpoint).splitlines()
+    (place,) = (place for place, line in enumerate(plain) if line.startswith("[[-"))
+    scores, expected = (json.loads(lines.pop(place)) for lines in (shared, plain))
+    assert shared == plain and len(expected) == 2
+    for mine, theirs in zip(scores, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=LOGPROB_TOLERANCE * (processes > 1))

@@ -1,6 +1,6 @@
-"""`--nproc`: the same answers, one process at the terminal, and nobody left behind."""
+"""`--nproc`, and commands under torchrun: the same answers, one process at the terminal, and nobody left behind."""
 
-import os
+import json
 import signal
 import subprocess
 import sys
@@ -10,19 +10,45 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from fastllama.cli import workers
-from fastllama.cli.workers import Leader
+from fastllama import workers
+from fastllama.args import ModelArgs
+from fastllama.limits import memory_plan
+from tests.checkpoints import tiny_params
 from tests.command_line import CHAT, ROOT, expect_error, run, run_process
 
 DEADLINE_S = 10
 
 
-def test_a_chat_of_two_processes_reads_and_answers_once() -> None:
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.mark.parametrize("how", ["--nproc", "torchrun"])
+def test_a_chat_of_two_processes_reads_and_answers_once(how: str) -> None:
     lines = "What is the capital of France?\n/reset\nHello\n"
-    alone, together = run("chat", *CHAT, stdin=lines), run_process("chat", *CHAT, "--nproc", "2", stdin=lines)
+    alone = run("chat", *CHAT, stdin=lines)
+    if how == "--nproc":
+        together = run_process("chat", *CHAT, "--nproc", "2", stdin=lines)
+    else:
+        together = run_process("chat", *CHAT, stdin=lines, launcher=TORCHRUN)
     assert together.returncode == 0, together.stderr
     assert alone.stdout == together.stdout and len(together.stdout.splitlines()) == 2
+
+
+def test_a_benchmark_of_two_processes(checkpoint: str) -> None:
+    sizes = ("--suite", "decode,memory", "--batch", "2", "--context", "4", "--steps", "3", "--rounds", "1")
+    where = ("--ckpt_dir", checkpoint, "--device", "cpu", "--nproc", "2", "--peers", "none", "--no_plots")
+    found = run_process("bench", *sizes, *where, "--json")
+    assert found.returncode == 0, found.stderr
+    decode, memory = json.loads(found.stdout)["records"]
+    assert decode["nproc"] == 2 and decode["tokens_per_second"]["p50"] > 0
+    launches = {one["launch"]: one["count"] for one in decode["launches"]}
+    assert launches["sum"] == 2 * launches["qkv"] + 1 and launches["gather"] == 1
+    whole = ModelArgs(**tiny_params(), max_batch_size=2, max_seq_len=7)
+    part = memory_plan(whole, torch.float32, 2, 7, n_processes=2)
+    assert memory["planned"]["total"] == part.total < memory_plan(whole, torch.float32, 2, 7).total
+    assert memory["peak_bytes"] >= memory["held_bytes"] > 0
 
 
 @pytest.fixture
@@ -72,65 +98,3 @@ def test_nproc_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) ->
     expect_error(run("complete", "x", "--nproc", "0"), "--nproc")
     monkeypatch.setenv("WORLD_SIZE", "2")
     expect_error(run("complete", "x", "--nproc", "2"), "torchrun")
-
-
-class Told:
-    """A Llama of a few increments, and what its followers would hear."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *increments: Any) -> None:
-        self.increments, self.closed = increments, False
-        self.heard: list[Any] = []
-        monkeypatch.setattr(workers, "control_group", lambda: None)
-        for name in ("tell", "say_whether"):
-            monkeypatch.setattr(workers, name, lambda control, message: self.heard.append(message))
-
-    def stream(self, *arguments: Any, **keywords: Any) -> Iterator[Any]:
-        try:
-            for increment in self.increments:
-                if isinstance(increment, Exception):
-                    raise increment
-                if increment == "Ctrl-C":
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield increment
-        finally:
-            self.closed = True
-
-
-def led(told: Told) -> Any:
-    leader: Any = Leader(told)  # type: ignore[arg-type]
-    return leader.stream([1], seed=3)
-
-
-CALL = {"arguments": ([1],), "keywords": {"seed": 3}}
-
-
-def test_followers_hear_the_call_and_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a", "b")
-    assert list(led(told)) == ["a", "b"]
-    assert told.heard == [CALL, True, True, True] and told.closed
-
-
-def test_followers_hear_that_a_stream_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a", "b")
-    stream = led(told)
-    assert next(stream) == "a"
-    stream.close()
-    assert told.heard == [CALL, True, False] and told.closed
-
-
-def test_an_interrupt_waits_for_the_end_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a", "Ctrl-C", "b")
-    stream = led(told)
-    assert next(stream) == "a"
-    with pytest.raises(KeyboardInterrupt):
-        next(stream)
-    assert told.heard == [CALL, True, True, False] and told.closed
-
-
-def test_an_error_ends_a_stream_for_all_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a", ValueError("not numbers"))
-    stream = led(told)
-    next(stream)
-    with pytest.raises(ValueError, match="not numbers"):
-        next(stream)
-    assert told.heard == [CALL, True, True]

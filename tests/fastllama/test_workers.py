@@ -1,0 +1,167 @@
+"""A leader and its followers: what they are told, at every way a stream can end."""
+
+import json
+import os
+import signal
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from fastllama import follower, parallel, workers
+from fastllama.workers import Leader, together
+
+PROMPTS = [[1], [2, 3]]
+CALL = {"arguments": (PROMPTS, 4), "keywords": {"seed": 3}, "stop_tokens": [7, 9]}
+
+
+class Stopping:
+    def __init__(self) -> None:
+        self.stop_tokens = {9, 7}
+
+
+class Told:
+    """A Llama of a few increments, and what its followers would hear."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *increments: Any) -> None:
+        self.tokenizer = Stopping()
+        self.increments, self.taken, self.closed = increments, 0, False
+        self.heard: list[Any] = []
+        monkeypatch.setattr(workers, "control_group", lambda: None)
+        for name in ("tell", "grant"):
+            monkeypatch.setattr(workers, name, lambda control, message: self.heard.append(message))
+
+    def stream(self, *arguments: Any, **keywords: Any) -> Generator[Any]:
+        try:
+            for increment in self.increments:
+                if isinstance(increment, Exception):
+                    raise increment
+                if increment == "Ctrl-C":
+                    os.kill(os.getpid(), signal.SIGINT)
+                self.taken += 1
+                yield increment
+        finally:
+            self.closed = True
+
+
+def led(told: Any) -> Generator[Any]:
+    return Leader(told).stream(PROMPTS, 4, seed=3)
+
+
+def test_followers_hear_the_call_and_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grant is a step of two rows; the end comes by itself, to all."""
+    told = Told(monkeypatch, "a", "b", "c")
+    assert list(led(told)) == ["a", "b", "c"]
+    assert told.heard == [CALL, 2, 2] and told.closed
+
+
+def test_a_stream_that_is_never_begun_is_never_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(monkeypatch, "a")
+    led(told).close()
+    assert told.heard == [] and told.taken == 0
+
+
+@pytest.mark.parametrize(("taken", "run_out"), [(1, 2), (2, 2), (3, 4)])
+def test_a_closed_stream_ends_at_the_end_of_what_was_granted(
+    taken: int, run_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told(monkeypatch, *"abcdef")
+    stream = led(told)
+    for _ in range(taken):
+        next(stream)
+    stream.close()
+    assert told.heard == [CALL, *[2] * (run_out // 2), 0] and told.taken == run_out and told.closed
+
+
+def test_a_closed_stream_that_ends_by_itself_needs_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(monkeypatch, "a", "b", "c")
+    stream = led(told)
+    assert [next(stream) for _ in range(3)] == ["a", "b", "c"]
+    stream.close()
+    assert told.heard == [CALL, 2, 2] and told.closed
+
+
+def test_an_interrupt_waits_for_the_end_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(monkeypatch, "a", "Ctrl-C", "b")
+    stream = led(told)
+    assert next(stream) == "a"
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert told.heard == [CALL, 2, 0] and told.closed
+
+
+def test_an_error_ends_a_stream_for_all_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(monkeypatch, "a", ValueError("not numbers"))
+    stream = led(told)
+    next(stream)
+    with pytest.raises(ValueError, match="not numbers"):
+        next(stream)
+    assert told.heard == [CALL, 2]
+
+
+def doubled(llm: Any, number: int) -> int:
+    return 2 * number
+
+
+def test_a_function_is_called_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: Any = Told(monkeypatch)
+    leader: Any = Leader(told)
+    assert together(leader, doubled, number=4) == 8 == together(told, doubled, number=4)
+    assert told.heard == [{"function": f"{__name__}:doubled", "arguments": {"number": 4}}]
+
+
+class Repeating:
+    """A Llama that says what a follower asks of it."""
+
+    def __init__(self) -> None:
+        self.tokenizer = Stopping()
+        self.calls: list[Any] = []
+
+    def stream(self, *arguments: Any, **keywords: Any) -> Generator[Any]:
+        self.calls.append((arguments, keywords, set(self.tokenizer.stop_tokens)))
+        for number in range(3):
+            self.calls.append(number)
+            yield number
+        raise ValueError("not numbers")
+
+
+REPEATING = Repeating()
+
+
+def build_repeating(name: str) -> Repeating:
+    assert name == "it"
+    return REPEATING
+
+
+def test_a_follower_repeats_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = {"build": f"{__name__}:build_repeating", "arguments": {"name": "it"}}
+    says = iter([CALL, {"function": f"{__name__}:note", "arguments": {"text": "together"}}, CALL, CALL, None])
+    grants = iter([2, 0, 3, 1, 9])
+    monkeypatch.setattr(follower, "hear_order", lambda: json.loads(json.dumps(order)))
+    monkeypatch.setattr(follower, "control_group", lambda: None)
+    monkeypatch.setattr(follower, "hear", lambda control: next(says))
+    monkeypatch.setattr(follower, "granted", lambda control: next(grants))
+    monkeypatch.setattr(os, "_exit", lambda code: REPEATING.calls.append(f"exit {code}"))
+    follower.follow()
+    call = ((PROMPTS, 4), {"seed": 3}, {7, 9})
+    assert REPEATING.calls == [call, 0, 1, "together", call, 0, 1, 2, call, 0, 1, 2, "exit 0"]
+
+
+def note(llm: Any, text: str) -> None:
+    llm.calls.append(text)
+
+
+def test_without_an_order_a_follower_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follower, "hear_order", lambda: None)
+    follower.follow()
+
+
+def test_a_process_of_ones_own_hears_nothing_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**told, "TORCHELASTIC_RUN_ID": "x", "OTHER": "kept"}.items():
+        monkeypatch.setenv(name, value)
+    assert parallel.torchrun_started()
+    alone = parallel.environment_alone()
+    assert alone["OTHER"] == "kept" and not any(name in alone for name in (*told, "TORCHELASTIC_RUN_ID"))
+    monkeypatch.delenv("MASTER_PORT")
+    assert not parallel.torchrun_started()

@@ -121,7 +121,7 @@ def report(comparison: Comparison, first: ResultFile, second: ResultFile, in_mar
         for change in comparison.changes
     ]
     layout = markdown if in_markdown else aligned
-    lines = [_describe(name, result.environment) for name, result in (("first ", first), ("second", second))]
+    lines = [_describe(name, result) for name, result in (("first ", first), ("second", second))]
     if comparison.read_ratio is not None:
         lines.append(f"read bandwidth: {comparison.read_ratio:.2f}x in the second")
         if not 1 - DRIFT < comparison.read_ratio < 1 + DRIFT:
@@ -207,9 +207,12 @@ def _label(of: dict[str, Any]) -> str:
     return " ".join(plain + sizes)
 
 
-def _describe(name: str, environment: Environment) -> str:
+def _describe(name: str, result: ResultFile) -> str:
+    environment = result.environment
+    processes = max((record.get("nproc", 1) for record in result.records), default=1)
+    shared = f" on {processes} processes" if processes > 1 else ""
     commit = (environment.git_commit or "unknown")[:10] + (", changed" if environment.git_dirty else "")
     return (
-        f"{name} {environment.device_name}, {environment.threads} threads, torch {environment.torch}, "
+        f"{name} {environment.device_name}, {environment.threads} threads{shared}, torch {environment.torch}, "
         f"commit {commit}, {environment.date}"
     )

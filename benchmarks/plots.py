@@ -26,6 +26,7 @@ OURS_COLOR, LIMIT_COLOR = "#c0392b", "#555555"
 # Told apart by people who see no red or green, too.
 PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
 PIECE_COLORS = ("#bbbbbb", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#56b4e9", "#cc79a7", "#444444")
+EXCHANGE_COLORS = ("#f0e442", "#888800")  # of what processes that share a model exchange in a step
 
 Record = dict[str, Any]
 
@@ -101,7 +102,7 @@ def _launches(axis: Any, records: Sequence[Record]) -> None:
     for place, record in enumerate(records):
         for offset, key in ((-0.2, "microseconds"), (0.2, "least_microseconds")):
             bottom = 0.0
-            for launch, color in zip(record["launches"], cycle(PIECE_COLORS)):
+            for launch, color in zip(record["launches"], cycle(PIECE_COLORS + EXCHANGE_COLORS)):
                 one = launch[key]["p50"] if key == "microseconds" else launch[key]
                 height = one * launch["count"] * MILLI / MICRO
                 label = f"{launch['launch']} x{launch['count']}" if not place and key == "microseconds" else None

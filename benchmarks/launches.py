@@ -5,7 +5,7 @@ The tensors are memory that was never touched, except what kernels decide by: to
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ CONTEXT_TOKENS = 2048  # of each row in a decode step
 BATCHES = (1, 4, 16)
 PREFILL_TOKENS = 64
 STEP_POSITIONS = 64
+DIVIDED = ("n_heads", "n_kv_heads", "hidden_dim", "vocab_size")  # among processes that share a model
 
 
 class Shape(NamedTuple):
@@ -46,6 +47,12 @@ class Shape(NamedTuple):
     hidden_dim: int
     vocab_size: int
     n_processes: int = 1  # of which each has as much
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The whole model's widths, ModelArgs' fields."""
+        divided = {name: self.n_processes * getattr(self, name) for name in DIVIDED}
+        return {name: value for name, value in self._asdict().items() if name != "n_processes"} | divided
 
 
 MODELS = {
@@ -103,7 +110,7 @@ def decode_ops(shape: Shape, rows: int) -> Iterator[tuple[str, Callable[[], obje
     yield "head", keep("logits", lambda: fused.head(made["h"], layer.norm, output, EPS, batch))
     state = _state(shape, rows, CONTEXT_TOKENS)
     # Spread as a model's are, so that the nucleus is small.
-    logits = (3 * torch.randn(rows, _vocab_size(shape), generator=torch.Generator().manual_seed(1))).to(DTYPE)
+    logits = (3 * torch.randn(rows, shape.whole["vocab_size"], generator=torch.Generator().manual_seed(1))).to(DTYPE)
     yield "choose", lambda: fused.choose(logits, state, workspace)
 
 
@@ -120,12 +127,9 @@ class _Unheard(Group):
 
 def whole_step(shape: Shape, rows: int) -> Callable[[], None]:
     """The decode step itself, of a Transformer of all the model's layers; of one process, without collectives."""
-    widths = shape._asdict()
-    n = widths.pop("n_processes")
-    whole = {name: n * widths[name] for name in ("n_heads", "n_kv_heads", "hidden_dim", "vocab_size")}
     # Its cache is short: what is launched depends on the number of rows alone.
-    args = ModelArgs(**widths | whole, max_batch_size=rows, max_seq_len=STEP_POSITIONS)
-    group = _Unheard(0, n) if n > 1 else ALONE
+    args = ModelArgs(**shape.whole, max_batch_size=rows, max_seq_len=STEP_POSITIONS)
+    group = _Unheard(0, shape.n_processes) if shape.n_processes > 1 else ALONE
     model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False, group=group)
     model.ops, model.workspace = fused, _workspace(shape, rows)
     layer = _Layer(shape, rows)
@@ -142,19 +146,14 @@ def _workspace(shape: Shape, rows: int) -> Workspace:
         n_heads=shape.n_heads,
         n_kv_heads=shape.n_kv_heads,
         head_dim=shape.head_dim,
-        vocab_size=_vocab_size(shape),
+        vocab_size=shape.whole["vocab_size"],
         device=CPU,
     )
 
 
-def _vocab_size(shape: Shape) -> int:
-    """Of the whole model: every process draws from all logits."""
-    return shape.n_processes * shape.vocab_size
-
-
 def _state(shape: Shape, rows: int, positions: int) -> DecodeState:
     """Rows that draw, and stand before the last of so many positions."""
-    state = DecodeState.of(rows, positions, _vocab_size(shape), CPU)
+    state = DecodeState.of(rows, positions, shape.whole["vocab_size"], CPU)
     sampling = Sampling.of(0.6, 0.9, [(1, row, 0) for row in range(rows)], CPU)
     state.set([1] * rows, [positions - 2] * rows, [positions - 1] * rows, [2, 3], sampling)
     return state

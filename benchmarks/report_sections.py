@@ -70,7 +70,7 @@ class Bench:
         """One of the sizes' models, of random weights, as the fused backend packs them."""
         if name not in self._models:
             args = ModelArgs(
-                **self.sizes.models[name]._asdict(),
+                **self.sizes.models[name].whole,
                 max_batch_size=max(self.sizes.batches),
                 max_seq_len=self.sizes.positions,
             )

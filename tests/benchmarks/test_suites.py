@@ -142,7 +142,7 @@ def test_load_and_memory_are_those_of_a_fresh_process(tmp_path: Path) -> None:
     write_meta(tmp_path, params, random_weights(params, seed=3), shards=2)
     write_tokenizer(tmp_path)
     source = ModelSource.folder(str(tmp_path), None)
-    how = {"device": "cpu", "dtype": "float32", "backend": None}
+    how = {"device": "cpu", "dtype": "float32", "backend": None, "nproc": 1}
     loaded = memory.load_record(Case("load", 2, 8, 2, rounds=2), source, how, COPY)
     json.dumps(loaded, allow_nan=False)
     files = memory.weight_files(tmp_path)

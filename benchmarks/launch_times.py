@@ -119,14 +119,17 @@ def _exchanges(model: Transformer) -> list[Work]:
     """The collectives of a step, whose least time is not known from bytes."""
     if model.group.size == 1:
         return []
-    return [Work("sum", 2 * model.n_layers + 1, 0, 0), Work("gather", 1, 0, 0)]
+    return [Work("all-reduce", 2 * model.n_layers + 1, 0, 0), Work("all-gather", 1, 0, 0)]
 
 
 def _exchanging(model: Transformer, batch: int) -> list[_Call]:
     """A call of each of them."""
     zeros = partial(torch.zeros, dtype=model.dtype, device=model.device)
     hidden, logits = zeros(batch, model.params.dim), zeros(batch, model.share.vocab_size)
-    return [_Call("sum", partial(model.group.sum, hidden)), _Call("gather", partial(model.group.join, logits))]
+    return [
+        _Call("all-reduce", partial(model.group.all_reduce, hidden)),
+        _Call("all-gather", partial(model.group.all_gather, logits)),
+    ]
 
 
 def fill_cache(model: Transformer, batch: int, context: int) -> None:

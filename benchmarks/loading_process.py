@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from fastllama import workers
+from fastllama import leader
 from fastllama.benchmarks.measure import synchronize
 from fastllama.benchmarks.models import ModelSource, described
 from fastllama.benchmarks.rounds import Case, Ours
@@ -69,13 +69,13 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         build = Llama.build
         arguments |= {"ckpt_dir": source.ckpt_dir, "tokenizer_path": str(source.tokenizer_path)}
     if nproc > 1:
-        workers.start(nproc)
-        workers.await_followers()
+        leader.start(nproc)
+        leader.await_followers()
     before = own_bytes()
     synchronize(device)
     start = time.perf_counter()
     with PeakHostMemory() as loading:
-        llm = build(**arguments) if nproc == 1 else workers.lead(build, **arguments)
+        llm = build(**arguments) if nproc == 1 else leader.lead(build, **arguments)
         synchronize(device)
     seconds = time.perf_counter() - start
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else own_bytes() - before
@@ -84,7 +84,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else answering.bytes - before
     shares_tied_output = not llm.model.ops.repacks(device, dtype)
     plan = memory_plan(args, dtype, case.batch, max_seq_len, shares_tied_output=shares_tied_output, n_processes=nproc)
-    workers.dismiss()
+    leader.dismiss()
     return {
         "seconds": seconds,
         "peak_host_bytes": loading.bytes - before,

@@ -11,6 +11,7 @@ memory, copies it and multiplies matrices. Two habits follow from machines whose
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -157,13 +158,16 @@ class CacheFlush:
 
 
 class Contention:
-    """How much of the CPUs others use, from its creation on: the first thing to look at when figures disagree."""
+    """How much of the CPUs others use, from its creation on: the first thing to look at when figures disagree.
+
+    Others are processes that are neither this one nor its children, nor share the model with it.
+    """
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def cores(self) -> float:
-        """Cores that processes other than this one and its children kept busy, stolen time included."""
+        """Cores that others kept busy, stolen time included."""
         wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
         return max(0.0, (busy - own) / wall) if wall > 0 else 0.0
 
@@ -173,7 +177,10 @@ class Contention:
         # Linux counts a guest's time in the user's as well.
         busy = sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice"))
         own = 0.0
-        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        top = psutil.Process()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's processes are siblings
+            top = top.parent() or top
+        for process in (top, *top.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 spent = process.cpu_times()
                 own += spent.user + spent.system

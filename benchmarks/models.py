@@ -119,8 +119,9 @@ class ModelSource:
 def build(source: ModelSource, args: ModelArgs, device: torch.device, dtype: torch.dtype, backend: str | None) -> Llama:
     """A Llama with the weights of `source`, or this process's part of it, where several share one."""
     group = model_group(None, device)
-    model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
-    model.load_tensors(source.tensors(args, device, dtype, group))
+    with group.agreeing():
+        model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
+        model.load_tensors(source.tensors(args, device, dtype, group))
     if source.tokenizer_path is not None:
         return Llama(model, Tokenizer(source.tokenizer_path))
     with tempfile.TemporaryDirectory() as folder:

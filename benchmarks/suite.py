@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastllama import parallel, workers
+from fastllama import leader, parallel
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import decode, generate, launch_times, memory, op_times, prefill
 from fastllama.benchmarks.environment import describe_environment
@@ -149,7 +149,7 @@ def _records(plan: Plan, args: ModelArgs, ground: _Ground, progress: Callable[[s
                 yield _measured(plan, case, llm, peers, ground, progress)
         del llm
         if plan.nproc > 1:
-            workers.dismiss()
+            leader.dismiss()
         _hand_back(plan.device)
     for case in plan.cases(FRESH):
         progress(f"{case.suite} {plan.source.name} {case.label}")
@@ -161,8 +161,8 @@ def _ours(plan: Plan, args: ModelArgs) -> Llama:
     if plan.nproc == 1:
         return build(plan.source, args, plan.device, plan.dtype, plan.backend)
     if not parallel.torchrun_started():
-        workers.start(plan.nproc)
-    return workers.lead(
+        leader.start(plan.nproc)
+    return leader.lead(
         described,
         source=plan.source.to_json(),
         max_batch_size=args.max_batch_size,
@@ -216,7 +216,7 @@ def _measured(
     args = llm.model.params
     say = _saying(progress, f"{case.suite} {plan.source.name} {case.label}")
     begin = time.perf_counter()
-    workers.together(llm, _warm, batch=case.batch)
+    leader.together(llm, _warm, batch=case.batch)
     record = plan.record_of(case) | {"capture_seconds": time.perf_counter() - begin}
     runners = {name: suited(name, peer, case) for name, peer in peers.items()}
     before = ground.matmul.sample().p50
@@ -265,7 +265,7 @@ def _launches(llm: Llama, case: Case, probe: ReadProbe, matmul: float, sharing: 
     sharing: processes that launch theirs on the same device at the same time.
     """
     before = probe.sample().p50
-    times = workers.together(llm, _launch_times, batch=case.batch, context=case.context + case.steps // 2)
+    times = leader.together(llm, _launch_times, batch=case.batch, context=case.context + case.steps // 2)
     # The higher neighbour, as in the rounds: shares are not flattered.
     read = max(before, probe.sample().p50)
     machine = Machine(read=read * GIGA / sharing, matmul=matmul * TERA / sharing)

@@ -1,13 +1,17 @@
-"""One of the processes beside a leader (`workers.py`): builds the model that it builds, and repeats its calls."""
+"""One of the processes beside a leader (`leader.py`): builds the model that it builds, and repeats its calls."""
 
 import os
 import sys
 import threading
+import time
 from pkgutil import resolve_name
 
 import torch.distributed as dist
 
-from fastllama.workers import control_group, granted, hear, hear_order
+from fastllama.leader import control_group, granted, hear, hear_order
+from fastllama.stream import NotFiniteError
+
+LEADER_SAYS_SECONDS = 2
 
 
 def main() -> None:
@@ -25,8 +29,8 @@ def follow() -> None:
     try:
         llm = resolve_name(order["build"])(**order["arguments"])
     except Exception:
-        if dist.is_initialized():  # the leader has it from the group, and says it
-            threading.Event().wait()
+        if dist.is_initialized():  # the leader may have it from the group, and says it then
+            time.sleep(LEADER_SAYS_SECONDS)
         raise
     control = control_group()
     while (call := hear(control)) is not None:
@@ -39,8 +43,8 @@ def follow() -> None:
             while count := granted(control):
                 if not all(next(stream, None) is not None for _ in range(count)):
                     break
-        except ValueError:
-            pass  # the leader has the same error, and says it
+        except NotFiniteError:
+            pass  # the leader has the same logits and the same error, and says it
         stream.close()
     # Not by way of the interpreter's end, which would wait for what the leader keeps of the group.
     os._exit(0)

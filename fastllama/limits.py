@@ -67,8 +67,9 @@ def memory_plan(
     )
     queries = min(QUERY_BLOCK_TOKENS, max_seq_len) * args.n_heads // n_kv_heads
     mask = queries * max_seq_len * (2 + size)  # as booleans, repeated for each group, and as numbers to add
-    scoring = SCORE_CHUNK_TOKENS * vocab_size * (size + 2 * FLOAT32_BYTES)
-    sampling = max_batch_size * vocab_size * (size + SAMPLING_BYTES_PER_LOGIT)
+    logits = size if n_processes == 1 else 3 * size  # those of this process, all as they come, and in order
+    scoring = SCORE_CHUNK_TOKENS * vocab_size * (logits + 2 * FLOAT32_BYTES)
+    sampling = max_batch_size * vocab_size * (logits + SAMPLING_BYTES_PER_LOGIT)
     outputs = max_batch_size * max_seq_len * 12
     forward = n_tokens * per_token + mask + max(scoring, sampling) + outputs
     loading = max(elements) * size  # a weight, before it is packed

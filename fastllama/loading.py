@@ -42,26 +42,23 @@ def load(
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
     group = parallel.model_group(model_parallel_size, device)
-    try:
+    with group.agreeing():
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir)
         args, tokenizer = _args_and_tokenizer(
             checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
         )
-        weights = checkpoint.tensors(group.rank, group.size, progress=None if group.rank == 0 else False)
+        weights = checkpoint.tensors(group.rank, group.size, progress=None if parallel.is_first_process() else False)
         limits.check_fits(
             args,
             dtype,
-            limits.free_memory(device),
+            limits.free_memory(device) // (parallel.local_world_size() if device.type == "cpu" else 1),
             shares_tied_output=not ops.repacks(device, dtype),
             n_processes=group.size,
         )
+    with group.agreeing():
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
         model.load_tensors(weights)
-    except Exception as error:  # an interrupt is for this process alone, and must not wait for others
-        group.check(error)
-        raise
-    group.check(None)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
     return model, tokenizer
 

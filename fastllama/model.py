@@ -127,9 +127,9 @@ class Transformer(nn.Module):
         for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
             k, v = self.cache.layer(index)
             q = ops.qkv(h, layer.attention_norm, layer.wqkv, self.rope, k, v, eps, batch)
-            h = group.sum(ops.project(ops.attention(q, k, v, batch), layer.wo, h if adds else None, batch))
+            h = group.all_reduce(ops.project(ops.attention(q, k, v, batch), layer.wo, h if adds else None, batch))
             f = ops.swiglu(h, layer.ffn_norm, layer.w13, eps, batch)
-            h = group.sum(ops.project(f, layer.w2, h if adds else None, batch))
+            h = group.all_reduce(ops.project(f, layer.w2, h if adds else None, batch))
         return h
 
     def _embed(self, batch: Ragged) -> Tensor:
@@ -137,11 +137,11 @@ class Transformer(nn.Module):
         if self.group.size == 1:
             return cast(Tensor, self.ops.embed(self.tok_embeddings, batch))
         begin = self.group.rank * self.share.vocab_size
-        return self.group.sum(self.ops.embed(self.tok_embeddings, batch, begin))
+        return self.group.all_reduce(self.ops.embed(self.tok_embeddings, batch, begin))
 
     def logits(self, h: Tensor, batch: Ragged) -> Tensor:
         """Of any M of a batch's hidden states, h (M, dim) -> (M, V) in the model dtype."""
-        return self.group.join(self.ops.head(h, self.norm, self.output, self.params.norm_eps, batch))
+        return self.group.all_gather(self.ops.head(h, self.norm, self.output, self.params.norm_eps, batch))
 
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take every weight, or the process's slice of it, by Meta's name, in any order; pack as soon as it can be.

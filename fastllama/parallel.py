@@ -4,11 +4,14 @@ torchrun starts the processes, torch.distributed connects them (NCCL between GPU
 groups say who shares a model with whom, as in Meta's code. None of it is touched where a model runs in one process.
 """
 
+import atexit
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from fastllama import validate
 
 TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells beside WORLD_SIZE and LOCAL_RANK
 TORCHRUNS_PREFIX = "TORCHELASTIC_"  # of what else it tells
+GLOO_ENDS_SECONDS = 0.05
+LOADING_PATIENCE = timedelta(hours=2)  # with one that reads its part from a slower disk
 FAIRSCALE_GROUPS = "fairscale.nn.model_parallel.initialize"
 # Into one tensor; what takes a list of tensors copies to each of them. torch 2.13 calls it by another name.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,13 +41,13 @@ class Group:
     size: int = 1
     processes: Any = None  # torch.distributed's group
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """What every process has of a sum -> the sum, the same bits in each, in place of x."""
         if self.size > 1:
             dist.all_reduce(x, group=self.processes)
         return x
 
-    def join(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Every process's columns, x (N, V / size) -> all of them, (N, V)."""
         if self.size == 1:
             return x
@@ -50,8 +55,17 @@ class Group:
         _all_gather(parts, x.contiguous(), group=self.processes)
         return parts.view(self.size, *x.shape).movedim(0, 1).flatten(1)
 
-    def check(self, error: BaseException | None) -> None:
-        """Wait for all; ProcessFailed in every other where one brings an error. Its own is for it to raise."""
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """A block at whose end all wait for all. An error of one is ProcessFailed in the others."""
+        try:
+            yield
+        except Exception as error:  # an interrupt is for this process alone, and must not wait for others
+            self._check(error)
+            raise
+        self._check(None)
+
+    def _check(self, error: BaseException | None) -> None:
         if self.size == 1:
             return
         found: list[str | None] = [None] * self.size
@@ -93,10 +107,30 @@ def local_rank() -> int:
     return int(value)
 
 
+def local_world_size() -> int:
+    """How many of the processes are on this machine, as torchrun tells; 1 where nobody does."""
+    value = os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    return int(value) if value.isdecimal() and world_size() > 1 else 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def gpu_index() -> int:
-    """The GPU of this process: CUDA's current one, but torchrun's where nobody has set up torch.distributed yet."""
-    started = world_size() > 1 and not dist.is_initialized()
-    return local_rank() if started else torch.cuda.current_device()
+    """The GPU of this process: CUDA's current one, and where that is the first, as it is by itself, torchrun's.
+
+    Raises ValueError where there are more processes than GPUs.
+    """
+    current, count = torch.cuda.current_device(), torch.cuda.device_count()
+    if world_size() == 1 or current or count == 1:  # with one, each process has been given its own to see
+        return current
+    if local_rank() >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank()} and torch sees {count} GPUs here: use torchrun --nproc_per_node {count}"
+        )
+    return local_rank()
 
 
 def model_group(model_parallel_size: int | None, device: torch.device) -> Group:
@@ -111,7 +145,7 @@ def model_group(model_parallel_size: int | None, device: torch.device) -> Group:
     )
     theirs = sys.modules.get(FAIRSCALE_GROUPS)
     if theirs is not None and theirs.model_parallel_is_initialized():
-        return _initialised(theirs, asked)
+        return _initialised(theirs, asked, device)
     world = dist.get_world_size() if dist.is_initialized() else world_size()
     size = world if asked is None else asked
     if world % size:
@@ -121,12 +155,12 @@ def model_group(model_parallel_size: int | None, device: torch.device) -> Group:
         )
     if size == 1:
         return ALONE
+    groups = _fairscale()
     if not dist.is_initialized():
         _initialise_world(device)
-    groups = _fairscale()
     with _silenced(groups):
         groups.initialize_model_parallel(size)
-    return _initialised(groups, asked)
+    return _initialised(groups, asked, device)
 
 
 @contextlib.contextmanager
@@ -139,14 +173,25 @@ def _silenced(module: Any) -> Iterator[None]:
         del module.print
 
 
-def _initialised(groups: Any, asked: int | None) -> Group:
+def _initialised(groups: Any, asked: int | None, device: torch.device) -> Group:
     size = groups.get_model_parallel_world_size()
     if asked not in (None, size):
         raise ValueError(
             f"model_parallel_size asks for {asked} processes, and fairscale's groups, which are there already, are of "
             f"{size}: leave it out, or destroy_model_parallel() first"
         )
-    return Group(groups.get_model_parallel_rank(), size, groups.get_model_parallel_group()) if size > 1 else ALONE
+    if size == 1:
+        return ALONE
+    processes = groups.get_model_parallel_group()
+    served = dict(part.split(":") for part in dist.get_backend_config(processes).split(","))
+    if served.get(device.type) in (None, "gloo" if device.type == "cuda" else "nccl"):
+        raise ValueError(
+            f"the model is on {device.type}, and the processes are connected by {dist.get_backend(processes)}: "
+            f"init_process_group({'nccl' if device.type == 'cuda' else 'gloo'!r}) instead, or leave it to build"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL's collectives on objects go
+    return Group(groups.get_model_parallel_rank(), size, processes)
 
 
 def _initialise_world(device: torch.device) -> None:
@@ -158,9 +203,12 @@ def _initialise_world(device: torch.device) -> None:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        index = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group("nccl", device_id=index, timeout=LOADING_PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=LOADING_PATIENCE)
+        # Its threads give back the last collective's tensors, for which they need an interpreter that has not ended.
+        atexit.register(time.sleep, GLOO_ENDS_SECONDS)
 
 
 def _fairscale() -> Any:

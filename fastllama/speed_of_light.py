@@ -41,14 +41,15 @@ class DataSheet(NamedTuple):
 
     machine: Machine  # matmul is dense bfloat16
     link_bandwidth: float
+    memory: float  # bytes
 
 
 # NVIDIA's data sheets, of the SXM boards; links are NVLink's, one direction.
 DATA_SHEETS = {
-    "A100": DataSheet(Machine(read=2.039e12, matmul=312e12), 300e9),
-    "H100": DataSheet(Machine(read=3.35e12, matmul=989e12), 450e9),
-    "H200": DataSheet(Machine(read=4.8e12, matmul=989e12), 450e9),
-    "B200": DataSheet(Machine(read=8e12, matmul=2250e12), 900e9),
+    "A100": DataSheet(Machine(read=2.039e12, matmul=312e12), 300e9, 80e9),
+    "H100": DataSheet(Machine(read=3.35e12, matmul=989e12), 450e9, 80e9),
+    "H200": DataSheet(Machine(read=4.8e12, matmul=989e12), 450e9, 141e9),
+    "B200": DataSheet(Machine(read=8e12, matmul=2250e12), 900e9, 180e9),
 }
 COLLECTIVE_LATENCY_S = 10e-6  # assumed, within one machine
 

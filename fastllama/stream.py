@@ -20,6 +20,10 @@ from fastllama.tokenizer import TextStream, Tokenizer
 FinishReason = Literal["stop", "length"]
 
 
+class NotFiniteError(ValueError):
+    """Logits are not numbers."""
+
+
 @dataclass(frozen=True)
 class Increment:
     """What one row of a stream has gained."""
@@ -74,7 +78,7 @@ class _Row:
     def step(self, request: Request, token: int, logprob: float) -> Increment:
         """What a step brought: the token at position `length`."""
         if token == NO_TOKEN:
-            raise ValueError(
+            raise NotFiniteError(
                 f"the logits of row {self.index} are not finite numbers at step {self.length - len(self.prompt)} "
                 f"(position {self.length}); {NOT_FINITE_CAUSE}"
             )

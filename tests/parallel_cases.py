@@ -76,11 +76,22 @@ def fused(folder: str) -> dict[str, Any]:
 
 
 def on_gpus(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Graphs with NCCL's collectives in them, replayed, in float32, where tokens are the same to the last."""
+    """Graphs with NCCL's collectives in them, replayed, in float32, where tokens are the same to the last.
+
+    Of three rows and of one, which are other kernels; and in bfloat16.
+    """
     llm = build(arguments["folder"], device=None, dtype="float32")
     first, again = answers(llm), answers(llm)
-    # The third of these draws anew in each call.
-    return {"answers": first, "repeats": again["tokens"][:2] == first["tokens"][:2], "device": str(llm.model.device)}
+    alone = llm.generate(PROMPTS[1:2], STEPS, temperature=0.0, logprobs=True)
+    rough = build(arguments["folder"], device=None, dtype="bfloat16")
+    return {
+        "answers": first,
+        "repeats": again["tokens"][:2] == first["tokens"][:2],  # the third draws anew in each call
+        "alone": alone,
+        "rough": rough.generate(PROMPTS, STEPS, temperature=0.7, seed=3),
+        "graphs": sorted(llm.decoder._graphs),
+        "device": str(llm.model.device),
+    }
 
 
 def subsets(folder: str) -> dict[str, Any]:

@@ -154,6 +154,7 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
     return {
         "n": n_processes,
         "bytes_each": plan.total,
+        "fits": plan.total <= sheet.memory,
         "most_tokens_per_second": batch / seconds,
         "share_of_exchanging": exchanging / seconds,
     }
@@ -216,7 +217,8 @@ def _plan_text(plan: dict[str, Any]) -> str:
     if "obstacles" in plan:
         return "not possible: " + "; ".join(plan["obstacles"])
     rate, share = plan["most_tokens_per_second"], plan["share_of_exchanging"]
-    return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}"
+    misfit = "" if plan["fits"] else "  does not fit"
+    return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}{misfit}"
 
 
 def _tokenizer_section(tokenizer: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:

@@ -106,11 +106,11 @@ class ModelOptions:
 
         if self.nproc == 1 and not under_torchrun():
             return Llama.build(**arguments)
-        from fastllama import workers
+        from fastllama import leader
 
         if self.nproc > 1:
-            workers.start(self.nproc)
-        return workers.lead(Llama.build, **arguments)
+            leader.start(self.nproc)
+        return leader.lead(Llama.build, **arguments)
 
 
 def under_torchrun() -> bool:
@@ -126,7 +126,9 @@ def check_processes(nproc: int, device: str | None) -> None:
     """UsageError where --nproc cannot be what was meant."""
     several = "--nproc" if nproc > 1 else "torchrun" if under_torchrun() else None
     if nproc > 1 and (os.environ.get("WORLD_SIZE") or "1") != "1":
-        raise click.UsageError("--nproc starts processes, and torchrun has: leave one of them out.")
+        raise click.UsageError(
+            "--nproc starts processes, and WORLD_SIZE says that torchrun has: leave out one of them."
+        )
     if several and device is not None and ":" in device:
         raise click.UsageError(f"{several} puts a process on each GPU: --device cuda, not {device}.")
     if nproc > 1:

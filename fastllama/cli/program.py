@@ -49,14 +49,16 @@ class Program(click.Group):
 
 def _shared(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Run in one process. Of those that torchrun started it is the first; the others follow it, whatever it builds."""
-    if not under_torchrun():
-        return run(*args, **options)
-    from fastllama import follower, workers
+    together = under_torchrun()
+    if together and os.environ["RANK"] != "0":
+        from fastllama import follower
 
-    if os.environ["RANK"] != "0":
         return follower.follow()
     code = run(*args, **options)
-    workers.dismiss()
+    if together or "fastllama.leader" in sys.modules:
+        from fastllama import leader
+
+        leader.dismiss()
     return code
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastllama import builtin_checkpoint
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,28 +39,32 @@ main(sys.argv[1], sys.argv[2])
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """(ckpt_dir, tokenizer_path) of a random model in four shards, and of the built-in one."""
     folder = tmp_path_factory.mktemp("drop-in")
     write_meta(folder, tiny_params(), random_weights(tiny_params()), shards=4)
     write_tokenizer(folder)
-    (folder / "script.py").write_text(SCRIPT)
-    return folder
+    return {"4 shards": (str(folder), str(folder / "tokenizer.model")), "built-in": builtin_checkpoint()}
 
 
-def run(launcher: list[str], checkpoint: Path) -> str:
-    command = [*launcher, str(checkpoint / "script.py"), str(checkpoint), str(checkpoint / "tokenizer.model")]
+def run(launcher: list[str], arguments: tuple[str, str], folder: Path) -> list[str]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=checkpoint, env=environment, timeout=100)
+    command = [sys.executable, *launcher, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_python_and_torchrun_print_the_same(checkpoint: Path, processes: int) -> None:
-    plain = run([sys.executable], checkpoint).splitlines()
+@pytest.mark.parametrize(("name", "processes"), [("4 shards", 1), ("4 shards", 2), ("built-in", 2)])
+def test_python_and_torchrun_print_the_same(
+    folders: dict[str, tuple[str, str]], tmp_path: Path, name: str, processes: int
+) -> None:
+    plain = run([], folders[name], tmp_path)
     assert plain[0].startswith("the first of two > ") and plain[-1].startswith("assistant ")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    shared = run([*torchrun, "--local-ranks-filter", "0"], checkpoint).splitlines()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    shared = run([*torchrun, "--local-ranks-filter", "0"], folders[name], tmp_path)
     (place,) = (place for place, line in enumerate(plain) if line.startswith("[[-"))
     scores, expected = (json.loads(lines.pop(place)) for lines in (shared, plain))
     assert shared == plain and len(expected) == 2

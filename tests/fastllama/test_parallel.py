@@ -148,5 +148,6 @@ def test_a_part_of_a_model_is_not_copied() -> None:
 
 def test_alone_nothing_is_exchanged() -> None:
     x = torch.ones(2, 3)
-    assert ALONE.sum(x) is x and ALONE.join(x) is x
-    ALONE.check(ValueError("its own"))
+    assert ALONE.all_reduce(x) is x and ALONE.all_gather(x) is x
+    with pytest.raises(KeyError), ALONE.agreeing():
+        raise KeyError("its own")

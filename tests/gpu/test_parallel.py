@@ -1,12 +1,18 @@
-"""A model on two GPUs: one GPU's answers, with collectives in the decode graph."""
+"""A model on two GPUs: one GPU's answers, with collectives in the decode graph, and the commands on them."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from fastllama.started import EXIT_FOLLOWER_DIED
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
-from tests.parallel_cases import answers, build
+from tests.command_line import ROOT, run_process
+from tests.parallel_cases import PROMPTS, STEPS, answers, build
 from tests.processes import run_processes
 
 pytestmark = [
@@ -21,12 +27,48 @@ def test_two_gpus_give_one_gpus_answers(tmp_path: Path, shards: int) -> None:
     params = tiny_params(dim=256, n_heads=8, n_kv_heads=2)
     folder = write_meta(tmp_path / "model", params, random_weights(params, seed=7), shards=shards)
     write_tokenizer(folder)
-    expected = answers(build(str(folder), device="cuda:0", dtype="float32"))
+    llm = build(str(folder), device="cuda:0", dtype="float32")
+    expected = answers(llm)
+    tokens, scores = llm.generate(PROMPTS[1:2], STEPS, temperature=0.0, logprobs=True)
+    assert scores is not None
     found = run_processes(2, tmp_path, "tests.parallel_cases:on_gpus", {"folder": str(folder)})
     assert [one["device"] for one in found] == ["cuda:0", "cuda:1"]
     for one in found:
-        assert one["repeats"] and one["answers"]["tokens"] == expected["tokens"]
+        assert one["repeats"] and one["answers"]["tokens"] == expected["tokens"] and one["graphs"] == [1, 4]
+        assert one["alone"][0] == tokens and one["alone"][1][0] == pytest.approx(scores[0], abs=LOGPROB_TOLERANCE)
         for mine, theirs in zip(one["answers"]["logprobs"], expected["logprobs"], strict=True):
             for row, wanted in zip(mine, theirs, strict=True):
                 assert row == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
-    assert found[0]["answers"] == found[1]["answers"]
+    assert found[0]["answers"] == found[1]["answers"] and found[0]["rough"] == found[1]["rough"]
+
+
+def test_a_chat_on_two_gpus() -> None:
+    words = ("chat", "--temperature", "0", "--max_gen_len", "8", "--max_seq_len", "128", "--dtype", "float32")
+    alone, together = (run_process(*words, *how, stdin="Hello\n") for how in ((), ("--nproc", "2")))
+    assert together.returncode == 0, together.stderr
+    assert alone.stdout == together.stdout and len(together.stdout.splitlines()) == 1
+
+
+def test_a_killed_process_ends_the_command() -> None:
+    """Though the first waits for NCCL, which would wait for ever."""
+    words = ("complete", "Once", "--nproc", "2", "--max_seq_len", "8000", "--temperature", "5")
+    pipe = subprocess.PIPE
+    command = subprocess.Popen(
+        [sys.executable, "-m", "fastllama", *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT
+    )
+    try:
+        assert command.stdout is not None and command.stdout.read(1)
+        psutil.Process(command.pid).children()[0].kill()
+        _, said = command.communicate(timeout=10)
+        assert command.returncode == EXIT_FOLLOWER_DIED and "was killed by signal 9" in said
+    finally:
+        command.kill()
+
+
+def test_a_benchmark_on_two_gpus() -> None:
+    sizes = ("--suite", "decode,memory", "--batch", "1,2", "--context", "32", "--steps", "4", "--rounds", "1")
+    found = run_process("bench", *sizes, "--nproc", "2", "--peers", "none", "--no_plots", "--json")
+    assert found.returncode == 0, found.stderr
+    launches = json.loads(found.stdout)["records"][0]["launches"]
+    assert all(one["microseconds"]["p50"] > 0 for one in launches)
+    assert [one["launch"] for one in launches][-2:] == ["all-reduce", "all-gather"]

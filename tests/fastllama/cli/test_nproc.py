@@ -6,15 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import psutil
 import pytest
 import torch
 
-from fastllama import workers
+from fastllama import Llama
 from fastllama.args import ModelArgs
+from fastllama.benchmarks.models import ModelSource, described
 from fastllama.limits import memory_plan
+from fastllama.started import EXIT_FOLLOWER_DIED
 from tests.checkpoints import tiny_params
 from tests.command_line import CHAT, ROOT, expect_error, run, run_process
 
@@ -44,47 +46,91 @@ def test_a_benchmark_of_two_processes(checkpoint: str) -> None:
     decode, memory = json.loads(found.stdout)["records"]
     assert decode["nproc"] == 2 and decode["tokens_per_second"]["p50"] > 0
     launches = {one["launch"]: one["count"] for one in decode["launches"]}
-    assert launches["sum"] == 2 * launches["qkv"] + 1 and launches["gather"] == 1
+    assert launches["all-reduce"] == 2 * launches["qkv"] + 1 and launches["all-gather"] == 1
     whole = ModelArgs(**tiny_params(), max_batch_size=2, max_seq_len=7)
-    part = memory_plan(whole, torch.float32, 2, 7, n_processes=2)
-    assert memory["planned"]["total"] == part.total < memory_plan(whole, torch.float32, 2, 7).total
+    plans = [memory_plan(whole, torch.float32, 2, 7, n_processes=n) for n in (1, 2)]
+    assert memory["planned"]["weights"] == plans[1].weights < plans[0].weights
     assert memory["peak_bytes"] >= memory["held_bytes"] > 0
 
 
+class Endless(NamedTuple):
+    """A command that generates on four processes, once it does, and the others of them."""
+
+    command: "subprocess.Popen[str]"
+    others: list[psutil.Process]
+
+
 @pytest.fixture
-def endless() -> Iterator[tuple["subprocess.Popen[str]", psutil.Process]]:
-    """A command that generates on two processes, once it does, and the second of them."""
-    words = ("complete", "Once", "--nproc", "2", "--device", "cpu", "--max_seq_len", "8000", "--temperature", "5")
-    command = [sys.executable, "-m", "fastllama", *words]
-    leader = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+def endless(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
+    """Started by itself, or with the fixture's parameter "torchrun" by that."""
+    words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", checkpoint, "--device", "cpu"]
+    words += ["--max_seq_len", "8000", "--temperature", "5"]
+    if getattr(request, "param", "--nproc") == "torchrun":
+        words = [*TORCHRUN[:-1], "4", *words]
+    else:
+        words += ["--nproc", "4"]
+    pipe = subprocess.PIPE
+    command = subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
     try:
-        assert leader.stdout is not None
-        assert leader.stdout.read(1)  # the first piece of text
-        (follower,) = psutil.Process(leader.pid).children()
-        yield leader, follower
+        assert command.stdout is not None
+        assert command.stdout.read(1)  # the first piece of text
+        yield Endless(command, psutil.Process(command.pid).children())
     finally:
-        leader.kill()
-        leader.communicate()
+        command.kill()
+        command.communicate()
 
 
-def test_a_killed_worker_ends_the_command_with_the_reason(endless: Any) -> None:
-    leader, follower = endless
-    follower.send_signal(signal.SIGKILL)
+def assert_gone(processes: list[psutil.Process]) -> None:
+    psutil.wait_procs(processes, timeout=DEADLINE_S)
+    assert not [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("endless", ["--nproc", "torchrun"], indirect=True)
+def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> None:
+    command, others = endless
+    by_torchrun = len(others) == 4  # the first is its child, too
+    others[-1].send_signal(signal.SIGKILL)
     start = time.monotonic()
-    _, said = leader.communicate(timeout=DEADLINE_S)
-    assert time.monotonic() - start < DEADLINE_S and leader.returncode == workers.EXIT_WORKER_DIED
-    assert "process 1 of 2 was killed by signal 9 (SIGKILL)" in said.splitlines()[-1]
+    _, said = command.communicate(timeout=DEADLINE_S)
+    assert time.monotonic() - start < DEADLINE_S
+    if by_torchrun:
+        assert command.returncode != 0 and "SIGKILL" in said
+    else:
+        assert command.returncode == EXIT_FOLLOWER_DIED
+        assert "process 3 of 4 was killed by signal 9 (SIGKILL)" in said.splitlines()[-1]
+    assert_gone(others)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
-def test_nothing_is_left_when_the_first_process_ends(endless: Any, how: signal.Signals) -> None:
-    leader, follower = endless
-    leader.send_signal(how)
-    leader.communicate(timeout=DEADLINE_S)
+def test_nothing_is_left_when_the_first_process_ends(endless: Endless, how: signal.Signals) -> None:
+    endless.command.send_signal(how)
+    endless.command.communicate(timeout=DEADLINE_S)
     if how == signal.SIGINT:
-        assert leader.returncode == 130
-    psutil.wait_procs([follower], timeout=DEADLINE_S)
-    assert not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE
+        assert endless.command.returncode == 130
+    assert len(endless.others) == 3
+    assert_gone(endless.others)
+
+
+FAILING = """
+from fastllama import leader
+from tests.fastllama.cli.test_nproc import build_in_the_first_alone
+leader.start(2)
+leader.lead(build_in_the_first_alone)
+"""
+
+
+def build_in_the_first_alone() -> Llama:
+    llm = described(ModelSource.named("random-toy").to_json(), 1, 8, "cpu", "float32", None)
+    if llm.model.group.rank:
+        raise OSError("no space left for this one")
+    return llm
+
+
+def test_a_process_that_fails_alone_ends_the_others() -> None:
+    """After the group has agreed that all is well: the first waits for a group that the other does not join."""
+    found = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert found.returncode == EXIT_FOLLOWER_DIED
+    assert "process 1 of 2 ended with code 1: OSError: no space left for this one" in found.stderr
 
 
 def test_an_error_in_building_is_said_once() -> None:

@@ -5,22 +5,18 @@ program; the others, the followers (`follower.py`), build the same model and are
 increments of a stream, about a step's at a time, so that one which is closed or interrupted ends at the same place in
 all.
 
-Followers are started by the leader (`start`), or all of them by torchrun. When a follower that the leader started dies,
-the leader says so and ends; when the leader dies its pipes close, and the followers end. torchrun sees to it itself.
+Followers are started by the leader (`start`, in `started.py`), or all of them by torchrun.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,45 +25,46 @@ from torch.distributed.rendezvous import rendezvous
 
 from fastllama import parallel
 from fastllama.generation import Llama
+from fastllama.started import POLL_SECONDS, StartedFollowers
 from fastllama.stream import Increment
 
-FOLLOWER = "fastllama.follower"
-HOST = "127.0.0.1"
-POLL_SECONDS = 0.2
 PATIENCE = timedelta(days=365)  # of a follower for what is said next: people think
-END_SECONDS = 10  # for a follower that is dismissed
-EXIT_WORKER_DIED = 2
+INSISTENT = 3  # interrupts, of somebody who does not want to wait for the end of a step
+EXIT_INTERRUPTED = 130
+LED = ("model", "tokenizer", "formatter")  # of a Llama, what a program may look at
 # Names in the store where all processes meet.
 ORDER = "what to build"
 READY = "ready "  # and its rank: a follower that waits for it
 
-_started: list["_Followers"] = []  # those of `start`
-_leaders: list["Leader"] = []  # that followers wait for
+_leader: "Leader | None" = None
+_started: StartedFollowers | None = None
 
 
 class Leader:
-    """A Llama whose streams the followers run along with. Everything else is the Llama's own."""
+    """A Llama whose streams the followers run along with. `model`, `tokenizer` and `formatter` are there to be read."""
 
     def __init__(self, llm: Llama) -> None:
         self._llm = llm
         self._control = control_group()
 
     def __getattr__(self, name: str) -> Any:
+        if name not in LED:
+            raise AttributeError(f"{name!r} would run in this process alone: a leader streams, and calls `together`")
         return getattr(self._llm, name)
 
     def stream(self, prompt_tokens: Sequence[Sequence[int]], *arguments: Any, **keywords: Any) -> Generator[Increment]:
         """`Llama.stream`, on all processes. What it refuses is raised with the first increment."""
-        inner = self._llm.stream(
-            prompt_tokens, *arguments, **keywords
-        )  # what it refuses the followers need not hear of
-        stop_tokens = sorted(self._llm.tokenizer.stop_tokens)
-        tell(
-            self._control, {"arguments": (prompt_tokens, *arguments), "keywords": keywords, "stop_tokens": stop_tokens}
-        )
-        left, ended = 0, False
+        inner: Generator[Increment] | None = None
+        left, told, ended = 0, False, False
+        call = {"arguments": (prompt_tokens, *arguments), "keywords": keywords}
         try:
+            # Between these, and between two of a step's collectives, an interrupt would part this process from others.
+            with _interrupts_later():
+                inner = self._llm.stream(prompt_tokens, *arguments, **keywords)
+                tell(self._control, call | {"stop_tokens": sorted(self._llm.tokenizer.stop_tokens)})
+                told = True
             while True:
-                with _interrupts_later():  # between two of a step's sums the others would wait for ever
+                with _interrupts_later():
                     if not left:
                         left = len(prompt_tokens)
                         grant(self._control, left)
@@ -80,10 +77,10 @@ class Leader:
                 yield increment
         except Exception as error:
             ended = True  # as it has for the others, by the same error or by their own end
-            mourn(error)
+            await_obituary(error)
             raise
         finally:
-            if not ended:
+            if inner is not None and told and not ended:
                 with _interrupts_later():
                     self._run_out(inner, left)
 
@@ -108,34 +105,15 @@ def together(llm: Llama, function: Callable[..., Any], **arguments: Any) -> Any:
     return llm.together(function, **arguments) if isinstance(llm, Leader) else function(llm, **arguments)
 
 
-def lead(build: Callable[..., Llama], **arguments: Any) -> Llama:
-    """What `build` makes of the arguments, which JSON can hold, in this process, the first, and in every follower."""
-    _order({"build": _name(build), "arguments": arguments})
-    try:
-        leader = Leader(build(**arguments))
-    except Exception as error:
-        mourn(error)
-        raise
-    _leaders.append(leader)
-    return cast(Llama, leader)
-
-
-def dismiss() -> None:
-    """Let the followers end. It is the last that a program does with a model that it shared."""
-    if not _leaders and parallel.torchrun_started():
-        _order(None)
-    while _leaders:
-        _leaders.pop().dismiss()
-    while _started:
-        _started.pop().end()
-
-
 def start(count: int) -> None:
-    """Start `count` - 1 followers and make this process the first of all, as torchrun would.
+    """Start `count` - 1 followers and make this process the first of all, until they are dismissed.
 
-    Watches them in a thread, to the end of this process, which is theirs.
+    RuntimeError where this process shares a model already.
     """
-    _started.append(_Followers(count))
+    global _started
+    if parallel.torchrun_started() or dist.is_initialized():
+        raise RuntimeError("this process is one of several already, and starts no others")
+    _started = StartedFollowers(count)
 
 
 def await_followers() -> None:
@@ -143,68 +121,40 @@ def await_followers() -> None:
     _meeting_point().wait([f"{READY}{rank}" for rank in range(1, parallel.world_size())], PATIENCE)
 
 
-class _Followers:
-    """The processes beside this one, by rank from 1."""
+def lead(build: Callable[..., Llama], **arguments: Any) -> Llama:
+    """What `build` makes of the arguments, which JSON can hold, in this process, the first, and in every follower.
 
-    def __init__(self, count: int) -> None:
-        # The meeting point is this process's own, on a port of its choosing, so that none is taken twice.
-        self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        self._folder = tempfile.TemporaryDirectory(prefix="fastllama-workers-")
-        self._threads = torch.get_num_threads()
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": HOST, "MASTER_PORT": str(self._store.port)}
-        shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
-        if "OMP_NUM_THREADS" not in os.environ:  # as many threads for each process as leave none waiting
-            threads = max(1, self._threads // count)
-            torch.set_num_threads(threads)
-            shared["OMP_NUM_THREADS"] = str(threads)
-        self._processes = [self._start(rank, shared) for rank in range(1, count)]
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _start(self, rank: int, shared: dict[str, str]) -> "subprocess.Popen[bytes]":
-        with self._log(rank).open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", FOLLOWER],
-                stdin=subprocess.PIPE,  # whose end tells it that this process has ended
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,  # Ctrl-C is for this process
-            )
-
-    def end(self) -> None:
-        """Wait for followers that are dismissed, and take back their cores."""
-        for process in self._processes:
-            try:
-                process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        torch.set_num_threads(self._threads)
-
-    def _log(self, rank: int) -> Path:
-        return Path(self._folder.name, str(rank))
-
-    def _watch(self) -> None:
-        """End this process as soon as one of the others has ended otherwise than by being dismissed."""
-        while True:
-            for rank, process in enumerate(self._processes, 1):
-                if process.poll():
-                    for other in self._processes:
-                        other.kill()
-                    print(f"fastllama: error: {self._obituary(rank, process.returncode)}", file=sys.stderr, flush=True)
-                    sys.stdout.flush()
-                    os._exit(EXIT_WORKER_DIED)
-            time.sleep(POLL_SECONDS)
-
-    def _obituary(self, rank: int, code: int) -> str:
-        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
-        lines = self._log(rank).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        why = f": {lines[-1]}" if lines and code > 0 else ""
-        return f"process {rank} of {len(self._processes) + 1} {how}{why}"
+    RuntimeError for a second model: followers have one.
+    """
+    global _leader
+    if _leader is not None:
+        raise RuntimeError("the followers have a model already: dismiss them first")
+    _order({"build": _name(build), "arguments": arguments})
+    try:
+        _leader = Leader(build(**arguments))
+    except Exception as error:
+        await_obituary(error)
+        raise
+    return cast(Llama, _leader)
 
 
-def mourn(error: Exception) -> None:
-    """Where a lost connection may be the end of a follower, leave it to the watcher to say so and end."""
+def dismiss() -> None:
+    """Let the followers end, whether or not they have built a model. It is the last that a program has of them."""
+    global _leader, _started
+    if _started is not None:
+        _started.may_end()
+    if _leader is not None:
+        _leader.dismiss()
+    elif parallel.torchrun_started():
+        _order(None)
+    if _started is not None:
+        _started.end()
+    _leader = _started = None
+    _meeting_point.cache_clear()
+
+
+def await_obituary(error: Exception) -> None:
+    """Where a lost connection may be the end of a follower, leave it to those who watch it to say so and end."""
     if isinstance(error, RuntimeError):
         time.sleep(3 * POLL_SECONDS)
 
@@ -227,6 +177,7 @@ def hear_order() -> dict[str, Any] | None:
     return order
 
 
+@functools.cache  # where nobody else keeps the store, the first process does, as long as it lives
 def _meeting_point() -> Any:
     """The store where torchrun's processes find each other."""
     store, _, _ = next(rendezvous("env://"))
@@ -265,12 +216,18 @@ def granted(control: "dist.ProcessGroup") -> int:
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Hold back Ctrl-C to the end of the block."""
+    """Hold back Ctrl-C to the end of the block, unless it is pressed again and again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+
+    def press(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) >= INSISTENT:
+            os._exit(EXIT_INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, press)
     try:
         yield
     finally:

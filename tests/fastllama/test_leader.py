@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from fastllama import follower, parallel, workers
-from fastllama.workers import Leader, together
+from fastllama import follower, leader, parallel
+from fastllama.leader import Leader, together
+from fastllama.stream import NotFiniteError
 
 PROMPTS = [[1], [2, 3]]
 CALL = {"arguments": (PROMPTS, 4), "keywords": {"seed": 3}, "stop_tokens": [7, 9]}
@@ -27,9 +28,9 @@ class Told:
         self.tokenizer = Stopping()
         self.increments, self.taken, self.closed = increments, 0, False
         self.heard: list[Any] = []
-        monkeypatch.setattr(workers, "control_group", lambda: None)
+        monkeypatch.setattr(leader, "control_group", lambda: None)
         for name in ("tell", "grant"):
-            monkeypatch.setattr(workers, name, lambda control, message: self.heard.append(message))
+            monkeypatch.setattr(leader, name, lambda control, message: self.heard.append(message))
 
     def stream(self, *arguments: Any, **keywords: Any) -> Generator[Any]:
         try:
@@ -110,6 +111,37 @@ def test_a_function_is_called_in_all_processes(monkeypatch: pytest.MonkeyPatch) 
     assert told.heard == [{"function": f"{__name__}:doubled", "arguments": {"number": 4}}]
 
 
+def test_what_would_run_in_one_process_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: Any = Told(monkeypatch)
+    led: Any = Leader(told)
+    assert led.tokenizer is told.tokenizer
+    with pytest.raises(AttributeError, match="'generate' would run in this process alone"):
+        led.generate(PROMPTS, 4)
+
+
+def test_an_interrupt_as_a_call_is_told_closes_it_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(monkeypatch, "a")
+
+    def tell(control: None, message: Any) -> None:
+        told.heard.append(message)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stream = led(told)
+    monkeypatch.setattr(leader, "tell", tell)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert told.heard == [CALL, 0] and told.taken == 0
+
+
+def test_followers_are_started_once_and_lead_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader, "_leader", object())
+    with pytest.raises(RuntimeError, match="dismiss them first"):
+        leader.lead(lambda: None)  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(parallel, "torchrun_started", lambda: True)
+    with pytest.raises(RuntimeError, match="starts no others"):
+        leader.start(2)
+
+
 class Repeating:
     """A Llama that says what a follower asks of it."""
 
@@ -122,7 +154,7 @@ class Repeating:
         for number in range(3):
             self.calls.append(number)
             yield number
-        raise ValueError("not numbers")
+        raise NotFiniteError("not numbers")
 
 
 REPEATING = Repeating()

@@ -34,39 +34,50 @@ def main(ckpt_dir: str, tokenizer_path: str, max_seq_len: int = 64, max_batch_si
     print(json.dumps([result["logprobs"] for result in results]))
     print(answers[0]["generation"]["role"], answers[0]["generation"]["content"])
 
-main(sys.argv[1], sys.argv[2])
+for ckpt_dir, tokenizer_path in zip(sys.argv[1::2], sys.argv[2::2]):
+    main(ckpt_dir, tokenizer_path)
 """
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """(ckpt_dir, tokenizer_path) of a random model in four shards, and of the built-in one."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in four shards, and the script."""
     folder = tmp_path_factory.mktemp("drop-in")
     write_meta(folder, tiny_params(), random_weights(tiny_params()), shards=4)
     write_tokenizer(folder)
-    return {"4 shards": (str(folder), str(folder / "tokenizer.model")), "built-in": builtin_checkpoint()}
+    (folder / "script.py").write_text(SCRIPT)
+    return folder
 
 
-def run(launcher: list[str], arguments: tuple[str, str], folder: Path) -> list[str]:
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
+def run(folder: Path, *launcher: str) -> list[str]:
+    """What the script prints of that model and of the built-in one."""
+    models = (str(folder), str(folder / "tokenizer.model"), *builtin_checkpoint())
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script), *arguments]
+    command = [sys.executable, *launcher, str(folder / "script.py"), *models]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("name", "processes"), [("4 shards", 1), ("4 shards", 2), ("built-in", 2)])
-def test_python_and_torchrun_print_the_same(
-    folders: dict[str, tuple[str, str]], tmp_path: Path, name: str, processes: int
-) -> None:
-    plain = run([], folders[name], tmp_path)
-    assert plain[0].startswith("the first of two > ") and plain[-1].startswith("assistant ")
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> list[str]:
+    """Without torchrun."""
+    lines = run(folder)
+    assert lines[0].startswith("the first of two > ") and lines[-1].startswith("assistant ")
+    return lines
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_python_and_torchrun_print_the_same(folder: Path, plain: list[str], processes: int) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    shared = run([*torchrun, "--local-ranks-filter", "0"], folders[name], tmp_path)
-    (place,) = (place for place, line in enumerate(plain) if line.startswith("[[-"))
-    scores, expected = (json.loads(lines.pop(place)) for lines in (shared, plain))
-    assert shared == plain and len(expected) == 2
-    for mine, theirs in zip(scores, expected, strict=True):
-        assert mine == pytest.approx(theirs, abs=LOGPROB_TOLERANCE * (processes > 1))
+    shared = run(folder, *torchrun, "--local-ranks-filter", "0")
+    assert len(shared) == len(plain)
+    n_scored = 0
+    for line, expected in zip(shared, plain, strict=True):
+        if not expected.startswith("[[-"):
+            assert line == expected
+            continue
+        for mine, theirs in zip(json.loads(line), json.loads(expected), strict=True):
+            assert mine == pytest.approx(theirs, abs=LOGPROB_TOLERANCE * (processes > 1))
+            n_scored += 1
+    assert n_scored == 2 * 2  # two prompts of two models

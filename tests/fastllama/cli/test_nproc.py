@@ -54,7 +54,7 @@ def test_a_benchmark_of_two_processes(checkpoint: str) -> None:
 
 
 class Endless(NamedTuple):
-    """A command that generates on four processes, once it does, and the others of them."""
+    """A command that generates on several processes, once it does, and the others of them."""
 
     command: "subprocess.Popen[str]"
     others: list[psutil.Process]
@@ -62,13 +62,11 @@ class Endless(NamedTuple):
 
 @pytest.fixture
 def endless(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
-    """Started by itself, or with the fixture's parameter "torchrun" by that."""
+    """On so many processes, started by the command or by torchrun: the fixture's parameters."""
+    count, how = request.param
     words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", checkpoint, "--device", "cpu"]
     words += ["--max_seq_len", "8000", "--temperature", "5"]
-    if getattr(request, "param", "--nproc") == "torchrun":
-        words = [*TORCHRUN[:-1], "4", *words]
-    else:
-        words += ["--nproc", "4"]
+    words = [*TORCHRUN[:-1], count, *words] if how == "torchrun" else [*words, "--nproc", count]
     pipe = subprocess.PIPE
     command = subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
     try:
@@ -85,29 +83,29 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert not [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("endless", ["--nproc", "torchrun"], indirect=True)
+@pytest.mark.parametrize("endless", [("4", "--nproc"), ("2", "torchrun")], ids=["--nproc", "torchrun"], indirect=True)
 def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> None:
     command, others = endless
-    by_torchrun = len(others) == 4  # the first is its child, too
     others[-1].send_signal(signal.SIGKILL)
     start = time.monotonic()
     _, said = command.communicate(timeout=DEADLINE_S)
     assert time.monotonic() - start < DEADLINE_S
-    if by_torchrun:
-        assert command.returncode != 0 and "SIGKILL" in said
-    else:
+    if len(others) == 3:
         assert command.returncode == EXIT_FOLLOWER_DIED
         assert "process 3 of 4 was killed by signal 9 (SIGKILL)" in said.splitlines()[-1]
+    else:  # torchrun's are both of them
+        assert command.returncode != 0 and "SIGKILL" in said
     assert_gone(others)
 
 
+@pytest.mark.parametrize("endless", [("2", "--nproc")], ids=[""], indirect=True)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
 def test_nothing_is_left_when_the_first_process_ends(endless: Endless, how: signal.Signals) -> None:
     endless.command.send_signal(how)
     endless.command.communicate(timeout=DEADLINE_S)
     if how == signal.SIGINT:
         assert endless.command.returncode == 130
-    assert len(endless.others) == 3
+    assert len(endless.others) == 1
     assert_gone(endless.others)
 
 

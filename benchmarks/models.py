@@ -122,12 +122,7 @@ def build(source: ModelSource, args: ModelArgs, device: torch.device, dtype: tor
     with group.agreeing():
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
         model.load_tensors(source.tensors(args, device, dtype, group))
-    if source.tokenizer_path is not None:
-        return Llama(model, Tokenizer(source.tokenizer_path))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.model"
-        path.write_bytes(_ranks(args.vocab_size - NUM_SPECIAL_TOKENS))
-        return Llama(model, Tokenizer(path))
+        return Llama(model, _tokenizer(source, args.vocab_size))
 
 
 def described(
@@ -137,6 +132,15 @@ def described(
     model = ModelSource(**source)
     args = model.args(max_batch_size, max_seq_len)
     return build(model, args, choose_device(device), getattr(torch, dtype), backend)
+
+
+def _tokenizer(source: ModelSource, vocab_size: int) -> Tokenizer:
+    if source.tokenizer_path is not None:
+        return Tokenizer(source.tokenizer_path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(_ranks(vocab_size - NUM_SPECIAL_TOKENS))
+        return Tokenizer(path)
 
 
 def _ranks(count: int) -> bytes:

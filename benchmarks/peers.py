@@ -26,6 +26,7 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks import gpt_fast_peer, reference_peer
 from fastllama.benchmarks.models import ModelSource, Run
 from fastllama.parallel import environment_alone
+from fastllama.started import last_acts
 
 
 class Kind(NamedTuple):
@@ -165,6 +166,7 @@ class Peer:
                 env={**environment_alone(), "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C is for us: we end the peer once what was measured is safe
             )
+        last_acts.append(self.close)
         try:
             self._ask(
                 {
@@ -189,6 +191,8 @@ class Peer:
 
     def close(self) -> None:
         """End the process. Safe to call twice."""
+        if self.close in last_acts:
+            last_acts.remove(self.close)
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait(CLOSE_TIMEOUT_S)

@@ -26,17 +26,19 @@ from torch.distributed.rendezvous import rendezvous
 from fastllama import parallel
 from fastllama.generation import Llama
 from fastllama.started import POLL_SECONDS, StartedFollowers
-from fastllama.stream import Increment
+from fastllama.stream import Increment, NotFiniteError
 
 PATIENCE = timedelta(days=365)  # of a follower for what is said next: people think
 INSISTENT = 3  # interrupts, of somebody who does not want to wait for the end of a step
 EXIT_INTERRUPTED = 130
+END_SECONDS = 10  # for followers that are dismissed
 LED = ("model", "tokenizer", "formatter")  # of a Llama, what a program may look at
 # Names in the store where all processes meet.
 ORDER = "what to build"
 READY = "ready "  # and its rank: a follower that waits for it
 
 _leader: "Leader | None" = None
+_ordered = False  # whether followers know what to build
 _started: StartedFollowers | None = None
 
 
@@ -46,6 +48,7 @@ class Leader:
     def __init__(self, llm: Llama) -> None:
         self._llm = llm
         self._control = control_group()
+        self.parted = False  # an error here alone, after which nobody can say where the others are
 
     def __getattr__(self, name: str) -> Any:
         if name not in LED:
@@ -77,6 +80,7 @@ class Leader:
                 yield increment
         except Exception as error:
             ended = True  # as it has for the others, by the same error or by their own end
+            self.parted |= told and not isinstance(error, NotFiniteError)
             await_obituary(error)
             raise
         finally:
@@ -91,9 +95,15 @@ class Leader:
         inner.close()
 
     def together(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        """`function(llm, **arguments)`, in all processes at once -> what it returns here."""
-        tell(self._control, {"function": _name(function), "arguments": arguments})
-        return function(self._llm, **arguments)
+        """`function(llm, **arguments)`, in all processes at once -> what it returns here. Interrupts wait."""
+        with _interrupts_later():
+            try:
+                tell(self._control, {"function": _name(function), "arguments": arguments})
+                return function(self._llm, **arguments)
+            except Exception as error:
+                self.parted = True
+                await_obituary(error)
+                raise
 
     def dismiss(self) -> None:
         """Let the followers end. No stream may be open."""
@@ -106,9 +116,9 @@ def together(llm: Llama, function: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def start(count: int) -> None:
-    """Start `count` - 1 followers and make this process the first of all, until they are dismissed.
+    """Start `count` - 1 followers and make this process the first of all. A program does so once.
 
-    RuntimeError where this process shares a model already.
+    RuntimeError where this process shares a model already, or has.
     """
     global _started
     if parallel.torchrun_started() or dist.is_initialized():
@@ -126,10 +136,11 @@ def lead(build: Callable[..., Llama], **arguments: Any) -> Llama:
 
     RuntimeError for a second model: followers have one.
     """
-    global _leader
+    global _leader, _ordered
     if _leader is not None:
         raise RuntimeError("the followers have a model already: dismiss them first")
     _order({"build": _name(build), "arguments": arguments})
+    _ordered = True
     try:
         _leader = Leader(build(**arguments))
     except Exception as error:
@@ -139,18 +150,28 @@ def lead(build: Callable[..., Llama], **arguments: Any) -> Llama:
 
 
 def dismiss() -> None:
-    """Let the followers end, whether or not they have built a model. It is the last that a program has of them."""
-    global _leader, _started
+    """Let the followers end, whether or not they have built a model. It is the last that a program has of them.
+
+    Those that this process started are killed where they would not hear of it.
+    """
+    global _leader, _started, _ordered
+    listening = not _ordered if _leader is None else not _leader.parted
     if _started is not None:
         _started.may_end()
-    if _leader is not None:
-        _leader.dismiss()
-    elif parallel.torchrun_started():
-        _order(None)
-    if _started is not None:
-        _started.end()
-    _leader = _started = None
-    _meeting_point.cache_clear()
+    try:
+        if _leader is not None and listening:
+            _leader.dismiss()
+        elif listening and parallel.torchrun_started():
+            _order(None)
+    except RuntimeError:  # one has died: torchrun says so; of those that this process started the others end, too
+        if _started is None:
+            raise
+        listening = False
+    finally:
+        if _started is not None:
+            _started.end(END_SECONDS if listening else 0)
+        _leader, _started, _ordered = None, None, False
+        _meeting_point.cache_clear()
 
 
 def await_obituary(error: Exception) -> None:

@@ -34,7 +34,7 @@ def load(
 ) -> tuple[Transformer, Tokenizer]:
     """What `Llama.build` promises, argument by argument and error by error.
 
-    Where several processes share the model, an error in one of them is raised in all.
+    Where several processes share the model, an error of one while it reads and places the weights is raised in all.
     """
     start = time.perf_counter()
     max_seq_len = _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, " (8192 without scaled rope)")

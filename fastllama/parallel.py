@@ -6,6 +6,7 @@ groups say who shares a model with whom, as in Meta's code. None of it is touche
 
 import atexit
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ class Group:
     rank: int = 0
     size: int = 1
     processes: Any = None  # torch.distributed's group
+    hosts: Any = None  # one between the same processes' hosts, which wait for each other's disks
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """What every process has of a sum -> the sum, the same bits in each, in place of x."""
@@ -69,7 +71,7 @@ class Group:
         if self.size == 1:
             return
         found: list[str | None] = [None] * self.size
-        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", self.processes)
+        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", self.hosts)
         failed = next((rank for rank, text in enumerate(found) if text is not None), None)
         if error is None and failed is not None:
             raise ProcessFailed(f"process {failed} of {self.size} failed: {found[failed]}")
@@ -189,9 +191,15 @@ def _initialised(groups: Any, asked: int | None, device: torch.device) -> Group:
             f"the model is on {device.type}, and the processes are connected by {dist.get_backend(processes)}: "
             f"init_process_group({'nccl' if device.type == 'cuda' else 'gloo'!r}) instead, or leave it to build"
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # where NCCL's collectives on objects go
-    return Group(groups.get_model_parallel_rank(), size, processes)
+    return Group(groups.get_model_parallel_rank(), size, processes, _hosts(processes))
+
+
+@functools.cache
+def _hosts(processes: Any) -> Any:
+    """A group of the same processes that waits longer than those of collectives, and needs no GPU."""
+    ranks = dist.get_process_group_ranks(processes)
+    how: dict[str, Any] = {"backend": "gloo", "timeout": LOADING_PATIENCE, "use_local_synchronization": True}
+    return dist.new_group(ranks, **how)
 
 
 def _initialise_world(device: torch.device) -> None:
@@ -204,9 +212,9 @@ def _initialise_world(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         index = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl", device_id=index, timeout=LOADING_PATIENCE)
+        dist.init_process_group("nccl", device_id=index)
     else:
-        dist.init_process_group("gloo", timeout=LOADING_PATIENCE)
+        dist.init_process_group("gloo")
         # Its threads give back the last collective's tensors, for which they need an interpreter that has not ended.
         atexit.register(time.sleep, GLOO_ENDS_SECONDS)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -21,11 +22,13 @@ import torch.distributed as dist
 FOLLOWER = "fastllama.follower"
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.2
-END_SECONDS = 10  # for a follower that is dismissed
 FLUSH_SECONDS = 1
 EXIT_FOLLOWER_DIED = 2
 STDERR = 2
 TORCHS_PREFIX = r"^\[rank\d+\]: "  # of tracebacks
+
+
+last_acts: list[Callable[[], object]] = []  # of this process, where the death of a follower ends it
 
 
 class StartedFollowers:
@@ -50,7 +53,7 @@ class StartedFollowers:
         mine = shared | {"RANK": "0", "LOCAL_RANK": "0"}
         self._before = {name: os.environ.get(name) for name in mine}
         os.environ |= mine
-        if "OMP_NUM_THREADS" not in os.environ:  # as many threads for each process as leave none waiting
+        if os.environ.get("OMP_NUM_THREADS") != str(self._threads):  # as many for each process as leave none waiting
             threads = max(1, self._threads // count)
             torch.set_num_threads(threads)
             shared["OMP_NUM_THREADS"] = str(threads)
@@ -65,13 +68,15 @@ class StartedFollowers:
         """From now on a follower that ends is none that died."""
         self._over.set()
 
-    def end(self) -> None:
-        """Wait for followers that are dismissed, and be a process like any other again."""
+    def end(self, seconds: float) -> None:
+        """Wait so long for followers that are dismissed, then kill; take back the cores and the environment."""
+        deadline = time.monotonic() + seconds
         for process in self._processes:
             try:
-                process.wait(END_SECONDS)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         self._open.close()
         torch.set_num_threads(self._threads)
         for name, value in self._before.items():
@@ -94,6 +99,8 @@ class StartedFollowers:
             os.write(STDERR, f"fastllama: error: {self._obituary(rank, code)}\n".encode())
             self._restore_terminal()
             _flush_stdout()
+            for act in last_acts:
+                act()
         finally:
             os._exit(EXIT_FOLLOWER_DIED)
 

@@ -4,7 +4,8 @@
     h[n] = table[tokens[n] - begin], 0 where there is no such row        of a table that is a slice of the vocabulary
 
 tokens (N,) int64; table (V, E); h (N, E). Moves 2·N·E elements. An id outside the vocabulary reads the first or the
-last row, never what lies outside the table: a wrong id must not take the process down; the caller's check names it.
+last row (of a slice zeros), never what lies outside the table: a wrong id must not take the process down; the caller's
+check names it.
 """
 
 import torch

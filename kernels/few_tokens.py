@@ -1,6 +1,6 @@
 """A projection of 2 to 16 tokens: y = epilogue(weight · norm(x)ᵀ) on the matrix units, the weight streamed once.
 
-    x (N, IN) → x · scale, where there is a norm, rounded to the model dtype; its squares are summed on the way
+    x (N, IN) → x · scale, where there is a norm, rounded to the model dtype; x's own squares are summed on the way
     sums      = weight (OUT, IN) · xᵀ in float32, times 1 / sqrt(mean(x²) + eps), rounded to the model dtype
     epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`projection.py`)
 
@@ -11,7 +11,8 @@ already. A pipeline of asynchronous copies keeps 56 to 192 KB a multiprocessor i
 
 A norm divides a token by one number, which comes out of the sums as well as out of the token. So every program reads x
 once, as it multiplies by it, and divides at the end: x need not be known before the first weight is used, and nobody
-has to leave a word about x, who may be a collective. Meta rounds the quotient before it is scaled, this the scaled x.
+has to leave a word about x, who may be a collective. Meta rounds the quotient before it is scaled, this the scaled x,
+which in float16 must stay below 65,504.
 """
 
 from typing import NamedTuple

@@ -74,7 +74,7 @@ EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
 )
 @click.option("--gpt_fast", metavar="DIR", help="A checkout of gpt-fast, for that peer.")
 @nproc_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads, of all processes. Default: torch's.")
 @device_options
 @click.option(
     "--output",
@@ -162,6 +162,10 @@ def _run(output: str | None, no_plots: bool, threads: int | None, **options: Any
     from fastllama.benchmarks import plots, suite
 
     if threads is not None:
+        if under_torchrun():
+            raise click.UsageError(
+                "--threads is for one process and those it starts: set OMP_NUM_THREADS for torchrun's."
+            )
         torch.set_num_threads(threads)
     path = Path(output or f"fastllama-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
     result = suite.run(_plan(**options), lambda text: click.echo(text, err=True), path)

@@ -133,6 +133,57 @@ def test_an_interrupt_as_a_call_is_told_closes_it_in_all(monkeypatch: pytest.Mon
     assert told.heard == [CALL, 0] and told.taken == 0
 
 
+def interrupting(llm: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    llm.heard.append("done")
+
+
+def test_an_interrupt_waits_for_the_end_of_what_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: Any = Told(monkeypatch)
+    led = Leader(told)
+    with pytest.raises(KeyboardInterrupt):
+        led.together(interrupting)
+    assert told.heard[-1] == "done" and not led.parted
+
+
+class Started:
+    """Followers that this process started, and how long they were given to end."""
+
+    def __init__(self) -> None:
+        self.given: float | None = None
+
+    def may_end(self) -> None:
+        assert self.given is None
+
+    def end(self, seconds: float) -> None:
+        self.given = seconds
+
+
+def failing(llm: Any) -> None:
+    raise OSError("here alone")
+
+
+@pytest.mark.parametrize("how", ["well", "parted", "dead", "building"])
+def test_followers_are_told_to_end_where_they_hear_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: Any = Told(monkeypatch)
+    led, started = Leader(told), Started()
+    monkeypatch.setattr(leader, "_leader", None if how == "building" else led)
+    monkeypatch.setattr(leader, "_ordered", True)
+    monkeypatch.setattr(leader, "_started", started)
+    if how == "parted":
+        with pytest.raises(OSError, match="here alone"):
+            led.together(failing)
+    if how == "dead":
+
+        def tell(control: None, message: Any) -> None:
+            raise RuntimeError("Connection closed by peer")
+
+        monkeypatch.setattr(leader, "tell", tell)
+    leader.dismiss()
+    assert started.given == (leader.END_SECONDS if how == "well" else 0)
+    assert (told.heard[-1:] == [None]) is (how == "well")
+
+
 def test_followers_are_started_once_and_lead_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leader, "_leader", object())
     with pytest.raises(RuntimeError, match="dismiss them first"):

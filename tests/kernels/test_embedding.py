@@ -28,9 +28,9 @@ def test_a_slice_of_the_table_leaves_zeros_for_the_others(
 ) -> None:
     whole = random(150, 100, seed=1).to(device)
     table = guarded.copy(whole[begin : begin + 50])
-    tokens = torch.tensor([0, 49, 50, 99, 100, 149], device=device)
+    tokens = torch.tensor([0, 49, 50, 99, 100, 149, -1, 150, 2**40, -(2**40)], device=device)
     inside = (tokens >= begin) & (tokens < begin + 50)
-    expected = torch.where(inside[:, None], whole[tokens], 0)
+    expected = torch.where(inside[:, None], whole[tokens.clamp(0, 149)], 0)
     batch = Ragged.of([(0, 0, tokens.tolist())], device)
     for h in (embed(table, tokens, begin), reference.embed(table, batch, begin)):
         assert torch.equal(h, expected)

@@ -39,8 +39,8 @@ def test_few_tokens_appends_nothing_outside_the_cache(device: torch.device, guar
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
-def test_few_tokens_normalises_whatever_the_size(scale: float, device: torch.device, guarded: GuardedMemory) -> None:
-    """The divisor comes last: until then small and large hidden states keep their digits, in float16, too."""
+def test_few_tokens_divides_late(scale: float, device: torch.device, guarded: GuardedMemory) -> None:
+    """Until then small and large hidden states keep their digits, in float16, too."""
     case = Case(SHAPES["E192-H6-K2-D32-F480"], 5, torch.float16, device, guarded)
     case.h = guarded.copy(case.h * scale)
     ours = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)

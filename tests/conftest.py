@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("fastllama")
 
 
 # What takes longest begins first, or one process would end long after the others.
-LONGEST = ("test_compiled.py", "test_gpu_report.py", "test_nproc.py", "test_parallel.py", "test_fused.py")
+LONGEST = ("test_compiled.py", "test_fused.py", "test_sampling.py", "test_nproc.py", "test_gpu_report.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

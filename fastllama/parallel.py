@@ -199,6 +199,8 @@ def _hosts(processes: Any) -> Any:
     """A group of the same processes that waits longer than those of collectives, and needs no GPU."""
     ranks = dist.get_process_group_ranks(processes)
     how: dict[str, Any] = {"backend": "gloo", "timeout": LOADING_PATIENCE, "use_local_synchronization": True}
+    # gloo's threads give back the last collective's tensors, for which they need an interpreter that has not ended.
+    atexit.register(time.sleep, GLOO_ENDS_SECONDS)
     return dist.new_group(ranks, **how)
 
 
@@ -215,8 +217,6 @@ def _initialise_world(device: torch.device) -> None:
         dist.init_process_group("nccl", device_id=index)
     else:
         dist.init_process_group("gloo")
-        # Its threads give back the last collective's tensors, for which they need an interpreter that has not ended.
-        atexit.register(time.sleep, GLOO_ENDS_SECONDS)
 
 
 def _fairscale() -> Any:

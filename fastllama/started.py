@@ -27,7 +27,6 @@ EXIT_FOLLOWER_DIED = 2
 STDERR = 2
 TORCHS_PREFIX = r"^\[rank\d+\]: "  # of tracebacks
 
-
 last_acts: list[Callable[[], object]] = []  # of this process, where the death of a follower ends it
 
 
@@ -139,7 +138,12 @@ def _terminal() -> Callable[[], None]:
 
     terminal = sys.stdin.fileno()
     state = termios.tcgetattr(terminal)
-    return lambda: termios.tcsetattr(terminal, termios.TCSANOW, state)
+
+    def restore() -> None:
+        if os.tcgetpgrp(terminal) == os.getpgrp():  # it is ours: in the background it would stop us
+            termios.tcsetattr(terminal, termios.TCSANOW, state)
+
+    return restore
 
 
 def _flush_stdout() -> None:

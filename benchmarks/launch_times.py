@@ -110,25 +110,22 @@ def launch_times(
         )
     with model.exclusively():
         calls = _recorded(model, batch, context, temperature, spare_steps=_chain(model.device, 1) * (repeats + 4))
-        work = [*decode_step(model.share, model.dtype, batch, context), *_exchanges(model)]
-        calls += _exchanging(model, batch)
+        work = decode_step(model.share, model.dtype, batch, context)
+        for one, call in _collectives(model, batch):
+            work.append(one)
+            calls.append(_Call(one.name, call))
         return [_timed(one, calls, model.device, repeats) for one in work]
 
 
-def _exchanges(model: Transformer) -> list[Work]:
-    """The collectives of a step, whose least time is not known from bytes."""
+def _collectives(model: Transformer, batch: int) -> list[tuple[Work, Callable[[], object]]]:
+    """Those of a step, whose least time is not known from bytes, and a call of each."""
     if model.group.size == 1:
         return []
-    return [Work("all-reduce", 2 * model.n_layers + 1, 0, 0), Work("all-gather", 1, 0, 0)]
-
-
-def _exchanging(model: Transformer, batch: int) -> list[_Call]:
-    """A call of each of them."""
     zeros = partial(torch.zeros, dtype=model.dtype, device=model.device)
     hidden, logits = zeros(batch, model.params.dim), zeros(batch, model.share.vocab_size)
     return [
-        _Call("all-reduce", partial(model.group.all_reduce, hidden)),
-        _Call("all-gather", partial(model.group.all_gather, logits)),
+        (Work("all-reduce", 2 * model.n_layers + 1, 0, 0), partial(model.group.all_reduce, hidden)),
+        (Work("all-gather", 1, 0, 0), partial(model.group.all_gather, logits)),
     ]
 
 

@@ -134,9 +134,7 @@ class Transformer(nn.Module):
 
     def _embed(self, batch: Ragged) -> Tensor:
         """(N, dim), each token's row from the process that has it."""
-        if self.group.size == 1:
-            return cast(Tensor, self.ops.embed(self.tok_embeddings, batch))
-        begin = self.group.rank * self.share.vocab_size
+        begin = self.group.rank * self.share.vocab_size if self.group.size > 1 else None
         return self.group.all_reduce(self.ops.embed(self.tok_embeddings, batch, begin))
 
     def logits(self, h: Tensor, batch: Ragged) -> Tensor:

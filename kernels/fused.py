@@ -105,7 +105,7 @@ def _on_its_device(op: Callable[P, R]) -> Callable[P, R]:
 
 
 # Of the ops below each is one of these or more: they stand here for whoever wants one alone. `add_rms_norm` is for a
-# residual that comes after the projection, behind a collective, say; here `project` adds it.
+# residual that is yet to be added; here `project` adds it.
 rms_norm = _on_its_device(norms.rms_norm)
 add_rms_norm = _on_its_device(norms.add_rms_norm)
 rotary_append = _on_its_device(rotary.rotary_append)

@@ -36,7 +36,7 @@ PARAMETERS = [
     (0.8, 1e-300),
     (2.0, 7.0),
 ]
-CHI_SQUARE_DRAWS = {"cpu": 1_000, "cuda": 200_000}
+CHI_SQUARE_DRAWS = {"cpu": 1_200, "cuda": 200_000}
 NEAR_ONE, NEAR_ZERO = 1 - 1e-5, 1e-5
 
 

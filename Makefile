@@ -13,10 +13,14 @@ SMOKE := .cache/bench-smoke
 smoke-%: export TORCHINDUCTOR_COMPILE_THREADS := 1
 SMOKED := --strict --batch 2 --context 8 --steps 3 --rounds 1 --threads 1
 
+# Beside the pinned triton: the oldest that is supported, which a GPU machine may have, and the newest.
 OLDER_TRITON := .cache/triton-3.6.0
-WITH_OLDER_TRITON := PYTHONPATH=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python
+NEWEST_TRITON := .cache/triton-3.9.0
+WITH_TRITON = PYTHONPATH=$(CURDIR)/$< $(BIN)/python
+KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/test_compiled.py \
+	tests/benchmarks/test_dependence.py
 
-.PHONY: help install demo test test-triton-3.6 kernels-report gpu-report readme \
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest kernels-report gpu-report readme \
 	bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types clean
 
 help: ## List the targets
@@ -36,15 +40,21 @@ demo: $(INSTALLED) ## Tell a story and answer a question with the built-in model
 	@echo "> What is the capital of France?"
 	@echo "What is the capital of France?" | $(BIN)/fastllama chat --temperature 0
 
-test: $(INSTALLED) ## Run all tests
+test: $(INSTALLED) ## Run the tests, under five minutes; more sizes and more GPUs are left to test-all
 	$(BIN)/python $(PYTEST)
 
-test-triton-3.6: $(OLDER_TRITON) ## Run the kernels' tests under the older triton
-	$(WITH_OLDER_TRITON) $(PYTEST) tests/kernels tests/fastllama/test_fused.py tests/benchmarks/test_compiled.py
+test-all: $(INSTALLED) ## Run all tests
+	$(BIN)/python $(PYTEST) --all
 
-kernels-report: $(INSTALLED) $(OLDER_TRITON) ## Compile the kernels for five GPUs and write docs/compiled/
+test-triton-3.6: $(OLDER_TRITON) ## Run all tests of the kernels under the oldest triton that is supported
+	$(WITH_TRITON) $(PYTEST) --all $(KERNEL_TESTS)
+
+test-triton-latest: $(NEWEST_TRITON) ## Run all tests of the kernels under the newest triton
+	$(WITH_TRITON) $(PYTEST) --all $(KERNEL_TESTS)
+
+kernels-report: $(OLDER_TRITON) ## Compile the kernels for all supported GPUs and write docs/compiled/
 	$(BIN)/python -m fastllama.benchmarks.kernels_report
-	$(WITH_OLDER_TRITON) -m fastllama.benchmarks.kernels_report
+	$(WITH_TRITON) -m fastllama.benchmarks.kernels_report
 
 gpu-report: ## With RESULTS=dir, on a machine with a GPU and its own torch and triton: tests and times
 	$(PYTHON) -m fastllama.benchmarks.gpu_report \
@@ -71,8 +81,8 @@ smoke-models:
 smoke-memory:
 	$(BIN)/fastllama bench $(SMOKED) --suite load,memory --output $(SMOKE)/memory.json
 
-$(OLDER_TRITON): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+.cache/triton-%: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
 	@touch $@
 
 lint: $(INSTALLED) ## Check style and formatting

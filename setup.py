@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11,<3.14",
+    python_requires=">=3.11",
     # fastllama/kernels and fastllama/benchmarks are links to the folders of the top level, so that a bare checkout,
     # an editable install and a wheel all find them under one name.
     packages=[
@@ -34,6 +34,7 @@ setup(
     package_data={"fastllama.builtin": ["checkpoint/*", "data/*"]},
     install_requires=[
         "torch>=2.11",
+        "numpy>=1.26",  # torch warns without it, and triton's interpreter needs it
         "triton>=3.6; sys_platform == 'linux'",
         "tiktoken>=0.9",
         "safetensors>=0.5",
@@ -50,7 +51,6 @@ setup(
             *REFERENCE,
             "hypothesis>=6.100",
             "mypy>=1.15",
-            "numpy>=1.26",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",

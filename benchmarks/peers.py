@@ -25,6 +25,7 @@ import fastllama
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import gpt_fast_peer, reference_peer
 from fastllama.benchmarks.models import ModelSource, Run
+from fastllama.benchmarks.tolerances import TOLERANCES
 from fastllama.parallel import environment_alone
 from fastllama.started import last_acts
 
@@ -54,8 +55,6 @@ PEERS = {
 }
 CLOSE_TIMEOUT_S = 10
 MAX_REASON = 300  # characters
-# How far two right answers may lie apart, in nats of log-probability and in logits: rounding, summed in another order.
-LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 
 
 class PeerError(Exception):
@@ -82,7 +81,7 @@ def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
     """Compare tokens and log-probabilities of the same prompts. ValueError when a run lacks what that takes."""
     if ours.logprobs is None or oracle.logprobs is None or oracle.margins is None:
         raise ValueError("a comparison needs log-probabilities of both runs and the oracle's margins")
-    tolerance = LOGPROB_TOLERANCE[dtype]
+    tolerance = TOLERANCES["logprobs", dtype]
     total = sum(len(row) for row in oracle.tokens)
     compared = 0
     worst = 0.0

@@ -10,10 +10,11 @@ from click.testing import CliRunner, Result
 
 import fastllama
 from fastllama.cli import main
+from tests.waiting import HANG_SECONDS
 
 ROOT = Path(fastllama.__file__).parent.parent
 GREEDY = ("--temperature", "0", "--max_gen_len", "6", "--max_seq_len", "64", "--device", "cpu")
-READ_TIMEOUT_S = 60
+READ_TIMEOUT_S = HANG_SECONDS
 CHAT = ("--temperature", "0", "--max_gen_len", "8", "--max_seq_len", "128", "--device", "cpu")
 
 

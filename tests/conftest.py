@@ -1,6 +1,9 @@
 """What every test runs under: one thread, derandomised properties, and NaN in all memory that nothing has written.
 
 Where there is a GPU, kernels are compiled and tested on it; elsewhere triton interprets them on the CPU.
+
+Tests marked `slow` run with --all only (`make test-all`): more sizes and more GPUs of what others test already.
+OMP_NUM_THREADS in the environment sets another number of threads.
 """
 
 import os
@@ -13,18 +16,28 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-torch.set_num_threads(1)
+if not os.environ.get("OMP_NUM_THREADS"):
+    torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("fastllama", derandomize=True, deadline=None, max_examples=30, database=None)
 hypothesis.settings.load_profile("fastllama")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--all."""
+    parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
 
 
 # What takes longest begins first, or one process would end long after the others.
 LONGEST = ("test_compiled.py", "test_fused.py", "test_sampling.py", "test_nproc.py", "test_gpu_report.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first; the order within a file, and of the others, stays."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Longest files first; the order within a file, and of the others, stays. Slow tests are skipped without --all."""
+    if not config.getoption("all"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: make test-all runs it"))
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 

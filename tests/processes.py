@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from tests.waiting import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 110
 
 
 def run_processes(
@@ -38,7 +39,7 @@ def run_processes(
             env = {**os.environ, **mine}
             processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=env, cwd=ROOT))
     try:
-        codes = [process.wait(TIMEOUT_S) for process in processes]
+        codes = [process.wait(HANG_SECONDS) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -11,11 +11,12 @@ import pytest
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
 from fastllama.benchmarks.kernels_table import WHOLE_STEP, Row, launch_counts, violations
 from fastllama.benchmarks.launches import MODELS
+from tests.tiers import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", params=["sm_90", "gfx942"])
+@pytest.fixture(scope="module", params=parameters({gpu: gpu for gpu in ("sm_90", "gfx942")}, quick=("sm_90",)))
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The faulty kernels, compiled in a process of its own (this one interprets), by name."""
     environment = compiling_environment(str(tmp_path_factory.mktemp("triton")))

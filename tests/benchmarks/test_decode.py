@@ -19,6 +19,7 @@ from fastllama.benchmarks.rounds import SUITES, Case, Measured, Ours, Runner
 from fastllama.benchmarks.tables import aligned
 from fastllama.cli import bench as bench_command
 from fastllama.speed_of_light import decode_step, total_bytes
+from tests.answers import assert_same_answers
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ def test_ours_runs_full_length_and_gives_the_stop_tokens_back() -> None:
     stops = {expected[0][1]}
     llm.tokenizer.stop_tokens = stops
     run = Ours(llm).run(prompts, CASE.steps, logprobs=True)
-    assert (run.tokens, run.logprobs) == (expected, scores)
+    assert_same_answers((run.tokens, run.logprobs), (expected, scores))
     assert len(run.seconds) == CASE.steps and run.seconds == sorted(run.seconds)
     assert llm.tokenizer.stop_tokens is stops
     assert Ours(llm).run(prompts, CASE.steps).logprobs is None

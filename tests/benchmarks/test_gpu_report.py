@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTY = "tests.benchmarks.faulty_sections:"
 
 
+@pytest.mark.slow
 def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastllama.benchmarks.gpu_report", "--results", str(tmp_path), "--json"]
     done = subprocess.run(

@@ -137,6 +137,7 @@ def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.Monk
         assert ("| --- |" in shown) is in_markdown
 
 
+@pytest.mark.slow
 def test_load_and_memory_are_those_of_a_fresh_process(tmp_path: Path) -> None:
     params = tiny_params()
     write_meta(tmp_path, params, random_weights(params, seed=3), shards=2)

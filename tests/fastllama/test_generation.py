@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastllama import Llama
 from fastllama.generation import sample_top_p
+from tests.answers import assert_same_logprobs
 from tests.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
 
 VOCAB_SIZE = 576
@@ -48,8 +49,8 @@ def test_a_row_alone_is_the_row_in_any_batch_and_order(
     assert scores is not None
     for row, prompt in enumerate(prompts):
         alone, alone_scores = llm.generate([prompt], 8, temperature, top_p, logprobs=True, seed=[seeds[row]])
-        assert alone_scores is not None and alone[0] == together[row]
-        torch.testing.assert_close(torch.tensor(alone_scores[0]), torch.tensor(scores[row]), atol=1e-4, rtol=0)
+        assert alone[0] == together[row]
+        assert_same_logprobs(alone_scores, [scores[row]])
 
 
 @given(prompts=prompt_lists, short=st.integers(0, 6), more=st.integers(0, 6))
@@ -71,11 +72,10 @@ def test_echo_and_logprobs_line_up(llm: Llama, prompts: list[list[int]], max_gen
         if expected:
             assert scores[row][0] == 0.0
         if not stops:
-            generated = torch.tensor(scores[row][len(prompt) :])
-            torch.testing.assert_close(generated, torch.tensor(plain_scores[row]), atol=1e-4, rtol=0)
+            assert_same_logprobs([scores[row][len(prompt) :]], [plain_scores[row]])
             again, again_scores = llm.generate([expected[:MAX_SEQ_LEN]], 0, logprobs=True, echo=True)
-            assert again_scores is not None and again == [expected]
-            torch.testing.assert_close(torch.tensor(again_scores[0]), torch.tensor(scores[row]), atol=1e-4, rtol=0)
+            assert again == [expected]
+            assert_same_logprobs(again_scores, [scores[row]])
 
 
 def test_max_gen_len_zero_returns_nothing_or_the_prompt(llm: Llama) -> None:
@@ -159,7 +159,7 @@ def test_text_completion_matches_generate(llm: Llama) -> None:
     assert scores is not None
     assert [row["generation"] for row in out] == [llm.tokenizer.decode(row) for row in tokens]
     assert [row["tokens"] for row in out] == [[llm.tokenizer.decode([t]) for t in row] for row in tokens]
-    assert [row["logprobs"] for row in out] == scores
+    assert_same_logprobs([row["logprobs"] for row in out], scores)
     assert set(llm.text_completion(prompts, max_gen_len=3)[0]) == {"generation"}
 
 
@@ -173,7 +173,7 @@ def test_chat_completion_matches_generate(llm: Llama) -> None:
     out = llm.chat_completion(dialogs, max_gen_len=6, logprobs=True, seed=4)  # type: ignore[arg-type]
     expected = [{"role": "assistant", "content": llm.tokenizer.decode(row)} for row in tokens]
     assert [row["generation"] for row in out] == expected
-    assert [row["logprobs"] for row in out] == scores
+    assert_same_logprobs([row["logprobs"] for row in out], scores)
     short = llm.chat_completion(dialogs[:1], max_gen_len=2)  # type: ignore[arg-type]
     assert set(short[0]) == {"generation"}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastllama import Llama
+from tests.answers import assert_same_logits, assert_same_logprobs
 from tests.checkpoints import (
     huggingface_model,
     random_weights,
@@ -19,7 +20,6 @@ from tests.oracle import meta_generate, meta_transformer
 
 MAX_SEQ_LEN = 64
 MAX_GEN_LEN = 24
-TOLERANCE = 1e-4  # of log-probabilities in float32
 PROMPTS = [[5, 250, 17, 300, 41], [9], [101, 3, 77, 512, 8, 19, 260, 44, 91, 200, 15], [31, 32]]
 
 META_CASES: dict[str, dict[str, Any]] = {
@@ -43,9 +43,7 @@ def assert_same(llm: Llama, expected: list[tuple[list[int], list[float], list[fl
     for row, (generated, scores, prompt_scores) in enumerate(expected):
         assert tokens[row] == generated
         assert echoed[row] == PROMPTS[row] + generated
-        torch.testing.assert_close(torch.tensor(logprobs[row]), torch.tensor(scores), atol=TOLERANCE, rtol=0)
-        both = torch.tensor(prompt_scores + scores)
-        torch.testing.assert_close(torch.tensor(echoed_logprobs[row]), both, atol=TOLERANCE, rtol=0)
+        assert_same_logprobs([logprobs[row], echoed_logprobs[row]], [scores, prompt_scores + scores])
         assert echoed_logprobs[row][0] == 0.0
 
 
@@ -70,7 +68,7 @@ def test_forward_matches_metas_transformer_prefill_continuation_and_decode(tmp_p
     for start, end in ((0, 13), (13, 14), (14, 31), (31, 32), (32, 40), (5, 9)):
         ours, theirs = llm.model.forward(tokens[:, start:end], start), oracle.forward(tokens[:, start:end], start)
         assert ours.dtype == torch.float32 and ours.shape == (3, end - start, params["vocab_size"])
-        torch.testing.assert_close(ours, theirs.float(), atol=TOLERANCE, rtol=0)
+        assert_same_logits(ours, theirs.float())
 
 
 HUGGINGFACE_CASES: dict[str, dict[str, Any]] = {

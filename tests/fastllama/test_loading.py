@@ -11,6 +11,7 @@ import torch
 
 from fastllama import Llama
 from tests.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
+from tests.tiers import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 2**20
@@ -45,7 +46,7 @@ print(peak - before, sum(p.numel() * p.element_size() for p in llm.model.paramet
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from Linux's /proc")
-@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("shards", parameters({"1": 1, "4": 4}, quick=("4",)))
 def test_host_memory_stays_near_the_model_while_loading(tmp_path: Path, shards: int) -> None:
     big = tiny_params(dim=512, n_layers=10, n_heads=8, n_kv_heads=8, multiple_of=512)
     for name, params in (("big", big), ("small", tiny_params())):

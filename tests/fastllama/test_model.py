@@ -11,6 +11,7 @@ from fastllama import ModelArgs, Transformer
 from fastllama.kernels.ragged import Ragged
 from fastllama.prefill import prefill
 from fastllama.rope import rope_table
+from tests.answers import assert_same_logits, assert_same_logprobs
 from tests.checkpoints import random_weights, tiny_params
 
 
@@ -41,7 +42,7 @@ def test_loaded_weights_are_copies() -> None:
     before = model.forward(torch.tensor([[1, 2]]), 0)
     for weight in weights.values():
         weight.zero_()
-    assert torch.equal(model.forward(torch.tensor([[1, 2]]), 0), before)
+    assert_same_logits(model.forward(torch.tensor([[1, 2]]), 0), before)
 
 
 def test_a_new_model_has_random_weights_and_runs() -> None:
@@ -121,7 +122,7 @@ def test_copies_and_pickles_are_the_same_model() -> None:
     model = tiny()
     tokens = torch.tensor([[5, 6, 7]])
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copied.forward(tokens, 0), model.forward(tokens, 0))
+        assert_same_logits(copied.forward(tokens, 0), model.forward(tokens, 0))
 
 
 def test_a_model_without_weights_says_so() -> None:
@@ -135,7 +136,7 @@ def test_to_where_it_is_changes_nothing() -> None:
     expected = model.forward(torch.tensor([[5, 6, 7]]), 0)[:, 2:]
     model.forward(torch.tensor([[5, 6]]), 0)
     assert model.to("cpu") is model
-    torch.testing.assert_close(model.forward(torch.tensor([[7]]), 2), expected)
+    assert_same_logits(model.forward(torch.tensor([[7]]), 2), expected)
 
 
 def test_to_packs_anew() -> None:
@@ -161,7 +162,7 @@ def test_ragged_batch_equals_rows_one_by_one() -> None:
         logits = model.logits(model.hidden(batch), batch)
         for row, segment in enumerate(batch.segments):
             expected = model.forward(torch.tensor([rows[row]]), 0)[0, pasts[row] :]
-            torch.testing.assert_close(logits[segment.begin : segment.end], expected, atol=1e-4, rtol=0)
+            assert_same_logits(logits[segment.begin : segment.end], expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
@@ -174,10 +175,8 @@ def test_prefill_in_chunks_equals_one_pass(monkeypatch: pytest.MonkeyPatch, chun
         monkeypatch.setattr("fastllama.prefill.SCORE_CHUNK_TOKENS", 3)
         monkeypatch.setattr("fastllama.kernels.reference.QUERY_BLOCK_TOKENS", 4)
         logits, scores = prefill(model, prompts, score=True)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    assert scores is not None and expected_scores is not None
-    for row, expected_row in zip(scores, expected_scores, strict=True):
-        torch.testing.assert_close(torch.tensor(row), torch.tensor(expected_row), atol=1e-4, rtol=0)
+    assert_same_logits(logits, expected)
+    assert_same_logprobs(scores, expected_scores)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastllama import Increment, Llama
+from tests.answers import assert_same_logprobs
 from tests.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
 
 prompt_lists = st.lists(
@@ -37,7 +38,8 @@ def test_stream_brings_what_generate_returns(
         assert increments[-1].finish_reason in ("stop", "length")
         if logprobs:
             assert scores is not None
-            assert [score for increment in increments for score in increment.logprobs or ()] == scores[row]
+            streamed = [score for increment in increments for score in increment.logprobs or ()]
+            assert_same_logprobs([streamed], [scores[row]])
         else:
             assert all(increment.logprobs is None for increment in increments)
 

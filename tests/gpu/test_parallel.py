@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastllama.started import EXIT_FOLLOWER_DIED
+from tests.answers import assert_same_logprobs
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.command_line import ROOT, run_process
 from tests.parallel_cases import PROMPTS, STEPS, answers, build
@@ -19,7 +20,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs with NCCL between them"),
 ]
-LOGPROB_TOLERANCE = 2e-5
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -30,15 +30,14 @@ def test_two_gpus_give_one_gpus_answers(tmp_path: Path, shards: int) -> None:
     llm = build(str(folder), device="cuda:0", dtype="float32")
     expected = answers(llm)
     tokens, scores = llm.generate(PROMPTS[1:2], STEPS, temperature=0.0, logprobs=True)
-    assert scores is not None
     found = run_processes(2, tmp_path, "tests.parallel_cases:on_gpus", {"folder": str(folder)})
     assert [one["device"] for one in found] == ["cuda:0", "cuda:1"]
     for one in found:
         assert one["repeats"] and one["answers"]["tokens"] == expected["tokens"] and one["graphs"] == [1, 4]
-        assert one["alone"][0] == tokens and one["alone"][1][0] == pytest.approx(scores[0], abs=LOGPROB_TOLERANCE)
+        assert one["alone"][0] == tokens
+        assert_same_logprobs(one["alone"][1], scores, "divided logprobs")
         for mine, theirs in zip(one["answers"]["logprobs"], expected["logprobs"], strict=True):
-            for row, wanted in zip(mine, theirs, strict=True):
-                assert row == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+            assert_same_logprobs(mine, theirs, "divided logprobs")
     assert found[0]["answers"] == found[1]["answers"] and found[0]["rough"] == found[1]["rough"]
 
 

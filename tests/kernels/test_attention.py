@@ -17,6 +17,7 @@ from fastllama.kernels.attention_scratch import SLOTS, AttentionScratch
 from fastllama.kernels.ragged import Ragged, Segment
 from tests.kernels.cases import NAMES, random
 from tests.kernels.guards import GuardedMemory
+from tests.tiers import parameters
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LAYERS, LAYER = 3, 1  # the cache is a view of one layer, between two that hold NaN
@@ -79,7 +80,8 @@ PREFILL = [
     Case([(1, 90, 4), (0, 77, 4)], 2, 4, 64, FP32),  # speculated tokens to verify
     Case([(0, 10, 2), (1, 190, 3)], 1, 2, 6, BF16),
 ]
-BOTH = pytest.mark.parametrize("case", [*DECODE, *PREFILL], ids=lambda case: case.id)
+CASES = {case.id: case for case in (*DECODE, *PREFILL)}
+BOTH = pytest.mark.parametrize("case", parameters(CASES, quick=list(CASES)[::2]))
 
 
 class Tensors(NamedTuple):

@@ -9,13 +9,14 @@ from fastllama.kernels.target import Target
 from tests.kernels.cases import DTYPES
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.projections import EPS, SHAPES, Case, Shape, assert_appended, outside
+from tests.tiers import parameters
 
 STORIES = SHAPES["E64-H8-K4-D8-F172"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("n_tokens", [1, 3, 8, 16], ids=lambda n: f"N{n}")
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("fp32", "bf16")))
+@pytest.mark.parametrize("n_tokens", parameters({f"N{n}": n for n in (1, 3, 8, 16)}, quick=("N3", "N16")))
+@pytest.mark.parametrize("shape", parameters(SHAPES, quick=("E192-H6-K2-D32-F480", "E100-H3-K1-D20-F90")))
 def test_few_tokens_matches_reference(
     shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
 ) -> None:

@@ -12,6 +12,7 @@ from fastllama.kernels.target import Target
 from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.projections import EPS, SHAPES, Case, Shape, assert_appended, outside
+from tests.tiers import parameters
 
 H200 = Target("cuda", 90, 132, 232448)
 STORIES = SHAPES["E64-H8-K4-D8-F172"]
@@ -22,7 +23,7 @@ STORIES = SHAPES["E64-H8-K4-D8-F172"]
     [*((dtype, 1) for dtype in DTYPES.values()), (torch.bfloat16, 24)],
     ids=[*(f"{name}-long-tiles" for name in DTYPES), "bf16-short-tiles"],
 )
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", parameters(SHAPES, quick=("E192-H6-K2-D32-F480", "E100-H3-K1-D20-F90")))
 def test_matvec_matches_reference(
     shape: Shape,
     dtype: torch.dtype,

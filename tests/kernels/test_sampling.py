@@ -22,6 +22,7 @@ from tests.kernels.draws import (
     stream_near,
 )
 from tests.kernels.guards import GuardedMemory
+from tests.tiers import parameters
 
 # Temperature and top_p: the usual, the whole vocabulary, near it, one token, and what float32 cannot hold.
 PARAMETERS = [
@@ -64,8 +65,10 @@ def assert_exact(logits: Tensor, how: Sampling, positions: Tensor) -> int:
     return near
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("vocabulary", [1, 2, 257, 2049, 3456], ids=lambda v: f"V{v}")
+@pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("fp32", "bf16")))
+@pytest.mark.parametrize(
+    "vocabulary", parameters({f"V{v}": v for v in (1, 2, 257, 2049, 3456)}, quick=("V1", "V257", "V2049"))
+)
 def test_sample_draws_what_the_oracle_draws(
     vocabulary: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
 ) -> None:
@@ -79,8 +82,11 @@ def test_sample_draws_what_the_oracle_draws(
 
 @pytest.mark.parametrize(
     ("vocabulary", "dtype", "spread"),
-    [(128256, torch.bfloat16, 3.0), (128256, torch.float32, 2.0), (262144, torch.bfloat16, 1.0)],
-    ids=["V128256-bf16", "V128256-fp32", "V262144-bf16"],
+    [
+        pytest.param(128256, torch.bfloat16, 3.0, id="V128256-bf16"),
+        pytest.param(128256, torch.float32, 2.0, id="V128256-fp32", marks=pytest.mark.slow),
+        pytest.param(262144, torch.bfloat16, 1.0, id="V262144-bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_sample_takes_large_vocabularies(
     vocabulary: int, dtype: torch.dtype, spread: float, device: torch.device
@@ -91,6 +97,7 @@ def test_sample_takes_large_vocabularies(
     assert assert_exact(logits, how, torch.zeros_like(how.seed)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [0.85, 1.0])
 def test_sample_follows_metas_distribution(top_p: float, device: torch.device) -> None:
     draws = CHI_SQUARE_DRAWS[device.type] // 2

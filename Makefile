@@ -20,7 +20,7 @@ WITH_TRITON = PYTHONPATH=$(CURDIR)/$< $(BIN)/python
 KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/test_compiled.py \
 	tests/benchmarks/test_dependence.py
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest kernels-report gpu-report readme \
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-install kernels-report gpu-report readme \
 	bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types clean
 
 help: ## List the targets
@@ -51,6 +51,11 @@ test-triton-3.6: $(OLDER_TRITON) ## Run all tests of the kernels under the oldes
 
 test-triton-latest: $(NEWEST_TRITON) ## Run all tests of the kernels under the newest triton
 	$(WITH_TRITON) $(PYTEST) --all $(KERNEL_TESTS)
+
+test-install: ## With PYTHON=python3.x: what pip install makes of this folder in a plain venv, and a completion with it
+	$(PYTHON) -m venv --clear .cache/installed
+	.cache/installed/bin/python -m pip install --quiet --disable-pip-version-check .
+	cd .cache && installed/bin/python -W error -m fastllama complete "Once upon a time" --max_gen_len 8
 
 kernels-report: $(OLDER_TRITON) ## Compile the kernels for all supported GPUs and write docs/compiled/
 	$(BIN)/python -m fastllama.benchmarks.kernels_report

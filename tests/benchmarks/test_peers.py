@@ -137,6 +137,7 @@ def test_gpt_fast_is_not_asked_for_ragged_prompts() -> None:
     assert suite.suited("gpt-fast", peer, even) is peer and suite.suited("reference", peer, ragged) is peer
 
 
+@pytest.mark.compiles
 def test_the_compiled_peer_is_whole_and_answers_with_our_tokens_and_its_margins() -> None:
     """Traced without the C++ that `make bench-smoke` compiles: a graph that breaks would be an error."""
     llm = build(SOURCE, ARGS, CPU, torch.float32, "reference")

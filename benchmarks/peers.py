@@ -25,7 +25,7 @@ import fastllama
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import gpt_fast_peer, reference_peer
 from fastllama.benchmarks.models import ModelSource, Run
-from fastllama.parallel import environment_alone
+from fastllama.launch import environment_alone
 from fastllama.started import last_acts
 
 

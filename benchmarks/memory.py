@@ -15,7 +15,7 @@ from fastllama.benchmarks.measure import GIGA, Ceiling, percentile, summarize
 from fastllama.benchmarks.models import ModelSource
 from fastllama.benchmarks.rounds import Case
 from fastllama.benchmarks.tables import Table
-from fastllama.parallel import environment_alone
+from fastllama.launch import environment_alone
 
 MIB = 2**20
 WEIGHT_PATTERNS = ("*.pth", "*.safetensors")

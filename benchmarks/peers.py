@@ -26,7 +26,7 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks import gpt_fast_peer, reference_peer
 from fastllama.benchmarks.models import ModelSource, Run
 from fastllama.benchmarks.tolerances import TOLERANCES
-from fastllama.parallel import environment_alone
+from fastllama.launch import environment_alone
 from fastllama.started import last_acts
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastllama import leader, parallel
+from fastllama import launch, leader
 from fastllama.args import ModelArgs
 from fastllama.benchmarks import decode, generate, launch_times, memory, op_times, prefill
 from fastllama.benchmarks.environment import describe_environment
@@ -160,7 +160,7 @@ def _ours(plan: Plan, args: ModelArgs) -> Llama:
     """The plan's model, led where several processes share it."""
     if plan.nproc == 1:
         return build(plan.source, args, plan.device, plan.dtype, plan.backend)
-    if not parallel.torchrun_started():
+    if not launch.torchrun_started():
         leader.start(plan.nproc)
     return leader.lead(
         described,

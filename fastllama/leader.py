@@ -21,10 +21,10 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from fastllama import parallel
+from fastllama import launch
 from fastllama.generation import Llama
+from fastllama.rendezvous import meet
 from fastllama.started import POLL_SECONDS, StartedFollowers
 from fastllama.stream import Increment, NotFiniteError
 
@@ -38,6 +38,7 @@ ORDER = "what to build"
 READY = "ready "  # and its rank: a follower that waits for it
 
 _leader: "Leader | None" = None
+_gathered = False  # whether a launcher's processes are there to follow this one
 _ordered = False  # whether followers know what to build
 _started: StartedFollowers | None = None
 
@@ -121,14 +122,14 @@ def start(count: int) -> None:
     RuntimeError where this process shares a model already, or has.
     """
     global _started
-    if parallel.torchrun_started() or dist.is_initialized():
+    if launch.torchrun_started() or dist.is_initialized():
         raise RuntimeError("this process is one of several already, and starts no others")
     _started = StartedFollowers(count)
 
 
 def await_followers() -> None:
     """Wait until all of them wait for `lead`: what is timed from then on is no program's start."""
-    _meeting_point().wait([f"{READY}{rank}" for rank in range(1, parallel.world_size())], PATIENCE)
+    _meeting_point().wait([f"{READY}{rank}" for rank in range(1, launch.world_size())], PATIENCE)
 
 
 def lead(build: Callable[..., Llama], **arguments: Any) -> Llama:
@@ -154,14 +155,14 @@ def dismiss() -> None:
 
     Those that this process started are killed where they would not hear of it.
     """
-    global _leader, _started, _ordered
+    global _leader, _started, _gathered, _ordered
     listening = not _ordered if _leader is None else not _leader.parted
     if _started is not None:
         _started.may_end()
     try:
         if _leader is not None and listening:
             _leader.dismiss()
-        elif listening and parallel.torchrun_started():
+        elif listening and (_gathered or _started is not None):
             _order(None)
     except RuntimeError:  # one has died: torchrun says so; of those that this process started the others end, too
         if _started is None:
@@ -170,7 +171,7 @@ def dismiss() -> None:
     finally:
         if _started is not None:
             _started.end(END_SECONDS if listening else 0)
-        _leader, _started, _ordered = None, None, False
+        _leader, _started, _gathered, _ordered = None, None, False, False
         _meeting_point.cache_clear()
 
 
@@ -192,18 +193,34 @@ def _order(order: dict[str, Any] | None) -> None:
 def hear_order() -> dict[str, Any] | None:
     """What the leader builds, as soon as it does; None where it ends without."""
     store = _meeting_point()
-    store.set(READY + os.environ["RANK"], "")
-    store.wait([ORDER], PATIENCE)
-    order: dict[str, Any] | None = json.loads(store.get(ORDER))
+    try:
+        store.set(f"{READY}{_launch().rank}", "")
+        store.wait([ORDER], PATIENCE)
+        order: dict[str, Any] | None = json.loads(store.get(ORDER))
+    except dist.DistError:  # the store has gone with the leader, who has said why
+        return None
     return order
 
 
-@functools.cache  # where nobody else keeps the store, the first process does, as long as it lives
+@functools.cache
 def _meeting_point() -> Any:
-    """The store where torchrun's processes find each other."""
-    store, _, _ = next(rendezvous("env://"))
+    """What the processes of a launch say to each other before they are a group."""
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what was said before is not meant for those after
-    return dist.PrefixStore(f"fastllama {restart}", store)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"fastllama {restart}", meet(_launch()))  # type: ignore[attr-defined]
+
+
+def gather() -> None:
+    """Wait until all processes of the launch are there, to follow this one. ValueError where they do not come."""
+    global _gathered
+    _meeting_point()
+    _gathered = True
+
+
+def _launch() -> launch.Launch:
+    found = launch.several()
+    if found is None:
+        raise RuntimeError("this process is the only one: WORLD_SIZE says so, or nothing")
+    return found
 
 
 def control_group() -> "dist.ProcessGroup":

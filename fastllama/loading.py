@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from fastllama import limits, parallel, validate
+from fastllama import launch, limits, parallel, validate
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.kernels import select
@@ -52,7 +52,7 @@ def load(
         limits.check_fits(
             args,
             dtype,
-            limits.free_memory(device) // (parallel.local_world_size() if device.type == "cpu" else 1),
+            limits.free_memory(device) // (launch.local_world_size() if device.type == "cpu" else 1),
             shares_tied_output=not ops.repacks(device, dtype),
             n_processes=group.size,
         )

@@ -7,7 +7,7 @@ groups say who shares a model with whom, as in Meta's code. None of it is touche
 import atexit
 import contextlib
 import functools
-import os
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastllama import validate
+from fastllama.launch import local_rank, several, world_size
+from fastllama.rendezvous import meet
 
-TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells beside WORLD_SIZE and LOCAL_RANK
-TORCHRUNS_PREFIX = "TORCHELASTIC_"  # of what else it tells
 GLOO_ENDS_SECONDS = 0.05
 LOADING_PATIENCE = timedelta(hours=2)  # with one that reads its part from a slower disk
 FAIRSCALE_GROUPS = "fairscale.nn.model_parallel.initialize"
+_groups_made = itertools.count()
 # Into one tensor; what takes a list of tensors copies to each of them. torch 2.13 calls it by another name.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -78,41 +79,6 @@ class Group:
 
 
 ALONE = Group()
-
-
-def world_size() -> int:
-    """The number of processes torchrun started, 1 under plain python. ValueError if WORLD_SIZE is no number."""
-    value = os.environ.get("WORLD_SIZE") or "1"
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"the environment variable WORLD_SIZE must be a number of processes, got {value!r}: unset it")
-    return int(value)
-
-
-def torchrun_started() -> bool:
-    """Whether this is one of several processes, and told how to find the others."""
-    return world_size() > 1 and all(os.environ.get(name) for name in TORCHRUN)
-
-
-def environment_alone() -> dict[str, str]:
-    """The environment without what torchrun told: for a process that this one starts, and that shares nothing."""
-    told = (*TORCHRUN, "WORLD_SIZE", "LOCAL_RANK")
-    return {
-        name: value for name, value in os.environ.items() if name not in told and not name.startswith(TORCHRUNS_PREFIX)
-    }
-
-
-def local_rank() -> int:
-    """Which of this machine's processes this is, as torchrun tells."""
-    value = os.environ.get("LOCAL_RANK") or "0"
-    if not value.isdecimal():
-        raise ValueError(f"the environment variable LOCAL_RANK must be a number, got {value!r}: start with torchrun")
-    return int(value)
-
-
-def local_world_size() -> int:
-    """How many of the processes are on this machine, as torchrun tells; 1 where nobody does."""
-    value = os.environ.get("LOCAL_WORLD_SIZE") or "1"
-    return int(value) if value.isdecimal() and world_size() > 1 else 1
 
 
 def is_first_process() -> bool:
@@ -205,18 +171,22 @@ def _hosts(processes: Any) -> Any:
 
 
 def _initialise_world(device: torch.device) -> None:
-    missing = [name for name in TORCHRUN if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"WORLD_SIZE asks for {world_size()} processes and {', '.join(missing)} are not set: start them with "
-            "torchrun, or unset it"
-        )
+    launch = several()
+    how: dict[str, Any] = {}
+    if launch is not None and not launch.has_agent:
+        # Each group that is made, one after the other, has names of its own in the store.
+        store = dist.PrefixStore(f"group {next(_groups_made)}", meet(launch))  # type: ignore[attr-defined]
+        how = {"store": store, "rank": launch.rank, "world_size": launch.world_size}
+    elif launch is not None:
+        meet(launch)
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        index = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl", device_id=index)
-    else:
-        dist.init_process_group("gloo")
+        backend, how["device_id"] = "nccl", torch.device("cuda", torch.cuda.current_device())
+    try:
+        dist.init_process_group(backend, **how)
+    except RuntimeError as error:
+        raise ValueError(f"{backend} cannot connect the processes: {error}") from error
 
 
 def _fairscale() -> Any:

@@ -115,7 +115,7 @@ class Tokenizer:
 
         The name of a special token is plain text unless it is in `allowed_special`, so that what a user types never
         becomes a control token. "all" allows every name in `special_tokens`, or disallows every one that is not
-        allowed.
+        allowed. A lone surrogate, which no text has, is encoded as U+FFFD, and a pair of them as its character.
 
         Raises AssertionError where `s` is not a str, ValueError where it holds a name in `disallowed_special`.
         """

@@ -18,8 +18,8 @@ READ_TIMEOUT_S = HANG_SECONDS
 CHAT = ("--temperature", "0", "--max_gen_len", "8", "--max_seq_len", "128", "--device", "cpu")
 
 
-def run(*words: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(main, list(words), input=stdin)
+def run(*words: str, stdin: str | bytes | None = None, charset: str = "utf-8") -> Result:
+    return CliRunner(charset=charset).invoke(main, list(words), input=stdin)
 
 
 def run_process(

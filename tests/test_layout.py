@@ -38,6 +38,8 @@ FLOORS = {
     "kernels.fused": 0.4,
     "kernels.select": 0.5,
     "args": 1,
+    "launch": 1,
+    "rendezvous": 1.05,
     "tokenizer_files": 1,
     "tokenizer": 1.1,
     "parallel": 1.1,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastllama.cli import standard_streams
 from fastllama.cli.options import (
     Integers,
     Names,
@@ -15,8 +16,9 @@ from fastllama.cli.options import (
     device_options,
     json_option,
     nproc_option,
-    under_torchrun,
+    take_part,
 )
+from fastllama.launch import torchrun_started, world_size
 
 if TYPE_CHECKING:
     from fastllama.benchmarks.models import ModelSource
@@ -105,20 +107,21 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
         if given:
             raise click.UsageError(f"--{given[0]} stands before {context.invoked_subcommand}: write it behind")
         return None
+    take_part(options["nproc"])
     from fastllama.benchmarks import suite
 
     result = _run(**options)
     if as_json:
-        click.echo(json.dumps(result.to_json(), allow_nan=False))
+        standard_streams.say(json.dumps(result.to_json(), allow_nan=False))
     else:
         from fastllama.benchmarks.result_tables import report
 
-        click.echo(report(result, markdown))
+        standard_streams.say(report(result, markdown))
     if result.interrupted:
         return EXIT_INTERRUPTED
     failures = suite.failures(result)
     for failure in failures if strict else []:
-        click.echo(failure, err=True)
+        standard_streams.note(failure)
     return EXIT_FOUND if strict and failures else 0
 
 
@@ -151,7 +154,7 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
 
     results = read_result(first), read_result(second)
     found = compare_results(*results, threshold=threshold, anyway=anyway)
-    click.echo(json.dumps(found.to_json(), allow_nan=False) if as_json else report(found, *results, markdown))
+    standard_streams.say(json.dumps(found.to_json(), allow_nan=False) if as_json else report(found, *results, markdown))
     return EXIT_FOUND if found.fails else 0
 
 
@@ -162,20 +165,20 @@ def _run(output: str | None, no_plots: bool, threads: int | None, **options: Any
     from fastllama.benchmarks import plots, suite
 
     if threads is not None:
-        if under_torchrun():
+        if torchrun_started():
             raise click.UsageError(
                 "--threads is for one process and those it starts: set OMP_NUM_THREADS for torchrun's."
             )
         torch.set_num_threads(threads)
     path = Path(output or f"fastllama-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
-    result = suite.run(_plan(**options), lambda text: click.echo(text, err=True), path)
-    click.echo(f"wrote {path}", err=True)
+    result = suite.run(_plan(**options), standard_streams.note, path)
+    standard_streams.note(f"wrote {path}")
     if not no_plots:
         if plots.available():
             for plot in plots.draw(result, path.with_suffix("")):
-                click.echo(f"wrote {plot}", err=True)
+                standard_streams.note(f"wrote {plot}")
         else:
-            click.echo(plots.WITHOUT, err=True)
+            standard_streams.note(plots.WITHOUT)
     return result
 
 
@@ -192,10 +195,9 @@ def _plan(
 ) -> "Plan":
     from fastllama.benchmarks.suite import FRESH, Plan
     from fastllama.loading import choose_device, choose_dtype
-    from fastllama.parallel import world_size
 
     check_processes(nproc, device)
-    if under_torchrun():
+    if torchrun_started():
         nproc = world_size()
         if found := [suite for suite in sizes["suites"] if suite in FRESH]:
             raise click.UsageError(f"{found[0]} starts processes of its own: use --nproc instead of torchrun.")

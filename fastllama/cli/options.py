@@ -1,12 +1,14 @@
 """Options that several commands share, under Meta's names, and what they come to: a built Llama."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fastllama import launch
+from fastllama.cli import standard_streams
 
 if TYPE_CHECKING:
     from fastllama.generation import Llama
@@ -33,6 +35,15 @@ class Number(click.ParamType):
         if not math.isfinite(number) or number < 0:
             self.fail(f"{value} is not a finite number of at least 0.", param, ctx)
         return number
+
+
+class Text(click.ParamType):
+    """What a model is to read: every byte of it a character."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return standard_streams.readable(str(value))
 
 
 class Integers(click.ParamType):
@@ -104,7 +115,7 @@ class ModelOptions:
         }
         from fastllama.generation import Llama
 
-        if self.nproc == 1 and not under_torchrun():
+        if self.nproc == 1 and not launch.torchrun_started():
             return Llama.build(**arguments)
         from fastllama import leader
 
@@ -113,22 +124,32 @@ class ModelOptions:
         return leader.lead(Llama.build, **arguments)
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun started this process as one of several."""
-    if (os.environ.get("WORLD_SIZE") or "1") == "1":
-        return False
-    from fastllama import parallel  # brings torch with it
+class Follows(Exception):
+    """This process is not the first of those that a launcher started: it follows that one's calls."""
 
-    return parallel.torchrun_started()
+
+def take_part(nproc: int) -> None:
+    """Said by a command that builds a model, before it reads or prints anything: all processes of a launch are there.
+
+    Raises Follows in those that are not the first, and ValueError for an environment that is no launch's.
+    """
+    if nproc > 1 and launch.world_size() > 1:
+        raise click.UsageError(
+            "--nproc starts processes, and WORLD_SIZE says that torchrun has: leave out one of them."
+        )
+    found = launch.several()
+    if found is None:
+        return
+    if found.rank > 0:
+        raise Follows
+    from fastllama import leader
+
+    leader.gather()
 
 
 def check_processes(nproc: int, device: str | None) -> None:
     """UsageError where --nproc cannot be what was meant."""
-    several = "--nproc" if nproc > 1 else "torchrun" if under_torchrun() else None
-    if nproc > 1 and (os.environ.get("WORLD_SIZE") or "1") != "1":
-        raise click.UsageError(
-            "--nproc starts processes, and WORLD_SIZE says that torchrun has: leave out one of them."
-        )
+    several = "--nproc" if nproc > 1 else "torchrun" if launch.torchrun_started() else None
     if several and device is not None and ":" in device:
         raise click.UsageError(f"{several} puts a process on each GPU: --device cuda, not {device}.")
     if nproc > 1:
@@ -151,7 +172,7 @@ def locate(ckpt_dir: str | None, tokenizer_path: str | None, quiet: bool) -> tup
     from fastllama import builtin_checkpoint
 
     if not quiet:
-        click.echo(BUILTIN_NOTICE, err=True)
+        standard_streams.note(BUILTIN_NOTICE)
     ckpt_dir, tokenizer_path = builtin_checkpoint()
     return ckpt_dir, tokenizer_path
 

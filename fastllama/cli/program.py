@@ -1,21 +1,25 @@
 """The program `fastllama`: its commands, and how every one of them fails."""
 
-import os
+import contextlib
+import io
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
+from fastllama import launch
+from fastllama.cli import standard_streams
 from fastllama.cli.bench import bench
 from fastllama.cli.chat import chat
 from fastllama.cli.complete import complete
 from fastllama.cli.inspect import inspect
-from fastllama.cli.options import under_torchrun
+from fastllama.cli.options import Follows
 
 PROGRAM = "fastllama"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 1  # nobody reads what is printed
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -25,47 +29,91 @@ class Program(click.Group):
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """As click's, whose own handling of errors and exit codes this replaces in standalone mode.
 
-        A reader that went away (`| head`) is left to click, which ends quietly.
+        A reader that went away (`| head`) ends it quietly, with 1.
         """
         options["prog_name"] = options.get("prog_name") or PROGRAM
         run: Callable[..., Any] = super().main
         if not standalone_mode:
             return run(*args, standalone_mode=False, **options)
-        try:
-            code = _shared(run, *args, standalone_mode=False, **options)
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(EXIT_ERROR)
-        except click.ClickException as error:
-            fail(error.format_message())
-        except (click.Abort, KeyboardInterrupt):
-            sys.exit(EXIT_INTERRUPTED)
-        except Exception as error:
-            if not is_expected(error):
-                raise
-            fail(str(error) or type(error).__name__)
-        sys.exit(code if isinstance(code, int) else 0)
+        with standard_streams.prepared():
+            streams = sys.stdout, sys.stderr
+            try:
+                code = _exit_code(run, *args, standalone_mode=False, **options)
+            finally:
+                sys.stdout, sys.stderr = streams  # click puts others there when a reader went away
+                unwritten = _unwritten()
+        sys.exit(unwritten or code)
+
+
+def _exit_code(run: Callable[..., Any], *args: Any, **options: Any) -> int:
+    """What a run comes to, its error said."""
+    try:
+        code = _shared(run, *args, **options)
+    except click.exceptions.NoArgsIsHelpError as error:
+        standard_streams.note(error.format_message())
+        return EXIT_ERROR
+    except click.ClickException as error:
+        return fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except SystemExit as end:  # click's, at a reader that went away
+        return end.code if isinstance(end.code, int) else EXIT_ERROR
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        if isinstance(error, OSError) and (code := _unwritten()):
+            return code
+        return fail(standard_streams.one_line(error))
+    return code if isinstance(code, int) else 0
 
 
 def _shared(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Run in one process. Of those that torchrun started it is the first; the others follow it, whatever it builds."""
-    together = under_torchrun()
-    if together and os.environ["RANK"] != "0":
-        from fastllama import follower
-
-        return follower.follow()
+    """Run in one process. Of those that a launcher started it is the first; the others follow it, and print nothing."""
+    if _is_another():
+        return _follow(run, *args, **options)
     code = run(*args, **options)
-    if together or "fastllama.leader" in sys.modules:
+    if "fastllama.leader" in sys.modules:
         from fastllama import leader
 
         leader.dismiss()
     return code
 
 
-def fail(message: str) -> NoReturn:
-    """Say `message` in one line on stderr and exit."""
-    click.echo(f"{PROGRAM}: error: {' '.join(message.split())}", err=True)
-    sys.exit(EXIT_ERROR)
+def _is_another() -> bool:
+    try:
+        found = launch.several()
+    except ValueError:  # a command for which that matters says so
+        return False
+    return found is not None and found.rank > 0
+
+
+def _follow(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Run up to where a model is built, and follow the first process from there. What comes before, that one says."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return run(*args, **options)
+    except Follows:
+        from fastllama import follower
+
+        return follower.follow()
+    except click.ClickException:
+        return EXIT_ERROR
+
+
+def _unwritten() -> int:
+    """The exit code where stdout does not take what was printed, said; else 0."""
+    broken, _ = (standard_streams.settle(stream) for stream in (sys.stdout, sys.stderr))
+    if broken is None:
+        return 0
+    if isinstance(broken, BrokenPipeError):
+        return EXIT_UNREAD
+    return fail(f"stdout cannot be written: {broken.strerror or broken}")
+
+
+def fail(message: str) -> int:
+    """Say `message` in one line on stderr -> the exit code."""
+    standard_streams.note(f"{PROGRAM}: error: {' '.join(message.split())}")
+    return EXIT_ERROR
 
 
 def is_expected(error: Exception) -> bool:

@@ -270,6 +270,12 @@ def test_build_needs_all_that_torchrun_sets(folder: Path, monkeypatch: pytest.Mo
         Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2, device="cpu")
     with pytest.raises(ValueError, match="asks for 3 processes and 2 were started"):
         Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2, 3, device="cpu")
+    for name, value in {"RANK": "7", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="RANK must be a number from 0 to 1, as WORLD_SIZE is 2, got '7'"):
+        Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2, device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2, device="cpu").generate([[1]], 2)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ValueError, match="WORLD_SIZE must be a number"):
         Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 2, device="cpu")

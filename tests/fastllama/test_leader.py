@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastllama import follower, leader, parallel
+from fastllama import follower, launch, leader
 from fastllama.leader import Leader, together
 from fastllama.stream import NotFiniteError
 
@@ -188,7 +188,7 @@ def test_followers_are_started_once_and_lead_one_model(monkeypatch: pytest.Monke
     monkeypatch.setattr(leader, "_leader", object())
     with pytest.raises(RuntimeError, match="dismiss them first"):
         leader.lead(lambda: None)  # type: ignore[arg-type, return-value]
-    monkeypatch.setattr(parallel, "torchrun_started", lambda: True)
+    monkeypatch.setattr(launch, "torchrun_started", lambda: True)
     with pytest.raises(RuntimeError, match="starts no others"):
         leader.start(2)
 
@@ -243,8 +243,8 @@ def test_a_process_of_ones_own_hears_nothing_of_torchrun(monkeypatch: pytest.Mon
     told = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in {**told, "TORCHELASTIC_RUN_ID": "x", "OTHER": "kept"}.items():
         monkeypatch.setenv(name, value)
-    assert parallel.torchrun_started()
-    alone = parallel.environment_alone()
+    assert launch.torchrun_started()
+    alone = launch.environment_alone()
     assert alone["OTHER"] == "kept" and not any(name in alone for name in (*told, "TORCHELASTIC_RUN_ID"))
     monkeypatch.delenv("MASTER_PORT")
-    assert not parallel.torchrun_started()
+    assert not launch.torchrun_started()

@@ -85,6 +85,18 @@ def test_encode_matches_meta_on_chosen_texts(
 
 
 @pytest.mark.parametrize(
+    ("text", "read"),
+    [("\udc80", "\ufffd"), ("a\udcff \ud800b", "a\ufffd \ufffdb"), ("\ud83d\ude00", "\U0001f600")],
+    ids=["lone", "within", "pair"],
+)
+def test_encode_reads_surrogates_as_meta_does(
+    oracle: meta.Tokenizer, tokenizer: Tokenizer, text: str, read: str
+) -> None:
+    ours = tokenizer.encode(text, bos=False, eos=False)
+    assert ours == oracle.encode(text, bos=False, eos=False) == tokenizer.encode(read, bos=False, eos=False)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         " " * 25_001 + "x",

@@ -14,6 +14,7 @@ import pytest
 
 from fastllama import Llama
 from fastllama.cli import chat as chat_command
+from fastllama.cli.chat_loop import Conversation, Reply
 from tests.command_line import CHAT, READ_TIMEOUT_S, ROOT, run
 
 
@@ -42,15 +43,22 @@ def test_chat_json_is_one_object_a_reply(checkpoint: str) -> None:
 
 
 def test_chat_obeys_slash_commands(checkpoint: str) -> None:
-    told = ["hello", "/reset", "hello", "/nonsense now", "/help", "/exit", "never asked"]
+    told = ["hello", "/reset ", "hello", "/help", "/exit\r", "never asked"]
     words = ("chat", "--ckpt_dir", checkpoint, *CHAT, "--max_seq_len", "512")
     remembered = run(*words, stdin="hello\nhello\n").stdout.splitlines()
     assert len(set(remembered)) == 2
     result = run(*words, stdin="\n".join(told))
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [remembered[0]] * 2
-    assert "unknown command /nonsense" in result.stderr
     assert all(name in result.stderr for name in ("/reset", "/exit", "/help"))
+
+
+@pytest.mark.parametrize("message", ["/etc/hosts", "/exit now", "/RESET", " /exit", "/", "/help!"])
+def test_what_is_no_command_of_a_pipe_is_a_message(checkpoint: str, message: str) -> None:
+    words = ("chat", "--ckpt_dir", checkpoint, *CHAT, "--max_seq_len", "512", "--json")
+    result = run(*words, stdin=f"{message}\n/reset\nhello\n")
+    assert result.exit_code == 0 and "unknown command" not in result.stderr
+    assert [json.loads(line)["role"] for line in result.stdout.splitlines()] == ["assistant"] * 2
 
 
 def test_chat_goes_on_after_a_message_that_is_too_long(checkpoint: str) -> None:
@@ -65,6 +73,25 @@ def test_chat_forgets_the_oldest_turns_and_says_so(checkpoint: str) -> None:
     result = run("chat", "--ckpt_dir", checkpoint, *CHAT, stdin="hello hello\n" * 5)
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 5
     assert "the oldest 2 messages were forgotten" in result.stderr
+
+
+def test_a_reply_is_one_line_to_every_reader(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = "a\nb\rc\r\nd\x0be\x0cf\x1cg\x1dh\x1ei\x85j\u2028k\u2029l"
+    monkeypatch.setattr(Conversation, "say", lambda *told, **how: Reply(ends, 3, "stop", 0))
+    plain = run("chat", "--ckpt_dir", checkpoint, *CHAT, stdin="hello\n").stdout
+    assert plain == "a b c d e f g h i j k l\n"
+    (line,) = run("chat", "--ckpt_dir", checkpoint, *CHAT, "--json", stdin="hello\n").stdout.splitlines()
+    assert json.loads(line)["content"] == ends
+
+
+def test_an_error_that_ends_a_chat_is_an_object_too(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(*told: Any, **how: Any) -> Reply:
+        raise ValueError("the logits are\nnot finite")
+
+    monkeypatch.setattr(Conversation, "say", say)
+    result = run("chat", "--ckpt_dir", checkpoint, *CHAT, "--json", stdin="hello\nhello\n")
+    assert result.exit_code == 2 and json.loads(result.stdout) == {"error": "the logits are not finite"}
+    assert result.stderr == "fastllama: error: the logits are not finite\n"
 
 
 @pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt])
@@ -135,5 +162,7 @@ def test_chat_on_a_terminal_prompts_and_leaves_at_its_end(terminal: Terminal) ->
     terminal.read_until("you> ")
     terminal.write("/nonsense\n")
     assert "unknown command" in terminal.read_until("you> ")
+    terminal.write("/exit now\n")
+    assert "/exit stands alone on its line" in terminal.read_until("you> ")
     terminal.write("\x04")
     assert terminal.exit_code() == 0

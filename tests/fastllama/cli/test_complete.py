@@ -2,11 +2,14 @@
 
 import json
 import os
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from fastllama import Llama
+from fastllama import Increment, Llama
+from fastllama.stream import NotFiniteError
 from tests.command_line import GREEDY, expect_error, run
 
 
@@ -93,6 +96,84 @@ def test_complete_uses_the_model_in_the_package_and_says_so(checkpoint: str, mon
     assert spoken.stderr.splitlines()[-1].endswith("tokens/s")
     assert run("complete", "hello", *GREEDY, "--json").stderr == ""
     expect_error(run("complete", "hello", "--tokenizer_path", "x"), "--tokenizer_path needs --ckpt_dir")
+
+
+class Failing:
+    """A Llama whose stream ends in an error after so many increments."""
+
+    def __init__(self, llm: Llama, error: BaseException, increments: int) -> None:
+        self.llm, self.error, self.left = llm, error, increments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.llm, name)
+
+    def stream(self, *arguments: Any) -> Generator[Increment]:
+        for increment in self.llm.stream(*arguments):
+            if not self.left:
+                raise self.error
+            self.left -= 1
+            yield increment
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (NotFiniteError("the logits\nare not finite"), "the logits are not finite", 2),
+        (MemoryError(), "MemoryError", 2),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_complete_keeps_what_is_done(
+    checkpoint: str, llm: Llama, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str, code: int
+) -> None:
+    """The first of three, one at a time; the error comes as the second begins."""
+    monkeypatch.setattr(llm.tokenizer, "stop_tokens", set())
+    one = llm.text_completion(["a"], 0, max_gen_len=6)[0]["generation"]
+    for as_json in ((), ("--json",)):
+        monkeypatch.setattr(Llama, "build", lambda *args, **options: Failing(llm, error, 6))
+        result = run("complete", "a", "b", "c", "--ckpt_dir", checkpoint, *GREEDY, "--max_batch_size", "1", *as_json)
+        assert result.exit_code == code
+        assert result.stderr.strip() == ("" if code == 130 else f"fastllama: error: {said}")
+        if as_json:
+            found = json.loads(result.stdout)
+            assert [row["text"] for row in found["completions"]] == [one]
+            assert (found["error"], found["tokens"]) == (said, 6)
+        else:
+            assert result.stdout == f"== 1: a\n{one}\n\n"
+
+
+def test_complete_prints_what_is_done_in_order_and_at_an_error_all_of_it(
+    checkpoint: str, llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(*arguments: Any) -> Generator[Increment]:
+        for row, reason in ((2, "stop"), (0, None), (0, "stop"), (3, None)):
+            yield Increment(row, [1], f"[{row}]", None, cast(Any, reason))
+        raise ValueError("no more")
+
+    monkeypatch.setattr(llm, "stream", stream)
+    monkeypatch.setattr(Llama, "build", lambda *args, **options: llm)
+    result = run("complete", *"abcd", "--ckpt_dir", checkpoint, *GREEDY)
+    assert result.stdout == "== 1: a\n[0][0]\n\n== 3: c\n[2]\n\n"
+    assert result.stderr == "fastllama: error: no more\n"
+    live = run("complete", "a", "--ckpt_dir", checkpoint, *GREEDY)
+    assert live.exit_code == 1  # a row that is not there: a fault, which nobody hides
+
+
+def test_complete_checks_all_prompts_before_the_first_runs(
+    checkpoint: str, llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, length = "y" * 500, len(llm.tokenizer.encode("y" * 500, bos=True, eos=False))
+    monkeypatch.setattr(llm, "stream", None)  # nothing runs
+    monkeypatch.setattr(Llama, "build", lambda *args, **options: llm)
+    has = f"has {length} tokens, more than the max_seq_len of 64: shorten it, or raise --max_seq_len"
+    quoted = f"'{'y' * 40}'..."
+    for batch in ((), ("--max_batch_size", "1")):
+        result = run("complete", "a", long, "b", "--ckpt_dir", checkpoint, *GREEDY, *batch)
+        expect_error(result, f"error: prompt 2 of 3, {quoted}, {has}")
+    expect_error(
+        run("complete", long, "--ckpt_dir", checkpoint, *GREEDY, "--json"), f"error: the prompt {quoted}, {has}"
+    )
 
 
 def test_complete_errors_name_what_is_wrong(tmp_path: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from fastllama.benchmarks.models import ModelSource, described
 from fastllama.limits import memory_plan
 from fastllama.started import EXIT_FOLLOWER_DIED
 from tests.checkpoints import tiny_params
-from tests.command_line import CHAT, ROOT, expect_error, run, run_process
+from tests.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
 
 DEADLINE_S = 10
 
@@ -26,14 +26,27 @@ DEADLINE_S = 10
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-@pytest.mark.parametrize("how", ["--nproc", "torchrun"])
+# One's own launcher, without torchrun's agent. Its second process has nothing to read, and says nothing.
+BY_HAND = """
+import os, socket, subprocess, sys
+with socket.create_server(("127.0.0.1", 0)) as free:
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+command, null = [sys.executable, *sys.argv[1:]], subprocess.DEVNULL
+second = subprocess.Popen(command, env={**os.environ, **place, "RANK": "1"}, stdin=null)
+first = subprocess.run(command, env={**os.environ, **place, "RANK": "0"})
+sys.exit(first.returncode or second.wait())
+"""
+
+
+@pytest.mark.parametrize("how", ["--nproc", "torchrun", "by hand"])
 def test_a_chat_of_two_processes_reads_and_answers_once(how: str) -> None:
     lines = "What is the capital of France?\n/reset\nHello\n"
     alone = run("chat", *CHAT, stdin=lines)
     if how == "--nproc":
         together = run_process("chat", *CHAT, "--nproc", "2", stdin=lines)
     else:
-        together = run_process("chat", *CHAT, stdin=lines, launcher=TORCHRUN)
+        launcher = TORCHRUN if how == "torchrun" else ("-c", BY_HAND)
+        together = run_process("chat", *CHAT, stdin=lines, launcher=launcher)
     assert together.returncode == 0, together.stderr
     assert alone.stdout == together.stdout and len(together.stdout.splitlines()) == 2
 
@@ -142,3 +155,35 @@ def test_nproc_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) ->
     expect_error(run("complete", "x", "--nproc", "0"), "--nproc")
     monkeypatch.setenv("WORLD_SIZE", "2")
     expect_error(run("complete", "x", "--nproc", "2"), "torchrun")
+
+
+PLACE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("command", [("complete", "x"), ("chat",), ("bench",)], ids=lambda command: command[0])
+@pytest.mark.parametrize("wrong", [{"WORLD_SIZE": "two"}, {"RANK": "7"}, {"MASTER_PORT": ""}], ids=str)
+def test_a_wrong_variable_is_named_before_any_work(
+    command: tuple[str, ...], wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (PLACE | wrong).items():
+        monkeypatch.setenv(name, value)
+    (name,) = wrong
+    expect_error(run(*command), name, "unset")
+    for words in (("--help",), (*command, "--help"), ("inspect",)):
+        assert run(*words).exit_code == 0
+
+
+def test_the_other_processes_say_nothing_of_what_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed, and what is wrong with the command line, the first process says."""
+    for name, value in (PLACE | {"RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("fastllama.follower.follow", lambda: 7)
+    for words, code in ((("--help",), 0), (("inspect",), 0), (("complete", "--nope"), 2), (("complete",), 7)):
+        result = run(*words)
+        assert (result.exit_code, result.stdout, result.stderr) == (code, "", "")
+
+
+def test_what_is_left_over_does_not_matter_to_one_process(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (PLACE | {"WORLD_SIZE": "1", "RANK": "7", "LOCAL_RANK": "x"}).items():
+        monkeypatch.setenv(name, value)
+    assert run("complete", "x", "--ckpt_dir", checkpoint, *GREEDY).exit_code == 0

@@ -10,13 +10,15 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.model import Transformer
 from fastllama.parallel import ALONE, Group
+from tests.answers import assert_same_logprobs
 from tests.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
-from tests.parallel_cases import answers, build
+from tests.parallel_cases import answers, assert_alike, build
 from tests.processes import run_processes
+from tests.tiers import parameters
 
 PARAMS = tiny_params()  # eight heads over two kv heads, so that four processes share them
-LOGPROB_TOLERANCE = 2e-5  # sums in another order, in float32
 SHARDS = (1, 2, 4, 8)
+SIZES = parameters({"2": 2, "4": 4}, quick=("2",))
 FORMATS = [*(f"{shards} shards" for shards in SHARDS), "Llama 2's embedding", "Hugging Face"]
 
 
@@ -57,28 +59,20 @@ def found_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["tokens"] == expected["tokens"]
-    for mine, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
-        for row, wanted in zip(mine, theirs, strict=True):
-            assert row == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
-    assert found["logits"] == pytest.approx(expected["logits"], abs=1e-4)
-
-
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_processes_give_one_processes_answers(found_by: Any, expected: dict[str, Any], size: int, format: str) -> None:
     for found in found_by(size):
         assert_alike(found["answers"][FORMATS.index(format)], expected)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_every_process_draws_the_same_tokens_from_the_same_bits(found_by: Any, size: int) -> None:
     first, *others = (found["answers"] for found in found_by(size))
     assert all(found == first for found in others)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_each_process_holds_its_part(found_by: Any, expected: dict[str, Any], size: int) -> None:
     args = ModelArgs(**PARAMS)
     norms = (2 * args.n_layers + 1) * args.dim
@@ -90,7 +84,7 @@ def test_each_process_holds_its_part(found_by: Any, expected: dict[str, Any], si
         assert mine["weights"] == norms + (expected["weights"] - norms - kv) // size + kv * repeated // size
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_a_size_that_does_not_divide_is_one_clear_error_everywhere(found_by: Any, size: int) -> None:
     errors = {found["error"] for found in found_by(size)}
     assert len(errors) == 1
@@ -98,7 +92,7 @@ def test_a_size_that_does_not_divide_is_one_clear_error_everywhere(found_by: Any
     assert f"world_size={size}" in error and "n_heads=3" in error and "use one of 1 processes" in error
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_one_processes_failure_is_every_processes_and_the_next_build_works(found_by: Any, size: int) -> None:
     for rank, found in enumerate(found_by(size)):
         if rank == 1:
@@ -108,6 +102,7 @@ def test_one_processes_failure_is_every_processes_and_the_next_build_works(found
         assert found["again"]
 
 
+@pytest.mark.slow  # of four processes
 def test_groups_within_the_world_are_respected(found_by: Any, expected: dict[str, Any]) -> None:
     for rank, found in enumerate(found_by(4)):
         one = found["subsets"]
@@ -120,12 +115,10 @@ def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], found
     llm = build(folders["1 shards"], backend="reference")
     tokens, logprobs = llm.generate([[5, 6, 7], [300, 2, 9, 11, 50, 3]], 2, temperature=0.0, logprobs=True)
     drawn, _ = llm.generate([[1]], 2, temperature=0.9, seed=5)
-    assert logprobs is not None
     for found in found_by(2):
         one = found["fused"]
         assert (one["tokens"], one["drawn"]) == (tokens, drawn)
-        for row, wanted in zip(one["logprobs"], logprobs, strict=True):
-            assert row == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+        assert_same_logprobs(one["logprobs"], logprobs, "divided logprobs")
 
 
 def test_a_process_takes_little_more_host_memory_than_its_part(folders: dict[str, str], found_by: Any) -> None:

@@ -86,23 +86,22 @@ def _others(folder: Path, checkpoint: Checkpoint) -> list[tuple[Path, str]]:
             found += [(path, why) for path in files.taken] + files.passed_over
     for place in (folder / name for name in PLACES_BELOW):
         if place != checkpoint.path and meta_files(place).taken:
-            why = "the folder's own weights" if own else str(checkpoint.path.relative_to(folder))
-            found.append((place, f"{why} go first"))
+            first = checkpoint.path.relative_to(folder)
+            found.append((place, "the folder's own weights go first" if own else f"{first} goes first"))
     return found
 
 
 def _nothing_found(folder: Path, other: str | None, below: list[Path]) -> str:
     start = f"no checkpoint in {str(folder)!r}: "
-    if other and below:
-        return f"{start}{other}. {below[0].relative_to(folder)}/ holds other weights: pass that folder to run those"
+    if other:
+        place = below[0].relative_to(folder) if below else ""
+        return start + other + (f". {place}/ holds other weights: pass that folder to run those" if below else "")
     present = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     shown = ", ".join(present[:FILES_SHOWN]) + (" …" if len(present) > FILES_SHOWN else "")
     message = (
         f"{start}expected {PARAMS_NAME} and {SHARD_PATTERN} there or in original/, "
         f"or {CONFIG_NAME} and {FILE_PATTERN}; it holds {shown or 'nothing'}"
     )
-    if other:
-        return f"{message}; {other}"
     if found := find_below(folder, _holds_checkpoint):
         return f"{message}; pass the folder below it that holds one: {listing(list(map(str, found)))}"
     return message

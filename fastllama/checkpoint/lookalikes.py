@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastllama.checkpoint.fields import Fields, listing, shown
+from fastllama.checkpoint.files import TRAINING_STATE
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
@@ -45,7 +46,7 @@ def describe_folder(folder: Path) -> str | None:
     if any((folder / name).exists() for name in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES)):
         return _describe_adapter(folder)
     for pattern, what in OTHER_FORMATS.items():
-        names = sorted(path.name for path in folder.glob(pattern))
+        names = sorted(path.name for path in folder.glob(pattern) if not TRAINING_STATE.fullmatch(path.stem))
         if names:
             return f"{listing(names[:1])} is {what}"
     return None

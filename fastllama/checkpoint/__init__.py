@@ -15,7 +15,7 @@ from fastllama.checkpoint.base import Checkpoint
 from fastllama.checkpoint.fields import listing
 from fastllama.checkpoint.files import AN_ADAPTER, FILE_PATTERN, SHARD_PATTERN, huggingface_files, meta_files
 from fastllama.checkpoint.huggingface import CONFIG_NAME, open_huggingface
-from fastllama.checkpoint.lookalikes import describe_file, describe_folder, find_below
+from fastllama.checkpoint.lookalikes import PICKLED_ADAPTERS, describe_file, describe_folder, find_below
 from fastllama.checkpoint.meta import PARAMS_NAME, open_meta
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -84,6 +84,7 @@ def _others(folder: Path, checkpoint: Checkpoint) -> list[tuple[Path, str]]:
         if not (own and checkpoint.format == layout):
             why = f"no {PARAMS_NAME} beside it" if layout == "meta" else "Meta's layout goes first"
             found += [(path, why) for path in files.taken] + files.passed_over
+    found += [(folder / name, AN_ADAPTER) for name in PICKLED_ADAPTERS if (folder / name).exists()]
     for place in (folder / name for name in PLACES_BELOW):
         if place != checkpoint.path and meta_files(place).taken:
             first = checkpoint.path.relative_to(folder)

@@ -15,7 +15,7 @@ from fastllama.checkpoint.files import NUMBER
 from fastllama.checkpoint.layout import Piece, Stored
 from fastllama.checkpoint.shards import Shard
 
-SAMPLE_BYTES = 2**16
+SAMPLE_BYTES = 2**14
 CHUNK_BYTES = 2**24
 
 
@@ -98,7 +98,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    return tensor.contiguous().view(torch.int32 if tensor.dtype.itemsize == torch.int32.itemsize else torch.int16)
 
 
 def _rows_of(piece: Piece | Stored, most_bytes: int) -> int:

@@ -8,7 +8,8 @@ from fastllama.checkpoint.fields import Fields, listing, shown
 from fastllama.checkpoint.files import TRAINING_STATE
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+PICKLED_ADAPTERS = ("adapter_model.bin",)
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapters.safetensors", *PICKLED_ADAPTERS)
 FOLDERS_SEARCHED = 200
 
 SAVE_AS_SAFETENSORS = "load it with transformers and save_pretrained it, which writes safetensors"

@@ -23,8 +23,8 @@ from fastllama.checkpoint.base import (
     file_sizes,
     head_dim_of,
 )
-from fastllama.checkpoint.fields import MOST_LAYERS, Fields, shown
-from fastllama.checkpoint.files import in_order, meta_files
+from fastllama.checkpoint.fields import MOST_LAYERS, Fields, listing, shown
+from fastllama.checkpoint.files import WeightFiles, in_order, meta_files
 from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Piece, Stored, Weight, names, weights
 from fastllama.checkpoint.shards import Shard, check_same_tensors, load_shard
 
@@ -70,7 +70,7 @@ def open_meta(folder: Path) -> Checkpoint:
     check_names(paths[0], expected, first, _hint(fields, expected, first))
     if len(shards) > 1:
         check_parts_differ(shards, SPLIT_NAME)
-    embedding_axis = _resolve_vocabulary(folder, params, shards)
+    embedding_axis = _resolve_vocabulary(files, params, shards)
 
     stored = {}
     table = [weight for weight in weights(params) if weight.name in first]
@@ -178,7 +178,7 @@ def _shares_storage(shard: Mapping[str, torch.Tensor]) -> bool:
     return same_layout and output.data_ptr() == embedding.data_ptr()
 
 
-def _resolve_vocabulary(folder: Path, params: dict[str, Any], shards: Sequence[Shard]) -> int:
+def _resolve_vocabulary(files: WeightFiles, params: dict[str, Any], shards: Sequence[Shard]) -> int:
     """Sets vocab_size where the file left it open, and returns the axis on which the embedding is cut."""
     shape, n_shards = tuple(shards[0].tensors[EMBEDDING_NAME].shape), len(shards)
     for axis, joined in _joinings(shape, n_shards):
@@ -186,9 +186,11 @@ def _resolve_vocabulary(folder: Path, params: dict[str, Any], shards: Sequence[S
             params["vocab_size"] = joined[0]
             return axis
     expected = ("V" if params["vocab_size"] == -1 else params["vocab_size"], params["dim"])
+    others = listing([path.name for path, _ in files.passed_over])
     raise ValueError(
-        f"{folder}: {EMBEDDING_NAME}: expected ({expected[0]}, {expected[1]}) from {n_shards} shards, "
+        f"{shards[0].path.parent}: {EMBEDDING_NAME}: expected ({expected[0]}, {expected[1]}) from {n_shards} shards, "
         f"got shards of {shape}; compare {PARAMS_NAME} and the number of files"
+        + (f" ({others} passed over)" if others else "")
     )
 
 

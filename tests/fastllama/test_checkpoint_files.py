@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastllama import Llama
 from fastllama.checkpoint import open_checkpoint
 from tests.bad_checkpoints import PARAMS, SHARDS, WEIGHTS, huggingface, indexed, meta
-from tests.checkpoints import random_weights, share, tiny_params, write_meta
+from tests.checkpoints import random_weights, share, tiny_params, write_meta, write_tokenizer
 
 WIDE = tiny_params(dim=48, n_heads=12, n_kv_heads=12, hidden_dim=96)
 WIDE_WEIGHTS = random_weights(WIDE, seed=5)
@@ -195,6 +196,34 @@ def test_a_shard_that_links_to_nothing_is_missed(tmp_path: Path) -> None:
     refused(tmp_path, "{}/consolidated.01.pth: cannot be read (No such file or directory)")
 
 
+def test_what_was_passed_over_is_told_where_shards_are_too_few(tmp_path: Path) -> None:
+    path = meta(tmp_path, shards=2) / "consolidated.01.pth"
+    path.rename(tmp_path / "consolidated.01 (1).pth")
+    refused(
+        tmp_path,
+        "{}: tok_embeddings.weight: expected (576, 64) from 1 shards, got shards of (288, 64); compare params.json and "
+        "the number of files (consolidated.01 (1).pth passed over)",
+    )
+
+
+def test_answers_do_not_depend_on_what_files_are_called(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("plain", "numbered", "counted", "set", "alone")]
+    for folder in folders:
+        folder.mkdir()
+    plain, numbered, counted, whole_set, alone = folders
+    meta(plain)
+    renamed(meta(numbered, shards=4), [f"part{part}.pth" for part in range(1, 5)])
+    renamed(meta(counted, shards=2), ["model-00001-of-00002.pth", "model-00002-of-00002.pth"])
+    (indexed(whole_set) / "model.safetensors.index.json").unlink()
+    (huggingface(alone) / "model.safetensors").rename(alone / "llama.safetensors")
+    tokenizer = str(write_tokenizer(tmp_path))
+    answers = []
+    for folder in folders:
+        llm = Llama.build(str(folder), tokenizer, 48, 2, device="cpu")
+        answers.append(llm.generate([[5, 250, 17], [9]], 24, temperature=0)[0])
+    assert all(answer == answers[0] for answer in answers)
+
+
 # Hugging Face's files
 
 
@@ -235,12 +264,13 @@ def test_what_is_not_called_hugging_faces_is_passed_over(tmp_path: Path, layout:
     assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in checkpoint.tensors())
 
 
-def test_an_adapter_beside_whole_weights_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write()(huggingface(tmp_path) / "adapter_model.safetensors")
-    open_checkpoint(tmp_path)
-    assert caplog.messages == [
-        f"{tmp_path}: adapter_model.safetensors is an adapter and is not applied: merge it first"
-    ]
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_whole_weights_is_warned_of(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write()(huggingface(tmp_path) / name)
+    assert open_checkpoint(tmp_path).passed_over == ((tmp_path / name, "an adapter, which is not applied"),)
+    assert caplog.messages == [f"{tmp_path}: {name} is an adapter and is not applied: merge it first"]
 
 
 def test_a_set_without_an_index_must_be_whole(tmp_path: Path) -> None:

@@ -79,9 +79,7 @@ def open_meta(folder: Path) -> Checkpoint:
         stored[weight.name] = Stored(_distinct_pieces(weight, axis, shards), axis or 0)
     shapes = {weight.name: (weight.shape, stored[weight.name].shape) for weight in table}
     check_shapes(folder, f"{PARAMS_NAME} asks for of {len(files.taken)} joined shards", shapes)
-    for part in (piece for one in stored.values() for piece in one.pieces):
-        if isinstance(part, Copies):
-            part.check_sample()
+    _check_copies(paths[0], [piece for one in stored.values() for piece in one.pieces if isinstance(piece, Copies)])
     params["tied_output"] = _is_tied(fields, params["tied_output"], shards, stored)
     return Checkpoint(
         path=folder,
@@ -158,6 +156,17 @@ def _hint(fields: Fields, expected: Sequence[str], found: Mapping[str, torch.Ten
     if OUTPUT_NAME in expected and OUTPUT_NAME not in found:
         return f"where the output is the embedding, say so in {PARAMS_NAME}: tied_output true"
     return ""
+
+
+def _check_copies(first: Path, copies: Sequence[Copies]) -> None:
+    """ValueError where files hold different values of what all should share; a warning where they have drifted."""
+    drifted = [one.name for one in copies if one.sample_differs()]
+    if drifted:
+        logger.warning(
+            "%s: %s differ a little from those in the other shards, as is known of Llama 3 70B; this file's are used",
+            first,
+            listing(list(dict.fromkeys(drifted))),
+        )
 
 
 def _is_tied(fields: Fields, stated: bool, shards: Sequence[Shard], stored: Mapping[str, Stored]) -> bool:

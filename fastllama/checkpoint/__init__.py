@@ -42,7 +42,7 @@ def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Checkpoint:
         raise AssertionError(f"checkpoint folder {str(folder)!r} {what}")
     checkpoint = _open(folder)
     passed_over = (*checkpoint.passed_over, *_others(folder, checkpoint))
-    names = [f"{path.relative_to(folder)} ({why})" for path, why in passed_over]
+    names = [f"{listing([str(path.relative_to(folder))])} ({why})" for path, why in passed_over]
     if adapters := [path.name for path, why in passed_over if why == AN_ADAPTER]:
         logger.warning("%s: %s is an adapter and is not applied: merge it first", folder, listing(adapters))
     logger.info(

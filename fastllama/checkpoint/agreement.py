@@ -8,18 +8,25 @@ Copies in shards need not be equal bit for bit: each process trained its own, an
 drifted apart by up to 0.01. Those of another model, or of another part, are further away than that.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fastllama.args import ModelArgs
 from fastllama.checkpoint.files import NUMBER
 from fastllama.checkpoint.layout import Piece, Stored
 from fastllama.checkpoint.shards import Shard
+from fastllama.rope import rope_table
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 2**14
 CHUNK_BYTES = 2**24
+FREQUENCY_TOLERANCE = 0.02  # they may be stored in bfloat16
 MOST_DRIFT = 2.0**-6  # of the value, and of the largest: four units in the last place of bfloat16
 
 
@@ -88,6 +95,23 @@ def check_parts_differ(shards: Sequence[Shard], name: str) -> None:
                 f"{shard.path}: holds the same part of {name} as {twin.path.name}; "
                 "one is a copy of the other: download the part that is missing"
             )
+
+
+def warn_of_frequencies(source: Path, name: str, stored: torch.Tensor | None, params: Mapping[str, Any]) -> None:
+    """A warning where rotary frequencies (D/2,) that lie beside the weights, and are not read, are not `params`'."""
+    if stored is None or not stored.is_floating_point():
+        return
+    cos, sin = rope_table(ModelArgs(**{**params, "max_seq_len": 2}))[1].unbind(-1)
+    expected = torch.atan2(sin, cos)  # the angles of position 1
+    if stored.shape == expected.shape and not torch.allclose(
+        stored.float(), expected, rtol=FREQUENCY_TOLERANCE, atol=0
+    ):
+        logger.warning(
+            "%s: %s is not what the configuration gives (rope_theta=%g); the configuration is used, as in transformers",
+            source,
+            name,
+            params["rope_theta"],
+        )
 
 
 def same_values(one: Stored, other: Stored) -> bool:

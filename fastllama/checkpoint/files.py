@@ -9,10 +9,9 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-from fastllama.checkpoint.fields import NAMES_LISTED, listing
+from fastllama.checkpoint.fields import listing
 
 SHARD_PATTERN = "*.pth"
 FILE_PATTERN = "*.safetensors"
@@ -107,10 +106,11 @@ def in_order(folder: Path, files: list[Path]) -> list[Path]:
     families: set[tuple[str, str | None, str]] = set()
     for path, match in matches.items():
         if not match or len(match["number"]) > MOST_DIGITS or int(match["number"]) >= MOST_PARTS:
-            raise _unordered(folder, files, f"{path.name} has no number that says which part it is")
+            raise _unordered(folder, files, f"{listing([path.name])} has no number that says which part it is")
         number = int(match["number"])
         if number in numbers:
-            raise _unordered(folder, files, f"{numbers[number].name} and {path.name} are both part {number}")
+            both = " and ".join(listing([one.name]) for one in (numbers[number], path))
+            raise _unordered(folder, files, f"{both} are both part {number}")
         numbers[number] = path
         families.add((match["before"], match["total"], match["after"]))
     if len(families) > 1:
@@ -122,9 +122,8 @@ def in_order(folder: Path, files: list[Path]) -> list[Path]:
     if missing := [number for number in expected if number not in numbers]:
         width = min(len(match["number"]) for match in matches.values() if match)
         end = (f"-of-{total}" if total else "") + after + files[0].suffix
-        names = [f"{before}{number:0{width}d}{end}" for number in islice(missing, NAMES_LISTED)]
-        more = f" and {len(missing) - NAMES_LISTED} more" if len(missing) > NAMES_LISTED else ""
-        raise ValueError(f"{folder}: shards are missing: {', '.join(names)}{more}; download them")
+        names = [f"{before}{number:0{width}d}{end}" for number in missing]
+        raise ValueError(f"{folder}: shards are missing: {listing(names)}; download them")
     return [numbers[number] for number in expected]
 
 

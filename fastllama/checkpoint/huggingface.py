@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fastllama.checkpoint.agreement import same_values
+from fastllama.checkpoint.agreement import same_values, warn_of_frequencies
 from fastllama.checkpoint.base import (
     Checkpoint,
     check_dtypes,
@@ -54,6 +54,7 @@ LAYER_NAMES = {
 PERMUTED_PARTS = ("attention.wq", "attention.wk")
 # Buffers that some files carry: tables of the rotary embedding and causal masks. They follow from the configuration.
 DERIVED = re.compile(r"(.*\.)?(rotary_emb\.[a-z_]+|masked_bias|causal_mask|position_ids)")
+FREQUENCIES = "rotary_emb.inv_freq"
 CAUSAL_MASK = re.compile(r".*(self_attn|attention|attn)\.bias")
 MASK_DIMS = 4
 BASE_PREFIX = "model."
@@ -76,6 +77,11 @@ class StoredSlice:
     def dtype(self) -> torch.dtype:
         return SAFETENSORS_DTYPES[self.stored_dtype]
 
+    def whole(self) -> torch.Tensor:
+        """All of it, in the stored dtype and order."""
+        tensor: torch.Tensor = self._slice[:]
+        return tensor
+
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
         """`length` of axis `dim` from `start`; along permuted rows these must be whole heads."""
         wanted = slice(start, start + length)
@@ -95,6 +101,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     params = model_params(config)
     theirs = their_names(params["n_layers"])
     files, found = _find_tensors(folder, config, set(theirs.values()))
+    frequencies = found.pop(FREQUENCIES, None)
 
     check_dtypes(folder, {name: _torch_name(piece.stored_dtype) for name, piece in found.items()})
     embedding, output = theirs[EMBEDDING_NAME], theirs[OUTPUT_NAME]
@@ -117,6 +124,8 @@ def open_huggingface(folder: Path) -> Checkpoint:
             piece.head_dim = params["head_dim"]
         stored[weight.name] = Stored((piece,))
     check_shapes(folder, f"{CONFIG_NAME} asks for", shapes)
+    if frequencies is not None:
+        warn_of_frequencies(folder, FREQUENCIES, frequencies.whole(), params)
     if params["tied_output"] and OUTPUT_NAME in stored:
         params["tied_output"] = _is_tied(config, stored[EMBEDDING_NAME], stored[OUTPUT_NAME])
     return Checkpoint(
@@ -165,7 +174,7 @@ def _hint(config: Fields, expected: Collection[str], found: Mapping[str, StoredS
 def _find_tensors(
     folder: Path, config: Fields, expected: Collection[str]
 ) -> tuple[WeightFiles, dict[str, StoredSlice]]:
-    """The weights' files, and every tensor in them by the name that transformers gives it."""
+    """The weights' files, and every tensor in them by the name that transformers gives it, and one inv_freq."""
     files, index, listed = _choose_files(folder, config)
     found: dict[str, StoredSlice] = {}
     stored_as: dict[str, str] = {}
@@ -178,6 +187,8 @@ def _find_tensors(
             place[name] = path.name
             piece = StoredSlice(handle, name)
             if _is_derived(name, piece.shape):
+                if name.endswith(FREQUENCIES):
+                    found.setdefault(FREQUENCIES, piece)
                 continue
             known = _with_prefix(name, expected)
             if known in found:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs, ffn_width
-from fastllama.checkpoint.agreement import Copies, check_order, check_parts_differ, same_values
+from fastllama.checkpoint.agreement import Copies, check_order, check_parts_differ, same_values, warn_of_frequencies
 from fastllama.checkpoint.base import (
     Checkpoint,
     check_dims,
@@ -26,7 +26,7 @@ from fastllama.checkpoint.base import (
 from fastllama.checkpoint.fields import MOST_LAYERS, Fields, listing, shown
 from fastllama.checkpoint.files import WeightFiles, in_order, meta_files
 from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Piece, Stored, Weight, names, weights
-from fastllama.checkpoint.shards import Shard, check_same_tensors, load_shard
+from fastllama.checkpoint.shards import FREQUENCIES, Shard, check_same_tensors, load_shard
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def open_meta(folder: Path) -> Checkpoint:
     shapes = {weight.name: (weight.shape, stored[weight.name].shape) for weight in table}
     check_shapes(folder, f"{PARAMS_NAME} asks for of {len(files.taken)} joined shards", shapes)
     _check_copies(paths[0], [piece for one in stored.values() for piece in one.pieces if isinstance(piece, Copies)])
+    warn_of_frequencies(paths[0], FREQUENCIES, shards[0].frequencies, params)
     params["tied_output"] = _is_tied(fields, params["tied_output"], shards, stored)
     return Checkpoint(
         path=folder,

@@ -19,16 +19,21 @@ from fastllama.checkpoint.fields import listing, shown
 
 ZIP_SIGNATURE = b"PK\x03\x04"
 # Buffers that some files carry; they follow from the parameters.
+FREQUENCIES = "rope.freqs"
 DERIVED = re.compile(r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin)")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file's tensors by Meta's names, and the name that the file had, without its suffix, when torch wrote it."""
+    """A file's tensors by Meta's names, and the name that the file had, without its suffix, when torch wrote it.
+
+    `frequencies` is the file's rope.freqs, if it has such; nothing is computed from it.
+    """
 
     path: Path
     tensors: dict[str, torch.Tensor]
     saved_as: str
+    frequencies: torch.Tensor | None
 
 
 def load_shard(path: Path) -> Shard:
@@ -42,12 +47,13 @@ def load_shard(path: Path) -> Shard:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        content = None if compressed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: Any = None if compressed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch and zipfile raise a dozen types for a damaged or hostile file
         raise ValueError(f"{path}: {_reason(error)}") from error
     if compressed:  # mapping takes the bytes as they lie, so torch would read these as numbers
         raise ValueError(f"{path}: its entries are compressed and cannot be mapped; pack it without compression")
-    return Shard(path, _tensors(path, content), entries[0].filename.split("/")[0])
+    tensors = _tensors(path, content)
+    return Shard(path, tensors, entries[0].filename.split("/")[0], content.get(FREQUENCIES))
 
 
 def _tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:

@@ -174,6 +174,35 @@ def test_metas_derived_buffers_are_ignored(tmp_path: Path) -> None:
     assert dict(open_checkpoint(tmp_path).tensors()).keys() == WEIGHTS.keys()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rope", [{}, {"rope_scaling": {**LLAMA3, **LENGTH}}], ids=["plain", "scaled"])
+@pytest.mark.parametrize("theta", [5e5, 1e4])
+def test_frequencies_of_another_rope_are_warned_of(
+    tmp_path: Path, dtype: torch.dtype, rope: dict[str, Any], theta: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = json.loads(json.dumps({**CONFIG, "rope_theta": theta, **rope}))  # transformers changes what it is given
+    frequencies = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq.to(dtype)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    stored(tmp_path, {**THEIRS, name: frequencies}, **rope)
+    scaled = {"use_scaled_rope": True, "rope_original_max_seq_len": 16} if rope else {}
+    folder = meta(tmp_path / "meta", shards=2, **scaled)
+    for shard in range(2):
+        edit_shard(folder, lambda content: content.update({"rope.freqs": frequencies}), shard)
+    for place, message in (
+        (tmp_path, f"{tmp_path}: rotary_emb.inv_freq"),
+        (folder, f"{folder}/consolidated.00.pth: rope.freqs"),
+    ):
+        caplog.clear()
+        open_checkpoint(place)
+        warning = (
+            "is not what the configuration gives (rope_theta=500000); the configuration is used, as in transformers"
+        )
+        assert caplog.messages == ([f"{message} {warning}"] if theta != 5e5 else [])
+
+
 BASE = {name.removeprefix("model."): tensor for name, tensor in without(OUTPUT).items()}
 
 

@@ -187,7 +187,7 @@ def _find_tensors(
             place[name] = path.name
             piece = StoredSlice(handle, name)
             if _is_derived(name, piece.shape):
-                if name.endswith(FREQUENCIES):
+                if name.endswith(FREQUENCIES) and 0 not in piece.shape:
                     found.setdefault(FREQUENCIES, piece)
                 continue
             known = _with_prefix(name, expected)

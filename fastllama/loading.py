@@ -9,6 +9,7 @@ import torch
 from fastllama import launch, limits, parallel, validate
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import Checkpoint, open_checkpoint
+from fastllama.checkpoint.vocabulary import misfit
 from fastllama.kernels import select
 from fastllama.model import Transformer
 from fastllama.tokenizer import Tokenizer
@@ -78,11 +79,8 @@ def _args_and_tokenizer(
     if not args.use_scaled_rope:
         _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")
     tokenizer = Tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))
-    if args.vocab_size != tokenizer.n_words:
-        raise AssertionError(
-            f"the checkpoint has a vocabulary of {args.vocab_size} and the tokenizer one of {tokenizer.n_words}: "
-            "use the tokenizer that belongs to the checkpoint"
-        )
+    if complaint := misfit(checkpoint, tokenizer_path, tokenizer.n_words):
+        raise AssertionError(complaint)
     tokenizer.stop_tokens |= set(checkpoint.stop_token_ids)
     return args, tokenizer
 

@@ -12,16 +12,27 @@ longer than a byte.
 
 import binascii
 import itertools
-import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastllama import strict_json
+
+logger = logging.getLogger(__name__)
+
 NUM_SPECIAL_TOKENS = 256
-# Where a tokenizer may lie inside a checkpoint folder, best first.
-FILES_IN_FOLDER = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+# Where a tokenizer may lie inside a checkpoint folder, best first. The folder's own come before those of the base model
+# that a Hugging Face repository keeps under original/.
+FILES_IN_FOLDER = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "original/tokenizer.model",
+    "original/mp8/tokenizer.model",
+    "original/mp16/tokenizer.model",
+)
 
 # Special tokens that have a name of their own, by slot: the id counted from the end of the ranks.
 LLAMA30_SLOTS = {
@@ -58,7 +69,7 @@ def read_tokenizer_file(model_path: str | os.PathLike[str], pat_str: str) -> Tok
     A `tokenizer.json` must split text by `pat_str`. Raises AssertionError where there is no such file, ValueError
     naming the file and what is wrong with it where it is not a Llama 3 tokenizer.
     """
-    path = _find(Path(model_path))
+    path = find_tokenizer_file(model_path)
     data = path.read_bytes()
     _refuse_lookalikes(data, path)
     added: dict[int, str] = {}
@@ -70,15 +81,21 @@ def read_tokenizer_file(model_path: str | os.PathLike[str], pat_str: str) -> Tok
     return TokenizerFile(path.name, ranks, _special_names_by_slot(added, len(ranks), path))
 
 
-def _find(path: Path) -> Path:
-    if path.is_file():
+def find_tokenizer_file(model_path: str | os.PathLike[str]) -> Path:
+    """The file itself, or the first of `FILES_IN_FOLDER` in a folder; what is passed over is logged.
+
+    Raises AssertionError where there is none.
+    """
+    path = Path(model_path)
+    if os.path.isfile(path):  # unlike Path.is_file, false for any string
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise AssertionError(f"tokenizer file {path} does not exist; give the path of a Llama 3 tokenizer.model")
-    for name in FILES_IN_FOLDER:
-        if (path / name).is_file():
-            return path / name
-    raise AssertionError(f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}")
+    present = [name for name in FILES_IN_FOLDER if os.path.isfile(path / name)]
+    if not present:
+        raise AssertionError(f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}")
+    logger.info("tokenizer: %s%s", path / present[0], f"; passed over: {', '.join(present[1:])}" * bool(present[1:]))
+    return path / present[0]
 
 
 def _refuse_lookalikes(data: bytes, path: Path) -> None:
@@ -162,7 +179,9 @@ class _UnlikeLlama3(Exception):
 def _read_json(data: bytes, path: Path, pat_str: str) -> tuple[dict[bytes, int], dict[int, str]]:
     """Ranks by token, and names of the added tokens by id."""
     try:
-        document = json.loads(data)
+        document = strict_json.loads(data)
+    except strict_json.TwoValues as error:
+        raise ValueError(f"{path}: {error}; the file is damaged") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged") from None
     try:

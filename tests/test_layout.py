@@ -37,6 +37,7 @@ FLOORS = {
     "kernels.embedding": 0.3,
     "kernels.fused": 0.4,
     "kernels.select": 0.5,
+    "strict_json": 0.9,
     "args": 1,
     "launch": 1,
     "rendezvous": 1.05,

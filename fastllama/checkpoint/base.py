@@ -4,6 +4,7 @@ Opening reads headers only. The weights stay in the mapped files until `Checkpoi
 in Meta's names, so that a model can be filled from a checkpoint far larger than the host's memory.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,13 @@ from fastllama.checkpoint.fields import Fields, listing
 from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Stored, Weight, check_split, read_share, weights
 
 READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LAYER = re.compile(r"(?:model\.)?layers\.([0-9]+)\.")
 GIT_LFS_SIGNATURE = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: everything known without reading a weight.
+    """An opened checkpoint: everything known without reading the weights (but for those that must agree).
 
     path: the folder that holds the weights (it may be `original/` below the one asked for).
     format: "meta" or "huggingface".
@@ -29,6 +31,7 @@ class Checkpoint:
     files: the weights' files and their sizes in bytes.
     dtype: of the stored matrices (norms may be stored wider).
     stop_token_ids: what generation_config.json or config.json call eos_token_id; () for Meta's files.
+    passed_over: weights that lie there, too, and were not taken: files, or folders with a checkpoint, and why.
     """
 
     path: Path
@@ -38,6 +41,7 @@ class Checkpoint:
     dtype: torch.dtype
     stop_token_ids: tuple[int, ...]
     stored: Mapping[str, Stored] = field(repr=False)
+    passed_over: tuple[tuple[Path, str], ...] = ()
 
     @property
     def n_parameters(self) -> int:
@@ -97,15 +101,21 @@ def head_dim_of(fields: Fields, dim: int, n_heads: int) -> int:
     return fields.integer("head_dim", default=dim // n_heads)
 
 
-def check_names(source: Path, expected: Collection[str], found: Collection[str]) -> None:
-    """ValueError that lists the missing and the unexpected tensors, if there are any."""
+def check_names(source: Path, expected: Collection[str], found: Collection[str], hint: str = "") -> None:
+    """ValueError that lists the missing and the unexpected tensors, if any; `hint` says what may be behind it."""
     known, present = set(expected), set(found)
     missing = [name for name in expected if name not in present]
     unexpected = [name for name in found if name not in known]
     if missing or unexpected:
         complaints = [f"{len(missing)} missing: {listing(missing)}"] if missing else []
         complaints += [f"{len(unexpected)} unexpected: {listing(unexpected)}"] if unexpected else []
+        complaints += [hint] if hint else []
         raise ValueError(f"{source}: the tensors are not those of this Llama; {'; '.join(complaints)}")
+
+
+def count_layers(names: Collection[str]) -> int:
+    """How many layers the names of tensors speak of."""
+    return len({match[1] for name in names if (match := LAYER.match(name))})
 
 
 def check_dtypes(source: Path, found: Mapping[str, str]) -> None:

@@ -4,11 +4,15 @@
 was expected and what stands there.
 """
 
-import json
+import logging
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from fastllama import strict_json
+
+logger = logging.getLogger(__name__)
 
 LARGEST_INTEGER = 2**31 - 1
 # Far above any real field, and low enough that products of a few stay finite.
@@ -28,11 +32,13 @@ class Fields:
 
     @classmethod
     def read(cls, path: Path) -> "Fields":
-        """The object in a file; ValueError when it cannot be read, is not JSON or not an object."""
+        """The object in a file; ValueError when it cannot be read, is not JSON, not an object or has a key twice."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8-sig"))
+            values = strict_json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except strict_json.TwoValues as error:
+            raise ValueError(f"{path}: {error}; remove the one that is not meant") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: is not valid JSON ({error}); download it again") from error
         if not isinstance(values, dict):
@@ -45,7 +51,15 @@ class Fields:
     def error(self, key: str, expected: str) -> ValueError:
         """The complaint about one field, to be raised."""
         got = f"got {shown(self.values[key])}" if self.has(key) else "it is missing"
-        return ValueError(f"{self.path}: field {self._prefix + key!r}: expected {expected}, {got}")
+        return ValueError(f"{self.path}: field {self.name(key)!r}: expected {expected}, {got}")
+
+    def name(self, key: str) -> str:
+        """A field's name with those of the objects that it stands in, for messages."""
+        return self._prefix + key
+
+    def warn(self, message: str) -> None:
+        """Log what is used where fields of this file contradict each other."""
+        logger.warning("%s: %s", self.path, message)
 
     def integer(self, key: str, default: int | None = None, most: int = LARGEST_INTEGER) -> int:
         """A positive integer up to `most`; required when there is no default."""

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: config.json beside safetensors, one file or several with an index.
+"""Hugging Face checkpoints: config.json beside safetensors, one file or several, mostly with an index.
 
 The weights are Meta's under other names, but for one thing: transformers rotates the halves of a head against each
 other where Meta rotates neighbouring pairs, so the rows of q and k lie permuted in these files. That is undone here, on
@@ -6,31 +6,34 @@ whole heads, at the moment a slice is read.
 """
 
 import os
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from fastllama.checkpoint.agreement import same_values, warn_of_frequencies
 from fastllama.checkpoint.base import (
     Checkpoint,
-    check_dims,
     check_dtypes,
     check_names,
     check_shapes,
+    count_layers,
     dtype_name,
     file_sizes,
-    head_dim_of,
     read_start,
 )
-from fastllama.checkpoint.fields import MOST_LAYERS, Fields, listing, shown
+from fastllama.checkpoint.fields import Fields, listing, shown
+from fastllama.checkpoint.files import WeightFiles, huggingface_files, whole_set
+from fastllama.checkpoint.huggingface_config import model_params, stop_token_ids
 from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Stored, weights
 
 CONFIG_NAME = "config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
 SINGLE_FILE_NAME = "model.safetensors"
+SUFFIX = ".safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-FILE_PATTERN = "*.safetensors"
 
 OUTER_NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -49,13 +52,13 @@ LAYER_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
 }
 PERMUTED_PARTS = ("attention.wq", "attention.wk")
-# A buffer that older files carry; it follows from the configuration.
-IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+# Buffers that some files carry: tables of the rotary embedding and causal masks. They follow from the configuration.
+DERIVED = re.compile(r"(.*\.)?(rotary_emb\.[a-z_]+|masked_bias|causal_mask|position_ids)")
+FREQUENCIES = "rotary_emb.inv_freq"
+CAUSAL_MASK = re.compile(r".*(self_attn|attention|attn)\.bias")
+MASK_DIMS = 4
+BASE_PREFIX = "model."
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-# transformers' defaults for fields that config.json may leave out.
-NORM_EPS = 1e-6
-ROPE_THETA = 10000.0
 
 
 class StoredSlice:
@@ -74,6 +77,11 @@ class StoredSlice:
     def dtype(self) -> torch.dtype:
         return SAFETENSORS_DTYPES[self.stored_dtype]
 
+    def whole(self) -> torch.Tensor:
+        """All of it, in the stored dtype and order."""
+        tensor: torch.Tensor = self._slice[:]
+        return tensor
+
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
         """`length` of axis `dim` from `start`; along permuted rows these must be whole heads."""
         wanted = slice(start, start + length)
@@ -90,17 +98,20 @@ def to_meta_rows(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 def open_huggingface(folder: Path) -> Checkpoint:
     """The checkpoint in a folder with config.json and safetensors; ValueError where anything is not as it must be."""
     config = Fields.read(folder / CONFIG_NAME)
-    params = _params(config)
-    files, found = _find_tensors(folder)
+    params = model_params(config)
+    theirs = their_names(params["n_layers"])
+    files, found = _find_tensors(folder, config, set(theirs.values()))
+    frequencies = found.pop(FREQUENCIES, None)
 
     check_dtypes(folder, {name: _torch_name(piece.stored_dtype) for name, piece in found.items()})
-    theirs = their_names(params["n_layers"])
-    expected = list(theirs.values())
-    if params["tied_output"] and theirs[OUTPUT_NAME] not in found:
-        expected.remove(theirs[OUTPUT_NAME])
-    check_names(folder, expected, found)
+    embedding, output = theirs[EMBEDDING_NAME], theirs[OUTPUT_NAME]
+    if params["tied_output"] and output in found:  # either of the two may stand for both
+        found.setdefault(embedding, found[output])
+    optional = {output} if params["tied_output"] and embedding in found else set()
+    expected = [name for name in theirs.values() if name in found or name not in optional]
+    check_names(folder, expected, found, _hint(config, expected, found))
     if params["vocab_size"] == -1:
-        params["vocab_size"] = _vocabulary(folder, found[theirs[EMBEDDING_NAME]].shape, params["dim"])
+        params["vocab_size"] = _vocabulary(folder, found[embedding].shape, params["dim"])
 
     stored, shapes = {}, {}
     for weight in weights(params):
@@ -113,106 +124,117 @@ def open_huggingface(folder: Path) -> Checkpoint:
             piece.head_dim = params["head_dim"]
         stored[weight.name] = Stored((piece,))
     check_shapes(folder, f"{CONFIG_NAME} asks for", shapes)
+    if frequencies is not None:
+        warn_of_frequencies(folder, FREQUENCIES, frequencies.whole(), params)
+    if params["tied_output"] and OUTPUT_NAME in stored:
+        params["tied_output"] = _is_tied(config, stored[EMBEDDING_NAME], stored[OUTPUT_NAME])
     return Checkpoint(
         path=folder,
         format="huggingface",
         params=params,
-        files=file_sizes(files),
-        dtype=found[theirs[EMBEDDING_NAME]].dtype,
-        stop_token_ids=_stop_token_ids(folder, config),
+        files=file_sizes(files.taken),
+        dtype=found[embedding].dtype,
+        stop_token_ids=stop_token_ids(folder, config),
         stored=stored,
+        passed_over=tuple(files.passed_over),
     )
 
 
-def _params(config: Fields) -> dict[str, Any]:
-    """config.json as ModelArgs fields; vocab_size is -1 where only the embedding tells."""
-    model_type = config.values.get("model_type")
-    if model_type != "llama":
-        raise ValueError(f"{config.path}: expected a Llama model (model_type 'llama'), got {shown(model_type)}")
-    if config.has("quantization_config"):
-        method = (config.section("quantization_config") or config).values.get("quant_method", "unknown")
-        raise ValueError(
-            f"{config.path}: quantization_config marks a quantised checkpoint (quant_method {shown(method)}); "
-            "use the original weights"
+def _is_tied(config: Fields, embedding: Stored, output: Stored) -> bool:
+    """Whether an output that is stored although it is said to be the embedding is that."""
+    if embedding.pieces[0] is output.pieces[0] or same_values(embedding, output):
+        return True
+    config.warn(
+        "tie_word_embeddings is true, but lm_head.weight is stored and is not model.embed_tokens.weight; "
+        "the stored one is used, as in transformers"
+    )
+    return False
+
+
+def _hint(config: Fields, expected: Collection[str], found: Mapping[str, StoredSlice]) -> str:
+    """What a difference between the names that config.json asks for and those that are there may come from."""
+    missing, unexpected = set(expected) - found.keys(), found.keys() - set(expected)
+    stated, layers = config.integer("num_hidden_layers"), count_layers(found)
+    if layers not in (0, stated):
+        return f"{CONFIG_NAME} says num_hidden_layers={stated}, the files have {layers} layers"
+    if any(name.endswith("_proj.bias") for name in unexpected):
+        return f"{CONFIG_NAME} says nothing of biases (attention_bias, mlp_bias), and Llama 3 has none"
+    if missing == {f"{OUTER_NAMES['output']}.weight"}:
+        return (
+            f"{CONFIG_NAME} does not say tie_word_embeddings true, so there must be an output: "
+            "a base model alone (LlamaModel) has none"
         )
-    for key in ("attention_bias", "mlp_bias"):
-        if config.flag(key):
-            raise config.error(key, "false (Llama 3 has no biases)")
-    if config.has("hidden_act") and config.values["hidden_act"] != "silu":
-        raise config.error("hidden_act", "'silu'")
-    dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    params: dict[str, Any] = {
-        "dim": dim,
-        "n_layers": config.integer("num_hidden_layers", most=MOST_LAYERS),
-        "n_heads": n_heads,
-        "n_kv_heads": config.integer("num_key_value_heads", n_heads),
-        "vocab_size": config.integer("vocab_size", -1),
-        "norm_eps": config.number("rms_norm_eps", NORM_EPS),
-        "head_dim": head_dim_of(config, dim, n_heads),
-        "hidden_dim": config.integer("intermediate_size"),
-        "tied_output": config.flag("tie_word_embeddings"),
-        **_rope(config),
-    }
-    check_dims(config, params)
-    return params
+    if any(name.endswith(".attention.wq.weight") for name in unexpected):
+        return "these are Meta's names; save them with torch.save as consolidated.00.pth beside params.json"
+    first = OUTER_NAMES["norm"] + ".weight"
+    prefixes = [name.removesuffix(first) for name in unexpected if name.endswith("." + first)]
+    return f"names begin with {prefixes[0]!r}, which another program has put there: remove it" if prefixes else ""
 
 
-def _rope(config: Fields) -> dict[str, Any]:
-    """The rotary embedding, from the fields of transformers 5 (rope_parameters) or of 4 (rope_theta, rope_scaling)."""
-    new, old = config.section("rope_parameters"), config.section("rope_scaling")
-    scaling = old or new or Fields(config.path, {})
-    theta = config.number("rope_theta", ROPE_THETA)
-    for section in (new, old):
-        theta = section.number("rope_theta", theta) if section else theta
-    if scaling.number("partial_rotary_factor", 1.0) != 1.0:
-        raise scaling.error("partial_rotary_factor", "1 (Llama rotates whole heads)")
-
-    kind_key = "rope_type" if scaling.has("rope_type") else "type"
-    kind = scaling.values.get(kind_key) or "default"
-    if kind == "default":
-        return {"rope_theta": theta, "use_scaled_rope": False}
-    if kind != "llama3":
-        raise scaling.error(kind_key, "'llama3' or 'default'")
-    low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-    if not low < high:
-        raise scaling.error("high_freq_factor", f"more than low_freq_factor, {low}")
-    return {
-        "rope_theta": theta,
-        "use_scaled_rope": True,
-        "rope_scaling_factor": scaling.number("factor"),
-        "rope_low_freq_factor": low,
-        "rope_high_freq_factor": high,
-        "rope_original_max_seq_len": scaling.integer("original_max_position_embeddings"),
-    }
-
-
-def _find_tensors(folder: Path) -> tuple[list[Path], dict[str, StoredSlice]]:
-    """The weights' files and every tensor in them; one file goes before an index, as in transformers."""
-    index = folder / INDEX_NAME
-    listed: dict[str, str] | None = None
-    if (folder / SINGLE_FILE_NAME).exists():
-        files = [folder / SINGLE_FILE_NAME]
-    elif index.exists():
-        listed = _read_index(index)
-        files = [folder / name for name in sorted(set(listed.values()))]
-    else:
-        files = sorted(folder.glob(FILE_PATTERN))
+def _find_tensors(
+    folder: Path, config: Fields, expected: Collection[str]
+) -> tuple[WeightFiles, dict[str, StoredSlice]]:
+    """The weights' files, and every tensor in them by the name that transformers gives it, and one inv_freq."""
+    files, index, listed = _choose_files(folder, config)
     found: dict[str, StoredSlice] = {}
+    stored_as: dict[str, str] = {}
     place: dict[str, str] = {}
-    for path in files:
+    for path in files.taken:
         handle = _open_file(path)
         for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
             if name in place:
                 raise ValueError(f"{path}: {shown(name)} is also in {place[name]}; remove the file that is not wanted")
             place[name] = path.name
-            if not name.endswith(IGNORED_SUFFIX):
-                found[name] = StoredSlice(handle, name)
+            piece = StoredSlice(handle, name)
+            if _is_derived(name, piece.shape):
+                if name.endswith(FREQUENCIES) and 0 not in piece.shape:
+                    found.setdefault(FREQUENCIES, piece)
+                continue
+            known = _with_prefix(name, expected)
+            if known in found:
+                raise ValueError(f"{path}: {shown(name)} and {shown(stored_as[known])} are the same tensor's names")
+            found[known], stored_as[known] = piece, name
     if listed is not None:
         _check_index(index, listed, place)
     empty = [f"{name} {piece.shape}" for name, piece in found.items() if 0 in piece.shape]
     if empty:
         raise ValueError(f"{folder}: expected tensors with data, got none in {listing(empty)}")
     return files, found
+
+
+def _choose_files(folder: Path, config: Fields) -> tuple[WeightFiles, Path, dict[str, str] | None]:
+    """The files to read, and the index that lists them with its content, None where there is none.
+
+    As in transformers, what config.json names goes first, then model.safetensors, then the index.
+    """
+    files = huggingface_files(folder)
+    named = config.values.get("transformers_weights")
+    if named is not None and not (isinstance(named, str) and Path(named).name == named and SUFFIX in named):
+        raise config.error("transformers_weights", f"the name of a {SUFFIX} file in the same folder, or of its index")
+    for name in [named] if named else [SINGLE_FILE_NAME, INDEX_NAME]:
+        path = folder / name
+        if not named and not os.path.isfile(path):
+            continue
+        if name.endswith(SUFFIX):
+            files.keep([path], f"{name} goes first")
+            return files, path, None
+        listed = _read_index(path)
+        files.keep([folder / file for file in sorted(set(listed.values()))], f"not in {name}")
+        return files, path, listed
+    whole_set(folder, files)
+    return files, folder, None
+
+
+def _is_derived(name: str, shape: tuple[int, ...]) -> bool:
+    return bool(DERIVED.fullmatch(name) or (CAUSAL_MASK.fullmatch(name) and len(shape) == MASK_DIMS))
+
+
+def _with_prefix(name: str, expected: Collection[str]) -> str:
+    """The name in the whole model: files of the base model alone lack the prefix that its part has there."""
+    for known in (name, BASE_PREFIX + name, name.removeprefix(BASE_PREFIX)):
+        if known in expected:
+            return known
+    return name
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -268,10 +290,3 @@ def _vocabulary(folder: Path, shape: tuple[int, ...], dim: int) -> int:
     if len(shape) != 2 or shape[1] != dim:
         raise ValueError(f"{folder}: {OUTER_NAMES['tok_embeddings']}.weight: expected (V, {dim}), got {shape}")
     return shape[0]
-
-
-def _stop_token_ids(folder: Path, config: Fields) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, which is what transformers stops at, else of config.json."""
-    path = folder / GENERATION_CONFIG_NAME
-    generation = Fields.read(path) if path.exists() else None
-    return (generation.token_ids("eos_token_id") if generation else ()) or config.token_ids("eos_token_id")

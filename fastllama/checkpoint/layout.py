@@ -55,6 +55,29 @@ class Stored:
     pieces: tuple[Piece, ...]
     axis: int = 0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole; `axis` need not be one that the pieces have."""
+        shape = list(self.pieces[0].shape)
+        if self.axis < len(shape):
+            shape[self.axis] = sum(piece.shape[self.axis] for piece in self.pieces)
+        return tuple(shape)
+
+    def narrow(self, axis: int, start: int, length: int) -> torch.Tensor:
+        """`length` of the whole's `axis` from `start`: a view of one piece where that holds it, else one new tensor."""
+        if axis != self.axis:
+            parts = [piece.narrow(axis, start, length) for piece in self.pieces]
+        else:
+            parts = []
+            offset = 0
+            for piece in self.pieces:
+                size = piece.shape[axis]
+                first, last = max(start, offset), min(start + length, offset + size)
+                if first < last:
+                    parts.append(piece.narrow(axis, first - offset, last - first))
+                offset += size
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -113,16 +136,4 @@ def read_share(stored: Stored, weight: Weight, rank: int, world_size: int) -> to
     strided: do not write to it); otherwise it is one new tensor.
     """
     start, length = weight.share(rank, world_size)
-    axis = weight.axis or 0
-    if axis != stored.axis:
-        parts = [piece.narrow(axis, start, length) for piece in stored.pieces]
-    else:
-        parts = []
-        offset = 0
-        for piece in stored.pieces:
-            size = piece.shape[axis]
-            first, last = max(start, offset), min(start + length, offset + size)
-            if first < last:
-                parts.append(piece.narrow(axis, first - offset, last - first))
-            offset += size
-    return parts[0] if len(parts) == 1 else torch.cat(parts, stored.axis)
+    return stored.narrow(weight.axis or 0, start, length)

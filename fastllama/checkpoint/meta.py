@@ -1,44 +1,37 @@
 """Meta's checkpoints: params.json beside any number of `*.pth` files, each a slice of every weight.
 
-A shard is a zip archive that torch maps into memory, so opening reads only the pickled table of contents, and that
-through torch's restricted unpickler, which never runs what a file brings along.
-
-How many shards there are, on which axis the embedding is cut (Llama 3: vocabulary, Llama 2: width) and whether kv heads
-repeat (more shards than kv heads) is not written anywhere; the shapes tell.
+Which slice a file is follows from the number in its name. How many there are, on which axis the embedding is cut (Llama
+3: vocabulary, Llama 2: width) and whether kv heads repeat (more shards than kv heads) is not written anywhere; the
+shapes tell. What several shards hold must be the same in all.
 """
 
 import logging
-import pickle
-import re
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastllama.args import IGNORED_NAMES, ffn_width
+from fastllama.args import ModelArgs, ffn_width
+from fastllama.checkpoint.agreement import Copies, check_order, check_parts_differ, same_values, warn_of_frequencies
 from fastllama.checkpoint.base import (
     Checkpoint,
     check_dims,
-    check_dtypes,
     check_names,
     check_shapes,
-    dtype_name,
+    count_layers,
     file_sizes,
     head_dim_of,
-    read_start,
 )
 from fastllama.checkpoint.fields import MOST_LAYERS, Fields, listing, shown
-from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Stored, Weight, names, weights
+from fastllama.checkpoint.files import WeightFiles, in_order, meta_files
+from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Piece, Stored, Weight, names, weights
+from fastllama.checkpoint.shards import FREQUENCIES, Shard, check_same_tensors, load_shard
 
 logger = logging.getLogger(__name__)
 
 PARAMS_NAME = "params.json"
-SHARD_PATTERN = "*.pth"
-ZIP_SIGNATURE = b"PK\x03\x04"
-NUMBERED_SHARD = re.compile(r"consolidated\.(\d+)\.pth")
-# A buffer that older files carry; it follows from the parameters.
+SPLIT_NAME = "layers.0.attention.wq.weight"
 
 # Meta's defaults for fields that params.json may leave out.
 MULTIPLE_OF = 256
@@ -59,50 +52,45 @@ QUANTISED_FIELDS = ("quantization_args", "lora_args")
 KNOWN_FIELDS = META_FIELDS.union(OWN_FIELDS, ROPE_NUMBERS, ROPE_INTEGERS, IGNORED_FIELDS, QUANTISED_FIELDS)
 VISION_PREFIX = "vision_"
 
-Shard = dict[str, torch.Tensor]
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """Every `*.pth` in a folder, sorted by name, as the reference takes them."""
-    return sorted(folder.glob(SHARD_PATTERN))
-
 
 def open_meta(folder: Path) -> Checkpoint:
     """The checkpoint in a folder that holds params.json and `*.pth`; ValueError where anything is not as it must be."""
     fields = Fields.read(folder / PARAMS_NAME)
     params = _params(fields)
-    files = shard_files(folder)
-    _check_numbering(folder, files)
-    shards = [_load_shard(path) for path in files]
-    _check_agreement(files, shards)
+    files = meta_files(folder)
+    paths = in_order(folder, files.taken)
+    shards = [load_shard(path) for path in paths]
+    check_order(shards)
+    check_same_tensors(shards)
 
+    first = shards[0].tensors
     expected = names(params["n_layers"])
-    if params["tied_output"] and OUTPUT_NAME not in shards[0]:
+    if params["tied_output"] and OUTPUT_NAME not in first:
         expected.remove(OUTPUT_NAME)
-    check_names(files[0], expected, shards[0])
-    params["tied_output"] = params["tied_output"] or all(map(_is_tied, shards))
-    embedding_axis = _resolve_vocabulary(folder, params, shards)
+    check_names(paths[0], expected, first, _hint(fields, expected, first))
+    if len(shards) > 1:
+        check_parts_differ(shards, SPLIT_NAME)
+    embedding_axis = _resolve_vocabulary(files, params, shards)
 
-    stored, shapes = {}, {}
-    for weight in weights(params):
-        if weight.name not in shards[0]:
-            continue
+    stored = {}
+    table = [weight for weight in weights(params) if weight.name in first]
+    for weight in table:
         axis = embedding_axis if weight.name == EMBEDDING_NAME else weight.axis
-        pieces = _distinct_pieces(weight, axis, [shard[weight.name] for shard in shards])
-        joined = list(pieces[0].shape)
-        if axis is not None and len(joined) > axis:
-            joined[axis] *= len(pieces)
-        shapes[weight.name] = (weight.shape, joined)
-        stored[weight.name] = Stored(pieces, axis or 0)
-    check_shapes(folder, f"{PARAMS_NAME} asks for of {len(files)} joined shards", shapes)
+        stored[weight.name] = Stored(_distinct_pieces(weight, axis, shards), axis or 0)
+    shapes = {weight.name: (weight.shape, stored[weight.name].shape) for weight in table}
+    check_shapes(folder, f"{PARAMS_NAME} asks for of {len(files.taken)} joined shards", shapes)
+    _check_copies(paths[0], [piece for one in stored.values() for piece in one.pieces if isinstance(piece, Copies)])
+    warn_of_frequencies(paths[0], FREQUENCIES, shards[0].frequencies, params)
+    params["tied_output"] = _is_tied(fields, params["tied_output"], shards, stored)
     return Checkpoint(
         path=folder,
         format="meta",
         params=params,
-        files=file_sizes(files),
-        dtype=shards[0][EMBEDDING_NAME].dtype,
+        files=file_sizes(paths),
+        dtype=first[EMBEDDING_NAME].dtype,
         stop_token_ids=(),
         stored=stored,
+        passed_over=tuple(files.passed_over),
     )
 
 
@@ -137,99 +125,82 @@ def _params(fields: Fields) -> dict[str, Any]:
         "hidden_dim": fields.integer("hidden_dim", width),
         "tied_output": fields.flag("tied_output"),
     }
-    params |= {key: fields.number(key) for key in ROPE_NUMBERS if fields.has(key)}
-    params |= {key: fields.integer(key) for key in ROPE_INTEGERS if fields.has(key)}
+    if params["hidden_dim"] != width:
+        fields.warn(f"hidden_dim={params['hidden_dim']} is used; ffn_dim_multiplier and multiple_of would give {width}")
+    params |= _scaled_rope(fields)
     check_dims(fields, params)
     return params
 
 
-def _check_numbering(folder: Path, files: list[Path]) -> None:
-    numbers = [int(match[1]) for path in files if (match := NUMBERED_SHARD.fullmatch(path.name))]
-    if len(numbers) == len(files) and (missing := sorted(set(range(max(numbers))) - set(numbers))):
-        absent = listing([f"consolidated.{number:02d}.pth" for number in missing])
-        raise ValueError(f"{folder}: shards are missing: {absent}; download them")
-
-
-def _load_shard(path: Path) -> Shard:
-    """One file's tensors, mapped and checked one by one, without those that are ignored."""
-    if read_start(path)[: len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
+def _scaled_rope(fields: Fields) -> dict[str, Any]:
+    """How rope is scaled, as far as params.json says; ValueError where only use_scaled_rope could tell whether."""
+    stated: dict[str, Any] = {key: fields.number(key) for key in ROPE_NUMBERS if fields.has(key)}
+    stated |= {key: fields.integer(key) for key in ROPE_INTEGERS if fields.has(key)}
+    if stated and not fields.has("use_scaled_rope"):
+        raise fields.error("use_scaled_rope", f"true or false beside {', '.join(stated)}")
+    if stated.get("rope_scaling_factor", 1.0) != 1.0 and not fields.flag("use_scaled_rope"):
+        fields.warn(f"use_scaled_rope is false, so rope_scaling_factor={stated['rope_scaling_factor']} has no effect")
+    low, high = (stated.get(key, getattr(ModelArgs, key)) for key in ("rope_low_freq_factor", "rope_high_freq_factor"))
+    if low >= high:
         raise ValueError(
-            f"{path}: is not a zip archive as torch.save writes them; if it is a file of torch before 1.6, "
-            "save it again: torch.save(torch.load(path, weights_only=True), path)"
+            f"{fields.path}: expected rope_high_freq_factor above rope_low_freq_factor, got {high} and {low}"
         )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-        content = None if compressed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch and zipfile raise a dozen types for a damaged or hostile file
-        raise ValueError(f"{path}: {_reason(error)}") from error
-    if compressed:  # mapping takes the bytes as they lie, so torch would read these as numbers
-        raise ValueError(f"{path}: its entries are compressed and cannot be mapped; pack it without compression")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of names and tensors, got a {type(content).__name__}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f"{path}: expected a flat dict of names and tensors, got {shown(name)} with a {type(value).__name__}"
-            )
-    shard = {name: value.detach() for name, value in content.items() if name not in IGNORED_NAMES}
-    check_dtypes(path, {name: dtype_name(value.dtype) for name, value in shard.items()})
-    hollow = [
-        f"{name} {tuple(value.shape)}"
-        for name, value in shard.items()
-        if value.layout != torch.strided or value.device.type != "cpu" or not value.numel()
-    ]
-    if hollow:
-        raise ValueError(f"{path}: expected dense tensors with data, got none in {listing(hollow)}")
-    return shard
+    return stated
 
 
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError):
-        wanted = re.search(r"GLOBAL (\S{1,80})", text)
-        what = f" ({wanted[1]})" if wanted else ""
-        return f"refused, because it holds more than tensors{what} and nothing in it is executed"
-    said = f"{type(error).__name__}: {shown(text.splitlines()[0] if text else '')}"
-    return f"is truncated or damaged ({said}); download it again"
+def _hint(fields: Fields, expected: Sequence[str], found: Mapping[str, torch.Tensor]) -> str:
+    """What a difference between the names that params.json asks for and those that are there may come from."""
+    stated = fields.integer("n_layers")
+    layers = count_layers(found)
+    if layers not in (0, stated):
+        return f"{PARAMS_NAME} says n_layers={stated}, the files have {layers} layers"
+    if OUTPUT_NAME in expected and OUTPUT_NAME not in found:
+        return f"where the output is the embedding, say so in {PARAMS_NAME}: tied_output true"
+    return ""
 
 
-def _check_agreement(files: list[Path], shards: list[Shard]) -> None:
-    """ValueError unless all shards hold the same names with the same shapes and dtypes."""
-    first = shards[0]
-    for path, shard in zip(files[1:], shards[1:], strict=True):
-        if shard.keys() != first.keys():
-            differ = listing(sorted(shard.keys() ^ first.keys()))
-            raise ValueError(f"{path}: expected the same tensors as in {files[0].name}, they differ in {differ}")
-        differ_in = [
-            f"{name}: {tuple(first[name].shape)} {first[name].dtype} there, {tuple(value.shape)} {value.dtype} here"
-            for name, value in shard.items()
-            if value.shape != first[name].shape or value.dtype != first[name].dtype
-        ]
-        if differ_in:
-            raise ValueError(f"{path}: expected the same shapes as in {files[0].name}, got {listing(differ_in)}")
+def _check_copies(first: Path, copies: Sequence[Copies]) -> None:
+    """ValueError where files hold different values of what all should share; a warning where they have drifted."""
+    drifted = [one.name for one in copies if one.sample_differs()]
+    if drifted:
+        logger.warning(
+            "%s: %s differ a little from those in the other shards, as is known of Llama 3 70B; this file's are used",
+            first,
+            listing(list(dict.fromkeys(drifted))),
+        )
 
 
-def _is_tied(shard: Shard) -> bool:
-    """Whether the output is the embedding itself: torch.save writes a shared storage once."""
-    output, embedding = shard.get(OUTPUT_NAME), shard[EMBEDDING_NAME]
-    if output is None:
+def _is_tied(fields: Fields, stated: bool, shards: Sequence[Shard], stored: Mapping[str, Stored]) -> bool:
+    """Whether the output is the embedding: where params.json says so and no other is stored, or they share storage."""
+    if OUTPUT_NAME not in stored:
         return True
+    if all(_shares_storage(shard.tensors) for shard in shards):  # torch.save writes what is shared once
+        return True
+    if not stated or same_values(stored[EMBEDDING_NAME], stored[OUTPUT_NAME]):
+        return stated
+    fields.warn(f"tied_output is true, but {OUTPUT_NAME} is stored and is not {EMBEDDING_NAME}; the stored one is used")
+    return False
+
+
+def _shares_storage(shard: Mapping[str, torch.Tensor]) -> bool:
+    output, embedding = shard[OUTPUT_NAME], shard[EMBEDDING_NAME]
     same_layout = output.shape == embedding.shape and output.stride() == embedding.stride()
     return same_layout and output.data_ptr() == embedding.data_ptr()
 
 
-def _resolve_vocabulary(folder: Path, params: dict[str, Any], shards: list[Shard]) -> int:
+def _resolve_vocabulary(files: WeightFiles, params: dict[str, Any], shards: Sequence[Shard]) -> int:
     """Sets vocab_size where the file left it open, and returns the axis on which the embedding is cut."""
-    shape, n_shards = tuple(shards[0][EMBEDDING_NAME].shape), len(shards)
+    shape, n_shards = tuple(shards[0].tensors[EMBEDDING_NAME].shape), len(shards)
     for axis, joined in _joinings(shape, n_shards):
         if joined[1] == params["dim"] and params["vocab_size"] in (-1, joined[0]):
             params["vocab_size"] = joined[0]
             return axis
     expected = ("V" if params["vocab_size"] == -1 else params["vocab_size"], params["dim"])
+    others = listing([path.name for path, _ in files.passed_over])
     raise ValueError(
-        f"{folder}: {EMBEDDING_NAME}: expected ({expected[0]}, {expected[1]}) from {n_shards} shards, "
+        f"{shards[0].path.parent}: {EMBEDDING_NAME}: expected ({expected[0]}, {expected[1]}) from {n_shards} shards, "
         f"got shards of {shape}; compare {PARAMS_NAME} and the number of files"
+        + (f" ({others} passed over)" if others else "")
     )
 
 
@@ -239,11 +210,16 @@ def _joinings(shape: tuple[int, ...], n_shards: int) -> Iterator[tuple[int, tupl
         yield 1, (shape[0], shape[1] * n_shards)
 
 
-def _distinct_pieces(weight: Weight, axis: int | None, pieces: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _distinct_pieces(weight: Weight, axis: int | None, shards: Sequence[Shard]) -> tuple[Piece, ...]:
     """One piece where all shards hold the same; one per kv head where neighbouring shards share a head."""
+    tensors = [shard.tensors[weight.name] for shard in shards]
+    shared_by = 1
     if axis is None:
-        return (pieces[0],)
-    shared_by = len(pieces) // weight.kv_heads if weight.kv_heads else 1
-    if shared_by > 1 and pieces[0].shape == (weight.shape[0] // weight.kv_heads, weight.shape[1]):
-        return tuple(pieces[::shared_by])
-    return tuple(pieces)
+        shared_by = len(shards)
+    elif weight.kv_heads and tensors[0].shape == (weight.shape[0] // weight.kv_heads, weight.shape[1]):
+        shared_by = max(1, len(shards) // weight.kv_heads)
+    if shared_by == 1:
+        return tuple(tensors)
+    paths = [shard.path for shard in shards]
+    groups = [slice(begin, begin + shared_by) for begin in range(0, len(shards), shared_by)]
+    return tuple(Copies(weight.name, tensors[group], paths[group]) for group in groups)

@@ -1,6 +1,7 @@
 """`fastllama inspect`: what a checkpoint is, and what it would take to run, from its headers alone."""
 
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,8 @@ def inspect(
 ) -> None:
     """Describe the checkpoint in the folder CKPT: architecture, files, memory, tokenizer, and what several GPUs bring.
 
-    No weight is read. The tokens a second are a limit: what reading the weights and the cache, and exchanging sums,
-    takes at least by the GPU's data sheet.
+    No weight is read, but for those that several files must agree on. The tokens a second are a limit: what reading
+    the weights and the cache, and exchanging sums, takes at least by the GPU's data sheet.
 
     \b
     Examples:
@@ -115,6 +116,7 @@ def describe(
         "parameters": checkpoint.n_parameters,
         "stored_dtype": _name(checkpoint.dtype),
         "files": [{"name": path.name, "bytes": size} for path, size in checkpoint.files],
+        "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
         "memory": {
             "dtype": _name(planned),
             "max_batch_size": max_batch_size,
@@ -162,7 +164,9 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
 
 def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
     """None for a folder of weights without a tokenizer, unless one was named."""
+    from fastllama.checkpoint.vocabulary import misfit
     from fastllama.tokenizer import Tokenizer
+    from fastllama.tokenizer_files import find_tokenizer_file
 
     try:
         tokenizer = Tokenizer(path, llama31=checkpoint.params["use_scaled_rope"])
@@ -171,20 +175,23 @@ def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dic
             raise
         return None
     known = tokenizer.special_tokens
+    complaint = misfit(checkpoint, path, tokenizer.n_words)
     return {
+        "path": str(find_tokenizer_file(path)),
         "n_words": tokenizer.n_words,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         "special_tokens": {name: known[name] for name in SPECIAL_TOKENS if name in known},
         "stop_tokens": sorted({*tokenizer.stop_tokens, *checkpoint.stop_token_ids}),
-        "fits_checkpoint": tokenizer.n_words == checkpoint.params["vocab_size"],
+        "fits_checkpoint": complaint is None,
+        "misfit": complaint,
     }
 
 
 def render(description: dict[str, Any]) -> str:
     """`describe`'s findings for people."""
     memory, tokenizer = description["memory"], description["tokenizer"]
-    files = description["files"]
+    files, passed_over = description["files"], description["passed_over"]
     total = sum(file["bytes"] for file in files)
     shape = f"{memory['max_batch_size']} rows of {memory['max_seq_len']} tokens in {memory['dtype']}"
     sections = [
@@ -200,6 +207,7 @@ def render(description: dict[str, Any]) -> str:
             f"files: {len(files)}, {size_text(total)}, stored in {description['stored_dtype']}",
             [(file["name"], size_text(file["bytes"])) for file in files],
         ),
+        *([("passed over", [(one["path"], one["why"]) for one in passed_over])] if passed_over else []),
         (
             f"memory for {shape}",
             [(name, size_text(memory[name])) for name in ("weights", "cache", "workspace", "total")],
@@ -208,7 +216,9 @@ def render(description: dict[str, Any]) -> str:
             f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange",
             [(str(one["n"]), _plan_text(one)) for one in description["processes"]],
         ),
-        _tokenizer_section(tokenizer) if tokenizer else ("tokenizer: none in the folder", []),
+        _tokenizer_section(tokenizer, description["architecture"]["vocab_size"])
+        if tokenizer
+        else ("tokenizer: none in the folder", []),
     ]
     return "\n\n".join("\n".join([title, *_aligned(rows)]) for title, rows in sections)
 
@@ -221,11 +231,13 @@ def _plan_text(plan: dict[str, Any]) -> str:
     return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}{misfit}"
 
 
-def _tokenizer_section(tokenizer: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+def _tokenizer_section(tokenizer: dict[str, Any], n_rows: int) -> tuple[str, list[tuple[str, str]]]:
     special = {"begin_of_text": tokenizer["bos_id"], "end_of_text": tokenizer["eos_id"], **tokenizer["special_tokens"]}
-    misfit = "" if tokenizer["fits_checkpoint"] else ", NOT the checkpoint's vocabulary"
+    misfit = "" if tokenizer["fits_checkpoint"] else f", NOT the checkpoint's vocabulary of {n_rows}"
     rows = [(name.strip("<|>"), str(token)) for name, token in special.items()]
     return f"tokenizer: {tokenizer['n_words']} tokens{misfit}", [
+        *([] if tokenizer["fits_checkpoint"] else [("misfit", tokenizer["misfit"])]),
+        ("path", tokenizer["path"]),
         *rows,
         ("stop tokens", ", ".join(map(str, tokenizer["stop_tokens"]))),
     ]

@@ -16,8 +16,6 @@ from tests.checkpoints import (
     share,
     tiny_params,
     write_huggingface,
-    write_meta,
-    write_tokenizer,
 )
 
 PARAMS = tiny_params()
@@ -168,11 +166,6 @@ def test_open_ties_the_output_without_lm_head(tmp_path: Path, max_shard_size: in
         assert torch.equal(received["output.weight"], share(params, "output.weight", weights["output.weight"], rank, 2))
 
 
-def test_open_ties_the_output_where_lm_head_is_present(tmp_path: Path) -> None:
-    received = dict(open_checkpoint(write_plain(tmp_path, tie_word_embeddings=True)).tensors())
-    assert torch.equal(received["output.weight"], WEIGHTS["tok_embeddings.weight"])
-
-
 def test_open_takes_explicit_head_dim_and_width(tmp_path: Path) -> None:
     params = tiny_params(head_dim=32, hidden_dim=72)
     weights = random_weights(params)
@@ -220,13 +213,3 @@ def test_open_reads_stop_tokens(tmp_path: Path, in_generation: Any, in_config: A
 def test_write_huggingface_states_stop_tokens(tmp_path: Path) -> None:
     write_huggingface(tmp_path, PARAMS, WEIGHTS, eos_token_id=[5, 6])
     assert open_checkpoint(tmp_path).stop_token_ids == (5, 6)
-
-
-def test_open_prefers_metas_files_only_when_complete(tmp_path: Path) -> None:
-    write_plain(tmp_path)
-    write_tokenizer(tmp_path / "original")
-    assert open_checkpoint(tmp_path).format == "huggingface"
-    write_meta(tmp_path / "original", PARAMS, WEIGHTS)
-    assert open_checkpoint(tmp_path).format == "meta"
-    (tmp_path / "original" / "params.json").unlink()
-    assert open_checkpoint(tmp_path).format == "huggingface"

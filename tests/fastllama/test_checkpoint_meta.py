@@ -192,15 +192,7 @@ def test_open_finds_meta_files(tmp_path: Path, place: str) -> None:
     write_meta(tmp_path / place, PARAMS, WEIGHTS)
     write_tokenizer(tmp_path / place)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "model.safetensors").write_bytes(b"not looked at")
     assert open_checkpoint(str(tmp_path)).path == tmp_path / place
-
-
-def test_open_takes_any_pth_in_order_of_name(tmp_path: Path) -> None:
-    write_meta(tmp_path, PARAMS, WEIGHTS, shards=2)
-    (tmp_path / "consolidated.00.pth").rename(tmp_path / "a.pth")
-    (tmp_path / "consolidated.01.pth").rename(tmp_path / "b.pth")
-    assert_shares(open_checkpoint(tmp_path), 2)
 
 
 @pytest.mark.parametrize(

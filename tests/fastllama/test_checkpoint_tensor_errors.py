@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastllama.checkpoint import open_checkpoint
 from tests.bad_checkpoints import (
     PARAMS,
     SHARDS,
@@ -203,5 +204,8 @@ def test_open_rejects_an_index_without_a_map(tmp_path: Path, weight_map: Any) ->
 
 def test_open_rejects_the_same_tensor_twice(tmp_path: Path) -> None:
     (indexed(tmp_path) / "model.safetensors.index.json").unlink()
-    shutil.copy(tmp_path / SHARDS[0], tmp_path / "z.safetensors")
-    refused(tmp_path, "z.safetensors", f"is also in {SHARDS[0]}")
+    for name, copy in zip(SHARDS, ("a", "b"), strict=True):
+        (tmp_path / name).rename(tmp_path / f"{copy}.safetensors")
+    assert len(open_checkpoint(tmp_path).files) == 2  # whole tensors need no order
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "z.safetensors")
+    refused(tmp_path, "z.safetensors", "is also in a.safetensors")

@@ -130,18 +130,49 @@ def test_bad_ranks_files_are_refused(tmp_path: Path, content: bytes, message: st
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"nowhere.model does not exist"):
         Tokenizer(tmp_path / "nowhere.model")
-    with pytest.raises(AssertionError, match=r"expected one of tokenizer.model, original/tokenizer.model"):
+    with pytest.raises(
+        AssertionError, match=r"expected one of tokenizer.model, tokenizer.json, original/tokenizer.model"
+    ):
         Tokenizer(tmp_path)
 
 
-def test_a_folder_gives_its_best_file(tmp_path: Path, small_file: Path, small_json: str) -> None:
-    write_json(tmp_path / "tokenizer.json", small_json)
-    assert repr(Tokenizer(tmp_path)).startswith("Tokenizer('tokenizer.json'")
-    (tmp_path / "original").mkdir()
+def test_a_folder_gives_its_own_file_first(
+    tmp_path: Path, small_file: Path, small_json: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fastllama")
     lines = small_file.read_bytes().splitlines(keepends=True)
-    for count, name in [(301, "original/tokenizer.model"), (300, "tokenizer.model")]:
-        (tmp_path / name).write_bytes(b"".join(lines[:count]))
+    places = [(303, "original/mp16"), (302, "original/mp8"), (301, "original"), (SMALL_RANKS, "."), (300, ".")]
+    for count, place in places:
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        if count == SMALL_RANKS:
+            write_json(tmp_path / "tokenizer.json", small_json)
+        else:
+            (tmp_path / place / "tokenizer.model").write_bytes(b"".join(lines[:count]))
         assert Tokenizer(tmp_path).n_words == count + 256
+    assert caplog.messages[0] == f"tokenizer: {tmp_path}/original/mp16/tokenizer.model"
+    others = "tokenizer.json, original/tokenizer.model, original/mp8/tokenizer.model, original/mp16/tokenizer.model"
+    assert caplog.messages[-1] == f"tokenizer: {tmp_path}/tokenizer.model; passed over: {others}"
+
+
+def test_a_folder_that_is_called_as_a_tokenizer_is_none(tmp_path: Path, small_file: Path) -> None:
+    (tmp_path / "tokenizer.model").mkdir()
+    (tmp_path / "tokenizer.json").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "tokenizer.model").write_bytes(small_file.read_bytes())
+    assert Tokenizer(tmp_path).n_words == SMALL_RANKS + 256
+
+
+def test_a_token_with_two_ids_is_refused(tmp_path: Path, small_json: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(
+        small_json.replace('"vocab": {', '"vocab": {"!": 7, ')
+        if '"vocab": {' in small_json
+        else small_json.replace('"vocab":{', '"vocab":{"!":7,')
+    )
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json: '!' stands there twice, as 7 and as 0; the file is damaged$"
+    ):
+        Tokenizer(path)
 
 
 @pytest.mark.parametrize("merges", ["pairs", "strings"])

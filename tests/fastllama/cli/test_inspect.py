@@ -62,6 +62,23 @@ def test_inspect_says_when_the_tokenizer_is_another_models(tmp_path: Path, check
     assert "NOT the checkpoint's vocabulary" in run("inspect", checkpoint, "--tokenizer_path", str(other)).stdout
 
 
+def test_inspect_shows_what_was_passed_over(tmp_path: Path, checkpoint: str) -> None:
+    params = tiny_params()
+    write_huggingface(tmp_path, params, random_weights(params, seed=1))
+    write_meta(tmp_path / "original", params, random_weights(params, seed=2))
+    (tmp_path / "optimizer.pth").write_bytes(b"")
+    found = json.loads(run("inspect", str(tmp_path), "--json").stdout)
+    assert (found["format"], found["path"]) == ("huggingface", str(tmp_path))
+    assert found["passed_over"] == [
+        {"path": "optimizer.pth", "why": "a training run's state"},
+        {"path": "original", "why": "the folder's own weights go first"},
+    ]
+    shown = run("inspect", str(tmp_path)).stdout
+    assert "passed over\n  optimizer.pth  a training run's state\n  original       the folder's own weights go" in shown
+    assert "passed over" not in run("inspect", checkpoint).stdout
+    assert json.loads(run("inspect", checkpoint, "--json").stdout)["passed_over"] == []
+
+
 def test_inspect_errors(tmp_path: Path, checkpoint: str) -> None:
     expect_error(run("inspect", str(tmp_path / "nowhere")), "does not exist")
     expect_error(run("inspect", checkpoint, "--ckpt_dir", checkpoint), "the same")

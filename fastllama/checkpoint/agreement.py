@@ -1,0 +1,147 @@
+"""What files say twice must agree, and what they say once must differ: contents against names.
+
+The norms are in each of Meta's shards, a kv head in several where there are more shards than heads, and an output that
+is tied may lie beside the embedding. Opening reads the norms, which are small, and a sample of the rest; a kv head is
+compared whole when it is read. A tied output is compared whole when opening, because the model's size depends on it.
+
+Copies in shards need not be equal bit for bit: each process trained its own, and in Meta's Llama 3 70B the norms have
+drifted apart by up to 0.01. Those of another model, or of another part, are further away than that.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllama.args import ModelArgs
+from fastllama.checkpoint.files import NUMBER
+from fastllama.checkpoint.layout import Piece, Stored
+from fastllama.checkpoint.shards import Shard
+from fastllama.rope import rope_table
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_BYTES = 2**14
+CHUNK_BYTES = 2**24
+FREQUENCY_TOLERANCE = 0.02  # they may be stored in bfloat16
+MOST_DRIFT = 2.0**-6  # of the value, and of the largest: four units in the last place of bfloat16
+
+
+class Copies:
+    """One part of a weight that several files hold. `narrow` reads it from the first, and compares the others."""
+
+    def __init__(self, name: str, tensors: Sequence[torch.Tensor], paths: Sequence[Path]) -> None:
+        self.name = name
+        self._tensors = tensors
+        self._paths = paths
+        self.shape = tuple(tensors[0].shape)
+        self.dtype = tensors[0].dtype
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
+        """ValueError where two files differ in the part that is read by more than drift."""
+        return self._compared(dim, start, length)[0]
+
+    def sample_differs(self) -> bool:
+        """Whether the first rows differ at all; ValueError as in `narrow`."""
+        return self._compared(0, 0, min(self.shape[0], _rows_of(self, SAMPLE_BYTES)))[1]
+
+    def _compared(self, dim: int, start: int, length: int) -> tuple[torch.Tensor, bool]:
+        first, *others = (tensor.narrow(dim, start, length) for tensor in self._tensors)
+        differing = [
+            (path, other) for path, other in zip(self._paths[1:], others, strict=True) if not same_bits(first, other)
+        ]
+        for path, other in differing:
+            ours, theirs = first.float(), other.float()
+            largest = ours.abs().max().clamp(min=1.0 if ours.dim() == 1 else 0.0)  # norms lie around one
+            allowed = MOST_DRIFT * (ours.abs() + largest)
+            if not bool(((ours - theirs).abs() <= allowed).all()):  # false for NaN, too
+                raise ValueError(
+                    f"{path}: expected the same {self.name} as in {self._paths[0].name}, its values differ; "
+                    "the files are of different checkpoints, or out of order: download all of one"
+                )
+        return first, bool(differing)
+
+
+def check_order(shards: Sequence[Shard]) -> None:
+    """ValueError where the files' names contradict what torch.save wrote into them: the name that each had then."""
+    numbers = [NUMBER.fullmatch(shard.saved_as) for shard in shards]
+    matches = [match for match in numbers if match]
+    families = {(match["before"], match["total"], match["after"]) for match in matches}
+    if len(matches) < len(shards) or len(families) != 1:
+        return
+    for (shard, match), (_, after) in pairwise(zip(shards, matches, strict=True)):
+        if int(match["number"]) > int(after["number"]):
+            raise ValueError(
+                f"{shard.path}: was saved as {shard.saved_as}{shard.path.suffix}, so that the files' names contradict "
+                "the order in which they were written; give each its first name back, or, where the present names are "
+                "right, save each again: torch.save(torch.load(path), path)"
+            )
+
+
+def check_parts_differ(shards: Sequence[Shard], name: str) -> None:
+    """ValueError where two shards hold the same part of the split weight `name`, as a file and its copy do."""
+    seen: dict[bytes, Shard] = {}
+    for shard in shards:
+        tensor = shard.tensors[name]
+        sample = tensor[: _rows_of(tensor, SAMPLE_BYTES)]
+        if bool((sample == sample.flatten()[0]).all()):  # a constant says nothing
+            continue
+        twin = seen.setdefault(_bits(sample).numpy().tobytes(), shard)
+        if twin is not shard:
+            raise ValueError(
+                f"{shard.path}: holds the same part of {name} as {twin.path.name}; "
+                "one is a copy of the other: download the part that is missing"
+            )
+
+
+def warn_of_frequencies(source: Path, name: str, stored: torch.Tensor | None, params: Mapping[str, Any]) -> None:
+    """A warning where rotary frequencies (D/2,) that lie beside the weights, and are not read, are not `params`'."""
+    if stored is None or not stored.is_floating_point():
+        return
+    cos, sin = rope_table(ModelArgs(**{**params, "max_seq_len": 2}))[1].unbind(-1)
+    expected = torch.atan2(sin, cos)  # the angles of position 1
+    if stored.shape == expected.shape and not torch.allclose(
+        stored.float(), expected, rtol=FREQUENCY_TOLERANCE, atol=0
+    ):
+        logger.warning(
+            "%s: %s is not what the configuration gives (rope_theta=%g); the configuration is used, as in transformers",
+            source,
+            name,
+            params["rope_theta"],
+        )
+
+
+def same_values(one: Stored, other: Stored) -> bool:
+    """Whether two matrices (V, dim) hold the same numbers; reads a few MiB at a time, up to the first difference."""
+    if one.shape != other.shape:
+        return False
+    rows = _rows_of(one, CHUNK_BYTES)
+    for start in range(0, one.shape[0], rows):
+        length = min(rows, one.shape[0] - start)
+        ours, theirs = one.narrow(0, start, length), other.narrow(0, start, length)
+        if ours.dtype != theirs.dtype:
+            ours, theirs = ours.float(), theirs.float()
+        if not torch.equal(ours, theirs):
+            return False
+    return True
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of a shape and dtype are equal bit for bit, NaNs included."""
+    return torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int32 if tensor.dtype.itemsize == torch.int32.itemsize else torch.int16)
+
+
+def _rows_of(piece: Piece | Stored, most_bytes: int) -> int:
+    """How many rows of a matrix are about so many bytes."""
+    dtype = piece.pieces[0].dtype if isinstance(piece, Stored) else piece.dtype
+    row = dtype.itemsize
+    for size in piece.shape[1:]:
+        row *= size
+    return max(1, most_bytes // row)

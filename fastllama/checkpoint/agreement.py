@@ -4,8 +4,9 @@ The norms are in each of Meta's shards, a kv head in several where there are mor
 is tied may lie beside the embedding. Opening reads the norms, which are small, and a sample of the rest; a kv head is
 compared whole when it is read. A tied output is compared whole when opening, because the model's size depends on it.
 
-Copies in shards need not be equal bit for bit: each process trained its own, and in Meta's Llama 3 70B the norms have
-drifted apart by up to 0.01. Those of another model, or of another part, are further away than that.
+Copies in shards need not be equal bit for bit: each process trained its own, and the norms of Meta's Llama 3 70B are
+reported to lie up to 0.01 apart (jetstream-pytorch, pull request 101). Those of another model, or of another part, are
+further away than that.
 """
 
 import logging

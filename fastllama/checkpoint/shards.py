@@ -6,6 +6,7 @@ restricted unpickler, which never runs what a file brings along.
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ def load_shard(path: Path) -> Shard:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        content: Any = None if compressed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of is checked below, and said as an error
+            content: Any = None if compressed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch and zipfile raise a dozen types for a damaged or hostile file
         raise ValueError(f"{path}: {_reason(error)}") from error
     if compressed:  # mapping takes the bytes as they lie, so torch would read these as numbers

@@ -74,6 +74,19 @@ class Endless(NamedTuple):
     others: list[psutil.Process]
 
 
+def others_of(command: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """Those that it started and that share its model; libraries start processes, too."""
+    children = psutil.Process(command.pid).children()
+    return [child for child in children if child.is_running() and any("fastllama" in word for word in _words(child))]
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
+
+
 @pytest.fixture
 def endless(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
     """On so many processes, started by the command or by torchrun: the fixture's parameters."""
@@ -86,7 +99,7 @@ def endless(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Endless
     try:
         assert command.stdout is not None
         assert command.stdout.read(1)  # the first piece of text
-        yield Endless(command, psutil.Process(command.pid).children())
+        yield Endless(command, others_of(command))
     finally:
         command.kill()
         command.communicate()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllama import validate
+from fastllama.ambient import neutral
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.ragged import Sampling
@@ -38,6 +39,7 @@ class Llama:
     """A model with its tokenizer. Not re-entrant: one call, or one open stream, at a time."""
 
     @staticmethod
+    @neutral
     def build(
         ckpt_dir: str,
         tokenizer_path: str,
@@ -197,6 +199,7 @@ class Llama:
     def _room(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
+    @neutral
     def _request(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -240,6 +243,7 @@ class Llama:
             yield from increments(self.decoder, request, tokenizer)
 
 
+@neutral
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
     """Draw from each row's most likely tokens, of mass p together: probs (B, V) -> (B, 1) int64, from torch's default
     generator.

@@ -2,12 +2,21 @@
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # what torch.manual_seed takes
+
+
+class LoadedKeys(NamedTuple):
+    """What `load_state_dict(strict=False)` passed over, as torch reports it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -158,6 +167,42 @@ def forward(
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
     return start, rows, length
+
+
+def state_dict(
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    ignored: AbstractSet[str],
+    *,
+    tied_output: bool,
+    strict: bool,
+) -> LoadedKeys:
+    """What the weights lack, and what they have too many, for a model of these shapes.
+
+    Raises ValueError listing those, where `strict`, and what has another shape; and for two weights that differ where
+    the model has one.
+    """
+    missing = [name for name in shapes if name not in weights]
+    if tied_output and "output.weight" in missing:
+        missing.remove("output.weight")
+    unexpected = [name for name in weights if name not in shapes and name not in ignored]
+    misshaped = [
+        f"{name} {tuple(weights[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems = {
+        "missing": missing if strict else [],
+        "unexpected": unexpected if strict else [],
+        "misshaped": misshaped,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"the state dict does not fit this model: {listed}")
+    tied = [weights.get(name) for name in ("output.weight", "tok_embeddings.weight")]
+    if tied_output and tied[0] is not None and (tied[1] is None or not torch.equal(tied[0], tied[1])):
+        raise ValueError("output.weight differs from tok_embeddings.weight, but the model has tied_output=True")
+    return LoadedKeys(missing, unexpected)
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

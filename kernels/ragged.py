@@ -16,7 +16,7 @@ from torch import Tensor
 
 def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers, or lists of them, as a tensor on the device, without waiting for what it is busy with."""
-    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    tensor = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
 
 

@@ -17,13 +17,15 @@ class FreeMemory(NamedTuple):
     """Bytes that may still be taken, and what limits them."""
 
     free: int
-    limit: str  # in words, for a message
+    limit: str  # where they are free, for a message
 
 
 def free_memory(root: Path = Path("/")) -> FreeMemory | None:
     """What is left of the tightest memory limit; None without one. root: where /proc and /sys are."""
     found = [
-        FreeMemory(max(0, limit - _used(group, usage, prefix)), f"cgroup {name} of {limit / 2**20:.0f} MiB")
+        FreeMemory(
+            max(0, limit - _used(group, usage, prefix)), f"in this container (cgroup's {name}: {limit / 2**20:.0f} MiB)"
+        )
         for version, group in _groups(root, "memory")
         for names, usage, prefix in (_MEMORY_FILES[version],)
         for name in names

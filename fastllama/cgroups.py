@@ -23,9 +23,7 @@ class FreeMemory(NamedTuple):
 def free_memory(root: Path = Path("/")) -> FreeMemory | None:
     """What is left of the tightest memory limit; None without one. root: where /proc and /sys are."""
     found = [
-        FreeMemory(
-            max(0, limit - _used(group, usage, prefix)), f"in this container (cgroup's {name}: {limit / 2**20:.0f} MiB)"
-        )
+        FreeMemory(max(0, limit - _used(group, usage, prefix)), f"in this container ({name} {limit / 2**20:.0f} MiB)")
         for version, group in _groups(root, "memory")
         for names, usage, prefix in (_MEMORY_FILES[version],)
         for name in names

@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         if params.vocab_size < 1:
             raise ValueError(f"the model needs to know its vocab_size, got {params.vocab_size}: set it in ModelArgs")
         # torch.get_default_device does not know of torch.set_default_tensor_type, which Meta's scripts call.
-        device = torch.empty(0).device if device is None else device
+        device = torch.tensor(()).device if device is None else device
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self._construct(params, device, backend, init_weights, group)
 

@@ -15,6 +15,7 @@ from fastllama.cli.options import (
     device_options,
     json_option,
     nproc_option,
+    threads_option,
     under_torchrun,
 )
 
@@ -74,7 +75,7 @@ EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
 )
 @click.option("--gpt_fast", metavar="DIR", help="A checkout of gpt-fast, for that peer.")
 @nproc_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads, of all processes. Default: torch's.")
+@threads_option
 @device_options
 @click.option(
     "--output",
@@ -101,7 +102,8 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
       fastllama bench compare before.json after.json
     """
     if context.invoked_subcommand is not None:
-        given = [name for name in context.params if context.get_parameter_source(name) is COMMAND_LINE]
+        names = [str(parameter.name) for parameter in context.command.params]
+        given = [name for name in names if context.get_parameter_source(name) is COMMAND_LINE]
         if given:
             raise click.UsageError(f"--{given[0]} stands before {context.invoked_subcommand}: write it behind")
         return None
@@ -155,18 +157,10 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
     return EXIT_FOUND if found.fails else 0
 
 
-def _run(output: str | None, no_plots: bool, threads: int | None, **options: Any) -> "ResultFile":
+def _run(output: str | None, no_plots: bool, **options: Any) -> "ResultFile":
     """Measure, and draw beside the result file."""
-    import torch
-
     from fastllama.benchmarks import plots, suite
 
-    if threads is not None:
-        if under_torchrun():
-            raise click.UsageError(
-                "--threads is for one process and those it starts: set OMP_NUM_THREADS for torchrun's."
-            )
-        torch.set_num_threads(threads)
     path = Path(output or f"fastllama-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
     result = suite.run(_plan(**options), lambda text: click.echo(text, err=True), path)
     click.echo(f"wrote {path}", err=True)

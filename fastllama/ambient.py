@@ -29,6 +29,7 @@ ATTENTION = {
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
 }
 FLOAT32_PRODUCTS: tuple[Any, ...] = (cast(Any, torch.backends.mkldnn).matmul, torch.backends.cuda.matmul)
+DENORMAL = 5e-324  # is 0 to a thread that flushes denormals (torch.set_flush_denormal), which torch does not tell
 FULL_PRECISION = ("none", "ieee")  # of float32 products; "none" is what torch has where nobody said anything
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -79,10 +80,21 @@ def settings_aside() -> Iterator[None]:
         for products in FLOAT32_PRODUCTS:
             if products.fp32_precision not in FULL_PRECISION:
                 stack.enter_context(_full_precision(products))
+        if DENORMAL == 0:
+            stack.enter_context(_denormals())
         if torch.are_deterministic_algorithms_enabled():
             stack.enter_context(_algorithms_free())
         stack.enter_context(threads.limited())
         yield
+
+
+@contextlib.contextmanager
+def _denormals() -> Iterator[None]:
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(True)
 
 
 @contextlib.contextmanager

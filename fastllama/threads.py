@@ -48,7 +48,7 @@ def most() -> int:
 
 def cpus() -> int:
     """CPUs that this process may keep busy: those it may run on, or as many as its container's quota comes to."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = _openmp.cpus() or os.cpu_count() or 1
     quota = _quota()
     return here if quota is None else max(1, min(here, math.ceil(quota)))
 
@@ -150,6 +150,7 @@ class _OpenMP:
     def __init__(self) -> None:
         self._set_threads = self._function("omp_set_num_threads")
         self._get_dynamic, self._set_dynamic = self._function("omp_get_dynamic"), self._function("omp_set_dynamic")
+        self._cpus = self._function("omp_get_num_procs")
         self._thread_limit = self._function("omp_get_thread_limit")
         self._max_active_levels = self._function("omp_get_max_active_levels")
         self._set_mkl = self._function("MKL_Set_Num_Threads_Local")
@@ -169,6 +170,12 @@ class _OpenMP:
 
     def _function(self, name: str) -> Callable[..., int] | None:
         return next((getattr(library, name) for library in self._libraries() if hasattr(library, name)), None)
+
+    def cpus(self) -> int | None:
+        """Those that the calling thread may run on or, where the runtime ties threads to CPUs, those that all may."""
+        if self._cpus is not None:
+            return self._cpus()
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
     def dynamic(self) -> bool:
         return self._get_dynamic is not None and bool(self._get_dynamic())

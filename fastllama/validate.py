@@ -127,7 +127,10 @@ def kind(value: Any) -> str:
     name = type(value).__name__
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{name} of shape {tuple(value.shape)} and {value.dtype}"
-    return repr(value) if value is None or isinstance(value, bool | int | float) else f"{name} ({value!r:.60})"
+    shown = f"{value!r:.60}"
+    if value is None or isinstance(value, bool | int | float):
+        return shown
+    return name if shown.startswith("<") else f"{name} ({shown})"
 
 
 def _remedy(value: Any) -> str:

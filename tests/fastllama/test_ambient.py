@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama import Llama, ModelArgs, Transformer
-from fastllama.ambient import neutral, settings_aside
+from fastllama.ambient import DENORMAL, neutral, settings_aside
 from fastllama.generation import sample_top_p
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
@@ -122,6 +122,7 @@ def state() -> list[Any]:
             torch.backends.cuda.mem_efficient_sdp_enabled(),
             torch.backends.cuda.math_sdp_enabled(),
             torch.backends.cuda.cudnn_sdp_enabled(),
+            DENORMAL == 0,
             torch.get_num_threads(),
             torch._C._len_torch_dispatch_stack(),
             torch._C._len_torch_function_stack(),
@@ -297,3 +298,11 @@ def test_a_neutral_generator_passes_on_what_its_caller_does() -> None:
     with pytest.raises(KeyError):
         begun.throw(KeyError("x"))  # type: ignore[attr-defined]
     assert seen == ["closed", "closed"]
+
+
+def test_a_denormal_temperature_is_none_of_zero(built: dict[str, Any]) -> None:
+    llm = built["float32"][0]
+    drawn = [llm.generate(PROMPTS, 6, 1e-310, seed=1), llm.generate(PROMPTS, 6, 0, seed=1)]
+    with SETTINGS["flushed-denormals"]():
+        assert [llm.generate(PROMPTS, 6, 1e-310, seed=1), llm.generate(PROMPTS, 6, 0, seed=1)] == drawn
+    assert drawn[0] == drawn[1]  # no two logits are equal here

@@ -7,7 +7,7 @@ import pytest
 from fastllama.cgroups import cpu_quota, free_memory
 
 MIB = 2**20
-Files = dict[str, str | int]
+Files = dict[str, str]
 V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 V1_MOUNTS = (
     "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
@@ -23,17 +23,17 @@ def tree(root: Path, files: Files) -> Path:
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(content))
+        path.write_text(content)
     return root
 
 
 def v2(path: str, **files: str | int) -> Files:
     """A group of version 2; a file's dot is written as two underscores."""
-    return {f"sys/fs/cgroup/{path}/{name.replace('__', '.')}": content for name, content in files.items()}
+    return {f"sys/fs/cgroup/{path}/{name.replace('__', '.')}": str(content) for name, content in files.items()}
 
 
 def v1(path: str, **files: str | int) -> Files:
-    return {f"sys/fs/cgroup/memory/{path}/{name.replace('__', '.')}": content for name, content in files.items()}
+    return {f"sys/fs/cgroup/memory/{path}/{name.replace('__', '.')}": str(content) for name, content in files.items()}
 
 
 MEMORY: dict[str, tuple[Files, int | None, str]] = {

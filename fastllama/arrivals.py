@@ -26,8 +26,8 @@ class Arrivals:
         """n_steps: the most that one copy brings."""
         self._state = state
         shape, pinned = (slots, n_steps, state.rows.shape[0]), state.rows.is_cuda
-        self._tokens = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
-        self._logprobs = torch.empty(shape, dtype=torch.float32, pin_memory=pinned)
+        self._tokens = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        self._logprobs = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
         self._stream = torch.cuda.Stream(state.rows.device) if pinned else None
         self._done = [torch.cuda.Event() for _ in range(slots)] if pinned else []
         self._sent: deque[tuple[int, int]] = deque()  # slot, steps in it

@@ -12,7 +12,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from fastllama import validate
+from fastllama import limits, validate
+from fastllama.ambient import neutral
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.ragged import Sampling
@@ -38,6 +39,7 @@ class Llama:
     """A model with its tokenizer. Not re-entrant: one call, or one open stream, at a time."""
 
     @staticmethod
+    @neutral
     def build(
         ckpt_dir: str,
         tokenizer_path: str,
@@ -83,7 +85,8 @@ class Llama:
             rope_scaling_factor=rope_scaling_factor,
         )
         llm = Llama(model, tokenizer, seed=seed)
-        llm.decoder.warm(batch_sizes)
+        with limits.naming_what_ran_out(model.device):
+            llm.decoder.warm(batch_sizes)
         return llm
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
@@ -117,7 +120,7 @@ class Llama:
         for increment in self._increments(request, None):
             out_tokens[increment.row].extend(increment.tokens)
             out_logprobs[increment.row].extend(increment.logprobs or ())
-        return out_tokens, out_logprobs if logprobs else None
+        return out_tokens, out_logprobs if request.logprobs else None
 
     def stream(
         self,
@@ -180,7 +183,7 @@ class Llama:
         seed: int | Sequence[int] | None = None,
     ) -> list[ChatPrediction]:
         """Answer dialogs. max_gen_len None means max_seq_len - 1; the other arguments are those of `stream`."""
-        dialogs = validate.listed("dialogs", dialogs)
+        dialogs = validate.dialogs(dialogs)
         for index, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {index}")
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
@@ -197,6 +200,7 @@ class Llama:
     def _room(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
+    @neutral
     def _request(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -217,6 +221,7 @@ class Llama:
         )
         max_gen_len = validate.whole_number("max_gen_len", max_gen_len, 0)
         temperature, top_p = validate.temperature(temperature), validate.top_p(top_p)
+        logprobs, echo = validate.flag("logprobs", logprobs), validate.flag("echo", echo)
         seeds = validate.seeds(seed, len(prompts))
         self.model.check_idle()
         stop_ids = validate.stop_ids(self.tokenizer.stop_tokens, params.vocab_size)
@@ -224,7 +229,7 @@ class Llama:
         if echo:  # a prompt that holds a stop token ends there
             budgets = [b if stop_ids.isdisjoint(prompt) else 0 for b, prompt in zip(budgets, prompts, strict=True)]
         sampling = Sampling.of(temperature, top_p, self._streams(seeds, len(prompts)), self.model.device)
-        return Request(prompts, budgets, stop_ids, sampling, bool(logprobs), bool(echo))
+        return Request(prompts, budgets, stop_ids, sampling, logprobs, echo)
 
     def _streams(self, seeds: list[int] | int | None, n_rows: int) -> list[tuple[int, int, int]]:
         """The random stream of every row, as (seed, stream, call)."""
@@ -236,18 +241,20 @@ class Llama:
         return [(seed, 0, 0) for seed in seeds]
 
     def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
-        with self.model.exclusively():
+        with self.model.exclusively(), limits.naming_what_ran_out(self.model.device):
             yield from increments(self.decoder, request, tokenizer)
 
 
+@neutral
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
     """Draw from each row's most likely tokens, of mass p together: probs (B, V) -> (B, 1) int64, from torch's default
     generator.
 
     Raises ValueError for probs that are not (B, V) or a p that is negative or not a number.
     """
-    if probs.ndim != 2 or 0 in probs.shape:
-        raise ValueError(f"probs must have shape (B, V), got {tuple(probs.shape)}")
+    if not isinstance(probs, Tensor) or probs.ndim != 2 or 0 in probs.shape or not probs.is_floating_point():
+        got = tuple(probs.shape) if isinstance(probs, Tensor) and probs.is_floating_point() else validate.kind(probs)
+        raise ValueError(f"probs must have shape (B, V), got {got}")
     p = validate.top_p(p)
     limit = torch.full(probs.shape[:1], p if p < 1 else torch.inf, dtype=probs.dtype, device=probs.device)
     keep = nucleus(probs, probs, limit)

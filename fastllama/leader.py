@@ -242,12 +242,12 @@ def hear(control: "dist.ProcessGroup") -> Any:
 
 def grant(control: "dist.ProcessGroup", count: int) -> None:
     """So many more increments of the open stream, or its end: what the followers find `granted` next."""
-    dist.broadcast(torch.tensor([count]), src=0, group=control)
+    dist.broadcast(torch.tensor([count], dtype=torch.int64, device="cpu"), src=0, group=control)
 
 
 def granted(control: "dist.ProcessGroup") -> int:
     """How many more increments of the open stream the leader takes; 0 where it closes it."""
-    found = torch.zeros(1, dtype=torch.int64)
+    found = torch.zeros(1, dtype=torch.int64, device="cpu")
     dist.broadcast(found, src=0, group=control)
     return int(found)
 

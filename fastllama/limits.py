@@ -1,17 +1,28 @@
 """What fits: a model's memory, planned before any of it is allocated."""
 
+import contextlib
+import errno
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
+from fastllama import cgroups, launch
 from fastllama.args import ModelArgs
+from fastllama.cgroups import FreeMemory
 from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
 from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
 
-GIB = 2**30
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+KIB, GIB = 2**10, 2**30
+OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 FLOAT32_BYTES = 4
 # Activations of each width that are live at once in a forward pass, per token; generous, to the next whole number.
 WIDTHS_OF_DIM = 4  # the residual stream, its norm in float32 (twice a bfloat16), what is added to it
@@ -77,18 +88,85 @@ def memory_plan(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new model could take on the device now."""
+    """Bytes that a new model, or this process's part of it, could take on the device now."""
+    return tightest_memory(device).free
+
+
+def tightest_memory(device: torch.device) -> FreeMemory:
+    """The least of what the machine, the container and the process's own limits leave, and which of them it is."""
     if device.type == "cuda":
         # What torch keeps of a model that is gone is free for the next.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return int(psutil.virtual_memory().available)
+        return FreeMemory(int(torch.cuda.mem_get_info(device)[0]) + kept, f"on {device}")
+    machine = FreeMemory(int(psutil.virtual_memory().available), "on this machine")
+    free, limit = min(machine, cgroups.free_memory() or machine)
+    return min([FreeMemory(free // launch.local_world_size(), limit), *process_limits()])
+
+
+def process_limits(root: Path = Path("/")) -> list[FreeMemory]:
+    """What is left of the limits on this process's own memory (ulimit -v and -d)."""
+    if resource is None:
+        return []
+    found = []
+    kinds = ((resource.RLIMIT_AS, "VmSize", "ulimit -v"), (resource.RLIMIT_DATA, "VmData", "ulimit -d"))
+    for number, used, name in kinds:
+        limit = resource.getrlimit(number)[0]
+        if limit != resource.RLIM_INFINITY:
+            taken = _status_bytes(root / "proc/self/status", used)
+            found.append(FreeMemory(max(0, limit - taken), f"under {name} {limit // KIB}"))
+    return found
+
+
+def _status_bytes(path: Path, name: str) -> int:
+    """A line of /proc/self/status, in bytes; 0 where there is none."""
+    try:
+        lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        return int(lines[name].split()[0]) * KIB
+    except (OSError, KeyError, ValueError, IndexError):
+        return 0
+
+
+@contextlib.contextmanager
+def naming_what_ran_out(device: torch.device) -> Iterator[None]:
+    """A block whose failed allocations on a CPU are DoesNotFit, which says how much was left and of what."""
+    try:
+        yield
+    except DoesNotFit:
+        raise
+    except (MemoryError, RuntimeError, OSError, ValueError) as error:
+        if device.type != "cpu" or not _is_out_of_memory(error):
+            raise
+        free, limit = tightest_memory(device)
+        raise DoesNotFit(
+            f"out of memory: {free / GIB:.2f} GiB are free {limit}; use a smaller model, max_batch_size or "
+            "max_seq_len, or raise the limit"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is a failed allocation; libraries say so in words of their own."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if not isinstance(error, ValueError) and any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def check_fits(
-    args: ModelArgs, dtype: torch.dtype, free: int, *, shares_tied_output: bool = False, n_processes: int = 1
+    args: ModelArgs,
+    dtype: torch.dtype,
+    free: int,
+    *,
+    limit: str = "on this machine",
+    shares_tied_output: bool = False,
+    n_processes: int = 1,
 ) -> MemoryPlan:
-    """The plan for `args`; DoesNotFit, saying what would fit, where it needs more than `free` bytes."""
+    """The plan for `args`; DoesNotFit, saying what would fit, where it needs more than the `free` bytes.
+
+    limit: where they are free, for the message.
+    """
 
     def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
         sizes = (args, dtype, max_batch_size, max_seq_len)
@@ -103,7 +181,7 @@ def check_fits(
     raise DoesNotFit(
         f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {dtype} needs "
         f"{needed.total / GIB:.2f} GiB (weights {needed.weights / GIB:.2f}, cache {needed.cache / GIB:.2f}, "
-        f"workspace {needed.workspace / GIB:.2f}) and {free / GIB:.2f} GiB are free: "
+        f"workspace {needed.workspace / GIB:.2f}) and {free / GIB:.2f} GiB are free {limit}: "
         + (", or ".join(remedies) or "not even one row of one token would fit; use a smaller dtype or another device")
     )
 

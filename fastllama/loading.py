@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from fastllama import launch, limits, parallel, validate
+from fastllama import limits, parallel, validate
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.checkpoint.vocabulary import misfit
@@ -43,7 +43,7 @@ def load(
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
     group = parallel.model_group(model_parallel_size, device)
-    with group.agreeing():
+    with group.agreeing(), limits.naming_what_ran_out(device):
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir)
         args, tokenizer = _args_and_tokenizer(
@@ -53,11 +53,12 @@ def load(
         limits.check_fits(
             args,
             dtype,
-            limits.free_memory(device) // (launch.local_world_size() if device.type == "cpu" else 1),
+            limits.free_memory(device),
+            limit=limits.tightest_memory(device).limit,
             shares_tied_output=not ops.repacks(device, dtype),
             n_processes=group.size,
         )
-    with group.agreeing():
+    with group.agreeing(), limits.naming_what_ran_out(device):
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
         model.load_tensors(weights)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)

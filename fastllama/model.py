@@ -5,15 +5,17 @@ in `state_dict` and `load_state_dict`, and runs ragged batches: the tokens of an
 What the five calls compute stands in `fastllama.kernels.reference`.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastllama import validate
+from fastllama import threads, validate
+from fastllama.ambient import neutral, settings_aside
 from fastllama.args import IGNORED_NAMES, ModelArgs
 from fastllama.cache import KVCache
 from fastllama.kernels import select
@@ -25,13 +27,6 @@ from fastllama.slots import Slot, slots
 INIT_STD = 0.02
 NO_WEIGHTS = "the model has no weights yet: load_state_dict or load_tensors first"
 BUSY = "this model is busy with another call or an open stream: finish that one, or close it with .close()"
-
-
-class LoadedKeys(NamedTuple):
-    """What `load_state_dict(strict=False)` passed over, as torch reports it."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 class Layer(nn.Module):
@@ -76,14 +71,20 @@ class Transformer(nn.Module):
         super().__init__()
         if params.vocab_size < 1:
             raise ValueError(f"the model needs to know its vocab_size, got {params.vocab_size}: set it in ModelArgs")
-        self.params = params
-        self.group = group
-        self.share = params.split(group.size)
-        self.vocab_size = params.vocab_size
-        self.n_layers = params.n_layers
         # torch.get_default_device does not know of torch.set_default_tensor_type, which Meta's scripts call.
-        self.device = torch.empty(0).device if device is None else torch.device(device)
+        device = torch.tensor(()).device if device is None else device
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._construct(params, device, backend, init_weights, group)
+
+    @neutral
+    @torch.inference_mode(False)
+    def _construct(
+        self, params: ModelArgs, device: torch.device | str, backend: str | None, init_weights: bool, group: Group
+    ) -> None:
+        self.params, self.device = params, torch.device(device)
+        self.group, self.share = group, params.split(group.size)
+        self._n_weights = sum(math.prod(shape) for shape in self.share.shapes.values())
+        self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
         self.backend = backend
         self.ops = select.backend(backend, self.device)
         self._lock = threading.Lock()
@@ -95,6 +96,7 @@ class Transformer(nn.Module):
             self.load_tensors(self._random_weights())
         self._allocate()
 
+    @neutral
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
         """Meta's signature: tokens (B, S) at positions start_pos and on, of rows 0 to B - 1 -> float32 logits (B, S,
@@ -107,7 +109,9 @@ class Transformer(nn.Module):
             if self.output is None:
                 raise ValueError(NO_WEIGHTS)
             sizes = self.cache.max_batch_size, self.cache.max_seq_len, self.vocab_size
-            return self._forward(tokens, *validate.forward(tokens, start_pos, *sizes))
+            start, rows, length = validate.forward(tokens, start_pos, *sizes)
+            with self.suited(rows * length, start + length):
+                return self._forward(tokens, start, rows, length)
 
     def _forward(self, tokens: Tensor, start_pos: int, rows: int, length: int) -> Tensor:
         batch = Ragged(
@@ -141,6 +145,15 @@ class Transformer(nn.Module):
         """Of any M of a batch's hidden states, h (M, dim) -> (M, V) in the model dtype."""
         return self.group.all_gather(self.ops.head(h, self.norm, self.output, self.params.norm_eps, batch))
 
+    def suited(self, n_tokens: int, n_keys: int) -> AbstractContextManager[None]:
+        """A block that runs so many tokens over up to n_keys in the cache, on as many CPU threads as that is worth."""
+        if self.device.type != "cpu":
+            return nullcontext()
+        attention = 2 * self.share.n_layers * self.share.n_heads * self.share.head_dim * n_keys
+        return threads.suiting(n_tokens * (self._n_weights + attention), self._n_weights * self.dtype.itemsize)
+
+    @neutral
+    @torch.inference_mode(False)
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take every weight, or the process's slice of it, by Meta's name, in any order; pack as soon as it can be.
 
@@ -169,6 +182,8 @@ class Transformer(nn.Module):
         if self.params.tied_output:  # one copy in memory where the backend packs nothing
             self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
 
+    @neutral
+    @torch.inference_mode(False)
     def state_dict(  # type: ignore[override]
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
@@ -186,39 +201,24 @@ class Transformer(nn.Module):
             weights.update(zip((prefix + name for name in slot.names), parts, strict=True))
         return cast(dict[str, Tensor], weights)
 
+    @neutral
+    @torch.inference_mode(False)
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> LoadedKeys:
+    ) -> validate.LoadedKeys:
         """Set the weights from a mapping in Meta's names; `rope.freqs` is ignored.
 
         strict=False keeps the weights that are missing and passes over names that are not the model's. Raises
         ValueError, before anything is changed, listing what is missing, unexpected or of another shape.
         """
-        shapes = self.share.shapes
-        missing = [name for name in shapes if name not in state_dict]
-        if self.params.tied_output and "output.weight" in missing:
-            missing.remove("output.weight")
-        unexpected = [name for name in state_dict if name not in shapes and name not in IGNORED_NAMES]
-        misshaped = [
-            f"{name} {tuple(state_dict[name].shape)} instead of {shape}"
-            for name, shape in shapes.items()
-            if name in state_dict and tuple(state_dict[name].shape) != shape
-        ]
-        problems = {
-            "missing": missing if strict else [],
-            "unexpected": unexpected if strict else [],
-            "misshaped": misshaped,
-        }
-        if any(problems.values()):
-            listed = "; ".join(f"{kind}: {validate.some(names)}" for kind, names in problems.items() if names)
-            raise ValueError(f"the state dict does not fit this model: {listed}")
-        tied = [state_dict.get(name) for name in ("output.weight", "tok_embeddings.weight")]
-        if self.params.tied_output and tied[0] is not None and (tied[1] is None or not torch.equal(tied[0], tied[1])):
-            raise ValueError("output.weight differs from tok_embeddings.weight, but the model has tied_output=True")
-        kept = self.state_dict() if missing else {}
+        shapes, tied = self.share.shapes, self.params.tied_output
+        found = validate.state_dict(state_dict, shapes, IGNORED_NAMES, tied_output=tied, strict=strict)
+        kept = self.state_dict() if found.missing_keys else {}
         self.load_tensors((name, weight) for name, weight in {**kept, **state_dict}.items() if name in shapes)
-        return LoadedKeys(missing, unexpected)
+        return found
 
+    @neutral
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """What `.to(...)`, `.cuda()` and `.half()` call: weights packed for one device and dtype are packed anew."""
         sample = fn(self.norm.detach())
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(BUSY)
         try:
-            with torch.inference_mode():  # as the launches are that leave something behind
+            with settings_aside(), torch.inference_mode():  # as the launches are that leave something behind
                 self.workspace.reset()
             yield
         finally:
@@ -262,6 +262,12 @@ class Transformer(nn.Module):
         """RuntimeError while a call or an open stream holds the cache."""
         if self._lock.locked():
             raise RuntimeError(BUSY)
+
+    @neutral
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Transformer":
+        rebuild, arguments = self.__reduce__()
+        memo[id(self)] = copied = cast(Transformer, rebuild(*arguments))
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by weights in Meta's names: packed ones, locks and backends do neither.

@@ -36,15 +36,17 @@ def prefill(
     batch = None
     for pieces in _chunks(prompts, PREFILL_CHUNK_TOKENS):
         batch = Ragged.of(pieces, model.device, model.workspace)
-        h = model.hidden(batch)
-        for segment in batch.segments:
-            if segment.keys == len(prompts[segment.row]):
-                last[segment.row] = h[segment.end - 1]
-        if score:
-            _score(model, h, batch, pieces, prompts, scores)
+        with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
+            h = model.hidden(batch)
+            for segment in batch.segments:
+                if segment.keys == len(prompts[segment.row]):
+                    last[segment.row] = h[segment.end - 1]
+            if score:
+                _score(model, h, batch, pieces, prompts, scores)
     if batch is None:
         raise ValueError("prefill needs at least one prompt")
-    return model.logits(last, batch), scores if score else None
+    with model.suited(len(prompts), 0):
+        return model.logits(last, batch), scores if score else None
 
 
 def _chunks(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[Piece]]:
@@ -80,7 +82,7 @@ def _score(
     for begin in range(0, len(sources), SCORE_CHUNK_TOKENS):
         chosen = targets[begin : begin + SCORE_CHUNK_TOKENS]
         logits = model.logits(h[sources[begin : begin + SCORE_CHUNK_TOKENS]], batch).float()
-        following = torch.tensor([token for _, token in chosen], device=h.device)
+        following = torch.tensor([token for _, token in chosen], dtype=torch.int64, device=h.device)
         logprobs = torch.log_softmax(logits, dim=-1).gather(-1, following[:, None])[:, 0]
         for (row, _), logprob in zip(chosen, logprobs.tolist(), strict=True):
             if math.isnan(logprob):

@@ -19,6 +19,8 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from fastllama import threads
+
 FOLLOWER = "fastllama.follower"
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.2
@@ -53,9 +55,9 @@ class StartedFollowers:
         self._before = {name: os.environ.get(name) for name in mine}
         os.environ |= mine
         if os.environ.get("OMP_NUM_THREADS") != str(self._threads):  # as many for each process as leave none waiting
-            threads = max(1, self._threads // count)
-            torch.set_num_threads(threads)
-            shared["OMP_NUM_THREADS"] = str(threads)
+            each = max(1, threads.most() // count)
+            torch.set_num_threads(each)
+            shared["OMP_NUM_THREADS"] = str(each)
         # What a follower says of itself goes to a file without a name, so that none is left, however this one ends.
         self._open = contextlib.ExitStack()
         self._logs = [self._open.enter_context(_nameless_file()) for _ in range(1, count)]

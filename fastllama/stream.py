@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from fastllama.ambient import neutral
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.decode_state import NO_TOKEN
 from fastllama.kernels.ragged import Sampling
@@ -89,6 +90,7 @@ class _Row:
         return self.gain([token], [logprob] if request.logprobs else None, reason)
 
 
+@neutral
 @torch.inference_mode()
 def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
     """Run a request, bringing increments as rows gain tokens, with text where a tokenizer is given.
@@ -124,11 +126,13 @@ def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) 
             yield row.begin(request, scores[row.index] if scores else None)
     running = [row for row in rows if not row.finished]
     if running:
-        decoder.choose(logits)
+        with decoder.model.suited(len(rows), 0):
+            decoder.choose(logits)
     wanted = max(request.budgets) - 1  # steps that can still bring something
     while running:
         while wanted > 0 and decoder.queued <= decoder.ahead:
-            decoder.launch()
+            with decoder.model.suited(len(rows), max(row.length for row in running)):
+                decoder.launch()
             wanted -= decoder.unroll
         for tokens, logprobs in decoder.receive():
             yield from (row.step(request, tokens[row.index], logprobs[row.index]) for row in running)

@@ -148,6 +148,8 @@ class Tokenizer:
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
         """Bytes of the ids, one after the other. Raises ValueError for what is not an id of this tokenizer."""
+        if isinstance(t, str | bytes | bytearray | memoryview | AbstractSet | Mapping):
+            raise ValueError(f"decode takes a sequence of token ids, got {t!r:.80}: a {type(t).__name__} is none")
         try:
             ids = [operator.index(token) for token in t]
         except TypeError as error:

@@ -1,13 +1,27 @@
 """What a caller may pass: every argument's value is checked before any work, and the message says what to do."""
 
+import contextlib
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections import UserString
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+TEXTS = str | UserString | bytes | bytearray | memoryview
+UNORDERED = AbstractSet | Mapping
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # what torch.manual_seed takes
+
+
+class LoadedKeys(NamedTuple):
+    """What `load_state_dict(strict=False)` passed over, as torch reports it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -39,7 +53,7 @@ def seeds(value: Any, n_rows: int) -> list[int] | int | None:
     """A call's seed: one, one per row, or None. Raises ValueError for anything else."""
     if value is None or _index(value) is not None:
         return None if value is None else seed(value)
-    if isinstance(value, str | bytes | set | frozenset | dict) or not isinstance(value, Iterable):
+    if isinstance(value, TEXTS | UNORDERED) or getattr(value, "ndim", None) == 0 or not isinstance(value, Iterable):
         return seed(value)  # says what a seed must be
     each = list(value)
     if len(each) != n_rows:
@@ -47,12 +61,23 @@ def seeds(value: Any, n_rows: int) -> list[int] | int | None:
     return [seed(one) for one in each]
 
 
+def flag(name: str, value: Any) -> bool:
+    """value as a bool. Raises ValueError for texts, which are all true, and for what is neither true nor false."""
+    try:
+        if not isinstance(value, TEXTS):
+            return bool(value)
+    except Exception:  # of an array of several values, or of one that holds none, whatever its library raises
+        pass
+    raise ValueError(f"{name} must be True or False, got {kind(value)}")
+
+
 def stop_ids(value: Any, vocab_size: int) -> frozenset[int]:
     """The token ids that end a row, without those that no model of this vocabulary can choose.
 
     Raises ValueError where `tokenizer.stop_tokens` is not a collection of whole numbers.
     """
-    ids = [_index(token) for token in value] if isinstance(value, Iterable) else [None]
+    fits = isinstance(value, Collection) and not isinstance(value, TEXTS | Mapping)
+    ids = [_index(token) for token in value] if fits and getattr(value, "ndim", None) != 0 else [None]
     if None in ids:
         raise ValueError(f"tokenizer.stop_tokens must be a set or list of token ids, got {value!r:.80}")
     return frozenset(token for token in ids if token is not None and 0 <= token < vocab_size)
@@ -68,35 +93,76 @@ def batch_sizes(value: Any, max_batch_size: int) -> list[int]:
 
 def listed(name: str, value: Any) -> list[Any]:
     """value as a list. Raises ValueError for a single text and for what cannot be gone through."""
-    if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):
-        raise ValueError(f"{name} must be a list, got {value!r:.80}")
+    if isinstance(value, TEXTS | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a list, got {kind(value)}")
     return list(value)
 
 
 def texts(value: Any) -> list[str]:
     """The prompts of a text completion. Raises ValueError where they are not a list of str."""
-    prompts = listed("prompts", value)
-    for place, prompt in enumerate(prompts):
+    if isinstance(value, TEXTS | UNORDERED) or not isinstance(value, Iterable):
+        remedy = ": for one text pass [text]" if isinstance(value, str) else _remedy(value)
+        raise ValueError(f"prompts must be a list of texts, got {kind(value)}{remedy}")
+    given = list(value)
+    for place, prompt in enumerate(given):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompts must be a list of texts, got {prompt!r:.80} at place {place}")
-    return prompts
+            raise ValueError(f"prompts must be a list of texts, got {kind(prompt)} at place {place}")
+    return given
+
+
+def dialogs(value: Any) -> list[Any]:
+    """Dialogs as a list. Raises ValueError where they are no list, or a single dialog."""
+    if isinstance(value, TEXTS | UNORDERED) or not isinstance(value, Iterable):
+        raise ValueError(f"dialogs must be a list of dialogs, got {kind(value)}")
+    given = list(value)
+    if given and isinstance(given[0], Mapping):
+        raise ValueError(
+            f"dialog 0 must be a list of messages, got {kind(given[0])}: for one dialog pass [dialog], a list of it"
+        )
+    return given
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message: its type, an array's with its shape and dtype, a small value itself."""
+    name = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{name} of shape {tuple(value.shape)} and {value.dtype}"
+    shown = f"{value!r:.60}"
+    if value is None or isinstance(value, bool | int | float):
+        return shown
+    return name if shown.startswith("<") else f"{name} ({shown})"
+
+
+def _remedy(value: Any) -> str:
+    if isinstance(value, str | UserString):
+        return ": encode it first, tokenizer.encode(text, bos=True, eos=False), or call text_completion"
+    if isinstance(value, TEXTS):
+        return ": decode it to a str and encode that, tokenizer.encode(text, bos=True, eos=False)"
+    if isinstance(value, UNORDERED | Iterator):
+        return ": make it a list, in the order of the text"
+    return ""
 
 
 def _index(value: Any) -> int | None:
     """value as an int where it is a whole number of any kind (numpy's and torch's too), never a bool."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or _ndim(value) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except Exception:  # a TypeError, or what a library raises for a tensor that holds no value
         return None
 
 
+def _ndim(value: Any) -> int:
+    """The dimensions of an array, of anything else none."""
+    return int(getattr(value, "ndim", 0))
+
+
 def _real(name: str, value: Any, below: float | None, expected: str) -> float:
-    try:
-        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = math.nan
+    if not isinstance(value, bool | TEXTS) and not _ndim(value):
+        with contextlib.suppress(Exception):  # as for whole numbers
+            number = float(value)
     if not number >= 0 or (below is not None and number >= below):
         raise ValueError(f"{name} must be {expected}, got {value!r:.80}")
     return number
@@ -108,15 +174,17 @@ def prompts(
     """The prompts as lists of ints.
 
     Raises AssertionError, as Meta's generate does, for more prompts than max_batch_size and for one longer than
-    max_seq_len; ValueError for no prompts, an empty one, and token ids that are not in the vocabulary.
+    max_seq_len; ValueError for no prompts, an empty one, what is no list of lists of whole numbers, and token ids that
+    are not in the vocabulary.
     """
-    try:
-        given = [list(prompt) for prompt in prompt_tokens]
-    except TypeError:
-        raise ValueError(f"prompts must be a list of lists of token ids, got {prompt_tokens!r:.80}") from None
+    given = _items(prompt_tokens)
+    if given is None:
+        raise ValueError(
+            f"prompts must be a list of lists of token ids, got {kind(prompt_tokens)}{_remedy(prompt_tokens)}"
+        )
     if not given:
         raise ValueError("there must be at least one prompt, got an empty list")
-    if len(given) > max_batch_size:
+    if len(given) > max_batch_size and not isinstance(given[0], int):
         raise AssertionError(
             f"{len(given)} prompts are more than the max_batch_size of {max_batch_size}: "
             "pass fewer at a time, or build with a larger max_batch_size"
@@ -124,17 +192,37 @@ def prompts(
     return [_prompt(row, prompt, vocab_size, max_seq_len) for row, prompt in enumerate(given)]
 
 
-def _prompt(row: int, prompt: list[int], vocab_size: int, max_seq_len: int) -> list[int]:
-    if not prompt:
+def _prompt(row: int, prompt: Any, vocab_size: int, max_seq_len: int) -> list[int]:
+    tokens = _items(prompt)
+    if tokens is None:
+        alone = ": prompts are a list of lists, also for one prompt" if _index(prompt) is not None else ""
+        raise ValueError(f"prompt {row} must be a list of token ids, got {kind(prompt)}{alone or _remedy(prompt)}")
+    if not tokens:
         raise ValueError(f"prompt {row} is empty: it must have at least one token (tokenizer.bos_id begins a text)")
-    if len(prompt) > max_seq_len:
+    if len(tokens) > max_seq_len:
         raise AssertionError(
-            f"prompt {row} has {len(prompt)} tokens, more than the max_seq_len of {max_seq_len}: "
+            f"prompt {row} has {len(tokens)} tokens, more than the max_seq_len of {max_seq_len}: "
             "shorten it, or build with a larger max_seq_len"
         )
+    if all(type(token) is int and 0 <= token < vocab_size for token in tokens):
+        return tokens
+    if isinstance(tokens[0], float | bool | list) and hasattr(prompt, "dtype"):
+        raise ValueError(f"prompt {row} must be token ids, whole numbers in one dimension, got {kind(prompt)}")
     return [
-        whole_number(f"token {place} of prompt {row}", token, 0, vocab_size - 1) for place, token in enumerate(prompt)
+        whole_number(f"token {place} of prompt {row}", token, 0, vocab_size - 1) for place, token in enumerate(tokens)
     ]
+
+
+def _items(value: Any) -> list[Any] | None:
+    """What a list, or another sequence or array, holds; None for what is no such thing, or has no order."""
+    if isinstance(value, TEXTS | UNORDERED) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        return None
+    try:
+        # An array's own way knows Python's numbers, and is far faster than going through it.
+        items = value.tolist() if hasattr(value, "tolist") else list(value)
+    except Exception:  # of a tensor that holds no values, whatever its library raises
+        return None
+    return items if isinstance(items, list) else None
 
 
 def forward(
@@ -145,7 +233,7 @@ def forward(
     ValueError where they do not, or are no tokens.
     """
     start = whole_number("start_pos", start_pos, 0)
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in INTEGERS:
         got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(f"tokens must be a tensor of integers of shape (B, S), got {got}")
     rows, length = tokens.shape
@@ -158,6 +246,42 @@ def forward(
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
     return start, rows, length
+
+
+def state_dict(
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    ignored: AbstractSet[str],
+    *,
+    tied_output: bool,
+    strict: bool,
+) -> LoadedKeys:
+    """What the weights lack, and what they have too many, for a model of these shapes.
+
+    Raises ValueError listing those, where `strict`, and what has another shape; and for two weights that differ where
+    the model has one.
+    """
+    missing = [name for name in shapes if name not in weights]
+    if tied_output and "output.weight" in missing:
+        missing.remove("output.weight")
+    unexpected = [name for name in weights if name not in shapes and name not in ignored]
+    misshaped = [
+        f"{name} {tuple(weights[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems = {
+        "missing": missing if strict else [],
+        "unexpected": unexpected if strict else [],
+        "misshaped": misshaped,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"the state dict does not fit this model: {listed}")
+    tied = [weights.get(name) for name in ("output.weight", "tok_embeddings.weight")]
+    if tied_output and tied[0] is not None and (tied[1] is None or not torch.equal(tied[0], tied[1])):
+        raise ValueError("output.weight differs from tok_embeddings.weight, but the model has tied_output=True")
+    return LoadedKeys(missing, unexpected)
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers, or lists of them, as a tensor on the device, without waiting for what it is busy with."""
-    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    tensor = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
 
 
@@ -89,6 +89,9 @@ class Ragged:
         return cls(flat[0], flat[1], flat[2], tuple(segments), workspace=workspace)
 
 
+# Beyond these a draw is what it is there: among the largest logits, or all alike. So 1 / temperature is finite, and
+# meets a zero without harm, and no processor that flushes denormals takes a temperature for 0.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-38, 1e37
 PER_ROW = ("temperature", "top_p", "seed", "stream", "call")  # of Sampling's fields
 
 
@@ -110,8 +113,10 @@ class Sampling:
         """The same temperature and top_p for every row, and (seed, stream, call) for each."""
         signed = [[seed - 2**64 if seed >= 2**63 else seed, stream, call] for seed, stream, call in streams]
         seed, stream, call = upload(signed, torch.int64, device).T.contiguous()
-        full = torch.full((len(streams),), temperature, dtype=torch.float64, device=device)
-        return cls(full, torch.full_like(full, top_p), seed, stream, call, greedy=temperature == 0 or top_p == 0)
+        greedy = temperature == 0 or top_p == 0
+        kept = temperature and min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE)
+        full = torch.full((len(streams),), kept, dtype=torch.float64, device=device)
+        return cls(full, torch.full_like(full, top_p), seed, stream, call, greedy)
 
     def first(self, n_rows: int) -> "Sampling":
         """The first rows alone, sharing memory."""

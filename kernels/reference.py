@@ -20,7 +20,7 @@ from torch import Tensor
 from fastllama.kernels.decode_state import NO_TOKEN, PARKED, DecodeState
 from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.philox import uniform
-from fastllama.kernels.ragged import Ragged, Sampling, Workspace
+from fastllama.kernels.ragged import LEAST_TEMPERATURE, MOST_TEMPERATURE, Ragged, Sampling, Workspace
 
 # Tokens of a row that attend together: keeps the mask of a long prompt small, and skips keys that are in their future.
 QUERY_BLOCK_TOKENS = 128
@@ -205,7 +205,7 @@ def choose(logits: Tensor, state: DecodeState, workspace: Workspace | None = Non
 
 def _draw(x: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
     """Token ids (B,) drawn by temperature and top-p from logits x (B, V), in float64."""
-    inverse = 1 / torch.where(sampling.temperature == 0, 1, sampling.temperature)
+    inverse = 1 / sampling.temperature.clamp(LEAST_TEMPERATURE, MOST_TEMPERATURE)
     mass = torch.exp((x - x.amax(-1, keepdim=True)).double() * inverse[:, None])
     limit = torch.where(sampling.top_p >= 1, torch.inf, sampling.top_p * mass.sum(-1))
     keep = nucleus(x, mass, limit)

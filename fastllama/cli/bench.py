@@ -17,6 +17,7 @@ from fastllama.cli.options import (
     json_option,
     nproc_option,
     take_part,
+    threads_option,
 )
 from fastllama.launch import torchrun_started, world_size
 
@@ -76,7 +77,7 @@ EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
 )
 @click.option("--gpt_fast", metavar="DIR", help="A checkout of gpt-fast, for that peer.")
 @nproc_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads, of all processes. Default: torch's.")
+@threads_option
 @device_options
 @click.option(
     "--output",
@@ -103,7 +104,8 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
       fastllama bench compare before.json after.json
     """
     if context.invoked_subcommand is not None:
-        given = [name for name in context.params if context.get_parameter_source(name) is COMMAND_LINE]
+        names = [str(parameter.name) for parameter in context.command.params]
+        given = [name for name in names if context.get_parameter_source(name) is COMMAND_LINE]
         if given:
             raise click.UsageError(f"--{given[0]} stands before {context.invoked_subcommand}: write it behind")
         return None
@@ -158,18 +160,10 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
     return EXIT_FOUND if found.fails else 0
 
 
-def _run(output: str | None, no_plots: bool, threads: int | None, **options: Any) -> "ResultFile":
+def _run(output: str | None, no_plots: bool, **options: Any) -> "ResultFile":
     """Measure, and draw beside the result file."""
-    import torch
-
     from fastllama.benchmarks import plots, suite
 
-    if threads is not None:
-        if torchrun_started():
-            raise click.UsageError(
-                "--threads is for one process and those it starts: set OMP_NUM_THREADS for torchrun's."
-            )
-        torch.set_num_threads(threads)
     path = Path(output or f"fastllama-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
     result = suite.run(_plan(**options), standard_streams.note, path)
     standard_streams.note(f"wrote {path}")

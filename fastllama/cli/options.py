@@ -190,6 +190,7 @@ def model_options(max_seq_len: int) -> Decorator:
         ),
         device_options,
         nproc_option,
+        threads_option,
         click.option(
             "--seed", type=click.IntRange(0, LARGEST_SEED), default=1, show_default=True, help="Of the random draws."
         ),
@@ -205,6 +206,27 @@ def nproc_option(command: Any) -> Any:
         show_default=True,
         help="Processes that share the model, one on each GPU.",
     )(command)
+
+
+def threads_option(command: Any) -> Any:
+    """--threads, in force as long as the command runs."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        expose_value=False,
+        callback=_use_threads,
+        help="CPU threads, of all processes. Default: of those that may run here, as many as the work is worth.",
+    )(command)
+
+
+def _use_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    if value is None or context.resilient_parsing:
+        return
+    if launch.torchrun_started():
+        raise click.UsageError("--threads is for one process and those it starts: set OMP_NUM_THREADS for torchrun's.")
+    from fastllama import threads
+
+    context.with_resource(threads.explicitly(value))
 
 
 def checkpoint_options(command: Any) -> Any:

@@ -32,8 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 GENERATE_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no-prompts": ({"prompt_tokens": []}, ValueError, "at least one prompt"),
     "empty-prompt": ({"prompt_tokens": [[1], []]}, ValueError, "prompt 1 is empty"),
-    "flat-prompt": ({"prompt_tokens": [1, 2]}, ValueError, "list of lists"),
-    "text-prompt": ({"prompt_tokens": ["ab"]}, ValueError, "token 0 of prompt 0 must be a whole number .* got 'a'"),
+    "flat-prompt": (
+        {"prompt_tokens": [1, 2]},
+        ValueError,
+        "^prompt 0 must be a list of token ids, got 1: prompts are a list of lists, also for one prompt$",
+    ),
     "float-token": ({"prompt_tokens": [[1.5]]}, ValueError, "token 0 of prompt 0 must be a whole number .* got 1.5"),
     "negative-token": (
         {"prompt_tokens": [[1, -1]]},

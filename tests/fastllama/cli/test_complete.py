@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from fastllama import Increment, Llama
 from fastllama.stream import NotFiniteError
@@ -185,3 +186,25 @@ def test_complete_errors_name_what_is_wrong(tmp_path: Path, checkpoint: str, mon
     monkeypatch.setattr("fastllama.kernels.interpreter.interpreting", lambda: False)
     fused = run("complete", "x", "--ckpt_dir", checkpoint, *GREEDY, "--device", "cpu", "--backend", "fused")
     expect_error(fused, "its kernels need a GPU", "TRITON_INTERPRET=1", 'backend="reference" does')
+
+
+def test_threads_are_the_commands_and_only_while_it_runs(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    stream = Llama.stream
+
+    def watched(self: Llama, *arguments: Any, **keywords: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return stream(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Llama, "stream", watched)
+    before = torch.get_num_threads()
+    expected = run("complete", "hello", "--ckpt_dir", checkpoint, *GREEDY).stdout
+    assert run("complete", "hello", "--ckpt_dir", checkpoint, *GREEDY, "--threads", "3").stdout == expected
+    assert run("chat", "--ckpt_dir", checkpoint, *GREEDY, "--threads", "2", stdin="hello\n").exit_code == 0
+    assert seen == [before, 3, 2] and torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("command", ["complete", "chat", "bench"])
+def test_threads_of_the_wrong_kind(command: str) -> None:
+    expect_error(run(command, "--threads", "0"), "'--threads': 0 is not in the range x>=1")
+    expect_error(run(command, "--threads", "many"), "'--threads': 'many' is not a valid integer range")

@@ -1,0 +1,202 @@
+"""How many CPU threads a computation is split over.
+
+As many as the caller set (`torch.set_num_threads`, OMP_NUM_THREADS), and no more than three others allow:
+
+- the CPUs that the process may run on, and the share of their time that its container has: threads that wait for a
+  CPU hold up all others at the end of every op;
+- the OpenMP runtime. Where OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS or OMP_DYNAMIC make it give fewer threads than it
+  announces, oneDNN's products leave out what the missing ones were to do, without a word;
+- the work. Little work is not worth a second thread, which on a busy machine costs a hundred times what it gains.
+
+The settings are those of the calling thread alone, and are put back.
+"""
+
+import contextlib
+import ctypes
+import functools
+import logging
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastllama import cgroups
+from fastllama.kernels import reference
+
+logger = logging.getLogger(__name__)
+
+# Multiply-adds that one thread does in about the time that it takes to hand half of them to another.
+SMALL_WORK = 64_000_000
+SMALL_WEIGHT_BYTES = 2**25  # and what it reads for them lies in its cache
+LIMITING_PREFIXES = ("OMP_", "KMP_", "GOMP_")  # of environment variables
+PROBE_ROWS, PROBE_WIDTH, PROBE_OUTPUTS = 4, 64, 64  # exact in bfloat16 up to a width of 256 times values up to 127
+
+_explicit = False
+
+
+def most() -> int:
+    """How many threads the calling thread's computation may use now."""
+    asked = torch.get_num_threads()
+    count = asked if _explicit else min(asked, cpus())
+    return _granted(count) if count > 1 else 1
+
+
+def cpus() -> int:
+    """CPUs that this process may keep busy: those it may run on, or as many as its container's quota comes to."""
+    here = _openmp.cpus() or os.cpu_count() or 1
+    quota = _quota()
+    return here if quota is None else max(1, min(here, math.ceil(quota)))
+
+
+@contextlib.contextmanager
+def explicitly(count: int) -> Iterator[None]:
+    """So many threads, for all computation of this process: neither the CPUs nor little work make it fewer."""
+    global _explicit
+    before = torch.get_num_threads(), _explicit
+    torch.set_num_threads(count)
+    _explicit = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        _explicit = before[1]
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """A block whose computation uses no more threads than `most` says, and all that it asks for."""
+    with _using(most()):
+        yield
+
+
+@contextlib.contextmanager
+def suiting(multiply_adds: int, weight_bytes: int) -> Iterator[None]:
+    """A block whose computation is so much work, within one that is `limited`: little is left to one thread."""
+    if _explicit or multiply_adds > SMALL_WORK or weight_bytes > SMALL_WEIGHT_BYTES:
+        yield
+        return
+    with _using(1):
+        yield
+
+
+@contextlib.contextmanager
+def _using(count: int) -> Iterator[None]:
+    before, dynamic = torch.get_num_threads(), _openmp.dynamic()
+    if count == before and not dynamic:
+        yield
+        return
+    _openmp.set_dynamic(False)
+    mkl = _openmp.set_threads(count)
+    try:
+        yield
+    finally:
+        _openmp.set_threads(before, mkl)
+        _openmp.set_dynamic(dynamic)
+
+
+def _granted(count: int) -> int:
+    """How many of `count` threads the OpenMP runtime really starts."""
+    granted = 1 if _openmp.max_active_levels() < 1 else min(count, _openmp.thread_limit())
+    if (_asks_for_dynamic() and not _openmp.is_known) or not _keeps_all(granted):
+        granted = 1
+    if granted < count:
+        _warn(count, granted)
+    return granted
+
+
+@functools.cache
+def _keeps_all(count: int) -> bool:
+    """Whether products on so many threads come out whole."""
+    with _using(count):
+        return all(_product_is_whole(count, dtype) for dtype in (torch.float32, torch.bfloat16))
+
+
+def _product_is_whole(count: int, dtype: torch.dtype) -> bool:
+    value = 1 + count % 100  # other than that of the last probe, whose results may lie where these are to come
+    x = torch.full((PROBE_ROWS, PROBE_WIDTH), value, dtype=dtype, device="cpu")
+    weight = torch.ones(PROBE_OUTPUTS * count, PROBE_WIDTH, dtype=dtype, device="cpu")
+    products = [F.linear(x, weight)]
+    if reference.repacks(weight.device, dtype):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        products.append(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+    return all(bool((product == PROBE_WIDTH * value).all()) for product in products)
+
+
+@functools.cache
+def _warn(count: int, granted: int) -> None:
+    named = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(LIMITING_PREFIXES)]
+    reason = f" ({', '.join(named)})" if named else ""
+    logger.warning("computing on %d of %d threads: OpenMP gives no more%s", granted, count, reason)
+
+
+def _asks_for_dynamic() -> bool:
+    return os.environ.get("OMP_DYNAMIC", "").strip().lower() in ("true", "1", "yes", "on")
+
+
+@functools.cache
+def _quota() -> float | None:
+    return cgroups.cpu_quota() if platform.system() == "Linux" else None
+
+
+class _OpenMP:
+    """The OpenMP runtime that torch computes on. torch.set_num_threads reaches threads that begin later, too; this
+    reaches the calling one alone. Where the runtime cannot be found, torch's function serves."""
+
+    def __init__(self) -> None:
+        self._set_threads = self._function("omp_set_num_threads")
+        self._get_dynamic, self._set_dynamic = self._function("omp_get_dynamic"), self._function("omp_set_dynamic")
+        self._cpus = self._function("omp_get_num_procs")
+        self._thread_limit = self._function("omp_get_thread_limit")
+        self._max_active_levels = self._function("omp_get_max_active_levels")
+        self._set_mkl = self._function("MKL_Set_Num_Threads_Local")
+        self.is_known = self._set_threads is not None and self._set_dynamic is not None
+
+    @staticmethod
+    @functools.cache
+    def _libraries() -> list[Any]:
+        """Where the loader finds torch's symbols, in its order."""
+        names = {"Linux": "libtorch_cpu.so", "Darwin": "libtorch_cpu.dylib", "Windows": "torch_cpu.dll"}
+        path = Path(torch.__file__).parent / "lib" / names.get(platform.system(), "")
+        found = []
+        for name in (None, str(path)):
+            with contextlib.suppress(OSError, TypeError):
+                found.append(ctypes.CDLL(name))
+        return found
+
+    def _function(self, name: str) -> Callable[..., int] | None:
+        return next((getattr(library, name) for library in self._libraries() if hasattr(library, name)), None)
+
+    def cpus(self) -> int | None:
+        """Those that the calling thread may run on or, where the runtime ties threads to CPUs, those that all may."""
+        if self._cpus is not None:
+            return self._cpus()
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+    def dynamic(self) -> bool:
+        return self._get_dynamic is not None and bool(self._get_dynamic())
+
+    def set_dynamic(self, on: bool) -> None:
+        if self._set_dynamic is not None:
+            self._set_dynamic(int(on))
+
+    def thread_limit(self) -> int:
+        return max(1, self._thread_limit()) if self._thread_limit is not None else 2**31 - 1
+
+    def max_active_levels(self) -> int:
+        return self._max_active_levels() if self._max_active_levels is not None else 1
+
+    def set_threads(self, count: int, mkl: int | None = None) -> int:
+        """Set the calling thread's count, and MKL's to `mkl` or the same. Returns what MKL's was, 0 for none."""
+        if self._set_threads is None:
+            torch.set_num_threads(count)
+        else:
+            self._set_threads(count)
+        return self._set_mkl(count if mkl is None else mkl) if self._set_mkl is not None else 0
+
+
+_openmp = _OpenMP()

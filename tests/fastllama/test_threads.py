@@ -1,0 +1,200 @@
+"""How many threads compute: what is set, what may run, what OpenMP gives, and what the work is worth."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama import ModelArgs, Transformer, threads
+from tests.checkpoints import tiny_params
+
+ROOT = Path(__file__).resolve().parents[2]
+# Products wide enough to be shared, on more threads than are there, and on one; as much work as two tokens of a model.
+PRODUCTS = """
+import json, torch
+from fastllama import ModelArgs, Transformer, threads
+threads.SMALL_WORK = 0
+args = ModelArgs(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=4096, max_seq_len=64, max_batch_size=2)
+differences = {}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    logits = []
+    for count in (4, 1):
+        with threads.explicitly(count):
+            torch.manual_seed(0)
+            model = Transformer(args, device="cpu", dtype=dtype)
+            logits.append([model.forward(torch.arange(20)[None], 0), model.forward(torch.tensor([[5]]), 20)])
+    differences[str(dtype)] = max(float((a - b).abs().max().nan_to_num(1e9)) for a, b in zip(*logits))
+print(json.dumps(differences))
+"""
+TOLERANCES = {"torch.float32": 1e-4, "torch.bfloat16": 0.1, "torch.float16": 0.05}
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads that may run, whatever the machine."""
+    monkeypatch.setattr(threads._openmp, "cpus", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def limits(monkeypatch: pytest.MonkeyPatch, *, cpus: int, quota: float | None) -> None:
+    monkeypatch.setattr(threads._openmp, "cpus", lambda: cpus)
+    monkeypatch.setattr(threads, "_quota", lambda: quota)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpus", "quota", "expected"),
+    [
+        (8, 8, None, 8),
+        (8, 3, None, 3),
+        (2, 8, None, 2),
+        (8, 8, 1.5, 2),
+        (8, 8, 0.25, 1),
+        (8, 2, 4.0, 2),
+        (1, 4, 2.0, 1),
+    ],
+)
+def test_threads_are_those_that_may_run(
+    monkeypatch: pytest.MonkeyPatch, asked: int, cpus: int, quota: float | None, expected: int
+) -> None:
+    limits(monkeypatch, cpus=cpus, quota=quota)
+    torch.set_num_threads(asked)
+    assert threads.most() == expected
+    with threads.limited():
+        assert torch.get_num_threads() == expected
+    assert torch.get_num_threads() == asked
+
+
+def test_an_explicit_number_wins_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits(monkeypatch, cpus=1, quota=0.5)
+    with threads.explicitly(3):
+        assert threads.most() == torch.get_num_threads() == 3
+        with threads.limited(), threads.suiting(1, 1):
+            assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 2 and threads.most() == 1
+
+
+@pytest.mark.parametrize(
+    ("work", "weights", "expected"),
+    [
+        (1, 1, 1),
+        (threads.SMALL_WORK, threads.SMALL_WEIGHT_BYTES, 1),
+        (threads.SMALL_WORK + 1, 1, 2),
+        (1, threads.SMALL_WEIGHT_BYTES + 1, 2),
+    ],
+)
+def test_small_work_is_not_split(work: int, weights: int, expected: int) -> None:
+    with threads.limited(), threads.suiting(work, weights):
+        assert torch.get_num_threads() == expected
+    assert torch.get_num_threads() == 2
+
+
+def test_a_models_work_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(ModelArgs(max_batch_size=2, max_seq_len=64, **tiny_params()), device="cpu")
+    seen: list[int] = []
+    head = model.ops.head
+
+    def watched(*given: Any) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        logits: torch.Tensor = head(*given)
+        return logits
+
+    monkeypatch.setattr(model.ops, "head", watched)
+    model.forward(torch.tensor([[1, 2]]), 0)
+    monkeypatch.setattr(threads, "SMALL_WORK", 0)
+    model.forward(torch.tensor([[1, 2]]), 0)
+    assert seen == [1, 2] and torch.get_num_threads() == 2
+
+
+def test_only_the_calling_threads_number_is_changed() -> None:
+    seen: list[int] = []
+    with threads.limited(), threads.suiting(1, 1):
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+    assert seen == [2]
+
+
+def test_a_runtime_that_may_give_fewer_is_told_to_give_all() -> None:
+    if not threads._openmp.is_known:
+        pytest.skip("this torch has no OpenMP runtime that can be asked")
+    threads._openmp.set_dynamic(True)
+    try:
+        with threads.limited():
+            assert not threads._openmp.dynamic() and torch.get_num_threads() == 2
+        assert threads._openmp.dynamic()
+    finally:
+        threads._openmp.set_dynamic(False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"thread_limit": lambda: 1}, 1),
+        ({"max_active_levels": lambda: 0}, 1),
+        ({"is_known": False}, 1),  # and OMP_DYNAMIC is set
+    ],
+    ids=["limit", "levels", "dynamic"],
+)
+def test_threads_that_openmp_does_not_give_are_not_counted_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], expected: int
+) -> None:
+    threads._warn.cache_clear()
+    for name in [name for name in os.environ if name.startswith(threads.LIMITING_PREFIXES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
+    for name, value in changes.items():
+        monkeypatch.setattr(threads._openmp, name, value)
+    with caplog.at_level(logging.WARNING):
+        assert threads.most() == threads.most() == expected
+    assert caplog.messages == ["computing on 1 of 2 threads: OpenMP gives no more (OMP_DYNAMIC=TRUE)"]
+
+
+def test_products_that_lose_a_part_are_computed_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads._keeps_all.cache_clear()
+
+    def losing(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, weight.T).index_fill_(1, torch.tensor([weight.shape[0] - 1]), 0)
+
+    monkeypatch.setattr(threads, "F", SimpleNamespace(linear=losing))
+    try:
+        assert threads.most() == 1
+    finally:
+        threads._keeps_all.cache_clear()
+    monkeypatch.undo()
+    torch.set_num_threads(2)
+    assert threads.most() == min(2, threads.cpus())
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"OMP_THREAD_LIMIT": "1", "OMP_DYNAMIC": "true"}, {"OMP_MAX_ACTIVE_LEVELS": "0", "OMP_NUM_THREADS": "3"}],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_products_are_right_whatever_openmps_environment(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRODUCTS],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {dtype: found[dtype] < limit for dtype, limit in TOLERANCES.items()} == dict.fromkeys(TOLERANCES, True), (
+        found
+    )
+    assert next(iter(environment)) in done.stderr

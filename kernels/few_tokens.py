@@ -23,16 +23,28 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, wait_for_inputs
-from fastllama.kernels.projection import Append, Projection, prefetch_weight, silu_times, store_rotated
+from fastllama.kernels.projection import (
+    Append,
+    Projection,
+    prefetch_tiles,
+    prefetch_weight,
+    silu_times,
+    store_rotated,
+)
 from fastllama.kernels.target import Target, current_target
 
 MAX_TOKENS = 16
 MIN_COLUMNS = 8  # of a matrix instruction's right operand on NVIDIA GPUs
 MIN_COLUMNS_AMD = 16
-ROWS = (64, 32, 16)  # of a tile: the most that still give most multiprocessors a program
-BUSY_PROCESSORS = 0.7  # of all; a few idle ones cost nothing as long as the others ask for enough
-CHUNK_BYTES = 256  # of a row in one stage
+ROWS = (64, 32, 16)  # of a tile: the most that still give most multiprocessors two programs, or one
+# Programs a multiprocessor, a few of which may idle. Two, so that one multiplies while the other waits for its stage.
+TWO_PROGRAMS, ONE_PROGRAM = 1.4, 0.7
+ROWS_PER_COLUMN = 2  # at least, for two programs: every program reads all tokens, from L2
+CHUNK_BYTES = 256  # of a row in one stage, for each accumulator
 MIN_STAGE_BYTES = 8192  # so that waiting for a stage is rare
+# What a multiprocessor of an H200 reads while the 8 matrix instructions of a chunk follow each other, each waiting 33
+# cycles for the sums of the one before: 4.5 KB at 17 bytes a cycle, and a third more for what else a stage takes.
+CHAIN_BYTES = 6144
 BYTES_IN_FLIGHT = 98304  # a multiprocessor
 STAGES = (3, 8)  # fewest and most
 ROWS_PER_WARP = 16  # of a matrix instruction's left operand, with MIN_COLUMNS of its right one
@@ -44,9 +56,10 @@ class Launch(NamedTuple):
     """How a weight is dealt to programs."""
 
     rows: int  # of each tile
-    chunk: int  # elements of a row in one stage
+    chunk: int  # elements of a row that one accumulator takes in one stage
     stages: int
     warps: int
+    accumulators: int = 1  # that take chunks in turn, so that none waits for its own last sums
 
 
 # There are no matrix instructions for it: threads hold the factors of all their sums, and many small tiles are best.
@@ -54,36 +67,46 @@ FLOAT32_LAUNCH = Launch(rows=16, chunk=32, stages=4, warps=4)
 
 
 def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> Launch:
-    """Rows, chunk, stages and warps for a weight of which a program takes `tiles` tiles of rows and the tokens padded
-    to `columns`.
+    """Rows, chunk, stages, warps and accumulators for a weight of which a program takes `tiles` tiles of rows and the
+    tokens padded to `columns`.
 
-    weight (OUT × IN, bf16)      rows      programs / 132    stages   in flight a multiprocessor
-    8B  qkv      6144 ×  4096    32 pairs     96 =  0.7       7         96 KB
-    8B  output   4096 ×  4096    32          128 =  1.0       8         56 KB
-    8B  gate+up 28672 ×  4096    64 + 64     224 =  1.7       4         96 to 192 KB
-    8B  down     4096 × 14336    32          128 =  1.0       8         56 KB
-    8B  head   128256 ×  4096    64         2004 = 15.2       3         96 KB
-    1B  qkv      3072 ×  2048    16 pairs     96 =  0.7       8         56 KB
-    1B  output   2048 ×  2048    16          128 =  1.0       8         56 KB
-    1B  gate+up 16384 ×  2048    64 + 64     128 =  1.0       4         96 KB
-    1B  down     2048 ×  8192    16          128 =  1.0       8         56 KB
+    weight (OUT × IN, bf16)      rows at 8, 16 columns    programs / 132    accumulators    stages
+    8B  qkv      6144 ×  4096    16 pairs                 192 = 1.5         1               8
+    8B  output   4096 ×  4096    16, 32                   256 = 1.9, 1.0    2, 1            8
+    8B  gate+up 28672 ×  4096    64 + 64                  224 = 1.7         1               4
+    8B  down     4096 × 14336    16, 32                   256 = 1.9, 1.0    2, 1            8
+    8B  head   128256 ×  4096    64                      2004 = 15.2        1               3
+    1B  qkv      3072 ×  2048    16 pairs                  96 = 0.7         2               7
+    1B  output   2048 ×  2048    16                       128 = 1.0         2               8
+    1B  gate+up 16384 ×  2048    32 + 32                  256 = 1.9         1               7
+    1B  down     2048 ×  8192    16                       128 = 1.0         2               8
     """
     if weight.dtype == torch.float32:
         return FLOAT32_LAUNCH
-    results = weight.shape[0] // tiles
-    rows = next((rows for rows in ROWS if results >= rows * BUSY_PROCESSORS * target.processors), ROWS[-1])
-    chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(weight.shape[1])))
-    if rows * tiles * CHUNK_BYTES < MIN_STAGE_BYTES and weight.shape[1] % (2 * chunk) == 0:
-        chunk *= 2
+    results, in_features = weight.shape[0] // tiles, weight.shape[1]
+    rows = _rows(results, tiles, columns, target.processors)
+    chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(in_features)))
     stage = rows * tiles * chunk * weight.itemsize
-    resident = max(1, min(4, results // (rows * target.processors)))
+    is_small = stage < MIN_STAGE_BYTES or stage * results < CHAIN_BYTES * rows * target.processors
+    accumulators = 2 if is_small and in_features % (2 * chunk) == 0 else 1
+    stage *= accumulators
+    resident = max(1, min(4, round(results / (rows * target.processors))))
     fewest, most = STAGES
     stages = min(max(BYTES_IN_FLIGHT // (stage * resident) + 1, fewest), most)
-    stage += columns * chunk * weight.itemsize
-    while stages > 1 and stages * stage > target.shared_bytes - SHARED_BYTES_SPARE:
-        stages -= 1
+    stage += accumulators * columns * chunk * weight.itemsize
+    for fewest, programs in ((fewest, min(resident, 2)), (1, 1)):
+        while stages > fewest and programs * (stages * stage + SHARED_BYTES_SPARE) > target.shared_bytes:
+            stages -= 1
     warps = rows // ROWS_PER_WARP * (columns // MIN_COLUMNS)
-    return Launch(rows, chunk, stages, min(warps, MAX_WARPS))
+    return Launch(rows, chunk, stages, min(warps, MAX_WARPS), accumulators)
+
+
+def _rows(results: int, tiles: int, columns: int, processors: int) -> int:
+    """Of a tile: the most that give multiprocessors two programs, unless reading tokens costs too much then; or one."""
+    for rows in ROWS:
+        if rows * tiles >= ROWS_PER_COLUMN * columns and results >= rows * TWO_PROGRAMS * processors:
+            return rows
+    return next((rows for rows in ROWS if results >= rows * ONE_PROGRAM * processors), ROWS[-1])
 
 
 @triton.jit
@@ -94,6 +117,16 @@ def _load(at, live, EVEN: tl.constexpr):
     else:
         values = tl.load(at, mask=live, other=0.0)
     return values
+
+
+@triton.jit
+def _total(sums):
+    """The sum of one or two accumulators."""
+    if len(sums) == 2:
+        total = sums[0] + sums[1]
+    else:
+        total = sums[0]
+    return total
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
@@ -120,15 +153,23 @@ def _few_tokens_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    ACCUMULATORS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,  # bytes of each row
+    RESIDENT: tl.constexpr,  # programs that run at once: those that begin later have nothing to wait for
 ):
     TWO: tl.constexpr = EPILOGUE != "none"
     if PREFETCH > 0:
         begin_out = tl.program_id(0) * BLOCK_ROWS
-        prefetch_weight(weight_ptr, begin_out, tl.minimum(OUT - begin_out, BLOCK_ROWS), OUT, IN, EPILOGUE, PREFETCH)
+        n_results = tl.where(tl.program_id(0) < RESIDENT, tl.minimum(OUT - begin_out, BLOCK_ROWS), 0)
+        if PREFETCH * 8 == IN * weight_ptr.dtype.element_ty.primitive_bitwidth:
+            whole = (n_results == BLOCK_ROWS).to(tl.int32)
+            prefetch_tiles(weight_ptr, begin_out, whole, OUT, IN, EPILOGUE, BLOCK_ROWS)
+        else:
+            prefetch_weight(weight_ptr, begin_out, n_results, OUT, IN, EPILOGUE, PREFETCH)
     wait_for_inputs(DEPENDENT)
-    EVEN: tl.constexpr = IN % BLOCK_IN == 0 and OUT % BLOCK_ROWS == 0
+    STEP: tl.constexpr = ACCUMULATORS * BLOCK_IN
+    EVEN: tl.constexpr = IN % STEP == 0 and OUT % BLOCK_ROWS == 0
     out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tokens = tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_IN)
@@ -142,26 +183,36 @@ def _few_tokens_kernel(
     x_at = x_ptr + tokens[None, :] * IN + cols[:, None]
     if norm_ptr is not None:
         squares = tl.zeros((BLOCK_IN, BLOCK_N), tl.float32)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+    sums = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * ACCUMULATORS
     if TWO:
-        sums_2 = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
-    for begin in range(0, IN, BLOCK_IN):
-        inside = cols + begin < IN
-        live = exists[:, None] & inside[None, :]
-        weight = _load(weight_at + begin, live, EVEN)
+        sums_2 = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * ACCUMULATORS
+    for first in range(0, IN, STEP):
+        more = ()
+        more_2 = ()
+        for i in tl.static_range(ACCUMULATORS):
+            begin = first + i * BLOCK_IN
+            inside = cols + begin < IN
+            live = exists[:, None] & inside[None, :]
+            weight = _load(weight_at + begin, live, EVEN)
+            if TWO:
+                weight_2 = _load(weight_2_at + begin, live, EVEN)
+            if EVEN:
+                x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
+            else:
+                x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
+            if norm_ptr is not None:
+                wide = x.to(tl.float32)
+                squares += wide * wide
+                x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
+            more = more + (tl.dot(weight, x, sums[i], input_precision="ieee"),)
+            if TWO:
+                more_2 = more_2 + (tl.dot(weight_2, x, sums_2[i], input_precision="ieee"),)
+        sums = more
         if TWO:
-            weight_2 = _load(weight_2_at + begin, live, EVEN)
-        if EVEN:
-            x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
-        else:
-            x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
-        if norm_ptr is not None:
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
-        sums = tl.dot(weight, x, sums, input_precision="ieee")
-        if TWO:
-            sums_2 = tl.dot(weight_2, x, sums_2, input_precision="ieee")
+            sums_2 = more_2
+    sums = _total(sums)
+    if TWO:
+        sums_2 = _total(sums_2)
     if norm_ptr is not None:
         inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)[None, :]
         sums *= inverse
@@ -208,6 +259,8 @@ def few_tokens(
     target = current_target()
     columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, triton.next_power_of_2(x.shape[0]))
     launch = launch or choose_launch(weight, call.tiles, columns, target)
+    stage = launch.accumulators * (launch.rows * call.tiles + columns) * launch.chunk * weight.itemsize
+    resident = max(1, target.shared_bytes // (launch.stages * stage)) * target.processors
     _few_tokens_kernel[(triton.cdiv(call.results, launch.rows),)](
         x,
         norm,
@@ -220,7 +273,9 @@ def few_tokens(
         BLOCK_N=columns,
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
+        ACCUMULATORS=launch.accumulators,
         PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, PREFETCH_BYTES // (launch.rows * call.tiles)),
+        RESIDENT=resident,
         num_stages=launch.stages,
         num_warps=launch.warps,
         **dependent_launch(),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.checks import check_head_dim, check_model_dtype, check_tensor
-from fastllama.kernels.dependent import prefetch_rows
+from fastllama.kernels.dependent import prefetch_block, prefetch_rows
 from fastllama.kernels.ragged import Ragged
 
 
@@ -127,6 +127,19 @@ def prefetch_weight(weight_ptr, begin, n_results, OUT, IN, EPILOGUE, N_BYTES):
         prefetch_rows(weight_ptr + begin * IN, ROW_BYTES, n_results, N_BYTES)
         if EPILOGUE == "swiglu":
             prefetch_rows(weight_ptr + (begin + OUT) * IN, ROW_BYTES, n_results, N_BYTES)
+
+
+@triton.jit
+def prefetch_tiles(weight_ptr, begin, wanted, OUT, IN, EPILOGUE, BLOCK_ROWS):
+    """Bring to L2, where `wanted` is 1, the weight's whole rows that make BLOCK_ROWS results from `begin` on."""
+    N_BYTES: tl.constexpr = BLOCK_ROWS * IN * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    begin = begin.to(tl.int64)
+    if EPILOGUE == "rotary":
+        prefetch_block(weight_ptr + 2 * begin * IN, wanted, 2 * N_BYTES)
+    else:
+        prefetch_block(weight_ptr + begin * IN, wanted, N_BYTES)
+        if EPILOGUE == "swiglu":
+            prefetch_block(weight_ptr + (begin + OUT) * IN, wanted, N_BYTES)
 
 
 @triton.jit

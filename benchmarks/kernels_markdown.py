@@ -9,6 +9,8 @@ from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
 from fastllama.benchmarks.tables import markdown as table
 
 BARRIER = {None: "", True: "yes", False: "MISSING"}
+STREAMING = ["model", "rows", "op", "weight", "programs / 132", "fit", "waves", "in flight, KB", "issue slots", "µs"]
+STREAMING += ["x early", "chain, cycles", "prefetches"]
 RESOURCES = ("programs", "warps", "stages", "registers", "spills", "shared", "resident")
 
 
@@ -32,9 +34,13 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "## How weights are read on an H200",
         "In flight: what the programs that fit beside each other on a multiprocessor have asked for before they wait; "
         "part of it, where there are fewer programs than fit. Waves: how often all multiprocessors fill up. Issue "
-        "slots: the share of all that the instructions take if the weight is read at 4.5 TB/s, in µs.",
+        "slots: the share of all that the instructions take if the weight is read at 4.5 TB/s, in µs. x early: its "
+        "loads that are requested before any weight is waited for, and whether the norm is known by then. Chain: "
+        "cycles that a stage's matrix instructions take at the least, since each waits for the sums of the one before, "
+        "of those in which the stage has to be read. Prefetches: instructions that a warp issues one after the other, "
+        "and in how many programs.",
         table(
-            ["model", "rows", "op", "weight", "programs / 132", "fit", "waves", "in flight, KB", "issue slots", "µs"],
+            STREAMING,
             [_streaming(row) for row in compiled if "in_flight" in row],
         ),
         "## Bytes moved on an H200",
@@ -98,7 +104,17 @@ def _streaming(row: Row) -> list[Any]:
         round(row["in_flight"] / 1024),
         "" if row["issue"] is None else f"{row['issue']:.0%}",
         f"{row['microseconds']:.1f}",
+        _early(row),
+        f"{row['chain']:.0f} of {row['budget']:.0f}" if "chain" in row else "",
+        f"{row['prefetches']:.0f} in {row['prefetching']}",
     ]
+
+
+def _early(row: Row) -> str:
+    if "x_early" not in row:
+        return ""
+    norm = {True: ", norm", False: ", norm behind", None: ""}[row["norm_first"]]
+    return f"{row['x_early']} of {row['x_loads']}{norm}"
 
 
 def _moved(row: Row) -> list[Any]:

@@ -25,7 +25,13 @@ from torch import Tensor
 from fastllama.kernels.attention_scratch import AttentionScratch
 from fastllama.kernels.attention_tile import AttentionDims, attend, stream_launch
 from fastllama.kernels.checks import check_tensor
-from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, prefetch_block, prefetch_bytes, wait_for_inputs
+from fastllama.kernels.dependent import (
+    PREFETCH_BYTES,
+    dependent_launch,
+    prefetch_block,
+    prefetch_bytes,
+    wait_for_inputs,
+)
 
 MIN_SLOT_KEYS = 128  # shorter pieces cost more in merging than they gain
 MERGED_BYTES = 65536  # of partial sums that the merge holds in registers at a time

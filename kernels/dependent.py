@@ -71,11 +71,14 @@ def dependent_launch() -> dict[str, bool]:
     return {"DEPENDENT": True, "launch_pdl": True} if is_dependent() else {"DEPENDENT": False}
 
 
-def prefetch_bytes(row_bytes: int, most: int) -> int:
-    """How much of a row of row_bytes a program brings to L2 before it waits: up to `most` bytes, 0 for nothing."""
+def prefetch_bytes(row_bytes: int, most: int, rows: int = 1) -> int:
+    """How much of a block of rows of row_bytes each a program brings to L2 before it waits: up to `most` bytes.
+
+    0 for nothing: where launches do not depend, or rows begin where a prefetch cannot.
+    """
     if not (is_dependent() and _switches.prefetch) or row_bytes % ALIGNMENT:
         return 0
-    return min(row_bytes, most // ALIGNMENT * ALIGNMENT)
+    return min(rows * row_bytes, most // ALIGNMENT * ALIGNMENT)
 
 
 @triton.jit
@@ -101,7 +104,10 @@ def let_next_begin(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def prefetch_block(ptr, wanted, n_bytes):
-    """Have n_bytes in a row brought to L2, by one instruction of one thread, where `wanted` is 1, not 0."""
+    """Have n_bytes that lie side by side brought to L2, by one instruction of one thread, where `wanted` is 1, not 0.
+
+    A warp issues such instructions of its threads one after the other, 40 to 60 cycles each: a block is best had whole.
+    """
     tl.inline_asm_elementwise(
         """{
         .reg .pred mine;
@@ -113,37 +119,6 @@ def prefetch_block(ptr, wanted, n_bytes):
         }""",
         "=r,l,r,r",
         [ptr, wanted, n_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch_rows(ptr, row_bytes, rows, n_bytes):
-    """Have the first n_bytes of each of up to as many rows as there are threads brought to L2.
-
-    A warp issues the prefetches of its threads one after the other, 40 to 60 cycles each, so the rows are dealt to
-    warps in turn.
-    """
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred mine;
-        .reg .u32 row, warp, warps;
-        .reg .u64 address;
-        mov.u32 row, %tid.x;
-        mov.u32 warps, %ntid.x;
-        shr.u32 warp, row, 5;
-        shr.u32 warps, warps, 5;
-        and.b32 row, row, 31;
-        mad.lo.u32 row, row, warps, warp;
-        setp.lt.s32 mine, row, $3;
-        mad.wide.u32 address, row, $2, $1;
-        @mine cp.async.bulk.prefetch.L2.global [address], $4;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r,r,r",
-        [ptr, row_bytes, rows, n_bytes],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

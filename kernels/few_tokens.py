@@ -7,7 +7,7 @@
 Still bound by reading the weight: OUT·IN elements for 2·N·OUT·IN flops. The weight is the left operand, a tile of
 BLOCK_ROWS rows; the tokens, padded to 8 or 16, are the right one, so that a matrix instruction's columns are not
 wasted on tokens that are not there. Multiplying and adding instead would take most of the issue slots at 2 tokens
-already. A pipeline of asynchronous copies keeps 56 to 192 KB a multiprocessor in flight (`choose_launch`).
+already. A pipeline of asynchronous copies keeps 96 to 192 KB a multiprocessor in flight (`choose_launch`).
 
 A norm divides a token by one number, which comes out of the sums as well as out of the token. So every program reads x
 once, as it multiplies by it, and divides at the end: x need not be known before the first weight is used, and nobody
@@ -27,7 +27,6 @@ from fastllama.kernels.projection import (
     Append,
     Projection,
     prefetch_tiles,
-    prefetch_weight,
     silu_times,
     store_rotated,
 )
@@ -49,6 +48,7 @@ BYTES_IN_FLIGHT = 98304  # a multiprocessor
 STAGES = (3, 8)  # fewest and most
 ROWS_PER_WARP = 16  # of a matrix instruction's left operand, with MIN_COLUMNS of its right one
 MAX_WARPS = 4
+MAX_ACCUMULATORS = 4
 SHARED_BYTES_SPARE = 2048  # for what passes between the threads of a program
 
 
@@ -70,16 +70,16 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
     """Rows, chunk, stages, warps and accumulators for a weight of which a program takes `tiles` tiles of rows and the
     tokens padded to `columns`.
 
-    weight (OUT × IN, bf16)      rows at 8, 16 columns    programs / 132    accumulators    stages
-    8B  qkv      6144 ×  4096    16 pairs                 192 = 1.5         1               8
-    8B  output   4096 ×  4096    16, 32                   256 = 1.9, 1.0    2, 1            8
-    8B  gate+up 28672 ×  4096    64 + 64                  224 = 1.7         1               4
-    8B  down     4096 × 14336    16, 32                   256 = 1.9, 1.0    2, 1            8
-    8B  head   128256 ×  4096    64                      2004 = 15.2        1               3
-    1B  qkv      3072 ×  2048    16 pairs                  96 = 0.7         2               7
-    1B  output   2048 ×  2048    16                       128 = 1.0         2               8
-    1B  gate+up 16384 ×  2048    32 + 32                  256 = 1.9         1               7
-    1B  down     2048 ×  8192    16                       128 = 1.0         2               8
+    weight (OUT × IN, bf16)      rows at 8, 16 columns    programs / 132     accumulators    stages
+    8B  qkv      6144 ×  4096    16 pairs                  192 = 1.5         1               8
+    8B  output   4096 ×  4096    16, 32                    256, 128          2, 1            7, 8
+    8B  gate+up 28672 ×  4096    64 + 64                   224 = 1.7         1               3
+    8B  down     4096 × 14336    16, 32                    256, 128          2, 1            7, 8
+    8B  head   128256 ×  4096    64                       2004 = 15.2        1               3
+    1B  qkv      3072 ×  2048    16 pairs                   96 = 0.7         2               7
+    1B  output   2048 ×  2048    16                        128 = 1.0         2               8
+    1B  gate+up 16384 ×  2048    32 + 32                   256 = 1.9         1               4
+    1B  down     2048 ×  8192    16                        128 = 1.0         2               8
     """
     if weight.dtype == torch.float32:
         return FLOAT32_LAUNCH
@@ -87,15 +87,16 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
     rows = _rows(results, tiles, columns, target.processors)
     chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(in_features)))
     stage = rows * tiles * chunk * weight.itemsize
-    is_small = stage < MIN_STAGE_BYTES or stage * results < CHAIN_BYTES * rows * target.processors
-    accumulators = 2 if is_small and in_features % (2 * chunk) == 0 else 1
-    stage *= accumulators
+    least = max(MIN_STAGE_BYTES, CHAIN_BYTES * rows * target.processors // results)
+    accumulators = 1
+    while accumulators < MAX_ACCUMULATORS and stage < least and in_features % (2 * accumulators * chunk) == 0:
+        accumulators, stage = 2 * accumulators, 2 * stage
     resident = max(1, min(4, round(results / (rows * target.processors))))
     fewest, most = STAGES
     stages = min(max(BYTES_IN_FLIGHT // (stage * resident) + 1, fewest), most)
     stage += accumulators * columns * chunk * weight.itemsize
-    for fewest, programs in ((fewest, min(resident, 2)), (1, 1)):
-        while stages > fewest and programs * (stages * stage + SHARED_BYTES_SPARE) > target.shared_bytes:
+    for at_least, programs in ((fewest, min(resident, 2)), (1, 1)):
+        while stages > at_least and programs * (stages * stage + SHARED_BYTES_SPARE) > target.shared_bytes:
             stages -= 1
     warps = rows // ROWS_PER_WARP * (columns // MIN_COLUMNS)
     return Launch(rows, chunk, stages, min(warps, MAX_WARPS), accumulators)
@@ -121,15 +122,70 @@ def _load(at, live, EVEN: tl.constexpr):
 
 @triton.jit
 def _total(sums):
-    """The sum of one or two accumulators."""
-    if len(sums) == 2:
-        total = sums[0] + sums[1]
-    else:
-        total = sums[0]
+    """The sum of all accumulators."""
+    total = sums[0]
+    for i in tl.static_range(1, len(sums)):
+        total += sums[i]
     return total
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit
+def _multiply(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    first,
+    second,
+    tokens,
+    exists,
+    token_exists,
+    eps,
+    IN: tl.constexpr,
+    TWO: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    ACCUMULATORS: tl.constexpr,
+):
+    """The weight's rows `first`, and with TWO those of `second`, times norm(x)ᵀ -> two tiles (BLOCK_ROWS, BLOCK_N)."""
+    cols = tl.arange(0, BLOCK_IN)
+    weight_at = weight_ptr + first[:, None].to(tl.int64) * IN + cols[None, :]
+    weight_2_at = weight_ptr + second[:, None].to(tl.int64) * IN + cols[None, :]
+    x_at = x_ptr + tokens[None, :] * IN + cols[:, None]
+    if norm_ptr is not None:
+        squares = tl.zeros((BLOCK_IN, BLOCK_N), tl.float32)
+    sums = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * ACCUMULATORS
+    sums_2 = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * ACCUMULATORS
+    for step in range(0, IN, ACCUMULATORS * BLOCK_IN):
+        for i in tl.static_range(ACCUMULATORS):
+            begin = step + i * BLOCK_IN
+            inside = cols + begin < IN
+            live = exists[:, None] & inside[None, :]
+            weight = _load(weight_at + begin, live, EVEN)
+            if TWO:
+                weight_2 = _load(weight_2_at + begin, live, EVEN)
+            if EVEN:
+                x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
+            else:
+                x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
+            if norm_ptr is not None:
+                wide = x.to(tl.float32)
+                squares += wide * wide
+                x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
+            # Each chunk goes to the accumulator that has waited longest.
+            sums = sums[1:] + (tl.dot(weight, x, sums[0], input_precision="ieee"),)
+            if TWO:
+                sums_2 = sums_2[1:] + (tl.dot(weight_2, x, sums_2[0], input_precision="ieee"),)
+    sums, sums_2 = _total(sums), _total(sums_2)
+    if norm_ptr is not None:
+        inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)[None, :]
+        sums *= inverse
+        sums_2 *= inverse
+    return sums, sums_2
+
+
+@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def _few_tokens_kernel(
     x_ptr,
     norm_ptr,
@@ -155,70 +211,27 @@ def _few_tokens_kernel(
     BLOCK_IN: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    PREFETCH: tl.constexpr,  # bytes of each row
+    PREFETCH: tl.constexpr,  # bytes of each tile, its first rows
     RESIDENT: tl.constexpr,  # programs that run at once: those that begin later have nothing to wait for
 ):
     TWO: tl.constexpr = EPILOGUE != "none"
     if PREFETCH > 0:
         begin_out = tl.program_id(0) * BLOCK_ROWS
-        n_results = tl.where(tl.program_id(0) < RESIDENT, tl.minimum(OUT - begin_out, BLOCK_ROWS), 0)
-        if PREFETCH * 8 == IN * weight_ptr.dtype.element_ty.primitive_bitwidth:
-            whole = (n_results == BLOCK_ROWS).to(tl.int32)
-            prefetch_tiles(weight_ptr, begin_out, whole, OUT, IN, EPILOGUE, BLOCK_ROWS)
-        else:
-            prefetch_weight(weight_ptr, begin_out, n_results, OUT, IN, EPILOGUE, PREFETCH)
+        waits = (tl.program_id(0) < RESIDENT) & (begin_out + BLOCK_ROWS <= OUT)
+        prefetch_tiles(weight_ptr, begin_out, waits.to(tl.int32), OUT, IN, EPILOGUE, PREFETCH)
     wait_for_inputs(DEPENDENT)
-    STEP: tl.constexpr = ACCUMULATORS * BLOCK_IN
-    EVEN: tl.constexpr = IN % STEP == 0 and OUT % BLOCK_ROWS == 0
+    EVEN: tl.constexpr = IN % (ACCUMULATORS * BLOCK_IN) == 0 and OUT % BLOCK_ROWS == 0
     out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tokens = tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, BLOCK_IN)
     exists, token_exists = out < OUT, tokens < N
     if EPILOGUE == "rotary":
         first, second = 2 * out, 2 * out + 1
     else:
         first, second = out, out + OUT
-    weight_at = weight_ptr + first[:, None].to(tl.int64) * IN + cols[None, :]
-    weight_2_at = weight_ptr + second[:, None].to(tl.int64) * IN + cols[None, :]
-    x_at = x_ptr + tokens[None, :] * IN + cols[:, None]
-    if norm_ptr is not None:
-        squares = tl.zeros((BLOCK_IN, BLOCK_N), tl.float32)
-    sums = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * ACCUMULATORS
-    if TWO:
-        sums_2 = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * ACCUMULATORS
-    for first in range(0, IN, STEP):
-        more = ()
-        more_2 = ()
-        for i in tl.static_range(ACCUMULATORS):
-            begin = first + i * BLOCK_IN
-            inside = cols + begin < IN
-            live = exists[:, None] & inside[None, :]
-            weight = _load(weight_at + begin, live, EVEN)
-            if TWO:
-                weight_2 = _load(weight_2_at + begin, live, EVEN)
-            if EVEN:
-                x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
-            else:
-                x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
-            if norm_ptr is not None:
-                wide = x.to(tl.float32)
-                squares += wide * wide
-                x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
-            more = more + (tl.dot(weight, x, sums[i], input_precision="ieee"),)
-            if TWO:
-                more_2 = more_2 + (tl.dot(weight_2, x, sums_2[i], input_precision="ieee"),)
-        sums = more
-        if TWO:
-            sums_2 = more_2
-    sums = _total(sums)
-    if TWO:
-        sums_2 = _total(sums_2)
-    if norm_ptr is not None:
-        inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)[None, :]
-        sums *= inverse
-        if TWO:
-            sums_2 *= inverse
-
+    # fmt: off
+    sums, sums_2 = _multiply(x_ptr, norm_ptr, weight_ptr, first, second, tokens, exists, token_exists, eps,
+                             IN, TWO, EVEN, BLOCK_N, BLOCK_ROWS, BLOCK_IN, ACCUMULATORS)
+    # fmt: on
     y = sums.to(y_ptr.dtype.element_ty)
     live = exists[:, None] & token_exists[None, :]
     if EPILOGUE == "rotary":
@@ -274,7 +287,7 @@ def few_tokens(
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
         ACCUMULATORS=launch.accumulators,
-        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, PREFETCH_BYTES // (launch.rows * call.tiles)),
+        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, PREFETCH_BYTES // call.tiles, launch.rows),
         RESIDENT=resident,
         num_stages=launch.stages,
         num_warps=launch.warps,

@@ -100,6 +100,20 @@ def _load_rows(weight_ptr, rows, LIMIT, IN: tl.constexpr, BLOCK_IN: tl.constexpr
 
 
 @triton.jit
+def _load_tiles(weight_ptr, out, OUT: tl.constexpr, IN: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_IN, EVEN):
+    """The one or two tiles of rows that make the results `out`, as `_load_rows` has them."""
+    if EPILOGUE == "rotary":
+        weights = _load_rows(weight_ptr, 2 * out, 2 * OUT, IN, BLOCK_IN, EVEN)
+        weights_2 = _load_rows(weight_ptr, 2 * out + 1, 2 * OUT, IN, BLOCK_IN, EVEN)
+    else:
+        weights = _load_rows(weight_ptr, out, OUT, IN, BLOCK_IN, EVEN)
+        weights_2 = weights
+        if EPILOGUE == "swiglu":
+            weights_2 = _load_rows(weight_ptr, out + OUT, 2 * OUT, IN, BLOCK_IN, EVEN)
+    return weights, weights_2
+
+
+@triton.jit
 def _load_vector(at, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
     """A vector (IN,) as a tuple of tiles (BLOCK_IN,). at: the addresses of the first."""
     cols = tl.arange(0, BLOCK_IN)
@@ -146,7 +160,7 @@ def _matvec_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    PREFETCH: tl.constexpr,  # bytes of each tile
     RESIDENT: tl.constexpr,  # programs that run at once: theirs are the first weights, those of as many more are next
 ):
     TWO: tl.constexpr = EPILOGUE != "none"
@@ -158,19 +172,13 @@ def _matvec_kernel(
     x_at = x_ptr + cols
     if X_FIRST and not DEPENDENT:
         x = _load_vector(x_at, IN, BLOCK_IN)
-    if EPILOGUE == "rotary":
-        weights = _load_rows(weight_ptr, 2 * out, 2 * OUT, IN, BLOCK_IN, EVEN)
-        weights_2 = _load_rows(weight_ptr, 2 * out + 1, 2 * OUT, IN, BLOCK_IN, EVEN)
-    else:
-        weights = _load_rows(weight_ptr, out, OUT, IN, BLOCK_IN, EVEN)
-        if TWO:
-            weights_2 = _load_rows(weight_ptr, out + OUT, 2 * OUT, IN, BLOCK_IN, EVEN)
+    weights, weights_2 = _load_tiles(weight_ptr, out, OUT, IN, EPILOGUE, BLOCK_IN, EVEN)
     if norm_ptr is not None and HOLD_SCALES:
         scales = _load_vector(norm_ptr + cols, IN, BLOCK_IN)
-    if PREFETCH:
+    if PREFETCH > 0:
         begin = (tl.program_id(0) + RESIDENT) * BLOCK_ROWS
         is_next = (tl.program_id(0) < RESIDENT) & (begin + BLOCK_ROWS <= OUT)
-        prefetch_tiles(weight_ptr, begin, is_next.to(tl.int32), OUT, IN, EPILOGUE, BLOCK_ROWS)
+        prefetch_tiles(weight_ptr, begin, is_next.to(tl.int32), OUT, IN, EPILOGUE, PREFETCH)
     wait(DEPENDENT)
     if not X_FIRST:
         let_next_begin(DEPENDENT)
@@ -184,11 +192,9 @@ def _matvec_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + out, mask=live, other=0.0)
     if norm_ptr is not None:
-        if X_FIRST:
-            inverse = 0.0
-            if T >= 0:  # always; but the compiler cannot know, and leaves the first use of a weight behind the branch
-                inverse = _inverse_norm(x, eps, IN, BLOCK_IN)
-        else:
+        inverse = 0.0
+        # Always; but the compiler cannot know, and leaves the first use of a weight behind the branch.
+        if (T >= 0) if X_FIRST else True:
             inverse = _inverse_norm(x, eps, IN, BLOCK_IN)
         if not HOLD_SCALES:
             scales = _load_vector(norm_ptr + cols, IN, BLOCK_IN)
@@ -257,7 +263,7 @@ def matvec(
         X_FIRST=launch.x_first,
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
-        PREFETCH=prefetch_bytes(row_bytes, row_bytes) > 0,
+        PREFETCH=prefetch_bytes(row_bytes, launch.rows * row_bytes, launch.rows),
         RESIDENT=resident,
         num_warps=launch.warps,
         **dependent_launch(),

@@ -37,7 +37,9 @@ class Processor(NamedTuple):
 # NVIDIA's CUDA programming guide, "Compute capabilities"; AMD's CDNA 3 ISA guide: four SIMDs of 512 · 64 registers.
 PROCESSOR = Processor(65536, 2048, 32, 1024)
 PROCESSORS: dict[int | str, Processor] = {
+    86: Processor(65536, 1536, 16, 1024),
     89: Processor(65536, 1536, 24, 1024),
+    120: Processor(65536, 1536, 24, 1024),
     "gfx942": Processor(131072, 2048, 32, 0),
 }
 

@@ -45,6 +45,7 @@ OTHER_LAUNCHES = 4  # of a step: embed, head, two of choose
 WHOLE_STEP = "step"  # the op of a row that counts a step's launches
 DOTS = {"_few_tokens_kernel", "_attention_decode_kernel", "_attention_prefill_kernel"}
 H200 = "sm_90"
+EVERY_MODELS_GPUS = (H200, "sm_86", "sm_120")  # and what people have at home
 
 
 class _OtherKernels(TorchDispatchMode):
@@ -63,7 +64,7 @@ class _OtherKernels(TorchDispatchMode):
 
 def compiled_rows(gpu_name: str) -> Iterator[Row]:
     """Every launch of the models' decode steps and prefill chunks, compiled for one GPU."""
-    gpu, models = GPUS[gpu_name], MODELS if gpu_name == H200 else OTHERS_MODELS
+    gpu, models = GPUS[gpu_name], MODELS if gpu_name in EVERY_MODELS_GPUS else OTHERS_MODELS
     seen: dict[str, Compiled] = {}  # by triton's own key: the same kernel serves many launches
     for model in models:
         shape = MODELS[model]

@@ -80,9 +80,9 @@ def _chain(arguments: Row, compiled: Compiled) -> float:
     depth = arguments["BLOCK_IN"] * arguments["ACCUMULATORS"] / MATRIX_DEPTH
     if any("HGMMA" in line for line in compiled.instructions):
         of_stage = depth * _tile_rows(arguments) / GROUP_ROWS
-    else:
-        tiles = _tile_rows(arguments) / MATRIX_ROWS * arguments["BLOCK_N"] / MATRIX_COLUMNS
-        of_stage = depth * tiles / compiled.warps
+    else:  # warps that are more than a product has tiles do the same
+        tiles = arguments["BLOCK_ROWS"] / MATRIX_ROWS * arguments["BLOCK_N"] / MATRIX_COLUMNS
+        of_stage = depth * _tile_rows(arguments) / arguments["BLOCK_ROWS"] * max(1.0, tiles / compiled.warps)
     return cycles * of_stage / count if count else 0.0
 
 

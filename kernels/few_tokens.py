@@ -48,7 +48,7 @@ BYTES_IN_FLIGHT = 98304  # a multiprocessor
 STAGES = (3, 8)  # fewest and most
 ROWS_PER_WARP = 16  # of a matrix instruction's left operand, with MIN_COLUMNS of its right one
 MAX_WARPS = 4
-MAX_ACCUMULATORS = 4
+MAX_ACCUMULATORS = 4  # where shared memory is large, and memory as fast; elsewhere two
 SHARED_BYTES_SPARE = 2048  # for what passes between the threads of a program
 
 
@@ -88,8 +88,8 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
     chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(in_features)))
     stage = rows * tiles * chunk * weight.itemsize
     least = max(MIN_STAGE_BYTES, CHAIN_BYTES * rows * target.processors // results)
-    accumulators = 1
-    while accumulators < MAX_ACCUMULATORS and stage < least and in_features % (2 * accumulators * chunk) == 0:
+    accumulators, most = 1, MAX_ACCUMULATORS if target.shared_bytes > 2 * BYTES_IN_FLIGHT else 2
+    while accumulators < most and stage < least and in_features % (2 * accumulators * chunk) == 0:
         accumulators, stage = 2 * accumulators, 2 * stage
     resident = max(1, min(4, round(results / (rows * target.processors))))
     fewest, most = STAGES
@@ -98,7 +98,8 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
     for at_least, programs in ((fewest, min(resident, 2)), (1, 1)):
         while stages > at_least and programs * (stages * stage + SHARED_BYTES_SPARE) > target.shared_bytes:
             stages -= 1
-    warps = rows // ROWS_PER_WARP * (columns // MIN_COLUMNS)
+    # Two for two tiles, where one would do for the instructions: it would have too few registers for a norm's x.
+    warps = max(tiles, rows // ROWS_PER_WARP * (columns // MIN_COLUMNS))
     return Launch(rows, chunk, stages, min(warps, MAX_WARPS), accumulators)
 
 

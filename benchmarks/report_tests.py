@@ -25,7 +25,7 @@ from fastllama.benchmarks.gpu_report import TESTS_FILE
 from fastllama.benchmarks.gpus import Gpu, recorded
 from fastllama.benchmarks.launches import Shape, prefill_ops, whole_step
 from fastllama.benchmarks.report_sections import Bench, Found
-from fastllama.kernels.dependent import switched
+from fastllama.kernels.switches import switched
 from fastllama.kernels.target import current_target
 
 ROOT = Path(__file__).resolve().parents[1]

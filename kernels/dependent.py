@@ -21,14 +21,11 @@ NVIDIA, CUDA C++ programming guide, "Programmatic Dependent Launch and Synchroni
 `cp.async.bulk.prefetch`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-
 import triton
 import triton.language as tl
 
 from fastllama.kernels.interpreter import interpreting
+from fastllama.kernels.switches import switches
 from fastllama.kernels.target import current_target
 
 MIN_ARCH = 90  # compute capability times ten
@@ -36,31 +33,9 @@ PREFETCH_BYTES = 131072  # a multiprocessor: what memory delivers in the few mic
 ALIGNMENT = 16  # bytes of a prefetch's address and size
 
 
-@dataclass(frozen=True)
-class Switches:
-    """What launches do that can; a benchmark turns it off to see what it brings. A captured graph keeps what it has."""
-
-    launch: bool = True
-    prefetch: bool = True  # only with a dependent launch: without one there is nothing to wait for
-
-
-_switches = Switches()
-
-
-@contextmanager
-def switched(*, launch: bool = True, prefetch: bool = True) -> Iterator[None]:
-    """Within the block, launch and prefetch so. Of the whole process: for benchmarks and tests."""
-    global _switches
-    before, _switches = _switches, replace(_switches, launch=launch, prefetch=prefetch)
-    try:
-        yield
-    finally:
-        _switches = before
-
-
 def is_dependent() -> bool:
     """Whether kernels are launched as dependent on the one before."""
-    if interpreting() or not _switches.launch:
+    if interpreting() or not switches().launch:
         return False
     target = current_target()
     return target.backend == "cuda" and int(target.arch) >= MIN_ARCH
@@ -76,7 +51,7 @@ def prefetch_bytes(row_bytes: int, most: int, rows: int = 1) -> int:
 
     0 for nothing: where launches do not depend, or rows begin where a prefetch cannot.
     """
-    if not (is_dependent() and _switches.prefetch) or row_bytes % ALIGNMENT:
+    if not (is_dependent() and switches().prefetch) or row_bytes % ALIGNMENT:
         return 0
     return min(rows * row_bytes, most // ALIGNMENT * ALIGNMENT)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastllama.benchmarks.gpus import GPUS
 from fastllama.benchmarks.kernels_table import WHOLE_STEP, Row, launch_counts
-from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
+from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, OTHERS_MODELS, PREFILL_TOKENS
 from fastllama.benchmarks.tables import markdown as table
 
 BARRIER = {None: "", True: "yes", False: "MISSING"}
@@ -16,12 +16,13 @@ RESOURCES = ("programs", "warps", "stages", "registers", "spills", "shared", "re
 
 def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> str:
     """The whole document, from rows of every GPU and of the traffic."""
+    every = sorted({row["gpu"] for row in compiled if row["model"] not in OTHERS_MODELS})
     parts = [
         f"# The kernels, as triton {triton_version} compiles them",
         "Made by `make kernels-report` and held to by the tests. Every launch of a decode step at 1, 4 and 16 rows and "
         f"of the kernels around the library's matmul for a prompt's {PREFILL_TOKENS} tokens, in bfloat16; the launches "
-        "are those of the real wrappers. 3-70B/8 is one rank of eight; 3.2-1B is compiled for the H200 alone. No "
-        "figure here was measured on a GPU.",
+        f"are those of the real wrappers. 3-70B/8 is one rank of eight; 3.2-1B is compiled for {', '.join(every)} alone. "
+        "No figure here was measured on a GPU.",
         "## Launches of a decode step",
         table(
             ["GPU", "model", "rows", "a layer", "a step", "layers"],

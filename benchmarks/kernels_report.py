@@ -71,7 +71,7 @@ def differences(table: str) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.option("--part", type=click.Choice([*GPUS, TRAFFIC]), hidden=True)
 def main(check: bool, as_json: bool, part: str | None) -> None:
-    """Compile every launch of the models for five GPUs and write what the compiler made of them to docs/compiled/.
+    """Compile every launch of the models for seven GPUs and write what the compiler made of them to docs/compiled/.
 
     Rules: no spills, shared memory within the GPU's, weights and cache read 16 bytes at a time, matrix instructions
     where there is a dot, a barrier before each hand-over, five launches a layer, dependent launches that wait.

@@ -33,7 +33,7 @@ from fastllama.kernels.dependent import (
     wait_for_inputs,
 )
 
-MANY_ROWS = 32  # one kernel serves from 2 to so many
+FEW_ROWS, MANY_ROWS = 2, 32  # one kernel serves up to the first, another up to the second
 MIN_SLOT_KEYS = 128  # shorter pieces cost more in merging than they gain
 MERGED_BYTES = 65536  # of partial sums that the merge holds in registers at a time
 
@@ -248,7 +248,7 @@ def attention_decode(
         D=dims.head_dim,
         SLOTS=scratch.slots,
         MIN_KEYS=MIN_SLOT_KEYS,
-        BLOCK_B=1 if rows == 1 else max(MANY_ROWS, triton.next_power_of_2(rows)),
+        BLOCK_B=FEW_ROWS if rows <= FEW_ROWS else max(MANY_ROWS, triton.next_power_of_2(rows)),
         BLOCK_G=launch.rows,
         BLOCK_T=launch.keys,
         BLOCK_D=dims.block_d,

@@ -1,4 +1,4 @@
-"""Every launch of the models, compiled for five GPUs that are not here: the rules, and the table in docs/compiled/."""
+"""Every launch of the models, compiled for seven GPUs that are not here: the rules, and the table in docs/compiled/."""
 
 import pytest
 import triton

@@ -4,10 +4,14 @@ import re
 from typing import Any
 
 from fastllama.benchmarks.gpus import GPUS
-from fastllama.benchmarks.kernels_table import WHOLE_STEP, Row, launch_counts
-from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, OTHERS_MODELS, PREFILL_TOKENS
+from fastllama.benchmarks.kernels_table import EVERY_MODELS_GPUS, WHOLE_STEP, Row, launch_counts
+from fastllama.benchmarks.launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
 from fastllama.benchmarks.tables import markdown as table
 
+# Its sections, besides one for each GPU.
+LAUNCHES = "Launches of a decode step"
+WEIGHTS = "How weights are read on an H200"
+TRAFFIC = "Bytes moved on an H200"
 BARRIER = {None: "", True: "yes", False: "MISSING"}
 STREAMING = ["model", "rows", "op", "weight", "programs / 132", "fit", "waves", "in flight, KB", "issue slots", "µs"]
 STREAMING += ["x early", "chain, cycles", "prefetches"]
@@ -16,14 +20,13 @@ RESOURCES = ("programs", "warps", "stages", "registers", "spills", "shared", "re
 
 def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> str:
     """The whole document, from rows of every GPU and of the traffic."""
-    every = sorted({row["gpu"] for row in compiled if row["model"] not in OTHERS_MODELS})
     parts = [
         f"# The kernels, as triton {triton_version} compiles them",
         "Made by `make kernels-report` and held to by the tests. Every launch of a decode step at 1, 4 and 16 rows and "
         f"of the kernels around the library's matmul for a prompt's {PREFILL_TOKENS} tokens, in bfloat16; the launches "
-        f"are those of the real wrappers. 3-70B/8 is one rank of eight; 3.2-1B is compiled for {', '.join(every)} alone. "
-        "No figure here was measured on a GPU.",
-        "## Launches of a decode step",
+        "are those of the real wrappers. 3-70B/8 is one rank of eight; 3.2-1B is compiled for "
+        f"{', '.join(EVERY_MODELS_GPUS)} alone. No figure here was measured on a GPU.",
+        f"## {LAUNCHES}",
         table(
             ["GPU", "model", "rows", "a layer", "a step", "layers"],
             [
@@ -32,7 +35,7 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
             ],
         ),
         "Torch launches no kernel of its own between them.",
-        "## How weights are read on an H200",
+        f"## {WEIGHTS}",
         "In flight: what the programs that fit beside each other on a multiprocessor have asked for before they wait; "
         "part of it, where there are fewer programs than fit. Waves: how often all multiprocessors fill up. Issue "
         "slots: the share of all that the instructions take if the weight is read at 4.5 TB/s, in µs. x early: its "
@@ -44,7 +47,7 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
             STREAMING,
             [_streaming(row) for row in compiled if "in_flight" in row],
         ),
-        "## Bytes moved on an H200",
+        f"## {TRAFFIC}",
         "Counted in the interpreter from the kernels' own loads and stores: those of weights, embedding and cache, "
         "which come from memory, and all others, which L2 serves. The least is every operand once. Contexts of "
         f"{CONTEXT_TOKENS} tokens.",
@@ -55,7 +58,7 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
     ]
     for name in dict.fromkeys(row["gpu"] for row in compiled):
         parts += [
-            f"## {name} ({GPUS[name].title})",
+            f"## {heading(name)}",
             table(
                 ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier", "waits"],
                 [_resources(row) for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP],
@@ -68,7 +71,24 @@ def markdown(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "Matrix: instructions. Barrier: before the atomic that hands over. Waits: of a dependent launch, for the "
         "kernels before it."
     )
-    return "\n\n".join([*parts, legend]) + "\n"
+    return "\n\n".join([*parts, "## Legend", legend]) + "\n"
+
+
+def heading(gpu: str) -> str:
+    """Of a GPU's section."""
+    return f"{gpu} ({GPUS[gpu].title})"
+
+
+def sections(document: str) -> dict[str, list[str]]:
+    """A document's lines by the headings that they stand under, without the empty ones."""
+    found: dict[str, list[str]] = {}
+    lines = found.setdefault("", [])
+    for line in filter(None, document.splitlines()):
+        if line.startswith("## "):
+            lines = found.setdefault(line.removeprefix("## "), [])
+        else:
+            lines.append(line)
+    return found
 
 
 def _resources(row: Row) -> list[Any]:

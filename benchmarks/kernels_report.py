@@ -14,8 +14,9 @@ from pathlib import Path
 import click
 import triton
 
+from fastllama.benchmarks import kernels_markdown
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
-from fastllama.benchmarks.kernels_markdown import markdown
+from fastllama.benchmarks.kernels_markdown import heading, markdown, sections
 from fastllama.benchmarks.kernels_table import H200, Row, compiled_rows, traffic_rows, violations, wasteful
 from fastllama.kernels import target
 
@@ -51,6 +52,25 @@ def report(gpus: tuple[str, ...] = tuple(GPUS)) -> tuple[str, int, list[str]]:
     compiled = [row for gpu in gpus for row in rows[gpu]]
     broken = violations(compiled) + wasteful(rows[TRAFFIC])
     return markdown(triton.__version__, compiled, rows[TRAFFIC]), len(compiled), broken
+
+
+def checked(part: str) -> tuple[list[str], list[str]]:
+    """Of one GPU, or of "traffic" -> (rules that are broken, lines that differ from the table in the repository)."""
+    rows = collect((part,))[part]
+    if part == TRAFFIC:
+        fresh, broken, titles = markdown(triton.__version__, [], rows), wasteful(rows), [kernels_markdown.TRAFFIC]
+    else:
+        fresh, broken, titles = markdown(triton.__version__, rows, []), violations(rows), [heading(part)]
+        titles += [kernels_markdown.WEIGHTS] if part == H200 else []
+    path = table_path()
+    kept, made = (sections(text) for text in (path.read_text(encoding="utf-8") if path.exists() else "", fresh))
+    changed: list[str] = []
+    for title in (kernels_markdown.LAUNCHES, *titles):
+        before, after = kept.get(title, []), made[title]
+        if title == kernels_markdown.LAUNCHES:  # where all GPUs stand together
+            before, after = ([line for line in lines if f"| {part} |" in line] for lines in (before, after))
+        changed += difflib.unified_diff(before, after, title, "compiled now", lineterm="", n=0)
+    return broken, changed
 
 
 def table_path() -> Path:

@@ -17,6 +17,7 @@ import triton
 
 from fastllama.benchmarks.gpus import Gpu
 from fastllama.benchmarks.llvm_ir import KernelIR
+from fastllama.benchmarks.sass import Sass
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LOAD_BYTES = 16
@@ -36,7 +37,9 @@ class Processor(NamedTuple):
 # NVIDIA's CUDA programming guide, "Compute capabilities"; AMD's CDNA 3 ISA guide: four SIMDs of 512 · 64 registers.
 PROCESSOR = Processor(65536, 2048, 32, 1024)
 PROCESSORS: dict[int | str, Processor] = {
+    86: Processor(65536, 1536, 16, 1024),
     89: Processor(65536, 1536, 24, 1024),
+    120: Processor(65536, 1536, 24, 1024),
     "gfx942": Processor(131072, 2048, 32, 0),
 }
 
@@ -108,18 +111,22 @@ class Compiled:
         return _barrier_before_atomics(text, atomic, store, barrier)
 
     @cached_property
+    def sass(self) -> Sass:
+        """The binary's instructions, NVIDIA only."""
+        return Sass(self._run("nvdisasm", "-c", "-hex"))
+
+    @property
     def instructions(self) -> list[str]:
-        """The binary's instructions up to the last exit, NVIDIA only."""
-        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", self._run("nvdisasm", "-c"), re.MULTILINE)
-        last = max(index for index, line in enumerate(lines) if "EXIT" in line)
-        return lines[: last + 1]
+        """Their text."""
+        return [one.text for one in self.sass.instructions]
 
     @cached_property
     def early_weight_bytes(self) -> int:
         """Bytes of once-read weights that a thread requests before the first barrier or wait, NVIDIA only."""
         stops = "BAR.SYNC", "ACQBULK"
-        until = next((index for index, line in enumerate(self.instructions) if any(stop in line for stop in stops)), 0)
-        return LOAD_BYTES * sum(bool(re.search(r"LDG\.E\.EF.*\.128", line)) for line in self.instructions[:until])
+        lines = self.instructions
+        until = next((index for index, line in enumerate(lines) if any(stop in line for stop in stops)), 0)
+        return LOAD_BYTES * sum(bool(re.search(r"LDG\.E\.EF.*\.128", line)) for line in lines[:until])
 
     @cached_property
     def _usage(self) -> dict[str, int]:

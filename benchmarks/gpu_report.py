@@ -30,23 +30,27 @@ if TYPE_CHECKING:
 BUDGET_SECONDS = 510.0
 START_SECONDS = 90.0  # for the sections' process to begin
 PATIENCE_SECONDS = 240.0  # for the next thing that a section finds
+# The first are quick, or something is wrong with the machine that would cost as much again in those that follow.
+FIRST_PATIENCE_SECONDS = {"self-check": 90.0, "ceilings": 60.0, "boundaries": 60.0}
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # to stop what the sections' process has started itself
 REPORT_FILE, SUMMARY_FILE, TESTS_FILE = "report.json", "summary.md", "gpu-tests.txt"
 # In order of value, with the function of each.
 SECTIONS = {
+    "self-check": "fastllama.benchmarks.report_steps:self_check",
     "ceilings": "fastllama.benchmarks.report_sections:ceilings",
     "boundaries": "fastllama.benchmarks.report_sections:boundaries",
     "tests": "fastllama.benchmarks.report_tests:gpu_tests",
     "launches": "fastllama.benchmarks.report_sections:launches",
     "decode": "fastllama.benchmarks.report_sections:decode",
+    "whole step": "fastllama.benchmarks.report_steps:whole_steps",
     "prefill": "fastllama.benchmarks.report_sections:prompts",
     "sampling": "fastllama.benchmarks.report_sections:sampling",
     "switches": "fastllama.benchmarks.report_sections:switches",
     "variants": "fastllama.benchmarks.report_variants:variants",
     "kernel tests": "fastllama.benchmarks.report_tests:kernel_tests",
 }
-NEEDED = "ceilings"  # by every other section
+ALWAYS = ("self-check", "ceilings")  # by which all others are to be judged
 PACKAGES = ("torch", "triton", "psutil", "tiktoken", "safetensors", "tqdm", "numpy")
 
 
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--sections",
         default=",".join(SECTIONS),
         metavar="NAMES",
-        help=f"which of {', '.join(SECTIONS)}; ceilings always runs, and their order stays (default: all)",
+        help=f"which of {', '.join(SECTIONS)}; {' and '.join(ALWAYS)} always run, and their order stays (default: all)",
     )
     parser.add_argument("--commit", metavar="HASH", help="the commit, where the checkout comes without its .git")
     parser.add_argument("--json", action="store_true", help="the report's object as the last line of stdout")
@@ -85,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         parser.error(f"this python lacks {', '.join(missing)}: run with one that has them (make gpu-report PYTHON=...)")
-    sections = {name: function for name, function in SECTIONS.items() if name in (NEEDED, *names)}
+    sections = {name: function for name, function in SECTIONS.items() if name in (*ALWAYS, *names)}
     signal.signal(signal.SIGTERM, _interrupt)
     result = report(options.results, sections, options.budget, options.commit)
     print(
@@ -189,7 +193,7 @@ class _Sections:
                         _say(f"{name}: {lost}")
                         return over + 1
                     continue
-                heard, patience = time.monotonic(), PATIENCE_SECONDS
+                heard, patience = time.monotonic(), FIRST_PATIENCE_SECONDS.get(name, PATIENCE_SECONDS)
                 if kind == "begin":
                     begun = heard
                     _say(f"{name} ...")

@@ -32,9 +32,11 @@ class Gpu(NamedTuple):
 # Shared memory and registers: NVIDIA's CUDA programming guide, "Compute capabilities", and AMD's CDNA 3 ISA guide.
 GPUS = {
     "sm_80": Gpu("cuda", 80, 32, 108, 166912, "A100"),
+    "sm_86": Gpu("cuda", 86, 32, 82, 101376, "RTX 3090"),
     "sm_89": Gpu("cuda", 89, 32, 128, 101376, "RTX 4090"),
     "sm_90": Gpu("cuda", 90, 32, 132, 232448, "H200"),
     "sm_100": Gpu("cuda", 100, 32, 148, 232448, "B200"),
+    "sm_120": Gpu("cuda", 120, 32, 170, 101376, "RTX 5090"),
     "gfx942": Gpu("hip", "gfx942", 64, 304, 65536, "MI300X"),
 }
 

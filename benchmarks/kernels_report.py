@@ -14,8 +14,9 @@ from pathlib import Path
 import click
 import triton
 
+from fastllama.benchmarks import kernels_markdown
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
-from fastllama.benchmarks.kernels_markdown import markdown
+from fastllama.benchmarks.kernels_markdown import heading, markdown, sections
 from fastllama.benchmarks.kernels_table import H200, Row, compiled_rows, traffic_rows, violations, wasteful
 from fastllama.kernels import target
 
@@ -53,6 +54,25 @@ def report(gpus: tuple[str, ...] = tuple(GPUS)) -> tuple[str, int, list[str]]:
     return markdown(triton.__version__, compiled, rows[TRAFFIC]), len(compiled), broken
 
 
+def checked(part: str) -> tuple[list[str], list[str]]:
+    """Of one GPU, or of "traffic" -> (rules that are broken, lines that differ from the table in the repository)."""
+    rows = collect((part,))[part]
+    if part == TRAFFIC:
+        fresh, broken, titles = markdown(triton.__version__, [], rows), wasteful(rows), [kernels_markdown.TRAFFIC]
+    else:
+        fresh, broken, titles = markdown(triton.__version__, rows, []), violations(rows), [heading(part)]
+        titles += [kernels_markdown.WEIGHTS] if part == H200 else []
+    path = table_path()
+    kept, made = (sections(text) for text in (path.read_text(encoding="utf-8") if path.exists() else "", fresh))
+    changed: list[str] = []
+    for title in (kernels_markdown.LAUNCHES, *titles):
+        before, after = kept.get(title, []), made[title]
+        if title == kernels_markdown.LAUNCHES:  # where all GPUs stand together
+            before, after = ([line for line in lines if f"| {part} |" in line] for lines in (before, after))
+        changed += difflib.unified_diff(before, after, title, "compiled now", lineterm="", n=0)
+    return broken, changed
+
+
 def table_path() -> Path:
     """Where the installed triton's table stands."""
     return TABLES / f"triton-{triton.__version__}.md"
@@ -71,7 +91,7 @@ def differences(table: str) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.option("--part", type=click.Choice([*GPUS, TRAFFIC]), hidden=True)
 def main(check: bool, as_json: bool, part: str | None) -> None:
-    """Compile every launch of the models for five GPUs and write what the compiler made of them to docs/compiled/.
+    """Compile every launch of the models for seven GPUs and write what the compiler made of them to docs/compiled/.
 
     Rules: no spills, shared memory within the GPU's, weights and cache read 16 bytes at a time, matrix instructions
     where there is a dot, a barrier before each hand-over, five launches a layer, dependent launches that wait.

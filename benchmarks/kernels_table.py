@@ -22,8 +22,10 @@ from fastllama.benchmarks.launches import (
     prefill_ops,
     whole_step,
 )
+from fastllama.benchmarks.streaming import streaming
 from fastllama.benchmarks.traffic import counted, least_bytes
 from fastllama.kernels import dependent
+from fastllama.kernels.attention_tile import PLAIN_SHARED_BYTES
 
 Row = dict[str, Any]
 STREAMED = ("weight_ptr", "table_ptr", "cache_k_ptr", "cache_v_ptr")  # read from memory, not from L2
@@ -43,9 +45,7 @@ OTHER_LAUNCHES = 4  # of a step: embed, head, two of choose
 WHOLE_STEP = "step"  # the op of a row that counts a step's launches
 DOTS = {"_few_tokens_kernel", "_attention_decode_kernel", "_attention_prefill_kernel"}
 H200 = "sm_90"
-H200_READ_BYTES_PER_US = 4.5e6  # what published microbenchmarks reach when reading
-H200_CLOCKS_PER_US = 1980
-SCHEDULERS = 4  # of a multiprocessor, each issues one instruction a clock
+EVERY_MODELS_GPUS = (H200, "sm_86", "sm_120")  # and what people have at home
 
 
 class _OtherKernels(TorchDispatchMode):
@@ -64,7 +64,7 @@ class _OtherKernels(TorchDispatchMode):
 
 def compiled_rows(gpu_name: str) -> Iterator[Row]:
     """Every launch of the models' decode steps and prefill chunks, compiled for one GPU."""
-    gpu, models = GPUS[gpu_name], MODELS if gpu_name == H200 else OTHERS_MODELS
+    gpu, models = GPUS[gpu_name], MODELS if gpu_name in EVERY_MODELS_GPUS else OTHERS_MODELS
     seen: dict[str, Compiled] = {}  # by triton's own key: the same kernel serves many launches
     for model in models:
         shape = MODELS[model]
@@ -108,29 +108,8 @@ def _measured(launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
         "prefetched": sorted(dependence.prefetches(compiled.ir)),
     }
     if gpu.arch == 90 and "weight_ptr" in launch.arguments and launch.kernel in PROJECTIONS:
-        row |= _streaming(launch, compiled, programs)
+        row |= streaming(launch, compiled, programs)
     return row
-
-
-def _streaming(launch: Launch, compiled: Compiled, programs: int) -> Row:
-    """How a projection reads its weight on an H200: bytes in flight on a multiprocessor, and the issue slots taken."""
-    weight = launch.arguments["weight_ptr"]
-    microseconds = weight.nbytes / H200_READ_BYTES_PER_US
-    slots = microseconds * SCHEDULERS * H200_CLOCKS_PER_US * compiled.gpu.processors
-    if launch.kernel == "_matvec_kernel":
-        of_program = compiled.early_weight_bytes * compiled.threads
-        issue = len(compiled.instructions) * compiled.warps * programs / slots
-    else:  # a loop, whose instructions are issued as often as it goes round; all stages but the one in use are coming
-        tiles = 1 if launch.arguments["EPILOGUE"] == "none" else 2
-        stage = launch.arguments["BLOCK_ROWS"] * launch.arguments["BLOCK_IN"] * tiles * weight.itemsize
-        of_program, issue = (compiled.stages - 1) * stage, None
-    return {
-        "weight": list(weight.shape),
-        "in_flight": of_program * compiled.programs_per_processor,
-        "share": programs / compiled.gpu.processors,
-        "issue": issue,
-        "microseconds": microseconds,
-    }
 
 
 def traffic_rows() -> Iterator[Row]:
@@ -193,10 +172,30 @@ def violations(rows: Sequence[Row]) -> list[str]:
             "waits without being launched as dependent": row["waits"] > 0 and not row["dependent"],
             ", ".join(row["faults"]): bool(row["faults"]),
             "prefetches nothing": can_depend and is_of_step and _should_prefetch(row),
+            f"takes {row['shared']} bytes of shared memory, more than the plain {PLAIN_SHARED_BYTES}": (
+                row["kernel"] == "_attention_decode_kernel" and row["shared"] > PLAIN_SHARED_BYTES
+            ),
+            **_held_up(row, gpu),
         }
         where = f"{row['gpu']} {row['model']} {row['op']} at {row['tokens']} tokens: {row['kernel']}"
         found += [f"{where} {what}" for what, is_broken in broken.items() if is_broken]
     return found + list(_miscounted(rows))
+
+
+def _held_up(row: Row, gpu: Gpu) -> dict[str, bool]:
+    """What keeps a projection from reading its weight at the full rate, on an H200."""
+    if "in_flight" not in row:
+        return {}
+    if "chain" in row:
+        # More programs than run at once, twice over: most of them have nothing to wait for.
+        in_vain = row["prefetching"] == row["programs"] > 2 * row["resident"] * gpu.processors
+        held = f"multiplies for {row['chain']:.0f} cycles a stage, of {row['budget']:.0f}"
+        return {held: row["chain"] > row["budget"], "prefetches in programs that do not wait": in_vain}
+    return {
+        f"requests {row['x_early']} of x's {row['x_loads']} loads before its weights": row["x_early"] < row["x_loads"],
+        "knows its norm only behind its weights": row["holds_scales"] and row["norm_first"] is False,
+        "prefetches row by row": row["looped_prefetches"] > 0,
+    }
 
 
 def _should_prefetch(row: Row) -> bool:

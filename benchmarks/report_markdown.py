@@ -8,10 +8,12 @@ from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.tables import markdown
 
 TITLES = {
+    "self-check": "Self-check",
     "boundaries": "What a boundary between two launches costs",
     "tests": "GPU tests",
     "launches": "A decode step, launch by launch",
     "decode": "Tokens a second",
+    "whole step": "A whole step beside the sum of its launches",
     "prefill": "Prefill",
     "sampling": "Sampling",
     "switches": "What the graph, the dependent launch, prefetches and unrolling bring",

@@ -34,8 +34,8 @@ from fastllama.benchmarks.measure import (
 from fastllama.benchmarks.models import RANDOM_SEED, random_tensors
 from fastllama.benchmarks.report_sizes import Sizes
 from fastllama.decode_graph import Decoder
-from fastllama.kernels.dependent import switched
 from fastllama.kernels.ragged import Sampling
+from fastllama.kernels.switches import switched
 from fastllama.model import Transformer
 from fastllama.prefill import prefill
 from fastllama.speed_of_light import Machine, decode_step, least_seconds, total_bytes, total_flops

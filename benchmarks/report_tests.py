@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from itertools import product
 from pathlib import Path
@@ -25,14 +25,16 @@ from fastllama.benchmarks.gpu_report import TESTS_FILE
 from fastllama.benchmarks.gpus import Gpu, recorded
 from fastllama.benchmarks.launches import Shape, prefill_ops, whole_step
 from fastllama.benchmarks.report_sections import Bench, Found
-from fastllama.kernels.dependent import switched
+from fastllama.kernels.switches import switched
 from fastllama.kernels.target import current_target
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("pytest", "pytest_timeout", "hypothesis")
-GPU_TESTS = ("tests/gpu", "tests/fastllama/test_gpu.py")
-KERNEL_TESTS = ("tests/kernels", "tests/fastllama/test_fused.py")
-GPU_TESTS_SECONDS, KERNEL_TESTS_SECONDS = 150.0, 180.0
+# Each with the seconds that it may take, the most telling first: the whole model, from prompts to tokens.
+GPU_TESTS = (("tests/fastllama/test_gpu.py", 90.0), ("tests/gpu", 100.0))
+KERNEL_TESTS = ("tests/fastllama/test_fused.py", "tests/kernels")
+KERNEL_TESTS_SECONDS = 180.0
+NEED_NO_GPU = "tests/kernels/test_compiled.py"  # and takes minutes
 COMPILING_SECONDS = 60.0  # beyond the tests
 SPARE_SECONDS = 15.0  # of the report's, to say what the tests came to
 WORKERS = 8
@@ -42,9 +44,11 @@ LINE = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] ([A-Z]+) |\S+::.* ([A-Z]+) +\[ *\d+
 
 
 def gpu_tests(bench: Bench) -> Found:
-    """The tests that need a GPU."""
-    with _compiling(bench):
-        yield from _tests(bench, GPU_TESTS, GPU_TESTS_SECONDS)
+    """The tests that need a GPU, end to end before kernel by kernel."""
+    sizes = bench.sizes
+    with compiling(bench, sizes.models.values(), sizes.batches, [(True, True), (True, False), (False, False)]):
+        for path, seconds in GPU_TESTS:
+            yield from _tests(bench, (path,), seconds)
 
 
 def kernel_tests(bench: Bench) -> Found:
@@ -64,6 +68,7 @@ def _tests(bench: Bench, paths: tuple[str, ...], limit: float) -> Found:
     # Another machine's versions may deprecate what ours do not: that is no failure there.
     lenient = ("-W", "default::DeprecationWarning", "-W", "default::FutureWarning")
     command = [sys.executable, "-m", "pytest", "-v", *lenient, "-p", "no:cacheprovider", *paths]
+    command += ["--ignore", NEED_NO_GPU]
     command += ["-n", str(min(WORKERS, os.cpu_count() or 1))] if several else []
     start = time.perf_counter()
     with (bench.results / TESTS_FILE).open("a+", encoding="utf-8") as file:
@@ -97,8 +102,17 @@ def _run(command: list[str], output: int, limit: float) -> int | None:
 
 
 @contextlib.contextmanager
-def _compiling(bench: Bench) -> Iterator[None]:
-    """Compile the decode steps and prefills of the sizes meanwhile, into triton's cache."""
+def compiling(
+    bench: Bench,
+    shapes: Collection[Shape],
+    batches: Sequence[int],
+    switches: Sequence[tuple[bool, bool]],
+    prefills: bool = True,
+) -> Iterator[None]:
+    """Compile decode steps, and prefills, of these models meanwhile, into triton's cache; at its end all are.
+
+    switches: (dependent launch, prefetch) of each kind of step.
+    """
     if bench.device.type != "cuda":
         yield
         return
@@ -106,10 +120,8 @@ def _compiling(bench: Bench) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     n_workers = max(1, (os.cpu_count() or 1) // 2)  # the tests take the other half
     workers = ProcessPoolExecutor(n_workers, mp_context=context, max_tasks_per_child=1)
-    shapes, batches = bench.sizes.models.values(), bench.sizes.batches
-    switches = ((True, True), (True, False), (False, False))
     tasks = [workers.submit(compile_step, gpu, *how, *on) for on in switches for how in product(shapes, batches)]
-    tasks += [workers.submit(compile_prefill, gpu, shape) for shape in shapes]
+    tasks += [workers.submit(compile_prefill, gpu, shape) for shape in shapes if prefills]
     try:
         yield
         # What follows is timed: nothing should be compiling meanwhile.

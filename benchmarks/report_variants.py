@@ -6,6 +6,7 @@ faster here on a GPU goes into them.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from fastllama.kernels.ragged import Ragged
 from fastllama.kernels.target import current_target
 from fastllama.model import Transformer
 
-ROWS, MAX_ROWS = (0.5, 1, 2), 128  # of the table's
-WARPS, MAX_WARPS = (0.5, 1, 2), 16
-STAGES = (0.5, 1)
+ROWS, MAX_ROWS = (1, 2, 0.5), 128  # of the table's
+WARPS, MAX_WARPS = (1, 2, 0.5), 16
+STAGES = (1, 0.5)
 CHUNKS = (1, 2)
 MAX_THREAD_BYTES = 512  # of weights that a thread can hold in registers
 OTHER_SLOTS = (16, 64, 128)
@@ -92,7 +93,7 @@ def _matvec_launches(weight: Tensor, tiles: int) -> list[matvec.Launch]:
     if usual is None:
         raise ValueError(f"rows of {weight.shape[1]} elements are too long for matvec")
     in_features = weight.shape[1]
-    found = [usual]
+    found = [usual, usual._replace(x_first=False)]
     for more_rows in ROWS:
         for more_warps in WARPS:
             rows, warps = int(usual.rows * more_rows), int(usual.warps * more_warps)
@@ -110,15 +111,17 @@ def _few_tokens_launches(weight: Tensor, tiles: int, batch: int) -> list[few_tok
     columns = 8 if batch <= 8 else 16
     usual = few_tokens.choose_launch(weight, tiles, columns, target)
     found = [usual]
-    for more_rows in ROWS:
-        for more_chunk in CHUNKS:
-            for more_stages in STAGES:
-                rows, chunk = int(usual.rows * more_rows), usual.chunk * more_chunk
-                stages = max(2, int(usual.stages * more_stages))
-                shared = stages * (rows * tiles + columns) * chunk * weight.itemsize
-                if 16 <= rows <= MAX_ROWS and chunk <= weight.shape[1] and shared <= target.shared_bytes - 2048:
-                    warps = max(1, min(4, rows // 16 * (columns // 8)))
-                    found.append(few_tokens.Launch(rows, chunk, stages, warps))
+    # The same stage in one accumulator first: its matrix instructions follow each other in one chain.
+    for accumulators in dict.fromkeys((1, usual.accumulators)):
+        whole = usual.chunk * usual.accumulators // accumulators
+        for more_rows, more_chunk, more_stages in product(ROWS, CHUNKS, STAGES):
+            rows, chunk = int(usual.rows * more_rows), whole * more_chunk
+            stages = max(2, int(usual.stages * more_stages))
+            shared = stages * accumulators * (rows * tiles + columns) * chunk * weight.itemsize
+            fits = shared <= target.shared_bytes - few_tokens.SHARED_BYTES_SPARE
+            if 16 <= rows <= MAX_ROWS and accumulators * chunk <= weight.shape[1] and fits:
+                warps = max(1, min(4, rows // 16 * (columns // 8)))
+                found.append(few_tokens.Launch(rows, chunk, stages, warps, accumulators))
     return list(dict.fromkeys(found))
 
 
@@ -135,16 +138,19 @@ def _attention(bench: Bench, name: str) -> Iterator[Record]:
             fill_cache(model, batch, context)
             positions = torch.full((batch,), context - 1, device=bench.device)
             q = torch.randn(batch, args.n_heads, args.head_dim, device=bench.device, dtype=DTYPE)
-            for slots in (SLOTS, *OTHER_SLOTS[: sizes.neighbours]):
+            # Two pairs of tiles on their way take more than the plain shared memory.
+            others = [(SLOTS, 2), *((slots, 1) for slots in OTHER_SLOTS)][: sizes.neighbours]
+            for slots, pairs in ((SLOTS, 1), *others):
                 scratch = AttentionScratch.of(
                     batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, slots=slots
                 )
                 chain = [
-                    partial(attention_decode, q, *model.cache.layer(layer), positions, scratch)
+                    partial(attention_decode, q, *model.cache.layer(layer), positions, scratch, pairs)
                     for layer in range(model.n_layers)
                 ]
-                record = {"model": name, "batch": batch, "op": f"attention over {context}", "variant": f"slots {slots}"}
-                yield record | {"in_table": slots == SLOTS} | _microseconds(bench, chain)
+                case = {"model": name, "batch": batch, "op": f"attention over {context}"}
+                record = {**case, "variant": f"slots {slots}, pairs {pairs}", "in_table": (slots, pairs) == (SLOTS, 1)}
+                yield record | _microseconds(bench, chain)
 
 
 def _microseconds(bench: Bench, chain: Sequence[Call]) -> Record:

@@ -7,8 +7,10 @@ way ahead of what it has read; what they wrote comes to it by copies beside the 
 device never waits for the host. A row that has ended rests, and costs next to nothing.
 """
 
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +19,10 @@ from torch import Tensor
 from fastllama.arrivals import Arrivals, Gained
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.ragged import Ragged, Sampling, Segment
+from fastllama.kernels.switches import switched
 from fastllama.model import Transformer
+
+logger = logging.getLogger(__name__)
 
 # Replays queued behind the one that the host reads: the device has work while the host is busy, and what is
 # wasted after the last stop token is as many. On a CPU, where a queued step has run by then, none.
@@ -92,11 +97,13 @@ class Decoder:
         model: Transformer,
         *,
         graphs: bool | None = None,
+        dependent: bool | None = None,
         unroll: int = 1,
         new_graph: Callable[[], Graph] | None = None,
     ) -> None:
-        """graphs: capture steps; None does so where the backend is made for it. unroll: steps of one replay. new_graph:
-        makes graphs other than CUDA's.
+        """graphs: capture steps; None does so where the backend is made for it. dependent: False launches every kernel
+        as usual, else as dependent on the one before where the GPU can (`kernels/dependent.py`). unroll: steps of one
+        replay. new_graph: makes graphs other than CUDA's.
 
         Raises ValueError for an unroll below 1, and where graphs are asked for on a CPU.
         """
@@ -106,8 +113,9 @@ class Decoder:
             raise ValueError(f"CUDA graphs need a GPU, and the model is on {str(model.device)!r}: leave graphs out")
         self.model = model
         self.unroll = unroll
-        self._captures, self._new_graph = graphs, new_graph
+        self._captures, self._dependent, self._new_graph = graphs, dependent, new_graph
         self._revision = -1
+        self._call_stream: torch.cuda.Stream | None = None
 
     @property
     def ahead(self) -> int:
@@ -123,6 +131,7 @@ class Decoder:
     def warm(self, batch_sizes: Sequence[int]) -> None:
         """Capture the graphs of these batch sizes before they are first used. Waits for the device."""
         with self.model.exclusively():
+            self._take_stream()
             self._follow_model()
             for n_rows in batch_sizes:
                 self._graph_of(n_rows)
@@ -135,7 +144,11 @@ class Decoder:
         stop_ids: Sequence[int],
         sampling: Sampling,
     ) -> None:
-        """Take on rows, each standing on its newest token at its position, to gain more up to position `last`."""
+        """Take on rows, each standing on its newest token at its position, to gain more up to position `last`.
+
+        All that the call launches goes to the stream that is current now, whichever is when it goes on.
+        """
+        self._take_stream()
         self._follow_model()
         self._graph = self._graph_of(len(tokens))
         self._state.set(tokens, positions, last, stop_ids, sampling)
@@ -147,17 +160,29 @@ class Decoder:
 
     def choose(self, logits: Tensor) -> None:
         """Queue the rows' next tokens, from logits (B, V) that are at hand."""
-        self.model.ops.choose(logits, self._rows, self.model.workspace)
-        self._sent(1)
+        with self.launching():
+            self.model.ops.choose(logits, self._rows, self.model.workspace)
+            self._sent(1)
 
     def launch(self) -> None:
         """Queue the next `unroll` steps."""
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            for ahead in range(self.unroll):
-                step(self.model, self._rows, self._keys(ahead))
-        self._sent(self.unroll)
+        with self.launching():
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                for ahead in range(self.unroll):
+                    step(self.model, self._rows, self._keys(ahead))
+            self._sent(self.unroll)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Within the block launches go to the call's stream, as dependent ones or not, as this decoder has it."""
+        with ExitStack() as stack:
+            if self._call_stream is not None:
+                stack.enter_context(torch.cuda.stream(self._call_stream))
+            if self._dependent is False:
+                stack.enter_context(switched(launch=False, prefetch=False))
+            yield
 
     def receive(self) -> list[Gained]:
         """What the oldest of what was queued brought, step by step, as soon as it has run.
@@ -169,6 +194,16 @@ class Decoder:
     def finish(self, row: int) -> None:
         """The host has seen that a row ended, so that eager steps need not read its keys."""
         self._finished.add(row)
+
+    def _take_stream(self) -> None:
+        """Keep the current stream for a call; steps of the one before may still run on another."""
+        if self.model.device.type != "cuda":
+            return
+        before, now = self._call_stream, torch.cuda.current_stream(self.model.device)
+        if before is not None and before != now:
+            now.wait_stream(before)
+            self.model.workspace.reset()  # which those steps have used since the call began
+        self._call_stream = now
 
     def _keys(self, ahead: int) -> list[int]:
         """The lengths of the rows in the step after `ahead` more. One that ended unseen counts a few too many."""
@@ -191,8 +226,7 @@ class Decoder:
             cache.max_batch_size, cache.max_seq_len + self.unroll, model.vocab_size, model.device
         )
         self._arrivals = Arrivals(self._state, self.unroll, REPLAYS_AHEAD + 1)
-        if model.device.type == "cuda":
-            self._stream, self._pool = torch.cuda.Stream(model.device), torch.cuda.graph_pool_handle()
+        self._new_memory()
         self._revision = model.revision
 
     def _graph_of(self, n_rows: int) -> Graph | None:
@@ -212,11 +246,32 @@ class Decoder:
             for _ in range(self.unroll):
                 step(self.model, state)
 
+        try:
+            return self._captured(steps)
+        except RuntimeError as error:
+            if self._dependent is False or not self.model.ops.suits_graphs(self.model.device):
+                raise
+            logger.warning(
+                "a graph of dependent launches could not be captured (%s): this model's kernels are launched as usual "
+                "from now on, as dependent_launch=False has them from the start",
+                error,
+            )
+            self._dependent = False
+            self._new_memory()
+            return self._captured(steps)
+
+    def _captured(self, steps: Callable[[], None]) -> Graph:
         graph = self._new_graph() if self._new_graph else CudaGraph(self._stream, self._pool)
         self._state.park()  # so that the run before, which compiles kernels, leaves nothing behind
-        steps()
-        graph.capture(steps)
+        with self.launching():
+            steps()
+            graph.capture(steps)
         return graph
+
+    def _new_memory(self) -> None:
+        """A stream to capture on, and a pool of memory for all graphs."""
+        if self.model.device.type == "cuda":
+            self._stream, self._pool = torch.cuda.Stream(self.model.device), torch.cuda.graph_pool_handle()
 
 
 def graph_size(n_rows: int, max_batch_size: int) -> int:

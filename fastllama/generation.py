@@ -17,7 +17,7 @@ from fastllama.ambient import neutral
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.nucleus import nucleus
 from fastllama.kernels.ragged import Sampling
-from fastllama.loading import load
+from fastllama.loading import choose_device, load
 from fastllama.model import Transformer
 from fastllama.stream import Increment, Request, increments
 from fastllama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, check_dialog
@@ -53,6 +53,8 @@ class Llama:
         backend: str | None = None,
         rope_scaling_factor: float | None = None,
         graph_batch_sizes: Sequence[int] | None = None,
+        cuda_graphs: bool | None = None,
+        dependent_launch: bool | None = None,
     ) -> "Llama":
         """Load a checkpoint, Meta's or Hugging Face's, of any number of files.
 
@@ -64,7 +66,10 @@ class Llama:
         float32 on a CPU. backend: "fused" (Triton kernels) or "reference" (plain torch), None for the first on CUDA and
         the second on a CPU. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it; switches
         scaled rope on. graph_batch_sizes: for which numbers of rows the decode step is captured as a CUDA graph now,
-        where it is one, rather than in the first call that needs it; None means 1 and max_batch_size.
+        where it is one, rather than in the first call that needs it; None means 1 and max_batch_size. cuda_graphs:
+        False launches every kernel of a step anew; None captures steps where the backend is made for it.
+        dependent_launch: False starts no kernel before the one before it has ended; None does so from compute
+        capability 9.0 on. Both are for looking into trouble: they cost speed and change no token.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer of another vocabulary), ValueError for anything else that is wrong with the arguments or
@@ -73,6 +78,7 @@ class Llama:
         seed = validate.seed(seed)
         max_batch_size = validate.whole_number("max_batch_size", max_batch_size, 1)
         batch_sizes = validate.batch_sizes(graph_batch_sizes, max_batch_size)
+        validate.launches(cuda_graphs, dependent_launch, choose_device(device).type)
         model, tokenizer = load(
             ckpt_dir,
             tokenizer_path,
@@ -85,6 +91,7 @@ class Llama:
             rope_scaling_factor=rope_scaling_factor,
         )
         llm = Llama(model, tokenizer, seed=seed)
+        llm.decoder = Decoder(model, graphs=cuda_graphs, dependent=dependent_launch)
         with limits.naming_what_ran_out(model.device):
             llm.decoder.warm(batch_sizes)
         return llm

@@ -120,7 +120,8 @@ def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) 
         sorted(request.stop_ids),
         request.sampling,
     )
-    logits, scores = prefill(decoder.model, request.prompts, scoring)
+    with decoder.launching():
+        logits, scores = prefill(decoder.model, request.prompts, scoring)
     for row in rows:
         if request.echo or row.finished:
             yield row.begin(request, scores[row.index] if scores else None)

@@ -91,6 +91,15 @@ def batch_sizes(value: Any, max_batch_size: int) -> list[int]:
     return [whole_number("a size in graph_batch_sizes", size, 1, max_batch_size) for size in sizes]
 
 
+def launches(cuda_graphs: Any, dependent_launch: Any, device_type: str) -> None:
+    """How a model launches its kernels. Raises ValueError for what is no bool or None, and for True without a GPU."""
+    for name, value in (("cuda_graphs", cuda_graphs), ("dependent_launch", dependent_launch)):
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True, False or None, got {value!r:.80}")
+        if value and device_type != "cuda":
+            raise ValueError(f"{name} needs a GPU, and the device is {device_type!r}: leave it out")
+
+
 def listed(name: str, value: Any) -> list[Any]:
     """value as a list. Raises ValueError for a single text and for what cannot be gone through."""
     if isinstance(value, TEXTS | Mapping) or not isinstance(value, Iterable):

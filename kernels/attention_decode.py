@@ -25,8 +25,15 @@ from torch import Tensor
 from fastllama.kernels.attention_scratch import AttentionScratch
 from fastllama.kernels.attention_tile import AttentionDims, attend, stream_launch
 from fastllama.kernels.checks import check_tensor
-from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, prefetch_rows, wait_for_inputs
+from fastllama.kernels.dependent import (
+    PREFETCH_BYTES,
+    dependent_launch,
+    prefetch_block,
+    prefetch_bytes,
+    wait_for_inputs,
+)
 
+FEW_ROWS, MANY_ROWS = 2, 32  # one kernel serves up to the first, another up to the second
 MIN_SLOT_KEYS = 128  # shorter pieces cost more in merging than they gain
 MERGED_BYTES = 65536  # of partial sums that the merge holds in registers at a time
 
@@ -79,8 +86,8 @@ def _prefetch_share(cache_k_ptr, cache_v_ptr, positions_ptr, slot, head_tile, B,
     n_keys = tl.minimum(tl.maximum(length - begin, 0), KEYS)
     wanted = ((n_keys > 0) & (head_tile % TILES == 0)).to(tl.int32)
     at = ((row.to(tl.int64) * K + head_tile // TILES) * T + begin) * D
-    prefetch_rows(cache_k_ptr + at, 0, wanted, n_keys * KEY_BYTES)
-    prefetch_rows(cache_v_ptr + at, 0, wanted, n_keys * KEY_BYTES)
+    prefetch_block(cache_k_ptr + at, wanted, n_keys * KEY_BYTES)
+    prefetch_block(cache_v_ptr + at, wanted, n_keys * KEY_BYTES)
 
 
 @triton.jit
@@ -204,13 +211,13 @@ def _attention_decode_kernel(
 
 
 def attention_decode(
-    q: Tensor, cache_k: Tensor, cache_v: Tensor, positions: Tensor, scratch: AttentionScratch
+    q: Tensor, cache_k: Tensor, cache_v: Tensor, positions: Tensor, scratch: AttentionScratch, pairs: int = 1
 ) -> Tensor:
     """Attention of one token a row: q (B, H, D), one layer's cache_k and cache_v (rows, K, T, D) -> (B, H·D).
 
     Token i is row i's, at positions (B,) int64, of which every one attends to the cache up to itself. What the cache
-    holds past it has no influence, whatever it is. Raises ValueError for tensors that do not belong together, and for
-    a scratch of other heads or fewer rows.
+    holds past it has no influence, whatever it is. pairs: as `stream_launch` has it. Raises ValueError for tensors that
+    do not belong together, and for a scratch of other heads or fewer rows.
     """
     dims = AttentionDims.of(q, cache_k, cache_v)
     rows, length = q.shape[0], cache_k.shape[2]
@@ -221,7 +228,7 @@ def attention_decode(
     out = torch.empty(rows, q.shape[1] * dims.head_dim, dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
-    launch = stream_launch(dims.block_heads, dims.block_d * q.itemsize, q.itemsize)
+    launch = stream_launch(dims.block_heads, dims.block_d * q.itemsize, q.itemsize, pairs)
     _attention_decode_kernel[(scratch.slots + rows, dims.n_kv_heads * dims.tiles)](
         q,
         cache_k,
@@ -241,7 +248,7 @@ def attention_decode(
         D=dims.head_dim,
         SLOTS=scratch.slots,
         MIN_KEYS=MIN_SLOT_KEYS,
-        BLOCK_B=triton.next_power_of_2(rows),
+        BLOCK_B=FEW_ROWS if rows <= FEW_ROWS else max(MANY_ROWS, triton.next_power_of_2(rows)),
         BLOCK_G=launch.rows,
         BLOCK_T=launch.keys,
         BLOCK_D=dims.block_d,

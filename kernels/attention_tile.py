@@ -21,7 +21,10 @@ MAX_TILE_HEADS = {2: 64, 4: 16}  # by bytes of an element: what a program's regi
 MAX_POSITIONS = 2**31 - 2**14  # of all cache rows together: lengths are added up in int32
 MAX_STREAM_KEYS = 64
 MAX_STAGES = 5
-PAIR_BYTES = 32768  # of a tile of keys and one of values
+PAIR_BYTES = 32768  # of keys and of values that are on their way while others are worked on
+# Of shared memory, without asking the driver for more: a launch that has more than this may make it divide a
+# multiprocessor's memory anew between shared memory and cache, which the launches before and after feel.
+PLAIN_SHARED_BYTES = 49152
 WIDE_BYTES = 16384  # of queries, from which four warps have too few registers for the sums of p · v
 
 
@@ -34,21 +37,28 @@ class Launch(NamedTuple):
     warps: int
 
 
-def stream_launch(rows: int, row_bytes: int, itemsize: int) -> Launch:
+def stream_launch(rows: int, row_bytes: int, itemsize: int, pairs: int = 1) -> Launch:
     """Tiles for few rows of queries, over keys of row_bytes each: what counts is the bytes on their way from memory.
 
     64 keys of 256 bytes (D = 128 in half precision) and as many values are 32 KB. All stages but one are on their way:
-    three hold 64 KB of shared memory, so that three programs fit a multiprocessor of sm_90, two of sm_80 and one of
-    sm_89. A gfx942 has 64 KB in all: half as much is on its way there. Smaller and larger keys keep to those bytes.
+    two, or three for D = 64, hold 32 KB of shared memory beside the queries, 38,912 and 36,864 bytes in all, and three
+    programs fit a multiprocessor of sm_90 by their registers. Smaller and larger keys keep to those bytes, and many
+    heads to PLAIN_SHARED_BYTES as far as there are smaller tiles. pairs: so many times 32 KB on their way, where the
+    GPU's shared memory allows.
 
     float32 has no matrix unit on NVIDIA: a thread holds the factors of all its scores, D times their number.
     """
+    limit = PLAIN_SHARED_BYTES if pairs == 1 else current_target().shared_bytes
+
+    def shared(keys: int, stages: int) -> int:
+        return 2 * keys * row_bytes * (stages - 1) + rows * (row_bytes + keys * itemsize)
+
     keys = MAX_STREAM_KEYS
-    while keys > MIN_DOT_ROWS and 2 * keys * row_bytes > PAIR_BYTES:
+    while keys > MIN_DOT_ROWS and (2 * keys * row_bytes > PAIR_BYTES or shared(keys, 2) > limit):
         keys //= 2
-    fits = 2 * PAIR_BYTES + rows * (row_bytes + keys * itemsize) <= current_target().shared_bytes
-    in_flight = PAIR_BYTES * (2 if fits else 1)
-    stages = min(MAX_STAGES, 1 + in_flight // (2 * keys * row_bytes))
+    stages = min(MAX_STAGES, max(2, 1 + pairs * PAIR_BYTES // (2 * keys * row_bytes)))
+    while stages > 2 and shared(keys, stages) > limit:
+        stages -= 1
     warps = 8 if rows * row_bytes >= WIDE_BYTES or (itemsize == 4 and row_bytes > 256) else 4
     return Launch(rows, keys, stages, warps)
 

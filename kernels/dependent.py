@@ -21,14 +21,11 @@ NVIDIA, CUDA C++ programming guide, "Programmatic Dependent Launch and Synchroni
 `cp.async.bulk.prefetch`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-
 import triton
 import triton.language as tl
 
 from fastllama.kernels.interpreter import interpreting
+from fastllama.kernels.switches import switches
 from fastllama.kernels.target import current_target
 
 MIN_ARCH = 90  # compute capability times ten
@@ -36,31 +33,9 @@ PREFETCH_BYTES = 131072  # a multiprocessor: what memory delivers in the few mic
 ALIGNMENT = 16  # bytes of a prefetch's address and size
 
 
-@dataclass(frozen=True)
-class Switches:
-    """What launches do that can; a benchmark turns it off to see what it brings. A captured graph keeps what it has."""
-
-    launch: bool = True
-    prefetch: bool = True  # only with a dependent launch: without one there is nothing to wait for
-
-
-_switches = Switches()
-
-
-@contextmanager
-def switched(*, launch: bool = True, prefetch: bool = True) -> Iterator[None]:
-    """Within the block, launch and prefetch so. Of the whole process: for benchmarks and tests."""
-    global _switches
-    before, _switches = _switches, replace(_switches, launch=launch, prefetch=prefetch)
-    try:
-        yield
-    finally:
-        _switches = before
-
-
 def is_dependent() -> bool:
     """Whether kernels are launched as dependent on the one before."""
-    if interpreting() or not _switches.launch:
+    if interpreting() or not switches().launch:
         return False
     target = current_target()
     return target.backend == "cuda" and int(target.arch) >= MIN_ARCH
@@ -71,37 +46,54 @@ def dependent_launch() -> dict[str, bool]:
     return {"DEPENDENT": True, "launch_pdl": True} if is_dependent() else {"DEPENDENT": False}
 
 
-def prefetch_bytes(row_bytes: int, most: int) -> int:
-    """How much of a row of row_bytes a program brings to L2 before it waits: up to `most` bytes, 0 for nothing."""
-    if not (is_dependent() and _switches.prefetch) or row_bytes % ALIGNMENT:
+def prefetch_bytes(row_bytes: int, most: int, rows: int = 1) -> int:
+    """How much of a block of rows of row_bytes each a program brings to L2 before it waits: up to `most` bytes.
+
+    0 for nothing: where launches do not depend, or rows begin where a prefetch cannot.
+    """
+    if not (is_dependent() and switches().prefetch) or row_bytes % ALIGNMENT:
         return 0
-    return min(row_bytes, most // ALIGNMENT * ALIGNMENT)
+    return min(rows * row_bytes, most // ALIGNMENT * ALIGNMENT)
 
 
 @triton.jit
 def wait_for_inputs(DEPENDENT: tl.constexpr):
     """Wait for all that came before in the stream, and let the next kernel begin."""
+    wait(DEPENDENT)
+    let_next_begin(DEPENDENT)
+
+
+@triton.jit
+def wait(DEPENDENT: tl.constexpr):
+    """Wait for all that came before in the stream."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_begin(DEPENDENT: tl.constexpr):
+    """Let the next kernel begin: soon after the wait, with nothing in between but loads."""
+    if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def prefetch_rows(ptr, row_bytes, rows, n_bytes):
-    """Have the first n_bytes of each of up to as many rows as there are threads brought to L2, a row by each thread."""
+def prefetch_block(ptr, wanted, n_bytes):
+    """Have n_bytes that lie side by side brought to L2, by one instruction of one thread, where `wanted` is 1, not 0.
+
+    A warp issues such instructions of its threads one after the other, 40 to 60 cycles each: a block is best had whole.
+    """
     tl.inline_asm_elementwise(
         """{
         .reg .pred mine;
         .reg .u32 thread;
-        .reg .u64 address;
         mov.u32 thread, %tid.x;
-        setp.lt.s32 mine, thread, $3;
-        mad.wide.u32 address, thread, $2, $1;
-        @mine cp.async.bulk.prefetch.L2.global [address], $4;
+        setp.lt.s32 mine, thread, $2;
+        @mine cp.async.bulk.prefetch.L2.global [$1], $3;
         mov.u32 $0, 0;
         }""",
-        "=r,l,r,r,r",
-        [ptr, row_bytes, rows, n_bytes],
+        "=r,l,r,r",
+        [ptr, wanted, n_bytes],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

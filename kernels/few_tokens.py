@@ -7,7 +7,7 @@
 Still bound by reading the weight: OUT·IN elements for 2·N·OUT·IN flops. The weight is the left operand, a tile of
 BLOCK_ROWS rows; the tokens, padded to 8 or 16, are the right one, so that a matrix instruction's columns are not
 wasted on tokens that are not there. Multiplying and adding instead would take most of the issue slots at 2 tokens
-already. A pipeline of asynchronous copies keeps 56 to 192 KB a multiprocessor in flight (`choose_launch`).
+already. A pipeline of asynchronous copies keeps 96 to 192 KB a multiprocessor in flight (`choose_launch`).
 
 A norm divides a token by one number, which comes out of the sums as well as out of the token. So every program reads x
 once, as it multiplies by it, and divides at the end: x need not be known before the first weight is used, and nobody
@@ -23,20 +23,32 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, wait_for_inputs
-from fastllama.kernels.projection import Append, Projection, prefetch_weight, silu_times, store_rotated
+from fastllama.kernels.projection import (
+    Append,
+    Projection,
+    prefetch_tiles,
+    silu_times,
+    store_rotated,
+)
 from fastllama.kernels.target import Target, current_target
 
 MAX_TOKENS = 16
 MIN_COLUMNS = 8  # of a matrix instruction's right operand on NVIDIA GPUs
 MIN_COLUMNS_AMD = 16
-ROWS = (64, 32, 16)  # of a tile: the most that still give most multiprocessors a program
-BUSY_PROCESSORS = 0.7  # of all; a few idle ones cost nothing as long as the others ask for enough
-CHUNK_BYTES = 256  # of a row in one stage
+ROWS = (64, 32, 16)  # of a tile: the most that still give most multiprocessors two programs, or one
+# Programs a multiprocessor, a few of which may idle. Two, so that one multiplies while the other waits for its stage.
+TWO_PROGRAMS, ONE_PROGRAM = 1.4, 0.7
+ROWS_PER_COLUMN = 2  # at least, for two programs: every program reads all tokens, from L2
+CHUNK_BYTES = 256  # of a row in one stage, for each accumulator
 MIN_STAGE_BYTES = 8192  # so that waiting for a stage is rare
+# What a multiprocessor of an H200 reads while the 8 matrix instructions of a chunk follow each other, each waiting 33
+# cycles for the sums of the one before: 4.5 KB at 17 bytes a cycle, and a third more for what else a stage takes.
+CHAIN_BYTES = 6144
 BYTES_IN_FLIGHT = 98304  # a multiprocessor
 STAGES = (3, 8)  # fewest and most
 ROWS_PER_WARP = 16  # of a matrix instruction's left operand, with MIN_COLUMNS of its right one
 MAX_WARPS = 4
+MAX_ACCUMULATORS = 4  # where shared memory is large, and memory as fast; elsewhere two
 SHARED_BYTES_SPARE = 2048  # for what passes between the threads of a program
 
 
@@ -44,9 +56,10 @@ class Launch(NamedTuple):
     """How a weight is dealt to programs."""
 
     rows: int  # of each tile
-    chunk: int  # elements of a row in one stage
+    chunk: int  # elements of a row that one accumulator takes in one stage
     stages: int
     warps: int
+    accumulators: int = 1  # that take chunks in turn, so that none waits for its own last sums
 
 
 # There are no matrix instructions for it: threads hold the factors of all their sums, and many small tiles are best.
@@ -54,36 +67,48 @@ FLOAT32_LAUNCH = Launch(rows=16, chunk=32, stages=4, warps=4)
 
 
 def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> Launch:
-    """Rows, chunk, stages and warps for a weight of which a program takes `tiles` tiles of rows and the tokens padded
-    to `columns`.
+    """Rows, chunk, stages, warps and accumulators for a weight of which a program takes `tiles` tiles of rows and the
+    tokens padded to `columns`.
 
-    weight (OUT × IN, bf16)      rows      programs / 132    stages   in flight a multiprocessor
-    8B  qkv      6144 ×  4096    32 pairs     96 =  0.7       7         96 KB
-    8B  output   4096 ×  4096    32          128 =  1.0       8         56 KB
-    8B  gate+up 28672 ×  4096    64 + 64     224 =  1.7       4         96 to 192 KB
-    8B  down     4096 × 14336    32          128 =  1.0       8         56 KB
-    8B  head   128256 ×  4096    64         2004 = 15.2       3         96 KB
-    1B  qkv      3072 ×  2048    16 pairs     96 =  0.7       8         56 KB
-    1B  output   2048 ×  2048    16          128 =  1.0       8         56 KB
-    1B  gate+up 16384 ×  2048    64 + 64     128 =  1.0       4         96 KB
-    1B  down     2048 ×  8192    16          128 =  1.0       8         56 KB
+    weight (OUT × IN, bf16)      rows at 8, 16 columns    programs / 132     accumulators    stages
+    8B  qkv      6144 ×  4096    16 pairs                  192 = 1.5         1               8
+    8B  output   4096 ×  4096    16, 32                    256, 128          2, 1            7, 8
+    8B  gate+up 28672 ×  4096    64 + 64                   224 = 1.7         1               3
+    8B  down     4096 × 14336    16, 32                    256, 128          2, 1            7, 8
+    8B  head   128256 ×  4096    64                       2004 = 15.2        1               3
+    1B  qkv      3072 ×  2048    16 pairs                   96 = 0.7         2               7
+    1B  output   2048 ×  2048    16                        128 = 1.0         2               8
+    1B  gate+up 16384 ×  2048    32 + 32                   256 = 1.9         1               4
+    1B  down     2048 ×  8192    16                        128 = 1.0         2               8
     """
     if weight.dtype == torch.float32:
         return FLOAT32_LAUNCH
-    results = weight.shape[0] // tiles
-    rows = next((rows for rows in ROWS if results >= rows * BUSY_PROCESSORS * target.processors), ROWS[-1])
-    chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(weight.shape[1])))
-    if rows * tiles * CHUNK_BYTES < MIN_STAGE_BYTES and weight.shape[1] % (2 * chunk) == 0:
-        chunk *= 2
+    results, in_features = weight.shape[0] // tiles, weight.shape[1]
+    rows = _rows(results, tiles, columns, target.processors)
+    chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(in_features)))
     stage = rows * tiles * chunk * weight.itemsize
-    resident = max(1, min(4, results // (rows * target.processors)))
+    least = max(MIN_STAGE_BYTES, CHAIN_BYTES * rows * target.processors // results)
+    accumulators, most = 1, MAX_ACCUMULATORS if target.shared_bytes > 2 * BYTES_IN_FLIGHT else 2
+    while accumulators < most and stage < least and in_features % (2 * accumulators * chunk) == 0:
+        accumulators, stage = 2 * accumulators, 2 * stage
+    resident = max(1, min(4, round(results / (rows * target.processors))))
     fewest, most = STAGES
     stages = min(max(BYTES_IN_FLIGHT // (stage * resident) + 1, fewest), most)
-    stage += columns * chunk * weight.itemsize
-    while stages > 1 and stages * stage > target.shared_bytes - SHARED_BYTES_SPARE:
-        stages -= 1
-    warps = rows // ROWS_PER_WARP * (columns // MIN_COLUMNS)
-    return Launch(rows, chunk, stages, min(warps, MAX_WARPS))
+    stage += accumulators * columns * chunk * weight.itemsize
+    for at_least, programs in ((fewest, min(resident, 2)), (1, 1)):
+        while stages > at_least and programs * (stages * stage + SHARED_BYTES_SPARE) > target.shared_bytes:
+            stages -= 1
+    # Two for two tiles, where one would do for the instructions: it would have too few registers for a norm's x.
+    warps = max(tiles, rows // ROWS_PER_WARP * (columns // MIN_COLUMNS))
+    return Launch(rows, chunk, stages, min(warps, MAX_WARPS), accumulators)
+
+
+def _rows(results: int, tiles: int, columns: int, processors: int) -> int:
+    """Of a tile: the most that give multiprocessors two programs, unless reading tokens costs too much then; or one."""
+    for rows in ROWS:
+        if rows * tiles >= ROWS_PER_COLUMN * columns and results >= rows * TWO_PROGRAMS * processors:
+            return rows
+    return next((rows for rows in ROWS if results >= rows * ONE_PROGRAM * processors), ROWS[-1])
 
 
 @triton.jit
@@ -96,7 +121,72 @@ def _load(at, live, EVEN: tl.constexpr):
     return values
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit
+def _total(sums):
+    """The sum of all accumulators."""
+    total = sums[0]
+    for i in tl.static_range(1, len(sums)):
+        total += sums[i]
+    return total
+
+
+@triton.jit
+def _multiply(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    first,
+    second,
+    tokens,
+    exists,
+    token_exists,
+    eps,
+    IN: tl.constexpr,
+    TWO: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    ACCUMULATORS: tl.constexpr,
+):
+    """The weight's rows `first`, and with TWO those of `second`, times norm(x)ᵀ -> two tiles (BLOCK_ROWS, BLOCK_N)."""
+    cols = tl.arange(0, BLOCK_IN)
+    weight_at = weight_ptr + first[:, None].to(tl.int64) * IN + cols[None, :]
+    weight_2_at = weight_ptr + second[:, None].to(tl.int64) * IN + cols[None, :]
+    x_at = x_ptr + tokens[None, :] * IN + cols[:, None]
+    if norm_ptr is not None:
+        squares = tl.zeros((BLOCK_IN, BLOCK_N), tl.float32)
+    sums = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * ACCUMULATORS
+    sums_2 = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * ACCUMULATORS
+    for step in range(0, IN, ACCUMULATORS * BLOCK_IN):
+        for i in tl.static_range(ACCUMULATORS):
+            begin = step + i * BLOCK_IN
+            inside = cols + begin < IN
+            live = exists[:, None] & inside[None, :]
+            weight = _load(weight_at + begin, live, EVEN)
+            if TWO:
+                weight_2 = _load(weight_2_at + begin, live, EVEN)
+            if EVEN:
+                x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
+            else:
+                x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
+            if norm_ptr is not None:
+                wide = x.to(tl.float32)
+                squares += wide * wide
+                x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
+            # Each chunk goes to the accumulator that has waited longest.
+            sums = sums[1:] + (tl.dot(weight, x, sums[0], input_precision="ieee"),)
+            if TWO:
+                sums_2 = sums_2[1:] + (tl.dot(weight_2, x, sums_2[0], input_precision="ieee"),)
+    sums, sums_2 = _total(sums), _total(sums_2)
+    if norm_ptr is not None:
+        inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)[None, :]
+        sums *= inverse
+        sums_2 *= inverse
+    return sums, sums_2
+
+
+@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def _few_tokens_kernel(
     x_ptr,
     norm_ptr,
@@ -120,54 +210,29 @@ def _few_tokens_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    ACCUMULATORS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    PREFETCH: tl.constexpr,  # bytes of each row
+    PREFETCH: tl.constexpr,  # bytes of each tile, its first rows
+    RESIDENT: tl.constexpr,  # programs that run at once: those that begin later have nothing to wait for
 ):
     TWO: tl.constexpr = EPILOGUE != "none"
     if PREFETCH > 0:
         begin_out = tl.program_id(0) * BLOCK_ROWS
-        prefetch_weight(weight_ptr, begin_out, tl.minimum(OUT - begin_out, BLOCK_ROWS), OUT, IN, EPILOGUE, PREFETCH)
+        waits = (tl.program_id(0) < RESIDENT) & (begin_out + BLOCK_ROWS <= OUT)
+        prefetch_tiles(weight_ptr, begin_out, waits.to(tl.int32), OUT, IN, EPILOGUE, PREFETCH)
     wait_for_inputs(DEPENDENT)
-    EVEN: tl.constexpr = IN % BLOCK_IN == 0 and OUT % BLOCK_ROWS == 0
+    EVEN: tl.constexpr = IN % (ACCUMULATORS * BLOCK_IN) == 0 and OUT % BLOCK_ROWS == 0
     out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tokens = tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, BLOCK_IN)
     exists, token_exists = out < OUT, tokens < N
     if EPILOGUE == "rotary":
         first, second = 2 * out, 2 * out + 1
     else:
         first, second = out, out + OUT
-    weight_at = weight_ptr + first[:, None].to(tl.int64) * IN + cols[None, :]
-    weight_2_at = weight_ptr + second[:, None].to(tl.int64) * IN + cols[None, :]
-    x_at = x_ptr + tokens[None, :] * IN + cols[:, None]
-    if norm_ptr is not None:
-        squares = tl.zeros((BLOCK_IN, BLOCK_N), tl.float32)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
-    if TWO:
-        sums_2 = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
-    for begin in range(0, IN, BLOCK_IN):
-        inside = cols + begin < IN
-        live = exists[:, None] & inside[None, :]
-        weight = _load(weight_at + begin, live, EVEN)
-        if TWO:
-            weight_2 = _load(weight_2_at + begin, live, EVEN)
-        if EVEN:
-            x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
-        else:
-            x = tl.load(x_at + begin, mask=inside[:, None] & token_exists[None, :], other=0.0)
-        if norm_ptr is not None:
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
-        sums = tl.dot(weight, x, sums, input_precision="ieee")
-        if TWO:
-            sums_2 = tl.dot(weight_2, x, sums_2, input_precision="ieee")
-    if norm_ptr is not None:
-        inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)[None, :]
-        sums *= inverse
-        if TWO:
-            sums_2 *= inverse
-
+    # fmt: off
+    sums, sums_2 = _multiply(x_ptr, norm_ptr, weight_ptr, first, second, tokens, exists, token_exists, eps,
+                             IN, TWO, EVEN, BLOCK_N, BLOCK_ROWS, BLOCK_IN, ACCUMULATORS)
+    # fmt: on
     y = sums.to(y_ptr.dtype.element_ty)
     live = exists[:, None] & token_exists[None, :]
     if EPILOGUE == "rotary":
@@ -208,6 +273,8 @@ def few_tokens(
     target = current_target()
     columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, triton.next_power_of_2(x.shape[0]))
     launch = launch or choose_launch(weight, call.tiles, columns, target)
+    stage = launch.accumulators * (launch.rows * call.tiles + columns) * launch.chunk * weight.itemsize
+    resident = max(1, target.shared_bytes // (launch.stages * stage)) * target.processors
     _few_tokens_kernel[(triton.cdiv(call.results, launch.rows),)](
         x,
         norm,
@@ -220,7 +287,9 @@ def few_tokens(
         BLOCK_N=columns,
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
-        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, PREFETCH_BYTES // (launch.rows * call.tiles)),
+        ACCUMULATORS=launch.accumulators,
+        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, PREFETCH_BYTES // call.tiles, launch.rows),
+        RESIDENT=resident,
         num_stages=launch.stages,
         num_warps=launch.warps,
         **dependent_launch(),

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, wait_for_inputs
-from fastllama.kernels.projection import Append, Projection, prefetch_weight, silu_times, store_rotated
+from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, let_next_begin, prefetch_bytes, wait
+from fastllama.kernels.projection import Append, Projection, prefetch_tiles, silu_times, store_rotated
 from fastllama.kernels.target import current_target
 
 TILE_BYTES = 32768  # of weights that a program holds in registers
@@ -41,6 +41,7 @@ class Launch(NamedTuple):
     rows: int  # of each tile
     chunk: int  # elements of a row in one load
     warps: int
+    x_first: bool = True  # request x, and know its norm, before the first weight is used
 
 
 def choose_launch(weight: Tensor, tiles: int) -> Launch | None:
@@ -99,16 +100,39 @@ def _load_rows(weight_ptr, rows, LIMIT, IN: tl.constexpr, BLOCK_IN: tl.constexpr
 
 
 @triton.jit
-def _load_vector(x_ptr, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
-    """A vector (IN,) as a tuple of tiles (BLOCK_IN,)."""
+def _load_tiles(weight_ptr, out, OUT: tl.constexpr, IN: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_IN, EVEN):
+    """The one or two tiles of rows that make the results `out`, as `_load_rows` has them."""
+    if EPILOGUE == "rotary":
+        weights = _load_rows(weight_ptr, 2 * out, 2 * OUT, IN, BLOCK_IN, EVEN)
+        weights_2 = _load_rows(weight_ptr, 2 * out + 1, 2 * OUT, IN, BLOCK_IN, EVEN)
+    else:
+        weights = _load_rows(weight_ptr, out, OUT, IN, BLOCK_IN, EVEN)
+        weights_2 = weights
+        if EPILOGUE == "swiglu":
+            weights_2 = _load_rows(weight_ptr, out + OUT, 2 * OUT, IN, BLOCK_IN, EVEN)
+    return weights, weights_2
+
+
+@triton.jit
+def _load_vector(at, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """A vector (IN,) as a tuple of tiles (BLOCK_IN,). at: the addresses of the first."""
     cols = tl.arange(0, BLOCK_IN)
     chunks = ()
     for i in tl.static_range((IN + BLOCK_IN - 1) // BLOCK_IN):
         if IN % BLOCK_IN == 0:
-            chunks = chunks + (tl.load(x_ptr + i * BLOCK_IN + cols),)
+            chunks = chunks + (tl.load(at + i * BLOCK_IN),)
         else:
-            chunks = chunks + (tl.load(x_ptr + i * BLOCK_IN + cols, mask=cols + i * BLOCK_IN < IN, other=0.0),)
+            chunks = chunks + (tl.load(at + i * BLOCK_IN, mask=cols + i * BLOCK_IN < IN, other=0.0),)
     return chunks
+
+
+@triton.jit
+def _inverse_norm(x, eps, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """1 / sqrt(mean(x²) + eps) of a vector's tiles."""
+    squares = tl.zeros((BLOCK_IN,), tl.float32)
+    for i in tl.static_range((IN + BLOCK_IN - 1) // BLOCK_IN):
+        squares += x[i].to(tl.float32) * x[i].to(tl.float32)
+    return tl.rsqrt(tl.sum(squares, 0) / IN + eps)
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
@@ -132,10 +156,11 @@ def _matvec_kernel(
     D: tl.constexpr,
     EPILOGUE: tl.constexpr,
     HOLD_SCALES: tl.constexpr,  # the norm's, in registers from the start
+    X_FIRST: tl.constexpr,  # x is requested, and its norm known, before the first weight is used
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    PREFETCH: tl.constexpr,  # bytes of each row
+    PREFETCH: tl.constexpr,  # bytes of each tile
     RESIDENT: tl.constexpr,  # programs that run at once: theirs are the first weights, those of as many more are next
 ):
     TWO: tl.constexpr = EPILOGUE != "none"
@@ -143,34 +168,36 @@ def _matvec_kernel(
     CHUNKS: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
     out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     live = out < OUT
-    if EPILOGUE == "rotary":
-        weights = _load_rows(weight_ptr, 2 * out, 2 * OUT, IN, BLOCK_IN, EVEN)
-        weights_2 = _load_rows(weight_ptr, 2 * out + 1, 2 * OUT, IN, BLOCK_IN, EVEN)
-    else:
-        weights = _load_rows(weight_ptr, out, OUT, IN, BLOCK_IN, EVEN)
-        if TWO:
-            weights_2 = _load_rows(weight_ptr, out + OUT, 2 * OUT, IN, BLOCK_IN, EVEN)
+    cols = tl.arange(0, BLOCK_IN)
+    x_at = x_ptr + cols
+    if X_FIRST and not DEPENDENT:
+        x = _load_vector(x_at, IN, BLOCK_IN)
+    weights, weights_2 = _load_tiles(weight_ptr, out, OUT, IN, EPILOGUE, BLOCK_IN, EVEN)
     if norm_ptr is not None and HOLD_SCALES:
-        scales = _load_vector(norm_ptr, IN, BLOCK_IN)
+        scales = _load_vector(norm_ptr + cols, IN, BLOCK_IN)
     if PREFETCH > 0:
         begin = (tl.program_id(0) + RESIDENT) * BLOCK_ROWS
         is_next = (tl.program_id(0) < RESIDENT) & (begin + BLOCK_ROWS <= OUT)
-        prefetch_weight(weight_ptr, begin, tl.where(is_next, BLOCK_ROWS, 0), OUT, IN, EPILOGUE, PREFETCH)
-    if DEPENDENT:
-        wait_for_inputs(DEPENDENT)
-    else:
+        prefetch_tiles(weight_ptr, begin, is_next.to(tl.int32), OUT, IN, EPILOGUE, PREFETCH)
+    wait(DEPENDENT)
+    if not X_FIRST:
+        let_next_begin(DEPENDENT)
+    if not DEPENDENT:
         # Or the compiler starts to multiply when half of the loads are out, and the rest waits behind it.
         tl.debug_barrier()
-    x = _load_vector(x_ptr, IN, BLOCK_IN)
+    if DEPENDENT or not X_FIRST:
+        x = _load_vector(x_at, IN, BLOCK_IN)
+    if X_FIRST:
+        let_next_begin(DEPENDENT)  # which the compiler moves no use of a weight across: requests for x come first
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + out, mask=live, other=0.0)
     if norm_ptr is not None:
-        squares = tl.zeros((BLOCK_IN,), tl.float32)
-        for i in tl.static_range(CHUNKS):
-            squares += x[i].to(tl.float32) * x[i].to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)
+        inverse = 0.0
+        # Always; but the compiler cannot know, and leaves the first use of a weight behind the branch.
+        if (T >= 0) if X_FIRST else True:
+            inverse = _inverse_norm(x, eps, IN, BLOCK_IN)
         if not HOLD_SCALES:
-            scales = _load_vector(norm_ptr, IN, BLOCK_IN)
+            scales = _load_vector(norm_ptr + cols, IN, BLOCK_IN)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
     if TWO:
         sums_2 = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
@@ -233,9 +260,10 @@ def matvec(
         eps,
         **call.dims,
         HOLD_SCALES=row_bytes <= launch.warps * target.warp_size * SCALE_BYTES_PER_THREAD,
+        X_FIRST=launch.x_first,
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
-        PREFETCH=prefetch_bytes(row_bytes, PREFETCH_BYTES),
+        PREFETCH=prefetch_bytes(row_bytes, launch.rows * row_bytes, launch.rows),
         RESIDENT=resident,
         num_warps=launch.warps,
         **dependent_launch(),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.checks import check_head_dim, check_model_dtype, check_tensor
-from fastllama.kernels.dependent import prefetch_rows
+from fastllama.kernels.dependent import prefetch_block
 from fastllama.kernels.ragged import Ragged
 
 
@@ -117,16 +117,19 @@ class Projection(NamedTuple):
 
 
 @triton.jit
-def prefetch_weight(weight_ptr, begin, n_results, OUT, IN, EPILOGUE, N_BYTES):
-    """Bring to L2 the first bytes of the weight's rows that make results [begin, begin + n_results)."""
-    ROW_BYTES: tl.constexpr = IN * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+def prefetch_tiles(weight_ptr, begin, wanted, OUT, IN, EPILOGUE, N_BYTES):
+    """Bring to L2, where `wanted` is 1, N_BYTES of each tile of the weight whose results begin at `begin`.
+
+    One instruction for each block of rows: two tiles for the rotary embedding lie side by side, a gate and an up
+    projection far apart.
+    """
     begin = begin.to(tl.int64)
     if EPILOGUE == "rotary":
-        prefetch_rows(weight_ptr + 2 * begin * IN, ROW_BYTES, 2 * n_results, N_BYTES)
+        prefetch_block(weight_ptr + 2 * begin * IN, wanted, 2 * N_BYTES)
     else:
-        prefetch_rows(weight_ptr + begin * IN, ROW_BYTES, n_results, N_BYTES)
+        prefetch_block(weight_ptr + begin * IN, wanted, N_BYTES)
         if EPILOGUE == "swiglu":
-            prefetch_rows(weight_ptr + (begin + OUT) * IN, ROW_BYTES, n_results, N_BYTES)
+            prefetch_block(weight_ptr + (begin + OUT) * IN, wanted, N_BYTES)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from fastllama.benchmarks import dependence
 from fastllama.benchmarks.compiled import Compiled
 from fastllama.benchmarks.gpus import GPUS, recorded
-from fastllama.kernels.dependent import prefetch_rows, wait_for_inputs
+from fastllama.kernels.dependent import prefetch_block, wait_for_inputs
 
 BLOCK = 1024
 
@@ -20,7 +20,7 @@ def sound(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + at)
     first = tl.minimum(tl.maximum(tl.load(positions_ptr), 0), N)
-    prefetch_rows(weight_ptr + first * BLOCK, 2 * BLOCK, 1, 2 * BLOCK)
+    prefetch_block(weight_ptr + first * BLOCK, 1, 2 * BLOCK)
     wait_for_inputs(True)
     tl.store(y_ptr + at, tl.load(x_ptr + at + tl.load(positions_ptr)) + weight)
 
@@ -109,7 +109,7 @@ def no_trigger(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
 @triton.jit
 def prefetched_input(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
-    prefetch_rows(x_ptr, 2 * BLOCK, 1, 2 * BLOCK)
+    prefetch_block(x_ptr, 1, 2 * BLOCK)
     wait_for_inputs(True)
     tl.store(y_ptr + at, tl.load(x_ptr + at))
 

@@ -113,6 +113,38 @@ def test_a_decode_step_depends_and_prefetches_where_it_can() -> None:
     assert violations([usual | {"gpu": "sm_89", "prefetched": []}]) == []
 
 
+STEP = {"op": "layer down", "dependent": True, "waits": 1, "prefetched": ["weight"], "loads": {"weight": [16]}}
+STREAMED = {"in_flight": 1, "programs": 256, "prefetching": 256, "looped_prefetches": 0, "resident": 2}
+ONE = row(tokens=1, kernel="_matvec_kernel", x_loads=14, x_early=14, norm_first=True, holds_scales=True)
+FEW = row(tokens=4, kernel="_few_tokens_kernel", chain=330.0, budget=461.0)
+
+
+@pytest.mark.parametrize(
+    ("sound", "changes", "message"),
+    [
+        (ONE, {"x_early": 2}, "requests 2 of x's 14 loads before its weights"),
+        (ONE, {"norm_first": False}, "knows its norm only behind its weights"),
+        (ONE, {"looped_prefetches": 1}, "prefetches row by row"),
+        (FEW, {"chain": 528.0}, "multiplies for 528 cycles a stage, of 461"),
+        (FEW, {"programs": 2004, "prefetching": 2004}, "prefetches in programs that do not wait"),
+    ],
+)
+def test_what_holds_up_a_weight_is_named(sound: Row, changes: dict[str, Any], message: str) -> None:
+    sound = sound | STEP | STREAMED
+    assert violations([sound]) == []
+    (found,) = violations([sound | changes])
+    assert found.endswith(f"{sound['kernel']} {message}")
+    assert violations([ONE | STEP | STREAMED | {"norm_first": False, "holds_scales": False}]) == []
+
+
+def test_decode_attention_keeps_to_plain_shared_memory() -> None:
+    sound = row(tokens=4, kernel="_attention_decode_kernel", shared=49152, barrier=True, dependent=True, waits=1)
+    sound |= {"prefetched": ["cache_k"]}
+    assert violations([sound]) == []
+    (found,) = violations([sound | {"shared": 71680}])
+    assert found.endswith("takes 71680 bytes of shared memory, more than the plain 49152")
+
+
 def test_a_sixth_launch_in_a_layer_is_counted() -> None:
     ops = ["layer qkv", "layer attention", "layer output", "layer gate+up", "layer down"]
     how = {"tokens": 4, "dependent": True, "waits": 1, "prefetched": ["cache_k"]}

@@ -10,6 +10,7 @@ import pytest
 
 from fastllama.benchmarks.gpus import compiling_environment
 from fastllama.kernels import dependent
+from fastllama.kernels.switches import switched
 from fastllama.kernels.target import INTERPRETED, Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,10 +64,11 @@ def test_launches_depend_from_hopper_on(target: Target, dependent_there: bool, m
     expected = {"DEPENDENT": True, "launch_pdl": True} if dependent_there else {"DEPENDENT": False}
     assert dependent.dependent_launch() == expected
     assert dependent.prefetch_bytes(8192, 4096) == (4096 if dependent_there else 0)
+    assert dependent.prefetch_bytes(8192, 65536, 4) == (32768 if dependent_there else 0)
     assert dependent.prefetch_bytes(8200, 16384) == 0, "rows that do not begin at a multiple of 16 bytes"
-    with dependent.switched(prefetch=False):
+    with switched(prefetch=False):
         assert dependent.dependent_launch() == expected and dependent.prefetch_bytes(8192, 4096) == 0
-    with dependent.switched(launch=False):
+    with switched(launch=False):
         assert dependent.dependent_launch() == {"DEPENDENT": False} and dependent.prefetch_bytes(8192, 4096) == 0
     assert dependent.dependent_launch() == expected
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.benchmarks import gpu_report, report_tests
+from fastllama.benchmarks import gpu_report, report_steps, report_tests
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
 from fastllama.benchmarks.measure import Ceiling, summarize
@@ -41,8 +41,17 @@ def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     assert not [record for record in result.records if "error" in record], done.stderr
     assert {record["suite"] for record in result.records} | {"ceilings"} == set(gpu_report.SECTIONS)
     assert result.ceilings.keys() == {"read", "read_kernel", "copy", "matmul"}
-    (tests,) = (record for record in result.records if record["suite"] == "tests")
-    assert (tests["returncode"], tests["n_passed"], tests["n_failed"]) == (0, 0, 0) and tests["n_skipped"] > 100
+    suites = [record["suite"] for record in result.records]
+    assert suites[0] == "self-check" and suites.index("boundaries") < suites.index("tests") < suites.index("launches")
+    tests = [record for record in result.records if record["suite"] == "tests"]
+    assert [record["tests"] for record in tests] == ["tests/fastllama/test_gpu.py", "tests/gpu"]
+    assert all((one["returncode"], one["n_passed"], one["n_failed"]) == (0, 0, 0) for one in tests)
+    assert sum(one["n_skipped"] for one in tests) > 100
+    checks = [record for record in result.records if record["suite"] == "self-check"]
+    assert len(checks) == 8 and all(record["equal"] for record in checks)
+    steps = [record for record in result.records if record["suite"] == "whole step"]
+    assert [(record["batch"], record["attention_pairs"]) for record in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(record["step_microseconds"] > 0 < record["sum_of_launches_microseconds"] for record in steps)
     launches = [record for record in result.records if record["suite"] == "launches"]
     assert {record["launch"] for record in launches} >= {"embed", "qkv", "attention", "gate+up", "head", "sampling"}
     assert all(record["microseconds"] > record["least_microseconds"] >= 0 for record in launches)
@@ -90,7 +99,7 @@ def test_hanging_is_given_up_and_time_that_is_up_is_said(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--sections", "decode,speed"], "unknown section 'speed': expected some of ceilings, boundaries"),
+        (["--sections", "decode,speed"], "unknown section 'speed': expected some of self-check, ceilings"),
         (["--budget", "0"], "--budget must be above 0, got 0"),
         (["--results", f"{__file__}/under"], "cannot make the folder"),
     ],
@@ -122,12 +131,36 @@ def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
     assert "| read | 4500 | 4500 | 4500 | GB/s | a kernel |" in page and "Interrupted." in page
 
 
+def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([[[1, 2]], [[1, 2]], [[1, 3]], [[1, 2]]])
+    monkeypatch.setattr(report_steps, "_greedy", lambda *_, **__: next(answers, [[1, 2]]))
+    found = list(report_steps.self_check(Bench(torch.device("cpu"), TOY, tmp_path)))
+    records = [record for record in found if isinstance(record, dict)]
+    assert [record["equal"] for record in records if "equal" in record] == [True, False, *[True] * 6]
+    (failed,) = (record for record in records if "error" in record)
+    assert failed["error"] == (
+        "SELF-CHECK FAILED, so nothing below means much: ordinary launches in a graph give [[1, 3]], ordinary "
+        "launches, one by one [[1, 2]]"
+    )
+
+
+def test_the_first_sections_are_waited_for_but_shortly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_report.FIRST_PATIENCE_SECONDS, "hangs", 1.0)
+    records = run(tmp_path, "hangs", "fine")
+    assert records[1:] == [
+        {"suite": "hangs", "error": "nothing came for 1 s"},
+        {"suite": "fine", "value": 1},
+        {"suite": "fine", "value": 2},
+    ]
+
+
 def test_tests_that_are_not_there_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_tests, "ROOT", tmp_path)
     bench = Bench(torch.device("cpu"), TOY, tmp_path)
-    assert list(report_tests.gpu_tests(bench)) == [{"not_run": "no tests/gpu beside the package"}]
+    missing = [{"not_run": f"no {path} beside the package"} for path, _ in report_tests.GPU_TESTS]
+    assert list(report_tests.gpu_tests(bench)) == missing
     monkeypatch.setattr(report_tests, "NEEDED", ("pytest", "no_such_plugin"))
-    assert list(report_tests.gpu_tests(bench)) == [{"not_run": "no_such_plugin not installed"}]
+    assert list(report_tests.gpu_tests(bench)) == 2 * [{"not_run": "no_such_plugin not installed"}]
 
 
 def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from fastllama.args import ModelArgs
 from fastllama.arrivals import Gained
 from fastllama.benchmarks.probes import tick
 from fastllama.decode_graph import Decoder
-from fastllama.kernels.dependent import is_dependent, switched
+from fastllama.kernels.dependent import is_dependent
 from fastllama.kernels.ragged import Sampling
+from fastllama.kernels.switches import switched
 from fastllama.model import Transformer
 from fastllama.prefill import prefill
 

@@ -1,0 +1,105 @@
+"""A compiled kernel's own instructions, as the GPU issues them: what waits for what (NVIDIA, from Volta on).
+
+An instruction carries the barriers that the compiler has it set and wait for, six of them in all. A load sets one when
+its data are there, and whatever needs the data waits for that one, and for every other load that sets it, too. So what
+is early in a kernel is told by these, not by who reads which register.
+"""
+
+import re
+from typing import NamedTuple
+
+# Bits of an instruction's second half: the barrier that it sets (7: none), and those that it waits for.
+SETS_AT, WAITS_AT, BARRIERS = 46, 52, 6
+NO_BARRIER = 7
+# Cycles from a matrix instruction of 16 x 8 x 16 to the next that adds to its sums: Luo et al., "Benchmarking and
+# dissecting the Nvidia Hopper GPU architecture via microbenchmarking", 2024, for dense ones of half precision.
+CHAIN_CYCLES = 33
+_LINE = r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\* 0x[0-9a-f]+ \*/\s+/\* (0x[0-9a-f]+) \*/|^(\.L\w+):"
+_WEIGHT, _WAIT = r"LDG\.E\.EF\b", "ACQBULK"
+_LOAD = r"LDG\.E\.(64|128)\b"  # of what every program reads: not evicted first
+_NORM = "MUFU.RSQ"
+_PREFETCH, _LOOP = "UBLKPF", "BRA.U.ANY"
+# Result, two factors and the sums so far, of which a wgmma's second factor is described elsewhere.
+_MATRIX = r"\bHG?MMA\S* (?P<result>R\d+), .*, (?P<sums>R(?:\d+|Z))"
+
+
+class Instruction(NamedTuple):
+    """One of a kernel's instructions."""
+
+    text: str
+    sets: int | None  # the barrier that shows when it is done
+    waits: frozenset[int]  # those that it waits for
+
+
+class Sass:
+    """The instructions of a kernel, up to the last exit."""
+
+    def __init__(self, listing: str) -> None:
+        """listing: of nvdisasm, with the instructions' encodings."""
+        self.instructions: list[Instruction] = []
+        self._labels: dict[str, int] = {}
+        for text, half, label in re.findall(_LINE, listing, re.MULTILINE):
+            if label:
+                self._labels[label] = len(self.instructions)
+                continue
+            bits = int(half, 16)
+            sets, waits = bits >> SETS_AT & 7, bits >> WAITS_AT
+            barriers = frozenset(barrier for barrier in range(BARRIERS) if waits >> barrier & 1)
+            self.instructions.append(Instruction(text, None if sets == NO_BARRIER else sets, barriers))
+        last = max(index for index, one in enumerate(self.instructions) if "EXIT" in one.text)
+        del self.instructions[last + 1 :]
+
+    def early_inputs(self) -> tuple[int, int]:
+        """Of a dependent launch: loads, after its wait, of what every program reads -> (before any weight is waited
+        for, in all).
+        """
+        begin, used = self._wait(), self._first_use()
+        places = [i for i, one in enumerate(self.instructions) if i > begin and re.search(_LOAD, one.text)]
+        return sum(place < used for place in places), len(places)
+
+    def norm_is_first(self) -> bool | None:
+        """Whether a norm is known before any weight is waited for; None where there is none."""
+        places = [i for i, one in enumerate(self.instructions) if _NORM in one.text]
+        return places[0] < self._first_use() if places else None
+
+    def prefetches(self) -> tuple[int, int]:
+        """Prefetch instructions -> (those that a warp issues once, those that it issues anew for each thread)."""
+        found = [i for i, one in enumerate(self.instructions) if _PREFETCH in one.text]
+        loops = sum(any(_LOOP in one.text for one in self.instructions[i : i + 4]) for i in found)
+        return len(found) - loops, loops
+
+    def chain(self) -> tuple[float, int]:
+        """The innermost loop that multiplies, or the kernel where it has been unrolled -> (cycles that its matrix
+        instructions take at the least, each time round; how many those are).
+
+        They are issued in order, and one that adds to the sums of an earlier one waits for it.
+        """
+        begin, end = self._innermost_loop()
+        rounds = 2 if end else 1  # the second begins with the first one's sums
+        found = [match for one in self.instructions[begin : end or None] if (match := re.search(_MATRIX, one.text))]
+        at, ends, ready = 0, [0], dict[str, int]()
+        for _ in range(rounds):
+            for match in found:
+                at = max(at + 1, ready.get(match["sums"], 0))
+                ready[match["result"]] = at + CHAIN_CYCLES
+            ends.append(at)
+        return ends[-1] - ends[-2], len(found)
+
+    def _innermost_loop(self) -> tuple[int, int]:
+        loops = []
+        for index, one in enumerate(self.instructions):
+            match = re.search(r"\bBRA\S* .*?(\.L\w+)", one.text)
+            if match and self._labels.get(match[1], index + 1) <= index:
+                begin = self._labels[match[1]]
+                if any(re.search(_MATRIX, inner.text) for inner in self.instructions[begin:index]):
+                    loops.append((begin, index))
+        return min(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+
+    def _wait(self) -> int:
+        return next((i for i, one in enumerate(self.instructions) if _WAIT in one.text), 0)
+
+    def _first_use(self) -> int:
+        """The first instruction after the wait that waits for a weight."""
+        begin = self._wait()
+        barriers = {one.sets for one in self.instructions if re.search(_WEIGHT, one.text)}
+        return next((i for i, one in enumerate(self.instructions) if i > begin and one.waits & barriers), begin)

@@ -1,0 +1,195 @@
+"""What a decoder launches with: the stream that a call began on, and switches that are its own."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama import Llama, decode_graph
+from fastllama.decode_graph import Decoder
+from fastllama.kernels.ragged import Ragged
+from fastllama.kernels.switches import Switches, switched, switches
+from tests.tape import Tape
+from tests.tiny import tiny_llama
+
+PROMPTS = [[5, 6, 7], [8]]
+CALL: dict[str, Any] = {"temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[Switches]:
+    """The switches of every step and prefill that runs."""
+    found: list[Switches] = []
+    hidden = llm.model.hidden
+
+    def noted(batch: Ragged) -> Tensor:
+        found.append(switches())
+        return hidden(batch)
+
+    monkeypatch.setattr(llm.model, "hidden", noted)
+    return found
+
+
+class Stream:
+    """A CUDA stream's double, current within `use`."""
+
+    current: "Stream"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waited: list[str] = []
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waited.append(other.name)
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        before, Stream.current = Stream.current, self
+        try:
+            yield
+        finally:
+            Stream.current = before
+
+
+@pytest.fixture
+def decoder(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    """One that believes its model's tensors to be on a GPU when it asks for the stream."""
+
+    class OnGpu(Decoder):
+        def _take_stream(self) -> None:
+            device, self.model.device = self.model.device, torch.device("cuda", 0)
+            try:
+                super()._take_stream()
+            finally:
+                self.model.device = device
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current)
+    monkeypatch.setattr(torch.cuda, "stream", Stream.use)
+    Stream.current = Stream("the default")
+    return OnGpu(llm.model)
+
+
+def test_a_call_keeps_the_stream_on_which_it_began(
+    llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran_on: list[str] = []
+    step = decode_graph.step
+
+    def noted(*arguments: Any) -> None:
+        ran_on.append(Stream.current.name)
+        step(*arguments)
+
+    monkeypatch.setattr(decode_graph, "step", noted)
+    monkeypatch.setattr(llm, "decoder", decoder)
+    first, second = Stream("first"), Stream("second")
+    with first.use():
+        stream = llm.stream(PROMPTS, 4, **CALL)
+        next(stream)
+    with second.use():
+        next(stream)
+    list(stream)
+    assert set(ran_on) == {"first"} and len(ran_on) == 3
+    with second.use():
+        llm.generate(PROMPTS, 2, **CALL)
+    assert ran_on[3:] == ["second"]
+    assert second.waited == ["first"] and not first.waited, "steps of the call before may still run"
+
+
+def test_another_stream_finds_the_workspace_as_new(
+    llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "decoder", decoder)
+    resets: list[str] = []
+    monkeypatch.setattr(type(llm.model.workspace), "reset", lambda self: resets.append(Stream.current.name))
+    for name, expected in (("a", 1), ("b", 2)):
+        with Stream(name).use():
+            llm.generate(PROMPTS, 1, **CALL)
+        assert resets.count(name) == expected, "before the call, and again once it is in order behind another stream"
+
+
+def test_switches_are_a_models_own(llm: Llama, seen: list[Switches], monkeypatch: pytest.MonkeyPatch) -> None:
+    for dependent, expected in ((None, Switches()), (True, Switches()), (False, Switches(False, False))):
+        monkeypatch.setattr(llm, "decoder", Decoder(llm.model, dependent=dependent))
+        seen.clear()
+        stream = llm.stream(PROMPTS, 3, **CALL)
+        next(stream)
+        assert switches() == Switches(), "between two increments the caller's own hold"
+        list(stream)
+        assert len(seen) == 3 and set(seen) == {expected}
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model))
+    seen.clear()
+    with switched(launch=False):
+        llm.generate(PROMPTS, 1, **CALL)
+    assert set(seen) == {Switches(False, True)}
+
+
+def test_switches_of_one_thread_are_not_anothers() -> None:
+    found: list[Switches] = []
+    with switched(launch=False, prefetch=False):
+        thread = threading.Thread(target=lambda: found.append(switches()))
+        thread.start()
+        thread.join()
+        assert switches() == Switches(False, False)
+    assert found == [Switches()] == [switches()]
+
+
+class Fussy(Tape):
+    """A graph that takes no dependent launches."""
+
+    def capture(self, launches: Any) -> None:
+        if switches().launch:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        super().capture(launches)
+
+
+def test_a_capture_that_fails_is_done_again_without_dependent_launches(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = llm.generate(PROMPTS, 4, **CALL)
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
+    with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
+        llm.generate(PROMPTS, 4, **CALL)  # the reference backend has none to leave out
+    monkeypatch.setattr(llm.model.ops, "suits_graphs", lambda device: True)
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
+    assert llm.generate(PROMPTS, 4, **CALL) == expected
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "a graph of dependent launches could not be captured (operation not permitted when stream is capturing): this "
+        "model's kernels are launched as usual from now on, as dependent_launch=False has them from the start"
+    )
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy, dependent=False))
+    assert llm.generate(PROMPTS, 4, **CALL) == expected and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"cuda_graphs": "no"}, "cuda_graphs must be True, False or None, got 'no'"),
+        ({"dependent_launch": 0}, "dependent_launch must be True, False or None, got 0"),
+        ({"cuda_graphs": True}, "cuda_graphs needs a GPU, and the device is 'cpu': leave it out"),
+        ({"dependent_launch": True}, "dependent_launch needs a GPU, and the device is 'cpu': leave it out"),
+    ],
+)
+def test_wrong_switches_are_refused_before_anything_is_read(how: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        Llama.build(str(tmp_path), str(tmp_path), 8, 2, device="cpu", **how)
+    assert str(caught.value) == message
+
+
+def test_build_hands_its_switches_on(tmp_path: Path) -> None:
+    tiny_llama(tmp_path)  # writes the checkpoint
+    files = (str(tmp_path), str(tmp_path / "tokenizer.model"), 16, 2)
+    llm = Llama.build(*files, device="cpu", cuda_graphs=False, dependent_launch=False)
+    assert (llm.decoder._captures, llm.decoder._dependent) == (False, False)
+    llm = Llama.build(*files, device="cpu")
+    assert (llm.decoder._captures, llm.decoder._dependent) == (None, None)

@@ -6,12 +6,13 @@ import triton
 from fastllama.benchmarks.gpus import GPUS
 from fastllama.benchmarks.kernels_markdown import heading, sections
 from fastllama.benchmarks.kernels_report import TRAFFIC, checked, table_path
+from tests.tiers import parameters
 
 TABLED = ("3.6.0", "3.7.1")
 
 
-@pytest.mark.timeout(900)  # some hundred compilations, where none is cached
-@pytest.mark.parametrize("part", [*GPUS, TRAFFIC])
+@pytest.mark.timeout(3600)  # some hundred compilations, where none is cached
+@pytest.mark.parametrize("part", parameters({part: part for part in (*GPUS, TRAFFIC)}, quick=("sm_90", TRAFFIC)))
 def test_kernels_compile_as_the_table_says(part: str) -> None:
     """Of one GPU, or the bytes that launches move."""
     broken, changed = checked(part)

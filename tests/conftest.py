@@ -55,6 +55,9 @@ def nan_in_empty_memory(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     Not for tests marked `compiles`: torch.compile makes a list of torch's functions once, and traces those alone.
     """
     if request.node.get_closest_marker("compiles"):
+        from torch._dynamo import trace_rules
+
+        trace_rules.clear_lru_cache()  # the list may have been made in a test that had them poisoned
         return
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))

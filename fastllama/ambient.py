@@ -28,7 +28,8 @@ ATTENTION = {
     SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
 }
-FLOAT32_PRODUCTS: tuple[Any, ...] = (cast(Any, torch.backends.mkldnn).matmul, torch.backends.cuda.matmul)
+CUDA_PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul,) * torch.backends.cuda.is_built()
+FLOAT32_PRODUCTS: tuple[Any, ...] = (cast(Any, torch.backends.mkldnn).matmul, *CUDA_PRODUCTS)
 DENORMAL = 5e-324  # is 0 to a thread that flushes denormals (torch.set_flush_denormal), which torch does not tell
 FULL_PRECISION = ("none", "ieee")  # of float32 products; "none" is what torch has where nobody said anything
 
@@ -73,8 +74,9 @@ def settings_aside() -> Iterator[None]:
         for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.backends.cuda.matmul.allow_fp16_accumulation:
-            stack.enter_context(_changed(torch.backends.cuda.matmul, "allow_fp16_accumulation", False))
+        for products in CUDA_PRODUCTS:
+            if products.allow_fp16_accumulation:
+                stack.enter_context(_exact_sums(products))
         if not all(enabled() for enabled in ATTENTION.values()):
             stack.enter_context(sdpa_kernel(list(ATTENTION)))
         for products in FLOAT32_PRODUCTS:
@@ -98,13 +100,12 @@ def _denormals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _changed(owner: Any, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
+def _exact_sums(products: Any) -> Iterator[None]:
+    products.allow_fp16_accumulation = False
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        products.allow_fp16_accumulation = True
 
 
 @contextlib.contextmanager

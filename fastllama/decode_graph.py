@@ -136,6 +136,16 @@ class Decoder:
             for n_rows in batch_sizes:
                 self._graph_of(n_rows)
 
+    @torch.inference_mode()
+    def rehearse(self, n_rows: int) -> None:
+        """Run a step of so many parked rows, launch by launch: it compiles kernels and leaves nothing behind."""
+        with self.model.exclusively():
+            self._take_stream()
+            self._follow_model()
+            self._state.park()
+            with self.launching():
+                step(self.model, self._state.first(n_rows))
+
     def begin(
         self,
         tokens: Sequence[int],

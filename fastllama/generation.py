@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from fastllama import limits, validate
+from fastllama import limits, parallel, validate
 from fastllama.ambient import neutral
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.nucleus import nucleus
@@ -21,6 +21,7 @@ from fastllama.loading import choose_device, load
 from fastllama.model import Transformer
 from fastllama.stream import Increment, Request, increments
 from fastllama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, check_dialog
+from fastllama.warm import warm
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -56,7 +57,7 @@ class Llama:
         cuda_graphs: bool | None = None,
         dependent_launch: bool | None = None,
     ) -> "Llama":
-        """Load a checkpoint, Meta's or Hugging Face's, of any number of files.
+        """Load a checkpoint, Meta's or Hugging Face's, of any number of files, and compile what calls will launch.
 
         ckpt_dir: the folder of the checkpoint. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with
         one. max_seq_len: positions per row, up to 8192, or 131072 where the checkpoint has scaled rope. max_batch_size:
@@ -93,7 +94,7 @@ class Llama:
         llm = Llama(model, tokenizer, seed=seed)
         llm.decoder = Decoder(model, graphs=cuda_graphs, dependent=dependent_launch)
         with limits.naming_what_ran_out(model.device):
-            llm.decoder.warm(batch_sizes)
+            warm(llm.decoder, batch_sizes, progress=None if parallel.is_first_process() else False)
         return llm
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:

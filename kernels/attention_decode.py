@@ -32,6 +32,7 @@ from fastllama.kernels.dependent import (
     prefetch_bytes,
     wait_for_inputs,
 )
+from fastllama.kernels.sizes import power_of_2
 
 FEW_ROWS, MANY_ROWS = 2, 32  # one kernel serves up to the first, another up to the second
 MIN_SLOT_KEYS = 128  # shorter pieces cost more in merging than they gain
@@ -44,7 +45,7 @@ def merged_heads(dims: AttentionDims, rows: int, slots: int, itemsize: int) -> i
     Half as many where float32 or the lengths of many rows, of which few are in pieces then, need registers too.
     """
     merged_bytes = MERGED_BYTES // 2 if itemsize == 4 or rows > slots else MERGED_BYTES
-    return max(1, min(int(triton.next_power_of_2(dims.tile_heads)), merged_bytes // (slots * dims.block_d * 4)))
+    return max(1, min(power_of_2(dims.tile_heads), merged_bytes // (slots * dims.block_d * 4)))
 
 
 @triton.jit
@@ -248,7 +249,7 @@ def attention_decode(
         D=dims.head_dim,
         SLOTS=scratch.slots,
         MIN_KEYS=MIN_SLOT_KEYS,
-        BLOCK_B=FEW_ROWS if rows <= FEW_ROWS else max(MANY_ROWS, triton.next_power_of_2(rows)),
+        BLOCK_B=FEW_ROWS if rows <= FEW_ROWS else max(MANY_ROWS, power_of_2(rows)),
         BLOCK_G=launch.rows,
         BLOCK_T=launch.keys,
         BLOCK_D=dims.block_d,

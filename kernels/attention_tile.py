@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.checks import check_head_dim, check_model_dtype, check_tensor
+from fastllama.kernels.sizes import power_of_2
 from fastllama.kernels.target import current_target
 
 MIN_DOT_ROWS = 16  # of a matrix instruction, in each direction
@@ -101,12 +102,12 @@ class AttentionDims(NamedTuple):
     @property
     def block_heads(self) -> int:
         """The heads of a tile, padded to what tiles may have."""
-        return max(MIN_DOT_ROWS, int(triton.next_power_of_2(self.tile_heads)))
+        return max(MIN_DOT_ROWS, power_of_2(self.tile_heads))
 
     @property
     def block_d(self) -> int:
         """D, padded to what tiles may have."""
-        return max(MIN_DOT_ROWS, int(triton.next_power_of_2(self.head_dim)))
+        return max(MIN_DOT_ROWS, power_of_2(self.head_dim))
 
     @property
     def scale_log2(self) -> float:

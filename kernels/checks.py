@@ -26,9 +26,10 @@ def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     """ValueError unless a tensor is contiguous and of this shape (a letter stands for any size), dtype and device."""
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True)
-    )
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    if fits and sizes != shape:
+        fits = not [1 for size, wanted in zip(sizes, shape, strict=True) if size != wanted and type(wanted) is not str]
     if not fits:
         wanted, got = (", ".join(map(str, sizes)) for sizes in (shape, tensor.shape))
         raise ValueError(f"{name} must have shape ({wanted}), got ({got})")

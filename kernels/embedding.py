@@ -16,6 +16,7 @@ from torch import Tensor
 from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.dependent import dependent_launch, wait_for_inputs
 from fastllama.kernels.rms_norm import warps_for
+from fastllama.kernels.sizes import power_of_2
 
 
 @triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["tokens_ptr"])
@@ -53,7 +54,7 @@ def embed(table: Tensor, tokens: Tensor, begin: int | None = None) -> Tensor:
     check_tensor("tokens", tokens, ("N",), torch.int64, table.device)
     n_tokens, (n_rows, width) = tokens.shape[0], table.shape
     h = torch.empty(n_tokens, width, dtype=table.dtype, device=table.device)
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     if n_tokens:
         _embed_kernel[(n_tokens,)](
             tokens,

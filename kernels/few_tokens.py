@@ -5,9 +5,9 @@
     epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`projection.py`)
 
 Still bound by reading the weight: OUT·IN elements for 2·N·OUT·IN flops. The weight is the left operand, a tile of
-BLOCK_ROWS rows; the tokens, padded to 8 or 16, are the right one, so that a matrix instruction's columns are not
-wasted on tokens that are not there. Multiplying and adding instead would take most of the issue slots at 2 tokens
-already. A pipeline of asynchronous copies keeps 96 to 192 KB a multiprocessor in flight (`choose_launch`).
+BLOCK_ROWS rows; the tokens, padded to 8 or 16, are the right one, so that few of a matrix instruction's columns are
+wasted. Multiplying and adding instead would take most of the issue slots at 2 tokens already. A pipeline of
+asynchronous copies keeps 96 to 192 KB a multiprocessor in flight (`choose_launch`).
 
 A norm divides a token by one number, which comes out of the sums as well as out of the token. So every program reads x
 once, as it multiplies by it, and divides at the end: x need not be known before the first weight is used, and nobody
@@ -15,6 +15,7 @@ has to leave a word about x, who may be a collective. Meta rounds the quotient b
 which in float16 must stay below 65,504.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from fastllama.kernels.projection import (
     silu_times,
     store_rotated,
 )
+from fastllama.kernels.sizes import ceil_div, power_of_2
 from fastllama.kernels.target import Target, current_target
 
 MAX_TOKENS = 16
@@ -83,10 +85,14 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
     """
     if weight.dtype == torch.float32:
         return FLOAT32_LAUNCH
-    results, in_features = weight.shape[0] // tiles, weight.shape[1]
+    return _launch_of(weight.shape[0] // tiles, weight.shape[1], weight.itemsize, tiles, columns, target)
+
+
+@cache
+def _launch_of(results: int, in_features: int, itemsize: int, tiles: int, columns: int, target: Target) -> Launch:
     rows = _rows(results, tiles, columns, target.processors)
-    chunk = min(CHUNK_BYTES // weight.itemsize, max(16, triton.next_power_of_2(in_features)))
-    stage = rows * tiles * chunk * weight.itemsize
+    chunk = min(CHUNK_BYTES // itemsize, max(16, power_of_2(in_features)))
+    stage = rows * tiles * chunk * itemsize
     least = max(MIN_STAGE_BYTES, CHAIN_BYTES * rows * target.processors // results)
     accumulators, most = 1, MAX_ACCUMULATORS if target.shared_bytes > 2 * BYTES_IN_FLIGHT else 2
     while accumulators < most and stage < least and in_features % (2 * accumulators * chunk) == 0:
@@ -94,7 +100,7 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
     resident = max(1, min(4, round(results / (rows * target.processors))))
     fewest, most = STAGES
     stages = min(max(BYTES_IN_FLIGHT // (stage * resident) + 1, fewest), most)
-    stage += accumulators * columns * chunk * weight.itemsize
+    stage += accumulators * columns * chunk * itemsize
     for at_least, programs in ((fewest, min(resident, 2)), (1, 1)):
         while stages > at_least and programs * (stages * stage + SHARED_BYTES_SPARE) > target.shared_bytes:
             stages -= 1
@@ -114,11 +120,7 @@ def _rows(results: int, tiles: int, columns: int, processors: int) -> int:
 @triton.jit
 def _load(at, live, EVEN: tl.constexpr):
     """What is live, of a tile that where EVEN is wholly so."""
-    if EVEN:
-        values = tl.load(at)
-    else:
-        values = tl.load(at, mask=live, other=0.0)
-    return values
+    return tl.load(at) if EVEN else tl.load(at, mask=live, other=0.0)
 
 
 @triton.jit
@@ -271,11 +273,11 @@ def few_tokens(
         raise ValueError(f"few_tokens takes 1 to {MAX_TOKENS} tokens, got {x.shape[0]}")
     call = Projection.of(x, weight, norm, residual, swiglu, append)
     target = current_target()
-    columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, triton.next_power_of_2(x.shape[0]))
+    columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, power_of_2(x.shape[0]))
     launch = launch or choose_launch(weight, call.tiles, columns, target)
     stage = launch.accumulators * (launch.rows * call.tiles + columns) * launch.chunk * weight.itemsize
     resident = max(1, target.shared_bytes // (launch.stages * stage)) * target.processors
-    _few_tokens_kernel[(triton.cdiv(call.results, launch.rows),)](
+    _few_tokens_kernel[(ceil_div(call.results, launch.rows),)](
         x,
         norm,
         weight,

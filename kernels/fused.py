@@ -96,7 +96,7 @@ def _on_its_device(op: Callable[P, R]) -> Callable[P, R]:
     @wraps(op)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        if device.type != "cuda":
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             return op(*args, **kwargs)
         with torch.cuda.device(device):
             return op(*args, **kwargs)

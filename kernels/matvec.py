@@ -15,6 +15,7 @@ All of that comes before the wait of a dependent launch (`dependent.py`), and so
 programs that fit wait for x, memory goes on with the weights of those that will come after them.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import triton
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from fastllama.kernels.dependent import PREFETCH_BYTES, dependent_launch, let_next_begin, prefetch_bytes, wait
 from fastllama.kernels.projection import Append, Projection, prefetch_tiles, silu_times, store_rotated
-from fastllama.kernels.target import current_target
+from fastllama.kernels.sizes import ceil_div, power_of_2
+from fastllama.kernels.target import Target, current_target
 
 TILE_BYTES = 32768  # of weights that a program holds in registers
 BYTES_PER_THREAD = 256  # of weights: 64 of the 128 registers that leave room for four programs of 128 threads
@@ -60,8 +62,12 @@ def choose_launch(weight: Tensor, tiles: int) -> Launch | None:
         1B   down     2048 ×  8192     2             32 KB   1024 =  7.8         256
         1B   head   128256 ×  2048     8             32 KB  16032 = 121.5        256
     """
-    target = current_target()
-    (out_features, in_features), itemsize, warp_size = weight.shape, weight.itemsize, target.warp_size
+    return _launch_of(*weight.shape, weight.itemsize, tiles, current_target())
+
+
+@cache
+def _launch_of(out_features: int, in_features: int, itemsize: int, tiles: int, target: Target) -> Launch | None:
+    warp_size = target.warp_size
     rows = 1
     while (
         2 * rows * tiles * in_features * itemsize <= TILE_BYTES
@@ -78,7 +84,7 @@ def choose_launch(weight: Tensor, tiles: int) -> Launch | None:
     while chunk > MIN_CHUNK and in_features % chunk:
         chunk //= 2
     if in_features % chunk:  # no whole number of chunks: the last one is masked
-        chunk = min(triton.next_power_of_2(in_features), CHUNK_PER_THREAD * warp_size * warps)
+        chunk = min(power_of_2(in_features), CHUNK_PER_THREAD * warp_size * warps)
     while warps > 1 and rows * chunk * itemsize < warps * warp_size * LOAD_BYTES:
         warps //= 2
     return Launch(rows, chunk, warps)
@@ -251,7 +257,7 @@ def matvec(
         raise ValueError(f"rows of {weight.shape[1]} elements of {weight.dtype} are too long for matvec")
     target, row_bytes = current_target(), weight.shape[1] * weight.itemsize
     resident = max(1, PREFETCH_BYTES // (launch.rows * call.tiles * row_bytes)) * target.processors
-    _matvec_kernel[(triton.cdiv(call.results, launch.rows),)](
+    _matvec_kernel[(ceil_div(call.results, launch.rows),)](
         x,
         norm,
         weight,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.checks import check_model_dtype, check_tensor
+from fastllama.kernels.sizes import power_of_2
 
 MAX_WIDTH = 65536
 ELEMENTS_PER_THREAD = 16  # two 16-byte loads of bfloat16
@@ -62,7 +63,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         check_tensor("residual", residual, (n_tokens, width), x.dtype, x.device)
         h = torch.empty_like(x)
     y = torch.empty_like(x)
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     if n_tokens:
         _rms_norm_kernel[(n_tokens,)](
             x, residual, weight, h, y, eps, E=width, BLOCK_E=block, num_warps=warps_for(block)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.projection import Append, turn
 from fastllama.kernels.ragged import Ragged
+from fastllama.kernels.sizes import ceil_div
 
 BLOCK_PAIRS = 512  # of one token: 1024 elements, eight for each of 128 threads: one 16-byte load
 
@@ -78,7 +79,7 @@ def rotary_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor,
     _, n_kv_heads, length, head_dim = cache_k.shape
     q = torch.empty(n_tokens, n_heads, head_dim, dtype=heads.dtype, device=heads.device)
     if n_tokens:
-        _rotary_append_kernel[(n_tokens, triton.cdiv(width // 2, BLOCK_PAIRS))](
+        _rotary_append_kernel[(n_tokens, ceil_div(width // 2, BLOCK_PAIRS))](
             heads,
             q,
             *append,

@@ -31,6 +31,7 @@ from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.dependent import dependent_launch, wait_for_inputs
 from fastllama.kernels.ragged import Sampling
 from fastllama.kernels.sampling_scratch import SamplingScratch, choose_launch
+from fastllama.kernels.sizes import power_of_2
 from fastllama.kernels.top_p import HIGHEST, draw_token, least_candidate_mass, set_candidates_aside
 
 # Bits that the key of a logit needs: sign, exponent and mantissa as float32 has them, less the mantissa's empty bits.
@@ -267,6 +268,6 @@ def _launch(
         logprobs,
         *advance,
         KEY_BITS=KEY_BITS[logits.dtype],
-        BLOCK_BLOCKS=triton.next_power_of_2(launch.blocks),
+        BLOCK_BLOCKS=power_of_2(launch.blocks),
         **how,
     )

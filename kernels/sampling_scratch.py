@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from fastllama.kernels.sizes import ceil_div, power_of_2
 
 MAX_VOCABULARY = 262144
 MIN_BLOCK = 64
@@ -33,8 +34,8 @@ def choose_launch(vocab_size: int) -> Launch:
         V = 262,144     128 blocks of 2,048, 8 warps
         V = 1,000       1 block of 1,024, 4 warps
     """
-    block = max(MIN_BLOCK, min(MAX_BLOCK, triton.next_power_of_2(vocab_size)))
-    return Launch(block, triton.cdiv(vocab_size, block), max(1, block // (LOGITS_PER_THREAD * THREADS_PER_WARP)))
+    block = max(MIN_BLOCK, min(MAX_BLOCK, power_of_2(vocab_size)))
+    return Launch(block, ceil_div(vocab_size, block), max(1, block // (LOGITS_PER_THREAD * THREADS_PER_WARP)))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.projection import silu_times
+from fastllama.kernels.sizes import ceil_div
 
 BLOCK_F = 1024  # eight elements for each of 128 threads: one 16-byte load of each part
 
@@ -35,7 +36,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate_up must have shape (N, 2·F), got {tuple(gate_up.shape)}")
     y = torch.empty(n_tokens, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
-        _silu_mul_kernel[(n_tokens, triton.cdiv(width // 2, BLOCK_F))](
+        _silu_mul_kernel[(n_tokens, ceil_div(width // 2, BLOCK_F))](
             gate_up, y, F=width // 2, BLOCK_F=BLOCK_F, num_warps=4
         )
     return y

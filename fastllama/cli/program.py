@@ -20,7 +20,13 @@ PROGRAM = "fastllama"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 1  # nobody reads what is printed
-OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "failed to map segment",  # of a library that is imported
+)
 
 
 class Program(click.Group):
@@ -127,7 +133,9 @@ def is_expected(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
+    return isinstance(error, RuntimeError | ImportError) and any(
+        words in str(error).lower() for words in OUT_OF_MEMORY_WORDS
+    )
 
 
 def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:

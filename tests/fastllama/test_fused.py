@@ -155,9 +155,12 @@ def test_ops_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPat
         return nullcontext()
 
     monkeypatch.setattr(torch.cuda, "device", enter)
-    monkeypatch.setattr(Tensor, "device", torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     guarded = fused_backend._on_its_device(lambda tensor: "launched")
-    assert guarded(torch.zeros(1)) == "launched" and entered == [torch.device("cuda", 1)]
+    for index, expected in ((1, [torch.device("cuda", 1)]), (0, [])):
+        entered.clear()
+        monkeypatch.setattr(Tensor, "device", torch.device("cuda", index))
+        assert guarded(torch.zeros(1)) == "launched" and entered == expected
 
 
 def test_state_dict_goes_in_and_out_unchanged(tmp_path: Path, device: torch.device) -> None:

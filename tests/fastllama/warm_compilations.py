@@ -1,0 +1,65 @@
+"""Compiles, for a GPU that is not here, what `warm` compiles for a model, then what its calls launch: prints, as JSON,
+which kernels only the calls needed.
+"""
+
+import json
+
+import torch
+
+from fastllama import ModelArgs, Transformer
+from fastllama.benchmarks.gpus import GPUS, Launch, recorded
+from fastllama.decode_graph import Decoder
+from fastllama.kernels import fused
+from fastllama.kernels.ragged import Sampling
+from fastllama.prefill import prefill
+from fastllama.warm import warm
+
+MAX_ROWS, MAX_TOKENS = 40, 128
+ARGS = ModelArgs(
+    dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=512, max_batch_size=MAX_ROWS, max_seq_len=MAX_TOKENS
+)
+CPU = torch.device("cpu")
+# Lengths of the prompts of a call each: every number of rows, and of tokens in all, on either side of an edge.
+ROWS = (*range(1, 20), 24, 31, 32, 33, 36, 39, 40)
+ALONE = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 33, 64, 100, 127)
+
+
+def main() -> None:
+    model = Transformer(ARGS, device=CPU, dtype=torch.bfloat16, backend="reference", init_weights=False)
+    model.ops = fused
+    model.load_tensors((name, torch.zeros(shape)) for name, shape in ARGS.shapes.items())
+    model._allocate()
+    fused.suits_graphs = lambda device: True  # as on a GPU
+    decoder = Decoder(model, graphs=False)
+    with recorded(GPUS["sm_90"]) as launches, torch.inference_mode():
+        warm(decoder, [1, MAX_ROWS], progress=False)
+        known = _kernels(launches)
+        calls = [[1] * rows for rows in ROWS] + [[3 + row % 5 for row in range(rows)] for rows in ROWS]
+        calls += [[tokens] for tokens in ALONE]
+        later: dict[str, list[int]] = {}
+        for lengths in calls:
+            launches.clear()
+            _call(decoder, [[1] * length for length in lengths])
+            for key, kernel in _kernels(launches).items():
+                if key not in known:
+                    later.setdefault(f"{kernel} {key[:8]}", lengths)
+    print(json.dumps({"calls": len(calls), "kernels": len(set(known.values())), "later": later}))
+
+
+def _kernels(launches: list[Launch]) -> dict[str, str]:
+    """The kernel of each compilation."""
+    return {launch.compiled.hash: launch.kernel for launch in launches}
+
+
+def _call(decoder: Decoder, prompts: list[list[int]]) -> None:
+    """A call as it begins: prompts, a draw, a step."""
+    sampling = Sampling.of(0.7, 0.9, [(1, row, 0) for row in range(len(prompts))], CPU)
+    ends = [len(prompt) for prompt in prompts]
+    with decoder.model.exclusively():
+        decoder.begin([1] * len(prompts), [end - 1 for end in ends], [end + 1 for end in ends], [], sampling)
+        decoder.choose(prefill(decoder.model, prompts)[0])
+        decoder.launch()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,11 +8,12 @@ the weights that it holds in registers, and has those that others will want brou
 
 The rule that makes this safe: every program of such a kernel waits exactly once, before any branch, loop or return.
 Before that it only loads immutable weights and prefetches; every read of what another kernel writes, and every write,
-comes after. Then at the wait not only the kernel before is complete, but everything earlier in the stream: it waited,
-too. So buffers can be used again and again, and a kernel that is launched as usual, torch's own, may stand anywhere in
-between. So may a collective's: it is complete at the wait, or, where it has a stream of its own, before the launch, by
-the event that the stream waits for. `benchmarks/dependence.py` proves the rule from the compiler's IR. Weights that a
-launch changes must have a launch that only waits, `embed` in the model, between it and whoever reads them.
+comes after. What lets the next kernel begin follows soon, behind loads at the most. Then at the wait not only the
+kernel before is complete, but everything earlier in the stream: it waited, too. So buffers can be used again and again,
+and a kernel that is launched as usual, torch's own, may stand anywhere in between. So may a collective's: it is
+complete at the wait, or, where it has a stream of its own, before the launch, by the event that the stream waits for.
+`benchmarks/dependence.py` proves the rule from the compiler's IR. Weights that a launch changes must have a launch that
+only waits, `embed` in the model, between it and whoever reads them.
 
 A prefetch may be steered by a number that is not final, as long as every value of it leads to an address inside the
 tensor: a prefetch changes nothing that can be seen.

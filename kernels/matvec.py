@@ -12,7 +12,8 @@ KB in flight. There is no loop to wait in, no split of a row over programs and n
 step: `evict_first` keeps them from driving the cache's keys and values out of L2.
 
 All of that comes before the wait of a dependent launch (`dependent.py`), and so does a prefetch to L2: while the
-programs that fit wait for x, memory goes on with the weights of those that will come after them.
+programs that fit wait for x, memory goes on with the weights of those that will come after them. Then x is requested,
+and its norm computed, before the first weight is waited for: the weights come last.
 """
 
 from functools import cache

@@ -32,11 +32,15 @@ from fastllama.kernels.dependent import dependent_launch, wait_for_inputs
 from fastllama.kernels.ragged import Sampling
 from fastllama.kernels.sampling_scratch import SamplingScratch, choose_launch
 from fastllama.kernels.sizes import power_of_2
+from fastllama.kernels.target import current_target
 from fastllama.kernels.top_p import HIGHEST, draw_token, least_candidate_mass, set_candidates_aside
 
 # Bits that the key of a logit needs: sign, exponent and mantissa as float32 has them, less the mantissa's empty bits.
 # Of float16 that is 19, since float32 writes its subnormals with exponents of their own.
 KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
+# Of a multiprocessor, for two programs of the draw. Left alone, the compiler aims at more programs in some versions and
+# for some GPUs, and spills; told of a limit, it keeps to that.
+DRAW_REGISTERS, MAX_REGISTERS = 65536 // 2, 255
 # A row of a batch's tensors may begin anywhere: whether it is aligned must not compile a second kernel.
 PER_ROW = ["temperature_ptr", "top_p_ptr", "seed_ptr", "stream_ptr", "call_ptr", "positions_ptr", "tokens_ptr"]
 PER_ROW += ["logprobs_ptr", "starts_ptr", "last_ptr", "newest_ptr"]
@@ -234,6 +238,13 @@ def _check_logits(logits: Tensor, sampling: Sampling, positions: Tensor, scratch
     return rows
 
 
+def _registers(warps: int) -> dict[str, int]:
+    """The most registers that a thread of the draw may have, as a launch's keyword on NVIDIA GPUs."""
+    target = current_target()
+    most = min(DRAW_REGISTERS // (warps * target.warp_size), MAX_REGISTERS)
+    return {"maxnreg": most} if target.backend == "cuda" else {}
+
+
 def _launch(
     logits: Tensor,
     sampling: Sampling,
@@ -269,5 +280,6 @@ def _launch(
         *advance,
         KEY_BITS=KEY_BITS[logits.dtype],
         BLOCK_BLOCKS=power_of_2(launch.blocks),
+        **_registers(launch.warps),
         **how,
     )

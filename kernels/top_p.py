@@ -12,7 +12,6 @@ HIGHEST = tl.constexpr(2147483647)
 CANDIDATE_SLACK = tl.constexpr(1e-5)
 CANDIDATE_SHARE = tl.constexpr(0.999)
 FOLD = tl.constexpr(4)  # candidates in one 16-byte load
-LINE = tl.constexpr(32)  # logits whose running sum is made at a time
 
 
 @triton.jit
@@ -106,15 +105,6 @@ def _lowest_kept_key(candidates_ptr, counts, low, high, limit, maximum, scale, B
 
 
 @triton.jit
-def _running_sum(x):
-    """The sum of each value and all before it, line by line: a scan across all threads holds more registers."""
-    lines = tl.reshape(x, (x.shape[0] // LINE, LINE))
-    line_sums = tl.sum(lines, 1)
-    before = tl.cumsum(line_sums, 0) - line_sums
-    return tl.reshape(tl.cumsum(lines, 1) + before[:, None], x.shape)
-
-
-@triton.jit
 def _first_past(weights, until, goal, index):
     """The first index of those with a weight at which the running sum `until` exceeds the goal.
 
@@ -163,5 +153,5 @@ def draw_token(
     x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
     mass, key = tl.exp2((x - maximum) * scale), _key_of(x, KEY_BITS)
     counted = tl.where(is_tie, tl.where(key == threshold, 1.0, 0.0), tl.where(key > threshold, mass, 0.0))
-    token = _first_past(counted, _running_sum(counted), rest, ids)
+    token = _first_past(counted, tl.cumsum(counted, 0), rest, ids)
     return token, tl.sum(tl.where(ids == token, x, 0.0), 0)

@@ -177,6 +177,7 @@ def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: 
     assert record["failures"] == ["test_fast.py::test_bad"]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_ahead_without_a_gpu(tmp_path: Path) -> None:
     script = (
         "from fastllama.benchmarks.gpus import GPUS; from fastllama.benchmarks.launches import Shape\n"

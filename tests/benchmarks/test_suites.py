@@ -98,6 +98,7 @@ def test_peers_give_our_tokens_to_ragged_prompts(name: str) -> None:
     assert again.tokens == theirs.tokens and len(again.seconds) == 8 and again.seconds == sorted(again.seconds)
 
 
+@pytest.mark.slow
 def test_transformers_takes_scaled_rope_and_tied_output() -> None:
     shape: dict[str, Any] = SOURCE.shape | {
         "use_scaled_rope": True,

@@ -95,7 +95,8 @@ class _NoTokenizer:
     special_tokens: dict[str, int] = {}  # noqa: RUF012
 
 
-@pytest.mark.parametrize("dtype", parameters({str(t): t for t in (torch.bfloat16, torch.float16)}, ("torch.bfloat16",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_logits_are_the_references(dtype: torch.dtype, device: torch.device) -> None:
     """Prefill, a chunk after it, and a decode step; half precision rounds each layer's sums to a neighbour at times."""
     reference, fused = transformers(device, dtype, **STORIES260K)
@@ -105,6 +106,7 @@ def test_half_precision_logits_are_the_references(dtype: torch.dtype, device: to
         assert_matches("logits", ours.to(dtype), expected)
 
 
+@pytest.mark.slow
 def test_seeded_draws_are_the_references(device: torch.device, tmp_path: Path) -> None:
     write_meta(tmp_path, tiny_params(), random_weights(tiny_params(), seed=3))
     write_tokenizer(tmp_path)

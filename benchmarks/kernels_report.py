@@ -35,7 +35,7 @@ def collect(parts: tuple[str, ...]) -> dict[str, list[Row]]:
         environment = compiling_environment(str(CACHE))
         if part == TRAFFIC:
             environment["TRITON_INTERPRET"] = "1"
-        command = [sys.executable, "-m", "fastllama.benchmarks.kernels_report", "--part", part]
+        command = [sys.executable, "-W", "error", "-m", "fastllama.benchmarks.kernels_report", "--part", part]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
         if done.returncode:
             raise RuntimeError(f"compiling for {part} failed:\n{done.stderr}")

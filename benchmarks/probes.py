@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.dependent import dependent_launch, wait_for_inputs
+from fastllama.kernels.target import FUSED_MULTIPLY_ADD
 
 READ_BLOCK = 16384  # float16 numbers of a program, 32 KB, all requested before any is used: as a matvec's weights are
 READ_WARPS = 4
@@ -28,7 +29,7 @@ def read(source: Tensor) -> Tensor:
     """source (n·READ_BLOCK,) -> sums (n,) float32 of each READ_BLOCK numbers: n·READ_BLOCK read for n written."""
     programs = source.numel() // READ_BLOCK
     sums = torch.empty(programs, dtype=torch.float32, device=source.device)
-    _read_kernel[(programs,)](source, sums, BLOCK=READ_BLOCK, num_warps=READ_WARPS)
+    _read_kernel[(programs,)](source, sums, BLOCK=READ_BLOCK, num_warps=READ_WARPS, **FUSED_MULTIPLY_ADD)
     return sums
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastllama.kernels.attention_tile import AttentionDims, Launch, attend, stream_launch
 from fastllama.kernels.checks import check_tensor
 from fastllama.kernels.ragged import Ragged
-from fastllama.kernels.target import current_target
+from fastllama.kernels.target import FUSED_MULTIPLY_ADD, current_target
 
 WARPS = 8
 # Rows of queries, keys and stages, by the matrix unit and the bytes of a key. The tiles of a Hopper or Blackwell read
@@ -145,6 +145,7 @@ def attention_prefill(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged
         FEW=launch.rows == dims.block_heads,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        **FUSED_MULTIPLY_ADD,
     )
     return out
 

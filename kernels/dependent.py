@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fastllama.kernels.interpreter import interpreting
 from fastllama.kernels.switches import switches
-from fastllama.kernels.target import current_target
+from fastllama.kernels.target import FUSED_MULTIPLY_ADD, current_target
 
 MIN_ARCH = 90  # compute capability times ten
 PREFETCH_BYTES = 131072  # a multiprocessor: what memory delivers in the few microseconds of a wait
@@ -44,7 +44,9 @@ def is_dependent() -> bool:
 
 def dependent_launch() -> dict[str, bool]:
     """A launch's keywords: triton's own, where the target knows it, and the kernel's DEPENDENT."""
-    return {"DEPENDENT": True, "launch_pdl": True} if is_dependent() else {"DEPENDENT": False}
+    if is_dependent():
+        return FUSED_MULTIPLY_ADD | {"DEPENDENT": True, "launch_pdl": True}
+    return FUSED_MULTIPLY_ADD | {"DEPENDENT": False}
 
 
 def prefetch_bytes(row_bytes: int, most: int, rows: int = 1) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.sizes import power_of_2
+from fastllama.kernels.target import FUSED_MULTIPLY_ADD
 
 MAX_WIDTH = 65536
 ELEMENTS_PER_THREAD = 16  # two 16-byte loads of bfloat16
@@ -66,7 +67,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     block = power_of_2(width)
     if n_tokens:
         _rms_norm_kernel[(n_tokens,)](
-            x, residual, weight, h, y, eps, E=width, BLOCK_E=block, num_warps=warps_for(block)
+            x, residual, weight, h, y, eps, E=width, BLOCK_E=block, num_warps=warps_for(block), **FUSED_MULTIPLY_ADD
         )
     return y, h
 

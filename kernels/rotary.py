@@ -19,6 +19,7 @@ from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.projection import Append, turn
 from fastllama.kernels.ragged import Ragged
 from fastllama.kernels.sizes import ceil_div
+from fastllama.kernels.target import FUSED_MULTIPLY_ADD
 
 BLOCK_PAIRS = 512  # of one token: 1024 elements, eight for each of 128 threads: one 16-byte load
 
@@ -89,5 +90,6 @@ def rotary_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor,
             D=head_dim,
             BLOCK_PAIRS=BLOCK_PAIRS,
             num_warps=4,
+            **FUSED_MULTIPLY_ADD,
         )
     return q

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastllama.kernels.checks import check_model_dtype, check_tensor
 from fastllama.kernels.projection import silu_times
 from fastllama.kernels.sizes import ceil_div
+from fastllama.kernels.target import FUSED_MULTIPLY_ADD
 
 BLOCK_F = 1024  # eight elements for each of 128 threads: one 16-byte load of each part
 
@@ -37,6 +38,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     y = torch.empty(n_tokens, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
         _silu_mul_kernel[(n_tokens, ceil_div(width // 2, BLOCK_F))](
-            gate_up, y, F=width // 2, BLOCK_F=BLOCK_F, num_warps=4
+            gate_up, y, F=width // 2, BLOCK_F=BLOCK_F, num_warps=4, **FUSED_MULTIPLY_ADD
         )
     return y

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from fastllama.benchmarks.report_markdown import summary
 from fastllama.benchmarks.report_sections import Bench
 from fastllama.benchmarks.report_sizes import TOY
 from fastllama.benchmarks.result_file import ResultFile, read_result
+from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTY = "tests.benchmarks.faulty_sections:"
@@ -86,11 +89,25 @@ def test_a_section_that_raises_or_dies_leaves_the_others_alone(tmp_path: Path) -
     assert "**ValueError: it broke**" in page and "ended with code 3" in page
 
 
+def pass_time(monkeypatch: pytest.MonkeyPatch, after: dict[Any, float]) -> None:
+    """The report's clock, which jumps so many seconds ahead when a value is found, so that nobody has to wait."""
+    ahead, add = [0.0], gpu_report._Keeper.add
+
+    def added(self: Any, section: str, found: Any) -> None:
+        add(self, section, found)
+        ahead[0] += after.get(found.get("value"), 0.0)
+
+    monkeypatch.setattr(gpu_report._Keeper, "add", added)
+    monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0]))
+
+
 def test_hanging_is_given_up_and_time_that_is_up_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_report, "PATIENCE_SECONDS", 1.0)
-    records = run(tmp_path, "hangs", "goes_on", "fine", budget=10.0)
-    assert records[:2] == [{"suite": "hangs", "value": 5}, {"suite": "hangs", "error": "nothing came for 1 s"}]
-    assert records[-2:] == [
+    pass_time(monkeypatch, after={5: gpu_report.PATIENCE_SECONDS, 6: 1e6})
+    records = run(tmp_path, "hangs", "goes_on", "fine", budget=1e5)
+    assert records == [
+        {"suite": "hangs", "value": 5},
+        {"suite": "hangs", "error": "nothing came for 240 s"},
+        {"suite": "goes_on", "value": 6},
         {"suite": "goes_on", "not_run": "no time left for the rest"},
         {"suite": "fine", "not_run": "no time left"},
     ]
@@ -145,10 +162,11 @@ def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_first_sections_are_waited_for_but_shortly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_report.FIRST_PATIENCE_SECONDS, "hangs", 1.0)
-    records = run(tmp_path, "hangs", "fine")
+    monkeypatch.setitem(gpu_report.FIRST_PATIENCE_SECONDS, "hangs", 60.0)
+    pass_time(monkeypatch, after={5: 60.0})
+    records = run(tmp_path, "hangs", "fine", budget=1e5)
     assert records[1:] == [
-        {"suite": "hangs", "error": "nothing came for 1 s"},
+        {"suite": "hangs", "error": "nothing came for 60 s"},
         {"suite": "fine", "value": 1},
         {"suite": "fine", "value": 2},
     ]
@@ -165,14 +183,32 @@ def test_tests_that_are_not_there_are_not_run(tmp_path: Path, monkeypatch: pytes
 
 def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_fast.py").write_text("def test_good():\n    pass\n\n\ndef test_bad():\n    assert 1 == 2\n")
-    (tmp_path / "test_slow.py").write_text("import time\n\n\ndef test_slow():\n    time.sleep(600)\n")
+    begun = tmp_path / "begun"
+    slow = (
+        f"import pathlib, time\n\n\ndef test_slow():\n    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(3600)\n"
+    )
+    (tmp_path / "test_slow.py").write_text(slow)
+
+    class UntilBegun(subprocess.Popen[bytes]):
+        """Time is up as soon as the slow test has begun."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            deadline = time.monotonic() + HANG_SECONDS
+            while not begun.exists() and time.monotonic() < deadline and self.poll() is None:
+                time.sleep(0.05)
+            return super().wait(0.0)
+
     monkeypatch.setattr(report_tests, "ROOT", tmp_path)
     bench = Bench(torch.device("cpu"), TOY, tmp_path)
-    (record,) = report_tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=4.0)
-    assert record["returncode"] is None and record["seconds"] < 60  # type: ignore[index]
+    with monkeypatch.context() as patch:
+        patch.setattr(report_tests.subprocess, "Popen", UntilBegun)
+        (record,) = report_tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=HANG_SECONDS)
+    assert record["returncode"] is None  # type: ignore[index]
     assert (record["n_passed"], record["n_failed"]) == (1, 1)  # type: ignore[index]
     assert "test_bad FAILED" in (tmp_path / gpu_report.TESTS_FILE).read_text()
-    (record,) = report_tests._tests(bench, ("test_fast.py",), limit=60.0)
+    (record,) = report_tests._tests(bench, ("test_fast.py",), limit=HANG_SECONDS)
     assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, 1)  # type: ignore[index]
     assert record["failures"] == ["test_fast.py::test_bad"]  # type: ignore[index]
 

@@ -14,6 +14,7 @@ from fastllama.kernels import reference
 from fastllama.kernels.attention_decode import attention_decode
 from fastllama.kernels.attention_prefill import attention_prefill
 from fastllama.kernels.attention_scratch import SLOTS, AttentionScratch
+from fastllama.kernels.attention_tile import PAIR_BYTES, PLAIN_SHARED_BYTES, stream_launch
 from fastllama.kernels.ragged import Ragged, Segment
 from tests.kernels.cases import NAMES, random
 from tests.kernels.guards import GuardedMemory
@@ -320,3 +321,19 @@ def test_attention_prefill_rejects_segments_of_another_batch(guarded: GuardedMem
     for message, segments in spoiled.items():
         with pytest.raises(ValueError, match=message):
             attention_prefill(q, cache_k, cache_v, Ragged(batch.tokens, batch.positions, batch.rows, segments))
+
+
+@pytest.mark.parametrize(("head_dim", "itemsize"), [(64, 2), (128, 2), (256, 2), (64, 4), (128, 4)])
+def test_tiles_of_a_stream_keep_to_plain_shared_memory(head_dim: int, itemsize: int) -> None:
+    """16 queries do, of as large a tile of keys as there is; twice as much is on its way where that is asked for."""
+    launch = stream_launch(16, head_dim * itemsize, itemsize)
+    pair = 2 * launch.keys * head_dim * itemsize
+    queries = 16 * (head_dim * itemsize + launch.keys * itemsize)
+    assert launch.stages >= 2 and (launch.stages - 1) * pair + queries <= PLAIN_SHARED_BYTES
+    assert (launch.stages - 1) * pair <= PAIR_BYTES or launch.stages == 2
+    assert stream_launch(16, head_dim * itemsize, itemsize, pairs=2).stages > launch.stages
+
+
+def test_stages_are_those_of_the_tables() -> None:
+    assert [stream_launch(16, 2 * head_dim, 2).stages for head_dim in (64, 128)] == [3, 2]
+    assert [stream_launch(16, 2 * head_dim, 2, pairs=2).stages for head_dim in (64, 128)] == [5, 3]

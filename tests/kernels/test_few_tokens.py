@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastllama.benchmarks.tolerances import assert_matches
-from fastllama.kernels.few_tokens import choose_launch, few_tokens
+from fastllama.kernels.few_tokens import Launch, choose_launch, few_tokens
 from fastllama.kernels.target import Target
 from tests.kernels.cases import DTYPES
 from tests.kernels.guards import GuardedMemory
@@ -48,6 +48,39 @@ def test_few_tokens_divides_late(scale: float, device: torch.device, guarded: Gu
     assert_matches("linear", ours, case.expected_swiglu())
 
 
+@pytest.mark.parametrize("accumulators", [1, 2, 4])
+@pytest.mark.parametrize("shape", ["E100-H3-K1-D20-F90", "E512-H3-K1-D64-F768"])
+def test_few_tokens_takes_chunks_in_turn(
+    shape: str, accumulators: int, device: torch.device, guarded: GuardedMemory
+) -> None:
+    """Whatever the accumulators, whether they divide a row or the last of them hang over its end."""
+    case = Case(SHAPES[shape], 5, torch.bfloat16, device, guarded)
+    launch = Launch(rows=16, chunk=32, stages=2, warps=2, accumulators=accumulators)
+    swiglu = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True, launch=launch)
+    assert_matches("linear", swiglu, case.expected_swiglu())
+    y = few_tokens(case.x, case.w2, residual=case.h, launch=launch._replace(warps=1))
+    assert_matches("linear", y, case.expected_projection(case.h))
+
+
+def test_few_tokens_keeps_its_launch_table() -> None:
+    """Rows, accumulators and stages for the models and the GPU that the table was reasoned for."""
+    table = {
+        (6144, 4096, 2, 8): (16, 1, 8),
+        (4096, 4096, 1, 8): (16, 2, 7),
+        (4096, 4096, 1, 16): (32, 1, 8),
+        (28672, 4096, 2, 8): (64, 1, 3),
+        (128256, 4096, 1, 16): (64, 1, 3),
+        (3072, 2048, 2, 16): (16, 2, 7),
+        (2048, 2048, 1, 8): (16, 2, 8),
+        (16384, 2048, 2, 8): (32, 1, 4),
+        (1280, 8192, 2, 8): (16, 4, 4),
+    }
+    for (out_features, in_features, tiles, columns), expected in table.items():
+        weight = torch.zeros((), dtype=torch.bfloat16).expand(out_features, in_features)
+        launch = choose_launch(weight, tiles, columns, Target("cuda", 90, 132, 232448))
+        assert (launch.rows, launch.accumulators, launch.stages) == expected, (out_features, in_features, columns)
+
+
 def test_few_tokens_repeats_itself(device: torch.device, guarded: GuardedMemory) -> None:
     case = Case(STORIES, 5, torch.bfloat16, device, guarded)
     first = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
@@ -61,7 +94,9 @@ def test_few_tokens_fits_shared_memory(shared_bytes: int, itemsize: int) -> None
     for out_features, in_features, tiles in ((6144, 4096, 2), (28672, 4096, 2), (4096, 14336, 1), (512, 100, 1)):
         weight = torch.zeros((), dtype=dtype).expand(out_features, in_features)
         launch = choose_launch(weight, tiles, 16, Target("cuda", 90, 132, shared_bytes))
-        assert (launch.rows * tiles + 16) * launch.chunk * itemsize * launch.stages <= shared_bytes
+        assert (
+            launch.rows * tiles + 16
+        ) * launch.chunk * launch.accumulators * itemsize * launch.stages <= shared_bytes
 
 
 def test_few_tokens_rejects_what_does_not_belong_together(device: torch.device, guarded: GuardedMemory) -> None:

@@ -85,6 +85,21 @@ def test_matvec_keeps_its_launch_table(monkeypatch: pytest.MonkeyPatch) -> None:
         assert launch is not None and launch.rows == rows and launch.warps == 4, (out_features, in_features)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_matvec_with_x_behind_the_weights_is_the_same(
+    shape: Shape, device: torch.device, guarded: GuardedMemory
+) -> None:
+    """The form that the GPU report times beside it."""
+    case = Case(shape, 1, torch.bfloat16, device, guarded)
+    usual = choose_launch(case.w13, 2)
+    assert usual is not None and usual.x_first
+    results = [
+        matvec(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True, launch=launch)
+        for launch in (usual, usual._replace(x_first=False))
+    ]
+    assert torch.equal(*results)
+
+
 def test_matvec_takes_rows_of_several_times_a_tile(device: torch.device) -> None:
     """A row of 53,248, the longest of any Llama, is held by more warps; one beyond 65,536 by none."""
     x, weight = random(1, 53248, dtype=torch.bfloat16, seed=1), random(2, 53248, dtype=torch.bfloat16, seed=2)

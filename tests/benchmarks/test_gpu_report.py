@@ -203,7 +203,7 @@ def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(report_tests, "ROOT", tmp_path)
     bench = Bench(torch.device("cpu"), TOY, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(report_tests.subprocess, "Popen", UntilBegun)
+        patch.setattr(subprocess, "Popen", UntilBegun)
         (record,) = report_tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=HANG_SECONDS)
     assert record["returncode"] is None  # type: ignore[index]
     assert (record["n_passed"], record["n_failed"]) == (1, 1)  # type: ignore[index]

@@ -43,8 +43,8 @@ TWO_PROGRAMS, ONE_PROGRAM = 1.4, 0.7
 ROWS_PER_COLUMN = 2  # at least, for two programs: every program reads all tokens, from L2
 CHUNK_BYTES = 256  # of a row in one stage, for each accumulator
 MIN_STAGE_BYTES = 8192  # so that waiting for a stage is rare
-# What a multiprocessor of an H200 reads while the 8 matrix instructions of a chunk follow each other, each waiting about 33
-# cycles for the sums of the one before: 4.5 KB at 17 bytes a cycle, and a third more for what else a stage takes.
+# What a multiprocessor of an H200 reads while the 8 matrix instructions of a chunk follow each other, each waiting some
+# 33 cycles for the sums of the one before: 4.5 KB at 17 bytes a cycle, and a third more for what else a stage takes.
 CHAIN_BYTES = 6144
 BYTES_IN_FLIGHT = 98304  # a multiprocessor
 STAGES = (3, 8)  # fewest and most

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastllama.cli.options import DTYPES, LONGEST_SEQUENCE, Integers, json_option, locate
+from fastllama.cli.standard_streams import say
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def inspect(
     folder, tokenizer_file = locate(checkpoint or ckpt_dir, tokenizer_path, quiet=as_json)
     sizes: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "dtype": dtype}
     description = describe(folder, tokenizer_file, nproc=nproc, gpu=gpu, **sizes)
-    click.echo(json.dumps(description) if as_json else render(description))
+    say(json.dumps(description) if as_json else render(description))
 
 
 def describe(

@@ -39,6 +39,7 @@ def mend() -> None:
     """Make the interpreter's bfloat16 right and its calls quick, for the rest of the process."""
     _mend_bfloat16()
     _mend_integers()
+    _mend_masks()
     _patch_language_once()
 
 
@@ -136,6 +137,22 @@ def _mend_integers() -> None:
             tensor.__index__ = index
 
     stock._patch_lang_tensor = patch_tensor
+
+
+def _mend_masks() -> None:
+    """A scalar's truth joined with a tensor's is an integer to the interpreter, which triton 3.9 takes for no mask."""
+    builder = stock.InterpreterBuilder
+
+    def as_mask(handle: Any) -> Any:
+        if isinstance(handle, stock.TensorHandle) and handle.dtype.scalar == tl.int1 and handle.data.dtype != np.bool_:
+            return stock.TensorHandle(handle.data.astype(np.bool_), handle.dtype)
+        return handle
+
+    def masked(access: Any) -> Any:
+        return lambda self, *operands: access(self, *map(as_mask, operands))
+
+    for name in ("create_masked_load", "create_masked_store"):
+        setattr(builder, name, masked(getattr(builder, name)))
 
 
 def _patch_language_once() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
 from fastllama.benchmarks.kernels_table import WHOLE_STEP, Row, launch_counts, violations
@@ -14,6 +15,8 @@ from fastllama.benchmarks.launches import MODELS
 from tests.tiers import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
+# Before an atomic that releases, from this version on; the kernels do not count on it.
+PUTS_BARRIERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 @pytest.fixture(scope="module", params=parameters({gpu: gpu for gpu in ("sm_90", "gfx942")}, quick=("sm_90",)))
@@ -54,7 +57,7 @@ def test_a_processor_holds_at_least_one_program(measured: dict[str, Any]) -> Non
 
 def test_a_missing_barrier_is_seen(measured: dict[str, Any]) -> None:
     assert measured["handing_over"]["barrier"] is True
-    assert measured["handing_over_unguarded"]["barrier"] is False
+    assert measured["handing_over_unguarded"]["barrier"] is PUTS_BARRIERS
     assert measured["wide"]["barrier"] is None
 
 

@@ -11,7 +11,7 @@ import pytest
 from fastllama.benchmarks.gpus import compiling_environment
 from fastllama.kernels import dependent
 from fastllama.kernels.switches import switched
-from fastllama.kernels.target import INTERPRETED, Target
+from fastllama.kernels.target import FUSED_MULTIPLY_ADD, INTERPRETED, Target
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = {
@@ -61,7 +61,8 @@ def test_every_way_to_break_the_rule_is_named(found: dict[str, Any]) -> None:
 def test_launches_depend_from_hopper_on(target: Target, dependent_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependent, "interpreting", lambda: False)
     monkeypatch.setattr(dependent, "current_target", lambda: target)
-    expected = {"DEPENDENT": True, "launch_pdl": True} if dependent_there else {"DEPENDENT": False}
+    usual = FUSED_MULTIPLY_ADD | {"DEPENDENT": False}
+    expected = FUSED_MULTIPLY_ADD | {"DEPENDENT": True, "launch_pdl": True} if dependent_there else usual
     assert dependent.dependent_launch() == expected
     assert dependent.prefetch_bytes(8192, 4096) == (4096 if dependent_there else 0)
     assert dependent.prefetch_bytes(8192, 65536, 4) == (32768 if dependent_there else 0)
@@ -69,11 +70,11 @@ def test_launches_depend_from_hopper_on(target: Target, dependent_there: bool, m
     with switched(prefetch=False):
         assert dependent.dependent_launch() == expected and dependent.prefetch_bytes(8192, 4096) == 0
     with switched(launch=False):
-        assert dependent.dependent_launch() == {"DEPENDENT": False} and dependent.prefetch_bytes(8192, 4096) == 0
+        assert dependent.dependent_launch() == usual and dependent.prefetch_bytes(8192, 4096) == 0
     assert dependent.dependent_launch() == expected
 
 
 def test_interpreted_launches_never_depend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependent, "interpreting", lambda: True)
     monkeypatch.setattr(dependent, "current_target", lambda: INTERPRETED)
-    assert dependent.dependent_launch() == {"DEPENDENT": False}
+    assert dependent.dependent_launch() == FUSED_MULTIPLY_ADD | {"DEPENDENT": False}

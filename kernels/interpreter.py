@@ -143,16 +143,19 @@ def _mend_masks() -> None:
     """A scalar's truth joined with a tensor's is an integer to the interpreter, which triton 3.9 takes for no mask."""
     builder = stock.InterpreterBuilder
 
+    load, store = builder.create_masked_load, builder.create_masked_store
+
     def as_mask(handle: Any) -> Any:
-        if isinstance(handle, stock.TensorHandle) and handle.dtype.scalar == tl.int1 and handle.data.dtype != np.bool_:
-            return stock.TensorHandle(handle.data.astype(np.bool_), handle.dtype)
-        return handle
+        return stock.TensorHandle(handle.data.astype(np.bool_), tl.int1)
 
-    def masked(access: Any) -> Any:
-        return lambda self, *operands: access(self, *map(as_mask, operands))
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, ptrs, as_mask(mask), *rest)
 
-    for name in ("create_masked_load", "create_masked_store"):
-        setattr(builder, name, masked(getattr(builder, name)))
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, ptrs, value, as_mask(mask), *rest)
+
+    for function in (create_masked_load, create_masked_store):
+        setattr(builder, function.__name__, function)
 
 
 def _patch_language_once() -> None:

@@ -71,6 +71,10 @@ def settings_aside() -> Iterator[None]:
     with torch.DisableTorchFunction(), contextlib.ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():
             stack.enter_context(_disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(_no_transforms())
+        if torch._C._get_tracing_state() is not None:
+            stack.enter_context(_no_trace())
         for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -88,6 +92,25 @@ def settings_aside() -> Iterator[None]:
             stack.enter_context(_algorithms_free())
         stack.enter_context(threads.limited())
         yield
+
+
+def _no_transforms() -> contextlib.AbstractContextManager[Any]:
+    """A block outside the function transforms around it (torch.func.grad, vmap, functionalize)."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
+@contextlib.contextmanager
+def _no_trace() -> Iterator[None]:
+    """A block of which torch.jit.trace sees nothing."""
+    internal: Any = torch._C
+    state = internal._get_tracing_state()
+    internal._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        internal._set_tracing_state(state)
 
 
 @contextlib.contextmanager

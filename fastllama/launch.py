@@ -54,6 +54,7 @@ def several(environ: Mapping[str, str] = os.environ) -> Launch | None:
     if missing:
         are = "are" if len(missing) > 1 else "is"
         raise ValueError(f"WORLD_SIZE asks for {size} processes and {', '.join(missing)} {are} not set: {REMEDY}")
+    local_world_size(environ), local_rank(environ)  # so that they are refused before anybody waits for others
     return Launch(
         world_size=size,
         rank=_number(environ, "RANK", 0, size - 1, f", as WORLD_SIZE is {size}"),

@@ -193,7 +193,7 @@ def prompts(
         )
     if not given:
         raise ValueError("there must be at least one prompt, got an empty list")
-    if len(given) > max_batch_size and not isinstance(given[0], int):
+    if len(given) > max_batch_size and _index(given[0]) is None:
         raise AssertionError(
             f"{len(given)} prompts are more than the max_batch_size of {max_batch_size}: "
             "pass fewer at a time, or build with a larger max_batch_size"

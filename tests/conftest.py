@@ -13,8 +13,13 @@ import hypothesis
 import pytest
 import torch
 
+from fastllama import launch
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+for name in os.environ.keys() - launch.environment_alone().keys():
+    del os.environ[name]  # what a launcher told somebody else
 
 if not os.environ.get("OMP_NUM_THREADS"):
     torch.set_num_threads(1)

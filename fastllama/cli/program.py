@@ -20,13 +20,7 @@ PROGRAM = "fastllama"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 1  # nobody reads what is printed
-OUT_OF_MEMORY_WORDS = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "failed to map segment",  # of a library that is imported
-)
+NO_ROOM_FOR_LIBRARY = ("failed to map segment", "cannot allocate memory")  # what the loader says of one
 
 
 class Program(click.Group):
@@ -113,7 +107,7 @@ def _unwritten() -> int:
         return 0
     if isinstance(broken, BrokenPipeError):
         return EXIT_UNREAD
-    return fail(f"stdout cannot be written: {broken.strerror or broken}")
+    return fail(f"{standard_streams.UNWRITTEN}{broken.strerror or broken}")
 
 
 def fail(message: str) -> int:
@@ -133,9 +127,11 @@ def is_expected(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError | ImportError) and any(
-        words in str(error).lower() for words in OUT_OF_MEMORY_WORDS
-    )
+    limits = sys.modules.get("fastllama.limits")
+    words = limits.OUT_OF_MEMORY_WORDS if limits is not None and isinstance(error, RuntimeError) else ()
+    if isinstance(error, ImportError):
+        words = NO_ROOM_FOR_LIBRARY
+    return any(word in str(error).lower() for word in words)
 
 
 def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:

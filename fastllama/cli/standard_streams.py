@@ -1,7 +1,8 @@
 """stdin, stdout and stderr as the program finds them: closed, full, or in an encoding that lacks characters.
 
 What cannot be read becomes U+FFFD, what cannot be shown an escape such as \\u2014; either is said once, on stderr.
-Where stderr takes nothing, what would be said there is dropped. A stdout that takes nothing is an error.
+Where stderr takes nothing, what would be said there is dropped. A stdout that takes nothing is an error, but for a
+closed one: who closes it wants nothing.
 """
 
 import codecs
@@ -22,6 +23,7 @@ UNREADABLE_NOTICE = "the input is not all {encoding}: what cannot be read became
 UNSHOWABLE_NOTICE = (
     "stdout is {encoding}, which lacks some of the characters: they became escapes (PYTHONIOENCODING=utf-8 shows them)"
 )
+UNWRITTEN = "stdout cannot be written: "
 UTF_8 = "utf-8"
 # Longest first, because one begins another.
 MARKS = (
@@ -58,8 +60,13 @@ def prepared() -> Iterator[None]:
 
 
 def say(text: str = "", nl: bool = True) -> None:
-    """Print `text` at once."""
-    click.echo(text, file=sys.stdout, nl=nl)  # left to itself, click writes utf-8 where Python says ascii
+    """Print `text` at once. OSError, which names stdout, where it takes nothing."""
+    try:
+        click.echo(text, file=sys.stdout, nl=nl)  # left to itself, click writes utf-8 where Python says ascii
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"{UNWRITTEN}{error.strerror or error}") from error
     if nl:
         _say_due()
 

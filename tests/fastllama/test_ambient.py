@@ -307,3 +307,28 @@ def test_a_denormal_temperature_is_none_of_zero(built: dict[str, Any]) -> None:
     with SETTINGS["flushed-denormals"]():
         assert [llm.generate(PROMPTS, 6, 1e-310, seed=1), llm.generate(PROMPTS, 6, 0, seed=1)] == drawn
     assert drawn[0] == drawn[1]  # no two logits are equal here
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
+    "grad": lambda function: torch.func.grad(function)(torch.ones(2)),
+    "vmap": lambda function: torch.func.vmap(function)(torch.ones(2)),
+    "functionalize": lambda function: torch.func.functionalize(function)(torch.ones(2)),
+    "trace": lambda function: torch.jit.trace(function, torch.ones(2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`:DeprecationWarning")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_around_a_call_sees_nothing_of_it(folder: str, built: dict[str, Any], name: str) -> None:
+    llm, expected, scores = built["float32"]
+    found: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        found.extend((answers(llm), answers(build(folder, "float32"))))
+        return x.sum()
+
+    TRANSFORMS[name](function)
+    for exact, logprobs in found:
+        assert exact == expected
+        assert logprobs == pytest.approx(scores, abs=TOLERANCE)
+    assert found

@@ -71,6 +71,8 @@ def test_what_is_not_set_is_named(gone: tuple[str, ...], said: str) -> None:
     ],
 )
 def test_a_number_out_of_range_is_named(name: str, value: str, range_of_it: str) -> None:
+    with pytest.raises(ValueError, match=f"the environment variable {name} must be"):
+        launch.several(TWO | {name: value})  # before anybody waits for others
     reads = {"LOCAL_RANK": launch.local_rank, "LOCAL_WORLD_SIZE": launch.local_world_size}
     message = f"the environment variable {name} must be a number from {range_of_it}, got '{value}': {REMEDY}"
     with pytest.raises(ValueError, match=f"^{message}$"):

@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama import Llama, ModelArgs, Transformer
 from fastllama.ambient import DENORMAL, neutral, settings_aside
+from fastllama.benchmarks.tolerances import TOLERANCES
 from fastllama.generation import sample_top_p
 from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 PROMPTS = [[1, 2, 3], [7]]
 TENSOR: Any = torch.tensor([[1, 2, 3, 4]])
-TOLERANCE = 1e-5
+TOLERANCE = TOLERANCES["divided logprobs", torch.float32]
 products: Any = torch.backends.mkldnn
 cuda_products = torch.backends.cuda.matmul
 

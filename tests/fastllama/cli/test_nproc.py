@@ -16,7 +16,7 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSource, described
 from fastllama.limits import memory_plan
 from fastllama.started import EXIT_FOLLOWER_DIED
-from tests.checkpoints import tiny_params
+from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
 from tests.tiers import parameters
 from tests.waiting import HANG_SECONDS
@@ -87,12 +87,22 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
+@pytest.fixture(scope="module")
+def monotonous(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint whose logits are all equal: its likeliest token is the first, and never one that stops."""
+    folder = tmp_path_factory.mktemp("monotonous")
+    weights = random_weights(tiny_params(), seed=7)
+    write_meta(folder, tiny_params(), weights | {"output.weight": torch.zeros_like(weights["output.weight"])})
+    write_tokenizer(folder)
+    return str(folder)
+
+
 @pytest.fixture
-def endless(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
+def endless(monotonous: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
     """On so many processes, started by the command or by torchrun: the fixture's parameters."""
     count, how = request.param
-    words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", checkpoint, "--device", "cpu"]
-    words += ["--max_seq_len", "8000", "--temperature", "5"]
+    words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", monotonous, "--device", "cpu"]
+    words += ["--max_seq_len", "8000", "--temperature", "0"]
     words = [*TORCHRUN[:-1], count, *words] if how == "torchrun" else [*words, "--nproc", count]
     pipe = subprocess.PIPE
     command = subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)

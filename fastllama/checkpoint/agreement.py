@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.checkpoint.files import NUMBER
+from fastllama.checkpoint.files import MOST_DIGITS, NUMBER
 from fastllama.checkpoint.layout import Piece, Stored
 from fastllama.checkpoint.shards import Shard
 from fastllama.rope import rope_table
@@ -67,11 +67,17 @@ class Copies:
 
 
 def check_order(shards: Sequence[Shard]) -> None:
-    """ValueError where the files' names contradict what torch.save wrote into them: the name that each had then."""
+    """ValueError where the files' names contradict what torch.save wrote into them: the name that each had then.
+
+    Those names say something only where their numbers are those of a whole set; others may be steps or process ids.
+    """
     numbers = [NUMBER.fullmatch(shard.saved_as) for shard in shards]
     matches = [match for match in numbers if match]
     families = {(match["before"], match["total"], match["after"]) for match in matches}
     if len(matches) < len(shards) or len(families) != 1:
+        return
+    found = {int(match["number"]) for match in matches if len(match["number"]) <= MOST_DIGITS}
+    if found not in (set(range(len(shards))), set(range(1, len(shards) + 1))):
         return
     for (shard, match), (_, after) in pairwise(zip(shards, matches, strict=True)):
         if int(match["number"]) > int(after["number"]):

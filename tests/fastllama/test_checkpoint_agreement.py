@@ -127,19 +127,41 @@ def test_shared_kv_heads_show_a_wrong_order(tmp_path: Path) -> None:
     refused(tmp_path, f"{{}}/consolidated.03.pth: expected the same {name} as in consolidated.00.pth, {DIFFERENT}")
 
 
-@pytest.mark.parametrize("saved_as", ["consolidated.00.pth", "rank.pth", "a buffer"])
-def test_files_saved_under_one_name_have_no_order_of_their_own(tmp_path: Path, saved_as: str) -> None:
-    for part in range(2):
+@pytest.mark.parametrize(
+    "saved_as",
+    [
+        ("consolidated.00.pth",) * 2,
+        ("rank.pth",) * 2,
+        ("a buffer",) * 2,
+        ("tmp-step93.pth", "tmp-step12.pth"),
+        ("part3.pth", "part1.pth"),
+        (f"pid-{'9' * 40}.pth", "pid-1.pth"),
+    ],
+    ids=" ".join,
+)
+def test_names_that_are_no_part_numbers_say_no_order(tmp_path: Path, saved_as: tuple[str, str]) -> None:
+    meta(tmp_path, shards=2)
+    for part, name in enumerate(saved_as):
         content = {name: share(PARAMS, name, weight, part, 2).clone() for name, weight in WEIGHTS.items()}
-        place = tmp_path / str(part)
-        place.mkdir()
-        if saved_as == "a buffer":
-            with (place / saved_as).open("wb") as file:
+        place = tmp_path / str(part) / name
+        place.parent.mkdir()
+        if name == "a buffer":
+            with place.open("wb") as file:
                 torch.save(content, file)
         else:
-            torch.save(content, place / saved_as)
-    meta(tmp_path, shards=2)
-    for part in range(2):
-        (tmp_path / str(part) / saved_as).rename(tmp_path / f"consolidated.0{part}.pth")
+            torch.save(content, place)
+        place.rename(tmp_path / f"consolidated.0{part}.pth")
     received = dict(open_checkpoint(tmp_path).tensors())
     assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in received.items())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_names_that_are_part_numbers_say_the_order(tmp_path: Path, first: int) -> None:
+    meta(tmp_path, shards=2)
+    for part in range(2):
+        content = torch.load(tmp_path / f"consolidated.0{part}.pth")
+        place = tmp_path / f"rank{first + 1 - part}.pth"
+        torch.save(content, place)
+        place.rename(tmp_path / f"consolidated.0{part}.pth")
+    with pytest.raises(ValueError, match=rf"consolidated.00.pth: was saved as rank{first + 1}.pth, so that the files'"):
+        open_checkpoint(tmp_path)

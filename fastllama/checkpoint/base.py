@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastllama.checkpoint.fields import Fields, listing
 from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Stored, Weight, check_split, read_share, weights
 
-READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYER = re.compile(r"(?:model\.)?layers\.([0-9]+)\.")
 GIT_LFS_SIGNATURE = b"version https://git-lfs"
 
@@ -29,7 +29,7 @@ class Checkpoint:
     format: "meta" or "huggingface".
     params: keyword arguments for ModelArgs, all sizes resolved; `rope_scaling_factor` only where the files say it.
     files: the weights' files and their sizes in bytes.
-    dtype: of the stored matrices (norms may be stored wider).
+    dtype: of the stored matrices (norms may be stored wider); float32 for float64, which is read as that.
     stop_token_ids: what generation_config.json or config.json call eos_token_id; () for Meta's files.
     passed_over: weights that lie there, too, and were not taken: files, or folders with a checkpoint, and why.
     """

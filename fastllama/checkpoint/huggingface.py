@@ -53,12 +53,12 @@ LAYER_NAMES = {
 }
 PERMUTED_PARTS = ("attention.wq", "attention.wk")
 # Buffers that some files carry: tables of the rotary embedding and causal masks. They follow from the configuration.
-DERIVED = re.compile(r"(.*\.)?(rotary_emb\.[a-z_]+|masked_bias|causal_mask|position_ids)")
+DERIVED = re.compile(r"(.*\.)?(rotary_emb\.[^.]+|masked_bias|causal_mask|position_ids)")
 FREQUENCIES = "rotary_emb.inv_freq"
 CAUSAL_MASK = re.compile(r".*(self_attn|attention|attn)\.bias")
 MASK_DIMS = 4
 BASE_PREFIX = "model."
-SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class StoredSlice:
@@ -133,7 +133,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
         format="huggingface",
         params=params,
         files=file_sizes(files.taken),
-        dtype=found[embedding].dtype,
+        dtype=stored[EMBEDDING_NAME].dtype,
         stop_token_ids=stop_token_ids(folder, config),
         stored=stored,
         passed_over=tuple(files.passed_over),

@@ -87,7 +87,7 @@ def open_meta(folder: Path) -> Checkpoint:
         format="meta",
         params=params,
         files=file_sizes(paths),
-        dtype=first[EMBEDDING_NAME].dtype,
+        dtype=stored[EMBEDDING_NAME].dtype,
         stop_token_ids=(),
         stored=stored,
         passed_over=tuple(files.passed_over),

@@ -142,6 +142,8 @@ BUFFERS: dict[str, Tensor] = {
     "model.layers.1.self_attn.rotary_emb.sin_cached": torch.ones(1, 1, 8, 8, dtype=torch.float64),
     "model.rotary_emb.inv_freq": torch.ones(0),
     "model.rotary_emb.original_inv_freq": torch.zeros(4),
+    "model.layers.1.self_attn.rotary_emb._cos_cached_64": torch.ones(8, 8),
+    "model.rotary_emb.Sin-cached2": torch.ones(8, 8),
     "rotary_emb.cos_cached": torch.ones(3, dtype=torch.int64),
     "model.layers.0.self_attn.masked_bias": torch.tensor(-1e9),
     "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),

@@ -145,7 +145,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def read_start(path: Path) -> bytes:
-    """The first bytes of a weights file; ValueError where it is empty, unreadable or a git-lfs pointer."""
+    """The first bytes of a weights file; ValueError where it is empty, unreadable or a git-lfs pointer.
+
+    ValueError, too, where its path is not UTF-8: torch and safetensors cannot be told to map it.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # its message would blame the file
+        raise ValueError(
+            f"{str(path)!r}: expected a path in UTF-8, as torch and safetensors need it to map a file; "
+            "rename the folder or the file"
+        ) from error
     try:
         with path.open("rb") as file:
             start = file.read(len(GIT_LFS_SIGNATURE))

@@ -88,8 +88,8 @@ def test_norms_may_have_drifted_apart(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize(
     "edit",
-    [spread(0.3), nudge("norm.weight", 63), times(2)],
-    ids=["all", "one", "twice"],
+    [spread(0.3), spread(1.0), nudge("norm.weight", 63), times(2)],
+    ids=["all", "all-far", "one", "twice"],
 )
 def test_norms_that_lie_close_are_warned_of(tmp_path: Path, edit: Any, caplog: pytest.LogCaptureFixture) -> None:
     edit_shard(meta(tmp_path, shards=2), edit, shard=1)

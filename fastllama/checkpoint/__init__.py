@@ -15,7 +15,14 @@ from fastllama.checkpoint.base import Checkpoint
 from fastllama.checkpoint.fields import listing
 from fastllama.checkpoint.files import AN_ADAPTER, FILE_PATTERN, SHARD_PATTERN, huggingface_files, meta_files
 from fastllama.checkpoint.huggingface import CONFIG_NAME, open_huggingface
-from fastllama.checkpoint.lookalikes import PICKLED_ADAPTERS, describe_file, describe_folder, find_below
+from fastllama.checkpoint.lookalikes import (
+    OWN_WEIGHTS,
+    PICKLED_ADAPTERS,
+    describe_file,
+    describe_folder,
+    find_below,
+    stray_files,
+)
 from fastllama.checkpoint.meta import PARAMS_NAME, open_meta
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -70,7 +77,7 @@ def _open(folder: Path) -> Checkpoint:
         return open_meta(folder)  # says that params.json is missing
     below = [place for place in (folder / name for name in PLACES_BELOW) if meta_files(place).taken]
     complete = [place for place in below if (place / PARAMS_NAME).exists()]
-    other = describe_folder(folder)
+    other = describe_folder(folder, OWN_WEIGHTS) if below else describe_folder(folder)
     if not below or other:
         raise AssertionError(_nothing_found(folder, other, complete))
     return open_meta((complete or below)[0])
@@ -85,6 +92,7 @@ def _others(folder: Path, checkpoint: Checkpoint) -> list[tuple[Path, str]]:
             why = f"no {PARAMS_NAME} beside it" if layout == "meta" else "Meta's layout goes first"
             found += [(path, why) for path in files.taken] + files.passed_over
     found += [(folder / name, AN_ADAPTER) for name in PICKLED_ADAPTERS if (folder / name).exists()]
+    found += [(path, "in another format") for path in stray_files(folder) if not own]
     for place in (folder / name for name in PLACES_BELOW):
         if place != checkpoint.path and meta_files(place).taken:
             first = checkpoint.path.relative_to(folder)

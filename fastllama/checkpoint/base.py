@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastllama.checkpoint.fields import Fields, listing
 from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Stored, Weight, check_split, read_share, weights
 
-READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYER = re.compile(r"(?:model\.)?layers\.([0-9]+)\.")
 GIT_LFS_SIGNATURE = b"version https://git-lfs"
 
@@ -29,7 +29,7 @@ class Checkpoint:
     format: "meta" or "huggingface".
     params: keyword arguments for ModelArgs, all sizes resolved; `rope_scaling_factor` only where the files say it.
     files: the weights' files and their sizes in bytes.
-    dtype: of the stored matrices (norms may be stored wider).
+    dtype: of the stored matrices (norms may be stored wider); float32 for float64, which is read as that.
     stop_token_ids: what generation_config.json or config.json call eos_token_id; () for Meta's files.
     passed_over: weights that lie there, too, and were not taken: files, or folders with a checkpoint, and why.
     """
@@ -145,7 +145,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def read_start(path: Path) -> bytes:
-    """The first bytes of a weights file; ValueError where it is empty, unreadable or a git-lfs pointer."""
+    """The first bytes of a weights file; ValueError where it is empty, unreadable or a git-lfs pointer.
+
+    ValueError, too, where its path is not UTF-8: torch and safetensors cannot be told to map it.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # its message would blame the file
+        raise ValueError(
+            f"{str(path)!r}: expected a path in UTF-8, as torch and safetensors need it to map a file; "
+            "rename the folder or the file"
+        ) from error
     try:
         with path.open("rb") as file:
             start = file.read(len(GIT_LFS_SIGNATURE))

@@ -18,8 +18,10 @@ FILE_PATTERN = "*.safetensors"
 MOST_PARTS = 4096
 MOST_DIGITS = 9
 
-# Files of a training run, as accelerate, DeepSpeed, Lightning and transformers call them.
-STATES = r"(optim(izer)?|(lr_)?scheduler|(grad_)?scaler|rng_states?|random_states?|train(er|ing)?_(args|state))"
+# Files of a training run, as accelerate, DeepSpeed, Lightning, torchtune and transformers call them.
+STATES = (
+    r"(optim(izer)?|(lr_)?scheduler|(grad_)?scaler|rng_states?|random_states?|(train(er|ing)?|recipe)_(args|state))"
+)
 TRAINING_STATE = re.compile(rf"{STATES}([._-].*)?|.*[._-]{STATES}", re.IGNORECASE)
 ADAPTER = re.compile(r"adapter(_model|s)?([._-].*)?|lora(_weights)?", re.IGNORECASE)
 COPY = re.compile(r".*( \([0-9]+\)| - copy.*| copy( [0-9]+)?)", re.IGNORECASE)

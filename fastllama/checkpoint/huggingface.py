@@ -53,12 +53,12 @@ LAYER_NAMES = {
 }
 PERMUTED_PARTS = ("attention.wq", "attention.wk")
 # Buffers that some files carry: tables of the rotary embedding and causal masks. They follow from the configuration.
-DERIVED = re.compile(r"(.*\.)?(rotary_emb\.[a-z_]+|masked_bias|causal_mask|position_ids)")
+DERIVED = re.compile(r"(.*\.)?(rotary_emb\.[^.]+|masked_bias|causal_mask|position_ids)")
 FREQUENCIES = "rotary_emb.inv_freq"
 CAUSAL_MASK = re.compile(r".*(self_attn|attention|attn)\.bias")
 MASK_DIMS = 4
 BASE_PREFIX = "model."
-SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class StoredSlice:
@@ -100,7 +100,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     config = Fields.read(folder / CONFIG_NAME)
     params = model_params(config)
     theirs = their_names(params["n_layers"])
-    files, found = _find_tensors(folder, config, set(theirs.values()))
+    files, found = _find_tensors(folder, config, set(theirs.values()), params["tied_output"])
     frequencies = found.pop(FREQUENCIES, None)
 
     check_dtypes(folder, {name: _torch_name(piece.stored_dtype) for name, piece in found.items()})
@@ -133,7 +133,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
         format="huggingface",
         params=params,
         files=file_sizes(files.taken),
-        dtype=found[embedding].dtype,
+        dtype=stored[EMBEDDING_NAME].dtype,
         stop_token_ids=stop_token_ids(folder, config),
         stored=stored,
         passed_over=tuple(files.passed_over),
@@ -172,7 +172,7 @@ def _hint(config: Fields, expected: Collection[str], found: Mapping[str, StoredS
 
 
 def _find_tensors(
-    folder: Path, config: Fields, expected: Collection[str]
+    folder: Path, config: Fields, expected: Collection[str], tied: bool
 ) -> tuple[WeightFiles, dict[str, StoredSlice]]:
     """The weights' files, and every tensor in them by the name that transformers gives it, and one inv_freq."""
     files, index, listed = _choose_files(folder, config)
@@ -182,20 +182,20 @@ def _find_tensors(
     for path in files.taken:
         handle = _open_file(path)
         for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
-            if name in place:
-                raise ValueError(f"{path}: {shown(name)} is also in {place[name]}; remove the file that is not wanted")
-            place[name] = path.name
             piece = StoredSlice(handle, name)
             if _is_derived(name, piece.shape):
                 if name.endswith(FREQUENCIES) and 0 not in piece.shape:
                     found.setdefault(FREQUENCIES, piece)
                 continue
+            if name in place:
+                raise ValueError(f"{path}: {shown(name)} is also in {place[name]}; remove the file that is not wanted")
+            place[name] = path.name
             known = _with_prefix(name, expected)
             if known in found:
                 raise ValueError(f"{path}: {shown(name)} and {shown(stored_as[known])} are the same tensor's names")
             found[known], stored_as[known] = piece, name
     if listed is not None:
-        _check_index(index, listed, place)
+        _check_index(index, listed, place, tied)
     empty = [f"{name} {piece.shape}" for name, piece in found.items() if 0 in piece.shape]
     if empty:
         raise ValueError(f"{folder}: expected tensors with data, got none in {listing(empty)}")
@@ -225,8 +225,10 @@ def _choose_files(folder: Path, config: Fields) -> tuple[WeightFiles, Path, dict
     return files, folder, None
 
 
-def _is_derived(name: str, shape: tuple[int, ...]) -> bool:
-    return bool(DERIVED.fullmatch(name) or (CAUSAL_MASK.fullmatch(name) and len(shape) == MASK_DIMS))
+def _is_derived(name: str, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether a tensor is a buffer that is not read; without its shape, as of one that is not there, by its name."""
+    is_mask = CAUSAL_MASK.fullmatch(name) and (shape is None or len(shape) == MASK_DIMS)
+    return bool(DERIVED.fullmatch(name) or is_mask)
 
 
 def _with_prefix(name: str, expected: Collection[str]) -> str:
@@ -254,9 +256,15 @@ def _read_index(path: Path) -> dict[str, str]:
     return listed
 
 
-def _check_index(path: Path, listed: dict[str, str], place: dict[str, str]) -> None:
-    """ValueError unless the files hold just what the index lists; `place` is the file that holds each tensor."""
-    absent = [f"{name} in {file}" for name, file in listed.items() if place.get(name) != file]
+def _check_index(path: Path, listed: dict[str, str], place: dict[str, str], tied: bool) -> None:
+    """ValueError unless the files hold just what the index lists; `place` is the file that holds each weight.
+
+    Buffers that are not read, and an output that is tied, need not be there, as in transformers.
+    """
+    optional = {name for name in listed if _is_derived(name)}
+    if tied:
+        optional |= {f"{OUTER_NAMES['output']}.weight"} - place.keys()
+    absent = [f"{name} in {file}" for name, file in listed.items() if place.get(name) != file and name not in optional]
     extra = [f"{name} in {file}" for name, file in place.items() if name not in listed]
     if absent:
         raise ValueError(f"{path}: lists {len(absent)} tensors that are not there: {listing(absent)}")

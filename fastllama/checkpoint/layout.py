@@ -50,7 +50,7 @@ class Piece(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight as the files hold it: `pieces` that make the whole when joined on `axis`."""
+    """A weight as the files hold it: `pieces` that make the whole when joined on `axis`. float64 is read as float32."""
 
     pieces: tuple[Piece, ...]
     axis: int = 0
@@ -62,6 +62,12 @@ class Stored:
         if self.axis < len(shape):
             shape[self.axis] = sum(piece.shape[self.axis] for piece in self.pieces)
         return tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `narrow` returns."""
+        stored = self.pieces[0].dtype
+        return torch.float32 if stored == torch.float64 else stored
 
     def narrow(self, axis: int, start: int, length: int) -> torch.Tensor:
         """`length` of the whole's `axis` from `start`: a view of one piece where that holds it, else one new tensor."""
@@ -76,6 +82,7 @@ class Stored:
                 if first < last:
                     parts.append(piece.narrow(axis, first - offset, last - first))
                 offset += size
+        parts = [part.to(self.dtype) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
 
 

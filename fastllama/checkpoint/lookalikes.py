@@ -1,7 +1,7 @@
 """What a folder or file is that holds no checkpoint but looks as if it did, and what to do with it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from fastllama.checkpoint.fields import Fields, listing, shown
@@ -29,6 +29,15 @@ OTHER_FORMATS = {
     "*.pt": "weights that no one calls a checkpoint's; call Meta's consolidated.00.pth, or save safetensors",
     "*.npz": "weights of MLX or numpy; fastllama reads safetensors or .pth",
 }
+# Those that are a folder's own model, in whose stead original/ must not answer. The others may be any stray file.
+OWN_WEIGHTS = (
+    "pytorch_model*.bin*",
+    "model-*.bin*",
+    "tf_model*.h5",
+    "flax_model*.msgpack",
+    "*.distcp",
+    "global_step*",
+)
 
 
 def describe_file(path: Path) -> str:
@@ -39,18 +48,27 @@ def describe_file(path: Path) -> str:
     return "is a file; pass the folder it is in"
 
 
-def describe_folder(folder: Path) -> str | None:
+def describe_folder(folder: Path, patterns: Collection[str] = tuple(OTHER_FORMATS)) -> str | None:
     """What the weights in a folder are that is known not to hold a checkpoint; None where there are none.
 
-    Reads names, and of an adapter its configuration.
+    Reads names, and of an adapter its configuration. `patterns` are those of OTHER_FORMATS to look for.
     """
     if any((folder / name).exists() for name in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES)):
         return _describe_adapter(folder)
-    for pattern, what in OTHER_FORMATS.items():
-        names = sorted(path.name for path in folder.glob(pattern) if not TRAINING_STATE.fullmatch(path.stem))
-        if names:
-            return f"{listing(names[:1])} is {what}"
+    for pattern in patterns:
+        if found := _others_called(folder, pattern):
+            return f"{listing([found[0].name])} is {OTHER_FORMATS[pattern]}"
     return None
+
+
+def stray_files(folder: Path) -> list[Path]:
+    """Files in other formats that need not be the folder's own weights, such as prompts.pt."""
+    patterns = [pattern for pattern in OTHER_FORMATS if pattern not in OWN_WEIGHTS]
+    return sorted(path for pattern in patterns for path in _others_called(folder, pattern))
+
+
+def _others_called(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not TRAINING_STATE.fullmatch(path.stem))
 
 
 def _describe_adapter(folder: Path) -> str:

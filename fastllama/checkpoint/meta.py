@@ -87,7 +87,7 @@ def open_meta(folder: Path) -> Checkpoint:
         format="meta",
         params=params,
         files=file_sizes(paths),
-        dtype=first[EMBEDDING_NAME].dtype,
+        dtype=stored[EMBEDDING_NAME].dtype,
         stop_token_ids=(),
         stored=stored,
         passed_over=tuple(files.passed_over),
@@ -160,11 +160,12 @@ def _hint(fields: Fields, expected: Sequence[str], found: Mapping[str, torch.Ten
 
 
 def _check_copies(first: Path, copies: Sequence[Copies]) -> None:
-    """ValueError where files hold different values of what all should share; a warning where they have drifted."""
-    drifted = [one.name for one in copies if one.sample_differs()]
+    """ValueError where what all files should share is another tensor in one; a warning where it has drifted."""
+    drifted = [one.name for one in copies if one.samples_differ()]
     if drifted:
         logger.warning(
-            "%s: %s differ a little from those in the other shards, as is known of Llama 3 70B; this file's are used",
+            "%s: %s differ from those in the other shards, as is known of Llama 3 70B; this file's are used. "
+            "Where the shards may be of two fine-tuned models, download all of one",
             first,
             listing(list(dict.fromkeys(drifted))),
         )

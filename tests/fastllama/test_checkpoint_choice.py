@@ -158,6 +158,9 @@ def test_an_adapter_is_not_replaced_by_the_base_model(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "original").format == "meta"
 
 
+OWN = ("pytorch_model", "tf_model", "flax_model", "__0_0", "global_step", "model-")
+
+
 @pytest.mark.parametrize(
     ("name", "mention"),
     [
@@ -169,6 +172,8 @@ def test_an_adapter_is_not_replaced_by_the_base_model(tmp_path: Path) -> None:
         ("tf_model.h5", "is TensorFlow's weights"),
         ("flax_model.msgpack", "is Flax's weights"),
         ("epoch=3.ckpt", "is a checkpoint of a training program"),
+        ("model-00001-of-00002.bin", "is pickled weights"),
+        ("global_step300", "is a checkpoint of DeepSpeed"),
         ("__0_0.distcp", "is a distributed checkpoint of torch"),
         ("weights.npz", "is weights of MLX or numpy"),
         ("llama.nemo", "is an archive of NeMo"),
@@ -181,9 +186,19 @@ def test_weights_of_other_programs_are_called_what_they_are(tmp_path: Path, name
     message = f"no checkpoint in {str(tmp_path)!r}: {name} {mention}"
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}"):
         open_checkpoint(tmp_path)
-    base(tmp_path, "original")  # and the base model does not answer in their stead
+    base(tmp_path, "original")
+    if not name.startswith(OWN):  # a stray file
+        checkpoint = open_checkpoint(tmp_path)
+        assert checkpoint.path == tmp_path / "original"
+        assert checkpoint.passed_over == ((tmp_path / name, "in another format"),)
+        return
     with pytest.raises(AssertionError, match=r"original/ holds other weights: pass that folder to run those$"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "pytorch_model.bin", "model.onnx", "x.ckpt", "a.pt", "notes.txt"])
+def test_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
     with pytest.raises(AssertionError, match=r"^checkpoint folder .* is "):
         open_checkpoint(tmp_path / name)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastllama import Llama
 from fastllama.checkpoint import open_checkpoint
-from tests.bad_checkpoints import CONFIG, PARAMS, WEIGHTS, edit_shard, edit_tensors, huggingface, indexed, meta
+from tests.bad_checkpoints import CONFIG, PARAMS, SHARDS, WEIGHTS, edit_shard, edit_tensors, huggingface, indexed, meta
 from tests.checkpoints import huggingface_weights, tiny_params, write_meta, write_tokenizer
 
 PROMPTS = [[5, 250, 17, 300, 41], [9], [101, 3, 77, 512]]
@@ -142,6 +142,8 @@ BUFFERS: dict[str, Tensor] = {
     "model.layers.1.self_attn.rotary_emb.sin_cached": torch.ones(1, 1, 8, 8, dtype=torch.float64),
     "model.rotary_emb.inv_freq": torch.ones(0),
     "model.rotary_emb.original_inv_freq": torch.zeros(4),
+    "model.layers.1.self_attn.rotary_emb._cos_cached_64": torch.ones(8, 8),
+    "model.rotary_emb.Sin-cached2": torch.ones(8, 8),
     "rotary_emb.cos_cached": torch.ones(3, dtype=torch.int64),
     "model.layers.0.self_attn.masked_bias": torch.tensor(-1e9),
     "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
@@ -150,18 +152,32 @@ BUFFERS: dict[str, Tensor] = {
 }
 
 
-@pytest.mark.parametrize("layout", ["one_file", "indexed"])
-def test_derived_buffers_are_ignored(tmp_path: Path, layout: str) -> None:
-    if layout == "one_file":
-        stored(tmp_path, {**THEIRS, **BUFFERS})
-        assert answers(tmp_path) == their_answers(tmp_path)
-        return
-    path = indexed(tmp_path) / "model-00001-of-00002.safetensors"
-    save_file({**load_file(path), **BUFFERS}, path)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    index["weight_map"] |= dict.fromkeys(BUFFERS, path.name)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+def test_derived_buffers_are_ignored(tmp_path: Path) -> None:
+    stored(tmp_path, {**THEIRS, **BUFFERS})
+    assert answers(tmp_path) == their_answers(tmp_path)
+
+
+@pytest.mark.parametrize(("listed_in", "stored_in"), [(0, [0]), (0, []), (None, [1]), (0, [1]), (0, [0, 1])])
+def test_an_index_need_not_be_right_about_derived_buffers(
+    tmp_path: Path, listed_in: int | None, stored_in: list[int]
+) -> None:
+    indexed(tmp_path, **({} if listed_in is None else dict.fromkeys(BUFFERS, SHARDS[listed_in])))
+    for path in [tmp_path / SHARDS[part] for part in stored_in]:
+        save_file({**load_file(path), **BUFFERS}, path)
     assert dict(open_checkpoint(tmp_path).tensors()).keys() == WEIGHTS.keys()
+
+
+def test_an_index_may_list_a_tied_output_that_is_not_stored(tmp_path: Path) -> None:
+    indexed(tmp_path)
+    for path in [tmp_path / name for name in SHARDS]:
+        save_file({name: tensor for name, tensor in load_file(path).items() if name != OUTPUT}, path)
+    refused(tmp_path, f"{{}}/model.safetensors.index.json: lists 1 tensors that are not there: {OUTPUT} in {SHARDS[0]}")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.params["tied_output"]
+    received = dict(checkpoint.tensors())
+    assert torch.equal(received["output.weight"], WEIGHTS["tok_embeddings.weight"])
 
 
 def test_metas_derived_buffers_are_ignored(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What opening a checkpoint refuses in its folder and its JSON: an error that names the file and the field."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ def test_open_rejects_a_missing_folder(tmp_path: Path, name: str) -> None:
 def test_open_rejects_a_file(tmp_path: Path) -> None:
     meta(tmp_path)
     refused(tmp_path / "consolidated.00.pth", "pass the folder", error=AssertionError)
+
+
+@pytest.mark.parametrize("write", [meta, huggingface, indexed])
+@pytest.mark.parametrize("name", [b"d\xe9\xff", b"\x80"], ids=repr)
+def test_open_rejects_a_path_that_is_not_utf_8(tmp_path: Path, write: Callable[[Path], Path], name: bytes) -> None:
+    plain, folder = tmp_path / "plain", tmp_path / os.fsdecode(name)
+    plain.mkdir()
+    file = open_checkpoint(write(plain)).files[0][0].name
+    plain.rename(folder)
+    with pytest.raises(ValueError, match="expected a path in UTF-8") as caught:
+        open_checkpoint(folder)
+    assert str(caught.value) == (
+        f"{str(folder / file)!r}: expected a path in UTF-8, as torch and safetensors need it to map a file; "
+        "rename the folder or the file"
+    )
+
+
+def test_a_path_in_utf_8_may_have_any_letters(tmp_path: Path) -> None:
+    folder = tmp_path / "modèle 模型"
+    folder.mkdir()
+    assert open_checkpoint(meta(folder)).format == "meta"
 
 
 def test_open_rejects_an_empty_folder(tmp_path: Path) -> None:

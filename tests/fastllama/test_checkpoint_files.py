@@ -142,6 +142,7 @@ OTHERS: dict[str, tuple[Make, str | None]] = {
     "scheduler.pth": (write(), "a training run's state"),
     "rng_state_0.pth": (write(), "a training run's state"),
     "training_args.pth": (write(), "a training run's state"),
+    "recipe_state.pth": (write(), "a training run's state"),
     "consolidated.00.optim.pth": (write(), "a training run's state"),
     "adapter_model.pth": (write(), "an adapter, which is not applied"),
     "consolidated.00 (1).pth": (write(), "a second copy"),
@@ -175,7 +176,9 @@ def test_nothing_is_mentioned_where_nothing_is_passed_over(tmp_path: Path, caplo
     assert caplog.messages == [f"checkpoint: {tmp_path}, consolidated.00.pth"]
 
 
-@pytest.mark.parametrize("name", ["optimizer.pth", "rng_state.pth", "lr_scheduler.pth", "adapter_model.pth"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pth", "rng_state.pth", "lr_scheduler.pth", "recipe_state.pth", "adapter_model.pth"]
+)
 def test_other_names_are_told_from_checkpoints_of_any_name(tmp_path: Path, name: str) -> None:
     renamed(meta(tmp_path), ["llama3-optimized.pth"])
     write()(tmp_path / name)

@@ -88,6 +88,17 @@ def test_tensors_keep_the_files_dtype(tmp_path: Path, dtype: torch.dtype) -> Non
     assert all(torch.equal(tensor, WEIGHTS[name].to(dtype)) for name, tensor in checkpoint.tensors(0, 1))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_of_float64_are_read_as_float32(tmp_path: Path, tied: bool) -> None:
+    params = tiny_params(tied_output=tied)
+    weights = random_weights(params, dtype=torch.float64)
+    checkpoint = open_checkpoint(write_huggingface(tmp_path, params, weights))
+    assert (checkpoint.dtype, checkpoint.params["tied_output"]) == (torch.float32, tied)
+    for name, tensor in checkpoint.tensors():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, weights[name].float())
+
+
 def test_tensors_are_views_where_no_rows_are_permuted(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_plain(tmp_path))
     once, again = dict(checkpoint.tensors(1, 2)), dict(checkpoint.tensors(1, 2))

@@ -68,6 +68,18 @@ def test_tensors_keep_the_files_dtype(tmp_path: Path, dtype: torch.dtype) -> Non
         assert torch.equal(tensor, WEIGHTS[name].to(dtype))
 
 
+@pytest.mark.parametrize("shards", [1, 2, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_of_float64_are_read_as_float32(tmp_path: Path, shards: int, tied: bool) -> None:
+    params = tiny_params(tied_output=tied)
+    weights = random_weights(params, dtype=torch.float64)
+    checkpoint = open_checkpoint(write_meta(tmp_path, params, weights, shards))
+    assert (checkpoint.dtype, checkpoint.params["tied_output"]) == (torch.float32, tied)
+    for name, tensor in checkpoint.tensors():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, weights[name].float())
+
+
 def test_tensors_keep_wider_norms(tmp_path: Path) -> None:
     weights = {name: weight if "norm" in name else weight.bfloat16() for name, weight in WEIGHTS.items()}
     checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, weights, shards=2))

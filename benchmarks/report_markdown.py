@@ -63,8 +63,8 @@ def _section(suite: str, records: Sequence[Record]) -> list[str]:
 
 
 def _plain(records: Sequence[Record]) -> list[str]:
-    """A column for each key."""
-    keys = [key for key in records[0] if key != "suite"]
+    """A column for each key of any of them."""
+    keys = [key for key in dict.fromkeys(key for record in records for key in record) if key != "suite"]
     heads = [key.replace("_", " ") for key in keys]
     return [markdown(heads, ([_text(record.get(key)) for key in keys] for record in records))]
 

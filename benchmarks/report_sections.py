@@ -167,11 +167,13 @@ def switches(bench: Bench) -> Found:
         for batch in dict.fromkeys((bench.sizes.batches[0], bench.sizes.batches[-1])):
             decoders = {variant: make() for variant, (_, make) in variants.items()}
             rates: dict[str, list[float]] = {variant: [] for variant in variants}
+            dependent: dict[str, bool] = {}
             for _ in range(bench.sizes.rounds):
                 for variant, (how, _) in variants.items():
                     with switched(**how):  # while its graph is captured, the first time
                         record = _rate(bench, name, decoders[variant], batch, context)
                     rates[variant].append(record["tokens_per_second"])
+                    dependent[variant] = record["dependent_launch"]
             usual = percentile(rates["as it is"], 50)
             for variant, found in rates.items():
                 rate = percentile(found, 50)
@@ -180,6 +182,7 @@ def switches(bench: Bench) -> Found:
                     "batch": batch,
                     "context": context,
                     "variant": variant,
+                    "dependent_launch": dependent[variant],
                     "tokens_per_second": rate,
                     "ratio": rate / usual,
                 }
@@ -213,6 +216,7 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
         "model": name,
         "batch": batch,
         "context": context,
+        "dependent_launch": decoder.dependent,
         "tokens_per_second": batch / seconds,
         "step_milliseconds": MILLI * seconds,
         "least_milliseconds": MILLI * least,

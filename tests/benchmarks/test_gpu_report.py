@@ -20,6 +20,9 @@ from fastllama.benchmarks.report_markdown import summary
 from fastllama.benchmarks.report_sections import Bench
 from fastllama.benchmarks.report_sizes import TOY
 from fastllama.benchmarks.result_file import ResultFile, read_result
+from fastllama.decode_graph import Decoder
+from fastllama.kernels import fused
+from fastllama.kernels.switches import switches
 from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +54,8 @@ def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all((one["returncode"], one["n_passed"], one["n_failed"]) == (0, 0, 0) for one in tests)
     assert sum(one["n_skipped"] for one in tests) > 100
     checks = [record for record in result.records if record["suite"] == "self-check"]
-    assert len(checks) == 8 and all(record["equal"] for record in checks)
+    assert checks[0]["check"] == "compiled ahead"
+    assert len(checks) == 9 and all(record["equal"] and not record["dependent"] for record in checks[1:])
     steps = [record for record in result.records if record["suite"] == "whole step"]
     assert [(record["batch"], record["attention_pairs"]) for record in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(record["step_microseconds"] > 0 < record["sum_of_launches_microseconds"] for record in steps)
@@ -141,10 +145,13 @@ def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
         variant("qkv", "rows 8", None),
         variant("qkv", "the library's matmul", 14.0),
         variant("down", "rows 1", None, in_table=True),
+        {"suite": "self-check", "check": "compiled ahead", "seconds": 2.5},
+        {"suite": "self-check", "check": "a graph", "equal": True},
     ]
     page = summary(ResultFile(describe_environment("cpu"), {"read": ceiling}, records, interrupted=True))
     assert "| 8B | 1 | qkv | rows 2 | 12.5 | rows 4 | 11.25 | 14 |" in page
     assert "| 8B | 1 | down |  |  |  |  |  |" in page
+    assert "| check | seconds | equal |" in page and "| a graph |  | True |" in page
     assert "| read | 4500 | 4500 | 4500 | GB/s | a kernel |" in page and "Interrupted." in page
 
 
@@ -159,6 +166,26 @@ def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pyt
         "SELF-CHECK FAILED, so nothing below means much: ordinary launches in a graph give [[1, 3]], ordinary "
         "launches, one by one [[1, 2]]"
     )
+
+
+def test_a_self_check_tells_that_dependent_launches_were_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(decoder: Decoder, n_rows: int) -> list[list[int]]:
+        if decoder._captures is None and n_rows == 1:
+            decoder._dependent = False  # as a capture does that fails
+        return [[1, 2]]
+
+    monkeypatch.setattr(report_steps, "_greedy", greedy)
+    monkeypatch.setattr(fused, "launches_depend", lambda: switches().launch)
+    found = list(report_steps.self_check(Bench(torch.device("cpu"), TOY, tmp_path)))
+    errors = [place for place, record in enumerate(found) if "error" in record]  # type: ignore[operator]
+    assert [found[place]["error"] for place in errors] == [  # type: ignore[index]
+        f"SELF-CHECK FAILED: {name} (1 rows) could not be captured and were replaced by ordinary ones: stderr says why"
+        for name in ("dependent launches in a graph", "kernels in float32")
+    ]
+    given_up = [found[place - 1] for place in errors]
+    assert all(record["equal"] and not record["dependent"] for record in given_up)  # type: ignore[index]
 
 
 def test_the_first_sections_are_waited_for_but_shortly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ TITLES = {
     "prefill": "Prefill",
     "sampling": "Sampling",
     "switches": "What the graph, the dependent launch, prefetches and unrolling bring",
-    "variants": "Launches beside those of the tables, µs",
     "kernel tests": "Kernel tests, compiled",
+    "variants": "Launches beside those of the tables, µs",
 }
 LAUNCH_HEAD = ("launch", "", "µs", "least", "share", "ms a step", "gap, ms")
 VARIANT_HEAD = ("model", "batch", "op", "in the table", "µs", "best other", "µs", "library, µs")

@@ -48,6 +48,7 @@ def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     assert {record["suite"] for record in result.records} | {"ceilings"} == set(gpu_report.SECTIONS)
     assert result.ceilings.keys() == {"read", "read_kernel", "copy", "matmul"}
     suites = [record["suite"] for record in result.records]
+    assert list(dict.fromkeys(suites))[-2:] == ["kernel tests", "variants"], "what takes all the time left comes last"
     assert suites[0] == "self-check" and suites.index("boundaries") < suites.index("tests") < suites.index("launches")
     tests = [record for record in result.records if record["suite"] == "tests"]
     assert [record["tests"] for record in tests] == ["tests/fastllama/test_gpu.py", "tests/gpu"]
@@ -238,6 +239,16 @@ def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: 
     (record,) = report_tests._tests(bench, ("test_fast.py",), limit=HANG_SECONDS)
     assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, 1)  # type: ignore[index]
     assert record["failures"] == ["test_fast.py::test_bad"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("device", "n_all"), [("cuda", 1), ("cpu", 0)])
+def test_slow_tests_run_where_kernels_are_compiled(
+    device: str, n_all: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(report_tests, "_run", lambda command, *_: commands.append(command))
+    list(report_tests._tests(Bench(torch.device(device), TOY, tmp_path), report_tests.KERNEL_TESTS, 1.0))
+    assert [command.count("--all") for command in commands] == [n_all]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.benchmarks import gpu_report, report_steps, report_tests
+from fastllama.benchmarks import gpu_report, report_sections, report_steps, report_tests
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
 from fastllama.benchmarks.measure import Ceiling, summarize
@@ -154,6 +154,19 @@ def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
     assert "| 8B | 1 | down |  |  |  |  |  |" in page
     assert "| check | seconds | equal |" in page and "| a graph |  | True |" in page
     assert "| read | 4500 | 4500 | 4500 | GB/s | a kernel |" in page and "Interrupted." in page
+
+
+def test_without_ceilings_no_measurement_is_lost(tmp_path: Path) -> None:
+    bench = Bench(torch.device("cpu"), TOY, tmp_path)
+    records: list[dict[str, Any]] = []
+    for section in (report_sections.launches, report_sections.decode, report_sections.prompts):
+        found = [{"suite": section.__name__, **record} for record in section(bench) if isinstance(record, dict)]
+        assert found and all(one.get("microseconds", one.get("milliseconds", 1)) > 0 for one in found)
+        names = ("least_microseconds", "least_milliseconds", "share", "share_of_matmul")
+        assert all(one.get(name) is None for one in found for name in names)
+        records += found
+    page = summary(ResultFile(describe_environment("cpu"), {}, records))
+    assert "**Without ceilings, least times and shares are not known.**" in page and "| all |" in page
 
 
 def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -107,13 +108,13 @@ def whole_steps(bench: Bench) -> Found:
     for name in sizes.models:
         model = bench.model(name)
         ops = model.ops
-        for batch in dict.fromkeys((sizes.batches[0], sizes.batches[-1])):
-            for pairs in PAIRS:
-                model.ops = cast(Any, _WithPairs(ops, pairs))
-                try:
-                    yield from _whole_step(bench, name, model, batch, sizes.contexts[0], pairs)
-                finally:
-                    model.ops = ops
+        ends = product((sizes.contexts[0], sizes.contexts[-1]), (sizes.batches[0], sizes.batches[-1]))
+        for (context, batch), pairs in product(dict.fromkeys(ends), PAIRS):
+            model.ops = cast(Any, _WithPairs(ops, pairs))
+            try:
+                yield from _whole_step(bench, name, model, batch, context, pairs)
+            finally:
+                model.ops = ops
 
 
 class _WithPairs:

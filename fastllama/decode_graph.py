@@ -107,13 +107,24 @@ class Decoder:
 
     @torch.inference_mode()
     def rehearse(self, n_rows: int) -> None:
-        """Run a step of so many parked rows, launch by launch: it compiles kernels and leaves nothing behind."""
+        """Run a step of so many parked rows, launch by launch: it compiles kernels and leaves nothing behind.
+
+        Raises RuntimeError, naming the switch that does without dependent launches, where one of them fails.
+        """
         with self.model.exclusively():
             self._take_stream()
             self._follow_model()
             self._state.park()
-            with self.launching():
-                step(self.model, self._state.first(n_rows))
+            try:
+                with self.launching():
+                    step(self.model, self._state.first(n_rows))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if not self.dependent:
+                    raise
+                hint = "if dependent launches are to blame, dependent_launch=False does without them"
+                raise RuntimeError(f"a decode step of {n_rows} rows failed ({error}): {hint}") from error
 
     def begin(
         self,

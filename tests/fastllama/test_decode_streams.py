@@ -13,6 +13,7 @@ from torch import Tensor
 from fastllama import Llama, decode_graph
 from fastllama.cuda_graph import CudaGraph
 from fastllama.decode_graph import Decoder
+from fastllama.kernels import ragged
 from fastllama.kernels.ragged import Ragged
 from fastllama.kernels.switches import Switches, switched, switches
 from tests.tape import Tape
@@ -106,6 +107,26 @@ def test_a_call_keeps_the_stream_on_which_it_began(
     assert second.waited == ["first"] and not first.waited, "steps of the call before may still run"
 
 
+def test_sampling_parameters_are_uploaded_on_the_stream_that_reads_them(
+    llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded_on: list[str] = []
+    upload = ragged.upload
+
+    def noted(*arguments: Any) -> Tensor:
+        uploaded_on.append(Stream.current.name)
+        return upload(*arguments)
+
+    monkeypatch.setattr(llm, "decoder", decoder)
+    llm.generate(PROMPTS, 1, **CALL)  # allocates the decoder's state
+    monkeypatch.setattr(ragged, "upload", noted)
+    with Stream("asked for").use():
+        stream = llm.stream(PROMPTS, 2, temperature=1.0, seed=1)
+    with Stream("begun").use():
+        list(stream)
+    assert set(uploaded_on) == {"begun"}
+
+
 def test_another_stream_finds_the_workspace_as_new(
     llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +215,27 @@ def test_memory_that_runs_out_is_no_matter_of_dependent_launches(llm: Llama, mon
         llm.generate(PROMPTS, 4, **CALL)
     assert llm.decoder.dependent and Full.n_tries == 1
     assert llm.generate(PROMPTS, 4, **CALL) == expected
+
+
+def test_a_rehearsal_that_fails_names_the_switch(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(error: RuntimeError) -> Any:
+        def step(*arguments: Any) -> None:
+            raise error
+
+        return step
+
+    refused = RuntimeError("Triton Error [CUDA]: operation not supported")
+    named = (
+        f"a decode step of 2 rows failed ({refused}): if dependent launches are to blame, dependent_launch=False does "
+        "without them"
+    )
+    full = torch.OutOfMemoryError("out of memory")
+    for depend, error, message in ((True, refused, named), (False, refused, str(refused)), (True, full, str(full))):
+        monkeypatch.setattr(llm.model.ops, "launches_depend", lambda depend=depend: depend)
+        monkeypatch.setattr(decode_graph, "step", failing(error))
+        with pytest.raises(type(error)) as caught:
+            Decoder(llm.model).rehearse(2)
+        assert str(caught.value) == message
 
 
 class BrokenCapture:

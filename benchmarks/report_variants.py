@@ -30,11 +30,17 @@ STAGES = (1, 0.5)
 CHUNKS = (1, 2)
 MAX_THREAD_BYTES = 512  # of weights that a thread can hold in registers
 OTHER_SLOTS = (16, 64, 128)
-# Neighbours that spill registers on compute capability 9.0 under triton 3.6, by weight and columns: 3.2-1B's.
+# Neighbours that spill registers on compute capability 9.0 under triton 3.6, with a norm or without one: by weight, all
+# of them 3.2-1B's, and columns.
 SPILLING = {
-    (3072, 2048, 8): few_tokens.Launch(32, 512, 3, 2, 1),
-    (128256, 2048, 16): few_tokens.Launch(128, 256, 3, 4, 1),
-    (2048, 2048, 16): few_tokens.Launch(32, 256, 4, 4, 2),
+    (3072, 2048, 8): {
+        few_tokens.Launch(16, 256, 3, 1, 2),
+        few_tokens.Launch(32, 256, 3, 2, 2),
+        few_tokens.Launch(32, 512, 3, 2, 1),
+    },
+    (3072, 2048, 16): {few_tokens.Launch(16, 256, 3, 2, 2)},
+    (128256, 2048, 16): {few_tokens.Launch(128, 256, 3, 4, 1)},
+    (2048, 2048, 16): {few_tokens.Launch(32, 256, 4, 4, 2)},
 }
 MIN_CALLS = 4  # of one graph, and weights behind each other
 
@@ -129,8 +135,8 @@ def _few_tokens_launches(weight: Tensor, tiles: int, batch: int) -> list[few_tok
             if 16 <= rows <= MAX_ROWS and accumulators * chunk <= weight.shape[1] and fits:
                 warps = max(1, min(4, rows // 16 * (columns // 8)))
                 found.append(few_tokens.Launch(rows, chunk, stages, warps, accumulators))
-    spilling = SPILLING.get((*weight.shape, columns))
-    return [launch for launch in dict.fromkeys(found) if launch != spilling]
+    spilling = SPILLING.get((*weight.shape, columns), set())
+    return [launch for launch in dict.fromkeys(found) if launch not in spilling]
 
 
 def _text(launch: Launch) -> str:

@@ -47,8 +47,8 @@ SECTIONS = {
     "prefill": "fastllama.benchmarks.report_sections:prompts",
     "sampling": "fastllama.benchmarks.report_sections:sampling",
     "switches": "fastllama.benchmarks.report_sections:switches",
-    "variants": "fastllama.benchmarks.report_variants:variants",
     "kernel tests": "fastllama.benchmarks.report_tests:kernel_tests",
+    "variants": "fastllama.benchmarks.report_variants:variants",
 }
 ALWAYS = ("self-check", "ceilings")  # by which all others are to be judged
 PACKAGES = ("torch", "triton", "psutil", "tiktoken", "safetensors", "tqdm", "numpy")

@@ -38,9 +38,12 @@ class LaunchTime:
     work: Work
     microseconds: Summary
 
-    def against(self, machine: Machine) -> dict[str, Any]:
-        """Beside the least that it could take, ready for JSON. `share` is 1 at the limit, 0 where there is none."""
-        least = MICRO * self.work.least_seconds(machine)
+    def against(self, machine: Machine | None) -> dict[str, Any]:
+        """Beside the least that it could take, ready for JSON. `share` is 1 at the limit, 0 where there is none.
+
+        Both are None where nothing is known of the machine.
+        """
+        least = None if machine is None else MICRO * self.work.least_seconds(machine)
         return {
             "launch": self.work.name,
             "count": self.work.count,
@@ -48,7 +51,7 @@ class LaunchTime:
             "flops": self.work.flops,
             "microseconds": asdict(self.microseconds),
             "least_microseconds": least,
-            "share": least / self.microseconds.p50,
+            "share": None if least is None else least / self.microseconds.p50,
         }
 
 

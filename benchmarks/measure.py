@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from fastllama.decode_graph import CudaGraph
+from fastllama.cuda_graph import CudaGraph
 
 CPU_BUFFER_BYTES = 256 * 2**20  # several times the last-level cache of any CPU that is likely to run this
 CUDA_BUFFER_BYTES = 2**30

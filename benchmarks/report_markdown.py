@@ -17,8 +17,8 @@ TITLES = {
     "prefill": "Prefill",
     "sampling": "Sampling",
     "switches": "What the graph, the dependent launch, prefetches and unrolling bring",
-    "variants": "Launches beside those of the tables, µs",
     "kernel tests": "Kernel tests, compiled",
+    "variants": "Launches beside those of the tables, µs",
 }
 LAUNCH_HEAD = ("launch", "", "µs", "least", "share", "ms a step", "gap, ms")
 VARIANT_HEAD = ("model", "batch", "op", "in the table", "µs", "best other", "µs", "library, µs")
@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 def summary(result: ResultFile) -> str:
     """The report as far as it goes."""
-    environment = result.environment
+    environment, records = result.environment, result.records
     where = f"{environment.device_name}, torch {environment.torch}, triton {environment.triton}"
     state = {True: ", changed", False: "", None: ""}[environment.git_dirty]
     parts = [
@@ -42,9 +42,11 @@ def summary(result: ResultFile) -> str:
     if result.ceilings:
         parts.append("## Ceilings")
         parts.append(markdown(["", "median", "p10", "p90", "", "how"], map(_ceiling, result.ceilings.values())))
-    for suite in dict.fromkeys(record["suite"] for record in result.records):
-        records = [record for record in result.records if record["suite"] == suite]
-        parts += [f"## {TITLES.get(suite, suite)}", *_section(suite, records)]
+    if any(None in (record.get("least_microseconds", 0), record.get("least_milliseconds", 0)) for record in records):
+        parts.append("**Without ceilings, least times and shares are not known.**")
+    for suite in dict.fromkeys(record["suite"] for record in records):
+        of_suite = [record for record in records if record["suite"] == suite]
+        parts += [f"## {TITLES.get(suite, suite)}", *_section(suite, of_suite)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,8 +65,8 @@ def _section(suite: str, records: Sequence[Record]) -> list[str]:
 
 
 def _plain(records: Sequence[Record]) -> list[str]:
-    """A column for each key."""
-    keys = [key for key in records[0] if key != "suite"]
+    """A column for each key of any of them."""
+    keys = [key for key in dict.fromkeys(key for record in records for key in record) if key != "suite"]
     heads = [key.replace("_", " ") for key in keys]
     return [markdown(heads, ([_text(record.get(key)) for key in keys] for record in records))]
 
@@ -75,16 +77,17 @@ def _launches(records: Sequence[Record]) -> list[str]:
     for case in dict.fromkeys((record["model"], record["batch"], record["context"]) for record in records):
         mine = [record for record in records if (record["model"], record["batch"], record["context"]) == case]
         rows: list[list[object]] = []
-        whole = [0.0, 0.0]
+        whole, least_whole = 0.0, 0.0
         for record in mine:
-            step = [record["count"] * record[name] / 1e3 for name in ("microseconds", "least_microseconds")]
-            whole = [whole[0] + step[0], whole[1] + step[1]]
-            cells = [f"{record[name]:.2f}" for name in ("microseconds", "least_microseconds")]
-            share = f"{record['share']:.0%}" if record["least_microseconds"] else ""
-            rows.append(
-                [record["launch"], f"x {record['count']}", *cells, share, f"{step[0]:.3f}", f"{step[0] - step[1]:.3f}"]
-            )
-        rows.append(["all", "", "", "", f"{whole[1] / whole[0]:.0%}", f"{whole[0]:.3f}", f"{whole[0] - whole[1]:.3f}"])
+            time, least = record["microseconds"], record["least_microseconds"]  # None without ceilings
+            step, least_step = record["count"] * time / 1e3, record["count"] * (least or 0.0) / 1e3
+            whole, least_whole = whole + step, least_whole + least_step
+            share = f"{record['share']:.0%}" if least else ""
+            cells = [f"{time:.2f}", "" if least is None else f"{least:.2f}", share, f"{step:.3f}"]
+            gap = "" if least is None else f"{step - least_step:.3f}"
+            rows.append([record["launch"], f"x {record['count']}", *cells, gap])
+        share, gap = (f"{least_whole / whole:.0%}", f"{whole - least_whole:.3f}") if least_whole else ("", "")
+        rows.append(["all", "", "", "", share, f"{whole:.3f}", gap])
         parts += [f"{case[0]}, batch {case[1]}, context {case[2]}", markdown(LAUNCH_HEAD, rows)]
     return parts
 

@@ -6,7 +6,7 @@ Every rate is of greedy steps through `Decoder`, as `Llama.generate` runs them.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from fastllama.kernels.ragged import Sampling
 from fastllama.kernels.switches import switched
 from fastllama.model import Transformer
 from fastllama.prefill import prefill
-from fastllama.speed_of_light import Machine, decode_step, least_seconds, total_bytes, total_flops
+from fastllama.speed_of_light import Machine, Work, decode_step, least_seconds, total_bytes, total_flops
 from fastllama.speed_of_light import prefill as prefill_work
 
 DTYPE = torch.bfloat16
@@ -61,10 +61,16 @@ class Bench:
     _models: dict[str, Transformer] = field(default_factory=dict)
 
     @property
-    def machine(self) -> Machine:
-        """From the ceilings, which have been measured: of the two ways to read, the better."""
-        read = max(self.ceilings[name].value for name in ("read", "read_kernel"))
-        return Machine(read=read * GIGA, matmul=self.ceilings["matmul"].value * TERA)
+    def machine(self) -> Machine | None:
+        """From the ceilings: of the ways to read, the best. None where they could not be measured."""
+        reads = [self.ceilings[name].value for name in ("read", "read_kernel") if name in self.ceilings]
+        if not reads or "matmul" not in self.ceilings:
+            return None
+        return Machine(read=max(reads) * GIGA, matmul=self.ceilings["matmul"].value * TERA)
+
+    def least(self, work: Iterable[Work]) -> float | None:
+        """Seconds of all launches together, at best; None where the machine is unknown."""
+        return None if self.machine is None else least_seconds(work, self.machine)
 
     def model(self, name: str) -> Transformer:
         """One of the sizes' models, of random weights, as the fused backend packs them."""
@@ -167,11 +173,13 @@ def switches(bench: Bench) -> Found:
         for batch in dict.fromkeys((bench.sizes.batches[0], bench.sizes.batches[-1])):
             decoders = {variant: make() for variant, (_, make) in variants.items()}
             rates: dict[str, list[float]] = {variant: [] for variant in variants}
+            dependent: dict[str, bool] = {}
             for _ in range(bench.sizes.rounds):
                 for variant, (how, _) in variants.items():
                     with switched(**how):  # while its graph is captured, the first time
                         record = _rate(bench, name, decoders[variant], batch, context)
                     rates[variant].append(record["tokens_per_second"])
+                    dependent[variant] = record["dependent_launch"]
             usual = percentile(rates["as it is"], 50)
             for variant, found in rates.items():
                 rate = percentile(found, 50)
@@ -180,6 +188,7 @@ def switches(bench: Bench) -> Found:
                     "batch": batch,
                     "context": context,
                     "variant": variant,
+                    "dependent_launch": dependent[variant],
                     "tokens_per_second": rate,
                     "ratio": rate / usual,
                 }
@@ -208,15 +217,16 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
                 arrivals.append(time.perf_counter())
     seconds = (arrivals[-1] - arrivals[warm_steps - 1]) / timed_steps
     work = decode_step(model.params, model.dtype, batch, context + n_steps / 2)
-    least = least_seconds(work, bench.machine)
+    least = bench.least(work)
     return {
         "model": name,
         "batch": batch,
         "context": context,
+        "dependent_launch": decoder.dependent,
         "tokens_per_second": batch / seconds,
         "step_milliseconds": MILLI * seconds,
-        "least_milliseconds": MILLI * least,
-        "share": least / seconds,
+        "least_milliseconds": None if least is None else MILLI * least,
+        "share": None if least is None else least / seconds,
         "gb_per_second": total_bytes(work) / seconds / GIGA,
     }
 
@@ -238,15 +248,15 @@ def prompts(bench: Bench) -> Found:
                 )
             seconds = percentile(times, 50)
             work = prefill_work(model.params, model.dtype, [length])
-            rate = total_flops(work) / seconds
+            rate, least, machine = total_flops(work) / seconds, bench.least(work), bench.machine
             yield {
                 "model": name,
                 "tokens": length,
                 "milliseconds": MILLI * seconds,
-                "least_milliseconds": MILLI * least_seconds(work, bench.machine),
+                "least_milliseconds": None if least is None else MILLI * least,
                 "tokens_per_second": length / seconds,
                 "tflops": rate / TERA,
-                "share_of_matmul": rate / bench.machine.matmul,
+                "share_of_matmul": None if machine is None else rate / machine.matmul,
             }
 
 

@@ -69,6 +69,7 @@ def _tests(bench: Bench, paths: tuple[str, ...], limit: float) -> Found:
     lenient = ("-W", "default::DeprecationWarning", "-W", "default::FutureWarning")
     command = [sys.executable, "-m", "pytest", "-v", *lenient, "-p", "no:cacheprovider", *paths]
     command += ["--ignore", NEED_NO_GPU]
+    command += ["--all"] if bench.device.type == "cuda" else []  # slow as they are where kernels are interpreted
     command += ["-n", str(min(WORKERS, os.cpu_count() or 1))] if several else []
     start = time.perf_counter()
     with (bench.results / TESTS_FILE).open("a+", encoding="utf-8") as file:

@@ -8,15 +8,14 @@ device never waits for the host. A row that has ended rests, and costs next to n
 """
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastllama.arrivals import Arrivals, Gained
+from fastllama.cuda_graph import CudaGraph, Graph
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.ragged import Ragged, Sampling, Segment
 from fastllama.kernels.switches import switched
@@ -46,42 +45,6 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None =
         workspace=model.workspace,
     )
     model.ops.choose(model.logits(model.hidden(batch), batch), state, model.workspace)
-
-
-class Graph(Protocol):
-    """Launches that are recorded once and replayed."""
-
-    def capture(self, launches: Callable[[], object]) -> None:
-        """Record what this function launches. It has run before."""
-
-    def replay(self) -> None:
-        """Queue the same launches, on the same memory."""
-
-
-class CudaGraph:
-    """A CUDA graph. All that are given one stream and pool share their memory, and so run one at a time."""
-
-    _capturing = threading.Lock()  # torch captures one graph at a time
-
-    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """stream: to capture on, of the device that the launches go to; no other work may be on it."""
-        self._stream, self._pool = stream, pool
-        self._graph = torch.cuda.CUDAGraph()
-
-    @classmethod
-    def alone(cls, device: torch.device) -> "CudaGraph":
-        """One with memory of its own."""
-        return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
-
-    def capture(self, launches: Callable[[], object]) -> None:
-        # Entering torch's context makes the stream's device the current one. Without a stream it would take one that
-        # all graphs of the process share, on whichever device captured first. Other threads may go on meanwhile.
-        how = {"stream": self._stream, "pool": self._pool, "capture_error_mode": "thread_local"}
-        with self._capturing, torch.cuda.device(self._stream.device), torch.cuda.graph(self._graph, **how):
-            launches()
-
-    def replay(self) -> None:
-        self._graph.replay()
 
 
 class Decoder:
@@ -123,6 +86,12 @@ class Decoder:
         return REPLAYS_AHEAD if self.model.device.type == "cuda" else 0
 
     @property
+    def dependent(self) -> bool:
+        """Whether kernels are launched as dependent on the one before: asked for, possible here, and not given up."""
+        with self.launching():
+            return bool(self.model.ops.launches_depend())
+
+    @property
     def queued(self) -> int:
         """Results that are yet to be received."""
         return self._arrivals.queued
@@ -138,13 +107,24 @@ class Decoder:
 
     @torch.inference_mode()
     def rehearse(self, n_rows: int) -> None:
-        """Run a step of so many parked rows, launch by launch: it compiles kernels and leaves nothing behind."""
+        """Run a step of so many parked rows, launch by launch: it compiles kernels and leaves nothing behind.
+
+        Raises RuntimeError, naming the switch that does without dependent launches, where one of them fails.
+        """
         with self.model.exclusively():
             self._take_stream()
             self._follow_model()
             self._state.park()
-            with self.launching():
-                step(self.model, self._state.first(n_rows))
+            try:
+                with self.launching():
+                    step(self.model, self._state.first(n_rows))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if not self.dependent:
+                    raise
+                hint = "if dependent launches are to blame, dependent_launch=False does without them"
+                raise RuntimeError(f"a decode step of {n_rows} rows failed ({error}): {hint}") from error
 
     def begin(
         self,
@@ -258,17 +238,19 @@ class Decoder:
 
         try:
             return self._captured(steps)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if self._dependent is False or not self.model.ops.suits_graphs(self.model.device):
+            if not self.dependent:
                 raise
             logger.warning(
                 "a graph of dependent launches could not be captured (%s): this model's kernels are launched as usual "
                 "from now on, as dependent_launch=False has them from the start",
                 error,
             )
-            self._dependent = False
-            self._new_memory()
-            return self._captured(steps)
+        self._dependent = False
+        self._new_memory()
+        return self._captured(steps)
 
     def _captured(self, steps: Callable[[], None]) -> Graph:
         graph = self._new_graph() if self._new_graph else CudaGraph(self._stream, self._pool)

@@ -16,7 +16,6 @@ from fastllama import limits, parallel, validate
 from fastllama.ambient import neutral
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.nucleus import nucleus
-from fastllama.kernels.ragged import Sampling
 from fastllama.loading import choose_device, load
 from fastllama.model import Transformer
 from fastllama.stream import Increment, Request, increments
@@ -236,8 +235,8 @@ class Llama:
         budgets = [min(max_gen_len, params.max_seq_len - len(prompt)) for prompt in prompts]
         if echo:  # a prompt that holds a stop token ends there
             budgets = [b if stop_ids.isdisjoint(prompt) else 0 for b, prompt in zip(budgets, prompts, strict=True)]
-        sampling = Sampling.of(temperature, top_p, self._streams(seeds, len(prompts)), self.model.device)
-        return Request(prompts, budgets, stop_ids, sampling, logprobs, echo)
+        streams = self._streams(seeds, len(prompts))
+        return Request(prompts, budgets, stop_ids, temperature, top_p, streams, logprobs, echo)
 
     def _streams(self, seeds: list[int] | int | None, n_rows: int) -> list[tuple[int, int, int]]:
         """The random stream of every row, as (seed, stream, call)."""

@@ -43,7 +43,9 @@ class Request:
     prompts: list[list[int]]
     budgets: list[int]  # tokens that each row may gain
     stop_ids: frozenset[int]
-    sampling: Sampling  # one entry per row, on the model's device
+    temperature: float
+    top_p: float
+    streams: list[tuple[int, int, int]]  # each row's (seed, stream, call)
     logprobs: bool
     echo: bool
 
@@ -113,12 +115,14 @@ def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) 
     if not scoring and all(row.finished for row in rows):
         yield from (row.begin(request, None) for row in rows)
         return
+    # Not before: on a GPU the stream that is current now is the call's, whichever was when it was asked for.
+    sampling = Sampling.of(request.temperature, request.top_p, request.streams, decoder.model.device)
     decoder.begin(
         [row.prompt[-1] for row in rows],
         [row.length - 1 for row in rows],
         [row.last for row in rows],
         sorted(request.stop_ids),
-        request.sampling,
+        sampling,
     )
     with decoder.launching():
         logits, scores = prefill(decoder.model, request.prompts, scoring)

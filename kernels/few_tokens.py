@@ -276,7 +276,8 @@ def few_tokens(
     columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, power_of_2(x.shape[0]))
     launch = launch or choose_launch(weight, call.tiles, columns, target)
     stage = launch.accumulators * (launch.rows * call.tiles + columns) * launch.chunk * weight.itemsize
-    resident = max(1, target.shared_bytes // (launch.stages * stage)) * target.processors
+    per_processor = max(1, target.shared_bytes // (launch.stages * stage))  # programs, which share its prefetches
+    most = PREFETCH_BYTES // (call.tiles * per_processor)
     _few_tokens_kernel[(ceil_div(call.results, launch.rows),)](
         x,
         norm,
@@ -290,8 +291,8 @@ def few_tokens(
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
         ACCUMULATORS=launch.accumulators,
-        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, PREFETCH_BYTES // call.tiles, launch.rows),
-        RESIDENT=resident,
+        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, most, launch.rows),
+        RESIDENT=per_processor * target.processors,
         num_stages=launch.stages,
         num_warps=launch.warps,
         **dependent_launch(),

@@ -32,6 +32,7 @@ from fastllama.kernels.attention_prefill import attention_prefill
 from fastllama.kernels.attention_scratch import AttentionScratch
 from fastllama.kernels.checks import check_head_dim
 from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.dependent import is_dependent
 from fastllama.kernels.embedding import embed as gather
 from fastllama.kernels.few_tokens import MAX_TOKENS, few_tokens
 from fastllama.kernels.matvec import choose_launch, matvec
@@ -62,6 +63,11 @@ class FusedWorkspace(Workspace):
 def suits_graphs(device: torch.device) -> bool:
     """True on a GPU: every launch finds on the device how long rows are."""
     return device.type == "cuda"
+
+
+def launches_depend() -> bool:
+    """True from compute capability 9.0 on, where it is not switched off."""
+    return is_dependent()
 
 
 def workspace(

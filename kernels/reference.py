@@ -60,6 +60,11 @@ def suits_graphs(device: torch.device) -> bool:
     return False
 
 
+def launches_depend() -> bool:
+    """Whether kernels are launched now, on the current device, as dependent on the one before. These never are."""
+    return False
+
+
 def workspace(
     *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
 ) -> Workspace:

@@ -56,6 +56,7 @@ FLOORS = {
     "model": 2,
     "checkpoint": 3,
     "arrivals": 3,
+    "cuda_graph": 3,
     "prefill": 3,
     "decode_graph": 3.1,
     "warm": 3.2,

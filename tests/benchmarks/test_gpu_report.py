@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.benchmarks import gpu_report, report_steps, report_tests
+from fastllama.benchmarks import gpu_report, report_sections, report_steps, report_tests
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.gpus import GPUS, compiling_environment
 from fastllama.benchmarks.measure import Ceiling, summarize
@@ -20,6 +20,9 @@ from fastllama.benchmarks.report_markdown import summary
 from fastllama.benchmarks.report_sections import Bench
 from fastllama.benchmarks.report_sizes import TOY
 from fastllama.benchmarks.result_file import ResultFile, read_result
+from fastllama.decode_graph import Decoder
+from fastllama.kernels import fused
+from fastllama.kernels.switches import switches
 from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,13 +48,15 @@ def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     assert {record["suite"] for record in result.records} | {"ceilings"} == set(gpu_report.SECTIONS)
     assert result.ceilings.keys() == {"read", "read_kernel", "copy", "matmul"}
     suites = [record["suite"] for record in result.records]
+    assert list(dict.fromkeys(suites))[-2:] == ["kernel tests", "variants"], "what takes all the time left comes last"
     assert suites[0] == "self-check" and suites.index("boundaries") < suites.index("tests") < suites.index("launches")
     tests = [record for record in result.records if record["suite"] == "tests"]
     assert [record["tests"] for record in tests] == ["tests/fastllama/test_gpu.py", "tests/gpu"]
     assert all((one["returncode"], one["n_passed"], one["n_failed"]) == (0, 0, 0) for one in tests)
     assert sum(one["n_skipped"] for one in tests) > 100
     checks = [record for record in result.records if record["suite"] == "self-check"]
-    assert len(checks) == 8 and all(record["equal"] for record in checks)
+    assert checks[0]["check"] == "compiled ahead"
+    assert len(checks) == 9 and all(record["equal"] and not record["dependent"] for record in checks[1:])
     steps = [record for record in result.records if record["suite"] == "whole step"]
     assert [(record["batch"], record["attention_pairs"]) for record in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(record["step_microseconds"] > 0 < record["sum_of_launches_microseconds"] for record in steps)
@@ -141,11 +146,27 @@ def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
         variant("qkv", "rows 8", None),
         variant("qkv", "the library's matmul", 14.0),
         variant("down", "rows 1", None, in_table=True),
+        {"suite": "self-check", "check": "compiled ahead", "seconds": 2.5},
+        {"suite": "self-check", "check": "a graph", "equal": True},
     ]
     page = summary(ResultFile(describe_environment("cpu"), {"read": ceiling}, records, interrupted=True))
     assert "| 8B | 1 | qkv | rows 2 | 12.5 | rows 4 | 11.25 | 14 |" in page
     assert "| 8B | 1 | down |  |  |  |  |  |" in page
+    assert "| check | seconds | equal |" in page and "| a graph |  | True |" in page
     assert "| read | 4500 | 4500 | 4500 | GB/s | a kernel |" in page and "Interrupted." in page
+
+
+def test_without_ceilings_no_measurement_is_lost(tmp_path: Path) -> None:
+    bench = Bench(torch.device("cpu"), TOY, tmp_path)
+    records: list[dict[str, Any]] = []
+    for section in (report_sections.launches, report_sections.decode, report_sections.prompts):
+        found = [{"suite": section.__name__, **record} for record in section(bench) if isinstance(record, dict)]
+        assert found and all(one.get("microseconds", one.get("milliseconds", 1)) > 0 for one in found)
+        names = ("least_microseconds", "least_milliseconds", "share", "share_of_matmul")
+        assert all(one.get(name) is None for one in found for name in names)
+        records += found
+    page = summary(ResultFile(describe_environment("cpu"), {}, records))
+    assert "**Without ceilings, least times and shares are not known.**" in page and "| all |" in page
 
 
 def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +180,26 @@ def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pyt
         "SELF-CHECK FAILED, so nothing below means much: ordinary launches in a graph give [[1, 3]], ordinary "
         "launches, one by one [[1, 2]]"
     )
+
+
+def test_a_self_check_tells_that_dependent_launches_were_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(decoder: Decoder, n_rows: int) -> list[list[int]]:
+        if decoder._captures is None and n_rows == 1:
+            decoder._dependent = False  # as a capture does that fails
+        return [[1, 2]]
+
+    monkeypatch.setattr(report_steps, "_greedy", greedy)
+    monkeypatch.setattr(fused, "launches_depend", lambda: switches().launch)
+    found = list(report_steps.self_check(Bench(torch.device("cpu"), TOY, tmp_path)))
+    errors = [place for place, record in enumerate(found) if "error" in record]  # type: ignore[operator]
+    assert [found[place]["error"] for place in errors] == [  # type: ignore[index]
+        f"SELF-CHECK FAILED: {name} (1 rows) could not be captured and were replaced by ordinary ones: stderr says why"
+        for name in ("dependent launches in a graph", "kernels in float32")
+    ]
+    given_up = [found[place - 1] for place in errors]
+    assert all(record["equal"] and not record["dependent"] for record in given_up)  # type: ignore[index]
 
 
 def test_the_first_sections_are_waited_for_but_shortly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +252,16 @@ def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: 
     (record,) = report_tests._tests(bench, ("test_fast.py",), limit=HANG_SECONDS)
     assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, 1)  # type: ignore[index]
     assert record["failures"] == ["test_fast.py::test_bad"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("device", "n_all"), [("cuda", 1), ("cpu", 0)])
+def test_slow_tests_run_where_kernels_are_compiled(
+    device: str, n_all: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(report_tests, "_run", lambda command, *_: commands.append(command))
+    list(report_tests._tests(Bench(torch.device(device), TOY, tmp_path), report_tests.KERNEL_TESTS, 1.0))
+    assert [command.count("--all") for command in commands] == [n_all]
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastllama import Llama, ModelArgs, Transformer, decode_graph
 from fastllama.arrivals import Arrivals
-from fastllama.decode_graph import Decoder, Graph, graph_size
+from fastllama.cuda_graph import Graph
+from fastllama.decode_graph import Decoder, graph_size
 from fastllama.kernels.decode_state import PARKED, DecodeState
 from fastllama.kernels.ragged import Sampling
 from tests.answers import assert_same_answers

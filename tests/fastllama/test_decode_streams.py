@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastllama import Llama, decode_graph
+from fastllama.cuda_graph import CudaGraph
 from fastllama.decode_graph import Decoder
+from fastllama.kernels import ragged
 from fastllama.kernels.ragged import Ragged
 from fastllama.kernels.switches import Switches, switched, switches
 from tests.tape import Tape
@@ -105,6 +107,26 @@ def test_a_call_keeps_the_stream_on_which_it_began(
     assert second.waited == ["first"] and not first.waited, "steps of the call before may still run"
 
 
+def test_sampling_parameters_are_uploaded_on_the_stream_that_reads_them(
+    llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded_on: list[str] = []
+    upload = ragged.upload
+
+    def noted(*arguments: Any) -> Tensor:
+        uploaded_on.append(Stream.current.name)
+        return upload(*arguments)
+
+    monkeypatch.setattr(llm, "decoder", decoder)
+    llm.generate(PROMPTS, 1, **CALL)  # allocates the decoder's state
+    monkeypatch.setattr(ragged, "upload", noted)
+    with Stream("asked for").use():
+        stream = llm.stream(PROMPTS, 2, temperature=1.0, seed=1)
+    with Stream("begun").use():
+        list(stream)
+    assert set(uploaded_on) == {"begun"}
+
+
 def test_another_stream_finds_the_workspace_as_new(
     llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,9 +181,11 @@ def test_a_capture_that_fails_is_done_again_without_dependent_launches(
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
     with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
         llm.generate(PROMPTS, 4, **CALL)  # the reference backend has none to leave out
-    monkeypatch.setattr(llm.model.ops, "suits_graphs", lambda device: True)
+    monkeypatch.setattr(llm.model.ops, "launches_depend", lambda: switches().launch)
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
+    assert llm.decoder.dependent
     assert llm.generate(PROMPTS, 4, **CALL) == expected
+    assert not llm.decoder.dependent
     (record,) = caplog.records
     assert record.getMessage() == (
         "a graph of dependent launches could not be captured (operation not permitted when stream is capturing): this "
@@ -169,6 +193,86 @@ def test_a_capture_that_fails_is_done_again_without_dependent_launches(
     )
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy, dependent=False))
     assert llm.generate(PROMPTS, 4, **CALL) == expected and len(caplog.records) == 1
+
+
+class Full(Tape):
+    """A graph for which memory does not suffice, once."""
+
+    n_tries = 0
+
+    def capture(self, launches: Any) -> None:
+        Full.n_tries += 1
+        if Full.n_tries == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        super().capture(launches)
+
+
+def test_memory_that_runs_out_is_no_matter_of_dependent_launches(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate(PROMPTS, 4, **CALL)
+    monkeypatch.setattr(llm.model.ops, "launches_depend", lambda: switches().launch)
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Full))
+    with pytest.raises((torch.OutOfMemoryError, MemoryError)):
+        llm.generate(PROMPTS, 4, **CALL)
+    assert llm.decoder.dependent and Full.n_tries == 1
+    assert llm.generate(PROMPTS, 4, **CALL) == expected
+
+
+def test_a_rehearsal_that_fails_names_the_switch(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(error: RuntimeError) -> Any:
+        def step(*arguments: Any) -> None:
+            raise error
+
+        return step
+
+    refused = RuntimeError("Triton Error [CUDA]: operation not supported")
+    named = (
+        f"a decode step of 2 rows failed ({refused}): if dependent launches are to blame, dependent_launch=False does "
+        "without them"
+    )
+    full = torch.OutOfMemoryError("out of memory")
+    for depend, error, message in ((True, refused, named), (False, refused, str(refused)), (True, full, str(full))):
+        monkeypatch.setattr(llm.model.ops, "launches_depend", lambda depend=depend: depend)
+        monkeypatch.setattr(decode_graph, "step", failing(error))
+        with pytest.raises(type(error)) as caught:
+            Decoder(llm.model).rehearse(2)
+        assert str(caught.value) == message
+
+
+class BrokenCapture:
+    """torch's context of a capture whose end raises: its stream stays current, as torch leaves it."""
+
+    def __init__(self, graph: object, stream: Stream, **how: Any) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        Stream.current = self.stream
+
+    def __exit__(self, *error: object) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_capture_that_breaks_raises_the_cause_and_leaves_the_stream_as_it_was(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", BrokenCapture)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(CudaGraph, "_failed", [])
+    before, of_capture = Stream.current, Stream("the capture's")
+    of_capture.device = torch.device("cuda", 0)  # type: ignore[attr-defined]
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    for launches, error, message in (
+        (full, torch.OutOfMemoryError, "^out of memory$"),
+        (lambda: None, RuntimeError, "^operation failed due to a previous error during capture$"),
+    ):
+        graph = CudaGraph(of_capture, pool=None)  # type: ignore[arg-type]
+        with pytest.raises(error, match=message):
+            graph.capture(launches)
+        assert Stream.current is before
+        assert CudaGraph._failed[-1] is graph._graph, "torch's allocator may still point to it"
 
 
 @pytest.mark.parametrize(

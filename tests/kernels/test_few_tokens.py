@@ -1,11 +1,15 @@
 """The projection of a few tokens, against the reference's ops."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from fastllama.benchmarks.tolerances import assert_matches
+from fastllama.kernels import few_tokens as module
+from fastllama.kernels.dependent import PREFETCH_BYTES
 from fastllama.kernels.few_tokens import Launch, choose_launch, few_tokens
-from fastllama.kernels.target import Target
+from fastllama.kernels.target import Target, current_target
 from tests.kernels.cases import DTYPES
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.projections import EPS, SHAPES, Case, Shape, assert_appended, outside
@@ -106,3 +110,27 @@ def test_few_tokens_rejects_what_does_not_belong_together(device: torch.device, 
         few_tokens(many, case.w13)
     with pytest.raises(ValueError, match="only a plain projection takes a residual"):
         few_tokens(case.h, case.w13, residual=case.x, swiglu=True)
+
+
+@pytest.mark.parametrize("swiglu", [True, False])
+@pytest.mark.parametrize("n_tokens", [3, 16])
+def test_programs_of_a_multiprocessor_share_its_prefetches(
+    n_tokens: int, swiglu: bool, device: torch.device, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of them there are at once, and however many tiles each has."""
+    case = Case(SHAPES["E512-H3-K1-D64-F768"], n_tokens, torch.bfloat16, device, guarded)
+    budgets: list[int] = []
+    launched: dict[str, Any] = {}
+
+    def noted(row_bytes: int, most: int, rows: int) -> int:
+        budgets.append(most)
+        return 0
+
+    monkeypatch.setattr(module, "prefetch_bytes", noted)
+    monkeypatch.setattr(module, "_few_tokens_kernel", {(1,): lambda *_, **how: launched.update(how)})
+    monkeypatch.setattr(module, "ceil_div", lambda *_: 1)
+    for stages in (2, 8):
+        few_tokens(case.h, case.w13, swiglu=swiglu, launch=Launch(rows=16, chunk=128, stages=stages, warps=2))
+        programs = launched["RESIDENT"] // current_target().processors
+        in_all = programs * (2 if swiglu else 1) * budgets.pop()
+        assert programs > 1 and 0.9 * PREFETCH_BYTES < in_all <= PREFETCH_BYTES

@@ -30,8 +30,8 @@ STAGES = (1, 0.5)
 CHUNKS = (1, 2)
 MAX_THREAD_BYTES = 512  # of weights that a thread can hold in registers
 OTHER_SLOTS = (16, 64, 128)
-# Neighbours that spill registers on compute capability 9.0 under triton 3.6, with a norm or without one: by weight, all
-# of them 3.2-1B's, and columns.
+# Neighbours that spill registers on compute capability 9.0 under triton 3.6 or 3.7, with a norm or without one: by
+# weight, all of them 3.2-1B's, and columns.
 SPILLING = {
     (3072, 2048, 8): {
         few_tokens.Launch(16, 256, 3, 1, 2),

@@ -15,6 +15,7 @@ from tests.checkpoints import random_weights, tiny_params, write_meta, write_tok
 from tests.command_line import ROOT, run_process
 from tests.parallel_cases import PROMPTS, STEPS, answers, assert_alike, build
 from tests.processes import run_processes
+from tests.tiny import write_monotonous
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,9 +48,10 @@ def test_a_chat_on_two_gpus() -> None:
     assert alone.stdout == together.stdout and len(together.stdout.splitlines()) == 1
 
 
-def test_a_killed_process_ends_the_command() -> None:
+def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
     """Though the first waits for NCCL, which would wait for ever."""
-    words = ("complete", "Once", "--nproc", "2", "--max_seq_len", "8000", "--temperature", "5")
+    words = ("complete", "Once", "--ckpt_dir", write_monotonous(tmp_path), "--nproc", "2")
+    words += ("--max_seq_len", "8000", "--temperature", "0")
     pipe = subprocess.PIPE
     command = subprocess.Popen(
         [sys.executable, "-m", "fastllama", *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT

@@ -16,9 +16,10 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSource, described
 from fastllama.limits import memory_plan
 from fastllama.started import EXIT_FOLLOWER_DIED
-from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.checkpoints import tiny_params
 from tests.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
 from tests.tiers import parameters
+from tests.tiny import write_monotonous
 from tests.waiting import HANG_SECONDS
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -89,12 +90,8 @@ def _words(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def monotonous(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint whose logits are all equal: its likeliest token is the first, and never one that stops."""
-    folder = tmp_path_factory.mktemp("monotonous")
-    weights = random_weights(tiny_params(), seed=7)
-    write_meta(folder, tiny_params(), weights | {"output.weight": torch.zeros_like(weights["output.weight"])})
-    write_tokenizer(folder)
-    return str(folder)
+    """A checkpoint that never stops."""
+    return write_monotonous(tmp_path_factory.mktemp("monotonous"))
 
 
 @pytest.fixture

@@ -50,8 +50,8 @@ def test_a_chat_on_two_gpus() -> None:
 
 def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
     """Though the first waits for NCCL, which would wait for ever."""
-    words = ("complete", "Once", "--ckpt_dir", write_monotonous(tmp_path), "--nproc", "2")
-    words += ("--max_seq_len", "8000", "--temperature", "0")
+    words = ["complete", "Once", "--ckpt_dir", write_monotonous(tmp_path), "--nproc", "2"]
+    words += ["--max_seq_len", "8000", "--temperature", "0"]
     pipe = subprocess.PIPE
     command = subprocess.Popen(
         [sys.executable, "-m", "fastllama", *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT

@@ -255,7 +255,8 @@ def granted(control: "dist.ProcessGroup") -> int:
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
     """Hold back Ctrl-C to the end of the block, unless it is pressed again and again."""
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     pressed: list[int] = []

@@ -7,6 +7,7 @@ OMP_NUM_THREADS in the environment sets another number of threads.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -17,6 +18,9 @@ from fastllama import launch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and in all that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in os.environ.keys() - launch.environment_alone().keys():
     del os.environ[name]  # what a launcher told somebody else

@@ -105,6 +105,7 @@ class Llama:
         self._seed = validate.seed(seed)
         self._calls = itertools.count(1)
 
+    @neutral  # once for all steps
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -153,7 +154,7 @@ class Llama:
         are not numbers, RuntimeError while another call or stream is running.
         """
         request = self._request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed)
-        return self._increments(request, self.tokenizer)
+        return self._stepwise(request)
 
     def text_completion(
         self,
@@ -246,6 +247,10 @@ class Llama:
         if isinstance(seeds, int):
             return [(seeds, row, 0) for row in range(n_rows)]
         return [(seed, 0, 0) for seed in seeds]
+
+    @neutral
+    def _stepwise(self, request: Request) -> Generator[Increment]:
+        yield from self._increments(request, self.tokenizer)
 
     def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
         with self.model.exclusively(), limits.naming_what_ran_out(self.model.device):

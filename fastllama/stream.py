@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-from fastllama.ambient import neutral
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.decode_state import NO_TOKEN
 from fastllama.kernels.ragged import Sampling
@@ -92,13 +91,13 @@ class _Row:
         return self.gain([token], [logprob] if request.logprobs else None, reason)
 
 
-@neutral
 @torch.inference_mode()
 def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
     """Run a request, bringing increments as rows gain tokens, with text where a tokenizer is given.
 
-    Uses cache rows 0, 1, … of the decoder's model; nothing else may use them until the iterator has ended or been
-    closed. Raises ValueError, naming row and step, for logits that are not numbers.
+    The caller's settings of torch are to be put aside around it. Uses cache rows 0, 1, … of the decoder's model;
+    nothing else may use them until the iterator has ended or been closed. Raises ValueError, naming row and step, for
+    logits that are not numbers.
     """
     rows = [
         _Row(

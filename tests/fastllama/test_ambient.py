@@ -159,6 +159,12 @@ def built(folder: str) -> dict[str, tuple[Llama, Any, list[float]]]:
     return {dtype: (llm, *answers(llm)) for dtype, llm in models.items()}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def precision_said() -> None:
+    """Until somebody says one, torch calls float32's precision "none", and never again."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_callers_setting_changes_no_answer(folder: str, built: dict[str, Any], name: str) -> None:
     generator = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""What the tests of contradictory checkpoints share: folders of given tensors and fields, and both programs' answers."""
+"""What the tests of contradictory checkpoints share: folders of given tensors and fields, and both answers."""
 
 import json
 import re

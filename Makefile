@@ -17,8 +17,8 @@ SMOKED := --strict --batch 2 --context 8 --steps 3 --rounds 1 --threads 1
 OLDER_TRITON := .cache/triton-3.6.0
 NEWEST_TRITON := .cache/triton-3.9.0
 WITH_TRITON = PYTHONPATH=$(CURDIR)/$< $(BIN)/python
-KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/test_compiled.py \
-	tests/benchmarks/test_dependence.py
+KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/kernels_report/test_compiled_kernel.py \
+	tests/benchmarks/kernels_report/test_dependence.py
 
 .PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-install kernels-report gpu-report readme \
 	bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types clean
@@ -66,7 +66,7 @@ gpu-report: ## With RESULTS=dir, on a machine with a GPU and its own torch and t
 		--results $(or $(RESULTS),$(error say where to: make gpu-report RESULTS=dir)) $(if $(COMMIT),--commit $(COMMIT))
 
 readme: $(INSTALLED) ## Write the figures of benchmarks/results/ into the README
-	$(BIN)/python -m fastllama.benchmarks.readme
+	$(BIN)/python -m fastllama.benchmarks.figures
 
 bench-smoke: $(INSTALLED) ## Every suite and every peer at toy size; fails where one disagrees or breaks down
 	@mkdir -p $(SMOKE)

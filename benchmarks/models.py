@@ -19,11 +19,11 @@ import torch
 import fastllama
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import open_checkpoint
-from fastllama.checkpoint.layout import Stored, read_share, weights
+from fastllama.checkpoint.sharding import Stored, read_share, weights
+from fastllama.distributed.parallel import ALONE, Group, model_group
 from fastllama.generation import Llama
 from fastllama.loading import choose_device
 from fastllama.model import Transformer
-from fastllama.parallel import ALONE, Group, model_group
 from fastllama.tokenizer import Tokenizer
 from fastllama.tokenizer_files import NUM_SPECIAL_TOKENS
 
@@ -180,17 +180,3 @@ def random_tensors(
         tensor = torch.randn(weight.shape, generator=generator, device=device) * RANDOM_STD
         tensor = (tensor + 1 if len(weight.shape) == 1 else tensor).to(dtype)
         yield weight.name, read_share(Stored((tensor,)), weight, group.rank, group.size)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One greedy generation of equally long rows.
-
-    `seconds[k]` is the time from the call until every row had its token k. `logprobs` and `margins` (the oracle's lead
-    of its best logit over the second, per row and step) are there only where they were asked for.
-    """
-
-    tokens: list[list[int]]
-    seconds: list[float]
-    logprobs: list[list[float]] | None = None
-    margins: list[list[float]] | None = None

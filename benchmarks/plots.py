@@ -9,9 +9,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from fastllama.benchmarks.measure import GIGA, MICRO, MILLI, percentile
 from fastllama.benchmarks.result_file import ResultFile
-from fastllama.benchmarks.rounds import OURS
+from fastllama.benchmarks.runner import OURS
+from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, percentile
 
 THROUGHPUT, LAUNCHES, LATENCY = "throughput", "launches", "latency"
 NAMES = (THROUGHPUT, LAUNCHES, LATENCY)

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastllama.benchmarks.ceilings import Ceiling
 from fastllama.benchmarks.environment import Environment
-from fastllama.benchmarks.measure import Ceiling, Summary
+from fastllama.benchmarks.statistics import Summary
 
 SCHEMA_VERSION = 2
 FAILED = ("disagrees", "failed")  # the status of a record, or of a peer in it, that something is wrong with

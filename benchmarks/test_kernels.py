@@ -11,11 +11,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastllama.benchmarks.measure import MatmulProbe, ReadProbe, replayed, synchronize
+from fastllama.benchmarks.ceilings import MatmulProbe, ReadProbe
 from fastllama.benchmarks.models import ModelSource
-from fastllama.benchmarks.op_times import COMPILED, LIBRARY, REFERENCE, Bench, checked, each, ways
-from fastllama.benchmarks.ops import Op, ops_of
-from fastllama.benchmarks.rounds import OURS
+from fastllama.benchmarks.runner import OURS
+from fastllama.benchmarks.suites.kernels import COMPILED, LIBRARY, REFERENCE, Bench, checked, each, ways
+from fastllama.benchmarks.suites.op_cases import Op, ops_of
+from fastllama.benchmarks.timing import replayed, synchronize
 from fastllama.kernels import reference, select
 
 BATCHES = (1, 4)

@@ -19,7 +19,7 @@ ROPE_SCALING_FACTORS_BY_DIM = {2048: 32.0, 3072: 32.0}
 class ModelArgs:
     """The shape of a model, as in Meta's params.json, and the rows and positions it is built for.
 
-    Fields that may be left out (or None) hold their values after construction; only `vocab_size` may stay unknown.
+    JsonConfig that may be left out (or None) hold their values after construction; only `vocab_size` may stay unknown.
     Raises ValueError for values that no model can have.
     """
 

@@ -14,12 +14,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from fastllama.arrivals import Arrivals, Gained
 from fastllama.cuda_graph import CudaGraph, Graph
+from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Segment
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.ragged import Ragged, Sampling, Segment
-from fastllama.kernels.switches import switched
+from fastllama.kernels.launch.options import switched
 from fastllama.model import Transformer
+from fastllama.output_copies import OutputCopies, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None =
     the device alone knows.
     """
     keys = lengths or [model.cache.max_seq_len] * state.rows.shape[0]
-    batch = Ragged(
+    batch = RaggedBatch(
         tokens=state.tokens,
         positions=state.positions,
         rows=state.rows,
@@ -44,7 +44,7 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None =
         exact=lengths is not None,
         workspace=model.workspace,
     )
-    model.ops.choose(model.logits(model.hidden(batch), batch), state, model.workspace)
+    model.ops.sample_and_advance(model.logits(model.hidden(batch), batch), state, model.workspace)
 
 
 class Decoder:
@@ -65,8 +65,8 @@ class Decoder:
         new_graph: Callable[[], Graph] | None = None,
     ) -> None:
         """graphs: capture steps; None does so where the backend is made for it. dependent: False launches every kernel
-        as usual, else as dependent on the one before where the GPU can (`kernels/dependent.py`). unroll: steps of one
-        replay. new_graph: makes graphs other than CUDA's.
+        as usual, else as dependent on the one before where the GPU can (`kernels/launch/dependent.py`). unroll:
+        steps of one replay. new_graph: makes graphs other than CUDA's.
 
         Raises ValueError for an unroll below 1, and where graphs are asked for on a CPU.
         """
@@ -89,12 +89,12 @@ class Decoder:
     def dependent(self) -> bool:
         """Whether kernels are launched as dependent on the one before: asked for, possible here, and not given up."""
         with self.launching():
-            return bool(self.model.ops.launches_depend())
+            return bool(self.model.ops.uses_dependent_launch())
 
     @property
     def queued(self) -> int:
         """Results that are yet to be received."""
-        return self._arrivals.queued
+        return self._copies.queued
 
     @torch.inference_mode()
     def warm(self, batch_sizes: Sequence[int]) -> None:
@@ -114,7 +114,7 @@ class Decoder:
         with self.model.exclusively():
             self._take_stream()
             self._follow_model()
-            self._state.park()
+            self._state.deactivate()
             try:
                 with self.launching():
                     step(self.model, self._state.first(n_rows))
@@ -132,7 +132,7 @@ class Decoder:
         positions: Sequence[int],
         last: Sequence[int],
         stop_ids: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingTensors,
     ) -> None:
         """Take on rows, each standing on its newest token at its position, to gain more up to position `last`.
 
@@ -146,12 +146,12 @@ class Decoder:
         self._lengths = [position + 1 for position in positions]
         self._finished: set[int] = set()
         self._steps = 0
-        self._arrivals.clear()
+        self._copies.clear()
 
     def choose(self, logits: Tensor) -> None:
         """Queue the rows' next tokens, from logits (B, V) that are at hand."""
         with self.launching():
-            self.model.ops.choose(logits, self._rows, self.model.workspace)
+            self.model.ops.sample_and_advance(logits, self._rows, self.model.workspace)
             self._sent(1)
 
     def launch(self) -> None:
@@ -174,12 +174,12 @@ class Decoder:
                 stack.enter_context(switched(launch=False, prefetch=False))
             yield
 
-    def receive(self) -> list[Gained]:
+    def receive(self) -> list[StepOutput]:
         """What the oldest of what was queued brought, step by step, as soon as it has run.
 
         Of a row that had ended before a step, that step's token means nothing.
         """
-        return self._arrivals.receive()
+        return self._copies.receive()
 
     def finish(self, row: int) -> None:
         """The host has seen that a row ended, so that eager steps need not read its keys."""
@@ -201,7 +201,7 @@ class Decoder:
         return [1 if row in self._finished else min(length + ahead, most) for row, length in enumerate(self._lengths)]
 
     def _sent(self, n_steps: int) -> None:
-        self._arrivals.send(self._steps, n_steps)
+        self._copies.send(self._steps, n_steps)
         self._steps += n_steps
         self._lengths = [length + n_steps for length in self._lengths]
 
@@ -215,7 +215,7 @@ class Decoder:
         self._state = DecodeState.of(
             cache.max_batch_size, cache.max_seq_len + self.unroll, model.vocab_size, model.device
         )
-        self._arrivals = Arrivals(self._state, self.unroll, REPLAYS_AHEAD + 1)
+        self._copies = OutputCopies(self._state, self.unroll, REPLAYS_AHEAD + 1)
         self._new_memory()
         self._revision = model.revision
 
@@ -223,7 +223,7 @@ class Decoder:
         """The graph for a batch of so many rows; None where steps run eagerly."""
         captures = self._captures
         if captures is None:
-            captures = self._new_graph is not None or self.model.ops.suits_graphs(self.model.device)
+            captures = self._new_graph is not None or self.model.ops.supports_cuda_graphs(self.model.device)
         if not captures:
             return None
         size = graph_size(n_rows, self.model.cache.max_batch_size)
@@ -254,7 +254,7 @@ class Decoder:
 
     def _captured(self, steps: Callable[[], None]) -> Graph:
         graph = self._new_graph() if self._new_graph else CudaGraph(self._stream, self._pool)
-        self._state.park()  # so that the run before, which compiles kernels, leaves nothing behind
+        self._state.deactivate()  # so that the run before, which compiles kernels, leaves nothing behind
         with self.launching():
             steps()
             graph.capture(steps)

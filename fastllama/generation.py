@@ -12,15 +12,16 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from fastllama import limits, parallel, validate
-from fastllama.ambient import neutral
+from fastllama import memory_plan, validate
 from fastllama.decode_graph import Decoder
-from fastllama.kernels.nucleus import nucleus
+from fastllama.distributed import parallel
+from fastllama.kernels.sampling.nucleus import nucleus
 from fastllama.loading import choose_device, load
 from fastllama.model import Transformer
 from fastllama.stream import Increment, Request, increments
 from fastllama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, check_dialog
-from fastllama.warm import warm
+from fastllama.torch_settings import with_default_settings
+from fastllama.warmup import warm
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -39,7 +40,7 @@ class Llama:
     """A model with its tokenizer. Not re-entrant: one call, or one open stream, at a time."""
 
     @staticmethod
-    @neutral
+    @with_default_settings
     def build(
         ckpt_dir: str,
         tokenizer_path: str,
@@ -92,7 +93,7 @@ class Llama:
         )
         llm = Llama(model, tokenizer, seed=seed)
         llm.decoder = Decoder(model, graphs=cuda_graphs, dependent=dependent_launch)
-        with limits.naming_what_ran_out(model.device):
+        with memory_plan.explain_out_of_memory(model.device):
             warm(llm.decoder, batch_sizes, progress=None if parallel.is_first_process() else False)
         return llm
 
@@ -105,7 +106,7 @@ class Llama:
         self._seed = validate.seed(seed)
         self._calls = itertools.count(1)
 
-    @neutral  # once for all steps
+    @with_default_settings  # once for all steps
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -208,7 +209,7 @@ class Llama:
     def _room(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
-    @neutral
+    @with_default_settings
     def _request(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -248,16 +249,16 @@ class Llama:
             return [(seeds, row, 0) for row in range(n_rows)]
         return [(seed, 0, 0) for seed in seeds]
 
-    @neutral
+    @with_default_settings
     def _stepwise(self, request: Request) -> Generator[Increment]:
         yield from self._increments(request, self.tokenizer)
 
     def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
-        with self.model.exclusively(), limits.naming_what_ran_out(self.model.device):
+        with self.model.exclusively(), memory_plan.explain_out_of_memory(self.model.device):
             yield from increments(self.decoder, request, tokenizer)
 
 
-@neutral
+@with_default_settings
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
     """Draw from each row's most likely tokens, of mass p together: probs (B, V) -> (B, 1) int64, from torch's default
     generator.

@@ -6,10 +6,11 @@ import time
 
 import torch
 
-from fastllama import limits, parallel, validate
+from fastllama import memory_plan, validate
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.checkpoint.vocabulary import misfit
+from fastllama.distributed import parallel
 from fastllama.kernels import select
 from fastllama.model import Transformer
 from fastllama.tokenizer import Tokenizer
@@ -43,22 +44,22 @@ def load(
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
     group = parallel.model_group(model_parallel_size, device)
-    with group.agreeing(), limits.naming_what_ran_out(device):
+    with group.agreeing(), memory_plan.explain_out_of_memory(device):
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir)
         args, tokenizer = _args_and_tokenizer(
             checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
         )
         weights = checkpoint.tensors(group.rank, group.size, progress=None if parallel.is_first_process() else False)
-        limits.check_fits(
+        memory_plan.check_fits(
             args,
             dtype,
-            limits.free_memory(device),
-            limit=limits.tightest_memory(device).limit,
-            shares_tied_output=not ops.repacks(device, dtype),
+            memory_plan.free_memory(device),
+            limit=memory_plan.tightest_memory(device).limit,
+            shares_tied_output=not ops.packing_copies(device, dtype),
             n_processes=group.size,
         )
-    with group.agreeing(), limits.naming_what_ran_out(device):
+    with group.agreeing(), memory_plan.explain_out_of_memory(device):
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
         model.load_tensors(weights)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)

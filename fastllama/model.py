@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fastllama import threads, validate
-from fastllama.ambient import neutral, settings_aside
 from fastllama.args import IGNORED_NAMES, ModelArgs
 from fastllama.cache import KVCache
+from fastllama.distributed.parallel import ALONE, Group
 from fastllama.kernels import select
-from fastllama.kernels.ragged import Ragged, Segment
-from fastllama.parallel import ALONE, Group
+from fastllama.kernels.batch import RaggedBatch, Segment
+from fastllama.packed_weights import Slot, slots
 from fastllama.rope import rope_table
-from fastllama.slots import Slot, slots
+from fastllama.torch_settings import default_settings, with_default_settings
 
 INIT_STD = 0.02
 NO_WEIGHTS = "the model has no weights yet: load_state_dict or load_tensors first"
@@ -30,7 +30,7 @@ BUSY = "this model is busy with another call or an open stream: finish that one,
 
 
 class Layer(nn.Module):
-    """One layer's weights, in the slots of `fastllama.slots`."""
+    """One layer's weights, in the slots of `fastllama.packed_weights`."""
 
     attention_norm: Tensor
     wqkv: Tensor
@@ -64,8 +64,7 @@ class Transformer(nn.Module):
     ) -> None:
         """Allocate the cache and, unless `init_weights` is False (for weights that are loaded next), random weights.
 
-        device and dtype default to torch's own defaults, backend to what the device asks for. group: the processes that
-        share the model.
+        device and dtype default to torch's own, backend to the device's. group: the processes that share the model.
         Raises ValueError for an unknown vocabulary size or backend, and for sizes that the group cannot divide.
         """
         super().__init__()
@@ -76,7 +75,7 @@ class Transformer(nn.Module):
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self._construct(params, device, backend, init_weights, group)
 
-    @neutral
+    @with_default_settings
     @torch.inference_mode(False)
     def _construct(
         self, params: ModelArgs, device: torch.device | str, backend: str | None, init_weights: bool, group: Group
@@ -96,11 +95,10 @@ class Transformer(nn.Module):
             self.load_tensors(self._random_weights())
         self._allocate()
 
-    @neutral
+    @with_default_settings
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
-        """Meta's signature: tokens (B, S) at positions start_pos and on, of rows 0 to B - 1 -> float32 logits (B, S,
-        V).
+        """Meta's signature: tokens (B, S) of rows 0 to B - 1, from position start_pos on -> float32 logits (B, S, V).
 
         What was cached before start_pos counts as each row's past. Raises ValueError for what does not fit the cache,
         RuntimeError while a generation or an open stream is using the cache.
@@ -114,7 +112,7 @@ class Transformer(nn.Module):
                 return self._forward(tokens, start, rows, length)
 
     def _forward(self, tokens: Tensor, start_pos: int, rows: int, length: int) -> Tensor:
-        batch = Ragged(
+        batch = RaggedBatch(
             tokens=tokens.to(self.device, torch.int64).flatten().contiguous(),
             positions=torch.arange(start_pos, start_pos + length, device=self.device).repeat(rows),
             rows=torch.arange(rows, device=self.device).repeat_interleave(length),
@@ -123,27 +121,29 @@ class Transformer(nn.Module):
         )
         return self.logits(self.hidden(batch), batch).float().view(rows, length, self.vocab_size)
 
-    def hidden(self, batch: Ragged) -> Tensor:
+    def hidden(self, batch: RaggedBatch) -> Tensor:
         """Run the layers over a batch, appending its keys and values to the cache -> (N, dim)."""
         ops, eps, group = self.ops, self.params.norm_eps, self.group
         adds = group.rank == 0  # the residual, which is in every process, once
         h = self._embed(batch)
         for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
             k, v = self.cache.layer(index)
-            q = ops.qkv(h, layer.attention_norm, layer.wqkv, self.rope, k, v, eps, batch)
-            h = group.all_reduce(ops.project(ops.attention(q, k, v, batch), layer.wo, h if adds else None, batch))
-            f = ops.swiglu(h, layer.ffn_norm, layer.w13, eps, batch)
-            h = group.all_reduce(ops.project(f, layer.w2, h if adds else None, batch))
+            q = ops.norm_qkv_rope_append(h, layer.attention_norm, layer.wqkv, self.rope, k, v, eps, batch)
+            h = group.all_reduce(
+                ops.linear_residual(ops.attention(q, k, v, batch), layer.wo, h if adds else None, batch)
+            )
+            f = ops.norm_swiglu(h, layer.ffn_norm, layer.w13, eps, batch)
+            h = group.all_reduce(ops.linear_residual(f, layer.w2, h if adds else None, batch))
         return h
 
-    def _embed(self, batch: Ragged) -> Tensor:
+    def _embed(self, batch: RaggedBatch) -> Tensor:
         """(N, dim), each token's row from the process that has it."""
         begin = self.group.rank * self.share.vocab_size if self.group.size > 1 else None
         return self.group.all_reduce(self.ops.embed(self.tok_embeddings, batch, begin))
 
-    def logits(self, h: Tensor, batch: Ragged) -> Tensor:
+    def logits(self, h: Tensor, batch: RaggedBatch) -> Tensor:
         """Of any M of a batch's hidden states, h (M, dim) -> (M, V) in the model dtype."""
-        return self.group.all_gather(self.ops.head(h, self.norm, self.output, self.params.norm_eps, batch))
+        return self.group.all_gather(self.ops.norm_lm_head(h, self.norm, self.output, self.params.norm_eps, batch))
 
     def suited(self, n_tokens: int, n_keys: int) -> AbstractContextManager[None]:
         """A block that runs so many tokens over up to n_keys in the cache, on as many CPU threads as that is worth."""
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         attention = 2 * self.share.n_layers * self.share.n_heads * self.share.head_dim * n_keys
         return threads.suiting(n_tokens * (self._n_weights + attention), self._n_weights * self.dtype.itemsize)
 
-    @neutral
+    @with_default_settings
     @torch.inference_mode(False)
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take every weight, or the process's slice of it, by Meta's name, in any order; pack as soon as it can be.
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         if self.params.tied_output:  # one copy in memory where the backend packs nothing
             self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
 
-    @neutral
+    @with_default_settings
     @torch.inference_mode(False)
     def state_dict(  # type: ignore[override]
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
             weights.update(zip((prefix + name for name in slot.names), parts, strict=True))
         return cast(dict[str, Tensor], weights)
 
-    @neutral
+    @with_default_settings
     @torch.inference_mode(False)
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
@@ -217,7 +217,7 @@ class Transformer(nn.Module):
         self.load_tensors((name, weight) for name, weight in {**kept, **state_dict}.items() if name in shapes)
         return found
 
-    @neutral
+    @with_default_settings
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """What `.to(...)`, `.cuda()` and `.half()` call: weights packed for one device and dtype are packed anew."""
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(BUSY)
         try:
-            with settings_aside(), torch.inference_mode():  # as the launches are that leave something behind
+            with default_settings(), torch.inference_mode():  # as the launches are that leave something behind
                 self.workspace.reset()
             yield
         finally:
@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         if self._lock.locked():
             raise RuntimeError(BUSY)
 
-    @neutral
+    @with_default_settings
     def __deepcopy__(self, memo: dict[int, Any]) -> "Transformer":
         rebuild, arguments = self.__reduce__()
         memo[id(self)] = copied = cast(Transformer, rebuild(*arguments))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastllama.kernels.ragged import Ragged
+from fastllama.kernels.batch import RaggedBatch
 from fastllama.model import Transformer
 
 PREFILL_CHUNK_TOKENS = 2048
@@ -35,7 +35,7 @@ def prefill(
     scores: list[list[float]] = [[0.0] for _ in prompts]
     batch = None
     for pieces in _chunks(prompts, PREFILL_CHUNK_TOKENS):
-        batch = Ragged.of(pieces, model.device, model.workspace)
+        batch = RaggedBatch.of(pieces, model.device, model.workspace)
         with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
             h = model.hidden(batch)
             for segment in batch.segments:
@@ -70,7 +70,7 @@ def _chunks(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[Piece
 def _score(
     model: Transformer,
     h: Tensor,
-    batch: Ragged,
+    batch: RaggedBatch,
     pieces: list[Piece],
     prompts: Sequence[Sequence[int]],
     scores: list[list[float]],

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from fastllama.decode_graph import Decoder
+from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import NO_TOKEN
-from fastllama.kernels.ragged import Sampling
 from fastllama.prefill import NOT_FINITE_CAUSE, prefill
 from fastllama.tokenizer import TextStream, Tokenizer
 
@@ -115,7 +115,7 @@ def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) 
         yield from (row.begin(request, None) for row in rows)
         return
     # Not before: on a GPU the stream that is current now is the call's, whichever was when it was asked for.
-    sampling = Sampling.of(request.temperature, request.top_p, request.streams, decoder.model.device)
+    sampling = SamplingTensors.of(request.temperature, request.top_p, request.streams, decoder.model.device)
     decoder.begin(
         [row.prompt[-1] for row in rows],
         [row.length - 1 for row in rows],

@@ -121,7 +121,7 @@ def _product_is_whole(count: int, dtype: torch.dtype) -> bool:
     x = torch.full((PROBE_ROWS, PROBE_WIDTH), value, dtype=dtype, device="cpu")
     weight = torch.ones(PROBE_OUTPUTS * count, PROBE_WIDTH, dtype=dtype, device="cpu")
     products = [F.linear(x, weight)]
-    if reference.repacks(weight.device, dtype):
+    if reference.packing_copies(weight.device, dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         products.append(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
     return all(bool((product == PROBE_WIDTH * value).all()) for product in products)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastllama.kernels.ragged import Sampling, upload
+from fastllama.kernels.batch import SamplingTensors, upload
 
 NO_TOKEN = -1  # what `sample` gives a row whose logits are not numbers
-PARKED = -1  # the position of a row that gains nothing
+INACTIVE = -1  # the position of a row that gains nothing
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class DecodeState:
 
     rows: Tensor  # (B,) int64: 0, 1, …
     tokens: Tensor  # (B,) int64, the newest token of each row, next to be fed
-    positions: Tensor  # (B,) int64, where it stands, or PARKED
+    positions: Tensor  # (B,) int64, where it stands, or INACTIVE
     starts: Tensor  # (B,) int64, the position of the first token that the row gains
     last: Tensor  # (B,) int64, the last position that may get a token
     is_stop: Tensor  # (V,) bool, the tokens that end a row
-    sampling: Sampling
+    sampling: SamplingTensors
     out_tokens: Tensor  # (steps, B) int64; of a row that has ended, anything
     out_logprobs: Tensor  # (steps, B) float32
 
@@ -41,11 +41,11 @@ class DecodeState:
         return cls(
             rows=torch.arange(n_rows, device=device),
             tokens=zeros(),
-            positions=zeros() + PARKED,
+            positions=zeros() + INACTIVE,
             starts=zeros(),
             last=zeros(),
             is_stop=torch.zeros(vocab_size, dtype=torch.bool, device=device),
-            sampling=replace(Sampling.of(0.0, 0.0, [(0, 0, 0)] * n_rows, device), greedy=False),
+            sampling=replace(SamplingTensors.of(0.0, 0.0, [(0, 0, 0)] * n_rows, device), greedy=False),
             out_tokens=torch.zeros(n_steps, n_rows, dtype=torch.int64, device=device),
             out_logprobs=torch.zeros(n_steps, n_rows, dtype=torch.float32, device=device),
         )
@@ -70,26 +70,26 @@ class DecodeState:
         positions: Sequence[int],
         last: Sequence[int],
         stop_ids: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingTensors,
     ) -> None:
         """Stand the first rows on their newest tokens, each to gain more up to position `last`, and park the others.
 
         Does not wait for the device.
         """
         n_rows, device = len(tokens), self.tokens.device
-        self.park()
+        self.deactivate()
         new = upload([tokens, positions, last], torch.int64, device)
         self.tokens[:n_rows] = new[0]
-        self.positions[:n_rows] = torch.where(new[1] < new[2], new[1], PARKED)
+        self.positions[:n_rows] = torch.where(new[1] < new[2], new[1], INACTIVE)
         self.starts[:n_rows] = new[1] + 1
         self.last[:n_rows] = new[2]
         self.is_stop.zero_()
         self.is_stop.index_fill_(0, upload(stop_ids, torch.int64, device), True)
         self.sampling.first(n_rows).copy_(sampling)
 
-    def park(self) -> None:
+    def deactivate(self) -> None:
         """Let every row rest."""
-        self.positions.fill_(PARKED)
+        self.positions.fill_(INACTIVE)
 
     def drawing(self, greedy: bool) -> "DecodeState":
         """The same state, telling an eager backend whether any row draws."""

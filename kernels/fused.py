@@ -6,7 +6,7 @@ Each op decides by its number of tokens how it is served. A decode layer is five
     1               matvec + epilogue     attention_decode   matvec + epilogue
     2 to 16         few_tokens + epilogue attention_decode   few_tokens + epilogue
     more            rms_norm, the library's matmul,          the library's matmul between rms_norm and an epilogue
-                    rotary_append
+                    rope_append
 
 and a prompt's tokens attend in `attention_prefill`, however few they are. One `embed` before the layers, then `head`
 and the two launches of `choose`: a decode step is 5·L + 4 launches.
@@ -23,22 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels import interpreter, rotary
-from fastllama.kernels import rms_norm as norms
-from fastllama.kernels import sampling as sampler
-from fastllama.kernels import swiglu as activation
-from fastllama.kernels.attention_decode import attention_decode
-from fastllama.kernels.attention_prefill import attention_prefill
-from fastllama.kernels.attention_scratch import AttentionScratch
-from fastllama.kernels.checks import check_head_dim
+from fastllama.kernels.attention.decode import attention_decode
+from fastllama.kernels.attention.prefill import attention_prefill
+from fastllama.kernels.attention.scratch import AttentionScratch
+from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.dependent import is_dependent
-from fastllama.kernels.embedding import embed as gather
-from fastllama.kernels.few_tokens import MAX_TOKENS, few_tokens
-from fastllama.kernels.matvec import choose_launch, matvec
-from fastllama.kernels.projection import Append
-from fastllama.kernels.ragged import Ragged, Sampling, Workspace
-from fastllama.kernels.sampling_scratch import SamplingScratch
+from fastllama.kernels.elementwise import rms_norm as norms
+from fastllama.kernels.elementwise import rope
+from fastllama.kernels.elementwise import swiglu as activation
+from fastllama.kernels.elementwise.embedding import embed as gather
+from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.launch import interpreter
+from fastllama.kernels.launch.checks import check_head_dim
+from fastllama.kernels.launch.dependent import is_dependent
+from fastllama.kernels.projection.few_tokens import MAX_TOKENS, few_tokens
+from fastllama.kernels.projection.matvec import choose_launch, matvec
+from fastllama.kernels.sampling import sample as sampler
+from fastllama.kernels.sampling.scratch import SamplingScratch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,12 +61,12 @@ class FusedWorkspace(Workspace):
         self.sampling.reset()
 
 
-def suits_graphs(device: torch.device) -> bool:
+def supports_cuda_graphs(device: torch.device) -> bool:
     """True on a GPU: every launch finds on the device how long rows are."""
     return device.type == "cuda"
 
 
-def launches_depend() -> bool:
+def uses_dependent_launch() -> bool:
     """True from compute capability 9.0 on, where it is not switched off."""
     return is_dependent()
 
@@ -86,7 +87,7 @@ def pack(*parts: Tensor) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
-def repacks(device: torch.device, dtype: torch.dtype) -> bool:
+def packing_copies(device: torch.device, dtype: torch.dtype) -> bool:
     """False: a single weight and its packed form are one copy."""
     return False
 
@@ -110,35 +111,40 @@ def _on_its_device(op: Callable[P, R]) -> Callable[P, R]:
     return guarded
 
 
-# Of the ops below each is one of these or more: they stand here for whoever wants one alone. `add_rms_norm` is for a
-# residual that is yet to be added; here `project` adds it.
+# Parts of the ops below, for callers that want one alone.
 rms_norm = _on_its_device(norms.rms_norm)
-add_rms_norm = _on_its_device(norms.add_rms_norm)
-rotary_append = _on_its_device(rotary.rotary_append)
+rope_append = _on_its_device(rope.rope_append)
 silu_mul = _on_its_device(activation.silu_mul)
 
 
 @_on_its_device
-def embed(table: Tensor, batch: Ragged, begin: int | None = None) -> Tensor:
+def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor:
     """(V, E) -> (N, E)."""
     return gather(table, batch.tokens, begin)
 
 
 @_on_its_device
-def qkv(
-    h: Tensor, norm: Tensor, weight: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, eps: float, batch: Ragged
+def norm_qkv_rope_append(
+    h: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    rope: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    eps: float,
+    batch: RaggedBatch,
 ) -> Tensor:
     """h (N, E) -> q (N, H, D), and keys and values into the cache."""
     if h.shape[0] > MAX_TOKENS:
-        return rotary_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+        return rope_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
     append = Append.to(cache_k, cache_v, rope, batch)
     return _few(h, weight, norm=norm, eps=eps, append=append).view(h.shape[0], -1, cache_k.shape[3])
 
 
 @_on_its_device
-def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
+def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
-    if not batch.one_each:
+    if not batch.is_decode_step:
         return attention_prefill(q, cache_k, cache_v, batch)
     if isinstance(batch.workspace, FusedWorkspace):
         scratch = batch.workspace.attention
@@ -148,7 +154,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Ten
 
 
 @_on_its_device
-def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -> Tensor:
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
     """x (N, ·) -> (N, E)."""
     if x.shape[0] > MAX_TOKENS:
         y = F.linear(x, weight)
@@ -157,7 +163,7 @@ def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -
 
 
 @_on_its_device
-def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
+def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """h (N, E) -> (N, F)."""
     if h.shape[0] > MAX_TOKENS:
         return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
@@ -165,7 +171,7 @@ def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -
 
 
 @_on_its_device
-def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
+def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """h (M, E) -> logits (M, V)."""
     if h.shape[0] > MAX_TOKENS:
         return F.linear(rms_norm(h, norm, eps), weight)
@@ -174,16 +180,16 @@ def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> 
 
 @_on_its_device
 def sample(
-    logits: Tensor, sampling: Sampling, positions: Tensor, workspace: Workspace | None = None
+    logits: Tensor, sampling: SamplingTensors, positions: Tensor, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor]:
     """logits (B, V) -> tokens (B,) int64 and their log-probabilities (B,) float32, in two launches."""
     return sampler.sample(logits, sampling, positions, _sampling_scratch(logits, workspace))
 
 
 @_on_its_device
-def choose(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
+def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
     """logits (B, V) -> the state's rows stand on their next tokens, in the same two launches."""
-    sampler.choose(logits, state, _sampling_scratch(logits, workspace))
+    sampler.sample_and_advance(logits, state, _sampling_scratch(logits, workspace))
 
 
 def _sampling_scratch(logits: Tensor, workspace: Workspace | None) -> SamplingScratch:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels.decode_state import NO_TOKEN, PARKED, DecodeState
-from fastllama.kernels.nucleus import nucleus
-from fastllama.kernels.philox import uniform
-from fastllama.kernels.ragged import LEAST_TEMPERATURE, MOST_TEMPERATURE, Ragged, Sampling, Workspace
+from fastllama.kernels.batch import LEAST_TEMPERATURE, MOST_TEMPERATURE, RaggedBatch, SamplingTensors, Workspace
+from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
+from fastllama.kernels.sampling.nucleus import nucleus
+from fastllama.kernels.sampling.philox import uniform
 
 # Tokens of a row that attend together: keeps the mask of a long prompt small, and skips keys that are in their future.
 QUERY_BLOCK_TOKENS = 128
@@ -36,13 +36,13 @@ def pack(*parts: Tensor) -> Tensor:
     or a few tokens; elsewhere the concatenation. `unpack` undoes it.
     """
     weight = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-    if repacks(weight.device, weight.dtype):
+    if packing_copies(weight.device, weight.dtype):
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return packed
     return weight
 
 
-def repacks(device: torch.device, dtype: torch.dtype) -> bool:
+def packing_copies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a packed weight is in a layout of its own, so that a single weight and its packed form are two copies."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -55,12 +55,12 @@ def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(dense, list(rows))
 
 
-def suits_graphs(device: torch.device) -> bool:
+def supports_cuda_graphs(device: torch.device) -> bool:
     """Whether decode steps belong in a CUDA graph. These read as much of the cache as the host says rows are long."""
     return False
 
 
-def launches_depend() -> bool:
+def uses_dependent_launch() -> bool:
     """Whether kernels are launched now, on the current device, as dependent on the one before. These never are."""
     return False
 
@@ -72,7 +72,7 @@ def workspace(
     return Workspace()
 
 
-def embed(table: Tensor, batch: Ragged, begin: int | None = None) -> Tensor:
+def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor:
     """Rows of the embedding: table (V, E) -> (N, E). An id outside the vocabulary reads the first or last row.
 
     begin: the table is a slice of the vocabulary, from this id on; tokens that it has not are zeros.
@@ -83,18 +83,25 @@ def embed(table: Tensor, batch: Ragged, begin: int | None = None) -> Tensor:
     return h if begin is None else h.masked_fill_((ids != inside)[:, None], 0)
 
 
-def qkv(
-    h: Tensor, norm: Tensor, weight: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, eps: float, batch: Ragged
+def norm_qkv_rope_append(
+    h: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    rope: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    eps: float,
+    batch: RaggedBatch,
 ) -> Tensor:
     """Norm, query/key/value projection, rotary embedding, cache append.
 
     h (N, E), norm (E,), packed weight ((H + 2K)·D, E), rope (T, D/2, 2) float32 holding cos and sin, one layer's
     cache_k and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
     """
-    return rotary_append(_linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+    return rope_append(_linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
 
 
-def rotary_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
+def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """Turn queries and keys, pairs (2i, 2i + 1) by their token's angles in float32, and append keys and values.
 
     heads (N, (H + 2K)·D), the rest as in `qkv`. Returns q (N, H, D).
@@ -109,7 +116,7 @@ def rotary_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor,
     return rotated[:, :-n_kv_heads]
 
 
-def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
+def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """Causal grouped-query attention of each token over its row's cache, up to its own position.
 
     q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D). The G query heads that share a kv head
@@ -117,7 +124,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Ten
     row's last token has no influence, whatever it is.
     """
     lengths = {segment.keys for segment in batch.segments}
-    if batch.one_each and batch.exact and len(lengths) == 1:  # a decode step of equally long rows needs no mask
+    if batch.is_decode_step and batch.exact and len(lengths) == 1:  # a decode step of equally long rows needs no mask
         (keys,), rows = lengths, q.shape[0]
         return _grouped_attention(q[:, None], cache_k[:rows, :, :keys], cache_v[:rows, :, :keys], None).flatten(1)
     out = torch.empty_like(q)
@@ -145,13 +152,13 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> 
     return out.view(rows, n_kv_heads, length, groups, head_dim).transpose(1, 2).reshape(q.shape)
 
 
-def project(x: Tensor, weight: Tensor, residual: Tensor | None, batch: Ragged) -> Tensor:
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
     """Projection to the model width, plus the residual if there is one: x (N, ·), packed weight (E, ·) -> (N, E)."""
     y = _linear(x, weight)
     return y if residual is None else residual + y
 
 
-def swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
+def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """Norm, gate and up projections, SiLU(gate)·up: h (N, E), norm (E,), packed weight (2F, E) -> (N, F)."""
     return silu_mul(_linear(rms_norm(h, norm, eps), weight))
 
@@ -162,13 +169,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragged) -> Tensor:
+def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """Norm and vocabulary projection: h (M, E) for any M of the batch's tokens -> logits (M, V) in the model dtype."""
     return _linear(rms_norm(h, norm, eps), weight)
 
 
 def sample(
-    logits: Tensor, sampling: Sampling, positions: Tensor, workspace: Workspace | None = None
+    logits: Tensor, sampling: SamplingTensors, positions: Tensor, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor]:
     """Choose each row's next token.
 
@@ -190,7 +197,7 @@ def sample(
     return torch.where(logprobs.isnan(), NO_TOKEN, tokens), logprobs
 
 
-def choose(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
+def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
     """Sample each row's next token, write it out, and stand on it, or park a row that it ends.
 
     logits (B, V) in the model dtype; the state's B rows change in place. What ends a row: a stop token, its last
@@ -205,10 +212,10 @@ def choose(logits: Tensor, state: DecodeState, workspace: Workspace | None = Non
     known = tokens.clamp(min=0)
     ends = (tokens == NO_TOKEN) | state.is_stop[known] | (following >= state.last)
     state.tokens.copy_(torch.where(running, known, state.tokens))
-    state.positions.copy_(torch.where(running & ~ends, following, PARKED))
+    state.positions.copy_(torch.where(running & ~ends, following, INACTIVE))
 
 
-def _draw(x: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
+def _draw(x: Tensor, sampling: SamplingTensors, positions: Tensor) -> Tensor:
     """Token ids (B,) drawn by temperature and top-p from logits x (B, V), in float64."""
     inverse = 1 / sampling.temperature.clamp(LEAST_TEMPERATURE, MOST_TEMPERATURE)
     mass = torch.exp((x - x.amax(-1, keepdim=True)).double() * inverse[:, None])
@@ -227,12 +234,6 @@ def _draw(x: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) in float32, rounded to the model dtype, then times the weight."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual (N, E) -> the norm of their sum, and the sum rounded to the model dtype."""
-    h = residual + x
-    return rms_norm(h, weight, eps), h
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

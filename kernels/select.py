@@ -36,7 +36,7 @@ def _obstacle(device: torch.device) -> str | None:
     """What keeps the fused backend from running on a device, and its remedy."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton, on Linux)"
-    from fastllama.kernels.interpreter import interpreting
+    from fastllama.kernels.launch.interpreter import interpreting
 
     if interpreting():
         return None

@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 import torch
 
-from fastllama import launch
+from fastllama.distributed import environment
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and in all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-for name in os.environ.keys() - launch.environment_alone().keys():
+for name in os.environ.keys() - environment.single_process_environ().keys():
     del os.environ[name]  # what a launcher told somebody else
 
 if not os.environ.get("OMP_NUM_THREADS"):
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # What takes longest begins first, or one process would end long after the others.
-LONGEST = ("test_compiled.py", "test_fused.py", "test_sampling.py", "test_nproc.py", "test_gpu_report.py")
+LONGEST = ("test_compiled.py", "test_fused.py", "test_sample.py", "test_nproc.py", "test_report.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

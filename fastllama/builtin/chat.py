@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from fastllama.builtin.data_files import columns, lines, sections
 from fastllama.builtin.facts import Fact, draw_fact, draw_relation, facts_by_relation, roughen
 from fastllama.builtin.stories import story, story_parts
-from fastllama.builtin.tables import columns, lines, sections
 
 SYSTEM_SHARE = 0.3
 STYLES = {"plain": 0.5, "haiku": 0.18, "emoji": 0.14, "pirate": 0.09, "word": 0.09}

@@ -13,9 +13,9 @@ import tiktoken
 
 from fastllama.builtin.bpe import count_words
 from fastllama.builtin.chat import Turn, common_words, dialog
+from fastllama.builtin.data_files import columns, lines, sections
 from fastllama.builtin.facts import draw_relation, facts_by_relation
 from fastllama.builtin.stories import story
-from fastllama.builtin.tables import columns, lines, sections
 
 # Where Llama 3's special tokens stand behind the ranks.
 BEGIN_OF_TEXT, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN = 0, 1, 6, 7, 9

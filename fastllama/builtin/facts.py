@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from fastllama.builtin.tables import columns, sections, sentence, with_article
+from fastllama.builtin.data_files import columns, sections, sentence, with_article
 
 NUMBER_WORDS = (
     "zero",

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-from fastllama.builtin.tables import sections, sentence, with_article
+from fastllama.builtin.data_files import sections, sentence, with_article
 
 ONCE_UPON_SHARE = 0.65
 PRONOUNS = {"he": ("he", "him", "his"), "she": ("she", "her", "her")}

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastllama.checkpoint.base import Checkpoint
-from fastllama.checkpoint.fields import listing
-from fastllama.checkpoint.files import AN_ADAPTER, FILE_PATTERN, SHARD_PATTERN, huggingface_files, meta_files
 from fastllama.checkpoint.huggingface import CONFIG_NAME, open_huggingface
-from fastllama.checkpoint.lookalikes import (
+from fastllama.checkpoint.json_config import listing
+from fastllama.checkpoint.meta import PARAMS_NAME, open_meta
+from fastllama.checkpoint.other_formats import (
     OWN_WEIGHTS,
     PICKLED_ADAPTERS,
     describe_file,
@@ -23,7 +23,7 @@ from fastllama.checkpoint.lookalikes import (
     find_below,
     stray_files,
 )
-from fastllama.checkpoint.meta import PARAMS_NAME, open_meta
+from fastllama.checkpoint.weight_files import AN_ADAPTER, FILE_PATTERN, SHARD_PATTERN, huggingface_files, meta_files
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 

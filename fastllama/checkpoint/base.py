@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastllama.checkpoint.fields import Fields, listing
-from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Stored, Weight, check_split, read_share, weights
+from fastllama.checkpoint.json_config import JsonConfig, listing
+from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, Stored, Weight, check_split, read_share, weights
 
 READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYER = re.compile(r"(?:model\.)?layers\.([0-9]+)\.")
@@ -81,7 +81,7 @@ class Checkpoint:
         return self.stored[EMBEDDING_NAME if tied else weight.name]
 
 
-def check_dims(fields: Fields, params: Mapping[str, Any]) -> None:
+def check_dims(fields: JsonConfig, params: Mapping[str, Any]) -> None:
     """ValueError unless the heads of resolved `params` fit each other; `fields` is the file they came from."""
     if params["n_heads"] % params["n_kv_heads"]:
         raise ValueError(
@@ -92,7 +92,7 @@ def check_dims(fields: Fields, params: Mapping[str, Any]) -> None:
         raise ValueError(f"{fields.path}: rotary embedding needs an even head_dim, got {params['head_dim']}")
 
 
-def head_dim_of(fields: Fields, dim: int, n_heads: int) -> int:
+def head_dim_of(fields: JsonConfig, dim: int, n_heads: int) -> int:
     """The stated head_dim, else dim / n_heads; ValueError where that is no integer."""
     if not fields.has("head_dim") and dim % n_heads:
         raise ValueError(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fastllama.checkpoint.agreement import same_values, warn_of_frequencies
 from fastllama.checkpoint.base import (
     Checkpoint,
     check_dtypes,
@@ -25,10 +24,11 @@ from fastllama.checkpoint.base import (
     file_sizes,
     read_start,
 )
-from fastllama.checkpoint.fields import Fields, listing, shown
-from fastllama.checkpoint.files import WeightFiles, huggingface_files, whole_set
+from fastllama.checkpoint.consistency import same_values, warn_of_frequencies
 from fastllama.checkpoint.huggingface_config import model_params, stop_token_ids
-from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Stored, weights
+from fastllama.checkpoint.json_config import JsonConfig, listing, shown
+from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, Stored, weights
+from fastllama.checkpoint.weight_files import WeightFiles, huggingface_files, whole_set
 
 CONFIG_NAME = "config.json"
 SINGLE_FILE_NAME = "model.safetensors"
@@ -97,7 +97,7 @@ def to_meta_rows(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def open_huggingface(folder: Path) -> Checkpoint:
     """The checkpoint in a folder with config.json and safetensors; ValueError where anything is not as it must be."""
-    config = Fields.read(folder / CONFIG_NAME)
+    config = JsonConfig.read(folder / CONFIG_NAME)
     params = model_params(config)
     theirs = their_names(params["n_layers"])
     files, found = _find_tensors(folder, config, set(theirs.values()), params["tied_output"])
@@ -140,7 +140,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     )
 
 
-def _is_tied(config: Fields, embedding: Stored, output: Stored) -> bool:
+def _is_tied(config: JsonConfig, embedding: Stored, output: Stored) -> bool:
     """Whether an output that is stored although it is said to be the embedding is that."""
     if embedding.pieces[0] is output.pieces[0] or same_values(embedding, output):
         return True
@@ -151,7 +151,7 @@ def _is_tied(config: Fields, embedding: Stored, output: Stored) -> bool:
     return False
 
 
-def _hint(config: Fields, expected: Collection[str], found: Mapping[str, StoredSlice]) -> str:
+def _hint(config: JsonConfig, expected: Collection[str], found: Mapping[str, StoredSlice]) -> str:
     """What a difference between the names that config.json asks for and those that are there may come from."""
     missing, unexpected = set(expected) - found.keys(), found.keys() - set(expected)
     stated, layers = config.integer("num_hidden_layers"), count_layers(found)
@@ -172,7 +172,7 @@ def _hint(config: Fields, expected: Collection[str], found: Mapping[str, StoredS
 
 
 def _find_tensors(
-    folder: Path, config: Fields, expected: Collection[str], tied: bool
+    folder: Path, config: JsonConfig, expected: Collection[str], tied: bool
 ) -> tuple[WeightFiles, dict[str, StoredSlice]]:
     """The weights' files, and every tensor in them by the name that transformers gives it, and one inv_freq."""
     files, index, listed = _choose_files(folder, config)
@@ -202,7 +202,7 @@ def _find_tensors(
     return files, found
 
 
-def _choose_files(folder: Path, config: Fields) -> tuple[WeightFiles, Path, dict[str, str] | None]:
+def _choose_files(folder: Path, config: JsonConfig) -> tuple[WeightFiles, Path, dict[str, str] | None]:
     """The files to read, and the index that lists them with its content, None where there is none.
 
     As in transformers, what config.json names goes first, then model.safetensors, then the index.
@@ -241,7 +241,7 @@ def _with_prefix(name: str, expected: Collection[str]) -> str:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Which file holds which tensor; ValueError where the index is broken or a file of it is not in the folder."""
-    fields = Fields.read(path)
+    fields = JsonConfig.read(path)
     weight_map = fields.section("weight_map")
     if weight_map is None:
         raise fields.error("weight_map", "an object from tensor to file")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllama.checkpoint.base import check_dims, head_dim_of
-from fastllama.checkpoint.fields import MOST_LAYERS, Fields, listing, shown
+from fastllama.checkpoint.json_config import MOST_LAYERS, JsonConfig, listing, shown
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 # transformers' defaults for fields that config.json may leave out.
@@ -19,7 +19,7 @@ LLAMA3_FIELDS = frozenset({"factor", "low_freq_factor", "high_freq_factor", "ori
 ROPE_FIELDS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
-def model_params(config: Fields) -> dict[str, Any]:
+def model_params(config: JsonConfig) -> dict[str, Any]:
     """config.json as ModelArgs fields; vocab_size is -1 where only the embedding tells."""
     model_type = config.values.get("model_type")
     if model_type != "llama":
@@ -52,7 +52,7 @@ def model_params(config: Fields) -> dict[str, Any]:
     return params
 
 
-def _rope(config: Fields) -> dict[str, Any]:
+def _rope(config: JsonConfig) -> dict[str, Any]:
     """The rotary embedding, from the fields of transformers 5 (rope_parameters) or of 4 (rope_theta, rope_scaling).
 
     Of the two sections rope_scaling goes first, whole; rope_theta in the section goes before that beside it.
@@ -60,7 +60,7 @@ def _rope(config: Fields) -> dict[str, Any]:
     new, old = config.section("rope_parameters"), config.section("rope_scaling")
     if new and old and new.values != old.values:
         config.warn("rope_scaling and rope_parameters differ; rope_scaling is used, as in transformers")
-    scaling = old or new or Fields(config.path, {})
+    scaling = old or new or JsonConfig(config.path, {})
     theta = _first_of(scaling, config, "rope_theta", ROPE_THETA)
     if _first_of(scaling, config, "partial_rotary_factor", 1.0) != 1.0:
         holder = scaling if scaling.has("partial_rotary_factor") else config
@@ -91,7 +91,7 @@ def _rope(config: Fields) -> dict[str, Any]:
     }
 
 
-def _first_of(section: Fields, config: Fields, key: str, default: float) -> float:
+def _first_of(section: JsonConfig, config: JsonConfig, key: str, default: float) -> float:
     """The section's number, else the one beside the section, else the default; says so where both are there."""
     inner, outer = section.number(key, default), config.number(key, default)
     if section.has(key) and config.has(key) and inner != outer:
@@ -99,7 +99,7 @@ def _first_of(section: Fields, config: Fields, key: str, default: float) -> floa
     return inner if section.has(key) else outer
 
 
-def _original_length(config: Fields, scaling: Fields) -> int:
+def _original_length(config: JsonConfig, scaling: JsonConfig) -> int:
     """The context before scaling. Unlike with other fields, the one beside the section goes first."""
     key = "original_max_position_embeddings"
     fallback = config.integer("max_position_embeddings", MAX_POSITION_EMBEDDINGS)
@@ -110,8 +110,8 @@ def _original_length(config: Fields, scaling: Fields) -> int:
     return outer
 
 
-def stop_token_ids(folder: Path, config: Fields) -> tuple[int, ...]:
+def stop_token_ids(folder: Path, config: JsonConfig) -> tuple[int, ...]:
     """eos_token_id of generation_config.json, which is what transformers stops at, else of config.json."""
     path = folder / GENERATION_CONFIG_NAME
-    generation = Fields.read(path) if path.exists() else None
+    generation = JsonConfig.read(path) if path.exists() else None
     return (generation.token_ids("eos_token_id") if generation else ()) or config.token_ids("eos_token_id")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs, ffn_width
-from fastllama.checkpoint.agreement import Copies, check_order, check_parts_differ, same_values, warn_of_frequencies
 from fastllama.checkpoint.base import (
     Checkpoint,
     check_dims,
@@ -23,10 +22,11 @@ from fastllama.checkpoint.base import (
     file_sizes,
     head_dim_of,
 )
-from fastllama.checkpoint.fields import MOST_LAYERS, Fields, listing, shown
-from fastllama.checkpoint.files import WeightFiles, in_order, meta_files
-from fastllama.checkpoint.layout import EMBEDDING_NAME, OUTPUT_NAME, Piece, Stored, Weight, names, weights
-from fastllama.checkpoint.shards import FREQUENCIES, Shard, check_same_tensors, load_shard
+from fastllama.checkpoint.consistency import Copies, check_order, check_parts_differ, same_values, warn_of_frequencies
+from fastllama.checkpoint.json_config import MOST_LAYERS, JsonConfig, listing, shown
+from fastllama.checkpoint.pth_shard import FREQUENCIES, Shard, check_same_tensors, load_shard
+from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, Piece, Stored, Weight, names, weights
+from fastllama.checkpoint.weight_files import WeightFiles, in_order, meta_files
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ VISION_PREFIX = "vision_"
 
 def open_meta(folder: Path) -> Checkpoint:
     """The checkpoint in a folder that holds params.json and `*.pth`; ValueError where anything is not as it must be."""
-    fields = Fields.read(folder / PARAMS_NAME)
+    fields = JsonConfig.read(folder / PARAMS_NAME)
     params = _params(fields)
     files = meta_files(folder)
     paths = in_order(folder, files.taken)
@@ -94,7 +94,7 @@ def open_meta(folder: Path) -> Checkpoint:
     )
 
 
-def _params(fields: Fields) -> dict[str, Any]:
+def _params(fields: JsonConfig) -> dict[str, Any]:
     """params.json as ModelArgs fields; vocab_size is -1 where only the embedding tells."""
     for key in QUANTISED_FIELDS:
         if fields.has(key):
@@ -132,7 +132,7 @@ def _params(fields: Fields) -> dict[str, Any]:
     return params
 
 
-def _scaled_rope(fields: Fields) -> dict[str, Any]:
+def _scaled_rope(fields: JsonConfig) -> dict[str, Any]:
     """How rope is scaled, as far as params.json says; ValueError where only use_scaled_rope could tell whether."""
     stated: dict[str, Any] = {key: fields.number(key) for key in ROPE_NUMBERS if fields.has(key)}
     stated |= {key: fields.integer(key) for key in ROPE_INTEGERS if fields.has(key)}
@@ -148,7 +148,7 @@ def _scaled_rope(fields: Fields) -> dict[str, Any]:
     return stated
 
 
-def _hint(fields: Fields, expected: Sequence[str], found: Mapping[str, torch.Tensor]) -> str:
+def _hint(fields: JsonConfig, expected: Sequence[str], found: Mapping[str, torch.Tensor]) -> str:
     """What a difference between the names that params.json asks for and those that are there may come from."""
     stated = fields.integer("n_layers")
     layers = count_layers(found)
@@ -171,7 +171,7 @@ def _check_copies(first: Path, copies: Sequence[Copies]) -> None:
         )
 
 
-def _is_tied(fields: Fields, stated: bool, shards: Sequence[Shard], stored: Mapping[str, Stored]) -> bool:
+def _is_tied(fields: JsonConfig, stated: bool, shards: Sequence[Shard], stored: Mapping[str, Stored]) -> bool:
     """Whether the output is the embedding: where params.json says so and no other is stored, or they share storage."""
     if OUTPUT_NAME not in stored:
         return True

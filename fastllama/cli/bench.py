@@ -19,12 +19,12 @@ from fastllama.cli.options import (
     take_part,
     threads_option,
 )
-from fastllama.launch import torchrun_started, world_size
+from fastllama.distributed.environment import torchrun_started, world_size
 
 if TYPE_CHECKING:
     from fastllama.benchmarks.models import ModelSource
     from fastllama.benchmarks.result_file import ResultFile
-    from fastllama.benchmarks.suite import Plan
+    from fastllama.benchmarks.run import Plan
 
 # Told here as well as in benchmarks/, which imports torch; a test holds the two together.
 SUITES = ("kernels", "decode", "prefill", "generate", "load", "memory")
@@ -110,18 +110,18 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
             raise click.UsageError(f"--{given[0]} stands before {context.invoked_subcommand}: write it behind")
         return None
     take_part(options["nproc"])
-    from fastllama.benchmarks import suite
+    from fastllama.benchmarks import run
 
     result = _run(**options)
     if as_json:
         standard_streams.say(json.dumps(result.to_json(), allow_nan=False))
     else:
-        from fastllama.benchmarks.result_tables import report
+        from fastllama.benchmarks.report import report
 
         standard_streams.say(report(result, markdown))
     if result.interrupted:
         return EXIT_INTERRUPTED
-    failures = suite.failures(result)
+    failures = run.failures(result)
     for failure in failures if strict else []:
         standard_streams.note(failure)
     return EXIT_FOUND if strict and failures else 0
@@ -151,7 +151,7 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
     Example:
       fastllama bench compare before.json after.json
     """
-    from fastllama.benchmarks.compare_results import compare_results, report
+    from fastllama.benchmarks.compare import compare_results, report
     from fastllama.benchmarks.result_file import read_result
 
     results = read_result(first), read_result(second)
@@ -162,10 +162,10 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
 
 def _run(output: str | None, no_plots: bool, **options: Any) -> "ResultFile":
     """Measure, and draw beside the result file."""
-    from fastllama.benchmarks import plots, suite
+    from fastllama.benchmarks import plots, run
 
     path = Path(output or f"fastllama-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
-    result = suite.run(_plan(**options), standard_streams.note, path)
+    result = run.run(_plan(**options), standard_streams.note, path)
     standard_streams.note(f"wrote {path}")
     if not no_plots:
         if plots.available():
@@ -187,7 +187,7 @@ def _plan(
     nproc: int,
     **sizes: Any,
 ) -> "Plan":
-    from fastllama.benchmarks.suite import FRESH, Plan
+    from fastllama.benchmarks.run import FRESH, Plan
     from fastllama.loading import choose_device, choose_dtype
 
     check_processes(nproc, device)

@@ -102,12 +102,12 @@ def describe(
 
     from fastllama.args import ModelArgs
     from fastllama.checkpoint import open_checkpoint
-    from fastllama.limits import memory_plan
+    from fastllama.memory_plan import plan_memory
 
     checkpoint = open_checkpoint(ckpt_dir)
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
-    plan = memory_plan(args, planned, max_batch_size, max_seq_len)
+    plan = plan_memory(args, planned, max_batch_size, max_seq_len)
     # How rope is scaled says nothing about a model whose rope is not.
     hidden = SIZES if args.use_scaled_rope else (*SIZES, *ROPE_SCALING)
     return {
@@ -135,7 +135,7 @@ def describe(
 
 def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -> dict[str, Any]:
     """What each of so many processes would hold, and the most tokens a second that they could make."""
-    from fastllama.limits import memory_plan
+    from fastllama.memory_plan import plan_memory
     from fastllama.speed_of_light import (
         COLLECTIVE_LATENCY_S,
         DATA_SHEETS,
@@ -153,7 +153,7 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
     links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
     exchanging = collectives_seconds(args, dtype, batch, n_processes, links)
     seconds = least_seconds(decode_step(args.split(n_processes), dtype, batch, context), sheet.machine) + exchanging
-    plan = memory_plan(args, dtype, batch, args.max_seq_len, n_processes=n_processes)
+    plan = plan_memory(args, dtype, batch, args.max_seq_len, n_processes=n_processes)
     return {
         "n": n_processes,
         "bytes_each": plan.total,

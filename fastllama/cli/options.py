@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastllama import launch
 from fastllama.cli import standard_streams
+from fastllama.distributed import environment
 
 if TYPE_CHECKING:
     from fastllama.generation import Llama
@@ -115,13 +115,13 @@ class ModelOptions:
         }
         from fastllama.generation import Llama
 
-        if self.nproc == 1 and not launch.torchrun_started():
+        if self.nproc == 1 and not environment.torchrun_started():
             return Llama.build(**arguments)
-        from fastllama import leader
+        from fastllama.distributed import driver
 
         if self.nproc > 1:
-            leader.start(self.nproc)
-        return leader.lead(Llama.build, **arguments)
+            driver.start_workers(self.nproc)
+        return driver.build_on_all(Llama.build, **arguments)
 
 
 class Follows(Exception):
@@ -133,23 +133,23 @@ def take_part(nproc: int) -> None:
 
     Raises Follows in those that are not the first, and ValueError for an environment that is no launch's.
     """
-    if nproc > 1 and launch.world_size() > 1:
+    if nproc > 1 and environment.world_size() > 1:
         raise click.UsageError(
             "--nproc starts processes, and WORLD_SIZE says that torchrun has: leave out one of them."
         )
-    found = launch.several()
+    found = environment.several()
     if found is None:
         return
     if found.rank > 0:
         raise Follows
-    from fastllama import leader
+    from fastllama.distributed import driver
 
-    leader.gather()
+    driver.connect_workers()
 
 
 def check_processes(nproc: int, device: str | None) -> None:
     """UsageError where --nproc cannot be what was meant."""
-    several = "--nproc" if nproc > 1 else "torchrun" if launch.torchrun_started() else None
+    several = "--nproc" if nproc > 1 else "torchrun" if environment.torchrun_started() else None
     if several and device is not None and ":" in device:
         raise click.UsageError(f"{several} puts a process on each GPU: --device cuda, not {device}.")
     if nproc > 1:
@@ -222,7 +222,7 @@ def threads_option(command: Any) -> Any:
 def _use_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
     if value is None or context.resilient_parsing:
         return
-    if launch.torchrun_started():
+    if environment.torchrun_started():
         raise click.UsageError("--threads is for one process and those it starts: set OMP_NUM_THREADS for torchrun's.")
     from fastllama import threads
 

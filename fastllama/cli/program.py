@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from fastllama import launch
 from fastllama.cli import standard_streams
 from fastllama.cli.bench import bench
 from fastllama.cli.chat import chat
 from fastllama.cli.complete import complete
 from fastllama.cli.inspect import inspect
 from fastllama.cli.options import Follows
+from fastllama.distributed import environment
 
 PROGRAM = "fastllama"
 EXIT_ERROR = 2
@@ -72,16 +72,16 @@ def _shared(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
     if _is_another():
         return _follow(run, *args, **options)
     code = run(*args, **options)
-    if "fastllama.leader" in sys.modules:
-        from fastllama import leader
+    if "fastllama.distributed.driver" in sys.modules:
+        from fastllama.distributed import driver
 
-        leader.dismiss()
+        driver.shut_down()
     return code
 
 
 def _is_another() -> bool:
     try:
-        found = launch.several()
+        found = environment.several()
     except ValueError:  # a command for which that matters says so
         return False
     return found is not None and found.rank > 0
@@ -93,9 +93,9 @@ def _follow(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return run(*args, **options)
     except Follows:
-        from fastllama import follower
+        from fastllama.distributed import worker
 
-        return follower.follow()
+        return worker.run_worker()
     except click.ClickException:
         return EXIT_ERROR
 
@@ -121,13 +121,13 @@ def is_expected(error: Exception) -> bool:
     if isinstance(error, ValueError | AssertionError | OSError | MemoryError):
         return True
     # torch reports a CPU that is out of memory, and a device that is not there, as a bare RuntimeError.
-    parallel = sys.modules.get("fastllama.parallel")
+    parallel = sys.modules.get("fastllama.distributed.parallel")
     if parallel is not None and isinstance(error, parallel.ProcessFailed):
         return True
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    limits = sys.modules.get("fastllama.limits")
+    limits = sys.modules.get("fastllama.memory_plan")
     words = limits.OUT_OF_MEMORY_WORDS if limits is not None and isinstance(error, RuntimeError) else ()
     if isinstance(error, ImportError):
         words = NO_ROOM_FOR_LIBRARY

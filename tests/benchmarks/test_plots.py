@@ -10,15 +10,16 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastllama.benchmarks import decode, plots
+from fastllama.benchmarks import plots
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.launch_times import LaunchTime
-from fastllama.benchmarks.measure import summarize
-from fastllama.benchmarks.models import Run
 from fastllama.benchmarks.result_file import ResultFile
-from fastllama.benchmarks.rounds import Case, Measured
+from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.statistics import summarize
+from fastllama.benchmarks.suites import decode
+from fastllama.benchmarks.suites.comparison import Case, Measured
+from fastllama.benchmarks.suites.step_launches import LaunchTime
 from fastllama.speed_of_light import Machine, Work
-from tests.benchmarks.test_decode import ARGS
+from tests.benchmarks.suites.test_decode import ARGS
 
 MACHINE = Machine(read=1e9, matmul=1e12)
 

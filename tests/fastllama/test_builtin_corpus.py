@@ -17,7 +17,7 @@ from fastllama.builtin.stories import story, story_parts
 from fastllama.builtin.train import DEFAULT_STEPS, PEAK_LEARNING_RATE, TOKENS_PER_STEP, batches, learning_rate
 from fastllama.builtin.trainable import TrainableLlama, ffn_width, meta_state_dict
 from fastllama.tokenizer import Tokenizer
-from tests.oracle import meta_transformer
+from tests.support.oracle import meta_transformer
 
 MEGABYTE = 1_000_000
 MAX_CHECKPOINT_BYTES = 6 * MEGABYTE

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fastllama import Llama, ModelArgs, Transformer, decode_graph
-from fastllama.arrivals import Arrivals
 from fastllama.cuda_graph import Graph
 from fastllama.decode_graph import Decoder, graph_size
-from fastllama.kernels.decode_state import PARKED, DecodeState
-from fastllama.kernels.ragged import Sampling
-from tests.answers import assert_same_answers
-from tests.tape import Tape
-from tests.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
+from fastllama.kernels.batch import SamplingTensors
+from fastllama.kernels.decode_state import INACTIVE, DecodeState
+from fastllama.output_copies import OutputCopies
+from tests.support.comparisons import assert_same_answers
+from tests.support.fake_graph import Tape
+from tests.support.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
 
 Rows = list[list[int]]
 
@@ -47,7 +47,7 @@ def llm(tmp_path: Path) -> Iterator[Llama]:
     llm = tiny_llama(tmp_path)
     yield llm
     state = llm.decoder._state
-    assert bool((state.positions == PARKED).all()), "a row is still standing after its call"
+    assert bool((state.positions == INACTIVE).all()), "a row is still standing after its call"
 
 
 def answers(llm: Llama, *, prompts: Rows, stops: set[int], **how: Any) -> tuple[Rows, list[list[float]]]:
@@ -184,21 +184,21 @@ def test_a_step_that_waits_or_bakes_is_found_out(llm: Llama) -> None:
         state.positions.max().item()
 
     def baking(logits: Tensor, state: DecodeState, workspace: object) -> None:
-        ops.choose(logits, state, workspace)
+        ops.sample_and_advance(logits, state, workspace)
         state.tokens.fill_(state.tokens.tolist()[0])
 
     llm.decoder = Decoder(llm.model, new_graph=Tape)
-    llm.model.ops = SimpleNamespace(**{**vars(ops), "choose": waiting})  # type: ignore[assignment]
+    llm.model.ops = SimpleNamespace(**{**vars(ops), "sample_and_advance": waiting})  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="aten::item waits for the device inside a step"):
         llm.generate(PROMPTS, 3, temperature=0)
-    llm.model.ops = SimpleNamespace(**{**vars(ops), "choose": baking})  # type: ignore[assignment]
+    llm.model.ops = SimpleNamespace(**{**vars(ops), "sample_and_advance": baking})  # type: ignore[assignment]
     assert answers(llm, **CALLS[0])[0] != expected
 
 
 def test_rows_end_each_for_its_own_reason(llm: Llama) -> None:
     """Through the decoder alone: budgets of the rows, a stop token, and what came before stays."""
     decoder = llm.decoder
-    sampling = Sampling.of(0.0, 1.0, [(0, row, 0) for row in range(3)], torch.device("cpu"))
+    sampling = SamplingTensors.of(0.0, 1.0, [(0, row, 0) for row in range(3)], torch.device("cpu"))
     with torch.inference_mode(), llm.model.exclusively():
         decoder.begin([5, 6, 7], [0, 0, 0], [3, 1, 0], [], sampling)
         for _ in range(4):
@@ -218,7 +218,7 @@ def test_a_batch_is_served_by_the_next_graph(n_rows: int, most: int, size: int) 
 def test_arrivals_come_in_order_and_are_never_overtaken() -> None:
     state = DecodeState.of(2, 8, 16, torch.device("cpu"))
     state.out_tokens.copy_(torch.arange(16).view(8, 2))
-    arrivals = Arrivals(state, n_steps=2, slots=2)
+    arrivals = OutputCopies(state, n_steps=2, slots=2)
     arrivals.send(0, 1)
     arrivals.send(1, 2)
     state.out_tokens.zero_()

@@ -13,11 +13,11 @@ from torch import Tensor
 from fastllama import Llama, decode_graph
 from fastllama.cuda_graph import CudaGraph
 from fastllama.decode_graph import Decoder
-from fastllama.kernels import ragged
-from fastllama.kernels.ragged import Ragged
-from fastllama.kernels.switches import Switches, switched, switches
-from tests.tape import Tape
-from tests.tiny import tiny_llama
+from fastllama.kernels import batch
+from fastllama.kernels.batch import RaggedBatch
+from fastllama.kernels.launch.options import Switches, switched, switches
+from tests.support.fake_graph import Tape
+from tests.support.tiny import tiny_llama
 
 PROMPTS = [[5, 6, 7], [8]]
 CALL: dict[str, Any] = {"temperature": 0.0}
@@ -34,7 +34,7 @@ def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[Switches]:
     found: list[Switches] = []
     hidden = llm.model.hidden
 
-    def noted(batch: Ragged) -> Tensor:
+    def noted(batch: RaggedBatch) -> Tensor:
         found.append(switches())
         return hidden(batch)
 
@@ -111,7 +111,7 @@ def test_sampling_parameters_are_uploaded_on_the_stream_that_reads_them(
     llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploaded_on: list[str] = []
-    upload = ragged.upload
+    upload = batch.upload
 
     def noted(*arguments: Any) -> Tensor:
         uploaded_on.append(Stream.current.name)
@@ -119,7 +119,7 @@ def test_sampling_parameters_are_uploaded_on_the_stream_that_reads_them(
 
     monkeypatch.setattr(llm, "decoder", decoder)
     llm.generate(PROMPTS, 1, **CALL)  # allocates the decoder's state
-    monkeypatch.setattr(ragged, "upload", noted)
+    monkeypatch.setattr(batch, "upload", noted)
     with Stream("asked for").use():
         stream = llm.stream(PROMPTS, 2, temperature=1.0, seed=1)
     with Stream("begun").use():
@@ -181,7 +181,7 @@ def test_a_capture_that_fails_is_done_again_without_dependent_launches(
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
     with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
         llm.generate(PROMPTS, 4, **CALL)  # the reference backend has none to leave out
-    monkeypatch.setattr(llm.model.ops, "launches_depend", lambda: switches().launch)
+    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: switches().launch)
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
     assert llm.decoder.dependent
     assert llm.generate(PROMPTS, 4, **CALL) == expected
@@ -209,7 +209,7 @@ class Full(Tape):
 
 def test_memory_that_runs_out_is_no_matter_of_dependent_launches(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = llm.generate(PROMPTS, 4, **CALL)
-    monkeypatch.setattr(llm.model.ops, "launches_depend", lambda: switches().launch)
+    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: switches().launch)
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Full))
     with pytest.raises((torch.OutOfMemoryError, MemoryError)):
         llm.generate(PROMPTS, 4, **CALL)
@@ -231,7 +231,7 @@ def test_a_rehearsal_that_fails_names_the_switch(llm: Llama, monkeypatch: pytest
     )
     full = torch.OutOfMemoryError("out of memory")
     for depend, error, message in ((True, refused, named), (False, refused, str(refused)), (True, full, str(full))):
-        monkeypatch.setattr(llm.model.ops, "launches_depend", lambda depend=depend: depend)
+        monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda depend=depend: depend)
         monkeypatch.setattr(decode_graph, "step", failing(error))
         with pytest.raises(type(error)) as caught:
             Decoder(llm.model).rehearse(2)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fastllama import builtin_checkpoint
-from tests.answers import assert_same_logprobs
-from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
-from tests.tiers import parameters
-from tests.waiting import HANG_SECONDS
+from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.comparisons import assert_same_logprobs
+from tests.support.tiers import parameters
+from tests.support.timeouts import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """

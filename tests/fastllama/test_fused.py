@@ -10,14 +10,14 @@ from torch import Tensor
 from fastllama import Llama, ModelArgs, Transformer, builtin_checkpoint
 from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.decode_graph import Decoder
-from fastllama.kernels import attention_scratch
 from fastllama.kernels import fused as fused_backend
-from fastllama.kernels.ragged import Ragged
-from tests.answers import assert_same_answers
-from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
-from tests.tape import Tape
-from tests.tiers import parameters
-from tests.tiny import tiny_llama
+from fastllama.kernels.attention import scratch
+from fastllama.kernels.batch import RaggedBatch
+from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.comparisons import assert_same_answers
+from tests.support.fake_graph import Tape
+from tests.support.tiers import parameters
+from tests.support.tiny import tiny_llama
 
 BACKENDS = ("reference", "fused")
 FEW_SLOTS = 4  # of attention's grid: empty ones cost the interpreter as much as full ones
@@ -35,7 +35,7 @@ STORIES260K = {
 
 @pytest.fixture(autouse=True)
 def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_scratch, "SLOTS", FEW_SLOTS)
+    monkeypatch.setattr(scratch, "SPLITS", FEW_SLOTS)
 
 
 def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> list[Transformer]:
@@ -57,7 +57,7 @@ def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> 
 
 @pytest.mark.slow
 def test_builtin_model_gives_the_reference_tokens(device: torch.device) -> None:
-    """Ragged prompts, one of them longer than what the matrix–vector kernels serve, echoed and scored."""
+    """RaggedBatch prompts, one of them longer than what the matrix–vector kernels serve, echoed and scored."""
     texts = ["Once upon a time", "The capital of France is the city of Paris, and the sun was warm on that day.", "A"]
     rows = []
     for backend in BACKENDS:
@@ -122,7 +122,7 @@ def test_seeded_draws_are_the_references(device: torch.device, tmp_path: Path) -
 
 def test_an_op_without_a_workspace_makes_its_own(device: torch.device) -> None:
     reference, fused = transformers(device, torch.float32, **STORIES260K)
-    batch = Ragged.of([(0, 0, [5, 6, 7]), (2, 0, [8])], device)
+    batch = RaggedBatch.of([(0, 0, [5, 6, 7]), (2, 0, [8])], device)
     assert batch.workspace is None
     hidden = [model.hidden(batch) for model in (reference, fused)]
     assert_matches("logits", hidden[1], hidden[0])

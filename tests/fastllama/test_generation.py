@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fastllama import Llama
 from fastllama.generation import sample_top_p
-from tests.answers import assert_same_logprobs
-from tests.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
+from tests.support.comparisons import assert_same_logprobs
+from tests.support.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
 
 VOCAB_SIZE = 576
 prompt_lists = st.lists(

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastllama import Llama, parallel
-from fastllama.limits import DoesNotFit
-from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
-from tests.tiny import MAX_SEQ_LEN, tiny_llama
+from fastllama import Llama
+from fastllama.distributed import parallel
+from fastllama.memory_plan import DoesNotFit
+from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.tiny import MAX_SEQ_LEN, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +297,7 @@ def test_build_rejects_a_tokenizer_of_another_vocabulary(tmp_path: Path, folder:
 
 
 def test_build_says_what_would_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastllama.limits.free_memory", lambda device: 4_000_000)
+    monkeypatch.setattr("fastllama.memory_plan.free_memory", lambda device: 4_000_000)
     with pytest.raises(DoesNotFit, match=r"needs .* GiB .* max_batch_size=\d+ would fit") as caught:
         Llama.build(str(folder), str(folder / "tokenizer.model"), 64, 512, device="cpu")
     assert isinstance(caught.value, MemoryError) and isinstance(caught.value, ValueError)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fastllama import Llama
-from tests.answers import assert_same_logits, assert_same_logprobs
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     huggingface_model,
     random_weights,
     tiny_params,
@@ -16,7 +15,8 @@ from tests.checkpoints import (
     write_meta,
     write_tokenizer,
 )
-from tests.oracle import meta_generate, meta_transformer
+from tests.support.comparisons import assert_same_logits, assert_same_logprobs
+from tests.support.oracle import meta_generate, meta_transformer
 
 MAX_SEQ_LEN = 64
 MAX_GEN_LEN = 24

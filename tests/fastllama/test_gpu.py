@@ -7,7 +7,7 @@ import torch
 
 from fastllama import Llama
 from fastllama.decode_graph import Decoder
-from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastllama import Llama
-from tests.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
-from tests.tiers import parameters
+from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
+from tests.support.tiers import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 2**20

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fastllama import ModelArgs, Transformer
-from fastllama.kernels.ragged import Ragged
+from fastllama.kernels.batch import RaggedBatch
 from fastllama.prefill import prefill
 from fastllama.rope import rope_table
-from tests.answers import assert_same_logits, assert_same_logprobs
-from tests.checkpoints import random_weights, tiny_params
+from tests.support.checkpoints import random_weights, tiny_params
+from tests.support.comparisons import assert_same_logits, assert_same_logprobs
 
 
 def tiny(**changes: Any) -> Transformer:
@@ -156,9 +156,9 @@ def test_ragged_batch_equals_rows_one_by_one() -> None:
     rows = [torch.randint(0, 576, (n,), generator=generator).tolist() for n in (20, 9, 33)]
     pasts = [12, 8, 0]
     with torch.inference_mode():
-        first = Ragged.of([(row, 0, rows[row][:past]) for row, past in enumerate(pasts) if past], model.device)
+        first = RaggedBatch.of([(row, 0, rows[row][:past]) for row, past in enumerate(pasts) if past], model.device)
         model.hidden(first)
-        batch = Ragged.of([(row, past, rows[row][past:]) for row, past in enumerate(pasts)], model.device)
+        batch = RaggedBatch.of([(row, past, rows[row][past:]) for row, past in enumerate(pasts)], model.device)
         logits = model.logits(model.hidden(batch), batch)
         for row, segment in enumerate(batch.segments):
             expected = model.forward(torch.tensor([rows[row]]), 0)[0, pasts[row] :]

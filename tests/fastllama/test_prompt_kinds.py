@@ -11,7 +11,7 @@ import torch
 
 from fastllama import Llama
 from fastllama.generation import sample_top_p
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 ENCODE = ": encode it first, tokenizer.encode(text, bos=True, eos=False), or call text_completion"
 DECODE = ": decode it to a str and encode that, tokenizer.encode(text, bos=True, eos=False)"

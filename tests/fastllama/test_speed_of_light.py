@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastllama import ModelArgs
-from fastllama.limits import memory_plan
+from fastllama.memory_plan import plan_memory
 from fastllama.speed_of_light import (
     COLLECTIVE_LATENCY_S,
     DATA_SHEETS,
@@ -118,7 +118,7 @@ def test_the_plans_in_the_docs_are_these_models(name: str, fields: dict[str, Any
     sheet = DATA_SHEETS["H100"]
     links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
     for n in (1, 2, 4, 8, 16) if name == "3.1-405B" else (1, 2, 4, 8):
-        plan = memory_plan(args, BF16, 1, 8192, n_processes=n)
+        plan = plan_memory(args, BF16, 1, 8192, n_processes=n)
         exchanging = collectives_seconds(args, BF16, 1, n, links)
         seconds = least_seconds(decode_step(args.split(n), BF16, 1, 4096), sheet.machine) + exchanging
         limit = f"{1 / seconds:.0f} | {exchanging / seconds:.0%}" if plan.total <= sheet.memory else "does not fit |"

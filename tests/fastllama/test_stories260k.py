@@ -5,7 +5,7 @@ from typing import cast
 import pytest
 
 from fastllama import Llama, Tokenizer, Transformer
-from tests.stories260k import BOS_ID, FOLDER, GREEDY_STEPS, GREEDY_TEXT, PiecesTokenizer, read_model
+from tests.support.stories260k import BOS_ID, FOLDER, GREEDY_STEPS, GREEDY_TEXT, PiecesTokenizer, read_model
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="stories260K is not beside this checkout")
 

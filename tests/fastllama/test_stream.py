@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastllama import Increment, Llama
-from tests.answers import assert_same_logprobs
-from tests.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
+from tests.support.comparisons import assert_same_logprobs
+from tests.support.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
 
 prompt_lists = st.lists(
     st.lists(st.integers(0, 575), min_size=1, max_size=MAX_SEQ_LEN), min_size=1, max_size=MAX_BATCH_SIZE

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastllama import ModelArgs, Transformer, threads
-from tests.checkpoints import tiny_params
+from tests.support.checkpoints import tiny_params
 
 ROOT = Path(__file__).resolve().parents[2]
 # Products wide enough to be shared, on more threads than are there, and on one; as much work as two tokens of a model.
@@ -103,14 +103,14 @@ def test_small_work_is_not_split(work: int, weights: int, expected: int) -> None
 def test_a_models_work_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Transformer(ModelArgs(max_batch_size=2, max_seq_len=64, **tiny_params()), device="cpu")
     seen: list[int] = []
-    head = model.ops.head
+    head = model.ops.norm_lm_head
 
     def watched(*given: Any) -> torch.Tensor:
         seen.append(torch.get_num_threads())
         logits: torch.Tensor = head(*given)
         return logits
 
-    monkeypatch.setattr(model.ops, "head", watched)
+    monkeypatch.setattr(model.ops, "norm_lm_head", watched)
     model.forward(torch.tensor([[1, 2]]), 0)
     monkeypatch.setattr(threads, "SMALL_WORK", 0)
     model.forward(torch.tensor([[1, 2]]), 0)

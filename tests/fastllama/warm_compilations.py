@@ -7,12 +7,12 @@ import json
 import torch
 
 from fastllama import ModelArgs, Transformer
-from fastllama.benchmarks.gpus import GPUS, Launch, recorded
+from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, Launch, recorded
 from fastllama.decode_graph import Decoder
 from fastllama.kernels import fused
-from fastllama.kernels.ragged import Sampling
+from fastllama.kernels.batch import SamplingTensors
 from fastllama.prefill import prefill
-from fastllama.warm import warm
+from fastllama.warmup import warm
 
 MAX_ROWS, MAX_TOKENS = 40, 128
 ARGS = ModelArgs(
@@ -29,7 +29,7 @@ def main() -> None:
     model.ops = fused
     model.load_tensors((name, torch.zeros(shape)) for name, shape in ARGS.shapes.items())
     model._allocate()
-    fused.suits_graphs = lambda device: True  # as on a GPU
+    fused.supports_cuda_graphs = lambda device: True  # as on a GPU
     decoder = Decoder(model, graphs=False)
     with recorded(GPUS["sm_90"]) as launches, torch.inference_mode():
         warm(decoder, [1, MAX_ROWS], progress=False)
@@ -53,7 +53,7 @@ def _kernels(launches: list[Launch]) -> dict[str, str]:
 
 def _call(decoder: Decoder, prompts: list[list[int]]) -> None:
     """A call as it begins: prompts, a draw, a step."""
-    sampling = Sampling.of(0.7, 0.9, [(1, row, 0) for row in range(len(prompts))], CPU)
+    sampling = SamplingTensors.of(0.7, 0.9, [(1, row, 0) for row in range(len(prompts))], CPU)
     ends = [len(prompt) for prompt in prompts]
     with decoder.model.exclusively():
         decoder.begin([1] * len(prompts), [end - 1 for end in ends], [end + 1 for end in ends], [], sampling)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fastllama.benchmarks.tolerances import TOLERANCES
-from fastllama.kernels.attention_decode import attention_decode
-from fastllama.kernels.attention_prefill import attention_prefill
-from fastllama.kernels.attention_scratch import AttentionScratch
-from fastllama.kernels.ragged import Ragged
+from fastllama.kernels.attention.decode import attention_decode
+from fastllama.kernels.attention.prefill import attention_prefill
+from fastllama.kernels.attention.scratch import AttentionScratch
+from fastllama.kernels.batch import RaggedBatch
 from tests.kernels.cases import DTYPES, NAMES
 
 pytestmark = [
@@ -46,10 +46,10 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 def build(
     pieces: list[tuple[int, int, int]], heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Ragged]:
+) -> tuple[Tensor, Tensor, Tensor, RaggedBatch]:
     """q, one layer's cache_k and cache_v and the batch; the caches hold NaN past the rows' ends."""
     n_heads, n_kv_heads, head_dim = heads
-    batch = Ragged.of([(row, start, [0] * count) for row, start, count in pieces], device)
+    batch = RaggedBatch.of([(row, start, [0] * count) for row, start, count in pieces], device)
     n_rows, longest = max(s.row for s in batch.segments) + 1, max(s.keys for s in batch.segments)
     shape = (n_rows, n_kv_heads, longest + 3, head_dim)
     cache_k, cache_v = (torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2))
@@ -65,7 +65,7 @@ def decode_pieces(lengths: list[int]) -> list[tuple[int, int, int]]:
     return [(row, length - 1, 1) for row, length in enumerate(lengths)]
 
 
-def oracle(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged) -> Tensor:
+def oracle(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """Attention in float64, one kv head and a few tokens at a time."""
     n_heads, head_dim = q.shape[1:]
     groups = n_heads // cache_k.shape[1]

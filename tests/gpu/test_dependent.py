@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.arrivals import Gained
-from fastllama.benchmarks.probes import tick
+from fastllama.benchmarks.gpu_report.probes import tick
 from fastllama.decode_graph import Decoder
-from fastllama.kernels.dependent import is_dependent
-from fastllama.kernels.ragged import Sampling
-from fastllama.kernels.switches import switched
+from fastllama.kernels.batch import SamplingTensors
+from fastllama.kernels.launch.dependent import is_dependent
+from fastllama.kernels.launch.options import switched
 from fastllama.model import Transformer
+from fastllama.output_copies import StepOutput
 from fastllama.prefill import prefill
 
 pytestmark = [
@@ -50,9 +50,9 @@ def model() -> Transformer:
 
 
 @torch.inference_mode()
-def gained(model: Transformer, rows: int, temperature: float, how: How) -> list[Gained]:
+def gained(model: Transformer, rows: int, temperature: float, how: How) -> list[StepOutput]:
     prompts = [[1 + row * 7 + place for place in range(3 + 11 * row)] for row in range(rows)]
-    sampling = Sampling.of(temperature, 0.9, [(3, row, 0) for row in range(rows)], DEVICE)
+    sampling = SamplingTensors.of(temperature, 0.9, [(3, row, 0) for row in range(rows)], DEVICE)
     places = [len(prompt) for prompt in prompts]
     with switched(launch=how.launch, prefetch=how.prefetch), model.exclusively():
         decoder = Decoder(model, graphs=how.graphs)

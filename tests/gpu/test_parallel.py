@@ -9,13 +9,13 @@ import psutil
 import pytest
 import torch
 
-from fastllama.started import EXIT_FOLLOWER_DIED
-from tests.answers import assert_same_logprobs
-from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
-from tests.command_line import ROOT, run_process
-from tests.parallel_cases import PROMPTS, STEPS, answers, assert_alike, build
-from tests.processes import run_processes
-from tests.tiny import write_monotonous
+from fastllama.distributed.worker_processes import EXIT_WORKER_DIED
+from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.command_line import ROOT, run_process
+from tests.support.comparisons import assert_same_logprobs
+from tests.support.parallel_cases import PROMPTS, STEPS, answers, assert_alike, build
+from tests.support.processes import run_processes
+from tests.support.tiny import write_monotonous
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +31,7 @@ def test_two_gpus_give_one_gpus_answers(tmp_path: Path, shards: int) -> None:
     llm = build(str(folder), device="cuda:0", dtype="float32")
     expected = answers(llm)
     tokens, scores = llm.generate(PROMPTS[1:2], STEPS, temperature=0.0, logprobs=True)
-    found = run_processes(2, tmp_path, "tests.parallel_cases:on_gpus", {"folder": str(folder)})
+    found = run_processes(2, tmp_path, "tests.support.parallel_cases:on_gpus", {"folder": str(folder)})
     assert [one["device"] for one in found] == ["cuda:0", "cuda:1"]
     for one in found:
         assert one["repeats"] and one["graphs"] == [1, 4]
@@ -60,7 +60,7 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
         assert command.stdout is not None and command.stdout.read(1)
         psutil.Process(command.pid).children()[0].kill()
         _, said = command.communicate(timeout=10)
-        assert command.returncode == EXIT_FOLLOWER_DIED and "was killed by signal 9" in said
+        assert command.returncode == EXIT_WORKER_DIED and "was killed by signal 9" in said
     finally:
         command.kill()
 

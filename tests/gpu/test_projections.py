@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import fused
-from fastllama.kernels.ragged import Ragged
+from fastllama.kernels.batch import RaggedBatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,7 +59,7 @@ class Tensors:
             vocab_size=vocab_size,
             device=device,
         )
-        self.batch = Ragged.of(pieces, device, self.workspace)
+        self.batch = RaggedBatch.of(pieces, device, self.workspace)
         self.table = torch.randn(64, dim, device=device).bfloat16()
         self.norm = (1 + 0.1 * torch.randn(dim, device=device)).bfloat16()
         self.wqkv, self.wo = weight((n_heads + 2 * n_kv_heads) * head_dim, dim), weight(dim, n_heads * head_dim)
@@ -73,11 +73,11 @@ class Tensors:
     def run(self) -> dict[str, Tensor]:
         """One layer's projections and the head, each fed with what the one before made."""
         h = fused.embed(self.table, self.batch)
-        q = fused.qkv(h, self.norm, self.wqkv, self.rope, self.cache_k, self.cache_v, EPS, self.batch)
-        middle = fused.project(self.attended, self.wo, h, self.batch)
-        hidden = fused.swiglu(middle, self.norm, self.w13, EPS, self.batch)
-        last = fused.project(hidden, self.w2, middle, self.batch)
-        logits = fused.head(last, self.norm, self.output, EPS, self.batch)
+        q = fused.norm_qkv_rope_append(h, self.norm, self.wqkv, self.rope, self.cache_k, self.cache_v, EPS, self.batch)
+        middle = fused.linear_residual(self.attended, self.wo, h, self.batch)
+        hidden = fused.norm_swiglu(middle, self.norm, self.w13, EPS, self.batch)
+        last = fused.linear_residual(hidden, self.w2, middle, self.batch)
+        logits = fused.norm_lm_head(last, self.norm, self.output, EPS, self.batch)
         return {"h": h, "q": q, "middle": middle, "hidden": hidden, "last": last, "logits": logits}
 
 
@@ -132,14 +132,14 @@ def test_projections_repeat_themselves(n_tokens: int, device: torch.device) -> N
 def test_append_reaches_beyond_32_bits(n_tokens: int, device: torch.device) -> None:
     """Into the last positions of a cache of more than 2^31 elements, by each of the three kernels that append."""
     rows, n_kv_heads, length, head_dim = LARGE_CACHE
-    batch = Ragged.of([(rows - 1, length - n_tokens, [1] * n_tokens)], device)
+    batch = RaggedBatch.of([(rows - 1, length - n_tokens, [1] * n_tokens)], device)
     torch.manual_seed(2)
     h, norm = torch.randn(n_tokens, 256, device=device).bfloat16(), torch.ones(256, device=device).bfloat16()
     weight = torch.randn(3 * n_kv_heads * head_dim, 256, device=device).div(16).bfloat16()
     angles = torch.rand(length, head_dim // 2, device=device) * 6.3
     rope = torch.stack([angles.cos(), angles.sin()], -1)
     cache_k, cache_v = (torch.zeros(LARGE_CACHE, dtype=torch.bfloat16, device=device) for _ in range(2))
-    q = fused.qkv(h, norm, weight, rope, cache_k, cache_v, EPS, batch)
+    q = fused.norm_qkv_rope_append(h, norm, weight, rope, cache_k, cache_v, EPS, batch)
     heads = (normalised(h, norm) @ weight.double().T).unflatten(-1, (-1, head_dim))
     pairs = torch.view_as_complex(heads[:, : 2 * n_kv_heads].unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * torch.view_as_complex(rope.double()[-n_tokens:])[:, None]).flatten(-2)

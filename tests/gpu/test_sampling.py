@@ -4,11 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama.kernels.ragged import Sampling
-from fastllama.kernels.sampling import sample
-from fastllama.kernels.sampling_scratch import SamplingScratch
+from fastllama.kernels.batch import SamplingTensors
+from fastllama.kernels.sampling.sample import sample
+from fastllama.kernels.sampling.scratch import SamplingScratch
 from tests.kernels.cases import DTYPES, random
-from tests.kernels.draws import assert_follows, metas_distribution, numbers_drawn, possible_tokens, rows_of, sampling
+from tests.kernels.sampling.draws import (
+    assert_follows,
+    metas_distribution,
+    numbers_drawn,
+    possible_tokens,
+    rows_of,
+    sampling,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +52,7 @@ def draw_counts(row: Tensor, temperature: float, top_p: float, rows: int, draws:
     return counts.cpu()
 
 
-def drawn(logits: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
+def drawn(logits: Tensor, how: SamplingTensors) -> tuple[Tensor, Tensor]:
     """One draw a row, at position 0."""
     return sample(logits, how, torch.zeros_like(how.seed), scratch_for(logits))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama.kernels import interpreter
+from fastllama.kernels.launch import interpreter
 from tests.kernels.guards import GuardedMemory
 
 

@@ -3,10 +3,10 @@
 import pytest
 import triton
 
-from fastllama.benchmarks.gpus import GPUS
-from fastllama.benchmarks.kernels_markdown import heading, sections
-from fastllama.benchmarks.kernels_report import TRAFFIC, checked, table_path
-from tests.tiers import parameters
+from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
+from fastllama.benchmarks.kernels_report.markdown import heading, sections
+from fastllama.benchmarks.kernels_report.report import TRAFFIC, checked, table_path
+from tests.support.tiers import parameters
 
 TABLED = ("3.6.0", "3.7.1")
 

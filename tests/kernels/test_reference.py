@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels import reference
-from fastllama.kernels.ragged import Ragged, Sampling, Segment
+from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Segment
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -49,13 +49,13 @@ def test_attention_ignores_cache_past_end(
     n_rows, n_kv_heads, groups, length, head_dim = 3, 2, 3, 37, 8
     k, v = random(n_rows, n_kv_heads, length, head_dim, seed=1), random(n_rows, n_kv_heads, length, head_dim, seed=2)
     k, v = k.to(dtype), v.to(dtype)
-    batch = Ragged.of([(row, start, [0] * count) for row, start, count in ATTENTION_CASES[case]], CPU)
+    batch = RaggedBatch.of([(row, start, [0] * count) for row, start, count in ATTENTION_CASES[case]], CPU)
     for segment in batch.segments:
         k[segment.row, :, segment.keys :] = torch.nan
         v[segment.row, :, segment.keys :] = torch.inf
     if not exact:
         segments = tuple(segment._replace(keys=length) for segment in batch.segments)
-        batch = Ragged(batch.tokens, batch.positions, batch.rows, segments, exact=False)
+        batch = RaggedBatch(batch.tokens, batch.positions, batch.rows, segments, exact=False)
     q = random(len(batch.tokens), n_kv_heads * groups, head_dim, dtype=dtype, seed=3)
     out = reference.attention(q, k, v, batch).view(q.shape)
     for token, (row, position) in enumerate(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)):
@@ -70,9 +70,9 @@ def test_qkv_turns_pairs_and_appends_where_the_tokens_stand() -> None:
     angles = random(20, head_dim // 2, seed=4)
     rope = torch.stack([angles.cos(), angles.sin()], -1)
     cache_k, cache_v = torch.full((2, n_kv_heads, 20, head_dim), 9.0), torch.full((2, n_kv_heads, 20, head_dim), 9.0)
-    batch = Ragged.of([(1, 4, [0, 0]), (0, 11, [0])], CPU)
+    batch = RaggedBatch.of([(1, 4, [0, 0]), (0, 11, [0])], CPU)
     packed = reference.pack(*weight.split([24, 12, 12]))
-    q = reference.qkv(h, norm, packed, rope, cache_k, cache_v, 1e-5, batch)
+    q = reference.norm_qkv_rope_append(h, norm, packed, rope, cache_k, cache_v, 1e-5, batch)
 
     normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm
     heads = (normed @ weight.T).view(3, -1, head_dim)
@@ -99,26 +99,26 @@ def test_rms_norm_rounds_before_the_weight_as_llama3_does() -> None:
 def test_pack_unpack_and_the_linears(dtype: torch.dtype) -> None:
     gate, up, down = (random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((24, 10), (24, 10), (10, 24))))
     h, norm = random(3, 10, dtype=dtype, seed=5), torch.ones(10, dtype=dtype)
-    batch = Ragged.of([(0, 0, [1, 2, 3])], CPU)
+    batch = RaggedBatch.of([(0, 0, [1, 2, 3])], CPU)
     packed = reference.pack(gate, up)
     assert all(torch.equal(a, b) for a, b in zip(reference.unpack(packed, [24, 24]), (gate, up), strict=True))
     normed = reference.rms_norm(h, norm, 1e-5)
     hidden = torch.nn.functional.silu(normed @ gate.T) * (normed @ up.T)
-    torch.testing.assert_close(reference.swiglu(h, norm, packed, 1e-5, batch), hidden)
+    torch.testing.assert_close(reference.norm_swiglu(h, norm, packed, 1e-5, batch), hidden)
     packed_down = reference.pack(down)
-    torch.testing.assert_close(reference.project(hidden, packed_down, h, batch), h + hidden @ down.T)
-    torch.testing.assert_close(reference.project(hidden, packed_down, None, batch), hidden @ down.T)
-    torch.testing.assert_close(reference.head(h, norm, packed, 1e-5, batch), normed @ torch.cat([gate, up]).T)
+    torch.testing.assert_close(reference.linear_residual(hidden, packed_down, h, batch), h + hidden @ down.T)
+    torch.testing.assert_close(reference.linear_residual(hidden, packed_down, None, batch), hidden @ down.T)
+    torch.testing.assert_close(reference.norm_lm_head(h, norm, packed, 1e-5, batch), normed @ torch.cat([gate, up]).T)
 
 
 def test_embed_never_reads_out_of_bounds() -> None:
     table = random(7, 4)
-    batch = Ragged.of([(0, 0, [3, -1, 7, 10**9])], CPU)
+    batch = RaggedBatch.of([(0, 0, [3, -1, 7, 10**9])], CPU)
     assert torch.equal(reference.embed(table, batch), table[[3, 0, 6, 6]])
 
 
-def sampling(temperature: float, top_p: float, rows: int, seed: int = 0) -> Sampling:
-    return Sampling.of(temperature, top_p, [(seed, row, 0) for row in range(rows)], CPU)
+def sampling(temperature: float, top_p: float, rows: int, seed: int = 0) -> SamplingTensors:
+    return SamplingTensors.of(temperature, top_p, [(seed, row, 0) for row in range(rows)], CPU)
 
 
 def oracle_draw(logits: np.ndarray, temperature: float, top_p: float, u: float) -> int:
@@ -136,7 +136,7 @@ def oracle_draw(logits: np.ndarray, temperature: float, top_p: float, u: float) 
 @pytest.mark.parametrize("vocabulary", [2, 257, 1000])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 4.0], ids=["flat", "wide", "peaked"])
 def test_sample_draws_what_the_oracle_draws(vocabulary: int, spread: float) -> None:
-    from fastllama.kernels.philox import uniform
+    from fastllama.kernels.sampling.philox import uniform
 
     logits = (random(64, vocabulary, seed=vocabulary) * spread).bfloat16()  # bfloat16 makes ties
     positions = torch.arange(64)
@@ -189,7 +189,7 @@ def test_sample_greedy_takes_the_lowest_of_ties_and_mixes_with_draws() -> None:
     logits = torch.zeros(3, 50, dtype=torch.bfloat16)
     logits[:, [7, 30]] = 2.0
     how = sampling(1.0, 0.9, 3)
-    mixed = Sampling(
+    mixed = SamplingTensors(
         torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.9, 0.0, 0.9]), how.seed, how.stream, how.call, False
     )
     tokens, logprobs = reference.sample(logits, mixed, torch.zeros(3, dtype=torch.long))
@@ -214,13 +214,13 @@ def test_rows_draw_alone_as_they_do_together() -> None:
     together, _ = reference.sample(logits, how, positions)
     for row in range(6):
         parts = {name: getattr(how, name)[row : row + 1] for name in ("temperature", "top_p", "seed", "stream", "call")}
-        one = Sampling(**parts, greedy=False)
+        one = SamplingTensors(**parts, greedy=False)
         assert reference.sample(logits[row : row + 1], one, positions[row : row + 1])[0] == together[row]
 
 
 def test_ragged_of_lays_rows_one_after_the_other() -> None:
-    batch = Ragged.of([(2, 5, [10, 11]), (0, 0, [12])], CPU)
+    batch = RaggedBatch.of([(2, 5, [10, 11]), (0, 0, [12])], CPU)
     assert batch.tokens.tolist() == [10, 11, 12] and batch.positions.tolist() == [5, 6, 0]
     assert batch.rows.tolist() == [2, 2, 0]
-    assert batch.segments == (Segment(2, 0, 2, 7), Segment(0, 2, 3, 1)) and not batch.one_each
-    assert Ragged.of([(0, 5, [1]), (1, 2, [2])], CPU).one_each
+    assert batch.segments == (Segment(2, 0, 2, 7), Segment(0, 2, 3, 1)) and not batch.is_decode_step
+    assert RaggedBatch.of([(0, 5, [1]), (1, 2, [2])], CPU).is_decode_step

@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from fastllama.kernels import interpreter, reference
+from fastllama.kernels import reference
+from fastllama.kernels.launch import interpreter
 from fastllama.kernels.select import backend
 
 CPU = torch.device("cpu")

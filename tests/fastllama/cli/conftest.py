@@ -3,7 +3,7 @@
 import pytest
 
 from fastllama import Llama
-from tests.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 
 
 @pytest.fixture(scope="package")

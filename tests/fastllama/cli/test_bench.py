@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from fastllama.benchmarks.compare_results import DEFAULT_THRESHOLD
+from fastllama.benchmarks.compare import DEFAULT_THRESHOLD
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.measure import summarize
 from fastllama.benchmarks.result_file import ResultFile, write_result
+from fastllama.benchmarks.statistics import summarize
 from fastllama.cli import program
 from fastllama.cli.bench import compare
-from tests.command_line import expect_error, run
+from tests.support.command_line import expect_error, run
 
 
 @pytest.fixture
 def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastllama.benchmarks.measure.CPU_BUFFER_BYTES", 2**16)
-    monkeypatch.setattr("fastllama.benchmarks.measure.CPU_MATMUL_SIZE", 16)
+    monkeypatch.setattr("fastllama.benchmarks.timing.CPU_BUFFER_BYTES", 2**16)
+    monkeypatch.setattr("fastllama.benchmarks.ceilings.CPU_MATMUL_SIZE", 16)
     for kind in ("ReadProbe", "MatmulProbe"):
-        monkeypatch.setattr(f"fastllama.benchmarks.measure.{kind}.sample.__defaults__", (0.0,))
+        monkeypatch.setattr(f"fastllama.benchmarks.ceilings.{kind}.sample.__defaults__", (0.0,))
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_bench_strict_fails_where_something_is_wrong(
     checkpoint: str, small_probe: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = ["decode: reference disagrees: row 0 step 0: token 1 here, 2 there"]
-    monkeypatch.setattr("fastllama.benchmarks.suite.failures", lambda result: wrong)
+    monkeypatch.setattr("fastllama.benchmarks.run.failures", lambda result: wrong)
     lenient, strict = (
         run("bench", "--ckpt_dir", checkpoint, *BENCH, "--no_plots", *words) for words in ((), ("--strict",))
     )
@@ -126,7 +126,7 @@ def test_bench_interrupted_prints_what_there_is(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastllama.benchmarks.suite.measure", interrupt)
+    monkeypatch.setattr("fastllama.benchmarks.run.measure", interrupt)
     result = run("bench", "--ckpt_dir", checkpoint, *BENCH, "--json")
     assert result.exit_code == program.EXIT_INTERRUPTED
     assert json.loads(result.stdout)["interrupted"] is True

@@ -15,7 +15,7 @@ import pytest
 from fastllama import Llama
 from fastllama.cli import chat as chat_command
 from fastllama.cli.chat_loop import Conversation, Reply
-from tests.command_line import CHAT, READ_TIMEOUT_S, ROOT, run
+from tests.support.command_line import CHAT, READ_TIMEOUT_S, ROOT, run
 
 
 def test_chat_answers_each_line_of_a_pipe_on_one_line(checkpoint: str) -> None:

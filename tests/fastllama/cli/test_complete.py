@@ -11,8 +11,8 @@ import torch
 
 from fastllama import Increment, Llama
 from fastllama.stream import NotFiniteError
-from tests.answers import assert_same_logprobs
-from tests.command_line import GREEDY, expect_error, run
+from tests.support.command_line import GREEDY, expect_error, run
+from tests.support.comparisons import assert_same_logprobs
 
 
 def test_complete_prints_what_text_completion_says(checkpoint: str, llm: Llama) -> None:
@@ -184,7 +184,7 @@ def test_complete_errors_name_what_is_wrong(tmp_path: Path, checkpoint: str, mon
     expect_error(run("complete", "x", "--ckpt_dir", checkpoint, "--tokenizer_path", "nowhere"), "nowhere")
     expect_error(run("complete", "x", "--ckpt_dir", checkpoint, "--device", "gpu"), "device")
     expect_error(run("complete", "x" * 500, "--ckpt_dir", checkpoint, *GREEDY), "max_seq_len of 64")
-    monkeypatch.setattr("fastllama.kernels.interpreter.interpreting", lambda: False)
+    monkeypatch.setattr("fastllama.kernels.launch.interpreter.interpreting", lambda: False)
     fused = run("complete", "x", "--ckpt_dir", checkpoint, *GREEDY, "--device", "cpu", "--backend", "fused")
     expect_error(fused, "its kernels need a GPU", "TRITON_INTERPRET=1", 'backend="reference" does')
 

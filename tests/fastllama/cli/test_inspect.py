@@ -8,8 +8,8 @@ import pytest
 from fastllama import Llama
 from fastllama.cli.inspect import GPUS, size_text
 from fastllama.speed_of_light import DATA_SHEETS
-from tests.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
-from tests.command_line import expect_error, run
+from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
+from tests.support.command_line import expect_error, run
 
 
 def test_inspect_json_describes_a_meta_checkpoint(checkpoint: str, llm: Llama) -> None:

@@ -14,13 +14,13 @@ import torch
 from fastllama import Llama
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSource, described
-from fastllama.limits import memory_plan
-from fastllama.started import EXIT_FOLLOWER_DIED
-from tests.checkpoints import tiny_params
-from tests.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
-from tests.tiers import parameters
-from tests.tiny import write_monotonous
-from tests.waiting import HANG_SECONDS
+from fastllama.distributed.worker_processes import EXIT_WORKER_DIED
+from fastllama.memory_plan import plan_memory
+from tests.support.checkpoints import tiny_params
+from tests.support.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
+from tests.support.tiers import parameters
+from tests.support.timeouts import HANG_SECONDS
+from tests.support.tiny import write_monotonous
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
@@ -63,7 +63,7 @@ def test_a_benchmark_of_two_processes(checkpoint: str) -> None:
     launches = {one["launch"]: one["count"] for one in decode["launches"]}
     assert launches["all-reduce"] == 2 * launches["qkv"] + 1 and launches["all-gather"] == 1
     whole = ModelArgs(**tiny_params(), max_batch_size=2, max_seq_len=7)
-    plans = [memory_plan(whole, torch.float32, 2, 7, n_processes=n) for n in (1, 2)]
+    plans = [plan_memory(whole, torch.float32, 2, 7, n_processes=n) for n in (1, 2)]
     assert memory["planned"]["weights"] == plans[1].weights < plans[0].weights
     assert memory["peak_bytes"] >= memory["held_bytes"] > 0
 
@@ -125,7 +125,7 @@ def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> 
     others[-1].send_signal(signal.SIGKILL)
     _, said = command.communicate(timeout=HANG_SECONDS)
     if len(others) == 3:
-        assert command.returncode == EXIT_FOLLOWER_DIED
+        assert command.returncode == EXIT_WORKER_DIED
         assert "process 3 of 4 was killed by signal 9 (SIGKILL)" in said.splitlines()[-1]
     else:  # torchrun's are both of them
         assert command.returncode != 0 and "SIGKILL" in said
@@ -144,10 +144,10 @@ def test_nothing_is_left_when_the_first_process_ends(endless: Endless, how: sign
 
 
 FAILING = """
-from fastllama import leader
+from fastllama.distributed import driver
 from tests.fastllama.cli.test_nproc import build_in_the_first_alone
-leader.start(2)
-leader.lead(build_in_the_first_alone)
+driver.start_workers(2)
+driver.build_on_all(build_in_the_first_alone)
 """
 
 
@@ -161,7 +161,7 @@ def build_in_the_first_alone() -> Llama:
 def test_a_process_that_fails_alone_ends_the_others() -> None:
     """After the group has agreed that all is well: the first waits for a group that the other does not join."""
     found = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert found.returncode == EXIT_FOLLOWER_DIED
+    assert found.returncode == EXIT_WORKER_DIED
     assert "process 1 of 2 ended with code 1: OSError: no space left for this one" in found.stderr
 
 
@@ -198,7 +198,7 @@ def test_the_other_processes_say_nothing_of_what_needs_no_model(monkeypatch: pyt
     """What is printed, and what is wrong with the command line, the first process says."""
     for name, value in (PLACE | {"RANK": "1"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("fastllama.follower.follow", lambda: 7)
+    monkeypatch.setattr("fastllama.distributed.worker.run_worker", lambda: 7)
     for words, code in ((("--help",), 0), (("inspect",), 0), (("complete", "--nope"), 2), (("complete",), 7)):
         result = run(*words)
         assert (result.exit_code, result.stdout, result.stderr) == (code, "", "")

@@ -11,7 +11,7 @@ import torch
 import fastllama
 from fastllama import Llama
 from fastllama.cli import main, program
-from tests.command_line import GREEDY, ROOT, expect_error, run, run_process
+from tests.support.command_line import GREEDY, ROOT, expect_error, run, run_process
 
 
 @pytest.mark.parametrize("command", ["complete", "chat", "inspect", "bench"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastllama.cli import main, standard_streams
-from tests.command_line import CHAT, GREEDY, ROOT, run
+from tests.support.command_line import CHAT, GREEDY, ROOT, run
 
 NOTICE = "the input is not all utf-8: what cannot be read became U+FFFD"
 LACKS = "stdout is {}, which lacks some of the characters: they became escapes (PYTHONIOENCODING=utf-8 shows them)"

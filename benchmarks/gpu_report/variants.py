@@ -1,0 +1,182 @@
+"""The launch tables' neighbours: each projection's launch, and others near it, beside the library's matmul.
+
+The tables of `matvec.py`, `few_tokens.py` and attention's `scratch.py` are arithmetic: what a GPU shows to be faster
+goes into them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllama.benchmarks.gpu_report.sections import DTYPE, Bench, Found, Record
+from fastllama.benchmarks.statistics import MICRO
+from fastllama.benchmarks.suites.step_launches import fill_cache
+from fastllama.kernels.attention.decode import attention_decode
+from fastllama.kernels.attention.scratch import SPLITS, AttentionScratch
+from fastllama.kernels.batch import RaggedBatch
+from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.launch.target import current_target
+from fastllama.kernels.projection import few_tokens, matvec
+from fastllama.model import Transformer
+
+ROWS, MAX_ROWS = (1, 2, 0.5), 128  # of the table's
+WARPS, MAX_WARPS = (1, 2, 0.5), 16
+STAGES = (1, 0.5)
+CHUNKS = (1, 2)
+MAX_THREAD_BYTES = 512  # of weights that a thread can hold in registers
+OTHER_SLOTS = (16, 64, 128)
+# Neighbours that spill registers on compute capability 9.0 under triton 3.6 or 3.7, with a norm or without one: by
+# weight, all of them 3.2-1B's, and columns.
+SPILLING = {
+    (3072, 2048, 8): {
+        few_tokens.Launch(16, 256, 3, 1, 2),
+        few_tokens.Launch(32, 256, 3, 2, 2),
+        few_tokens.Launch(32, 512, 3, 2, 1),
+    },
+    (3072, 2048, 16): {few_tokens.Launch(16, 256, 3, 2, 2)},
+    (128256, 2048, 16): {few_tokens.Launch(128, 256, 3, 4, 1)},
+    (2048, 2048, 16): {few_tokens.Launch(32, 256, 4, 4, 2)},
+}
+MIN_CALLS = 4  # of one graph, and weights behind each other
+
+Call = Callable[[], object]
+Launch = matvec.Launch | few_tokens.Launch
+Weights = Sequence[Tensor]
+
+
+def variants(bench: Bench) -> Found:
+    """Decode attention, then every projection of every model at every batch."""
+    for name in bench.sizes.models:
+        yield from _attention(bench, name)
+    for name in bench.sizes.models:
+        for batch in bench.sizes.batches:
+            yield from _projections(bench, name, batch)
+
+
+@torch.inference_mode()
+def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
+    model = bench.model(name)
+    positions = RaggedBatch.of([(row, bench.sizes.contexts[0] - 1, [1]) for row in range(batch)], bench.device)
+    append = Append.to(*model.cache.layer(0), model.rope, positions)
+    # With their norms, whose place before the weights or behind them is one of the differences.
+    norm = {"norm": model.norm.detach(), "eps": model.params.norm_eps}
+    ops: dict[str, tuple[Weights, int, dict[str, Any]]] = {
+        "qkv": (_weights(model, "wqkv"), 2, {"append": append, **norm}),
+        "output": (_weights(model, "wo"), 1, {}),
+        "gate+up": (_weights(model, "w13"), 2, {"swiglu": True, **norm}),
+        "down": (_weights(model, "w2"), 1, {}),
+        "head": ([model.output.detach()], 1, norm),
+    }
+    for op, (weights, tiles, epilogue) in ops.items():
+        x = torch.randn(batch, weights[0].shape[1], device=bench.device, dtype=DTYPE)
+        calls: dict[str, Callable[[Tensor], object]] = {
+            _text(launch): partial(_project, launch, epilogue, x)
+            for launch in _launches(weights[0], tiles, batch)[: bench.sizes.neighbours + 1]
+        }
+        usual = next(iter(calls))
+        calls["the library's matmul"] = partial(F.linear, x)
+        for variant, call in calls.items():
+            chain = [partial(call, weight) for weight in weights] * -(-MIN_CALLS // len(weights))
+            record = {"model": name, "batch": batch, "op": op, "variant": variant, "in_table": variant == usual}
+            yield record | _microseconds(bench, chain)
+
+
+def _project(launch: Launch, epilogue: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(launch, matvec.Launch):
+        return matvec.matvec(x, weight, launch=launch, **epilogue)
+    return few_tokens.few_tokens(x, weight, launch=launch, **epilogue)
+
+
+def _weights(model: Transformer, attribute: str) -> Weights:
+    return [getattr(layer, attribute).detach() for layer in model.layers]
+
+
+def _launches(weight: Tensor, tiles: int, batch: int) -> Sequence[Launch]:
+    """The table's launch, then its neighbours."""
+    return _matvec_launches(weight, tiles) if batch == 1 else _few_tokens_launches(weight, tiles, batch)
+
+
+def _matvec_launches(weight: Tensor, tiles: int) -> list[matvec.Launch]:
+    usual = matvec.choose_launch(weight, tiles)
+    if usual is None:
+        raise ValueError(f"rows of {weight.shape[1]} elements are too long for matvec")
+    in_features = weight.shape[1]
+    found = [usual, usual._replace(x_first=False)]
+    for more_rows in ROWS:
+        for more_warps in WARPS:
+            rows, warps = int(usual.rows * more_rows), int(usual.warps * more_warps)
+            if not (1 <= rows <= MAX_ROWS and 1 <= warps <= MAX_WARPS):
+                continue
+            chunk = int(usual.chunk * more_warps)
+            chunk = chunk if chunk and in_features % chunk == 0 else usual.chunk
+            if rows * tiles * in_features * weight.itemsize <= MAX_THREAD_BYTES * 32 * warps:
+                found.append(matvec.Launch(rows, chunk, warps))
+    return list(dict.fromkeys(found))
+
+
+def _few_tokens_launches(weight: Tensor, tiles: int, batch: int) -> list[few_tokens.Launch]:
+    target = current_target()
+    columns = 8 if batch <= 8 else 16
+    usual = few_tokens.choose_launch(weight, tiles, columns, target)
+    found = [usual]
+    # The same stage in one accumulator first: its matrix instructions follow each other in one chain.
+    for accumulators in dict.fromkeys((1, usual.accumulators)):
+        whole = usual.chunk * usual.accumulators // accumulators
+        for more_rows, more_chunk, more_stages in product(ROWS, CHUNKS, STAGES):
+            rows, chunk = int(usual.rows * more_rows), whole * more_chunk
+            stages = max(2, int(usual.stages * more_stages))
+            shared = stages * accumulators * (rows * tiles + columns) * chunk * weight.itemsize
+            fits = shared <= target.shared_bytes - few_tokens.SHARED_BYTES_SPARE
+            if 16 <= rows <= MAX_ROWS and accumulators * chunk <= weight.shape[1] and fits:
+                warps = max(1, min(4, rows // 16 * (columns // 8)))
+                found.append(few_tokens.Launch(rows, chunk, stages, warps, accumulators))
+    spilling = SPILLING.get((*weight.shape, columns), set())
+    return [launch for launch in dict.fromkeys(found) if launch not in spilling]
+
+
+def _text(launch: Launch) -> str:
+    return ", ".join(f"{name} {value}" for name, value in launch._asdict().items())
+
+
+@torch.inference_mode()
+def _attention(bench: Bench, name: str) -> Iterator[Record]:
+    model, sizes = bench.model(name), bench.sizes
+    args = model.params
+    for batch in dict.fromkeys((sizes.batches[0], sizes.batches[-1])):
+        for context in sizes.contexts:
+            fill_cache(model, batch, context)
+            positions = torch.full((batch,), context - 1, device=bench.device)
+            q = torch.randn(batch, args.n_heads, args.head_dim, device=bench.device, dtype=DTYPE)
+            # Two pairs of tiles on their way take more than the plain shared memory.
+            others = [(SPLITS, 2), *((slots, 1) for slots in OTHER_SLOTS)][: sizes.neighbours]
+            for slots, pairs in ((SPLITS, 1), *others):
+                scratch = AttentionScratch.of(
+                    batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, slots=slots
+                )
+                chain = [
+                    partial(attention_decode, q, *model.cache.layer(layer), positions, scratch, pairs)
+                    for layer in range(model.n_layers)
+                ]
+                case = {"model": name, "batch": batch, "op": f"attention over {context}"}
+                record = {**case, "variant": f"slots {slots}, pairs {pairs}", "in_table": (slots, pairs) == (SPLITS, 1)}
+                yield record | _microseconds(bench, chain)
+
+
+def _microseconds(bench: Bench, chain: Sequence[Call]) -> Record:
+    """Of one call; or why there is none: not every launch fits every GPU."""
+
+    def run() -> None:
+        for call in chain:
+            call()
+
+    try:
+        return {"microseconds": MICRO * bench.median_seconds(run) / len(chain)}
+    except Exception as error:
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()  # what broke the device is no matter of this launch
+        return {"microseconds": None, "error": f"{type(error).__name__}: {error}"[:200]}

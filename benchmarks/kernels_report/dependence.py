@@ -1,0 +1,81 @@
+"""Proof that a kernel may be launched as dependent on the one before, from its LLVM IR.
+
+The rule stands in `kernels/launch/dependent.py`: one wait, before any branch, loop or return; before it only loads of
+immutable weights, and prefetches. A number that is not final may be loaded to steer prefetches, as long as nothing
+else, and nothing after the wait, is made from it.
+"""
+
+import re
+from collections.abc import Iterator
+
+from fastllama.benchmarks.kernels_report.llvm_ir import KernelIR, Load, loaded_bytes, pointers_in
+
+IMMUTABLE = {"weight_ptr", "norm_ptr"}
+STEERING = {"positions_ptr"}
+PREFETCHED = {"weight_ptr", "cache_k_ptr", "cache_v_ptr"}
+WAIT, TRIGGER, PREFETCH = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2"
+# Between the threads of one program, or of no effect outside a thread. Tensor memory is a multiprocessor's own.
+HARMLESS_ASSEMBLY = r"createpolicy|shfl\.sync|bar\.sync|barrier|[ls][dt]\.shared|tcgen05\.(alloc|relinquish)|^$"
+LEAVES_THE_ENTRY = r"^(br|switch|ret|unreachable)\b|^[\w.]+:"
+
+
+def waits(ir: KernelIR) -> int:
+    """How many waits a kernel has."""
+    return sum(WAIT in line for line in ir.lines)
+
+
+def faults(ir: KernelIR) -> list[str]:
+    """How a kernel that is launched as dependent breaks the rule; nothing where it keeps it."""
+    places = [index for index, line in enumerate(ir.lines) if WAIT in line]
+    if len(places) != 1:
+        return [f"has {len(places)} waits, not one"]
+    (wait,) = places
+    found = []
+    if any(re.search(LEAVES_THE_ENTRY, line) for line in ir.lines[:wait]):
+        found.append("waits behind a branch, a loop or a return")
+    triggers = [index for index, line in enumerate(ir.lines) if TRIGGER in line]
+    if any(index < wait for index in triggers):
+        found.append("lets the next kernel begin before it has waited")
+    if not triggers:
+        found.append("never lets the next kernel begin")
+    return found + list(_early_effects(ir, wait)) + list(_early_loads(ir, wait))
+
+
+def prefetches(ir: KernelIR) -> set[str]:
+    """The arguments of whose memory a kernel prefetches."""
+    return {ir.argument_of(pointers_in(line)[0]).removesuffix("_ptr") for line in ir.lines if PREFETCH in line}
+
+
+def _early_effects(ir: KernelIR, wait: int) -> Iterator[str]:
+    for line in ir.lines[:wait]:
+        if re.search(r"\bst(ore)?\b[\w.: ]*\bglobal|^store .*addrspace\(1\)|\batom|\bred\.", line):
+            yield "writes before it waits"
+        elif PREFETCH in line:
+            argument = ir.argument_of(pointers_in(line)[0])
+            if argument not in PREFETCHED:
+                yield f"prefetches {argument} before it waits"
+        elif TRIGGER not in line and not loaded_bytes(line):
+            for assembly in re.findall(r'asm sideeffect "(.*?)"', line):
+                if not re.search(HARMLESS_ASSEMBLY, assembly):
+                    yield f"does something unknown before it waits: {assembly[:40]}"
+
+
+def _early_loads(ir: KernelIR, wait: int) -> Iterator[str]:
+    for load in ir.loads:
+        if load.line < wait and load.argument not in IMMUTABLE:
+            if load.argument not in STEERING:
+                yield f"loads {load.argument} before it waits"
+            elif not _only_steers(ir, load, wait):
+                yield f"uses what it loaded of {load.argument} before it waited"
+
+
+def _only_steers(ir: KernelIR, load: Load, wait: int) -> bool:
+    """Whether everything that is made from a loaded value ends in prefetches before the wait."""
+    made = {load.value}
+    for index, value, instruction in ir.assignments():
+        if index > load.line and made & set(re.findall(r"%([\w.]+)", instruction)):
+            if index > wait or not value:
+                return False
+            if PREFETCH not in instruction:
+                made.add(value)
+    return True

@@ -1,0 +1,66 @@
+"""What is timed: greedy generation by ours or by a peer, and what one such run brings."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastllama.benchmarks.timing import synchronize
+from fastllama.generation import Llama
+
+OURS = "fastllama"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One greedy generation of equally long rows.
+
+    `seconds[k]` is the time from the call until every row had its token k. `logprobs` and `margins` (the oracle's lead
+    of its best logit over the second, per row and step) are there only where they were asked for.
+    """
+
+    tokens: list[list[int]]
+    seconds: list[float]
+    logprobs: list[list[float]] | None = None
+    margins: list[list[float]] | None = None
+
+
+class Runner(Protocol):
+    """Ours or a peer: greedy tokens for some prompts, with the time of each step."""
+
+    def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run: ...
+
+
+class Ours:
+    """fastllama as a Runner, through `Llama.stream`: what a user of the runtime gets, tokenizer and all."""
+
+    def __init__(self, llm: Llama) -> None:
+        self._llm = llm
+
+    def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run:
+        device = self._llm.model.device
+        tokens: list[list[int]] = [[] for _ in prompts]
+        scores: list[list[float]] = [[] for _ in prompts]
+        seconds: list[float] = []
+        with _without_stop_tokens(self._llm):
+            synchronize(device)
+            start = time.perf_counter()
+            for increment in self._llm.stream(prompts, steps, temperature=0.0, logprobs=logprobs):
+                tokens[increment.row] += increment.tokens
+                scores[increment.row] += increment.logprobs or []
+                # A step is over when the slowest row has its token.
+                complete = min(len(row) for row in tokens)
+                if complete > len(seconds):
+                    seconds += [time.perf_counter() - start] * (complete - len(seconds))
+        return Run(tokens, seconds, scores if logprobs else None)
+
+
+@contextlib.contextmanager
+def _without_stop_tokens(llm: Llama) -> Iterator[None]:
+    kept = llm.tokenizer.stop_tokens
+    llm.tokenizer.stop_tokens = set()
+    try:
+        yield
+    finally:
+        llm.tokenizer.stop_tokens = kept

@@ -1,0 +1,59 @@
+"""From prompts to answers: the generate suite. RaggedBatch prompts, all of them answered, the whole call timed.
+
+The case that separates the ways to batch: Meta's code feeds what is longer than the shortest prompt token by token,
+others pad on the left, ours runs all prompts at once.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from fastllama.args import ModelArgs
+from fastllama.benchmarks.metrics import latency, throughput
+from fastllama.benchmarks.peer_table import Columns
+from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.statistics import GIGA, TERA, percentile, summarize
+from fastllama.benchmarks.suites.comparison import Case, Measured
+from fastllama.speed_of_light import Machine, decode_step, least_seconds, prefill
+
+COLUMNS: Columns = {
+    "batch": lambda record: record["batch"],
+    "prompts": lambda record: f"{min(record['input_lens'])}-{max(record['input_lens'])}",
+    "seconds p50": lambda record: f"{record['seconds']['p50']:.2f}",
+    "tokens/s": lambda record: f"{record['tokens_per_second']['p50']:.1f}",
+    "% of light": lambda record: f"{record['share'] * 100:.0f}%",
+}
+
+
+def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
+    """What the rounds of a case came to, ready for JSON. Shares are of the speed of light, prompts and steps.
+
+    matmul: the machine's rate, in TFLOP/s.
+    """
+    mean_context = sum(case.lengths) / case.batch + case.steps / 2
+    step = decode_step(args, dtype, case.batch, mean_context)
+    n_generated = case.batch * case.steps
+
+    def figures(runs: list[Run], ceilings: list[float], devices: int) -> dict[str, Any]:
+        seconds = [run.seconds[-1] for run in runs]
+        machine = Machine(read=devices * percentile(ceilings, 50) * GIGA, matmul=devices * matmul * TERA)
+        least = least_seconds(prefill(args, dtype, case.lengths), machine)
+        least += (case.steps - 1) * least_seconds(step, machine)  # the first token comes with the prompts
+        median = percentile(seconds, 50)
+        return {
+            "seconds": asdict(summarize(seconds)),
+            **throughput(n_generated, seconds),
+            **latency("e2el", seconds),
+            "output_throughput": n_generated / median,
+            "total_token_throughput": (sum(case.lengths) + n_generated) / median,
+            "least_seconds": least,
+            "share": least / median,
+        }
+
+    sizes = {
+        "input_lens": case.lengths,
+        "total_input_tokens": sum(case.lengths),
+        "total_output_tokens": n_generated,
+    }
+    return sizes | measured.record(figures, lambda run: run.seconds[-1])

@@ -1,0 +1,196 @@
+"""What fits: a model's memory, planned before any of it is allocated."""
+
+import contextlib
+import errno
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from fastllama import cgroups
+from fastllama.args import ModelArgs
+from fastllama.cgroups import FreeMemory
+from fastllama.distributed import environment
+from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
+from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+KIB, GIB = 2**10, 2**30
+OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+FLOAT32_BYTES = 4
+# Activations of each width that are live at once in a forward pass, per token; generous, to the next whole number.
+WIDTHS_OF_DIM = 4  # the residual stream, its norm in float32 (twice a bfloat16), what is added to it
+WIDTHS_OF_HEADS = 3  # queries and keys before and after the rotary embedding, the attention's output
+WIDTHS_OF_HIDDEN = 4  # gate and up, the activated gate, their product
+SAMPLING_BYTES_PER_LOGIT = 64  # float64 masses, sorted and accumulated, with their order and masks
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device."""
+
+    weights: int
+    cache: int
+    workspace: int  # the most that a forward pass needs besides, or that loading does
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+
+class DoesNotFit(MemoryError, ValueError):
+    """A model does not fit the memory that is free."""
+
+
+def plan_memory(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    max_batch_size: int,
+    max_seq_len: int,
+    *,
+    shares_tied_output: bool = False,
+    n_processes: int = 1,
+) -> MemoryPlan:
+    """What a model of this shape takes on its device, or on each of `n_processes` that share it.
+
+    shares_tied_output: the backend keeps a tied output projection and the embedding in one copy.
+    """
+    size = dtype.itemsize
+    vocab_size, args = args.vocab_size, args.split(n_processes)
+    n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
+    shapes = dict(args.shapes)
+    if args.tied_output and shares_tied_output:
+        del shapes["output.weight"]
+    elements = [math.prod(shape) for shape in shapes.values()]
+    rope = max_seq_len * head_dim * FLOAT32_BYTES
+    cache = 2 * args.n_layers * max_batch_size * n_kv_heads * max_seq_len * head_dim * size
+    n_tokens = min(PREFILL_CHUNK_TOKENS, max_batch_size * max_seq_len)
+    per_token = (
+        WIDTHS_OF_DIM * args.dim * FLOAT32_BYTES
+        + WIDTHS_OF_HEADS * (args.n_heads + 2 * n_kv_heads) * head_dim * FLOAT32_BYTES
+        + WIDTHS_OF_HIDDEN * hidden_dim * size
+    )
+    queries = min(QUERY_BLOCK_TOKENS, max_seq_len) * args.n_heads // n_kv_heads
+    mask = queries * max_seq_len * (2 + size)  # as booleans, repeated for each group, and as numbers to add
+    logits = size if n_processes == 1 else 3 * size  # those of this process, all as they come, and in order
+    scoring = SCORE_CHUNK_TOKENS * vocab_size * (logits + 2 * FLOAT32_BYTES)
+    sampling = max_batch_size * vocab_size * (logits + SAMPLING_BYTES_PER_LOGIT)
+    outputs = max_batch_size * max_seq_len * 12
+    forward = n_tokens * per_token + mask + max(scoring, sampling) + outputs
+    loading = max(elements) * size  # a weight, before it is packed
+    return MemoryPlan(sum(elements) * size + rope, cache, max(forward, loading))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new model, or this process's part of it, could take on the device now."""
+    return tightest_memory(device).free
+
+
+def tightest_memory(device: torch.device) -> FreeMemory:
+    """The least of what the machine, the container and the process's own limits leave, and which of them it is."""
+    if device.type == "cuda":
+        # What torch keeps of a model that is gone is free for the next.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return FreeMemory(int(torch.cuda.mem_get_info(device)[0]) + kept, f"on {device}")
+    machine = FreeMemory(int(psutil.virtual_memory().available), "on this machine")
+    free, limit = min(machine, cgroups.free_memory() or machine)
+    return min([FreeMemory(free // environment.local_world_size(), limit), *process_limits()])
+
+
+def process_limits(root: Path = Path("/")) -> list[FreeMemory]:
+    """What is left of the limits on this process's own memory (ulimit -v and -d)."""
+    if resource is None:
+        return []
+    found = []
+    kinds = ((resource.RLIMIT_AS, "VmSize", "ulimit -v"), (resource.RLIMIT_DATA, "VmData", "ulimit -d"))
+    for number, used, name in kinds:
+        limit = resource.getrlimit(number)[0]
+        if limit != resource.RLIM_INFINITY:
+            taken = _status_bytes(root / "proc/self/status", used)
+            found.append(FreeMemory(max(0, limit - taken), f"under {name} {limit // KIB}"))
+    return found
+
+
+def _status_bytes(path: Path, name: str) -> int:
+    """A line of /proc/self/status, in bytes; 0 where there is none."""
+    try:
+        lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        return int(lines[name].split()[0]) * KIB
+    except (OSError, KeyError, ValueError, IndexError):
+        return 0
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(device: torch.device) -> Iterator[None]:
+    """A block whose failed allocations on a CPU are DoesNotFit, which says how much was left and of what."""
+    try:
+        yield
+    except DoesNotFit:
+        raise
+    except (MemoryError, RuntimeError, OSError, ValueError) as error:
+        if device.type != "cpu" or not _is_out_of_memory(error):
+            raise
+        free, limit = tightest_memory(device)
+        raise DoesNotFit(
+            f"out of memory: {free / GIB:.2f} GiB are free {limit}; use a smaller model, max_batch_size or "
+            "max_seq_len, or raise the limit"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is a failed allocation; libraries say so in words of their own."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if not isinstance(error, ValueError) and any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS):
+            return True
+        error = error.__cause__
+    return False
+
+
+def check_fits(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    free: int,
+    *,
+    limit: str = "on this machine",
+    shares_tied_output: bool = False,
+    n_processes: int = 1,
+) -> MemoryPlan:
+    """The plan for `args`; DoesNotFit, saying what would fit, where it needs more than the `free` bytes.
+
+    limit: where they are free, for the message.
+    """
+
+    def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
+        sizes = (args, dtype, max_batch_size, max_seq_len)
+        return plan_memory(*sizes, shares_tied_output=shares_tied_output, n_processes=n_processes)
+
+    needed = plan(args.max_batch_size, args.max_seq_len)
+    if needed.total <= free:
+        return needed
+    rows = _largest(args.max_batch_size, lambda rows: plan(rows, args.max_seq_len).total <= free)
+    length = _largest(args.max_seq_len, lambda length: plan(args.max_batch_size, length).total <= free)
+    remedies = [f"max_batch_size={rows} would fit"] * (rows > 0) + [f"max_seq_len={length} would fit"] * (length > 0)
+    raise DoesNotFit(
+        f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {dtype} needs "
+        f"{needed.total / GIB:.2f} GiB (weights {needed.weights / GIB:.2f}, cache {needed.cache / GIB:.2f}, "
+        f"workspace {needed.workspace / GIB:.2f}) and {free / GIB:.2f} GiB are free {limit}: "
+        + (", or ".join(remedies) or "not even one row of one token would fit; use a smaller dtype or another device")
+    )
+
+
+def _largest(below: int, fits: Callable[[int], bool]) -> int:
+    """The largest number under `below` that fits, 0 where none does."""
+    low, high = 0, below
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

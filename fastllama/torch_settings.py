@@ -1,0 +1,156 @@
+"""What a caller has set in torch for its own work is put aside while fastllama works, and put back.
+
+Torch has settings that hold for all code: modes that see every call (`torch.set_default_device`, FakeTensorMode, a
+caller's own), autocast, the precision of float32 products, the implementations that attention may use, deterministic
+algorithms, the number of threads. None of them is to change an answer, and none of the caller's is to be changed. A
+default dtype is met by naming every dtype, and grad mode by `torch.inference_mode` where it matters.
+
+Those that torch keeps for the whole process are touched only where they differ from what the answers need, and then
+other threads see it for the time of a step.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fastllama import threads
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+ATTENTION = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+}
+CUDA_PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul,) * torch.backends.cuda.is_built()
+FLOAT32_PRODUCTS: tuple[Any, ...] = (cast(Any, torch.backends.mkldnn).matmul, *CUDA_PRODUCTS)
+DENORMAL = 5e-324  # is 0 to a thread that flushes denormals (torch.set_flush_denormal), which torch does not tell
+FULL_PRECISION = ("none", "ieee")  # of float32 products; "none" is what torch has where nobody said anything
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_default_settings(function: Function) -> Function:
+    """The function, run with the caller's settings put aside. Of a generator each step is, and nothing between two."""
+    if not inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            with default_settings():
+                return function(*arguments, **keywords)
+
+        return cast(Function, call)
+
+    @functools.wraps(function)
+    def steps(*arguments: Any, **keywords: Any) -> Generator[Any]:
+        inner = function(*arguments, **keywords)
+        try:
+            while True:
+                with default_settings():
+                    try:
+                        value = next(inner)
+                    except StopIteration:
+                        return
+                yield value
+        finally:
+            with default_settings():
+                inner.close()
+
+    return cast(Function, steps)
+
+
+@contextlib.contextmanager
+def default_settings() -> Iterator[None]:
+    """A block in which the calling thread's settings are those that the answers need."""
+    with torch.DisableTorchFunction(), contextlib.ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(_no_transforms())
+        if torch._C._get_tracing_state() is not None:
+            stack.enter_context(_no_trace())
+        for device in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        for products in CUDA_PRODUCTS:
+            if products.allow_fp16_accumulation:
+                stack.enter_context(_exact_sums(products))
+        if not all(enabled() for enabled in ATTENTION.values()):
+            stack.enter_context(sdpa_kernel(list(ATTENTION)))
+        for products in FLOAT32_PRODUCTS:
+            if products.fp32_precision not in FULL_PRECISION:
+                stack.enter_context(_full_precision(products))
+        if DENORMAL == 0:
+            stack.enter_context(_denormals())
+        if torch.are_deterministic_algorithms_enabled():
+            stack.enter_context(_algorithms_free())
+        stack.enter_context(threads.limited())
+        yield
+
+
+def _no_transforms() -> contextlib.AbstractContextManager[Any]:
+    """A block outside the function transforms around it (torch.func.grad, vmap, functionalize)."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
+@contextlib.contextmanager
+def _no_trace() -> Iterator[None]:
+    """A block of which torch.jit.trace sees nothing."""
+    internal: Any = torch._C
+    state = internal._get_tracing_state()
+    internal._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        internal._set_tracing_state(state)
+
+
+@contextlib.contextmanager
+def _denormals() -> Iterator[None]:
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(True)
+
+
+@contextlib.contextmanager
+def _exact_sums(products: Any) -> Iterator[None]:
+    products.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        products.allow_fp16_accumulation = True
+
+
+@contextlib.contextmanager
+def _full_precision(products: Any) -> Iterator[None]:
+    """A block whose float32 products are of float32's precision."""
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        # Torch tells what holds, not whether it was set here or for all backends, from which "none" takes it.
+        products.fp32_precision = "none"
+        if products.fp32_precision != before:
+            products.fp32_precision = before
+
+
+@contextlib.contextmanager
+def _algorithms_free() -> Iterator[None]:
+    """A block in which no op is refused for want of a deterministic form, nor fills memory before it is written."""
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)

@@ -1,0 +1,164 @@
+"""Causal grouped-query attention of a ragged batch: any number of tokens of any rows, over their rows' caches.
+
+    out[n, h] = softmax(q[n, h] · k[row, h // G]ᵀ / √D) · v[row, h // G]    over the positions [0, positions[n]]
+
+Scores and softmax are float32; p is rounded to the model dtype for the product with v, whose sums are float32; the
+result is rounded once. q (N, H, D), cache_k and cache_v (B, K, T, D) -> (N, H·D). The tokens' own keys and values
+stand in the cache already, after whatever earlier calls put there: the first chunk of a prompt, a later one and a
+continuation are the same thing.
+
+A program has a block of tokens of one row and one kv head. Its tile of queries has G rows for a token, one for each
+head that shares the kv head, so that keys and values are read once for all of them. It walks over the keys below its
+first token without a mask, then over those among its tokens with one; no matrix of N × T is ever in memory. That is
+4·H·D flops and, read from L2 for the most part, 2·K·D elements for each of (tokens / block) · T positions: bound by the
+matrix units from a hundred tokens on.
+
+The walk over tiles of keys is FlashAttention's: Dao et al., "FlashAttention", 2022, and "FlashAttention-2", 2023.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels.attention.tile import AttentionDims, Launch, attend, stream_launch
+from fastllama.kernels.batch import RaggedBatch
+from fastllama.kernels.launch.checks import check_tensor
+from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, current_target
+
+WARPS = 8
+# Rows of queries, keys and stages, by the matrix unit and the bytes of a key. The tiles of a Hopper or Blackwell read
+# queries from shared memory, of which three stages fill half; the others hold them in registers, of which the sums of
+# p · v take a quarter to a half, and fewer rows or keys keep them from spilling. gfx942 has 64 KB of shared memory.
+TILES = {
+    "wgmma": {128: (128, 128, 3), 256: (128, 64, 3), 512: (128, 32, 3)},
+    "mma": {128: (128, 64, 3), 256: (128, 64, 2), 512: (64, 32, 2)},
+    "mfma": {128: (128, 64, 2), 256: (128, 32, 2), 512: (64, 32, 2)},
+}
+
+
+def choose_launch(longest: int, dims: AttentionDims, itemsize: int) -> Launch:
+    """Tiles for segments of at most `longest` tokens."""
+    few, row_bytes = dims.block_heads, dims.block_d * itemsize
+    # float32 has no matrix unit on NVIDIA, and a thread holds the factors of all its scores: few rows are all it takes.
+    if longest * dims.tile_heads <= few or itemsize == 4:
+        return stream_launch(few, row_bytes, itemsize)
+    target = current_target()
+    is_wgmma = target.backend == "cuda" and 90 <= int(target.arch) < 120
+    unit = "mfma" if target.backend == "hip" else "wgmma" if is_wgmma else "mma"
+    rows, keys, stages = next(tiles for limit, tiles in TILES[unit].items() if row_bytes <= limit)
+    return Launch(max(rows, few), keys, stages, WARPS)
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr"])
+def _attention_prefill_kernel(
+    q_ptr,
+    cache_k_ptr,
+    cache_v_ptr,
+    positions_ptr,
+    blocks_ptr,
+    out_ptr,
+    T,
+    scale_log2,
+    K: tl.constexpr,
+    TILES: tl.constexpr,  # tiles of heads for each kv head
+    G: tl.constexpr,  # heads of a tile: all that share the kv head, but for very many
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    # The heads of a block are neighbours, so that the blocks with most keys start first, whatever K is.
+    block = tl.program_id(0) // (K * TILES)
+    head_tile = tl.program_id(0) % (K * TILES)
+    first_token = tl.load(blocks_ptr + block * 3)
+    last_token = tl.load(blocks_ptr + block * 3 + 1) - 1
+    cache_row = tl.load(blocks_ptr + block * 3 + 2)
+
+    row = tl.arange(0, BLOCK_R)
+    dim = tl.arange(0, BLOCK_D)
+    live_dim = (dim < D)[None, :]
+    # Rows past the last token compute it once more, so that every row has a key to see; they are not stored.
+    token = tl.minimum(first_token + row // G, last_token)
+    live = (row < BLOCK_N * G) & (first_token + row // G <= last_token)
+    tile = ((token.to(tl.int64) * (K * TILES) + head_tile) * G + row % G)[:, None] * D + dim[None, :]
+    q = tl.load(q_ptr + tile, mask=live_dim, other=0.0)
+    position = tl.minimum(tl.load(positions_ptr + token), T - 1).to(tl.int32)
+    lowest = tl.minimum(tl.load(positions_ptr + first_token), T - 1).to(tl.int32)
+    highest = tl.minimum(tl.load(positions_ptr + last_token), T - 1).to(tl.int32)
+
+    cache_at = (cache_row.to(tl.int64) * K + head_tile // TILES) * T * D
+    k_ptr = cache_k_ptr + cache_at
+    v_ptr = cache_v_ptr + cache_at
+    maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    # fmt: off
+    seen_by_all = 0
+    if not FEW:  # with few rows the walk is bound by memory, and a mask costs less than a second loop
+        seen_by_all = (lowest + 1) // BLOCK_T * BLOCK_T
+        maximum, total, mixed = attend(q, k_ptr, v_ptr, 0, seen_by_all, position, scale_log2, maximum, total, mixed,
+                                       D, BLOCK_T, BLOCK_D, False)
+    maximum, total, mixed = attend(q, k_ptr, v_ptr, seen_by_all, highest + 1, position, scale_log2, maximum, total,
+                                   mixed, D, BLOCK_T, BLOCK_D, True)
+    # fmt: on
+    out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + tile, out, mask=live[:, None] & live_dim)
+
+
+def attention_prefill(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+    """Causal attention of a batch's tokens: q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D).
+
+    Each token attends to its row's cache up to its own position. What the cache holds past a row's last token has no
+    influence, whatever it is. Raises ValueError for tensors that do not belong together.
+    """
+    dims = AttentionDims.of(q, cache_k, cache_v)
+    n_tokens = q.shape[0]
+    check_tensor("batch.positions", batch.positions, (n_tokens,), torch.int64, q.device)
+    _check_segments(batch, n_tokens, cache_k.shape[0])
+    out = torch.empty(n_tokens, q.shape[1] * dims.head_dim, dtype=q.dtype, device=q.device)
+    if n_tokens == 0:
+        return out
+    longest = max(segment.end - segment.begin for segment in batch.segments)
+    launch = choose_launch(longest, dims, q.itemsize)
+    block_n = launch.rows // dims.tile_heads
+    blocks = batch.query_blocks(block_n)
+    _attention_prefill_kernel[(blocks.shape[0] * dims.n_kv_heads * dims.tiles,)](
+        q,
+        cache_k,
+        cache_v,
+        batch.positions,
+        blocks,
+        out,
+        dims.length,
+        dims.scale_log2,
+        K=dims.n_kv_heads,
+        TILES=dims.tiles,
+        G=dims.tile_heads,
+        D=dims.head_dim,
+        BLOCK_N=block_n,
+        BLOCK_R=launch.rows,
+        BLOCK_T=launch.keys,
+        BLOCK_D=dims.block_d,
+        FEW=launch.rows == dims.block_heads,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **FUSED_MULTIPLY_ADD,
+    )
+    return out
+
+
+def _check_segments(batch: RaggedBatch, n_tokens: int, n_rows: int) -> None:
+    """ValueError unless the segments are the batch's tokens, one after the other, in rows that the cache has."""
+    begin = 0
+    for segment in batch.segments:
+        if segment.begin != begin or segment.end < begin or not 0 <= segment.row < n_rows:
+            raise ValueError(
+                f"batch.segments must lie one after the other, in the cache's {n_rows} rows, got {segment} at token "
+                f"{begin}"
+            )
+        begin = segment.end
+    if begin != n_tokens:
+        raise ValueError(f"batch.segments must be the {n_tokens} tokens of q, got {begin}")

@@ -1,0 +1,70 @@
+"""The arguments of a projection, y = epilogue(weight · norm(x)), checked: the same for both kernels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
+
+
+class Projection(NamedTuple):
+    """One call's arguments, checked, as both kernels take them."""
+
+    y: Tensor  # (N, OUT), or q (N, H·D), not yet written
+    results: int  # rows of the weight, or half as many where two make one result
+    tiles: int  # rows of the weight to a result
+    pointers: tuple[Tensor | None, ...]
+    length: int  # T of the cache
+    dims: dict[str, int | str]  # what the kernels know when they are compiled
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        norm: Tensor | None,
+        residual: Tensor | None,
+        swiglu: bool,
+        append: Append | None,
+    ) -> "Projection":
+        """Check a projection's tensors and allocate its result. ValueError for what does not belong together."""
+        check_model_dtype("x", x)
+        how = x.dtype, x.device
+        check_tensor("weight", weight, ("rows", "IN"), *how)
+        rows, in_features = weight.shape
+        check_tensor("x", x, ("N", in_features), *how)
+        if norm is not None:
+            check_tensor("norm", norm, (in_features,), *how)
+        n_tokens = x.shape[0]
+        epilogue, tiles, width, length = "none", 1, rows, 0
+        n_heads = n_kv_heads = head_dim = 0
+        if append is not None:
+            n_heads = append.query_heads(n_tokens, rows, *how)
+            _, n_kv_heads, length, head_dim = append.cache_k.shape
+            epilogue, tiles, width = "rotary", 2, n_heads * head_dim
+        elif swiglu:
+            if rows % 2:
+                raise ValueError(f"a gate and an up projection must have 2·F rows together, got {rows}")
+            epilogue, tiles, width = "swiglu", 2, rows // 2
+        if residual is not None:
+            check_tensor("residual", residual, (n_tokens, width), *how)
+            if tiles == 2:
+                raise ValueError("only a plain projection takes a residual")
+        y = torch.empty(n_tokens, width, dtype=x.dtype, device=x.device)
+        return cls(
+            y,
+            rows // tiles,
+            tiles,
+            (y, residual, *(append or (None,) * 5)),
+            length,
+            {
+                "IN": in_features,
+                "OUT": rows // tiles,
+                "H": n_heads,
+                "K": n_kv_heads,
+                "D": head_dim,
+                "EPILOGUE": epilogue,
+            },
+        )

@@ -1,0 +1,82 @@
+"""What both projection kernels do around their products: prefetches, and epilogues on finished sums.
+
+Sums come in float32 and are rounded to the model dtype, as Meta's matmul rounds them, as tiles (BLOCK_ROWS, BLOCK_N):
+rows of the weight down, tokens across. An epilogue then makes the results:
+
+    none      y, or residual + y
+    swiglu    SiLU(gate) in float32, rounded, times up: rows i and i + F of the weight
+    rotary    rows 2i and 2i + 1 of a query or key head are turned by their token's angle, in float32, and rounded;
+              queries go to q (N, H, D), keys and values to the cache at the token's row and position
+"""
+
+import triton
+import triton.language as tl
+
+from fastllama.kernels.elementwise.rope import turn
+from fastllama.kernels.launch.dependent import prefetch_block
+
+
+@triton.jit
+def prefetch_tiles(weight_ptr, begin, wanted, OUT, IN, EPILOGUE, N_BYTES):
+    """Bring to L2, where `wanted` is 1, N_BYTES of each tile of the weight whose results begin at `begin`.
+
+    One instruction for each block of rows: two tiles for the rotary embedding lie side by side, a gate and an up
+    projection far apart.
+    """
+    begin = begin.to(tl.int64)
+    if EPILOGUE == "rotary":
+        prefetch_block(weight_ptr + 2 * begin * IN, wanted, 2 * N_BYTES)
+    else:
+        prefetch_block(weight_ptr + begin * IN, wanted, N_BYTES)
+        if EPILOGUE == "swiglu":
+            prefetch_block(weight_ptr + (begin + OUT) * IN, wanted, N_BYTES)
+
+
+@triton.jit
+def store_rotated(
+    even,
+    odd,
+    pairs,
+    tokens,
+    live,
+    q_ptr,
+    cache_k_ptr,
+    cache_v_ptr,
+    rope_ptr,
+    positions_ptr,
+    rows_ptr,
+    T,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Turn the pairs (even, odd) of query and key heads and put all three kinds where they belong.
+
+    even, odd (BLOCK_PAIRS, BLOCK_N); pairs (BLOCK_PAIRS,) counts through the H query, K key and K value heads;
+    tokens (BLOCK_N,); live (BLOCK_PAIRS, BLOCK_N) says which exist.
+    """
+    head = (pairs // (D // 2))[:, None]
+    dim = 2 * (pairs % (D // 2))[:, None]
+    exists = tl.max(live.to(tl.int32), 0) > 0
+    # A position outside the cache, which a captured graph may hold for a row that has ended, is written nowhere.
+    position = tl.load(positions_ptr + tokens, mask=exists, other=-1)
+    inside = (position >= 0) & (position < T)
+    position = tl.where(inside, position, 0).to(tl.int32)[None, :]
+    inside = live & inside[None, :]
+    row = tl.load(rows_ptr + tokens, mask=exists, other=0)[None, :]
+    is_query = live & (head < H)
+    is_key = inside & (head >= H) & (head < H + K)
+    turned = inside & (head < H + K)
+    cos = tl.load(rope_ptr + position * D + dim, mask=turned, other=1.0)
+    sin = tl.load(rope_ptr + position * D + dim + 1, mask=turned, other=0.0)
+    first, second = turn(even, odd, cos, sin)
+    q_at = q_ptr + (tokens[None, :].to(tl.int64) * H + head) * D + dim
+    tl.store(q_at, first, mask=is_query)
+    tl.store(q_at + 1, second, mask=is_query)
+    key_at = ((row * K + (head - H)) * T + position) * D + dim
+    tl.store(cache_k_ptr + key_at, first, mask=is_key)
+    tl.store(cache_k_ptr + key_at + 1, second, mask=is_key)
+    is_value = inside & (head >= H + K)
+    value_at = ((row * K + (head - H - K)) * T + position) * D + dim
+    tl.store(cache_v_ptr + value_at, even, mask=is_value)
+    tl.store(cache_v_ptr + value_at + 1, odd, mask=is_value)

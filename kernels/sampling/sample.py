@@ -1,0 +1,287 @@
+"""Temperature, exact top-p and the draw, without a sort: two launches for any number of rows.
+
+    mass      = exp((x - max x) / temperature)            float32, of the logits x as the model dtype holds them
+    kept      = tokens before which, in descending order, lies at most top_p · Σ mass; of equal logits the lowest ids
+    token     = first of the kept whose running mass exceeds u · Σ kept mass: those above the lowest kept logit in order
+                of id, then those equal to it. u is a function of seed, stream, call and position (`philox.py`)
+    logprob   = x[token] - max x - log Σ exp(x - max x)   before temperature and top-p
+    temperature or top_p 0: the lowest id of the largest logit; NaN, +inf or no finite logit: token -1, logprob NaN
+
+logits (B, V), all else (B,) -> tokens (B,) int64, logprobs (B,) float32. Reads the logits twice, the second time from
+L2: B·V elements, for two exponentials each.
+
+The first launch takes statistics of blocks of logits. In the second, each block sets aside its candidates: a kept token
+weighs at least (1 - top_p) · Σ mass / V, for if it weighed less, so would all that come after it, and what lies before
+it would exceed top_p · Σ mass. A block's candidates have as many slots as the block has tokens, so nothing can
+overflow. The last block of a row to finish searches the candidates for the lowest kept logit, eight ways at a time on
+integers that order as the logits do: 3 passes over a few hundred candidates in the usual case, 6 over the vocabulary
+(11 in float32) at the worst. Sums are float32 and have a fixed order, so that runs repeat bit for bit.
+
+In a decode step (`choose`) the same program writes the token out, tests whether it ends the row, and advances the row:
+the next step can be queued before anyone has seen what this one drew.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllama.kernels.batch import SamplingTensors
+from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
+from fastllama.kernels.launch.dependent import dependent_launch, wait_for_inputs
+from fastllama.kernels.launch.sizes import power_of_2
+from fastllama.kernels.launch.target import current_target
+from fastllama.kernels.sampling.scratch import SamplingScratch, choose_launch
+from fastllama.kernels.sampling.top_p import HIGHEST, draw_token, least_candidate_mass, set_candidates_aside
+
+# Bits that the key of a logit needs: sign, exponent and mantissa as float32 has them, less the mantissa's empty bits.
+# Of float16 that is 19, since float32 writes its subnormals with exponents of their own.
+KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
+# Of a multiprocessor, for two programs of the draw. Left alone, the compiler aims at more programs in some versions and
+# for some GPUs, and spills; told of a limit, it keeps to that.
+DRAW_REGISTERS, MAX_REGISTERS = 65536 // 2, 255
+# A row of a batch's tensors may begin anywhere: whether it is aligned must not compile a second kernel.
+PER_ROW = ["temperature_ptr", "top_p_ptr", "seed_ptr", "stream_ptr", "call_ptr", "positions_ptr", "tokens_ptr"]
+PER_ROW += ["logprobs_ptr", "starts_ptr", "last_ptr", "newest_ptr"]
+MAX_SHARE = tl.constexpr(128)  # of each block's candidates at a time: where blocks are few, registers are the limit
+LOG2_E = tl.constexpr(1.4426950408889634)
+# 1 / temperature stays a finite, normal float32, so that no infinity meets a zero.
+MIN_TEMPERATURE = tl.constexpr(1e-38)
+MAX_TEMPERATURE = tl.constexpr(1e37)
+
+
+@triton.jit
+def _load_scale(temperature_ptr, row):
+    """log2(e) / temperature of a row."""
+    temperature = tl.load(temperature_ptr + row)
+    inverse = 1.0 / tl.minimum(tl.maximum(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
+    return (inverse * LOG2_E).to(tl.float32)
+
+
+@triton.jit
+def _draw_number(seed_ptr, stream_ptr, call_ptr, position, row):
+    """A row's number in [0, 1), as `philox.uniform` has it."""
+    stream, call = tl.load(stream_ptr + row).to(tl.uint32), tl.load(call_ptr + row).to(tl.uint32)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr + row), position.to(tl.uint32), stream, call, tl.zeros((), tl.uint32))
+    return (word >> 8).to(tl.float64) * (1.0 / 16777216)
+
+
+@triton.jit
+def _advance(
+    row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr, logprobs_ptr, stride
+):
+    """Write a row's token out and stand on it, or at no position where it ends the row. A parked row rests."""
+    position = tl.load(positions_ptr + row)
+    if position >= 0:
+        following = position + 1
+        at = (following - tl.load(starts_ptr + row)) * stride + row
+        tl.store(tokens_ptr + at, token.to(tl.int64))
+        tl.store(logprobs_ptr + at, logprob)
+        known = tl.maximum(token, 0).to(tl.int64)
+        ends = (token < 0) | (following >= tl.load(last_ptr + row)) | tl.load(is_stop_ptr + known)
+        tl.store(newest_ptr + row, known)
+        tl.store(positions_ptr + row, tl.where(ends, -1, following))
+
+
+@triton.jit(do_not_specialize_on_alignment=["temperature_ptr"])
+def _statistics_kernel(
+    logits_ptr,
+    temperature_ptr,
+    maxima_ptr,
+    first_ids_ptr,
+    sums_ptr,
+    masses_ptr,
+    V: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    wait_for_inputs(DEPENDENT)
+    row, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
+    ids = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("inf"))
+    maximum = tl.max(x, 0)
+    base = tl.where(maximum == float("-inf"), 0.0, maximum)  # sums of a block of masked tokens are 0, not NaN
+    slot = row * BLOCKS + block
+    tl.store(maxima_ptr + slot, maximum)
+    tl.store(first_ids_ptr + slot, tl.min(tl.where(x == maximum, ids, V), 0))
+    tl.store(sums_ptr + slot, tl.sum(tl.exp2((x - base) * LOG2_E), 0))
+    tl.store(masses_ptr + slot, tl.sum(tl.exp2((x - base) * _load_scale(temperature_ptr, row)), 0))
+
+
+@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=PER_ROW)
+def _draw_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_p_ptr,
+    seed_ptr,
+    stream_ptr,
+    call_ptr,
+    positions_ptr,
+    maxima_ptr,
+    first_ids_ptr,
+    sums_ptr,
+    masses_ptr,
+    candidates_ptr,
+    counts_ptr,
+    lowest_ptr,
+    counters_ptr,
+    tokens_ptr,
+    logprobs_ptr,
+    starts_ptr,  # and the next three: of a decode step, whose positions are those of the tokens before
+    last_ptr,
+    is_stop_ptr,
+    newest_ptr,
+    stride,  # from one step's results to the next's
+    V: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_BLOCKS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    wait_for_inputs(DEPENDENT)
+    row, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    blocks = tl.arange(0, BLOCK_BLOCKS)
+    exists, slots = blocks < BLOCKS, row * BLOCKS + blocks
+    maxima = tl.load(maxima_ptr + slots, mask=exists, other=float("-inf"))
+    maximum = tl.max(maxima, 0)
+    total = tl.sum(tl.load(sums_ptr + slots, mask=exists, other=0.0) * tl.exp2((maxima - maximum) * LOG2_E), 0)
+    first_ids = tl.load(first_ids_ptr + slots, mask=exists, other=V)
+    is_distribution = (maximum > float("-inf")) & (maximum < float("inf"))
+    # What the row gets unless it draws, from one program of the row.
+    token = tl.where(is_distribution, tl.min(tl.where(maxima == maximum, first_ids, V), 0), -1)
+    logprob = tl.where(is_distribution, -tl.log(total), float("nan"))
+    top_p, writes = tl.load(top_p_ptr + row), block == 0
+    if is_distribution & (tl.load(temperature_ptr + row) != 0.0) & (top_p != 0.0):
+        scale = _load_scale(temperature_ptr, row)
+        mass = tl.sum(tl.load(masses_ptr + slots, mask=exists, other=0.0) * tl.exp2((maxima - maximum) * scale), 0)
+        limit = tl.where(top_p >= 1.0, float("inf"), top_p * mass.to(tl.float64))
+        row_logits_ptr, slot = logits_ptr + row.to(tl.int64) * V, (row * BLOCKS + block).to(tl.int64)
+        # fmt: off
+        set_candidates_aside(row_logits_ptr, block, maximum, scale, least_candidate_mass(top_p, mass, V),
+                             candidates_ptr, counts_ptr, lowest_ptr, slot, V, KEY_BITS, BLOCK_V)
+        # fmt: on
+        tl.debug_barrier()  # all threads' stores before the one thread's atomic
+        writes = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel", scope="gpu") == BLOCKS - 1
+        if writes:
+            tl.store(counters_ptr + row, 0)
+            counts = tl.load(counts_ptr + slots, mask=exists, other=0, cache_modifier=".cg")
+            lowest = tl.load(lowest_ptr + slots, mask=exists, other=HIGHEST, cache_modifier=".cg")
+            position = tl.load(positions_ptr + row)
+            if newest_ptr is not None:
+                position += 1
+            u = _draw_number(seed_ptr, stream_ptr, call_ptr, position, row)
+            row_candidates_ptr = candidates_ptr + (slot - block) * BLOCK_V
+            SHARE: tl.constexpr = min(BLOCK_V // BLOCK_BLOCKS, MAX_SHARE)
+            # fmt: off
+            token, x_token = draw_token(row_logits_ptr, row_candidates_ptr, counts, tl.min(lowest, 0).to(tl.int64),
+                                        limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, SHARE)
+            # fmt: on
+            logprob += x_token - maximum
+    if writes:
+        if newest_ptr is not None:
+            # fmt: off
+            _advance(row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr,
+                     logprobs_ptr, stride)
+            # fmt: on
+        else:
+            tl.store(tokens_ptr + row, token.to(tl.int64))
+            tl.store(logprobs_ptr + row, logprob)
+
+
+def sample(
+    logits: Tensor, sampling: SamplingTensors, positions: Tensor, scratch: SamplingScratch
+) -> tuple[Tensor, Tensor]:
+    """Choose each row's next token: logits (B, V) in the model dtype, positions (B,) int64 where the tokens will stand.
+
+    Returns tokens (B,) int64 and their float32 log-probabilities (B,) before temperature and top-p. A row whose logits
+    hold a NaN or +inf, or are all -inf, gets token -1 and log-probability NaN. `sampling.greedy` is not looked at: a
+    captured graph replays with other parameters than it was captured with. Calls that share a scratch follow one
+    another on one stream. Raises ValueError for tensors that do not belong together and for a scratch of another
+    vocabulary or fewer rows.
+    """
+    rows = _check_logits(logits, sampling, positions, scratch)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _launch(logits, sampling, positions, scratch, tokens, logprobs)
+    return tokens, logprobs
+
+
+def sample_and_advance(logits: Tensor, state: DecodeState, scratch: SamplingScratch) -> None:
+    """`sample` for every row of a decode state, which then stands on the new tokens: logits (B, V), changes the state.
+
+    Raises ValueError for tensors that do not belong together and for a scratch of another vocabulary or fewer rows.
+    """
+    rows = _check_logits(logits, state.sampling, state.positions, scratch)
+    device = logits.device
+    for name in ("tokens", "starts", "last"):
+        check_tensor(f"state.{name}", getattr(state, name), (rows,), torch.int64, device)
+    check_tensor("state.is_stop", state.is_stop, (logits.shape[1],), torch.bool, device)
+    if state.out_tokens.shape != state.out_logprobs.shape or state.out_tokens.stride() != state.out_logprobs.stride():
+        raise ValueError("state.out_tokens and state.out_logprobs must have one layout: make it with DecodeState.of")
+    advance = (state.starts, state.last, state.is_stop, state.tokens, state.out_tokens.stride(0))
+    _launch(logits, state.sampling, state.positions, scratch, state.out_tokens, state.out_logprobs, advance)
+
+
+def _check_logits(logits: Tensor, sampling: SamplingTensors, positions: Tensor, scratch: SamplingScratch) -> int:
+    """The number of rows, B, of tensors that belong together."""
+    check_model_dtype("logits", logits)
+    check_tensor("logits", logits, ("B", "V"), logits.dtype, logits.device)
+    rows, vocab_size = logits.shape
+    for name in ("temperature", "top_p"):
+        check_tensor(f"sampling.{name}", getattr(sampling, name), (rows,), torch.float64, logits.device)
+    for name in ("seed", "stream", "call"):
+        check_tensor(f"sampling.{name}", getattr(sampling, name), (rows,), torch.int64, logits.device)
+    check_tensor("positions", positions, (rows,), torch.int64, logits.device)
+    scratch.check(rows, vocab_size, logits.device)
+    return rows
+
+
+def _registers(warps: int) -> dict[str, int]:
+    """The most registers that a thread of the draw may have, as a launch's keyword on NVIDIA GPUs."""
+    target = current_target()
+    most = min(DRAW_REGISTERS // (warps * target.warp_size), MAX_REGISTERS)
+    return {"maxnreg": most} if target.backend == "cuda" else {}
+
+
+def _launch(
+    logits: Tensor,
+    sampling: SamplingTensors,
+    positions: Tensor,
+    scratch: SamplingScratch,
+    tokens: Tensor,
+    logprobs: Tensor,
+    advance: tuple[Tensor | int | None, ...] = (None, None, None, None, 0),
+) -> None:
+    if logits.shape[0] == 0:
+        return
+    launch = choose_launch(logits.shape[1])
+    grid = (logits.shape[0] * launch.blocks,)
+    how = {"V": logits.shape[1], "BLOCKS": launch.blocks, "BLOCK_V": launch.block, "num_warps": launch.warps}
+    how |= dependent_launch()
+    statistics = (scratch.maxima, scratch.first_ids, scratch.sums, scratch.masses)
+    _statistics_kernel[grid](logits, sampling.temperature, *statistics, **how)
+    _draw_kernel[grid](
+        logits,
+        sampling.temperature,
+        sampling.top_p,
+        sampling.seed,
+        sampling.stream,
+        sampling.call,
+        positions,
+        *statistics,
+        scratch.candidates,
+        scratch.counts,
+        scratch.lowest,
+        scratch.counters,
+        tokens,
+        logprobs,
+        *advance,
+        KEY_BITS=KEY_BITS[logits.dtype],
+        BLOCK_BLOCKS=power_of_2(launch.blocks),
+        **_registers(launch.warps),
+        **how,
+    )

@@ -1,0 +1,152 @@
+"""Kernels that break the rule of dependent launches, one way each, compiled for an H200: prints the faults found."""
+
+import json
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastllama.benchmarks.kernels_report import dependence
+from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, recorded
+from fastllama.benchmarks.kernels_report.compiled_kernel import Compiled
+from fastllama.kernels.launch.dependent import prefetch_block, wait_for_inputs
+
+BLOCK = 1024
+
+
+@triton.jit
+def sound(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + at)
+    first = tl.minimum(tl.maximum(tl.load(positions_ptr), 0), N)
+    prefetch_block(weight_ptr + first * BLOCK, 1, 2 * BLOCK)
+    wait_for_inputs(True)
+    tl.store(y_ptr + at, tl.load(x_ptr + at + tl.load(positions_ptr)) + weight)
+
+
+@triton.jit
+def early_input(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at) + tl.load(weight_ptr + at)
+    wait_for_inputs(True)
+    tl.store(y_ptr + at, x)
+
+
+@triton.jit
+def early_store(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(weight_ptr + at))
+    wait_for_inputs(True)
+
+
+@triton.jit
+def early_atomic(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    tl.atomic_add(positions_ptr, 1)
+    wait_for_inputs(True)
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
+def early_trigger(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
+def steered_too_far(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    """What was read early decides what is read late."""
+    at = tl.arange(0, BLOCK)
+    position = tl.load(positions_ptr)
+    wait_for_inputs(True)
+    tl.store(y_ptr + at, tl.load(x_ptr + at + position))
+
+
+@triton.jit
+def wait_in_loop(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in tl.range(0, N, BLOCK, num_stages=3):
+        weight = tl.load(weight_ptr + begin + at)
+        wait_for_inputs(True)
+        total += weight.to(tl.float32) * tl.load(x_ptr + begin + at).to(tl.float32)
+    tl.store(y_ptr + at, total.to(tl.bfloat16))
+
+
+@triton.jit
+def wait_in_branch(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    if tl.program_id(0) < N:
+        wait_for_inputs(True)
+        tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
+def no_wait(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
+def two_waits(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    wait_for_inputs(True)
+    x = tl.load(x_ptr + at)
+    wait_for_inputs(True)
+    tl.store(y_ptr + at, x)
+
+
+@triton.jit
+def no_trigger(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.extra.cuda.gdc_wait()
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
+def prefetched_input(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    prefetch_block(x_ptr, 1, 2 * BLOCK)
+    wait_for_inputs(True)
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+KERNELS: list[Any] = [
+    sound,
+    early_input,
+    early_store,
+    early_atomic,
+    early_trigger,
+    steered_too_far,
+    wait_in_loop,
+    wait_in_branch,
+    no_wait,
+    two_waits,
+    no_trigger,
+    prefetched_input,
+]
+
+
+def main() -> None:
+    gpu = GPUS["sm_90"]
+    x, y = torch.empty(1 << 16, dtype=torch.bfloat16), torch.empty(1 << 16, dtype=torch.bfloat16)
+    positions = torch.empty(16, dtype=torch.int64)
+    found = {}
+    for kernel in KERNELS:
+        with recorded(gpu) as launches:
+            kernel[(4,)](x, y, positions, x, 4096, BLOCK=BLOCK, launch_pdl=True)
+        (launch,) = launches
+        compiled = Compiled(launch.compiled, gpu)
+        found[launch.kernel] = {
+            "dependent": compiled.dependent,
+            "faults": dependence.faults(compiled.ir),
+            "prefetched": sorted(dependence.prefetches(compiled.ir)),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What is read from a compiled kernel: each fault that the table must show is found in a kernel that has it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, compiling_environment
+from fastllama.benchmarks.kernels_report.model_launches import MODELS
+from fastllama.benchmarks.kernels_report.table import WHOLE_STEP, Row, launch_counts, violations
+from tests.support.tiers import parameters
+
+ROOT = Path(__file__).resolve().parents[3]
+# Before an atomic that releases, from this version on; the kernels do not count on it.
+PUTS_BARRIERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
+@pytest.fixture(scope="module", params=parameters({gpu: gpu for gpu in ("sm_90", "gfx942")}, quick=("sm_90",)))
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The faulty kernels, compiled in a process of its own (this one interprets), by name."""
+    environment = compiling_environment(str(tmp_path_factory.mktemp("triton")))
+    command = [sys.executable, "-m", "tests.benchmarks.kernels_report.bad_kernels", request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_load_widths_are_told_by_argument(measured: dict[str, Any]) -> None:
+    assert measured["wide"]["loads"] == {"x_ptr": {"16": 1}, "weight_ptr": {"16": 1}}
+    assert set(measured["narrow"]["loads"]["weight_ptr"]) == {"2"}
+    assert set(measured["narrow"]["loads"]["x_ptr"]) == {"16"}
+    assert measured["gather"]["loads"]["index_ptr"] and set(measured["gather"]["loads"]) == {"index_ptr", "weight_ptr"}
+
+
+def test_pipelined_loads_are_seen(measured: dict[str, Any]) -> None:
+    dot = measured["dot"]
+    assert set(dot["loads"]) == {"x_ptr", "weight_ptr"} and set(dot["loads"]["weight_ptr"]) == {"16"}
+    assert dot["matrix"] > 0 and dot["shared"] > 0
+    assert measured["wide"]["matrix"] == 0
+
+
+def test_spills_are_seen(measured: dict[str, Any]) -> None:
+    assert measured["spilling"]["spills"] > 0
+    assert measured["wide"]["spills"] == 0 and measured["wide"]["registers"] > 0
+
+
+def test_a_processor_holds_at_least_one_program(measured: dict[str, Any]) -> None:
+    assert measured["wide"]["resident"] in (8, 16)  # 2,048 threads of 256 or 128
+    assert all(kernel["resident"] >= 1 for kernel in measured.values())
+    assert measured["dot"]["resident"] < measured["wide"]["resident"]
+
+
+def test_a_missing_barrier_is_seen(measured: dict[str, Any]) -> None:
+    assert measured["handing_over"]["barrier"] is True
+    assert measured["handing_over_unguarded"]["barrier"] is PUTS_BARRIERS
+    assert measured["wide"]["barrier"] is None
+
+
+def row(**changes: Any) -> Row:
+    sound = {
+        "gpu": "sm_90",
+        "model": "3-8B",
+        "tokens": 64,
+        "op": "attention",
+        "kernel": "_attention_prefill_kernel",
+        "other": 0,
+        "spills": 0,
+        "shared": 1000,
+        "loads": {"q": [16], "cache_k": [16], "cache_v": [16], "positions": [8]},
+        "matrix": 3,
+        "barrier": None,
+        "dependent": False,
+        "waits": 0,
+        "faults": [],
+        "prefetched": [],
+    }
+    return sound | changes
+
+
+def test_a_sound_row_breaks_no_rule() -> None:
+    assert violations([row()]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spills": 8}, "spills 8"),
+        ({"shared": 240000}, f"240000 bytes of shared memory, of {GPUS['sm_90'].shared_bytes}"),
+        ({"loads": {"cache_k": [16, 4], "cache_v": [16]}}, "loads cache_k_ptr in less than 16 bytes"),
+        ({"loads": {"cache_k": [16], "cache_v": [16], "?": [16]}}, "loads from an address that is no argument's"),
+        ({"matrix": 0}, "uses no matrix instructions"),
+        ({"barrier": False}, "has no barrier before its atomic"),
+        ({"loads": {"cache_k": [16]}}, "reads no cache_v"),
+        ({"other": 2}, "launches 2 kernels of torch"),
+        ({"waits": 1}, "waits without being launched as dependent"),
+        ({"dependent": True, "waits": 1, "faults": ["has 2 waits, not one"]}, "has 2 waits, not one"),
+    ],
+)
+def test_a_broken_rule_is_named_with_its_place(changes: dict[str, Any], message: str) -> None:
+    (found,) = violations([row(**changes)])
+    assert found == f"sm_90 3-8B attention at 64 tokens: _attention_prefill_kernel {message}"
+
+
+def test_a_decode_step_depends_and_prefetches_where_it_can() -> None:
+    sound = row(tokens=4, op="layer down", kernel="_matvec_kernel", loads={"weight": [16]}, dependent=True, waits=1)
+    assert violations([sound | {"prefetched": ["weight"]}]) == []
+    where = "3-8B layer down at 4 tokens: _matvec_kernel"
+    assert violations([sound]) == [f"sm_90 {where} prefetches nothing"]
+    usual = sound | {"dependent": False, "waits": 0, "prefetched": ["weight"]}
+    assert violations([usual]) == [f"sm_90 {where} is not launched as dependent"]
+    assert violations([usual | {"gpu": "sm_89", "prefetched": []}]) == []
+
+
+STEP = {"op": "layer down", "dependent": True, "waits": 1, "prefetched": ["weight"], "loads": {"weight": [16]}}
+STREAMED = {"in_flight": 1, "programs": 256, "prefetching": 256, "looped_prefetches": 0, "resident": 2}
+ONE = row(tokens=1, kernel="_matvec_kernel", x_loads=14, x_early=14, norm_first=True, holds_scales=True)
+FEW = row(tokens=4, kernel="_few_tokens_kernel", chain=330.0, budget=461.0)
+
+
+@pytest.mark.parametrize(
+    ("sound", "changes", "message"),
+    [
+        (ONE, {"x_early": 2}, "requests 2 of x's 14 loads before its weights"),
+        (ONE, {"norm_first": False}, "knows its norm only behind its weights"),
+        (ONE, {"looped_prefetches": 1}, "prefetches row by row"),
+        (FEW, {"chain": 528.0}, "multiplies for 528 cycles a stage, of 461"),
+        (FEW, {"programs": 2004, "prefetching": 2004}, "prefetches in programs that do not wait"),
+    ],
+)
+def test_what_holds_up_a_weight_is_named(sound: Row, changes: dict[str, Any], message: str) -> None:
+    sound = sound | STEP | STREAMED
+    assert violations([sound]) == []
+    (found,) = violations([sound | changes])
+    assert found.endswith(f"{sound['kernel']} {message}")
+    assert violations([ONE | STEP | STREAMED | {"norm_first": False, "holds_scales": False}]) == []
+
+
+def test_decode_attention_keeps_to_plain_shared_memory() -> None:
+    sound = row(tokens=4, kernel="_attention_decode_kernel", shared=49152, barrier=True, dependent=True, waits=1)
+    sound |= {"prefetched": ["cache_k"]}
+    assert violations([sound]) == []
+    (found,) = violations([sound | {"shared": 71680}])
+    assert found.endswith("takes 71680 bytes of shared memory, more than the plain 49152")
+
+
+def test_a_sixth_launch_in_a_layer_is_counted() -> None:
+    ops = ["layer qkv", "layer attention", "layer output", "layer gate+up", "layer down"]
+    how = {"tokens": 4, "dependent": True, "waits": 1, "prefetched": ["cache_k"]}
+    layer = [row(op=op, **how) for op in ops]
+    expected = 5 * MODELS["3-8B"].n_layers + 4
+    step = row(tokens=4, op=WHOLE_STEP, launches=expected)
+    assert launch_counts([*layer, step])["sm_90", "3-8B", 4] == (5, expected) and not violations([*layer, step])
+    sixth = [*layer, row(op="layer down", **how), step]
+    for rows, counts in (
+        (sixth, f"6 launches a layer, {expected} a step"),
+        ([*layer, step | {"launches": expected + 32}], f"5 launches a layer, {expected + 32} a step"),
+        ([*layer, step | {"other": 1}], f"5 launches a layer, {expected + 1} a step"),
+    ):
+        assert violations(rows) == [f"sm_90 3-8B at 4 rows takes {counts}, not 5 and {expected}"]

@@ -1,0 +1,331 @@
+"""Meta's checkpoints: every number of shards on every number of processes, read lazily and in order."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastllama.args import ffn_width
+from fastllama.checkpoint import Checkpoint, open_checkpoint
+from fastllama.checkpoint.sharding import check_split
+from tests.support.checkpoints import (
+    huggingface_weights,
+    random_weights,
+    share,
+    tiny_params,
+    write_meta,
+    write_tokenizer,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+PARAMS = tiny_params()
+WEIGHTS = random_weights(PARAMS, seed=1)
+
+
+def assert_shares(checkpoint: Checkpoint, world_size: int) -> None:
+    """Every process of a world receives just its part of WEIGHTS, bit for bit."""
+    for rank in range(world_size):
+        received = dict(checkpoint.tensors(rank, world_size))
+        assert received.keys() == WEIGHTS.keys()
+        for name, tensor in received.items():
+            expected = share(PARAMS, name, WEIGHTS[name], rank, world_size)
+            assert torch.equal(tensor, expected), f"{name}, rank {rank} of {world_size}"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("embedding_axis", [0, 1], ids=["llama3", "llama2"])
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_tensors_of_any_shards_fit_any_world(tmp_path: Path, shards: int, embedding_axis: int, world_size: int) -> None:
+    write_meta(tmp_path, PARAMS, WEIGHTS, shards=shards, embedding_axis=embedding_axis)
+    assert_shares(open_checkpoint(tmp_path), world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tensors_split_by_three(tmp_path: Path, shards: int, world_size: int) -> None:
+    params = tiny_params(dim=48, n_heads=6, n_kv_heads=3, multiple_of=24, vocab_size=513)
+    weights = random_weights(params)
+    checkpoint = open_checkpoint(write_meta(tmp_path, params, weights, shards=shards))
+    for rank in range(world_size):
+        for name, tensor in checkpoint.tensors(rank, world_size):
+            assert torch.equal(tensor, share(params, name, weights[name], rank, world_size))
+
+
+def test_tensors_come_in_the_order_of_a_forward_pass(tmp_path: Path) -> None:
+    write_meta(tmp_path, PARAMS, dict(sorted(WEIGHTS.items())))
+    layer = "attention_norm attention.wq attention.wk attention.wv attention.wo ffn_norm"
+    parts = [*layer.split(), "feed_forward.w1", "feed_forward.w3", "feed_forward.w2"]
+    expected = [f"layers.{i}.{part}.weight" for i in range(2) for part in parts]
+    received = [name for name, _ in open_checkpoint(tmp_path).tensors()]
+    assert received == ["tok_embeddings.weight", *expected, "norm.weight", "output.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_tensors_keep_the_files_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS, shards=2, dtype=dtype))
+    assert checkpoint.dtype == dtype
+    for name, tensor in checkpoint.tensors():
+        assert tensor.dtype == dtype and tensor.device.type == "cpu"
+        assert torch.equal(tensor, WEIGHTS[name].to(dtype))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_of_float64_are_read_as_float32(tmp_path: Path, shards: int, tied: bool) -> None:
+    params = tiny_params(tied_output=tied)
+    weights = random_weights(params, dtype=torch.float64)
+    checkpoint = open_checkpoint(write_meta(tmp_path, params, weights, shards))
+    assert (checkpoint.dtype, checkpoint.params["tied_output"]) == (torch.float32, tied)
+    for name, tensor in checkpoint.tensors():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, weights[name].float())
+
+
+def test_tensors_keep_wider_norms(tmp_path: Path) -> None:
+    weights = {name: weight if "norm" in name else weight.bfloat16() for name, weight in WEIGHTS.items()}
+    checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, weights, shards=2))
+    assert checkpoint.dtype == torch.bfloat16
+    assert {name: tensor.dtype for name, tensor in checkpoint.tensors()} == {n: w.dtype for n, w in weights.items()}
+
+
+def test_tensors_may_be_read_again_and_interleaved(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS, shards=2))
+    first, second = checkpoint.tensors(), checkpoint.tensors(1, 2)
+    next(first)
+    next(second)
+    assert next(first)[0] == next(second)[0]
+    del first
+    assert len(list(checkpoint.tensors())) == len(WEIGHTS)
+
+
+def test_tensors_of_one_shard_are_views_of_the_file(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS, shards=2))
+    once, again = dict(checkpoint.tensors(1, 4)), dict(checkpoint.tensors(1, 4))
+    copied = [name for name in once if once[name].data_ptr() != again[name].data_ptr()]
+    assert copied == []
+
+
+def test_open_resolves_every_size(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS, shards=2))
+    assert checkpoint.format == "meta"
+    assert checkpoint.path == tmp_path
+    assert checkpoint.params == {
+        **PARAMS,
+        "ffn_dim_multiplier": None,
+        "use_scaled_rope": False,
+        "head_dim": 8,
+        "hidden_dim": 176,
+        "tied_output": False,
+    }
+    assert checkpoint.stop_token_ids == ()
+    assert checkpoint.n_parameters == sum(weight.numel() for weight in WEIGHTS.values())
+    paths = [tmp_path / "consolidated.00.pth", tmp_path / "consolidated.01.pth"]
+    assert checkpoint.files == [(path, path.stat().st_size) for path in paths]
+
+
+@pytest.mark.parametrize("embedding_axis", [0, 1])
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("stated", [-1, None])
+def test_open_takes_the_vocabulary_from_the_embedding(
+    tmp_path: Path, stated: int | None, shards: int, embedding_axis: int
+) -> None:
+    write_meta(tmp_path, PARAMS, WEIGHTS, shards=shards, embedding_axis=embedding_axis, vocab_size=stated)
+    assert open_checkpoint(tmp_path).params["vocab_size"] == PARAMS["vocab_size"]
+
+
+def test_open_takes_n_heads_where_kv_heads_are_absent(tmp_path: Path) -> None:
+    params = tiny_params(n_kv_heads=None)
+    write_meta(tmp_path, params, random_weights(params), shards=2)
+    assert open_checkpoint(tmp_path).params["n_kv_heads"] == 8
+
+
+def test_open_warns_where_theta_is_metas_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_meta(tmp_path, PARAMS, WEIGHTS)
+    open_checkpoint(tmp_path)
+    assert not caplog.records
+    write_meta(tmp_path, PARAMS, WEIGHTS, rope_theta=None, norm_eps=None)
+    params = open_checkpoint(tmp_path).params
+    assert (params["rope_theta"], params["norm_eps"]) == (500000.0, 1e-5)
+    assert "params.json has no rope_theta" in caplog.text
+
+
+def test_open_passes_scaled_rope_only_as_stated(tmp_path: Path) -> None:
+    write_meta(tmp_path, PARAMS, WEIGHTS, use_scaled_rope=True)
+    params = open_checkpoint(tmp_path).params
+    assert params["use_scaled_rope"] and not any(key.startswith("rope_") for key in params.keys() - {"rope_theta"})
+    stated: dict[str, Any] = {
+        "rope_scaling_factor": 32,
+        "rope_high_freq_factor": 2.0,
+        "rope_original_max_seq_len": 4096,
+    }
+    write_meta(tmp_path, PARAMS, WEIGHTS, use_scaled_rope=True, **stated)
+    assert stated.items() <= open_checkpoint(tmp_path).params.items()
+
+
+def test_open_reads_stated_head_and_hidden_dims(tmp_path: Path) -> None:
+    params = tiny_params(head_dim=16, hidden_dim=72)
+    weights = random_weights(params)
+    checkpoint = open_checkpoint(write_meta(tmp_path, params, weights, shards=2))
+    assert (checkpoint.params["head_dim"], checkpoint.params["hidden_dim"]) == (16, 72)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in checkpoint.tensors())
+
+
+def test_open_ignores_limits_of_a_run_and_rope_freqs(tmp_path: Path) -> None:
+    write_meta(tmp_path, PARAMS, WEIGHTS, max_seq_len=2048, max_batch_size=32, quantization_args=None)
+    path = tmp_path / "consolidated.00.pth"
+    torch.save({**torch.load(path), "rope.freqs": torch.ones(4, dtype=torch.complex64)}, path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert "max_seq_len" not in checkpoint.params and "max_batch_size" not in checkpoint.params
+    assert dict(checkpoint.tensors()).keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_open_sees_a_tied_output_in_shared_storage(tmp_path: Path, shards: int) -> None:
+    params = tiny_params(tied_output=True)
+    weights = random_weights(params)
+    checkpoint = open_checkpoint(write_meta(tmp_path, params, weights, shards=shards))
+    assert checkpoint.params["tied_output"]
+    assert checkpoint.n_parameters == sum(w.numel() for name, w in weights.items() if name != "output.weight")
+    for rank in range(4):
+        received = dict(checkpoint.tensors(rank, 4))
+        expected = share(params, "output.weight", weights["output.weight"], rank, 4)
+        assert torch.equal(received["output.weight"], expected)
+        assert torch.equal(received["tok_embeddings.weight"], expected)
+
+
+def test_open_takes_a_stated_tied_output_without_the_tensor(tmp_path: Path) -> None:
+    weights = {name: weight for name, weight in WEIGHTS.items() if name != "output.weight"}
+    checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, weights, shards=2, tied_output=True))
+    received = dict(checkpoint.tensors())
+    assert torch.equal(received["output.weight"], WEIGHTS["tok_embeddings.weight"])
+
+
+@pytest.mark.parametrize("place", [".", "original", "original/mp8", "original/mp16"])
+def test_open_finds_meta_files(tmp_path: Path, place: str) -> None:
+    write_meta(tmp_path / place, PARAMS, WEIGHTS)
+    write_tokenizer(tmp_path / place)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert open_checkpoint(str(tmp_path)).path == tmp_path / place
+
+
+@pytest.mark.parametrize(
+    ("dim", "multiplier", "multiple_of", "expected"),
+    [
+        (4096, 1.3, 1024, 14336),
+        (8192, 1.3, 4096, 28672),
+        (16384, 1.2, 4096, 53248),
+        (2048, 1.5, 256, 8192),
+        (3072, 1.0, 256, 8192),
+        (4096, 1.0, 256, 11008),
+    ],
+)
+def test_hidden_dim_of_published_models(dim: int, multiplier: float, multiple_of: int, expected: int) -> None:
+    assert ffn_width(dim, multiplier, multiple_of) == expected
+
+
+def test_check_split_names_what_divides() -> None:
+    dims = {"n_heads": 12, "n_kv_heads": 4, "head_dim": 8, "hidden_dim": 96, "vocab_size": 480}
+    for world_size in (1, 2, 4, 12):
+        check_split(dims, world_size - 1, world_size)
+    with pytest.raises(ValueError, match=r"world_size=6 .*n_kv_heads=4 .* of 6; use one of 1, 2, 4, 12 processes"):
+        check_split(dims, 0, 6)
+    with pytest.raises(ValueError, match=r"world_size=5 .*n_heads=12 does not divide by 5; hidden_dim=96"):
+        check_split(dims, 0, 5)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(-1, 1), (1, 1), (2, 2), (0, 0), (0, -1)])
+def test_tensors_rejects_a_rank_outside_the_world_at_the_call(tmp_path: Path, rank: int, world_size: int) -> None:
+    checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS))
+    with pytest.raises(ValueError, match=rf"rank={rank}, world_size={world_size}"):
+        checkpoint.tensors(rank, world_size)
+    assert_shares(checkpoint, 1)
+
+
+def test_tensors_shows_progress_in_bytes_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS))
+    for progress in (None, False):
+        list(checkpoint.tensors(progress=progress))
+        assert capsys.readouterr() == ("", "")  # neither is a terminal here
+    list(checkpoint.tensors(progress=True))
+    shown = capsys.readouterr()
+    total = sum(weight.nbytes for weight in WEIGHTS.values())
+    assert shown.out == "" and "100%" in shown.err and f"{total / 1024:.0f}k" in shown.err
+
+
+# Iterates checkpoints given as arguments and prints, for each, the peak of anonymous memory above what there was before
+# opening: first as a careful consumer, at last (the control) as one that keeps everything.
+MEMORY_PROBE = """
+import gc, json, sys, threading
+from fastllama.checkpoint import open_checkpoint
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def peak(folder, world_size, keep):
+    gc.collect()
+    start, peaks, done = anonymous(), [], threading.Event()
+    checkpoint = open_checkpoint(folder)
+    def sample():
+        while not done.wait(0.0005):
+            peaks.append(anonymous())
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    kept = []
+    for name, tensor in checkpoint.tensors(0, world_size):
+        tensor.sum()
+        peaks.append(anonymous())
+        if keep:
+            kept.append(tensor)
+        del tensor
+    done.set()
+    sampler.join()
+    return max(peaks) - start
+
+folders = sys.argv[1:]
+result = {folder: [peak(folder, 1, False), peak(folder, 2, False)] for folder in folders}
+result["control"] = [peak(folders[0], 1, True)]
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
+def test_tensors_keep_memory_near_one_tensor(tmp_path: Path) -> None:
+    params = tiny_params(dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, multiple_of=256)
+    weights = {name: torch.ones_like(weight) for name, weight in random_weights(params, dtype=torch.float32).items()}
+    largest = max(weight.nbytes for weight in weights.values())
+    total = sum(weight.nbytes for weight in weights.values())
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    }
+    sharded, single, theirs = tmp_path / "sharded", tmp_path / "single", tmp_path / "theirs"
+    write_meta(sharded, params, weights, shards=4)
+    write_meta(single, params, weights, shards=1)
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps(config))
+    save_file(huggingface_weights(params, weights), theirs / "model.safetensors")
+    del weights
+
+    command = [sys.executable, "-c", MEMORY_PROBE, *map(str, (sharded, single, theirs))]
+    # glibc keeps some freed blocks for later; told to map each large one, it returns them, and only live memory counts.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    peaks = json.loads(finished.stdout)
+    assert peaks["control"][0] > total / 2, "the probe does not see what is kept"
+    assert max(peaks[str(sharded)]) < 1.5 * largest
+    assert max(peaks[str(theirs)]) < 1.5 * largest
+    assert max(peaks[str(single)]) < 0.5 * largest, "a single shard is read without a copy"

@@ -1,0 +1,146 @@
+"""A model on several processes over gloo: the answers of one process, whatever the number of files."""
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.args import ModelArgs
+from fastllama.distributed.parallel import ALONE, Group
+from fastllama.model import Transformer
+from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
+from tests.support.comparisons import assert_same_logprobs
+from tests.support.parallel_cases import answers, assert_alike, build
+from tests.support.processes import run_processes
+from tests.support.tiers import parameters
+
+PARAMS = tiny_params()  # eight heads over two kv heads, so that four processes share them
+SHARDS = (1, 2, 4, 8)
+SIZES = parameters({"2": 2, "4": 4}, quick=("2",))
+FORMATS = [*(f"{shards} shards" for shards in SHARDS), "Llama 2's embedding", "Hugging Face"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same model in every format, one that cannot be divided, and a large one."""
+    root = tmp_path_factory.mktemp("parallel")
+    weights = random_weights(PARAMS, seed=7)
+    for shards in SHARDS:
+        write_meta(root / f"{shards} shards", PARAMS, weights, shards=shards)
+    write_meta(root / "Llama 2's embedding", PARAMS, weights, shards=2, embedding_axis=1)
+    write_huggingface(root / "Hugging Face", PARAMS, weights, max_shard_size="100KB")
+    odd = tiny_params(dim=48, n_heads=3, n_kv_heads=3)
+    write_meta(root / "odd", odd, random_weights(odd, seed=1))
+    large = tiny_params(dim=512, hidden_dim=4096, n_layers=5)
+    write_meta(root / "large", large, random_weights(large, seed=1))
+    for folder in root.iterdir():
+        write_tokenizer(folder)
+    return {folder.name: str(folder) for folder in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, str]) -> dict[str, Any]:
+    return answers(build(folders["1 shards"]))
+
+
+@pytest.fixture(scope="module")
+def found_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each of so many processes found, in one run for all tests."""
+
+    @functools.cache
+    def run(size: int) -> list[dict[str, Any]]:
+        arguments = {"folders": [folders[name] for name in FORMATS], "indivisible": folders["odd"]}
+        arguments |= {"large": folders["large"]}
+        out = tmp_path_factory.mktemp("out")
+        return run_processes(size, out, "tests.support.parallel_cases:everything", arguments, TRITON_INTERPRET="1")
+
+    return run
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", SIZES)
+def test_processes_give_one_processes_answers(found_by: Any, expected: dict[str, Any], size: int, format: str) -> None:
+    for found in found_by(size):
+        assert_alike(found["answers"][FORMATS.index(format)], expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_process_draws_the_same_tokens_from_the_same_bits(found_by: Any, size: int) -> None:
+    first, *others = (found["answers"] for found in found_by(size))
+    assert all(found == first for found in others)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_process_holds_its_part(found_by: Any, expected: dict[str, Any], size: int) -> None:
+    args = ModelArgs(**PARAMS)
+    norms = (2 * args.n_layers + 1) * args.dim
+    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * args.dim
+    repeated = max(1, size // args.n_kv_heads)  # a kv head that neighbours share is in each of them
+    for found in found_by(size):
+        mine = found["answers"][0]
+        assert mine["cached"] == expected["cached"] * repeated // size
+        assert mine["weights"] == norms + (expected["weights"] - norms - kv) // size + kv * repeated // size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_that_does_not_divide_is_one_clear_error_everywhere(found_by: Any, size: int) -> None:
+    errors = {found["error"] for found in found_by(size)}
+    assert len(errors) == 1
+    (error,) = errors
+    assert f"world_size={size}" in error and "n_heads=3" in error and "use one of 1 processes" in error
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_processes_failure_is_every_processes_and_the_next_build_works(found_by: Any, size: int) -> None:
+    for rank, found in enumerate(found_by(size)):
+        if rank == 1:
+            assert found["failure"].startswith("AssertionError: ") and "nowhere" in found["failure"]
+        else:
+            assert found["failure"].startswith(f"ProcessFailed: process 1 of {size} failed: AssertionError: ")
+        assert found["again"]
+
+
+@pytest.mark.slow  # of four processes
+def test_groups_within_the_world_are_respected(found_by: Any, expected: dict[str, Any]) -> None:
+    for rank, found in enumerate(found_by(4)):
+        one = found["subsets"]
+        assert_alike(one["answers"], expected)
+        assert (one["rank"], one["size"], one["alone"], one["again"]) == (rank % 2, 2, 1, True)
+        assert "asks for 4 processes" in one["error"] and "are of 2" in one["error"]
+
+
+def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], found_by: Any) -> None:
+    llm = build(folders["1 shards"], backend="reference")
+    tokens, logprobs = llm.generate([[5, 6, 7], [300, 2, 9, 11, 50, 3]], 2, temperature=0.0, logprobs=True)
+    drawn, _ = llm.generate([[1]], 2, temperature=0.9, seed=5)
+    for found in found_by(2):
+        one = found["fused"]
+        assert (one["tokens"], one["drawn"]) == (tokens, drawn)
+        assert_same_logprobs(one["logprobs"], logprobs, "divided logprobs")
+
+
+def test_a_process_takes_little_more_host_memory_than_its_part(folders: dict[str, str], found_by: Any) -> None:
+    weights = build(folders["large"]).model.state_dict().values()
+    total, largest = (combine(weight.nbytes for weight in weights) for combine in (sum, max))
+    for found in found_by(2):
+        one = found["memory"]
+        assert 0.5 * total <= one["weights"] < 0.51 * total
+        # Beside its half, the slices of a slot, joined, and packed: six halves of a matrix.
+        assert one["weights"] <= one["peak"] < one["weights"] + 3.5 * largest < 0.8 * total
+
+
+def test_a_part_of_a_model_is_not_copied() -> None:
+    args = ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=8)
+    part = Transformer(args, device="cpu", dtype=torch.float32, group=Group(1, 2))
+    assert part.share.n_heads == 4 and part.params.n_heads == 8
+    with pytest.raises(TypeError, match="2 processes share"):
+        copy.deepcopy(part)
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    x = torch.ones(2, 3)
+    assert ALONE.all_reduce(x) is x and ALONE.all_gather(x) is x
+    with pytest.raises(KeyError), ALONE.agreeing():
+        raise KeyError("its own")

@@ -1,0 +1,65 @@
+"""Rotary embedding and cache append of many tokens: against the reference, and nothing written elsewhere."""
+
+import pytest
+import torch
+
+from fastllama.kernels import reference
+from fastllama.kernels.elementwise.rope import rope_append
+from tests.kernels.cases import DTYPES, random
+from tests.kernels.guards import GuardedMemory
+from tests.kernels.projection.cases import LENGTH, N_ROWS, outside, scattered
+
+SHAPES = {"H8-K2-D64": (8, 2, 64), "H8-K4-D8": (8, 4, 8), "H3-K1-D20": (3, 1, 20), "H40-K8-D128": (40, 8, 128)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("n_tokens", [1, 23], ids=lambda n: f"N{n}")
+def test_rotary_append_matches_reference(
+    n_tokens: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
+) -> None:
+    n_heads, n_kv_heads, head_dim = shape
+    width = (n_heads + 2 * n_kv_heads) * head_dim
+    heads = guarded.copy(random(n_tokens, width, dtype=dtype, seed=1).to(device))
+    angles = random(LENGTH, head_dim // 2, seed=2)
+    rope = guarded.copy(torch.stack([angles.cos(), angles.sin()], -1).to(device))
+    cache = (N_ROWS, n_kv_heads, LENGTH, head_dim)
+    ours = [guarded.empty(*cache, dtype=dtype, device=device) for _ in range(2)]
+    expected = [torch.full_like(tensor, torch.nan) for tensor in ours]
+    batch = scattered(n_tokens, device)
+    ours.append(rope_append(heads, rope, ours[0], ours[1], batch))
+    expected.append(reference.rope_append(heads, rope, expected[0], expected[1], batch))
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        # One rounding of one sum of two products: equal but for a fused multiply-add's last bit.
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=dtype_ulp(dtype), equal_nan=True)
+
+
+def dtype_ulp(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def test_rotary_append_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:
+    cache_k, cache_v = (guarded.empty(N_ROWS, 2, LENGTH, 8, device=device) for _ in range(2))
+    rope = guarded.copy(torch.ones(LENGTH, 4, 2, device=device))
+    rope_append(random(4, 64, device=device), rope, cache_k, cache_v, outside(4, device))
+    assert cache_k.isnan().all() and cache_v.isnan().all()
+
+
+def test_rotary_append_rejects_what_does_not_belong_together(device: torch.device) -> None:
+    cache, rope = torch.zeros(4, 2, 37, 8, device=device), torch.zeros(37, 4, 2, device=device)
+    batch = scattered(6, device)
+    heads = torch.zeros(6, 64, device=device)
+    refusals = {
+        "multiple of 2, got 56 rows": lambda: rope_append(heads[:, :56].contiguous(), rope, cache, cache, batch),
+        "cache_v must have shape (4, 2, 37, 8)": lambda: rope_append(heads, rope, cache, cache[:, :1], batch),
+        "rope must be torch.float32": lambda: rope_append(heads, rope.half(), cache, cache, batch),
+        "positions must have shape (5), got (6)": lambda: rope_append(heads[:5], rope, cache, cache, batch),
+        "even head dims up to 256, got 258": lambda: rope_append(
+            heads, rope, torch.zeros(1, 1, 37, 258, device=device), cache, batch
+        ),
+    }
+    for message, call in refusals.items():
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert message in str(caught.value)

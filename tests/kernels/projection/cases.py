@@ -1,0 +1,96 @@
+"""What both projection kernels are tested with: a model's weights at awkward widths, and the reference's results."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels import reference
+from fastllama.kernels.batch import RaggedBatch, Segment
+from fastllama.kernels.elementwise.rope import Append
+from tests.kernels.cases import random
+from tests.kernels.guards import GuardedMemory
+
+EPS = 1e-5
+LENGTH, N_ROWS = 37, 4  # of the cache
+
+
+class Shape(NamedTuple):
+    """A model's widths, as far as a projection knows them."""
+
+    dim: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+
+
+SHAPES = {
+    "E64-H8-K4-D8-F172": Shape(64, 8, 4, 8, 172),  # stories260K: rows of 344 bytes
+    "E192-H6-K2-D32-F480": Shape(192, 6, 2, 32, 480),  # the built-in model
+    "E100-H3-K1-D20-F90": Shape(100, 3, 1, 20, 90),  # nothing a power of two
+    "E512-H3-K1-D64-F768": Shape(512, 3, 1, 64, 768),  # whole chunks
+}
+
+
+class Case:
+    """A projection's tensors, the caches between guard bands and full of NaN."""
+
+    def __init__(
+        self, shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, memory: GuardedMemory
+    ) -> None:
+        self.shape, self.memory = shape, memory
+        dim, n_heads, n_kv_heads, head_dim, hidden_dim = shape
+
+        def weight(rows: int, width: int, seed: int) -> Tensor:
+            """Random, such that products with normal vectors are about normal; where a stray read would find NaN."""
+            return memory.copy((random(rows, width, seed=seed) / width**0.5).to(dtype).to(device))
+
+        self.batch = scattered(n_tokens, device)
+        self.h = memory.copy(random(n_tokens, dim, dtype=dtype, seed=1).to(device))
+        self.x = memory.copy(random(n_tokens, hidden_dim, dtype=dtype, seed=2).to(device))
+        self.norm = memory.copy(random(dim, dtype=dtype, seed=3).to(device))
+        self.wqkv = weight((n_heads + 2 * n_kv_heads) * head_dim, dim, seed=4)
+        self.w13 = weight(2 * hidden_dim, dim, seed=5)
+        self.w2 = weight(dim, hidden_dim, seed=6)
+        angles = random(LENGTH, head_dim // 2, seed=7)
+        rope = memory.copy(torch.stack([angles.cos(), angles.sin()], -1).to(device))
+        cache = (N_ROWS, n_kv_heads, LENGTH, head_dim)
+        cache_k, cache_v = (memory.empty(*cache, dtype=dtype, device=device) for _ in range(2))
+        self.append = Append.to(cache_k, cache_v, rope, self.batch)
+
+    def expected_qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, H·D) and both caches, NaN where nothing is written."""
+        cache_k, cache_v = (torch.full_like(cache, torch.nan) for cache in self.append[:2])
+        packed = reference.pack(self.wqkv)
+        q = reference.norm_qkv_rope_append(
+            self.h, self.norm, packed, self.append.rope, cache_k, cache_v, EPS, self.batch
+        )
+        return q.flatten(1), cache_k, cache_v
+
+    def expected_swiglu(self) -> Tensor:
+        """(N, F)."""
+        return reference.norm_swiglu(self.h, self.norm, reference.pack(self.w13), EPS, self.batch)
+
+    def expected_projection(self, residual: Tensor | None) -> Tensor:
+        """(N, E)."""
+        return reference.linear_residual(self.x, reference.pack(self.w2), residual, self.batch)
+
+
+def scattered(n_tokens: int, device: torch.device) -> RaggedBatch:
+    """Tokens of up to three rows, at positions of their own, in no order of rows."""
+    third = n_tokens // 3
+    counts = {3: n_tokens - 2 * third, 0: third, 2: third}
+    return RaggedBatch.of([(row, 5 * row + 1, [0] * count) for row, count in counts.items() if count], device)
+
+
+def outside(n_tokens: int, device: torch.device) -> RaggedBatch:
+    """Tokens of row 1 at positions before the cache and behind it."""
+    positions = torch.tensor([-1, LENGTH, LENGTH + 5, -(2**40)] * n_tokens, device=device)[:n_tokens]
+    rows = torch.ones_like(positions)
+    return RaggedBatch(torch.zeros_like(positions), positions, rows, (Segment(1, 0, n_tokens, LENGTH),))
+
+
+def assert_appended(ours: Tensor, expected: Tensor) -> None:
+    """A cache that was full of NaN has new values in exactly the places where the reference wrote some."""
+    assert torch.equal(ours.isnan(), expected.isnan())

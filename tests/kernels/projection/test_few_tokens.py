@@ -1,0 +1,136 @@
+"""The projection of a few tokens, against the reference's ops."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.benchmarks.tolerances import assert_matches
+from fastllama.kernels.launch.dependent import PREFETCH_BYTES
+from fastllama.kernels.launch.target import Target, current_target
+from fastllama.kernels.projection import few_tokens as module
+from fastllama.kernels.projection.few_tokens import Launch, choose_launch, few_tokens
+from tests.kernels.cases import DTYPES
+from tests.kernels.guards import GuardedMemory
+from tests.kernels.projection.cases import EPS, SHAPES, Case, Shape, assert_appended, outside
+from tests.support.tiers import parameters
+
+STORIES = SHAPES["E64-H8-K4-D8-F172"]
+
+
+@pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("fp32", "bf16")))
+@pytest.mark.parametrize("n_tokens", parameters({f"N{n}": n for n in (1, 3, 8, 16)}, quick=("N3", "N16")))
+@pytest.mark.parametrize("shape", parameters(SHAPES, quick=("E192-H6-K2-D32-F480", "E100-H3-K1-D20-F90")))
+def test_few_tokens_matches_reference(
+    shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
+) -> None:
+    case = Case(shape, n_tokens, dtype, device, guarded)
+    swiglu = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
+    assert_matches("linear", swiglu, case.expected_swiglu())
+    q = few_tokens(case.h, case.wqkv, norm=case.norm, eps=EPS, append=case.append)
+    for ours, expected in zip((q, *case.append[:2]), case.expected_qkv(), strict=True):
+        assert_appended(ours, expected)
+        assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
+    for residual in (None, case.h):
+        y = few_tokens(case.x, case.w2, residual=residual)
+        assert_matches("linear", y, case.expected_projection(residual))
+
+
+def test_few_tokens_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:
+    case = Case(STORIES, 4, torch.bfloat16, device, guarded)
+    append = case.append._replace(positions=outside(4, device).positions)
+    few_tokens(case.h, case.wqkv, append=append)
+    assert case.append.cache_k.isnan().all() and case.append.cache_v.isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_few_tokens_divides_late(scale: float, device: torch.device, guarded: GuardedMemory) -> None:
+    """Until then small and large hidden states keep their digits, in float16, too."""
+    case = Case(SHAPES["E192-H6-K2-D32-F480"], 5, torch.float16, device, guarded)
+    case.h = guarded.copy(case.h * scale)
+    ours = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
+    assert_matches("linear", ours, case.expected_swiglu())
+
+
+@pytest.mark.parametrize("accumulators", [1, 2, 4])
+@pytest.mark.parametrize("shape", ["E100-H3-K1-D20-F90", "E512-H3-K1-D64-F768"])
+def test_few_tokens_takes_chunks_in_turn(
+    shape: str, accumulators: int, device: torch.device, guarded: GuardedMemory
+) -> None:
+    """Whatever the accumulators, whether they divide a row or the last of them hang over its end."""
+    case = Case(SHAPES[shape], 5, torch.bfloat16, device, guarded)
+    launch = Launch(rows=16, chunk=32, stages=2, warps=2, accumulators=accumulators)
+    swiglu = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True, launch=launch)
+    assert_matches("linear", swiglu, case.expected_swiglu())
+    y = few_tokens(case.x, case.w2, residual=case.h, launch=launch._replace(warps=1))
+    assert_matches("linear", y, case.expected_projection(case.h))
+
+
+def test_few_tokens_keeps_its_launch_table() -> None:
+    """Rows, accumulators and stages for the models and the GPU that the table was reasoned for."""
+    table = {
+        (6144, 4096, 2, 8): (16, 1, 8),
+        (4096, 4096, 1, 8): (16, 2, 7),
+        (4096, 4096, 1, 16): (32, 1, 8),
+        (28672, 4096, 2, 8): (64, 1, 3),
+        (128256, 4096, 1, 16): (64, 1, 3),
+        (3072, 2048, 2, 16): (16, 2, 7),
+        (2048, 2048, 1, 8): (16, 2, 8),
+        (16384, 2048, 2, 8): (32, 1, 4),
+        (1280, 8192, 2, 8): (16, 4, 4),
+    }
+    for (out_features, in_features, tiles, columns), expected in table.items():
+        weight = torch.zeros((), dtype=torch.bfloat16).expand(out_features, in_features)
+        launch = choose_launch(weight, tiles, columns, Target("cuda", 90, 132, 232448))
+        assert (launch.rows, launch.accumulators, launch.stages) == expected, (out_features, in_features, columns)
+
+
+def test_few_tokens_repeats_itself(device: torch.device, guarded: GuardedMemory) -> None:
+    case = Case(STORIES, 5, torch.bfloat16, device, guarded)
+    first = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
+    assert torch.equal(first, few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True))
+
+
+@pytest.mark.parametrize("shared_bytes", [65536, 101376, 166912, 232448])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_few_tokens_fits_shared_memory(shared_bytes: int, itemsize: int) -> None:
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    for out_features, in_features, tiles in ((6144, 4096, 2), (28672, 4096, 2), (4096, 14336, 1), (512, 100, 1)):
+        weight = torch.zeros((), dtype=dtype).expand(out_features, in_features)
+        launch = choose_launch(weight, tiles, 16, Target("cuda", 90, 132, shared_bytes))
+        assert (
+            launch.rows * tiles + 16
+        ) * launch.chunk * launch.accumulators * itemsize * launch.stages <= shared_bytes
+
+
+def test_few_tokens_rejects_what_does_not_belong_together(device: torch.device, guarded: GuardedMemory) -> None:
+    case = Case(STORIES, 3, torch.float32, device, guarded)
+    many = case.h.repeat(6, 1)
+    with pytest.raises(ValueError, match="few_tokens takes 1 to 16 tokens, got 18"):
+        few_tokens(many, case.w13)
+    with pytest.raises(ValueError, match="only a plain projection takes a residual"):
+        few_tokens(case.h, case.w13, residual=case.x, swiglu=True)
+
+
+@pytest.mark.parametrize("swiglu", [True, False])
+@pytest.mark.parametrize("n_tokens", [3, 16])
+def test_programs_of_a_multiprocessor_share_its_prefetches(
+    n_tokens: int, swiglu: bool, device: torch.device, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of them there are at once, and however many tiles each has."""
+    case = Case(SHAPES["E512-H3-K1-D64-F768"], n_tokens, torch.bfloat16, device, guarded)
+    budgets: list[int] = []
+    launched: dict[str, Any] = {}
+
+    def noted(row_bytes: int, most: int, rows: int) -> int:
+        budgets.append(most)
+        return 0
+
+    monkeypatch.setattr(module, "prefetch_bytes", noted)
+    monkeypatch.setattr(module, "_few_tokens_kernel", {(1,): lambda *_, **how: launched.update(how)})
+    monkeypatch.setattr(module, "ceil_div", lambda *_: 1)
+    for stages in (2, 8):
+        few_tokens(case.h, case.w13, swiglu=swiglu, launch=Launch(rows=16, chunk=128, stages=stages, warps=2))
+        programs = launched["RESIDENT"] // current_target().processors
+        in_all = programs * (2 if swiglu else 1) * budgets.pop()
+        assert programs > 1 and 0.9 * PREFETCH_BYTES < in_all <= PREFETCH_BYTES

@@ -1,0 +1,41 @@
+"""Runs `fastllama` for tests, in this process or in one of its own."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+import fastllama
+from fastllama.cli import main
+from tests.support.timeouts import HANG_SECONDS
+
+ROOT = Path(fastllama.__file__).parent.parent
+GREEDY = ("--temperature", "0", "--max_gen_len", "6", "--max_seq_len", "64", "--device", "cpu")
+READ_TIMEOUT_S = HANG_SECONDS
+CHAT = ("--temperature", "0", "--max_gen_len", "8", "--max_seq_len", "128", "--device", "cpu")
+
+
+def run(*words: str, stdin: str | bytes | None = None, charset: str = "utf-8") -> Result:
+    return CliRunner(charset=charset).invoke(main, list(words), input=stdin)
+
+
+def run_process(
+    *words: str, stdin: str = "", launcher: Sequence[str] = (), **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *launcher, "-m", "fastllama", *words]
+    return subprocess.run(
+        command, input=stdin, text=True, capture_output=True, cwd=ROOT, timeout=READ_TIMEOUT_S, check=False, **options
+    )
+
+
+def expect_error(result: Result, *parts: str) -> None:
+    """One line on stderr that holds `parts`, nothing on stdout, exit code 2."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("no --ckpt_dir")]
+    assert len(lines) == 1 and lines[0].startswith("fastllama: error: "), result.stderr
+    for part in parts:
+        assert part in lines[0]

@@ -1,0 +1,131 @@
+"""What each process of a group does in the tests of parallelism; it returns what JSON can hold."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastllama import Llama
+from fastllama.benchmarks.suites.loading_process import PeakHostMemory, own_bytes
+from tests.support.comparisons import assert_same_logits, assert_same_logprobs
+
+PROMPTS = [[5, 6, 7], [300, 2, 9, 11, 50, 3], [1]]
+STEPS = 6
+MAX_SEQ_LEN, MAX_BATCH_SIZE = 24, 4
+
+
+def build(folder: str, **options: Any) -> Llama:
+    tokenizer = str(Path(folder) / "tokenizer.model")
+    llm = Llama.build(folder, tokenizer, MAX_SEQ_LEN, MAX_BATCH_SIZE, **{"device": "cpu", **options})
+    llm.tokenizer.stop_tokens = set()
+    return llm
+
+
+def everything(arguments: dict[str, Any]) -> dict[str, Any]:
+    """All cases in one group of processes: starting them takes longer than they do.
+
+    Every folder's answers, what wrong sizes and one process's failure come to; of two processes also memory and
+    interpreted kernels, of four also parts of the world.
+    """
+    found: dict[str, Any] = {"answers": [answers(build(folder)) for folder in arguments["folders"]]}
+    found["error"] = refusal(arguments["indivisible"])
+    found["failure"] = refusal("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
+    found["again"] = are_alike(answers(build(arguments["folders"][0])), found["answers"][0])
+    if dist.get_world_size() == 2:
+        return found | {"memory": memory(arguments["large"]), "fused": fused(arguments["folders"][1])}
+    return found | {"subsets": subsets(arguments["folders"][2])}
+
+
+def answers(llm: Llama) -> dict[str, Any]:
+    greedy = llm.generate(PROMPTS, STEPS, temperature=0.0, logprobs=True, echo=True)
+    drawn = llm.generate(PROMPTS, STEPS, temperature=0.9, top_p=0.8, logprobs=True, seed=3)
+    unseeded = llm.generate(PROMPTS, STEPS, temperature=1.0, top_p=0.9)
+    logits = llm.model.forward(torch.tensor([[1, 2, 3]]), 0)
+    return {
+        "tokens": [greedy[0], drawn[0], unseeded[0]],
+        "logprobs": [greedy[1], drawn[1]],
+        "logits": logits[0, -1].tolist(),
+        "cached": llm.model.cache.k.numel(),
+        "weights": sum(tensor.numel() for tensor in llm.model.state_dict().values()),
+    }
+
+
+def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Two models' answers, of whatever numbers of processes: tokens to the last, floats as sums in another order."""
+    assert found["tokens"] == expected["tokens"]
+    for mine, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
+        assert_same_logprobs(mine, theirs, "divided logprobs")
+    assert_same_logits(torch.tensor(found["logits"]), torch.tensor(expected["logits"]))
+
+
+def are_alike(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """The same, for a process that goes on."""
+    try:
+        assert_alike(found, expected)
+    except AssertionError:
+        return False
+    return True
+
+
+def refusal(folder: str) -> str:
+    """What a build that has to fail says."""
+    try:
+        build(folder)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "built"
+
+
+def memory(folder: str) -> dict[str, Any]:
+    """Peak of this process's own memory, beyond what it had, while it builds; files that are mapped count nothing."""
+    before = own_bytes()
+    with PeakHostMemory() as peak:
+        llm = build(folder)
+    return {"peak": peak.bytes - before, "weights": sum(t.nbytes for t in llm.model.state_dict().values())}
+
+
+def fused(folder: str) -> dict[str, Any]:
+    """A few tokens by interpreted kernels."""
+    llm = build(folder, backend="fused")
+    tokens, logprobs = llm.generate(PROMPTS[:2], 2, temperature=0.0, logprobs=True)
+    drawn, _ = llm.generate(PROMPTS[2:], 2, temperature=0.9, seed=5)
+    return {"tokens": tokens, "logprobs": logprobs, "drawn": drawn}
+
+
+def on_gpus(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Graphs with NCCL's collectives in them, replayed, in float32, where tokens are the same to the last.
+
+    Of three rows and of one, which are other kernels; and in bfloat16.
+    """
+    llm = build(arguments["folder"], device=None, dtype="float32")
+    first, again = answers(llm), answers(llm)
+    alone = llm.generate(PROMPTS[1:2], STEPS, temperature=0.0, logprobs=True)
+    rough = build(arguments["folder"], device=None, dtype="bfloat16")
+    return {
+        "answers": first,
+        "repeats": again["tokens"][:2] == first["tokens"][:2],  # the third draws anew in each call
+        "alone": alone,
+        "rough": rough.generate(PROMPTS, STEPS, temperature=0.7, seed=3),
+        "graphs": sorted(llm.decoder._graphs),
+        "device": str(llm.model.device),
+    }
+
+
+def subsets(folder: str) -> dict[str, Any]:
+    """Half of the world for each model, through groups of the caller's own and through model_parallel_size."""
+    from fairscale.nn.model_parallel import initialize
+
+    initialize.destroy_model_parallel()
+    initialize.initialize_model_parallel(2)
+    mine = build(folder)
+    found: dict[str, Any] = {"answers": answers(mine), "rank": mine.model.group.rank, "size": mine.model.group.size}
+    try:
+        build(folder, model_parallel_size=4)
+    except ValueError as error:
+        found["error"] = str(error)
+    initialize.destroy_model_parallel()
+    found["again"] = are_alike(answers(build(folder, model_parallel_size=2)), found["answers"])
+    initialize.destroy_model_parallel()
+    found["alone"] = build(folder, model_parallel_size=1).model.group.size
+    return found

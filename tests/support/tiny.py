@@ -1,0 +1,28 @@
+"""A tiny Llama for tests, built through the public surface from a checkpoint on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllama import Llama
+from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+
+MAX_SEQ_LEN = 48
+MAX_BATCH_SIZE = 4
+
+
+def tiny_llama(folder: Path, shards: int = 1, seed: int = 1, max_seq_len: int = MAX_SEQ_LEN, **params: Any) -> Llama:
+    """Build from random weights. The tokenizer's stop tokens are left as they are."""
+    fields = tiny_params(**params)
+    write_meta(folder, fields, random_weights(fields, seed=7), shards=shards)
+    tokenizer = write_tokenizer(folder)
+    return Llama.build(str(folder), str(tokenizer), max_seq_len, MAX_BATCH_SIZE, seed=seed, device="cpu")
+
+
+def write_monotonous(folder: Path) -> str:
+    """A checkpoint, in its folder, whose logits are all equal: greedy, it says its first token and never stops."""
+    weights = random_weights(tiny_params(), seed=7)
+    write_meta(folder, tiny_params(), weights | {"output.weight": torch.zeros_like(weights["output.weight"])})
+    write_tokenizer(folder)
+    return str(folder)

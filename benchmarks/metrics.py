@@ -1,7 +1,7 @@
-"""Figures under the names that others' benchmarks have for them, so that tools which read those read ours.
+"""Throughput and latency under the names of llama-bench and vLLM, so that tools for their results can read ours.
 
-Rates have llama-bench's names (`avg_ts`, `stddev_ts`, `samples_ts` in tokens a second, `samples_ns` and the like in
-nanoseconds), latencies vLLM's (`median_ttft_ms`, `p99_itl_ms`, ...). Beside llama-bench's mean stands the median.
+Rates have llama-bench's names: `avg_ts`, `stddev_ts` and `samples_ts` in tokens a second, `samples_ns` and so on in
+nanoseconds. Latencies have vLLM's: `median_ttft_ms`, `p99_itl_ms` and so on. `tokens_per_second` has percentiles.
 """
 
 import statistics
@@ -13,7 +13,7 @@ from fastllama.benchmarks.statistics import MILLI, NANO, percentile, summarize
 
 
 def throughput(tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
-    """Of so many tokens, made again and again in so many seconds each time."""
+    """The rates of generating `tokens` tokens, once in each of `seconds`."""
     rates = [tokens / second for second in seconds]
     nanoseconds = [round(second * NANO) for second in seconds]
     return {
@@ -28,7 +28,7 @@ def throughput(tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def latency(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation and tail in ms. name: vLLM's for what took so long: ttft, itl, e2el."""
+    """Mean, median, standard deviation, p90 and p99 in ms. name: vLLM's name of the latency: ttft, itl or e2el."""
     samples = [MILLI * second for second in seconds]
     return {
         f"mean_{name}_ms": statistics.fmean(samples),

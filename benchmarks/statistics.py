@@ -1,10 +1,10 @@
-"""Percentiles of samples, and the factors between units."""
+"""Percentiles of samples, and factors between units."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MILLI = 1e3  # of a second's
+MILLI = 1e3  # in a second
 MICRO = 1e6
 NANO = 1e9
 GIGA = 1e9
@@ -13,7 +13,7 @@ TERA = 1e12
 
 @dataclass(frozen=True)
 class Summary:
-    """Percentiles of some samples, in the samples' own unit."""
+    """Percentiles of samples, in their unit."""
 
     count: int
     minimum: float
@@ -25,12 +25,12 @@ class Summary:
 
     @property
     def spread(self) -> float:
-        """(p90 - p10) / median: how far apart ordinary samples lie, as a share of the median."""
+        """(p90 - p10) / median."""
         return (self.p90 - self.p10) / self.p50 if self.p50 else 0.0
 
 
 def percentile(samples: Iterable[float], percent: float) -> float:
-    """The `percent`-th percentile (0 to 100), interpolated linearly between neighbours. ValueError without samples."""
+    """The `percent`-th percentile (0 to 100), interpolated linearly. ValueError without samples."""
     ordered = sorted(samples)
     if not ordered:
         raise ValueError("no samples: a percentile needs at least one")
@@ -43,7 +43,7 @@ def percentile(samples: Iterable[float], percent: float) -> float:
 
 
 def summarize(samples: Iterable[float]) -> Summary:
-    """The Summary of `samples`. ValueError when there are none or one is not finite."""
+    """The Summary of samples. ValueError if there are none or one is not finite."""
     values = list(samples)
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"samples must be finite, got {values}")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fastllama import Llama
-from fastllama.benchmarks.suites.loading_process import PeakHostMemory, own_bytes
+from fastllama.benchmarks.suites.load_and_memory import PeakHostMemory, own_bytes
 from tests.support.comparisons import assert_same_logits, assert_same_logprobs
 
 PROMPTS = [[5, 6, 7], [300, 2, 9, 11, 50, 3], [1]]

@@ -13,7 +13,7 @@ import torch
 
 from fastllama import Llama
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.models import ModelSource, described
+from fastllama.benchmarks.models import ModelSource, ModelSpec
 from fastllama.distributed.worker_processes import EXIT_WORKER_DIED
 from fastllama.memory_plan import plan_memory
 from tests.support.checkpoints import tiny_params
@@ -152,7 +152,7 @@ driver.build_on_all(build_in_the_first_alone)
 
 
 def build_in_the_first_alone() -> Llama:
-    llm = described(ModelSource.named("random-toy").to_json(), 1, 8, "cpu", "float32", None)
+    llm = ModelSpec(ModelSource.named("random-toy"), torch.device("cpu"), torch.float32, 1, 8).build()
     if llm.model.group.rank:
         raise OSError("no space left for this one")
     return llm

@@ -9,9 +9,9 @@ from typing import Any
 from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.runner import OURS
 from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, percentile
+from fastllama.benchmarks.tables import Record
 
-THROUGHPUT, LAUNCHES, LATENCY = "throughput", "launches", "latency"
-NAMES = (THROUGHPUT, LAUNCHES, LATENCY)
+NAMES = ("throughput", "launches", "latency")
 WITHOUT = "no plots: matplotlib is not installed (pip install matplotlib)"
 PANEL_INCHES = (5.2, 4.0)
 DOTS_PER_INCH = 110
@@ -24,8 +24,6 @@ OURS_COLOR, LIMIT_COLOR = "#c0392b", "#555555"
 PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
 LAUNCH_COLORS = ("#bbbbbb", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#56b4e9", "#cc79a7", "#444444")
 COLLECTIVE_COLORS = ("#f0e442", "#888800")  # of the collectives of processes that share a model
-
-Record = dict[str, Any]
 
 
 def available() -> bool:
@@ -43,7 +41,7 @@ def draw(result: ResultFile, folder: Path) -> list[Path]:
     contexts = list(dict.fromkeys(record["context"] for record in records))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, panel in ((THROUGHPUT, _throughput), (LAUNCHES, _launches), (LATENCY, _latency)):
+    for name, panel in zip(NAMES, (_throughput, _launches, _latency), strict=True):
         # Without pyplot, which has global state and needs a display.
         figure = Figure(figsize=(PANEL_INCHES[0] * len(contexts), PANEL_INCHES[1]), layout="constrained")
         FigureCanvasAgg(figure)
@@ -51,13 +49,12 @@ def draw(result: ResultFile, folder: Path) -> list[Path]:
         for axis, context in zip(axes, contexts, strict=True):
             mine = [record for record in records if record["context"] == context]
             panel(axis, sorted(mine, key=lambda record: record["batch"]))
-        if name != LATENCY:  # whose panels have a legend each
+        if name != "latency":  # whose panels have a legend each
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True)
         first, environment = records[0], result.environment
         figure.suptitle(f"{first['model']} in {first['dtype']} on {environment.device_name}", fontsize=10)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
-        paths.append(path)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=DOTS_PER_INCH, metadata={"Software": None})
     return paths
 
 
@@ -71,9 +68,11 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
     ]
     axis.plot(batches, limits, color=LIMIT_COLOR, linestyle="--", marker="_", label="limit: read bandwidth")
     _rates(axis, batches, records, OURS, OURS_COLOR)
-    for name, color in zip(_measured_peers(records), cycle(PEER_COLORS)):
-        having = [record for record in records if "tokens_per_second" in record["peers"].get(name, {})]
-        _rates(axis, [record["batch"] for record in having], [record["peers"][name] for record in having], name, color)
+    peers = [(name, record["batch"], peer) for record in records for name, peer in record["peers"].items()]
+    measured = [peer for peer in peers if peer[2]["status"] == "measured"]
+    for name, color in zip(dict.fromkeys(peer[0] for peer in measured), cycle(PEER_COLORS)):
+        mine = [(batch, record) for other, batch, record in measured if other == name]
+        _rates(axis, [batch for batch, _ in mine], [record for _, record in mine], name, color)
     axis.set(xlabel="batch", ylabel="tokens/s", title=_title(records), yscale="log")
     axis.set_xscale("log", base=2)
     axis.set_xticks(batches, [str(batch) for batch in batches])
@@ -86,11 +85,8 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
 def _rates(axis: Any, batches: Sequence[int], records: Sequence[Record], name: str, color: str) -> None:
     rates = [record["tokens_per_second"] for record in records]
     middle = [rate["p50"] for rate in rates]
-    reach = [
-        [rate["p50"] - rate["minimum"] for rate in rates],
-        [rate["maximum"] - rate["p50"] for rate in rates],
-    ]
-    axis.errorbar(batches, middle, yerr=reach, color=color, marker="o", capsize=3, label=name)
+    below, above = ([abs(rate[end] - rate["p50"]) for rate in rates] for end in ("minimum", "maximum"))
+    axis.errorbar(batches, middle, yerr=[below, above], color=color, marker="o", capsize=3, label=name)
 
 
 def _launches(axis: Any, records: Sequence[Record]) -> None:
@@ -129,11 +125,6 @@ def _latency(axis: Any, records: Sequence[Record]) -> None:
     axis.set(xlabel="ms between tokens", ylabel="tokens", title=_title(records), xlim=(0, end))
     axis.set_ylim(0, top * (1 + LEGEND_LINE * len(flat)))
     axis.legend(fontsize=8, loc="upper left")
-
-
-def _measured_peers(records: Sequence[Record]) -> list[str]:
-    found = (name for record in records for name, peer in record["peers"].items() if peer["status"] == "measured")
-    return list(dict.fromkeys(found))
 
 
 def _title(records: Sequence[Record]) -> str:

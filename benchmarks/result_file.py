@@ -57,8 +57,8 @@ def read_result(path: str | Path) -> ResultFile:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a result file: expected JSON, got {error}") from error
-    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+    found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+    if found != SCHEMA_VERSION:
         raise ValueError(
             f"{path}: expected a result file of schema version {SCHEMA_VERSION}, got {found}; measure again"
         )

@@ -7,13 +7,13 @@ bandwidth is sampled before and after each run. Stop tokens are switched off: ev
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from fastllama.benchmarks.ceilings import AdjacentSamples, ReadProbe
 from fastllama.benchmarks.child_process import ChildError
-from fastllama.benchmarks.peers.agreement import Agreement, compare
+from fastllama.benchmarks.peers.agreement import compare
 from fastllama.benchmarks.runner import OURS, Run, Runner
 from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.timing import Contention
@@ -112,32 +112,29 @@ def run_case(
     begin = time.perf_counter()
     own = ours.run(prompts, case.steps, logprobs=True)  # also the warm-up
     warmup_seconds = time.perf_counter() - begin
-    reports: dict[str, dict[str, Any]] = {}
-    timed: dict[str, Runner] = {OURS: ours}
-    for name, peer in peers.items():
-        if isinstance(peer, str):
-            reports[name] = {"status": "skipped", "reason": peer}
-            continue
-        begin = time.perf_counter()
-        try:
-            if isinstance(peer, ChildError):
-                raise peer
-            agreement = compare(own, peer.run(prompts, case.steps, logprobs=True), dtype)
-        except ChildError as error:
-            reports[name] = {"status": "failed", "reason": str(error)}
-            continue
-        reports[name] = _report(agreement) | {"warmup_seconds": time.perf_counter() - begin}
-        if agreement.agrees:
-            timed[name] = peer
+    reports = {name: _compared(own, peer, prompts, case.steps, dtype) for name, peer in peers.items()}
+    agreeing = {name: peer for name, peer in peers.items() if reports[name]["status"] == "measured"}
     contention = Contention()
+    timed = {OURS: ours, **cast(dict[str, Runner], agreeing)}
     runs, ceilings = _time_rounds(case, timed, prompts, probe, reports, progress)
     return CaseRuns(runs, ceilings, reports, warmup_seconds, contention.cores(), devices)
 
 
-def _report(agreement: Agreement) -> dict[str, Any]:
-    if agreement.agrees:
-        return {"status": "measured", "agreement": asdict(agreement)}
-    return {"status": "disagrees", "reason": agreement.difference, "agreement": asdict(agreement)}
+def _compared(
+    own: Run, peer: Runner | ChildError | str, prompts: list[list[int]], steps: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The report of one peer: its status, the reason for it, and how its outputs compare with our run."""
+    if isinstance(peer, str):
+        return {"status": "skipped", "reason": peer}
+    begin = time.perf_counter()
+    try:
+        if isinstance(peer, ChildError):
+            raise peer
+        agreement = compare(own, peer.run(prompts, steps, logprobs=True), dtype)
+    except ChildError as error:
+        return {"status": "failed", "reason": str(error)}
+    status = {"status": "measured"} if agreement.agrees else {"status": "disagrees", "reason": agreement.difference}
+    return {**status, "agreement": asdict(agreement), "warmup_seconds": time.perf_counter() - begin}
 
 
 def _time_rounds(

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.metrics import latency, throughput
 from fastllama.benchmarks.runner import Run
-from fastllama.benchmarks.statistics import GIGA, percentile, summarize
+from fastllama.benchmarks.statistics import GIGA, latency, percentile, summarize, throughput
 from fastllama.benchmarks.suites.comparison import Case, CaseRuns
 from fastllama.benchmarks.tables import Columns
 from fastllama.speed_of_light import decode_step, total_bytes

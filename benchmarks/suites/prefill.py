@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.metrics import latency, throughput
 from fastllama.benchmarks.runner import Run
-from fastllama.benchmarks.statistics import TERA, percentile
+from fastllama.benchmarks.statistics import TERA, latency, percentile, throughput
 from fastllama.benchmarks.suites.comparison import Case, CaseRuns
 from fastllama.benchmarks.tables import Columns
 from fastllama.speed_of_light import prefill, total_flops

@@ -1,9 +1,10 @@
 """The time of each launch of a decode step, beside the least time that it could take (`fastllama.speed_of_light`).
 
 A step runs once, and its calls of the backend are recorded, each with the tensors of its layer. Then all calls of one
-kind run one after another, layer by layer, so that caches hold no more of a layer's tensors than in a step. On CUDA the
-calls are in one graph, and the time of one includes the boundary between two launches. Where processes share the model,
-all of them run this together. The launches are those of this process; the collectives come last.
+kind run one after another, layer by layer. As in a step, what a layer reads has left the caches by then, unless all
+layers fit in a cache (keys and values of a short context). On CUDA the calls are in one graph, and the time of one
+includes the boundary between two launches. Where processes share the model, all of them run this together. The launches
+are those of this process; the collectives come last.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +47,7 @@ class LaunchTime:
     microseconds: Summary
 
     def against(self, machine: Machine | None) -> dict[str, Any]:
-        """The time beside the least time, as JSON. Without a machine, the least time and the share of it are None."""
+        """The time beside the least time, as JSON. `share` is 1 at the limit; without a machine both are None."""
         least = None if machine is None else MICRO * self.work.least_seconds(machine)
         return {
             "launch": self.work.name,

@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 
-from fastllama.benchmarks.models import dtype_name
 from fastllama.benchmarks.statistics import GIGA, TERA, Summary, percentile, summarize
-from fastllama.benchmarks.timing import buffer_bytes, time_calls
+from fastllama.benchmarks.timing import random_buffer, time_calls
+from fastllama.checkpoint.base import dtype_name
 from fastllama.speed_of_light import Machine
 
 CPU_MATMUL_SIZE = 1024
@@ -77,7 +77,7 @@ class ReadProbe(Probe):
     """Read bandwidth in GB/s: the fastest torch reduction of random numbers in a buffer larger than any cache."""
 
     def __init__(self, device: torch.device, n_bytes: int | None = None) -> None:
-        buffer = _random_buffer(device, n_bytes)
+        buffer = random_buffer(device, n_bytes)
         reductions: dict[str, Callable[[], object]] = {"sum": buffer.sum, "amax": buffer.amax}
         medians = {
             name: percentile(time_calls(call, device=device, repeats=5), 50) for name, call in reductions.items()
@@ -99,16 +99,12 @@ class MatmulProbe(Probe):
 
 def copy_ceiling(device: torch.device, n_bytes: int | None = None, seconds: float = PROBE_SECONDS) -> Ceiling:
     """Copy bandwidth in GB/s, counting the bytes read and the bytes written."""
-    source = _random_buffer(device, n_bytes)
+    source = random_buffer(device, n_bytes)
     method = f"torch copy of {source.nbytes / 2**20:.0f} MiB, bytes read and written"
     call = partial(torch.empty_like(source).copy_, source)
     probe = Probe("copy", "GB/s", method, device, call, 2 * source.nbytes / GIGA)
     probe.sample(seconds)
     return probe.ceiling()
-
-
-def _random_buffer(device: torch.device, n_bytes: int | None) -> torch.Tensor:
-    return torch.randn((n_bytes or buffer_bytes(device)) // 4, device=device)
 
 
 class Probes:

@@ -18,6 +18,7 @@ import torch
 import fastllama
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import open_checkpoint
+from fastllama.checkpoint.base import dtype_name
 from fastllama.checkpoint.sharding import Stored, read_share, weights
 from fastllama.distributed.parallel import ALONE, Group, model_group
 from fastllama.generation import Llama
@@ -160,11 +161,6 @@ class ModelSpec:
 def build_from_json(**spec: Any) -> Llama:
     """Build the ModelSpec whose `to_json` is given."""
     return ModelSpec.from_json(**spec).build()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch.float32 -> "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _tokenizer(source: ModelSource, vocab_size: int) -> Tokenizer:

@@ -10,7 +10,7 @@ import torch
 from fastllama.benchmarks.ceilings import AdjacentSamples, Probes, machine_of
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.models import ModelSource, ModelSpec, build_from_json, dtype_name
+from fastllama.benchmarks.models import ModelSource, ModelSpec, build_from_json
 from fastllama.benchmarks.peers.client import PEERS, Peer, start_peers
 from fastllama.benchmarks.result_file import FAILED, ResultFile, write_result
 from fastllama.benchmarks.runner import Ours, Runner
@@ -18,6 +18,7 @@ from fastllama.benchmarks.suites import comparison, decode, generate, kernels, l
 from fastllama.benchmarks.suites.comparison import Case, Progress, Suite
 from fastllama.benchmarks.suites.op_cases import ops_of
 from fastllama.benchmarks.tables import Record
+from fastllama.checkpoint.base import dtype_name
 from fastllama.distributed import driver, environment
 from fastllama.generation import Llama
 
@@ -85,19 +86,21 @@ def run(plan: Plan, progress: Progress, output: str | Path | None = None) -> Res
     _ = plan.model.backend_name
     args.split(plan.nproc)
 
-    def keep(result: ResultFile) -> ResultFile:
+    def write(result: ResultFile) -> None:
         if output is not None:
             write_result(result, output)
-        return result
 
-    result = keep(ResultFile(describe_environment(plan.device), {}))
+    result = ResultFile(describe_environment(plan.device), {})
+    write(result)
     try:
         progress("measuring the machine")
         probes = Probes(plan.device, plan.dtype)
         for record in _records(plan, probes, progress):
-            result = keep(replace(result, ceilings=probes.ceilings(), records=[*result.records, record]))
+            result = replace(result, ceilings=probes.ceilings(), records=[*result.records, record])
+            write(result)
     except KeyboardInterrupt:
-        result = keep(replace(result, interrupted=True))
+        result = replace(result, interrupted=True)
+        write(result)
     return result
 
 
@@ -117,7 +120,7 @@ def _records(plan: Plan, probes: Probes, progress: Progress) -> Iterator[Record]
     """The records of all cases, as they are measured."""
     for case in plan.cases(["kernels"]):
         yield from _op_records(plan, case, probes, progress)
-    _empty_cuda_cache(plan.device)
+    torch.cuda.empty_cache()  # for the peers' processes
     if cases := plan.cases(PEER_SUITES):
         with start_peers(plan.peers, plan.model, plan.gpt_fast, progress) as peers:
             progress(f"loading {plan.source.name}")
@@ -127,7 +130,7 @@ def _records(plan: Plan, probes: Probes, progress: Progress) -> Iterator[Record]
         del llm
         if plan.nproc > 1:
             driver.shut_down()
-        _empty_cuda_cache(plan.device)
+        torch.cuda.empty_cache()
     for case in plan.cases(CHILD_PROCESS_SUITES):
         progress(f"{case.suite} {plan.source.name} {case.label}")
         yield plan.record_of(case) | _child_process_record(plan, case, probes)
@@ -145,12 +148,6 @@ def _build(plan: Plan) -> Llama:
 def _on_own_device(model: ModelSpec) -> ModelSpec:
     """The model for several processes: without an index of the GPU, so that each process takes its own."""
     return replace(model, device=torch.device(model.device.type))
-
-
-def _empty_cuda_cache(device: torch.device) -> None:
-    """Return the free memory that torch keeps, for other processes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _op_records(plan: Plan, case: Case, probes: Probes, progress: Progress) -> Iterator[Record]:

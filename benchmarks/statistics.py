@@ -29,11 +29,6 @@ class Summary:
     p99: float
     maximum: float
 
-    @property
-    def spread(self) -> float:
-        """(p90 - p10) / median."""
-        return (self.p90 - self.p10) / self.p50 if self.p50 else 0.0
-
 
 def percentile(samples: Iterable[float], percent: float) -> float:
     """The `percent`-th percentile (0 to 100), interpolated linearly. ValueError without samples."""

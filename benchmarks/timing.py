@@ -14,9 +14,10 @@ CPU_BUFFER_BYTES = 256 * 2**20  # several times the last-level cache of a large 
 CUDA_BUFFER_BYTES = 2**30
 
 
-def buffer_bytes(device: torch.device) -> int:
-    """The size of a buffer larger than the caches of a device."""
-    return CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+def random_buffer(device: torch.device, n_bytes: int | None = None) -> torch.Tensor:
+    """Random float32 numbers, by default in more bytes than the caches of the device have."""
+    n_bytes = n_bytes or (CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES)
+    return torch.randn(n_bytes // 4, device=device)
 
 
 def synchronize(device: torch.device) -> None:
@@ -87,7 +88,7 @@ class CacheFlush:
     """Calling it fills every cache with other data, so that the next call reads memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._buffer = torch.randn(buffer_bytes(device) // 4, device=device)
+        self._buffer = random_buffer(device)
 
     def __call__(self) -> None:
         self._buffer.sum()  # reads only: written data would go to memory while the next call is timed

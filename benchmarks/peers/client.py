@@ -19,7 +19,7 @@ from fastllama.benchmarks.runner import Run
 class PeerSpec(NamedTuple):
     """One implementation to compare with."""
 
-    module: str  # in this folder, run in the peer's process
+    module: str  # in this folder, with the function `build`
     packages: tuple[str, ...]  # that must be installed
     unsupported: Callable[[ModelArgs], str | None] = lambda args: None  # the reason why it cannot run a model
     takes_ragged: bool = True  # prompts of different lengths
@@ -32,6 +32,7 @@ PEERS = {
     "torch-compile": PeerSpec("torch_compile", ()),
     "gpt-fast": PeerSpec("gpt_fast", ("sentencepiece", "tiktoken"), gpt_fast_peer.unsupported, takes_ragged=False),
 }
+WORKER = "fastllama.benchmarks.peers.worker"
 
 
 def unavailable(name: str, args: ModelArgs, gpt_fast: str | None = None) -> str | None:
@@ -53,10 +54,10 @@ class Peer(ChildProcess):
 
     def __init__(self, name: str, model: ModelSpec, gpt_fast: str | None = None) -> None:
         """Start the process and load the weights. ChildError with the reason if that fails."""
-        super().__init__(f"{__package__}.{PEERS[name].module}")
-        request = {"model": model.to_json(), "name": name, "folder": str(self.folder), "gpt_fast": gpt_fast}
+        super().__init__(WORKER)
+        request = {"module": f"{__package__}.{PEERS[name].module}", "model": model.to_json(), "name": name}
         try:
-            self.ask(request)
+            self.ask(request | {"folder": str(self.folder), "gpt_fast": gpt_fast})
         except BaseException:
             self.close()
             raise

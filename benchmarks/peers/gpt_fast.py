@@ -19,7 +19,6 @@ from fastllama.benchmarks.peers.worker import (
     Generate,
     Recorder,
     compile_or_fail,
-    main,
     rope_scaling,
     unsupported_head_dim,
 )
@@ -117,7 +116,3 @@ def generate(
         newest = record(probs)
         position += 1
     return recorder.run(tokens)
-
-
-if __name__ == "__main__":
-    sys.exit(main(build))

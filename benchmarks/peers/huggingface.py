@@ -3,7 +3,6 @@
 Prompts of different lengths are padded on the left, as its documentation recommends.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastllama.benchmarks.models import ModelSpec
-from fastllama.benchmarks.peers.worker import Generate, Recorder, compile_or_fail, main, rope_scaling, scores_of
+from fastllama.benchmarks.peers.worker import Generate, Recorder, compile_or_fail, rope_scaling, scores_of
 from fastllama.benchmarks.runner import Run
 from fastllama.checkpoint.huggingface import PERMUTED_PARTS, their_names
 
@@ -99,7 +98,3 @@ def generate(model: Any, static: bool, prompts: list[list[int]], steps: int, wit
     for step, logits in enumerate(found.logits if with_logprobs else ()):
         recorder.add_scores(*scores_of(logits, tokens[:, step]))
     return recorder.run(tokens.tolist())
-
-
-if __name__ == "__main__":
-    sys.exit(main(build))

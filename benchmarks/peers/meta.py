@@ -4,7 +4,6 @@ The loop is that of the reference's `generate` for greedy prompts: prefill up to
 one position a step (the prompt's token or the argmax) with a test for stop tokens.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
-from fastllama.benchmarks.peers.worker import Generate, Recorder, main, scores_of, unsupported_head_dim
+from fastllama.benchmarks.peers.worker import Generate, Recorder, scores_of, unsupported_head_dim
 from fastllama.benchmarks.runner import Run
 
 META_ROPE_FACTOR = 8
@@ -91,7 +90,3 @@ def generate(model: torch.nn.Module, prompts: list[list[int]], steps: int, with_
             recorder.add_scores(*scores_of(logits, chosen), rows)
     generated = [row[length : length + steps] for row, length in zip(tokens.tolist(), lengths, strict=True)]
     return recorder.run(generated)
-
-
-if __name__ == "__main__":
-    sys.exit(main(build))

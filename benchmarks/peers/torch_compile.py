@@ -5,7 +5,6 @@ all lengths share one program. Everything around the model is ours. It runs with
 not accept the cache, which is written in place.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllama.benchmarks.models import ModelSpec
-from fastllama.benchmarks.peers.worker import Generate, compile_or_fail, main, margins_of
+from fastllama.benchmarks.peers.worker import Generate, compile_or_fail, margins_of
 from fastllama.benchmarks.runner import Ours, Run
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, Workspace
@@ -84,7 +83,3 @@ def generate(ours: Ours, ops: _Ops, prompts: list[list[int]], steps: int, with_l
         return found
     # Steps that were queued after the last one have margins too.
     return replace(found, margins=[list(row) for row in zip(*ops.margins[:steps], strict=True)])
-
-
-if __name__ == "__main__":
-    sys.exit(main(build))

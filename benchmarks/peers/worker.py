@@ -1,10 +1,12 @@
-"""What the peers' processes share: the loop that answers requests, and the recording of a generation.
+"""The process of a peer, and what the peers share.
 
 A peer has a process of its own so that its thread pool, allocator and process group do not affect ours.
 """
 
+import importlib
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -23,20 +25,6 @@ class Generate(Protocol):
     """Generates `steps` greedy tokens for each prompt, on request with log-probabilities and margins."""
 
     def __call__(self, prompts: list[list[int]], steps: int, with_logprobs: bool) -> Run: ...
-
-
-def main(build: Callable[[ModelSpec, dict[str, Any]], Generate]) -> int:
-    """Build the model of the first request, then answer each later request with a Run."""
-    generate: Generate | None = None
-
-    def answer(request: dict[str, Any]) -> dict[str, Any]:
-        nonlocal generate
-        if generate is None:
-            generate = build(ModelSpec.from_json(**request["model"]), request)
-            return {"ready": True}
-        return vars(generate(request["prompts"], request["steps"], request["logprobs"]))
-
-    return answer_requests(answer)
 
 
 class Recorder:
@@ -102,3 +90,22 @@ def rope_scaling(args: ModelArgs) -> dict[str, Any]:
         "high_freq_factor": args.rope_high_freq_factor,
         "original_max_position_embeddings": args.rope_original_max_seq_len,
     }
+
+
+def main() -> int:
+    """Build the model of the first request by the peer's module, then answer each later request with a Run."""
+    generate: Generate | None = None
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal generate
+        if generate is None:
+            peer = importlib.import_module(request["module"])
+            generate = peer.build(ModelSpec.from_json(**request["model"]), request)
+            return {"ready": True}
+        return vars(generate(request["prompts"], request["steps"], request["logprobs"]))
+
+    return answer_requests(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -81,15 +81,26 @@ class CaseRuns:
 
     def record(self, figures: Figures, span: Span) -> dict[str, Any]:
         """Our figures, and under "peers" those of each measured peer with its ratio: above 1 ours is faster."""
-        reports = {name: dict(report) for name, report in self.reports.items()}
-        ours = self.runs[OURS]
-        for name, report in reports.items():
-            if report["status"] == "measured":
-                pairs = zip(ours, self.runs[name], strict=True)
-                ratio = summarize(span(theirs) / span(mine) for mine, theirs in pairs)
-                report |= figures(self.runs[name], self.ceilings[name], 1) | {"ratio": asdict(ratio)}
-        own = {"warmup_seconds": self.warmup_seconds, **figures(ours, self.ceilings[OURS], self.devices)}
-        return {"other_cores": self.other_cores, **own, "peers": reports}
+        spans = {name: [span(run) for run in runs] for name, runs in self.runs.items()}
+        peers = measured_peers(self.reports, lambda name: figures(self.runs[name], self.ceilings[name], 1), spans)
+        own = {"warmup_seconds": self.warmup_seconds, **figures(self.runs[OURS], self.ceilings[OURS], self.devices)}
+        return {"other_cores": self.other_cores, **own, "peers": peers}
+
+
+def measured_peers(
+    reports: dict[str, dict[str, Any]], figures: Callable[[str], dict[str, Any]], spans: dict[str, list[float]]
+) -> dict[str, dict[str, Any]]:
+    """The reports of peers, with the figures and the ratio of those that were measured.
+
+    spans: each runner's seconds, round by round. The ratio is the peer's over ours.
+    """
+    found = {}
+    for name, report in reports.items():
+        found[name] = dict(report)
+        if report["status"] == "measured":
+            ratio = summarize(theirs / mine for theirs, mine in zip(spans[name], spans[OURS], strict=True))
+            found[name] |= figures(name) | {"ratio": asdict(ratio)}
+    return found
 
 
 def run_case(

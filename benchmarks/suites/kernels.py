@@ -19,7 +19,7 @@ from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.result_file import one_line
 from fastllama.benchmarks.runner import OURS
 from fastllama.benchmarks.statistics import MICRO, percentile, summarize
-from fastllama.benchmarks.suites.comparison import Progress, rounds_in_turn
+from fastllama.benchmarks.suites.comparison import Progress, measured_peers, rounds_in_turn
 from fastllama.benchmarks.suites.op_cases import TEMPERATURE, TOP_P, Inputs, Op, Output, compiled
 from fastllama.benchmarks.tables import Columns
 from fastllama.benchmarks.timing import CacheFlush, Contention, replayed, time_calls
@@ -188,12 +188,9 @@ def _timed(
         flat = [one for of_round in samples[name] for one in of_round]
         return {"microseconds": asdict(summarize(flat)), "share": least / percentile(flat, 50)}
 
-    for name in peers.keys() & runs.keys():
-        medians = [[percentile(one, 50) for one in samples[whose]] for whose in (name, OURS)]
-        ratio = summarize(theirs / mine for theirs, mine in zip(*medians, strict=True))
-        peers[name] |= figures(name) | {"ratio": asdict(ratio)}
+    medians = {name: [percentile(one, 50) for one in of_rounds] for name, of_rounds in samples.items()}
     work = {"bytes": op.work.bytes, "flops": op.work.flops, "least_microseconds": least}
-    return work | figures(OURS) | {"other_cores": contention.cores(), "peers": peers}
+    return work | figures(OURS) | {"other_cores": contention.cores(), "peers": measured_peers(peers, figures, medians)}
 
 
 def call_all(calls: Calls) -> None:

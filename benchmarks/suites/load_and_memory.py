@@ -3,14 +3,15 @@
 Each build runs in a fresh process, which runs this module too.
 """
 
+import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from operator import itemgetter
-from pathlib import Path
-from typing import Any, Self
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
@@ -23,38 +24,36 @@ from fastllama.benchmarks.statistics import GIGA, percentile, summarize
 from fastllama.benchmarks.suites.comparison import Case
 from fastllama.benchmarks.tables import Columns, Record
 from fastllama.benchmarks.timing import synchronize
+from fastllama.checkpoint import open_checkpoint
 from fastllama.distributed import driver
 from fastllama.generation import Llama
 from fastllama.memory_plan import plan_memory
 
 MIB = 2**20
 SAMPLE_SECONDS = 0.002
-WEIGHT_PATTERNS = ("*.pth", "*.safetensors")
 NO_PEERS: Record = {"other_cores": 0.0, "peers": {}}
 
 
-def _mib(name: str) -> Callable[[Record], str]:
-    return lambda record: f"{record[name] / MIB:.0f}"
-
-
-def _planned_mib(name: str) -> Callable[[Record], str]:
-    return lambda record: f"{record['planned'][name] / MIB:.0f}"
+def _mib(n_bytes: float) -> str:
+    return f"{n_bytes / MIB:.0f}"
 
 
 LOAD_COLUMNS: Columns = {
     "seconds p50": lambda record: f"{record['seconds']['p50']:.2f}",
     "GB/s": lambda record: f"{record['gb_per_second']:.2f}",
     "% of copy": lambda record: f"{record['copy_share'] * 100:.0f}%",
-    "peak host MiB": _mib("peak_host_bytes"),
-    "held MiB": _mib("held_bytes"),
+    "peak host MiB": lambda record: _mib(record["peak_host_bytes"]),
+    "held MiB": lambda record: _mib(record["held_bytes"]),
 }
 MEMORY_COLUMNS: Columns = {
     "batch": itemgetter("batch"),
     "context": itemgetter("context"),
-    "held": _mib("held_bytes"),
-    "peak": _mib("peak_bytes"),
-    "planned": _planned_mib("total"),
-    **{name: _planned_mib(name) for name in ("weights", "cache", "workspace")},
+    "held": lambda record: _mib(record["held_bytes"]),
+    "peak": lambda record: _mib(record["peak_bytes"]),
+    "planned": lambda record: _mib(record["planned"]["total"]),
+    "weights": lambda record: _mib(record["planned"]["weights"]),
+    "cache": lambda record: _mib(record["planned"]["cache"]),
+    "workspace": lambda record: _mib(record["planned"]["workspace"]),
 }
 
 
@@ -68,7 +67,7 @@ def load_record(case: Case, model: ModelSpec, nproc: int, copy: Ceiling) -> Reco
         return {"not_run": "random weights are made, not loaded: name a checkpoint folder", **NO_PEERS}
     found = [_build(case, model, nproc) for _ in range(case.rounds + 1)][1:]
     seconds = [one["seconds"] for one in found]
-    weights = sum(path.stat().st_size for path in weight_files(Path(ckpt_dir)))
+    weights = sum(size for _, size in open_checkpoint(ckpt_dir).files)
     rate = weights / percentile(seconds, 50) / GIGA
     return {
         "seconds": asdict(summarize(seconds)),
@@ -88,15 +87,6 @@ def memory_record(case: Case, model: ModelSpec, nproc: int) -> Record:
     return {key: found[key] for key in ("held_bytes", "peak_bytes", "planned")} | {"share": share} | NO_PEERS
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files with a checkpoint's weights, in one format: Meta's where there are two."""
-    for pattern in WEIGHT_PATTERNS:
-        for place in (folder, folder / "original"):
-            if files := sorted(place.glob(pattern)):
-                return files
-    return []
-
-
 def _build(case: Case, model: ModelSpec, nproc: int) -> dict[str, Any]:
     with ChildProcess(__name__) as child:
         return child.ask({"model": model.to_json(), "nproc": nproc, "steps": case.steps})
@@ -108,26 +98,23 @@ def own_bytes() -> int:
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
-class PeakHostMemory:
-    """Samples `own_bytes` while a block runs. A context manager; `bytes` is the highest sample."""
+@contextlib.contextmanager
+def peak_host_memory() -> Iterator[SimpleNamespace]:
+    """Sample `own_bytes` while the block runs. Yields an object whose `bytes` is the highest sample."""
+    peak, over = SimpleNamespace(bytes=own_bytes()), threading.Event()
 
-    def __init__(self) -> None:
-        self.bytes = own_bytes()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+    def watch() -> None:
+        while not over.wait(SAMPLE_SECONDS):
+            peak.bytes = max(peak.bytes, own_bytes())
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, own_bytes())
-
-    def _watch(self) -> None:
-        while not self._over.wait(SAMPLE_SECONDS):
-            self.bytes = max(self.bytes, own_bytes())
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+        peak.bytes = max(peak.bytes, own_bytes())
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -146,12 +133,12 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     before = own_bytes()
     synchronize(device)
     start = time.perf_counter()
-    with PeakHostMemory() as loading:
+    with peak_host_memory() as loading:
         llm = build(**arguments) if nproc == 1 else driver.build_on_all(build, **arguments)
         synchronize(device)
     seconds = time.perf_counter() - start
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else own_bytes() - before
-    with PeakHostMemory() as generating:
+    with peak_host_memory() as generating:
         case = Case("memory", args.max_batch_size, args.max_seq_len - steps, steps)
         Ours(llm).run(case.prompts(args.vocab_size), steps)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else generating.bytes - before

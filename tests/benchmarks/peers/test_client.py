@@ -37,7 +37,7 @@ def test_a_peer_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 def test_a_peer_whose_process_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(client.PEERS, "reference", client.PeerSpec("no_such_module", ()))
+    monkeypatch.setattr(client, "WORKER", "fastllama.benchmarks.no_such_module")
     with pytest.raises(ChildError, match=r"process ended: .*no_such_module"):
         Peer("reference", SPEC)
 

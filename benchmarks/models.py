@@ -10,6 +10,7 @@ import string
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class ModelSpec:
         """The backend that runs. ValueError for one that cannot run here."""
         return select.backend(self.backend, self.device).__name__.rpartition(".")[2]
 
-    @property
+    @cached_property
     def args(self) -> ModelArgs:
         return self.source.args(self.max_batch_size, self.max_seq_len)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ class Plan:
         largest = max(self.batches), max(self.contexts)
         return [case for case in cases if case.suite != "load" or (case.batch, case.context) == largest]
 
-    @property
+    @cached_property
     def model(self) -> ModelSpec:
         """The model, with a cache just large enough for every case."""
         sizes = max(self.batches), max(self.contexts) + self.steps

@@ -155,7 +155,7 @@ def _sample(ops: Any, i: Inputs) -> Any:
     return ops.sample(i.x, i.sampling, i.batch.positions, i.batch.workspace)
 
 
-_PROJECT = OpSpec(
+_LINEAR_RESIDUAL = OpSpec(
     "linear",
     lambda ops, i: ops.linear_residual(i.x, i.weight, i.residual, i.batch),
     lambda i: i.residual + F.linear(i.x, i.weight),
@@ -178,9 +178,9 @@ SPECS = {
         _library_attention,
         packed=False,
     ),
-    "output": _PROJECT,
+    "output": _LINEAR_RESIDUAL,
     "gate+up": OpSpec("linear", lambda ops, i: ops.norm_swiglu(i.x, i.norm, i.weight, i.eps, i.batch), _library_swiglu),
-    "down": _PROJECT,
+    "down": _LINEAR_RESIDUAL,
     "head": OpSpec("linear", lambda ops, i: ops.norm_lm_head(i.x, i.norm, i.weight, i.eps, i.batch), _library_linear),
     "greedy": OpSpec("sample", _sample, _library_greedy, packed=False),
     "top-p": OpSpec("sample", _sample, _library_top_p, packed=False),

@@ -113,8 +113,7 @@ def launch_times(
     cache = model.cache
     if not (1 <= batch <= cache.max_batch_size and 1 <= context <= cache.max_seq_len):
         raise ValueError(
-            f"the cache has {cache.max_batch_size} rows of {cache.max_seq_len} positions, asked for were {batch} of "
-            f"{context}"
+            f"the cache has {cache.max_batch_size} rows of {cache.max_seq_len} positions, got {batch} rows of {context}"
         )
     with model.exclusively():
         calls = _recorded(

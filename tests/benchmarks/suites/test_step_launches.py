@@ -80,7 +80,7 @@ def test_calls_of_a_layer_read_that_layers_weights() -> None:
 
 @pytest.mark.parametrize(("batch", "context"), [(0, 4), (3, 4), (1, 0), (1, 17)])
 def test_more_rows_or_positions_than_the_cache_has_are_refused(batch: int, context: int) -> None:
-    with pytest.raises(ValueError, match=f"2 rows of 16 positions, asked for were {batch} of {context}"):
+    with pytest.raises(ValueError, match=f"2 rows of 16 positions, got {batch} rows of {context}"):
         launch_times(transformer(), batch, context)
 
 

@@ -142,6 +142,18 @@ def test_files_and_functions_are_small(path: Path) -> None:
             assert code <= MAX_FUNCTION_LINES, f"{node.name} has {code} lines of code"
 
 
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_function_has_types_but_those_of_the_device(path: Path) -> None:
+    """mypy requires this where it can; it cannot tell a device function, which triton.jit compiles, from others."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef) or any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        arguments += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
+        missing = [one.arg for one in arguments if one.annotation is None and one.arg not in ("self", "cls")]
+        assert not missing and node.returns is not None, f"{node.name} lacks the types of {missing or 'its result'}"
+
+
 def test_kernels_stay_a_namespace_folder() -> None:
     """An __init__.py there would shadow the PyPI package `kernels`, which transformers imports."""
     for folder in ("kernels", "benchmarks"):

@@ -35,13 +35,13 @@ def draw() -> str:
     for x, fill, name in ((BAR_LEFT + 150, BLUE, "weights"), (BAR_LEFT + 238, ORANGE, "cached keys and values")):
         drawing.rectangle(x, 66, 12, 12, fill=fill)
         drawing.text(x + 18, 77, name)
-    most, whole = max(work.bytes for work in layer), sum(work.bytes for work in layer)
+    most, layer_bytes = max(work.bytes for work in layer), sum(work.bytes for work in layer)
     for index, work in enumerate(layer):
-        _launch(drawing, index, work, most, whole)
+        _launch(drawing, index, work, most, layer_bytes)
     bottom = TOP + len(layer) * (BOX + GAP)
     drawing.line(20, bottom, 840, bottom)
     head = works["head"].bytes
-    drawing.text(20, bottom + 26, f"One layer: {_megabytes(whole)}.", bold=True)
+    drawing.text(20, bottom + 26, f"One layer: {_megabytes(layer_bytes)}.", bold=True)
     drawing.text(
         20,
         bottom + 48,
@@ -51,7 +51,7 @@ def draw() -> str:
     return drawing.svg()
 
 
-def _launch(drawing: Drawing, index: int, work: Work, most: float, whole: float) -> None:
+def _launch(drawing: Drawing, index: int, work: Work, most: float, layer_bytes: float) -> None:
     op, fused = LAUNCHES[work.name]
     y = TOP + index * (BOX + GAP)
     drawing.rectangle(20, y, 820, BOX, fill=PALE, stroke=LINE, radius=6)
@@ -60,7 +60,7 @@ def _launch(drawing: Drawing, index: int, work: Work, most: float, whole: float)
     drawing.text(64, y + 46, fused)
     width = BAR_WIDTH * work.bytes / most
     drawing.rectangle(BAR_LEFT, y + 18, width, 24, fill=ORANGE if work.name == "attention" else BLUE)
-    drawing.text(BAR_LEFT + width + 8, y + 35, f"{_megabytes(work.bytes)}, {work.bytes / whole:.0%}")
+    drawing.text(BAR_LEFT + width + 8, y + 35, f"{_megabytes(work.bytes)}, {work.bytes / layer_bytes:.0%}")
     if index + 1 < len(LAUNCHES):
         drawing.arrow(42, y + BOX, 42, y + BOX + GAP, stroke=INK)
 

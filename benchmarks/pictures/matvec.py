@@ -20,7 +20,7 @@ def draw() -> str:
     assert launch is not None
     threads = launch.warps * gpu.warp_size
     drawing = Drawing(612, "How a program of the matrix-vector kernel reads, multiplies and reduces")
-    drawing.text(20, 30, "A program of matvec owns a few whole rows of the weight", size=17, bold=True)
+    drawing.text(20, 30, "A program of matvec owns a few complete rows of the weight", size=17, bold=True)
     drawing.text(20, 52, "Llama 3 8B, output projection, one token, bfloat16, launch table of an H200", fill=MUTED)
     _weight(drawing, launch)
     _load(drawing, launch, threads)
@@ -30,7 +30,7 @@ def draw() -> str:
 
 
 def _weight(drawing: Drawing, launch: Launch) -> None:
-    """The whole weight, and one program's rows and chunks of it."""
+    """The complete weight, and one program's rows and chunks of it."""
     side, left, top = 160, 42, 104
     programs, chunks = ceil_div(ROWS, launch.rows), COLUMNS // launch.chunk
     drawing.text(20, 84, f"Weight: {ROWS} × {COLUMNS}", bold=True)
@@ -45,7 +45,7 @@ def _weight(drawing: Drawing, launch: Launch) -> None:
     drawing.polygon(*corners, fill=BLUE, opacity=0.15)
     drawing.badge(GRID_LEFT + 11, 84, "1")
     tile = launch.rows * COLUMNS * BYTES // 1024
-    drawing.text(GRID_LEFT + 30, 88, f"Request the whole tile, {tile} KB, before anything is used", bold=True)
+    drawing.text(GRID_LEFT + 30, 88, f"Request the complete tile, {tile} KB, before using any of it", bold=True)
     width = GRID_WIDTH / chunks
     for row in range(launch.rows):
         y = GRID_TOP + row * ROW

@@ -15,7 +15,7 @@ FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
 
 class Drawing:
-    """One picture. Coordinates are pixels from the top left corner, at least 12 of them to a letter's height."""
+    """One picture. Coordinates are pixels from the top left corner, texts at least 12 pixels high."""
 
     def __init__(self, height: float, title: str) -> None:
         self._title, self._height = title, height

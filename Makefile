@@ -72,8 +72,9 @@ kernels-report: $(OLDER_TRITON) ## Compile the kernels for all supported GPUs an
 	$(BIN)/python -m fastllama.benchmarks.kernels_report
 	$(WITH_TRITON) -m fastllama.benchmarks.kernels_report
 
-figures: $(INSTALLED) ## Write the figures of benchmarks/results/ into docs/benchmarks.md
+figures: $(INSTALLED) ## Write docs/benchmarks.md from benchmarks/results/, and draw docs/pictures/
 	$(BIN)/python -m fastllama.benchmarks.figures
+	$(BIN)/python -m docs.pictures
 
 bench-smoke: $(INSTALLED) ## Run every suite and every peer at toy size; fails where one disagrees or breaks
 	@mkdir -p $(SMOKE)
@@ -111,6 +112,7 @@ hooks: $(INSTALLED) ## Have git check style, types and figures before every comm
 
 check-figures: $(INSTALLED)
 	@$(BIN)/python -m fastllama.benchmarks.figures --check
+	@$(BIN)/python -m docs.pictures --check
 
 clean: ## Remove .venv and everything that was generated
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -29,7 +29,6 @@ setup(
         "fastllama.benchmarks.gpu_report",
         "fastllama.benchmarks.kernels_report",
         "fastllama.benchmarks.peers",
-        "fastllama.benchmarks.pictures",
         "fastllama.benchmarks.suites",
         "fastllama.builtin",
         "fastllama.checkpoint",

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fastllama.benchmarks.pictures.svg import (
+from docs.pictures.svg import (
     BLUE,
     GREEN,
     GREY,

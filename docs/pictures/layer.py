@@ -2,9 +2,9 @@
 
 import torch
 
+from docs.pictures.svg import BLUE, INK, LINE, MUTED, ORANGE, PALE, Drawing
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import PUBLISHED_MODELS
-from fastllama.benchmarks.pictures.svg import BLUE, INK, LINE, MUTED, ORANGE, PALE, Drawing
 from fastllama.speed_of_light import Work, decode_step, total_bytes
 
 CONTEXT = 2048

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from docs.pictures.svg import GREEN, GREY, INK, MUTED, ORANGE, PURPLE, Drawing
 from fastllama.benchmarks.models import PUBLISHED_MODELS
-from fastllama.benchmarks.pictures.svg import GREEN, GREY, INK, MUTED, ORANGE, PURPLE, Drawing
 from fastllama.kernels.attention.decode import MIN_SPLIT_KEYS
 from fastllama.kernels.attention.scratch import SPLITS
 from fastllama.kernels.attention.tile import MIN_DOT_ROWS, stream_launch

@@ -1,7 +1,7 @@
 """How one program of `matvec` reads its rows of a weight: Llama 3 8B's output projection on an H200."""
 
+from docs.pictures.svg import BLUE, GREEN, GREY, INK, LINE, MUTED, ORANGE, PURPLE, Drawing
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
-from fastllama.benchmarks.pictures.svg import BLUE, GREEN, GREY, INK, LINE, MUTED, ORANGE, PURPLE, Drawing
 from fastllama.kernels.launch.sizes import ceil_div
 from fastllama.kernels.launch.target import Target
 from fastllama.kernels.projection.matvec import LOAD_BYTES, Launch, _launch_of

@@ -1,13 +1,13 @@
-"""`python -m fastllama.benchmarks.pictures`: writes docs/pictures/."""
+"""`python -m docs.pictures`: writes docs/pictures/."""
 
 from pathlib import Path
 
 import click
 
-from fastllama.benchmarks.pictures import attention, dependent_launch, layer, matvec
+from docs.pictures import attention, dependent_launch, layer, matvec
 from fastllama.benchmarks.result_file import write_text
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "pictures"
+FOLDER = Path(__file__).resolve().parent
 PICTURES = {
     "layer.svg": layer.draw,
     "matvec.svg": matvec.draw,
@@ -16,7 +16,7 @@ PICTURES = {
 }
 
 
-@click.command(epilog="Example: python -m fastllama.benchmarks.pictures")
+@click.command(epilog="Example: python -m docs.pictures")
 @click.option("--check", is_flag=True, help="Change nothing; fail where docs/pictures/ has other pictures.")
 def main(check: bool) -> None:
     """Draw the pictures of docs/kernels.md into docs/pictures/."""
@@ -26,9 +26,7 @@ def main(check: bool) -> None:
         if kept == draw():
             continue
         if check:
-            raise click.ClickException(
-                f"{path} is not what the code draws: run python -m fastllama.benchmarks.pictures"
-            )
+            raise click.ClickException(f"{path} is not what the code draws: run `make figures`")
         write_text(draw(), path)
         click.echo(f"wrote {path.name}", err=True)
 

@@ -26,7 +26,7 @@ WORKER_MODULE = "fastllama.distributed.worker"
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 1
-EXIT_WORKER_DIED = 2
+EXIT_WORKER_CRASHED = 2
 STDERR = 2
 TORCH_RANK_PREFIX = r"^\[rank\d+\]: "  # torch puts it before a traceback's lines
 
@@ -103,7 +103,7 @@ class WorkerProcesses:
             for hook in exit_hooks:
                 hook()
         finally:
-            os._exit(EXIT_WORKER_DIED)
+            os._exit(EXIT_WORKER_CRASHED)
 
     def _crash_report(self, rank: int, code: int) -> str:
         process = f"process {rank} of {len(self._processes) + 1}"

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from fastllama.distributed.worker_processes import EXIT_WORKER_DIED
+from fastllama.distributed.worker_processes import EXIT_WORKER_CRASHED
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.support.command_line import ROOT, run_process
 from tests.support.comparisons import assert_same_logprobs
@@ -60,7 +60,7 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
         assert command.stdout is not None and command.stdout.read(1)
         psutil.Process(command.pid).children()[0].kill()
         _, said = command.communicate(timeout=10)
-        assert command.returncode == EXIT_WORKER_DIED and "was killed by signal 9" in said
+        assert command.returncode == EXIT_WORKER_CRASHED and "was killed by signal 9" in said
     finally:
         command.kill()
 

@@ -44,7 +44,7 @@ def load(
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
     group = parallel.model_group(model_parallel_size, device)
-    with group.agreeing(), memory_plan.explain_out_of_memory(device):
+    with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir)
         args, tokenizer = _args_and_tokenizer(
@@ -59,7 +59,7 @@ def load(
             shares_tied_output=not ops.packing_copies(device, dtype),
             n_processes=group.size,
         )
-    with group.agreeing(), memory_plan.explain_out_of_memory(device):
+    with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
         model.load_tensors(weights)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)

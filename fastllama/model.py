@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastllama import threads, validate
 from fastllama.args import IGNORED_NAMES, ModelArgs
 from fastllama.cache import KVCache
-from fastllama.distributed.parallel import ALONE, Group
+from fastllama.distributed.parallel import SINGLE_PROCESS, Group
 from fastllama.kernels import select
 from fastllama.kernels.batch import RaggedBatch, Segment
 from fastllama.packed_weights import Slot, slots
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         init_weights: bool = True,
-        group: Group = ALONE,
+        group: Group = SINGLE_PROCESS,
     ) -> None:
         """Allocate the cache and, unless `init_weights` is False (for weights that are loaded next), random weights.
 

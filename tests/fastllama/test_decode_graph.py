@@ -16,7 +16,7 @@ from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import INACTIVE, DecodeState
 from fastllama.output_copies import OutputCopies
 from tests.support.comparisons import assert_same_answers
-from tests.support.fake_graph import Tape
+from tests.support.fake_graph import RecordedGraph
 from tests.support.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN, tiny_llama
 
 Rows = list[list[int]]
@@ -35,10 +35,10 @@ class Recorder:
     """Makes tapes, and keeps them."""
 
     def __init__(self) -> None:
-        self.tapes: list[Tape] = []
+        self.tapes: list[RecordedGraph] = []
 
     def __call__(self) -> Graph:
-        self.tapes.append(Tape())
+        self.tapes.append(RecordedGraph())
         return self.tapes[-1]
 
 
@@ -102,7 +102,7 @@ def test_what_is_queued_ahead_never_reaches_the_output(
     expected = [answers(llm, **call) for call in CALLS]
     monkeypatch.setattr(Decoder, "ahead", ahead)
     launched = counted_steps(monkeypatch)
-    for new_graph in (None, Tape):
+    for new_graph in (None, RecordedGraph):
         llm.decoder = Decoder(llm.model, new_graph=new_graph, unroll=unroll)
         assert_answers(llm, expected)
         assert [streamed(llm, **call) for call in CALLS] == [tokens for tokens, _ in expected]
@@ -123,7 +123,7 @@ def test_no_step_is_queued_beyond_the_last_budget(llm: Llama, monkeypatch: pytes
 
 def test_a_stream_closed_early_leaves_nothing_behind(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "ahead", 2)
-    for new_graph in (None, Tape):
+    for new_graph in (None, RecordedGraph):
         llm.decoder = Decoder(llm.model, new_graph=new_graph)
         expected = answers(llm, **CALLS[1])
         stream = llm.stream(PROMPTS, 20, seed=3)
@@ -165,7 +165,7 @@ def test_a_load_that_breaks_off_leaves_no_graph_of_replaced_weights(llm: Llama) 
 
 
 def test_warming_up_changes_nothing_that_a_call_reads(llm: Llama) -> None:
-    llm.decoder = Decoder(llm.model, new_graph=Tape)
+    llm.decoder = Decoder(llm.model, new_graph=RecordedGraph)
     llm.generate(PROMPTS, 2, temperature=0)
     kept = llm.model.cache.k[:, :, :, : MAX_SEQ_LEN - 1].clone()  # a row at no position lands in its last place
     state = llm.decoder._state
@@ -187,7 +187,7 @@ def test_a_step_that_waits_or_bakes_is_found_out(llm: Llama) -> None:
         ops.sample_and_advance(logits, state, workspace)
         state.tokens.fill_(state.tokens.tolist()[0])
 
-    llm.decoder = Decoder(llm.model, new_graph=Tape)
+    llm.decoder = Decoder(llm.model, new_graph=RecordedGraph)
     llm.model.ops = SimpleNamespace(**{**vars(ops), "sample_and_advance": waiting})  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="aten::item waits for the device inside a step"):
         llm.generate(PROMPTS, 3, temperature=0)

@@ -16,7 +16,7 @@ from fastllama.decode_graph import Decoder
 from fastllama.kernels import batch
 from fastllama.kernels.batch import RaggedBatch
 from fastllama.kernels.launch.options import Switches, switched, switches
-from tests.support.fake_graph import Tape
+from tests.support.fake_graph import RecordedGraph
 from tests.support.tiny import tiny_llama
 
 PROMPTS = [[5, 6, 7], [8]]
@@ -165,7 +165,7 @@ def test_switches_of_one_thread_are_not_anothers() -> None:
     assert found == [Switches()] == [switches()]
 
 
-class Fussy(Tape):
+class Fussy(RecordedGraph):
     """A graph that takes no dependent launches."""
 
     def capture(self, launches: Any) -> None:
@@ -195,7 +195,7 @@ def test_a_capture_that_fails_is_done_again_without_dependent_launches(
     assert llm.generate(PROMPTS, 4, **CALL) == expected and len(caplog.records) == 1
 
 
-class Full(Tape):
+class Full(RecordedGraph):
     """A graph for which memory does not suffice, once."""
 
     n_tries = 0

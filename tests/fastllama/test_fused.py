@@ -15,7 +15,7 @@ from fastllama.kernels.attention import scratch
 from fastllama.kernels.batch import RaggedBatch
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.support.comparisons import assert_same_answers
-from tests.support.fake_graph import Tape
+from tests.support.fake_graph import RecordedGraph
 from tests.support.tiers import parameters
 from tests.support.tiny import tiny_llama
 
@@ -83,7 +83,7 @@ def test_replays_like_eager(n_rows: int, device: torch.device) -> None:
     _, model = transformers(device, torch.float32, **{**STORIES260K, "n_layers": 1})
     eager, replayed = (Llama(model, tokenizer=_NoTokenizer()) for _ in range(2))  # type: ignore[arg-type]
     eager.decoder = Decoder(model, graphs=False)
-    replayed.decoder = Decoder(model, new_graph=None if device.type == "cuda" else Tape)
+    replayed.decoder = Decoder(model, new_graph=None if device.type == "cuda" else RecordedGraph)
     for rows, temperature in ((prompts, 0.0), (prompts[::-1], 1.0), (prompts[1:2], 0.8)):
         assert replayed.generate(rows, 3, temperature, seed=3) == eager.generate(rows, 3, temperature, seed=3)
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from fastllama.distributed.environment import REMEDY, Launch
-from fastllama.validate import some
+from fastllama.validate import first_names
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _gather(launch: Launch, listening: socket.socket, waiting: _Waiting) -> None
     listening.settimeout(POLL_SECONDS)
     with contextlib.ExitStack() as connections:
         while missing := [rank for rank in range(1, launch.world_size) if rank not in come or _gone(come[rank][0])]:
-            whom = f"RANK={some(map(str, missing))}"
+            whom = f"RANK={first_names(map(str, missing))}"
             if waiting.left <= 0:
                 message = f"{whom} of WORLD_SIZE={launch.world_size} did not come to {launch.place} in "
                 message += f"{PATIENCE_SECONDS:.0f} seconds: {REMEDY}"

@@ -226,7 +226,7 @@ def _use_threads(context: click.Context, parameter: click.Parameter, value: int 
         raise click.UsageError("--threads is for one process and those it starts: set OMP_NUM_THREADS for torchrun's.")
     from fastllama import threads
 
-    context.with_resource(threads.explicitly(value))
+    context.with_resource(threads.use_exactly(value))
 
 
 def checkpoint_options(command: Any) -> Any:

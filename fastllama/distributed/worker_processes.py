@@ -55,7 +55,7 @@ class WorkerProcesses:
         self._before = {name: os.environ.get(name) for name in mine}
         os.environ |= mine
         if os.environ.get("OMP_NUM_THREADS") != str(self._threads):  # as many for each process as leave none waiting
-            each = max(1, threads.most() // count)
+            each = max(1, threads.available() // count)
             torch.set_num_threads(each)
             shared["OMP_NUM_THREADS"] = str(each)
         # What a follower says of itself goes to a file without a name, so that none is left, however this one ends.

@@ -100,7 +100,7 @@ def test_what_is_queued_ahead_never_reaches_the_output(
     llm: Llama, ahead: int, unroll: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [answers(llm, **call) for call in CALLS]
-    monkeypatch.setattr(Decoder, "ahead", ahead)
+    monkeypatch.setattr(Decoder, "replays_ahead", ahead)
     launched = counted_steps(monkeypatch)
     for new_graph in (None, Tape):
         llm.decoder = Decoder(llm.model, new_graph=new_graph, unroll=unroll)
@@ -115,14 +115,14 @@ def test_what_is_queued_ahead_never_reaches_the_output(
 
 def test_no_step_is_queued_beyond_the_last_budget(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = counted_steps(monkeypatch)
-    monkeypatch.setattr(Decoder, "ahead", 2)
+    monkeypatch.setattr(Decoder, "replays_ahead", 2)
     llm.tokenizer.stop_tokens = set()
     assert [len(row) for row in llm.generate(PROMPTS, 6, temperature=0)[0]] == [6, 6, 6, 6]
     assert len(launched) == 5, "the first token comes from the prefill"
 
 
 def test_a_stream_closed_early_leaves_nothing_behind(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decoder, "ahead", 2)
+    monkeypatch.setattr(Decoder, "replays_ahead", 2)
     for new_graph in (None, Tape):
         llm.decoder = Decoder(llm.model, new_graph=new_graph)
         expected = answers(llm, **CALLS[1])
@@ -135,7 +135,7 @@ def test_a_stream_closed_early_leaves_nothing_behind(llm: Llama, monkeypatch: py
 def test_graphs_are_made_once_for_each_batch_size_and_anew_for_other_weights(llm: Llama) -> None:
     recorder = Recorder()
     llm.decoder = Decoder(llm.model, new_graph=recorder)
-    llm.decoder.warm([1, 4])
+    llm.decoder.capture_graphs([1, 4])
     assert len(recorder.tapes) == 2
     for rows in (1, 2, 3, 4, 1):
         answers(llm, prompts=PROMPTS[:rows], stops=set(), temperature=0.0)
@@ -170,7 +170,7 @@ def test_warming_up_changes_nothing_that_a_call_reads(llm: Llama) -> None:
     kept = llm.model.cache.k[:, :, :, : MAX_SEQ_LEN - 1].clone()  # a row at no position lands in its last place
     state = llm.decoder._state
     outputs = state.out_tokens.clone()
-    llm.decoder.warm([1, 2, 4])
+    llm.decoder.capture_graphs([1, 2, 4])
     assert torch.equal(llm.model.cache.k[:, :, :, : MAX_SEQ_LEN - 1], kept)
     assert torch.equal(state.out_tokens, outputs)
 
@@ -200,9 +200,9 @@ def test_rows_end_each_for_its_own_reason(llm: Llama) -> None:
     decoder = llm.decoder
     sampling = SamplingTensors.of(0.0, 1.0, [(0, row, 0) for row in range(3)], torch.device("cpu"))
     with torch.inference_mode(), llm.model.exclusively():
-        decoder.begin([5, 6, 7], [0, 0, 0], [3, 1, 0], [], sampling)
+        decoder.start([5, 6, 7], [0, 0, 0], [3, 1, 0], [], sampling)
         for _ in range(4):
-            decoder.launch()
+            decoder.enqueue_steps()
             decoder.receive()
     written = decoder._state.out_tokens[:4, :3] != 0
     assert written.T.tolist() == [[True, True, True, False], [True, False, False, False], [False] * 4]
@@ -215,20 +215,20 @@ def test_a_batch_is_served_by_the_next_graph(n_rows: int, most: int, size: int) 
     assert graph_size(n_rows, most) == size
 
 
-def test_arrivals_come_in_order_and_are_never_overtaken() -> None:
+def test_output_copies_are_received_in_order_and_never_overwritten() -> None:
     state = DecodeState.of(2, 8, 16, torch.device("cpu"))
     state.out_tokens.copy_(torch.arange(16).view(8, 2))
-    arrivals = OutputCopies(state, n_steps=2, slots=2)
-    arrivals.send(0, 1)
-    arrivals.send(1, 2)
+    copies = OutputCopies(state, n_steps=2, n_buffers=2)
+    copies.enqueue(0, 1)
+    copies.enqueue(1, 2)
     state.out_tokens.zero_()
-    with pytest.raises(RuntimeError, match="all 2 slots are on their way: receive one first"):
-        arrivals.send(3, 2)
-    assert [gained.tokens for gained in arrivals.receive()] == [[0, 1]]
-    arrivals.send(3, 2)
-    assert [gained.tokens for gained in arrivals.receive()] == [[2, 3], [4, 5]]
-    arrivals.clear()
-    assert arrivals.queued == 0
+    with pytest.raises(RuntimeError, match="all 2 buffers are in flight: receive one first"):
+        copies.enqueue(3, 2)
+    assert [output.tokens for output in copies.receive()] == [[0, 1]]
+    copies.enqueue(3, 2)
+    assert [output.tokens for output in copies.receive()] == [[2, 3], [4, 5]]
+    copies.clear()
+    assert copies.queued == 0
 
 
 def test_wrong_decoders_are_refused(llm: Llama) -> None:
@@ -236,7 +236,7 @@ def test_wrong_decoders_are_refused(llm: Llama) -> None:
         Decoder(llm.model, unroll=0)
     with pytest.raises(ValueError, match="CUDA graphs need a GPU, and the model is on 'cpu': leave graphs out"):
         Decoder(llm.model, graphs=True)
-    llm.decoder.warm([1])
+    llm.decoder.capture_graphs([1])
 
 
 def test_graphs_are_left_out_where_they_are_not_wanted(llm: Llama) -> None:
@@ -254,7 +254,7 @@ def test_batch_sizes_out_of_range_are_refused(sizes: Any, tmp_path: Path) -> Non
 
 def test_build_warms_the_graphs_that_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[list[int]] = []
-    monkeypatch.setattr(Decoder, "warm", lambda self, sizes: asked.append(list(sizes)))
+    monkeypatch.setattr(Decoder, "capture_graphs", lambda self, sizes: asked.append(list(sizes)))
     tiny_llama(tmp_path)
     assert asked == [[1, MAX_BATCH_SIZE]]
     args = (str(tmp_path), str(tmp_path / "tokenizer.model"), 16, 4)

@@ -68,10 +68,10 @@ def decoder(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> Decoder:
     """One that believes its model's tensors to be on a GPU when it asks for the stream."""
 
     class OnGpu(Decoder):
-        def _take_stream(self) -> None:
+        def _use_current_stream(self) -> None:
             device, self.model.device = self.model.device, torch.device("cuda", 0)
             try:
-                super()._take_stream()
+                super()._use_current_stream()
             finally:
                 self.model.device = device
 
@@ -234,7 +234,7 @@ def test_a_rehearsal_that_fails_names_the_switch(llm: Llama, monkeypatch: pytest
         monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda depend=depend: depend)
         monkeypatch.setattr(decode_graph, "step", failing(error))
         with pytest.raises(type(error)) as caught:
-            Decoder(llm.model).rehearse(2)
+            Decoder(llm.model).dry_run(2)
         assert str(caught.value) == message
 
 
@@ -294,6 +294,6 @@ def test_build_hands_its_switches_on(tmp_path: Path) -> None:
     tiny_llama(tmp_path)  # writes the checkpoint
     files = (str(tmp_path), str(tmp_path / "tokenizer.model"), 16, 2)
     llm = Llama.build(*files, device="cpu", cuda_graphs=False, dependent_launch=False)
-    assert (llm.decoder._captures, llm.decoder._dependent) == (False, False)
+    assert (llm.decoder._use_graphs, llm.decoder._dependent) == (False, False)
     llm = Llama.build(*files, device="cpu")
-    assert (llm.decoder._captures, llm.decoder._dependent) == (None, None)
+    assert (llm.decoder._use_graphs, llm.decoder._dependent) == (None, None)

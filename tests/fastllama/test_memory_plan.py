@@ -125,10 +125,13 @@ def test_the_tightest_limit_is_named(
     monkeypatch.setattr(cgroups, "free_memory", lambda: in_container)
     of_process = [] if process is None else [cgroups.FreeMemory(process * mib, "under ulimit -v 9")]
     monkeypatch.setattr(memory_plan, "process_limits", lambda: of_process)
-    assert memory_plan.tightest_memory(CPU) == (3 * mib, where) and memory_plan.free_memory(CPU) == 3 * mib
+    assert memory_plan.free_memory_and_limit(CPU) == (3 * mib, where) and memory_plan.free_memory(CPU) == 3 * mib
     with pytest.raises(DoesNotFit) as caught:
         check_fits(
-            published(), torch.bfloat16, memory_plan.free_memory(CPU), limit=memory_plan.tightest_memory(CPU).limit
+            published(),
+            torch.bfloat16,
+            memory_plan.free_memory(CPU),
+            limit=memory_plan.free_memory_and_limit(CPU).limit,
         )
     assert f" and 0.00 GiB are free {where}: not even one row of one token would fit" in str(caught.value)
 
@@ -139,9 +142,9 @@ def test_processes_on_one_machine_share_its_memory_but_not_their_limits(monkeypa
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8000}))
     monkeypatch.setattr(cgroups, "free_memory", lambda: None)
     monkeypatch.setattr(memory_plan, "process_limits", lambda: [cgroups.FreeMemory(5000, "under ulimit -v 4")])
-    assert memory_plan.tightest_memory(CPU) == (4000, "on this machine")
+    assert memory_plan.free_memory_and_limit(CPU) == (4000, "on this machine")
     monkeypatch.setattr(memory_plan, "process_limits", lambda: [cgroups.FreeMemory(3000, "under ulimit -v 4")])
-    assert memory_plan.tightest_memory(CPU) == (3000, "under ulimit -v 4")
+    assert memory_plan.free_memory_and_limit(CPU) == (3000, "under ulimit -v 4")
 
 
 def failures() -> dict[str, Exception]:
@@ -160,7 +163,7 @@ def failures() -> dict[str, Exception]:
 @pytest.mark.parametrize("kind", failures())
 def test_a_failed_allocation_says_what_ran_out(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     found = cgroups.FreeMemory(2**29, "under ulimit -v 9")
-    monkeypatch.setattr(memory_plan, "tightest_memory", lambda device: found)
+    monkeypatch.setattr(memory_plan, "free_memory_and_limit", lambda device: found)
     message = (
         "^out of memory: 0.50 GiB are free under ulimit -v 9; use a smaller model, max_batch_size or max_seq_len, or "
         "raise the limit$"

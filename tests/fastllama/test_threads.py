@@ -28,7 +28,7 @@ differences = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     logits = []
     for count in (4, 1):
-        with threads.explicitly(count):
+        with threads.use_exactly(count):
             torch.manual_seed(0)
             model = Transformer(args, device="cpu", dtype=dtype)
             logits.append([model.forward(torch.arange(20)[None], 0), model.forward(torch.tensor([[5]]), 20)])
@@ -70,7 +70,7 @@ def test_threads_are_those_that_may_run(
 ) -> None:
     limits(monkeypatch, cpus=cpus, quota=quota)
     torch.set_num_threads(asked)
-    assert threads.most() == expected
+    assert threads.available() == expected
     with threads.limited():
         assert torch.get_num_threads() == expected
     assert torch.get_num_threads() == asked
@@ -78,11 +78,11 @@ def test_threads_are_those_that_may_run(
 
 def test_an_explicit_number_wins_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     limits(monkeypatch, cpus=1, quota=0.5)
-    with threads.explicitly(3):
-        assert threads.most() == torch.get_num_threads() == 3
-        with threads.limited(), threads.suiting(1, 1):
+    with threads.use_exactly(3):
+        assert threads.available() == torch.get_num_threads() == 3
+        with threads.limited(), threads.for_work(1, 1):
             assert torch.get_num_threads() == 3
-    assert torch.get_num_threads() == 2 and threads.most() == 1
+    assert torch.get_num_threads() == 2 and threads.available() == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_explicit_number_wins_and_goes(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_small_work_is_not_split(work: int, weights: int, expected: int) -> None:
-    with threads.limited(), threads.suiting(work, weights):
+    with threads.limited(), threads.for_work(work, weights):
         assert torch.get_num_threads() == expected
     assert torch.get_num_threads() == 2
 
@@ -119,7 +119,7 @@ def test_a_models_work_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_the_calling_threads_number_is_changed() -> None:
     seen: list[int] = []
-    with threads.limited(), threads.suiting(1, 1):
+    with threads.limited(), threads.for_work(1, 1):
         other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         other.start()
         other.join()
@@ -157,24 +157,24 @@ def test_threads_that_openmp_does_not_give_are_not_counted_on(
     for name, value in changes.items():
         monkeypatch.setattr(threads._openmp, name, value)
     with caplog.at_level(logging.WARNING):
-        assert threads.most() == threads.most() == expected
+        assert threads.available() == threads.available() == expected
     assert caplog.messages == ["computing on 1 of 2 threads: OpenMP gives no more (OMP_DYNAMIC=TRUE)"]
 
 
 def test_products_that_lose_a_part_are_computed_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads._keeps_all.cache_clear()
+    threads._products_are_complete.cache_clear()
 
     def losing(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, weight.T).index_fill_(1, torch.tensor([weight.shape[0] - 1]), 0)
 
     monkeypatch.setattr(threads, "F", SimpleNamespace(linear=losing))
     try:
-        assert threads.most() == 1
+        assert threads.available() == 1
     finally:
-        threads._keeps_all.cache_clear()
+        threads._products_are_complete.cache_clear()
     monkeypatch.undo()
     torch.set_num_threads(2)
-    assert threads.most() == min(2, threads.cpus())
+    assert threads.available() == min(2, threads.cpus())
 
 
 @pytest.mark.parametrize(

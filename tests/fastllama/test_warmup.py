@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
-    """What `tests.fastllama.warm_compilations` counts, in a process whose kernels are compiled."""
-    command = [sys.executable, "-m", "tests.fastllama.warm_compilations"]
+    """What `tests.fastllama.warmup_compilations` counts, in a process whose kernels are compiled."""
+    command = [sys.executable, "-m", "tests.fastllama.warmup_compilations"]
     environment = compiling_environment(str(CACHE))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
@@ -53,26 +53,26 @@ def test_a_backend_with_kernels_rehearses_and_shows_a_bar(
 ) -> None:
     done: list[Any] = []
     monkeypatch.setattr(llm.model.ops, "supports_cuda_graphs", lambda device: True)
-    monkeypatch.setattr(Decoder, "rehearse", lambda self, rows: done.append(rows))
-    monkeypatch.setattr(Decoder, "warm", lambda self, sizes: done.append(list(sizes)))
+    monkeypatch.setattr(Decoder, "dry_run", lambda self, rows: done.append(rows))
+    monkeypatch.setattr(Decoder, "capture_graphs", lambda self, sizes: done.append(list(sizes)))
     monkeypatch.setattr(warmup, "prefill", lambda model, prompts: done.append([len(prompt) for prompt in prompts]))
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     expected = [1, 3, MAX_BATCH_SIZE, [2], [12], [40], [1, MAX_BATCH_SIZE]]
-    warmup.warm(llm.decoder, [1, MAX_BATCH_SIZE])
+    warmup.warm_up(llm.decoder, [1, MAX_BATCH_SIZE])
     assert done == expected
     assert "preparing kernels and graphs: 100%" in capsys.readouterr().err
     done.clear()
-    warmup.warm(llm.decoder, [1, MAX_BATCH_SIZE], progress=False)
+    warmup.warm_up(llm.decoder, [1, MAX_BATCH_SIZE], progress=False)
     assert done == expected and capsys.readouterr().err == ""
 
 
 def test_a_backend_without_kernels_prepares_nothing(llm: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     before = llm.model.cache.k.clone()
-    warmup.warm(llm.decoder, [1])
+    warmup.warm_up(llm.decoder, [1])
     assert llm.model.cache.k.equal(before) and capsys.readouterr().err == ""
 
 
 def test_a_rehearsal_leaves_nothing_behind(llm: Llama) -> None:
     expected = llm.generate([[5, 6, 7]], 4, temperature=0)
-    llm.decoder.rehearse(MAX_BATCH_SIZE)
+    llm.decoder.dry_run(MAX_BATCH_SIZE)
     assert llm.generate([[5, 6, 7]], 4, temperature=0) == expected

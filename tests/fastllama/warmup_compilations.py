@@ -12,7 +12,7 @@ from fastllama.decode_graph import Decoder
 from fastllama.kernels import fused
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.prefill import prefill
-from fastllama.warmup import warm
+from fastllama.warmup import warm_up
 
 MAX_ROWS, MAX_TOKENS = 40, 128
 ARGS = ModelArgs(
@@ -32,7 +32,7 @@ def main() -> None:
     fused.supports_cuda_graphs = lambda device: True  # as on a GPU
     decoder = Decoder(model, graphs=False)
     with recorded(GPUS["sm_90"]) as launches, torch.inference_mode():
-        warm(decoder, [1, MAX_ROWS], progress=False)
+        warm_up(decoder, [1, MAX_ROWS], progress=False)
         known = _kernels(launches)
         calls = [[1] * rows for rows in ROWS] + [[3 + row % 5 for row in range(rows)] for rows in ROWS]
         calls += [[tokens] for tokens in ALONE]
@@ -56,9 +56,9 @@ def _call(decoder: Decoder, prompts: list[list[int]]) -> None:
     sampling = SamplingTensors.of(0.7, 0.9, [(1, row, 0) for row in range(len(prompts))], CPU)
     ends = [len(prompt) for prompt in prompts]
     with decoder.model.exclusively():
-        decoder.begin([1] * len(prompts), [end - 1 for end in ends], [end + 1 for end in ends], [], sampling)
-        decoder.choose(prefill(decoder.model, prompts)[0])
-        decoder.launch()
+        decoder.start([1] * len(prompts), [end - 1 for end in ends], [end + 1 for end in ends], [], sampling)
+        decoder.sample_first(prefill(decoder.model, prompts)[0])
+        decoder.enqueue_steps()
 
 
 if __name__ == "__main__":

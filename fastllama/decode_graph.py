@@ -124,7 +124,7 @@ class Decoder:
             except RuntimeError as error:
                 if not self.dependent:
                     raise
-                hint = "if dependent launches are to blame, dependent_launch=False does without them"
+                hint = "if dependent launches are the cause, dependent_launch=False turns them off"
                 raise RuntimeError(f"a decode step of {n_rows} rows failed ({error}): {hint}") from error
 
     def start(
@@ -135,9 +135,9 @@ class Decoder:
         stop_ids: Sequence[int],
         sampling: SamplingTensors,
     ) -> None:
-        """Start a call: each row's newest token with its position, and the last position that may get a token.
+        """Start a call. Row i has its newest token tokens[i] at positions[i], and generates up to position last[i].
 
-        All launches of the call go to the stream that is current here, also when another is current later.
+        All launches of the call go to the stream that is current here, even if another is current later.
         """
         self._use_current_stream()
         self._allocate_for_model()
@@ -247,8 +247,8 @@ class Decoder:
             if not self.dependent:
                 raise
             logger.warning(
-                "a graph of dependent launches could not be captured (%s): this model's kernels are launched as usual "
-                "from now on, as dependent_launch=False has them from the start",
+                "a graph with dependent launches could not be captured (%s): this model runs without them from now on, "
+                "as with dependent_launch=False",
                 error,
             )
         self._dependent = False

@@ -103,7 +103,9 @@ def choose_device(value: torch.device | str | None) -> torch.device:
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", parallel.gpu_index())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {value!r} is not here: torch sees {torch.cuda.device_count()} GPUs; leave device out")
+        raise ValueError(
+            f"device {value!r} does not exist: torch sees {torch.cuda.device_count()} GPUs; leave device out"
+        )
     return device
 
 

@@ -84,7 +84,7 @@ class PackedModule(nn.Module):
             if name in ignored:
                 continue
             if name not in expected:
-                raise ValueError(f"weight {name!r} is none of this model's, or came twice: see ModelArgs.shapes")
+                raise ValueError(f"weight {name!r} is not in this model, or is given twice: see ModelArgs.shapes")
             if tuple(tensor.shape) != expected[name]:
                 raise ValueError(f"weight {name!r} must have shape {expected[name]}, got {tuple(tensor.shape)}")
             waiting[name] = tensor

@@ -142,7 +142,7 @@ def _full_precision(products: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # Torch returns the value in effect, which may be inherited from torch.backends, as "none" does.
+        # `before` may have been inherited from torch.backends; "none" inherits again.
         products.fp32_precision = "none"
         if products.fp32_precision != before:
             products.fp32_precision = before

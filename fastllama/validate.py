@@ -106,9 +106,9 @@ def texts(value: Any) -> list[str]:
         hint = ": for one text pass [text]" if isinstance(value, str) else _hint(value)
         raise ValueError(f"prompts must be a list of texts, got {kind(value)}{hint}")
     given = list(value)
-    for place, prompt in enumerate(given):
+    for index, prompt in enumerate(given):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompts must be a list of texts, got {kind(prompt)} at place {place}")
+            raise ValueError(f"prompts must be a list of texts, got {kind(prompt)} at index {index}")
     return given
 
 

@@ -116,6 +116,23 @@ def test_build_names_sizes_that_fit(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert isinstance(caught.value, MemoryError) and isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"cuda_graphs": "no"}, "cuda_graphs must be True, False or None, got 'no'"),
+        ({"dependent_launch": 0}, "dependent_launch must be True, False or None, got 0"),
+        ({"cuda_graphs": True}, "cuda_graphs needs a GPU, and the device is 'cpu': leave it out"),
+        ({"dependent_launch": True}, "dependent_launch needs a GPU, and the device is 'cpu': leave it out"),
+    ],
+)
+def test_wrong_launch_options_are_refused_before_any_file_is_read(
+    how: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        Llama.build(str(tmp_path), str(tmp_path), 8, 2, device="cpu", **how)
+    assert str(caught.value) == message
+
+
 def test_long_contexts_need_scaled_rope(tmp_path: Path) -> None:
     llm = tiny_llama(tmp_path, max_seq_len=9000, use_scaled_rope=True)
     assert llm.model.params.max_seq_len == 9000 and llm.tokenizer.llama31

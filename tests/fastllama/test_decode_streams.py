@@ -275,23 +275,6 @@ def test_a_failed_capture_raises_the_cause_and_restores_the_stream(
         assert CudaGraph._failed[-1] is graph._graph, "torch's allocator may still point to it"
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({"cuda_graphs": "no"}, "cuda_graphs must be True, False or None, got 'no'"),
-        ({"dependent_launch": 0}, "dependent_launch must be True, False or None, got 0"),
-        ({"cuda_graphs": True}, "cuda_graphs needs a GPU, and the device is 'cpu': leave it out"),
-        ({"dependent_launch": True}, "dependent_launch needs a GPU, and the device is 'cpu': leave it out"),
-    ],
-)
-def test_wrong_launch_options_are_refused_before_any_file_is_read(
-    how: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError) as caught:
-        Llama.build(str(tmp_path), str(tmp_path), 8, 2, device="cpu", **how)
-    assert str(caught.value) == message
-
-
 def test_build_passes_its_launch_options_to_the_decoder(tmp_path: Path) -> None:
     tiny_llama(tmp_path)  # writes the checkpoint
     files = (str(tmp_path), str(tmp_path / "tokenizer.model"), 16, 2)

@@ -258,7 +258,7 @@ def _saying(progress: Callable[[str], None], what: str) -> Callable[[str], None]
 
 
 def _warm(llm: Llama, batch: int) -> None:
-    llm.decoder.warm([batch])
+    llm.decoder.capture_graphs([batch])
 
 
 def _launches(llm: Llama, case: Case, probe: ReadProbe, matmul: float, sharing: int) -> list[Record]:

@@ -180,7 +180,7 @@ def _read_json(data: bytes, path: Path, pat_str: str) -> tuple[dict[bytes, int],
     """Ranks by token, and names of the added tokens by id."""
     try:
         document = strict_json.loads(data)
-    except strict_json.TwoValues as error:
+    except strict_json.ConflictingValues as error:
         raise ValueError(f"{path}: {error}; the file is damaged") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged") from None

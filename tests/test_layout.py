@@ -32,7 +32,7 @@ LAYERS = {
     "strict_json": 0.9,
     "args": 1.0,
     "cgroups": 1.0,
-    "packed_weights": 1.0,
+    "packed_weights": 1.1,
     "cache": 1.0,
     "validate": 1.0,
     "tokenizer_files": 1.0,

@@ -191,15 +191,15 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
     sampling = SamplingTensors.of(0.0, 0.0, [(1, row, 0) for row in range(batch)], bench.device)
     with model.exclusively():
         fill_cache(model, batch, context)
-        decoder.begin(
+        decoder.start(
             [row + 1 for row in range(batch)], [context - 1] * batch, [context + n_steps] * batch, [], sampling
         )
         synchronize(bench.device)
         arrivals: list[float] = []
         wanted = n_steps
         while wanted > 0 or decoder.queued:
-            while wanted > 0 and decoder.queued <= decoder.ahead:
-                decoder.launch()
+            while wanted > 0 and decoder.queued <= decoder.replays_ahead:
+                decoder.enqueue_steps()
                 wanted -= decoder.unroll
             for _ in decoder.receive():
                 arrivals.append(time.perf_counter())

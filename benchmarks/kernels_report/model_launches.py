@@ -23,7 +23,7 @@ from fastllama.kernels.elementwise.rms_norm import rms_norm
 from fastllama.kernels.elementwise.rope import rope_append
 from fastllama.kernels.elementwise.swiglu import silu_mul
 from fastllama.model import Transformer
-from fastllama.packed_weights import slots
+from fastllama.packed_weights import packed_weights
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -136,7 +136,7 @@ def whole_step(shape: Shape, rows: int) -> Callable[[], None]:
     model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False, group=group)
     model.ops, model.workspace = fused, _workspace(shape, rows)
     layer = _Layer(shape, rows)
-    for slot in slots(model, model.layers):
+    for slot in packed_weights(model, model.layers):
         weight = getattr(layer, slot.attribute, layer.norm)
         setattr(slot.owner, slot.attribute, torch.nn.Parameter(weight, requires_grad=False))
     state = _state(shape, rows, STEP_POSITIONS)

@@ -37,7 +37,7 @@ class JsonConfig:
             values = strict_json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except strict_json.TwoValues as error:
+        except strict_json.ConflictingValues as error:
             raise ValueError(f"{path}: {error}; remove the one that is not meant") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: is not valid JSON ({error}); download it again") from error

@@ -224,7 +224,7 @@ def _use_threads(context: click.Context, parameter: click.Parameter, value: int 
         raise click.UsageError("--threads does not apply to torchrun's processes: set OMP_NUM_THREADS.")
     from fastllama import threads
 
-    context.with_resource(threads.explicitly(value))
+    context.with_resource(threads.use_exactly(value))
 
 
 def checkpoint_options(command: Any) -> Any:

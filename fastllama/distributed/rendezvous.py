@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from fastllama.distributed.environment import REMEDY, DistributedEnvironment
-from fastllama.validate import some
+from fastllama.validate import first_names
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _accept_all(environment: DistributedEnvironment, listener: socket.socket, de
     listener.settimeout(POLL_SECONDS)
     with contextlib.ExitStack() as connections:
         while missing := [rank for rank in range(1, size) if rank not in registered or _is_closed(registered[rank][0])]:
-            missing_ranks = f"RANK={some(map(str, missing))}"
+            missing_ranks = f"RANK={first_names(map(str, missing))}"
             if deadline.seconds_left <= 0:
                 timed_out = f"{missing_ranks} of WORLD_SIZE={size} did not connect to {environment.endpoint} in "
                 timed_out += f"{TIMEOUT_SECONDS:.0f} seconds: {REMEDY}"

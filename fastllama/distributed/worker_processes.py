@@ -55,7 +55,7 @@ class WorkerProcesses:
         self._saved_environ = {name: os.environ.get(name) for name in driver_variables}
         os.environ |= driver_variables
         if os.environ.get("OMP_NUM_THREADS") != str(self._n_threads):  # else the user has set threads per process
-            n_threads_each = max(1, threads.most() // count)
+            n_threads_each = max(1, threads.available() // count)
             torch.set_num_threads(n_threads_each)
             shared["OMP_NUM_THREADS"] = str(n_threads_each)
         # stderr of each worker. Files without a name, which never stay behind, however this process ends.

@@ -169,9 +169,7 @@ def test_a_token_with_two_ids_is_refused(tmp_path: Path, small_json: str) -> Non
         if '"vocab": {' in small_json
         else small_json.replace('"vocab":{', '"vocab":{"!":7,')
     )
-    with pytest.raises(
-        ValueError, match=r"tokenizer.json: '!' stands there twice, as 7 and as 0; the file is damaged$"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer.json: '!' appears twice, as 7 and as 0; the file is damaged$"):
         Tokenizer(path)
 
 

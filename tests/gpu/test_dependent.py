@@ -56,13 +56,13 @@ def gained(model: Transformer, rows: int, temperature: float, how: How) -> list[
     places = [len(prompt) for prompt in prompts]
     with switched(launch=how.launch, prefetch=how.prefetch), model.exclusively():
         decoder = Decoder(model, graphs=how.graphs)
-        decoder.begin(
+        decoder.start(
             [prompt[-1] for prompt in prompts], [p - 1 for p in places], [p + STEPS for p in places], [], sampling
         )
-        decoder.choose(prefill(model, prompts)[0])
+        decoder.sample_first(prefill(model, prompts)[0])
         found = decoder.receive()
         for _ in range(STEPS):
-            decoder.launch()
+            decoder.enqueue_steps()
             found += decoder.receive()
     return found
 

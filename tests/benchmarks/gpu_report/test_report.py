@@ -187,7 +187,7 @@ def test_a_self_check_tells_that_dependent_launches_were_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(decoder: Decoder, n_rows: int) -> list[list[int]]:
-        if decoder._captures is None and n_rows == 1:
+        if decoder._use_graphs is None and n_rows == 1:
             decoder._dependent = False  # as a capture does that fails
         return [[1, 2]]
 

@@ -157,11 +157,9 @@ def test_a_key_with_two_values_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     right = path.read_text() if path.exists() else '{"eos_token_id": 5}'
     path.write_text(right.replace("{", '{"a": {"b": 1, "b": 1}, "rope_theta": 1, "rope_theta": 2.5, ', 1))
-    refused(
-        tmp_path, f"{{}}/{name}: 'rope_theta' stands there twice, as 1 and as 2.5; remove the one that is not meant"
-    )
+    refused(tmp_path, f"{{}}/{name}: 'rope_theta' appears twice, as 1 and as 2.5; remove the one that is not meant")
     path.write_text(right.replace("{", '{"pad_token_id": {"b": true, "b": 1}, ', 1))
-    refused(tmp_path, f"{{}}/{name}: 'b' stands there twice, as True and as 1; remove the one that is not meant")
+    refused(tmp_path, f"{{}}/{name}: 'b' appears twice, as True and as 1; remove the one that is not meant")
     first = right.removeprefix("{").split(",")[0].rstrip("}")
     path.write_text(right.replace("{", "{" + first + ", ", 1))
     assert open_checkpoint(tmp_path).params["dim"] == 64
@@ -170,5 +168,5 @@ def test_a_key_with_two_values_is_refused(tmp_path: Path, name: str) -> None:
 def test_an_index_that_places_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     path = indexed(tmp_path) / "model.safetensors.index.json"
     path.write_text(path.read_text().replace('{"weight_map": {', '{"weight_map": {"lm_head.weight": "b.safetensors", '))
-    with pytest.raises(ValueError, match=r"index.json: 'lm_head.weight' stands there twice, as 'b.safetensors' and as"):
+    with pytest.raises(ValueError, match=r"index.json: 'lm_head.weight' appears twice, as 'b.safetensors' and as"):
         open_checkpoint(tmp_path)

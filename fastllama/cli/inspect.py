@@ -165,7 +165,7 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
 
 def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
     """None for a folder of weights without a tokenizer, unless one was named."""
-    from fastllama.checkpoint.vocabulary import misfit
+    from fastllama.checkpoint.vocabulary import vocabulary_mismatch
     from fastllama.tokenizer import Tokenizer
     from fastllama.tokenizer_files import find_tokenizer_file
 
@@ -176,7 +176,7 @@ def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dic
             raise
         return None
     known = tokenizer.special_tokens
-    complaint = misfit(checkpoint, path, tokenizer.n_words)
+    complaint = vocabulary_mismatch(checkpoint, path, tokenizer.n_words)
     return {
         "path": str(find_tokenizer_file(path)),
         "n_words": tokenizer.n_words,

@@ -108,7 +108,7 @@ def test_places_below_come_in_their_order(tmp_path: Path) -> None:
 
 # Folders without a checkpoint
 
-MERGE = "first, with PEFT's merge_and_unload() and then save_pretrained(), and pass the folder that makes"
+MERGE = "first, with PEFT's merge_and_unload() and then save_pretrained(), and pass the folder that this writes"
 
 
 def adapter(folder: Path, config: str | None, weights: str = "adapter_model.safetensors") -> Path:
@@ -124,19 +124,19 @@ def adapter(folder: Path, config: str | None, weights: str = "adapter_model.safe
     [
         (
             {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B"},
-            "a LoRA adapter, not a whole model: merge it into its base model 'meta-llama/Llama-3.2-1B'",
+            "a LoRA adapter, not a complete model: merge it into its base model 'meta-llama/Llama-3.2-1B'",
         ),
         (
             {"peft_type": "IA3", "base_model_name_or_path": "/models/x"},
-            "an adapter ('IA3'), not a whole model: merge it into its base model '/models/x'",
+            "an adapter ('IA3'), not a complete model: merge it into its base model '/models/x'",
         ),
-        ({"peft_type": "LORA"}, "a LoRA adapter, not a whole model: merge it into its base model"),
+        ({"peft_type": "LORA"}, "a LoRA adapter, not a complete model: merge it into its base model"),
         (
             {"base_model_name_or_path": None},
-            "an adapter (LoRA or its like), not a whole model: merge it into its base model",
+            "an adapter (LoRA or similar), not a complete model: merge it into its base model",
         ),
-        (None, "an adapter (LoRA or its like), not a whole model: merge it into its base model"),
-        ("{", "an adapter (LoRA or its like), not a whole model: merge it into its base model"),
+        (None, "an adapter (LoRA or similar), not a complete model: merge it into its base model"),
+        ("{", "an adapter (LoRA or similar), not a complete model: merge it into its base model"),
     ],
 )
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
@@ -150,8 +150,8 @@ def test_an_adapter_alone_is_called_one(tmp_path: Path, config: Any, what: str, 
 def test_an_adapter_is_not_replaced_by_the_base_model(tmp_path: Path) -> None:
     base(adapter(tmp_path, '{"peft_type": "LORA"}'), "original")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    what = "it holds a LoRA adapter, not a whole model: merge it into its base model"
-    below = "original/ holds other weights: pass that folder to run those"
+    what = "it holds a LoRA adapter, not a complete model: merge it into its base model"
+    below = "original/ holds other weights: pass that folder to use them"
     message = f"no checkpoint in {str(tmp_path)!r}: {what} {MERGE}. {below}"
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}$"):
         open_checkpoint(tmp_path)
@@ -177,7 +177,7 @@ OWN = ("pytorch_model", "tf_model", "flax_model", "__0_0", "global_step", "model
         ("__0_0.distcp", "is a distributed checkpoint of torch"),
         ("weights.npz", "is weights of MLX or numpy"),
         ("llama.nemo", "is an archive of NeMo"),
-        ("hf_model_0001_0.pt", "is weights that no one calls a checkpoint's"),
+        ("hf_model_0001_0.pt", "is a torch file, but not a known kind of checkpoint"),
     ],
 )
 def test_weights_of_other_programs_are_called_what_they_are(tmp_path: Path, name: str, mention: str) -> None:
@@ -192,7 +192,7 @@ def test_weights_of_other_programs_are_called_what_they_are(tmp_path: Path, name
         assert checkpoint.path == tmp_path / "original"
         assert checkpoint.passed_over == ((tmp_path / name, "in another format"),)
         return
-    with pytest.raises(AssertionError, match=r"original/ holds other weights: pass that folder to run those$"):
+    with pytest.raises(AssertionError, match=r"original/ holds other weights: pass that folder to use them$"):
         open_checkpoint(tmp_path)
 
 

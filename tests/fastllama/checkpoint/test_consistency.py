@@ -12,7 +12,10 @@ from tests.support.bad_checkpoints import PARAMS, WEIGHTS, edit_shard, meta
 from tests.support.checkpoints import random_weights, share, write_meta
 
 OTHER = random_weights(PARAMS, seed=4)
-DIFFERENT = "its values differ; the files are of different checkpoints, or out of order: download all of one"
+DIFFERENT = (
+    "but its values differ; the files are of different checkpoints or in the wrong order: download all files of one "
+    "checkpoint"
+)
 
 
 def refused(folder: Path, message: str) -> None:
@@ -47,7 +50,7 @@ def times(factor: float) -> Any:
 def drift_warning(path: Path, *names: str) -> str:
     return (
         f"{path}: {', '.join(names)} differ from those in the other shards, as is known of Llama 3 70B; this "
-        "file's are used. Where the shards may be of two fine-tuned models, download all of one"
+        "file's are used. If the shards may be of two fine-tuned models, download all of one"
     )
 
 
@@ -141,7 +144,7 @@ def test_kv_heads_that_differ_a_little_are_warned_of(
     for _ in range(2):
         received = dict(checkpoint.tensors())
         assert torch.equal(received[name], WEIGHTS[name])
-    late = f"{tmp_path}/consolidated.06.pth: its {name} is not consolidated.04.pth's, which is used"
+    late = f"{tmp_path}/consolidated.06.pth: its {name} differs from that in consolidated.04.pth, which is used"
     assert caplog.messages == [drift_warning(tmp_path / "consolidated.00.pth", name) if sampled else late]
 
 
@@ -151,8 +154,8 @@ def test_a_shard_and_its_copy_are_refused(tmp_path: Path, shards: int) -> None:
     torch.save(torch.load(tmp_path / "consolidated.00.pth"), tmp_path / f"consolidated.0{shards - 1}.pth")
     refused(
         tmp_path,
-        f"{{}}/consolidated.0{shards - 1}.pth: holds the same part of layers.0.attention.wq.weight as "
-        "consolidated.00.pth; one is a copy of the other: download the part that is missing",
+        f"{{}}/consolidated.0{shards - 1}.pth: holds the same slice of layers.0.attention.wq.weight as "
+        "consolidated.00.pth; one is a copy of the other: download the shard that is missing",
     )
 
 
@@ -171,9 +174,9 @@ def test_files_that_have_changed_names_are_refused(tmp_path: Path) -> None:
     swap(meta(tmp_path, shards=2), "consolidated.00.pth", "consolidated.01.pth")
     refused(
         tmp_path,
-        "{}/consolidated.00.pth: was saved as consolidated.01.pth, so that the files' names contradict the order in "
-        "which they were written; give each its first name back, or, where the present names are right, save each "
-        "again: torch.save(torch.load(path), path)",
+        "{}/consolidated.00.pth: was saved as consolidated.01.pth, so the files' names contradict the order in which "
+        "they were written; restore their first names, or, if the present names are right, save each again: "
+        "torch.save(torch.load(path), path)",
     )
     for path in sorted(tmp_path.glob("*.pth")):  # as the message says
         torch.save(torch.load(path), path)
@@ -224,5 +227,5 @@ def test_names_that_are_part_numbers_say_the_order(tmp_path: Path, first: int) -
         place = tmp_path / f"rank{first + 1 - part}.pth"
         torch.save(content, place)
         place.rename(tmp_path / f"consolidated.0{part}.pth")
-    with pytest.raises(ValueError, match=rf"consolidated.00.pth: was saved as rank{first + 1}.pth, so that the files'"):
+    with pytest.raises(ValueError, match=rf"consolidated.00.pth: was saved as rank{first + 1}.pth, so the files'"):
         open_checkpoint(tmp_path)

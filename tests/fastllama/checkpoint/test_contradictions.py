@@ -75,8 +75,8 @@ def test_a_tied_output_is_what_transformers_takes(tmp_path: Path, case: str, cap
 
 @pytest.mark.parametrize("fields", [{"tie_word_embeddings": False}, {"tie_word_embeddings": ...}])
 def test_an_output_that_is_not_there_must_be_tied(tmp_path: Path, fields: dict[str, Any]) -> None:
-    start = "{}: the tensors are not those of this Llama; 1 missing: "
-    why = "config.json does not say tie_word_embeddings true, so there must be an output"
+    start = "{}: the tensors do not match this Llama; 1 missing: "
+    why = "config.json does not set tie_word_embeddings to true, so there must be an output"
     alone = "a base model alone (LlamaModel) has none"
     refused(stored(tmp_path, without(OUTPUT), **fields), f"{start}lm_head.weight; {why}: {alone}")
     refused(stored(tmp_path, without(EMBEDDING), **fields), f"{start}model.embed_tokens.weight")
@@ -208,7 +208,7 @@ def test_names_of_a_base_model_are_taken_as_transformers_does(
 ) -> None:
     stored(tmp_path, tensors, tie_word_embeddings=bool(tied))
     if tied is None:
-        with pytest.raises(ValueError, match=r"model.safetensors: '.*' and '.*' are the same tensor's names$"):
+        with pytest.raises(ValueError, match=r"model.safetensors: '.*' and '.*' are names of the same tensor$"):
             open_checkpoint(tmp_path)
         return
     assert answers(tmp_path) == their_answers(tmp_path)
@@ -219,11 +219,11 @@ def test_biases_that_the_config_denies_are_refused(tmp_path: Path) -> None:
     edit_tensors(huggingface(tmp_path), lambda tensors: tensors.update({name: torch.ones(64)}))
     refused(
         tmp_path,
-        f"{{}}: the tensors are not those of this Llama; 1 unexpected: {name}; "
-        "config.json says nothing of biases (attention_bias, mlp_bias), and Llama 3 has none",
+        f"{{}}: the tensors do not match this Llama; 1 unexpected: {name}; "
+        "config.json has no biases (attention_bias, mlp_bias), and Llama 3 has none",
     )
     edit_tensors(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.bias": tensors.pop(name)}))
-    refused(tmp_path, "{}: the tensors are not those of this Llama; 1 unexpected: model.layers.0.self_attn.bias")
+    refused(tmp_path, "{}: the tensors do not match this Llama; 1 unexpected: model.layers.0.self_attn.bias")
 
 
 @pytest.mark.parametrize("stated", [1, 3])
@@ -237,7 +237,7 @@ def test_another_number_of_layers_is_named(tmp_path: Path, stated: int) -> None:
 
 def test_names_of_other_programs_are_explained(tmp_path: Path) -> None:
     stored(tmp_path, {f"module.{name}": tensor for name, tensor in THEIRS.items()})
-    with pytest.raises(ValueError, match=r"; names begin with 'module.', which another program has put there: remove"):
+    with pytest.raises(ValueError, match=r"; names begin with 'module.', a prefix of another program: remove it$"):
         open_checkpoint(tmp_path)
     stored(tmp_path, WEIGHTS)
     with pytest.raises(ValueError, match=r"; these are Meta's names; save them with torch.save as consolidated.00.pth"):

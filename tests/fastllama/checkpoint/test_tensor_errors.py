@@ -58,7 +58,7 @@ def reshaped(name: str, *shape: int) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize("shape", [(64, 8), (8, 64), (16, 64, 1), (1024,), (), (17, 64), (64, 64)], ids=str)
 def test_open_rejects_misshaped_tensors(tmp_path: Path, shape: tuple[int, ...]) -> None:
     edit_shard(meta(tmp_path), reshaped("layers.1.attention.wk.weight", *shape))
-    refused(tmp_path, "layers.1.attention.wk.weight: expected (16, 64), got (", "of 1 joined shards")
+    refused(tmp_path, "layers.1.attention.wk.weight: expected (16, 64), got (", "for 1 joined shards")
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.0.ffn_norm.weight"])
@@ -86,7 +86,7 @@ def test_open_rejects_another_hidden_dim(tmp_path: Path) -> None:
 def test_open_rejects_kv_heads_that_are_not_there(tmp_path: Path) -> None:
     refused(meta(tmp_path, n_kv_heads=1), "attention.wk.weight: expected (8, 64), got (16, 64)")
     refused(
-        meta(tmp_path, 2, n_kv_heads=4), "attention.wk.weight: expected (32, 64), got (16, 64)", "of 2 joined shards"
+        meta(tmp_path, 2, n_kv_heads=4), "attention.wk.weight: expected (32, 64), got (16, 64)", "for 2 joined shards"
     )
 
 

@@ -12,13 +12,13 @@ from tests.support.command_line import run
 
 MORE = (
     "the checkpoint's embedding has 600 rows and the tokenizer beside it 576 tokens: the vocabulary was padded or "
-    "extended by 24 rows, which fastllama does not support yet; where no token uses them, cut them off with "
+    "extended by 24 rows, which fastllama does not support yet; if no token uses them, cut them off with "
     "transformers' resize_token_embeddings(576) and save_pretrained"
 )
 FEWER = (
-    "the checkpoint's embedding has 560 rows and the tokenizer beside it 576 tokens: 16 tokens have no row, because "
-    "they were added to the tokenizer alone or one of the two is another model's; download both again, or add the rows "
-    "with transformers' resize_token_embeddings(576) and save_pretrained, and train them"
+    "the checkpoint's embedding has 560 rows and the tokenizer beside it 576 tokens: 16 tokens have no row; either "
+    "they were added to the tokenizer alone, or one of the two is another model's; download both again, or add the "
+    "rows with transformers' resize_token_embeddings(576) and save_pretrained, and train them"
 )
 FOREIGN = "use the tokenizer that belongs to the checkpoint"
 APART = f"the checkpoint has a vocabulary of {{}} and the tokenizer one of 576: {FOREIGN}"

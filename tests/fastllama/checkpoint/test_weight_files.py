@@ -92,24 +92,27 @@ def test_missing_shards_are_named(tmp_path: Path, names: list[str], missing: str
 
 
 REMEDY = (
-    "call the parts consolidated.00.pth, consolidated.01.pth and so on, and move those that are not wanted elsewhere"
+    "call the shards consolidated.00.pth, consolidated.01.pth and so on, and move those that are not wanted elsewhere"
 )
 
 
 @pytest.mark.parametrize(
     ("names", "why"),
     [
-        (["a.pth", "b.pth"], "a.pth has no number that says which part it is"),
-        (["model.pth", "model1.pth"], "model.pth has no number that says which part it is"),
-        (["consolidated.00.pth", "consolidated.pth"], "consolidated.pth has no number that says which part it is"),
-        (["consolidated.0.pth", "consolidated.00.pth"], "consolidated.0.pth and consolidated.00.pth are both part 0"),
-        (["consolidated.00.pth", "consolidated_1.pth"], "they are not called alike"),
-        (["part0.pth", "shard1.pth"], "they are not called alike"),
-        (["model-1-of-2.pth", "model-2-of-3.pth"], "they are not called alike"),
+        (["a.pth", "b.pth"], "a.pth has no usable shard number"),
+        (["model.pth", "model1.pth"], "model.pth has no usable shard number"),
+        (["consolidated.00.pth", "consolidated.pth"], "consolidated.pth has no usable shard number"),
+        (
+            ["consolidated.0.pth", "consolidated.00.pth"],
+            "consolidated.0.pth and consolidated.00.pth both have the number 0",
+        ),
+        (["consolidated.00.pth", "consolidated_1.pth"], "they differ in more than the number"),
+        (["part0.pth", "shard1.pth"], "they differ in more than the number"),
+        (["model-1-of-2.pth", "model-2-of-3.pth"], "they differ in more than the number"),
         (["model-1-of-2.pth", "model-3-of-2.pth"], "model-3-of-2.pth is beyond the 2 that there should be"),
         (
             ["consolidated.00.pth", f"consolidated.{'9' * 50}.pth"],
-            f"consolidated.{'9' * 50}.pth has no number that says which part it is",
+            f"consolidated.{'9' * 50}.pth has no usable shard number",
         ),
     ],
 )
@@ -117,7 +120,7 @@ def test_names_that_do_not_say_the_order_are_refused(tmp_path: Path, names: list
     renamed(meta(tmp_path, shards=len(names)), names)
     refused(
         tmp_path,
-        "{}: 2 files may be parts of the checkpoint, and their names do not say which: " + why + "; " + REMEDY,
+        "{}: 2 files may be shards of the checkpoint, but their names do not give the order: " + why + "; " + REMEDY,
     )
 
 
@@ -149,7 +152,7 @@ OTHERS: dict[str, tuple[Make, str | None]] = {
     "consolidated.01 - Copy.pth": (write(), "a second copy"),
     "consolidated.00.old.pth": (write(), "not called consolidated.NN.pth"),
     "vision_tower.pth": (write(), "not called consolidated.NN.pth"),
-    "gone.pth": (link, "a link to nothing"),
+    "gone.pth": (link, "a broken link"),
     "consolidated.07.pth": (Path.mkdir, "a folder"),
     "consolidated.00.pth.tmp": (write(), None),  # no one's suffix: not even mentioned
     "optimizer.bin": (write(), None),
@@ -259,7 +262,7 @@ def test_what_is_not_called_hugging_faces_is_passed_over(tmp_path: Path, layout:
             sets = "model-00001-of-00002.safetensors, model-00001-of-00003.safetensors"
             refused(
                 tmp_path,
-                f"{{}}: holds parts of 2 checkpoints, such as {sets}; move those that are not wanted elsewhere",
+                f"{{}}: holds files of 2 checkpoints, such as {sets}; move those that are not wanted elsewhere",
             )
             return
     checkpoint = open_checkpoint(tmp_path)
@@ -281,10 +284,10 @@ def test_a_set_without_an_index_must_be_whole(tmp_path: Path) -> None:
     (tmp_path / SHARDS[1]).unlink()
     refused(tmp_path, f"{{}}: shards are missing: {SHARDS[1]}; download them")
     shutil.copy(tmp_path / SHARDS[0], tmp_path / "model-1-of-00002.safetensors")
-    why = f"{SHARDS[0]} and model-1-of-00002.safetensors are both part 1"
+    why = f"{SHARDS[0]} and model-1-of-00002.safetensors both have the number 1"
     refused(
         tmp_path,
-        "{}: 2 files may be parts of the checkpoint, and their names do not say which: "
+        "{}: 2 files may be shards of the checkpoint, but their names do not give the order: "
         + why
         + "; move those that are not wanted elsewhere",
     )

@@ -19,7 +19,7 @@ import torch
 import fastllama
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import open_checkpoint
-from fastllama.checkpoint.sharding import Stored, read_share, weights
+from fastllama.checkpoint.sharding import ShardedTensor, read_slice, weight_specs
 from fastllama.distributed.parallel import SINGLE_PROCESS, Group, model_group
 from fastllama.generation import Llama
 from fastllama.loading import choose_device
@@ -174,9 +174,9 @@ def random_tensors(
     """
     generator = torch.Generator(device)
     names = list(args.shapes)
-    for weight in weights(vars(args)):
+    for weight in weight_specs(vars(args)):
         drawn = "tok_embeddings.weight" if args.tied_output and weight.name == "output.weight" else weight.name
         generator.manual_seed(seed * SEEDS_PER_MODEL + names.index(drawn))
         tensor = torch.randn(weight.shape, generator=generator, device=device) * RANDOM_STD
         tensor = (tensor + 1 if len(weight.shape) == 1 else tensor).to(dtype)
-        yield weight.name, read_share(Stored((tensor,)), weight, group.rank, group.size)
+        yield weight.name, read_slice(ShardedTensor((tensor,)), weight, group.rank, group.size)

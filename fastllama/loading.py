@@ -9,7 +9,7 @@ import torch
 from fastllama import memory_plan, validate
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import Checkpoint, open_checkpoint
-from fastllama.checkpoint.vocabulary import misfit
+from fastllama.checkpoint.vocabulary import vocabulary_mismatch
 from fastllama.distributed import parallel
 from fastllama.kernels import select
 from fastllama.model import Transformer
@@ -81,7 +81,7 @@ def _args_and_tokenizer(
     if not args.use_scaled_rope:
         _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")
     tokenizer = Tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))
-    if complaint := misfit(checkpoint, tokenizer_path, tokenizer.n_words):
+    if complaint := vocabulary_mismatch(checkpoint, tokenizer_path, tokenizer.n_words):
         raise AssertionError(complaint)
     tokenizer.stop_tokens |= set(checkpoint.stop_token_ids)
     return args, tokenizer

@@ -165,7 +165,7 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
 
 def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
     """The tokenizer as JSON values. Where there is none: None for a folder, AssertionError for a given path."""
-    from fastllama.checkpoint.vocabulary import misfit
+    from fastllama.checkpoint.vocabulary import vocabulary_mismatch
     from fastllama.tokenizer import Tokenizer
     from fastllama.tokenizer_files import find_tokenizer_file
 
@@ -176,7 +176,7 @@ def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dic
             raise
         return None
     known = tokenizer.special_tokens
-    mismatch = misfit(checkpoint, path, tokenizer.n_words)
+    mismatch = vocabulary_mismatch(checkpoint, path, tokenizer.n_words)
     return {
         "path": str(find_tokenizer_file(path)),
         "n_words": tokenizer.n_words,

@@ -1,4 +1,4 @@
-"""JsonConfig of a configuration that contradict each other: what transformers takes, or an error that names both."""
+"""Configuration fields that contradict each other: transformers' value is used, or an error names both."""
 
 import re
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_rope_is_read_as_transformers_reads_it(tmp_path: Path, fields: dict[str,
         ),
     ],
 )
-def test_rope_fields_that_lose_are_warned_of(
+def test_unused_rope_fields_give_a_warning(
     tmp_path: Path, fields: dict[str, Any], warning: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     open_checkpoint(huggingface(tmp_path, **fields))
@@ -94,7 +94,7 @@ def test_rope_fields_that_lose_are_warned_of(
         ),
     ],
 )
-def test_rope_that_llama_has_not_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_rope_other_than_llamas_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     folder = huggingface(tmp_path, **fields)
     with pytest.raises(ValueError, match=f"^{re.escape(f'{folder}/config.json: field {message}')}$"):
         open_checkpoint(folder)
@@ -126,7 +126,7 @@ def test_a_scaling_that_no_one_switched_on_is_refused(tmp_path: Path, field: str
         ),
     ],
 )
-def test_fields_of_params_that_lose_are_warned_of(
+def test_unused_fields_of_params_give_a_warning(
     tmp_path: Path, fields: dict[str, Any], warning: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = open_checkpoint(meta(tmp_path, **fields)).params
@@ -148,7 +148,7 @@ def test_rope_factors_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
     )
 
 
-# A key that stands twice
+# Duplicate keys
 
 
 @pytest.mark.parametrize("name", ["params.json", "config.json", "generation_config.json"])

@@ -15,7 +15,7 @@ from fastllama.cuda_graph import CudaGraph
 from fastllama.decode_graph import Decoder
 from fastllama.kernels import batch
 from fastllama.kernels.batch import RaggedBatch
-from fastllama.kernels.launch.options import Switches, switched, switches
+from fastllama.kernels.launch.options import LaunchOptions, launch_options, override_launch_options
 from tests.support.fake_graph import Tape
 from tests.support.tiny import tiny_llama
 
@@ -29,13 +29,13 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
 
 
 @pytest.fixture
-def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[Switches]:
+def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[LaunchOptions]:
     """The switches of every step and prefill that runs."""
-    found: list[Switches] = []
+    found: list[LaunchOptions] = []
     hidden = llm.model.hidden
 
     def noted(batch: RaggedBatch) -> Tensor:
-        found.append(switches())
+        found.append(launch_options())
         return hidden(batch)
 
     monkeypatch.setattr(llm.model, "hidden", noted)
@@ -139,37 +139,37 @@ def test_another_stream_finds_the_workspace_as_new(
         assert resets.count(name) == expected, "before the call, and again once it is in order behind another stream"
 
 
-def test_switches_are_a_models_own(llm: Llama, seen: list[Switches], monkeypatch: pytest.MonkeyPatch) -> None:
-    for dependent, expected in ((None, Switches()), (True, Switches()), (False, Switches(False, False))):
+def test_switches_are_a_models_own(llm: Llama, seen: list[LaunchOptions], monkeypatch: pytest.MonkeyPatch) -> None:
+    for dependent, expected in ((None, LaunchOptions()), (True, LaunchOptions()), (False, LaunchOptions(False, False))):
         monkeypatch.setattr(llm, "decoder", Decoder(llm.model, dependent=dependent))
         seen.clear()
         stream = llm.stream(PROMPTS, 3, **CALL)
         next(stream)
-        assert switches() == Switches(), "between two increments the caller's own hold"
+        assert launch_options() == LaunchOptions(), "between two increments the caller's own hold"
         list(stream)
         assert len(seen) == 3 and set(seen) == {expected}
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model))
     seen.clear()
-    with switched(launch=False):
+    with override_launch_options(dependent=False):
         llm.generate(PROMPTS, 1, **CALL)
-    assert set(seen) == {Switches(False, True)}
+    assert set(seen) == {LaunchOptions(False, True)}
 
 
 def test_switches_of_one_thread_are_not_anothers() -> None:
-    found: list[Switches] = []
-    with switched(launch=False, prefetch=False):
-        thread = threading.Thread(target=lambda: found.append(switches()))
+    found: list[LaunchOptions] = []
+    with override_launch_options(dependent=False, prefetch=False):
+        thread = threading.Thread(target=lambda: found.append(launch_options()))
         thread.start()
         thread.join()
-        assert switches() == Switches(False, False)
-    assert found == [Switches()] == [switches()]
+        assert launch_options() == LaunchOptions(False, False)
+    assert found == [LaunchOptions()] == [launch_options()]
 
 
 class Fussy(Tape):
     """A graph that takes no dependent launches."""
 
     def capture(self, launches: Any) -> None:
-        if switches().launch:
+        if launch_options().dependent:
             raise RuntimeError("operation not permitted when stream is capturing")
         super().capture(launches)
 
@@ -181,7 +181,7 @@ def test_a_capture_that_fails_is_done_again_without_dependent_launches(
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
     with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
         llm.generate(PROMPTS, 4, **CALL)  # the reference backend has none to leave out
-    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: switches().launch)
+    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: launch_options().dependent)
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
     assert llm.decoder.dependent
     assert llm.generate(PROMPTS, 4, **CALL) == expected
@@ -209,7 +209,7 @@ class Full(Tape):
 
 def test_memory_that_runs_out_is_no_matter_of_dependent_launches(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = llm.generate(PROMPTS, 4, **CALL)
-    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: switches().launch)
+    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: launch_options().dependent)
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Full))
     with pytest.raises((torch.OutOfMemoryError, MemoryError)):
         llm.generate(PROMPTS, 4, **CALL)

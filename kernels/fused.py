@@ -8,9 +8,8 @@ The number of tokens decides which kernels an op launches. A decode layer is fiv
     more       rms_norm, library matmul,   attention_prefill  rms_norm, library matmul, epilogue kernel
                rope_append
 
-A prompt's tokens use `attention_prefill` for any number of tokens, a decode step uses `attention_decode`. With one
-`embed` before the layers, `norm_lm_head` and the two launches of `sample_and_advance` after them, a decode step is 5·L
-+ 4 launches.
+A prompt's tokens use `attention_prefill` for any number of tokens, a decode step uses `attention_decode`. A decode step
+is 5·L + 4 launches: one `embed`, L layers, `norm_lm_head` and the two launches of `sample_and_advance`.
 
 Weights are row-major, so a single weight and its packed form are the same bytes.
 """

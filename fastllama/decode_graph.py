@@ -17,7 +17,7 @@ from torch import Tensor
 from fastllama.cuda_graph import CudaGraph, Graph
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Segment
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.launch.options import switched
+from fastllama.kernels.launch.options import override_launch_options
 from fastllama.model import Transformer
 from fastllama.output_copies import OutputCopies, StepOutput
 
@@ -143,7 +143,7 @@ class Decoder:
         self._allocate_for_model()
         self._graph = self._graph_for(len(tokens))
         self._state.set(tokens, positions, last, stop_ids, sampling)
-        self._rows = self._state.first(len(tokens)).drawing(greedy=sampling.greedy)
+        self._rows = self._state.first(len(tokens)).with_greedy(greedy=sampling.greedy)
         self._lengths = [position + 1 for position in positions]
         self._finished: set[int] = set()
         self._steps = 0
@@ -172,7 +172,7 @@ class Decoder:
             if self._call_stream is not None:
                 stack.enter_context(torch.cuda.stream(self._call_stream))
             if self._dependent is False:
-                stack.enter_context(switched(launch=False, prefetch=False))
+                stack.enter_context(override_launch_options(dependent=False, prefetch=False))
             yield
 
     def receive(self) -> list[StepOutput]:

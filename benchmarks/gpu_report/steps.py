@@ -161,4 +161,4 @@ def _state(model: Transformer, batch: int, context: int, n_steps: int) -> Decode
     tokens: Sequence[int] = [row + 1 for row in range(batch)]
     last = min(context - 1 + n_steps, model.cache.max_seq_len - 1)
     state.set(tokens, [context - 1] * batch, [last] * batch, [], sampling)
-    return state.drawing(greedy=True)
+    return state.with_greedy(greedy=True)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from docs.pictures.svg import GREEN, GREY, INK, MUTED, ORANGE, PURPLE, Drawing
 from fastllama.benchmarks.models import PUBLISHED_MODELS
 from fastllama.kernels.attention.decode import MIN_SPLIT_KEYS
-from fastllama.kernels.attention.scratch import SPLITS
+from fastllama.kernels.attention.scratch import NUM_SPLITS
 from fastllama.kernels.attention.tile import MIN_DOT_ROWS, stream_launch
 from fastllama.kernels.launch.sizes import ceil_div
 
@@ -24,7 +24,7 @@ class Split(NamedTuple):
 
 def assign_splits(lengths: tuple[int, ...], tile: int) -> list[Split]:
     """The splits of rows of these lengths, in the order of their programs: the arithmetic of the kernel."""
-    share = ceil_div(sum(lengths), SPLITS * tile) * tile
+    share = ceil_div(sum(lengths), NUM_SPLITS * tile) * tile
     splits = []
     for row, length in enumerate(lengths):
         count = ceil_div(length, max(share, MIN_SPLIT_KEYS))
@@ -47,9 +47,9 @@ def draw() -> str:
     drawing.text(MERGE_LEFT, 88, "result", bold=True)
     for row in range(len(LENGTHS)):
         _row(drawing, row, [(index, split) for index, split in enumerate(splits) if split.row == row])
-    programs = SPLITS + len(LENGTHS)
+    programs = NUM_SPLITS + len(LENGTHS)
     drawing.line(20, bottom, 840, bottom)
-    grid = f"The grid is fixed: {SPLITS} + {len(LENGTHS)} rows = {programs} programs for each kv head."
+    grid = f"The grid is fixed: {NUM_SPLITS} + {len(LENGTHS)} rows = {programs} programs for each kv head."
     drawing.text(20, bottom + 26, f"{grid} {len(splits)} have a split; {programs - len(splits)} return at once.")
     drawing.rectangle(20, bottom + 50, 12, 12, fill=GREEN)
     drawing.text(38, bottom + 61, "partial result: maximum, sum of p, sum of p · v, in float32")

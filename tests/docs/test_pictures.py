@@ -48,16 +48,16 @@ def test_splits_are_those_of_the_kernel(device: torch.device) -> None:
     """With q = 0 every p is 1, so the sum of p that a split leaves is its number of keys."""
     rows, head_dim = len(LENGTHS), 16
     scratch = AttentionScratch.of(rows, 1, 1, head_dim, device)
-    scratch.totals.fill_(-1)
+    scratch.p_sum.fill_(-1)
     cache = torch.zeros(rows, 1, max(LENGTHS), head_dim, device=device)
     positions = torch.tensor(LENGTHS, device=device) - 1
     attention_decode(torch.zeros(rows, 1, head_dim, device=device), cache, cache, positions, scratch)
-    expected = [-1.0] * scratch.totals.shape[0]
+    expected = [-1.0] * scratch.p_sum.shape[0]
     for _, group in groupby(enumerate(assign_splits(LENGTHS, 64)), key=lambda numbered: numbered[1].row):
         splits = list(group)
         for index, split in splits if len(splits) > 1 else []:
             expected[index] = float(split.end - split.begin)
-    assert scratch.totals.flatten().tolist() == expected
+    assert scratch.p_sum.flatten().tolist() == expected
 
 
 def test_check_fails_on_another_picture_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from fastllama.cuda_graph import CudaGraph
 from fastllama.decode_graph import Decoder
 from fastllama.kernels import batch
 from fastllama.kernels.batch import RaggedBatch
-from fastllama.kernels.launch.options import Switches, switched, switches
+from fastllama.kernels.launch.options import LaunchOptions, launch_options, override_launch_options
 from tests.support.fake_graph import RecordedGraph
 from tests.support.tiny import tiny_llama
 
@@ -29,13 +29,13 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
 
 
 @pytest.fixture
-def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[Switches]:
-    """The switches in effect in every step and prefill that runs."""
-    found: list[Switches] = []
+def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[LaunchOptions]:
+    """The launch options in effect in every step and prefill that runs."""
+    found: list[LaunchOptions] = []
     hidden = llm.model.hidden
 
     def noted(batch: RaggedBatch) -> Tensor:
-        found.append(switches())
+        found.append(launch_options())
         return hidden(batch)
 
     monkeypatch.setattr(llm.model, "hidden", noted)
@@ -139,37 +139,37 @@ def test_the_workspace_is_reset_again_for_another_stream(
         assert resets.count(name) == expected, "before the call, and again after waiting for the previous stream"
 
 
-def test_each_decoder_has_its_own_switches(llm: Llama, seen: list[Switches], monkeypatch: pytest.MonkeyPatch) -> None:
-    for dependent, expected in ((None, Switches()), (True, Switches()), (False, Switches(False, False))):
+def test_a_decoder_has_its_own_options(llm: Llama, seen: list[LaunchOptions], monkeypatch: pytest.MonkeyPatch) -> None:
+    for dependent, expected in ((None, LaunchOptions()), (True, LaunchOptions()), (False, LaunchOptions(False, False))):
         monkeypatch.setattr(llm, "decoder", Decoder(llm.model, dependent=dependent))
         seen.clear()
         stream = llm.stream(PROMPTS, 3, **CALL)
         next(stream)
-        assert switches() == Switches(), "between two increments the caller's switches are in effect"
+        assert launch_options() == LaunchOptions(), "between two increments the caller's launch options are in effect"
         list(stream)
         assert len(seen) == 3 and set(seen) == {expected}
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model))
     seen.clear()
-    with switched(launch=False):
+    with override_launch_options(dependent=False):
         llm.generate(PROMPTS, 1, **CALL)
-    assert set(seen) == {Switches(False, True)}
+    assert set(seen) == {LaunchOptions(False, True)}
 
 
-def test_switches_affect_one_thread_only() -> None:
-    found: list[Switches] = []
-    with switched(launch=False, prefetch=False):
-        thread = threading.Thread(target=lambda: found.append(switches()))
+def test_launch_options_affect_one_thread_only() -> None:
+    found: list[LaunchOptions] = []
+    with override_launch_options(dependent=False, prefetch=False):
+        thread = threading.Thread(target=lambda: found.append(launch_options()))
         thread.start()
         thread.join()
-        assert switches() == Switches(False, False)
-    assert found == [Switches()] == [switches()]
+        assert launch_options() == LaunchOptions(False, False)
+    assert found == [LaunchOptions()] == [launch_options()]
 
 
 class NoDependentLaunch(RecordedGraph):
     """A graph whose capture fails with dependent launches."""
 
     def capture(self, launches: Any) -> None:
-        if switches().launch:
+        if launch_options().dependent:
             raise RuntimeError("operation not permitted when stream is capturing")
         super().capture(launches)
 
@@ -181,7 +181,7 @@ def test_a_failed_capture_is_repeated_without_dependent_launches(
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=NoDependentLaunch))
     with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
         llm.generate(PROMPTS, 4, **CALL)  # the reference backend has no dependent launches to turn off
-    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: switches().launch)
+    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: launch_options().dependent)
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=NoDependentLaunch))
     assert llm.decoder.dependent
     assert llm.generate(PROMPTS, 4, **CALL) == expected
@@ -209,7 +209,7 @@ class OutOfMemoryOnce(RecordedGraph):
 
 def test_out_of_memory_leaves_dependent_launches_on(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = llm.generate(PROMPTS, 4, **CALL)
-    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: switches().launch)
+    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: launch_options().dependent)
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=OutOfMemoryOnce))
     with pytest.raises((torch.OutOfMemoryError, MemoryError)):
         llm.generate(PROMPTS, 4, **CALL)

@@ -35,7 +35,7 @@ STORIES260K = {
 
 @pytest.fixture(autouse=True)
 def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "SPLITS", FEW_SPLITS)
+    monkeypatch.setattr(scratch, "NUM_SPLITS", FEW_SPLITS)
 
 
 def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> list[Transformer]:
@@ -158,7 +158,7 @@ def test_ops_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "device", enter)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    guarded = fused_backend._on_its_device(lambda tensor: "launched")
+    guarded = fused_backend._on_tensor_device(lambda tensor: "launched")
     for index, expected in ((1, [torch.device("cuda", 1)]), (0, [])):
         entered.clear()
         monkeypatch.setattr(Tensor, "device", torch.device("cuda", index))

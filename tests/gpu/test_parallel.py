@@ -1,4 +1,4 @@
-"""A model on two GPUs: one GPU's answers, with collectives in the decode graph, and the commands on them."""
+"""A model on two GPUs: the same answers as on one GPU, with collectives in the decode graph, and the commands."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def test_a_chat_on_two_gpus() -> None:
 
 
 def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
-    """Though the first waits for NCCL, which would wait for ever."""
+    """The first process waits for NCCL, which would wait forever."""
     words = ["complete", "Once", "--ckpt_dir", write_monotonous(tmp_path), "--nproc", "2"]
     words += ["--max_seq_len", "8000", "--temperature", "0"]
     pipe = subprocess.PIPE

@@ -20,8 +20,8 @@ import fastllama
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import open_checkpoint
 from fastllama.checkpoint.base import dtype_name
-from fastllama.checkpoint.sharding import Stored, read_share, weights
-from fastllama.distributed.parallel import ALONE, Group, model_group
+from fastllama.checkpoint.sharding import ShardedTensor, read_slice, weight_specs
+from fastllama.distributed.parallel import SINGLE_PROCESS, Group, model_group
 from fastllama.generation import Llama
 from fastllama.kernels import select
 from fastllama.loading import choose_device
@@ -141,7 +141,7 @@ class ModelSpec:
     def args(self) -> ModelArgs:
         return self.source.args(self.max_batch_size, self.max_seq_len)
 
-    def tensors(self, group: Group = ALONE) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, group: Group = SINGLE_PROCESS) -> Iterator[tuple[str, torch.Tensor]]:
         """(Meta's name, tensor) of every weight; with a group, this process's part of each."""
         if self.source.ckpt_dir is None:
             yield from random_tensors(self.args, self.source.seed, self.device, self.dtype, group)
@@ -153,7 +153,7 @@ class ModelSpec:
         """The model as a Llama. Where several processes share it, with this process's part of the weights."""
         args, group = self.args, model_group(None, self.device)
         how: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "backend": self.backend}
-        with group.agreeing():
+        with group.propagate_errors():
             model = Transformer(args, init_weights=False, group=group, **how)
             model.load_tensors(self.tensors(group))
             return Llama(model, _tokenizer(self.source, args.vocab_size))
@@ -189,7 +189,7 @@ def _ranks(count: int) -> bytes:
 
 
 def random_tensors(
-    args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype, group: Group = ALONE
+    args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype, group: Group = SINGLE_PROCESS
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every weight, normal with RANDOM_STD; norms are around one. With a group, this process's part.
 
@@ -197,9 +197,9 @@ def random_tensors(
     """
     generator = torch.Generator(device)
     names = list(args.shapes)
-    for weight in weights(vars(args)):
+    for weight in weight_specs(vars(args)):
         drawn = "tok_embeddings.weight" if args.tied_output and weight.name == "output.weight" else weight.name
         generator.manual_seed(seed * SEEDS_PER_MODEL + names.index(drawn))
         tensor = torch.randn(weight.shape, generator=generator, device=device) * RANDOM_STD
         tensor = (tensor + 1 if len(weight.shape) == 1 else tensor).to(dtype)
-        yield weight.name, read_share(Stored((tensor,)), weight, group.rank, group.size)
+        yield weight.name, read_slice(ShardedTensor((tensor,)), weight, group.rank, group.size)

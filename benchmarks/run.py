@@ -141,7 +141,7 @@ def _build(plan: Plan) -> Llama:
     """The plan's model; where several processes share it, through the driver."""
     if plan.nproc == 1:
         return plan.model.build()
-    if not environment.torchrun_started():
+    if not environment.is_distributed():
         driver.start_workers(plan.nproc)
     return driver.build_on_all(build_from_json, **_on_own_device(plan.model).to_json())
 
@@ -212,7 +212,7 @@ def _prefixed(progress: Progress, prefix: str) -> Progress:
 
 
 def _warm(llm: Llama, batch: int) -> None:
-    llm.decoder.warm([batch])
+    llm.decoder.capture_graphs([batch])
 
 
 def _launches(llm: Llama, case: Case, probes: Probes, matmul: float, n_sharing: int) -> list[Record]:

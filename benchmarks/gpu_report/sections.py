@@ -23,7 +23,7 @@ from fastllama.benchmarks.suites.step_launches import fill_cache, launch_times
 from fastllama.benchmarks.timing import replayed, synchronize, time_calls
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.batch import SamplingTensors
-from fastllama.kernels.launch.options import switched
+from fastllama.kernels.launch.options import override_launch_options
 from fastllama.model import Transformer
 from fastllama.prefill import prefill
 from fastllama.speed_of_light import Machine, Work, decode_step, least_seconds, total_bytes, total_flops
@@ -112,7 +112,7 @@ def boundaries(bench: Bench) -> Found:
             tick(count)
 
     for dependent in (False, True):
-        with switched(launch=dependent):
+        with override_launch_options(dependent=dependent):
             seconds = bench.median_seconds(ticks)
         n_launches = bench.sizes.ticks
         yield {"dependent_launch": dependent, "launches": n_launches, "microseconds": MICRO * seconds / n_launches}
@@ -151,7 +151,7 @@ def switches(bench: Bench) -> Found:
         variants: dict[str, tuple[dict[str, bool], Callable[[], Decoder]]] = {
             "as it is": ({}, partial(Decoder, model, graphs=graphs)),
             "without prefetch": ({"prefetch": False}, partial(Decoder, model, graphs=graphs)),
-            "without dependent launch": ({"launch": False}, partial(Decoder, model, graphs=graphs)),
+            "without dependent launch": ({"dependent": False}, partial(Decoder, model, graphs=graphs)),
             "without graph": ({}, partial(Decoder, model, graphs=False)),
             f"{bench.sizes.unroll} steps a graph": (
                 {},
@@ -164,7 +164,7 @@ def switches(bench: Bench) -> Found:
             dependent: dict[str, bool] = {}
             for _ in range(bench.sizes.rounds):
                 for variant, (how, _) in variants.items():
-                    with switched(**how):  # while its graph is captured, the first time
+                    with override_launch_options(**how):  # while its graph is captured, the first time
                         record = _rate(bench, name, decoders[variant], batch, context)
                     rates[variant].append(record["tokens_per_second"])
                     dependent[variant] = record["dependent_launch"]
@@ -191,15 +191,15 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
     sampling = SamplingTensors.of(0.0, 0.0, [(1, row, 0) for row in range(batch)], bench.device)
     with model.exclusively():
         fill_cache(model, batch, context)
-        decoder.begin(
+        decoder.start(
             [row + 1 for row in range(batch)], [context - 1] * batch, [context + n_steps] * batch, [], sampling
         )
         synchronize(bench.device)
         arrivals: list[float] = []
         wanted = n_steps
         while wanted > 0 or decoder.queued:
-            while wanted > 0 and decoder.queued <= decoder.ahead:
-                decoder.launch()
+            while wanted > 0 and decoder.queued <= decoder.replays_ahead:
+                decoder.enqueue_steps()
                 wanted -= decoder.unroll
             for _ in decoder.receive():
                 arrivals.append(time.perf_counter())

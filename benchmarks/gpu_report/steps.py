@@ -86,13 +86,13 @@ def _greedy(decoder: Decoder, n_rows: int) -> Rows:
     sampling = SamplingTensors.of(0.0, 0.0, [(1, row, 0) for row in range(n_rows)], model.device)
     last = [len(prompt) + CHECKED_STEPS for prompt in prompts]
     with model.exclusively():
-        decoder.begin([prompt[-1] for prompt in prompts], [len(p) - 1 for p in prompts], last, [], sampling)
-        with decoder.launching():
+        decoder.start([prompt[-1] for prompt in prompts], [len(p) - 1 for p in prompts], last, [], sampling)
+        with decoder.launch_context():
             logits, _ = prefill(model, prompts)
-        decoder.choose(logits)
+        decoder.sample_first(logits)
         gained = [one.tokens for one in decoder.receive()]
         for _ in range(CHECKED_STEPS):
-            decoder.launch()
+            decoder.enqueue_steps()
             gained += [one.tokens for one in decoder.receive()]
     return [list(row) for row in zip(*(tokens[:n_rows] for tokens in gained), strict=True)]
 
@@ -161,4 +161,4 @@ def _state(model: Transformer, batch: int, context: int, n_steps: int) -> Decode
     tokens: Sequence[int] = [row + 1 for row in range(batch)]
     last = min(context - 1 + n_steps, model.cache.max_seq_len - 1)
     state.set(tokens, [context - 1] * batch, [last] * batch, [], sampling)
-    return state.drawing(greedy=True)
+    return state.with_greedy(greedy=True)

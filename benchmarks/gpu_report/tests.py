@@ -25,7 +25,7 @@ from fastllama.benchmarks.gpu_report.report import TESTS_FILE
 from fastllama.benchmarks.gpu_report.sections import Bench, Found
 from fastllama.benchmarks.kernels_report.ahead_of_time import Gpu, recorded
 from fastllama.benchmarks.kernels_report.model_launches import Shape, prefill_ops, whole_step
-from fastllama.kernels.launch.options import switched
+from fastllama.kernels.launch.options import override_launch_options
 from fastllama.kernels.launch.target import current_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,11 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def compile_step(gpu: Gpu, shape: Shape, batch: int, launch: bool = True, prefetch: bool = True) -> int:
     """Compile a decode step's kernels for a GPU, into triton's cache, and count the launches. Needs no GPU."""
-    with recorded(gpu) as launches, switched(launch=launch, prefetch=prefetch), torch.inference_mode():
+    with (
+        recorded(gpu) as launches,
+        override_launch_options(dependent=launch, prefetch=prefetch),
+        torch.inference_mode(),
+    ):
         whole_step(shape, batch)()
         return len(launches)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllama.args import ModelArgs
 from fastllama.decode_graph import step
-from fastllama.distributed.parallel import ALONE, Group
+from fastllama.distributed.parallel import SINGLE_PROCESS, Group
 from fastllama.kernels import fused
 from fastllama.kernels.attention.prefill import attention_prefill
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
@@ -23,7 +23,7 @@ from fastllama.kernels.elementwise.rms_norm import rms_norm
 from fastllama.kernels.elementwise.rope import rope_append
 from fastllama.kernels.elementwise.swiglu import silu_mul
 from fastllama.model import Transformer
-from fastllama.packed_weights import slots
+from fastllama.packed_weights import packed_weights
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -132,11 +132,11 @@ def whole_step(shape: Shape, rows: int) -> Callable[[], None]:
     """The decode step itself, of a Transformer of all the model's layers; of one process, without collectives."""
     # Its cache is short: what is launched depends on the number of rows alone.
     args = ModelArgs(**shape.whole, max_batch_size=rows, max_seq_len=STEP_POSITIONS)
-    group = _Unheard(0, shape.n_processes) if shape.n_processes > 1 else ALONE
+    group = _Unheard(0, shape.n_processes) if shape.n_processes > 1 else SINGLE_PROCESS
     model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False, group=group)
     model.ops, model.workspace = fused, _workspace(shape, rows)
     layer = _Layer(shape, rows)
-    for slot in slots(model, model.layers):
+    for slot in packed_weights(model, model.layers):
         weight = getattr(layer, slot.attribute, layer.norm)
         setattr(slot.owner, slot.attribute, torch.nn.Parameter(weight, requires_grad=False))
     state = _state(shape, rows, STEP_POSITIONS)

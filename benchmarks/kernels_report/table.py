@@ -24,7 +24,7 @@ from fastllama.benchmarks.kernels_report.model_launches import (
 )
 from fastllama.benchmarks.kernels_report.traffic import counted, least_bytes
 from fastllama.benchmarks.kernels_report.weight_streaming import streaming
-from fastllama.kernels.attention.tile import PLAIN_SHARED_BYTES
+from fastllama.kernels.attention.tile import DEFAULT_SHARED_BYTES
 from fastllama.kernels.launch import dependent
 
 Row = dict[str, Any]
@@ -172,8 +172,8 @@ def violations(rows: Sequence[Row]) -> list[str]:
             "waits without being launched as dependent": row["waits"] > 0 and not row["dependent"],
             ", ".join(row["faults"]): bool(row["faults"]),
             "prefetches nothing": can_depend and is_of_step and _should_prefetch(row),
-            f"takes {row['shared']} bytes of shared memory, more than the plain {PLAIN_SHARED_BYTES}": (
-                row["kernel"] == "_attention_decode_kernel" and row["shared"] > PLAIN_SHARED_BYTES
+            f"takes {row['shared']} bytes of shared memory, more than the plain {DEFAULT_SHARED_BYTES}": (
+                row["kernel"] == "_attention_decode_kernel" and row["shared"] > DEFAULT_SHARED_BYTES
             ),
             **_held_up(row, gpu),
         }

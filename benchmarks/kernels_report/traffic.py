@@ -18,8 +18,8 @@ from triton.runtime import interpreter as stock
 ALL_PROGRAMS = 64  # of a launch: up to so many are all run
 SAMPLED_PROGRAMS = 3  # between the first and the last
 # Scratch memory is moved by choice, not by need.
-SCRATCH = {"mixed_ptr", "maxima_ptr", "totals_ptr", "counters_ptr"}
-SCRATCH |= {"first_ids_ptr", "sums_ptr", "masses_ptr", "candidates_ptr", "counts_ptr", "lowest_ptr"}
+SCRATCH = {"acc_ptr", "score_max_ptr", "p_sum_ptr", "counters_ptr"}
+SCRATCH |= {"maxima_ptr", "first_ids_ptr", "sums_ptr", "masses_ptr", "candidates_ptr", "counts_ptr", "lowest_ptr"}
 
 
 class Traffic(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.worker import Generate, Recorder, compile_or_fail, rope_scaling, scores_of
 from fastllama.benchmarks.runner import Run
-from fastllama.checkpoint.huggingface import PERMUTED_PARTS, their_names
+from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 
 PAD = 0
 
@@ -56,7 +56,7 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
 def _weights(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """Meta's weights in transformers' names. Rows of q and k are reordered: from adjacent pairs to two halves."""
     head_dim = spec.args.head_dim
-    theirs = their_names(spec.args.n_layers)
+    theirs = huggingface_names(spec.args.n_layers)
     for name, weight in spec.tensors():
         if any(part in name for part in PERMUTED_PARTS):
             pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])

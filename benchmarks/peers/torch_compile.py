@@ -21,7 +21,7 @@ from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.model import Transformer
-from fastllama.packed_weights import slots
+from fastllama.packed_weights import packed_weights
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 # What a model uses of its backend, except sample_and_advance.
@@ -54,7 +54,7 @@ class _Ops(SimpleNamespace):
 
 def compile_model(model: Transformer, compiled: Compiler) -> _Ops:
     """Compile the model's layers, head and sampling with `compiled`. Returns the model's new ops."""
-    for slot in slots(model, model.layers):
+    for slot in packed_weights(model, model.layers):
         weight = getattr(slot.owner, slot.attribute).detach()
         if weight.is_mkldnn:
             setattr(slot.owner, slot.attribute, nn.Parameter(weight.to_dense(), requires_grad=False))

@@ -157,7 +157,7 @@ def _recorded(model: Transformer, batch: int, context: int, temperature: float, 
     try:
         # An eager backend reads the cache only up to these lengths.
         lengths = None if ops.supports_cuda_graphs(model.device) else [context] * batch
-        step(model, state.drawing(greedy=sampling.greedy), lengths)
+        step(model, state.with_greedy(greedy=sampling.greedy), lengths)
     finally:
         model.ops = ops
     return recorder.calls

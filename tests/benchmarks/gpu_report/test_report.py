@@ -23,7 +23,7 @@ from fastllama.benchmarks.result_file import ResultFile, read_result
 from fastllama.benchmarks.statistics import summarize
 from fastllama.decode_graph import Decoder
 from fastllama.kernels import fused
-from fastllama.kernels.launch.options import switches
+from fastllama.kernels.launch.options import launch_options
 from tests.support.timeouts import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -187,12 +187,12 @@ def test_a_self_check_tells_that_dependent_launches_were_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(decoder: Decoder, n_rows: int) -> list[list[int]]:
-        if decoder._captures is None and n_rows == 1:
+        if decoder._use_graphs is None and n_rows == 1:
             decoder._dependent = False  # as a capture does that fails
         return [[1, 2]]
 
     monkeypatch.setattr(steps, "_greedy", greedy)
-    monkeypatch.setattr(fused, "uses_dependent_launch", lambda: switches().launch)
+    monkeypatch.setattr(fused, "uses_dependent_launch", lambda: launch_options().dependent)
     found = list(steps.self_check(Bench(torch.device("cpu"), TOY, tmp_path)))
     errors = [place for place, record in enumerate(found) if "error" in record]  # type: ignore[operator]
     assert [found[place]["error"] for place in errors] == [  # type: ignore[index]

@@ -22,7 +22,7 @@ def _scale_kernel(x_ptr, weight_ptr, y_ptr, N, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("programs", [3, 251])
 def test_bytes_are_counted_by_argument(programs: int) -> None:
     """The last program hangs over the end by half, whether all programs run or a sample of them."""
-    interpreter.mend()
+    interpreter.patch()
     block = 16
     length = programs * block - block // 2
     x, weight, y = torch.ones(1), torch.ones(length), torch.zeros(length)
@@ -56,7 +56,7 @@ def test_waste_is_named() -> None:
 
 
 def test_counting_is_over_when_its_block_is() -> None:
-    interpreter.mend()
+    interpreter.patch()
     with counted():
         pass
     y = torch.zeros(100 * 16)

@@ -149,7 +149,7 @@ driver.build_on_all(build_on_the_driver_only)
 """
 
 
-def build_in_the_first_alone() -> Llama:
+def build_on_the_driver_only() -> Llama:
     llm = ModelSpec(ModelSource.named("random-toy"), torch.device("cpu"), torch.float32, 1, 8).build()
     if llm.model.group.rank:
         raise OSError("no space left on this worker")

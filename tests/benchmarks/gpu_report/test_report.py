@@ -1,4 +1,4 @@
-"""The GPU report: rehearsed whole on the CPU, and its sections going wrong."""
+"""The GPU report: a complete rehearsal on the CPU, and sections that fail."""
 
 import json
 import os
@@ -96,19 +96,21 @@ def test_a_section_that_raises_or_dies_leaves_the_others_alone(tmp_path: Path) -
 
 
 def pass_time(monkeypatch: pytest.MonkeyPatch, after: dict[Any, float]) -> None:
-    """The report's clock, which jumps so many seconds ahead when a value is found, so that nobody has to wait."""
-    ahead, add = [0.0], report._Keeper.add
+    """Let the report's clock jump ahead by so many seconds when a value is found, so that no test has to wait."""
+    ahead, add = [0.0], report._ReportWriter.add
 
     def added(self: Any, section: str, found: Any) -> None:
         add(self, section, found)
         ahead[0] += after.get(found.get("value"), 0.0)
 
-    monkeypatch.setattr(report._Keeper, "add", added)
+    monkeypatch.setattr(report._ReportWriter, "add", added)
     monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0]))
 
 
-def test_hanging_is_given_up_and_time_that_is_up_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pass_time(monkeypatch, after={5: report.PATIENCE_SECONDS, 6: 1e6})
+def test_a_hanging_section_is_stopped_and_the_end_of_time_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pass_time(monkeypatch, after={5: report.TIMEOUT_SECONDS, 6: 1e6})
     records = run(tmp_path, "hangs", "goes_on", "fine", budget=1e5)
     assert records == [
         {"suite": "hangs", "value": 5},
@@ -160,7 +162,7 @@ def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
 def test_without_ceilings_no_measurement_is_lost(tmp_path: Path) -> None:
     bench = Bench(torch.device("cpu"), TOY, tmp_path)
     records: list[dict[str, Any]] = []
-    for section in (sections.launches, sections.decode, sections.prompts):
+    for section in (sections.launches, sections.decode, sections.prefills):
         found = [{"suite": section.__name__, **record} for record in section(bench) if isinstance(record, dict)]
         assert found and all(one.get("microseconds", one.get("milliseconds", 1)) > 0 for one in found)
         names = ("least_microseconds", "least_milliseconds", "share", "share_of_matmul")
@@ -183,7 +185,7 @@ def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pyt
     )
 
 
-def test_a_self_check_tells_that_dependent_launches_were_given_up(
+def test_a_self_check_records_that_dependent_launches_were_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(decoder: Decoder, n_rows: int) -> list[list[int]]:
@@ -203,8 +205,8 @@ def test_a_self_check_tells_that_dependent_launches_were_given_up(
     assert all(record["equal"] and not record["dependent"] for record in given_up)  # type: ignore[index]
 
 
-def test_the_first_sections_are_waited_for_but_shortly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(report.FIRST_PATIENCE_SECONDS, "hangs", 60.0)
+def test_the_first_sections_have_shorter_timeouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(report.FIRST_TIMEOUTS_SECONDS, "hangs", 60.0)
     pass_time(monkeypatch, after={5: 60.0})
     records = run(tmp_path, "hangs", "fine", budget=1e5)
     assert records[1:] == [
@@ -223,7 +225,7 @@ def test_tests_that_are_not_there_are_not_run(tmp_path: Path, monkeypatch: pytes
     assert list(tests.gpu_tests(bench)) == 2 * [{"not_run": "no_such_plugin not installed"}]
 
 
-def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_that_fail_or_take_too_long_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_fast.py").write_text("def test_good():\n    pass\n\n\ndef test_bad():\n    assert 1 == 2\n")
     begun = tmp_path / "begun"
     slow = (
@@ -232,7 +234,7 @@ def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: 
     (tmp_path / "test_slow.py").write_text(slow)
 
     class UntilBegun(subprocess.Popen[bytes]):
-        """Time is up as soon as the slow test has begun."""
+        """A process whose timeout is over as soon as the slow test has begun."""
 
         def wait(self, timeout: float | None = None) -> int:
             if timeout is None:
@@ -268,10 +270,10 @@ def test_slow_tests_run_where_kernels_are_compiled(
 @pytest.mark.slow
 def test_kernels_are_compiled_ahead_without_a_gpu(tmp_path: Path) -> None:
     script = (
-        "from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS\n"
-        "from fastllama.benchmarks.kernels_report.model_launches import Shape\n"
+        "from fastllama.benchmarks.gpu_report.steps import CHECKED\n"
         "from fastllama.benchmarks.gpu_report.tests import compile_step\n"
-        "print(compile_step(GPUS['sm_90'], Shape(2, 64, 4, 2, 16, 128, 512), 1))"
+        "from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS\n"
+        "print(compile_step(GPUS['sm_90'], CHECKED, 1))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],

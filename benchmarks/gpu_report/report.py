@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(results: Path, sections: Mapping[str, str], budget: float, commit: str | None = None) -> "ResultFile":
     """Run sections ("module:function" by name) and keep the report and its summary in the folder `results` up to date.
 
-    budget: seconds for all. commit: used if the checkout does not tell.
+    budget: seconds for all. commit: used if the checkout has no .git.
     """
     end = time.monotonic() + budget
     import torch

@@ -74,7 +74,7 @@ def self_check(bench: Bench) -> Results:
 
 
 def _compared(name: str, decoder: Decoder, expected: Rows, n_rows: int, against: str) -> Iterator[Record]:
-    """Whether a decoder generates the expected tokens. `dependent` tells if its launches still were dependent."""
+    """Whether a decoder generates the expected tokens. `dependent`: whether its launches still are."""
     possible = decoder.dependent
     rows = _greedy(decoder, n_rows)
     dependent = decoder.dependent

@@ -30,7 +30,7 @@ from fastllama.kernels.launch.target import Target, current_target
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("pytest", "pytest_timeout", "hypothesis")
-# With a limit in seconds each. The tests of the complete model come first, because they tell most.
+# With a limit in seconds each. The tests of the complete model come first, because they cover most.
 GPU_TESTS = (("tests/fastllama/test_gpu.py", 90.0), ("tests/gpu", 100.0))
 KERNEL_TESTS = ("tests/fastllama/test_fused.py", "tests/kernels")
 KERNEL_TESTS_SECONDS = 180.0
@@ -44,7 +44,7 @@ LINE = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] ([A-Z]+) |\S+::.* ([A-Z]+) +\[ *\d+
 
 
 def gpu_tests(bench: Bench) -> Results:
-    """Runs the tests that need a GPU, those of the complete model first, and compiles kernels meanwhile."""
+    """Runs the tests that need a GPU, those of the complete model first, while kernels are compiled."""
     sizes = bench.sizes
     with compile_ahead(bench, sizes.models.values(), sizes.batches, [(True, True), (True, False), (False, False)]):
         for path, seconds in GPU_TESTS:

@@ -1,4 +1,4 @@
-"""Compiles kernels for GPUs that are not present: a stand-in for triton's driver.
+"""Compiles kernels for GPUs that are not present, through a replacement of triton's driver.
 
 The project's own launch wrappers run on CPU tensors of the real shapes, so they compile exactly the kernels that they
 would launch on such a GPU. Nothing is executed.

@@ -32,7 +32,7 @@ def violations(ir: KernelIR) -> list[str]:
     (wait,) = places
     found = []
     if any(re.search(LEAVES_THE_ENTRY, line) for line in ir.lines[:wait]):
-        found.append("waits behind a branch, a loop or a return")
+        found.append("waits after a branch, a loop or a return")
     triggers = [index for index, line in enumerate(ir.lines) if TRIGGER in line]
     if any(index < wait for index in triggers):
         found.append("lets the next kernel begin before it has waited")

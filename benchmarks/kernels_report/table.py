@@ -196,7 +196,7 @@ def _streaming_rules(row: Row) -> dict[str, bool]:
         return {slow: row["chain"] > row["budget"], "prefetches in programs that do not wait": wasted}
     return {
         f"requests {row['x_early']} of x's {row['x_loads']} loads before its weights": row["x_early"] < row["x_loads"],
-        "knows its norm only behind its weights": row["holds_scales"] and row["norm_first"] is False,
+        "computes its norm only after its weights": row["holds_scales"] and row["norm_first"] is False,
         "prefetches row by row": row["looped_prefetches"] > 0,
     }
 

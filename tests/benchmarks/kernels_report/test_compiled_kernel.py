@@ -126,7 +126,7 @@ FEW = row(tokens=4, kernel="_few_tokens_kernel", chain=330.0, budget=461.0)
     ("sound", "changes", "message"),
     [
         (ONE, {"x_early": 2}, "requests 2 of x's 14 loads before its weights"),
-        (ONE, {"norm_first": False}, "knows its norm only behind its weights"),
+        (ONE, {"norm_first": False}, "computes its norm only after its weights"),
         (ONE, {"looped_prefetches": 1}, "prefetches row by row"),
         (FEW, {"chain": 528.0}, "multiplies for 528 cycles a stage, of 461"),
         (FEW, {"programs": 2004, "prefetching": 2004}, "prefetches in programs that do not wait"),

@@ -20,8 +20,8 @@ VIOLATIONS = {
     "early_atomic": ["writes before it waits"],
     "early_trigger": ["lets the next kernel begin before it has waited"],
     "steered_too_far": ["uses what it loaded of positions_ptr before it waited"],
-    "wait_in_loop": ["waits behind a branch, a loop or a return"],
-    "wait_in_branch": ["waits behind a branch, a loop or a return"],
+    "wait_in_loop": ["waits after a branch, a loop or a return"],
+    "wait_in_branch": ["waits after a branch, a loop or a return"],
     "no_wait": ["has 0 waits, not one"],
     "two_waits": ["has 2 waits, not one"],
     "no_trigger": ["never lets the next kernel begin"],
@@ -46,7 +46,7 @@ def test_a_sound_kernel_has_no_violations(found: dict[str, Any]) -> None:
 def test_every_way_to_break_the_rule_is_named(found: dict[str, Any]) -> None:
     assert set(found) == {"sound", *VIOLATIONS}
     for name, expected in VIOLATIONS.items():
-        assert set(expected) <= set(found[name]["violations"]), f"{name}: {found[name]['faults']}"
+        assert set(expected) <= set(found[name]["violations"]), f"{name}: {found[name]['violations']}"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
-# Every habit has a target. Those that need Python packages make .venv first, and are instant when it is there.
+# Targets that need Python packages make .venv first; where it exists this takes no time.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-# Two files of tests at a time, or up to four: the tests of one share what they compile.
+# Two to four files of tests at a time. The tests of one file share what they compile.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Where the toy benchmarks write, and their sizes. Two at a time, the longest first: compilers take most of it.
+# Output and sizes of the toy benchmarks. Two run at a time, the longest first: compilers take most of the time.
 SMOKE := .cache/bench-smoke
 smoke-%: export TORCHINDUCTOR_COMPILE_THREADS := 1
 SMOKED := --strict --batch 2 --context 8 --steps 3 --rounds 1 --threads 1
@@ -20,11 +20,20 @@ WITH_TRITON = PYTHONPATH=$(CURDIR)/$< $(BIN)/python
 KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/kernels_report/test_compiled_kernel.py \
 	tests/benchmarks/kernels_report/test_dependence.py
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-install kernels-report gpu-report readme \
-	bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types clean
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-install kernels-report gpu-report figures \
+	check-figures bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types hooks clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z0-9.-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+##@ Try it
+
+demo: $(INSTALLED) ## Tell a story and answer a question with the built-in model
+	@$(BIN)/fastllama complete "Once upon a time" --echo --seed 4
+	@echo
+	@echo "> What is the capital of France?"
+	@echo "What is the capital of France?" | $(BIN)/fastllama chat --temperature 0
 
 install: $(INSTALLED) ## Make .venv with the package, its tools and everything the tests need
 
@@ -34,41 +43,40 @@ $(INSTALLED): setup.py constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: $(INSTALLED) ## Tell a story and answer a question with the built-in model
-	@$(BIN)/fastllama complete "Once upon a time" --echo --seed 4
-	@echo
-	@echo "> What is the capital of France?"
-	@echo "What is the capital of France?" | $(BIN)/fastllama chat --temperature 0
+##@ Test
 
-test: $(INSTALLED) ## Run the tests, under five minutes; more sizes and more GPUs are left to test-all
+test: $(INSTALLED) ## Run the tests, in under five minutes; test-all runs more sizes and GPUs
 	$(BIN)/python $(PYTEST)
 
 test-all: $(INSTALLED) ## Run all tests
 	$(BIN)/python $(PYTEST) --all
 
-test-triton-3.6: $(OLDER_TRITON) ## Run all tests of the kernels under the oldest triton that is supported
+test-triton-3.6: $(OLDER_TRITON) ## Run all tests of the kernels with the oldest supported triton
 	$(WITH_TRITON) $(PYTEST) --all $(KERNEL_TESTS)
 
-test-triton-latest: $(NEWEST_TRITON) ## Run the tests of the kernels under the newest triton, compiled for the H200
+test-triton-latest: $(NEWEST_TRITON) ## Run the tests of the kernels with the newest triton, compiled for the H200
 	$(WITH_TRITON) $(PYTEST) --all $(KERNEL_TESTS) -k "not compile_as_the_table_says or sm_90"
 
-test-install: ## With PYTHON=python3.x: what pip install makes of this folder in a plain venv, and a completion with it
+test-install: ## PYTHON=python3.x: pip install this folder into a plain venv, and complete a text with it
 	$(PYTHON) -m venv --clear .cache/installed
 	.cache/installed/bin/python -m pip install --quiet --disable-pip-version-check .
 	cd .cache && installed/bin/python -W error -m fastllama complete "Once upon a time" --max_gen_len 8
+
+##@ Measure
+
+gpu-report: ## RESULTS=dir: on a machine with a GPU and its own torch and triton, run tests and measure everything
+	$(PYTHON) -m fastllama.benchmarks.gpu_report \
+		--results $(or $(RESULTS),$(error say where to: make gpu-report RESULTS=dir)) $(if $(COMMIT),--commit $(COMMIT))
 
 kernels-report: $(OLDER_TRITON) ## Compile the kernels for all supported GPUs and write docs/compiled/
 	$(BIN)/python -m fastllama.benchmarks.kernels_report
 	$(WITH_TRITON) -m fastllama.benchmarks.kernels_report
 
-gpu-report: ## With RESULTS=dir, on a machine with a GPU and its own torch and triton: tests and times
-	$(PYTHON) -m fastllama.benchmarks.gpu_report \
-		--results $(or $(RESULTS),$(error say where to: make gpu-report RESULTS=dir)) $(if $(COMMIT),--commit $(COMMIT))
-
-readme: $(INSTALLED) ## Write the figures of benchmarks/results/ into the README
+figures: $(INSTALLED) ## Write docs/benchmarks.md from benchmarks/results/, and draw docs/pictures/
 	$(BIN)/python -m fastllama.benchmarks.figures
+	$(BIN)/python -m docs.pictures
 
-bench-smoke: $(INSTALLED) ## Every suite and every peer at toy size; fails where one disagrees or breaks down
+bench-smoke: $(INSTALLED) ## Run every suite and every peer at toy size; fails where one disagrees or breaks
 	@mkdir -p $(SMOKE)
 	@$(MAKE) --no-print-directory -j2 smoke-compiled smoke-kernels smoke-models smoke-memory
 
@@ -90,12 +98,21 @@ smoke-memory:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
 	@touch $@
 
+##@ Change it
+
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
+
+hooks: $(INSTALLED) ## Have git check style, types and figures before every commit
+	$(BIN)/pre-commit install
+
+check-figures: $(INSTALLED)
+	@$(BIN)/python -m fastllama.benchmarks.figures --check
+	@$(BIN)/python -m docs.pictures --check
 
 clean: ## Remove .venv and everything that was generated
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

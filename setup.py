@@ -61,6 +61,7 @@ setup(
             *REFERENCE,
             "hypothesis>=6.100",
             "mypy>=1.15",
+            "pre-commit>=4",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",

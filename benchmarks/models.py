@@ -19,8 +19,8 @@ import torch
 import fastllama
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import open_checkpoint
-from fastllama.checkpoint.sharding import Stored, read_share, weights
-from fastllama.distributed.parallel import ALONE, Group, model_group
+from fastllama.checkpoint.sharding import ShardedTensor, read_slice, weight_specs
+from fastllama.distributed.parallel import SINGLE_PROCESS, Group, model_group
 from fastllama.generation import Llama
 from fastllama.loading import choose_device
 from fastllama.model import Transformer
@@ -103,7 +103,7 @@ class ModelSource:
         return ModelArgs(**{**fields, "max_batch_size": max_batch_size, "max_seq_len": max_seq_len})
 
     def tensors(
-        self, args: ModelArgs, device: torch.device, dtype: torch.dtype, group: Group = ALONE
+        self, args: ModelArgs, device: torch.device, dtype: torch.dtype, group: Group = SINGLE_PROCESS
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every weight, or this process's part of it, in Meta's names, on `device` in `dtype`."""
         if self.ckpt_dir is None:
@@ -119,7 +119,7 @@ class ModelSource:
 def build(source: ModelSource, args: ModelArgs, device: torch.device, dtype: torch.dtype, backend: str | None) -> Llama:
     """A Llama with the weights of `source`, or this process's part of it, where several share one."""
     group = model_group(None, device)
-    with group.agreeing():
+    with group.propagate_errors():
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
         model.load_tensors(source.tensors(args, device, dtype, group))
         return Llama(model, _tokenizer(source, args.vocab_size))
@@ -166,7 +166,7 @@ def resolved(args: ModelArgs) -> tuple[int, int, int]:
 
 
 def random_tensors(
-    args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype, group: Group = ALONE
+    args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype, group: Group = SINGLE_PROCESS
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Normal weights of RANDOM_STD, norms around one: the same ones for the same seed and kind of device.
 
@@ -174,9 +174,9 @@ def random_tensors(
     """
     generator = torch.Generator(device)
     names = list(args.shapes)
-    for weight in weights(vars(args)):
+    for weight in weight_specs(vars(args)):
         drawn = "tok_embeddings.weight" if args.tied_output and weight.name == "output.weight" else weight.name
         generator.manual_seed(seed * SEEDS_PER_MODEL + names.index(drawn))
         tensor = torch.randn(weight.shape, generator=generator, device=device) * RANDOM_STD
         tensor = (tensor + 1 if len(weight.shape) == 1 else tensor).to(dtype)
-        yield weight.name, read_share(Stored((tensor,)), weight, group.rank, group.size)
+        yield weight.name, read_slice(ShardedTensor((tensor,)), weight, group.rank, group.size)

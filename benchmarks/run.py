@@ -162,7 +162,7 @@ def _ours(plan: Plan, args: ModelArgs) -> Llama:
     """The plan's model, led where several processes share it."""
     if plan.nproc == 1:
         return build(plan.source, args, plan.device, plan.dtype, plan.backend)
-    if not environment.torchrun_started():
+    if not environment.is_distributed():
         driver.start_workers(plan.nproc)
     return driver.build_on_all(
         described,
@@ -258,7 +258,7 @@ def _saying(progress: Callable[[str], None], what: str) -> Callable[[str], None]
 
 
 def _warm(llm: Llama, batch: int) -> None:
-    llm.decoder.warm([batch])
+    llm.decoder.capture_graphs([batch])
 
 
 def _launches(llm: Llama, case: Case, probe: ReadProbe, matmul: float, sharing: int) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Answer dialogs, as the reference's script of this name does: the same calls, the same defaults, the same flags.
+"""Answer dialogs, with the same calls, defaults and flags as the script of this name in Meta's llama3.
 
     python examples/example_chat_completion.py
     python examples/example_chat_completion.py --ckpt_dir Meta-Llama-3-8B-Instruct \
@@ -37,7 +37,7 @@ def main(
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
 ) -> None:
-    """Build a generator and print each dialog with its answer. `max_gen_len` None: as long as the context allows."""
+    """Build a generator and print each dialog with its answer. max_gen_len None means up to the context's end."""
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,

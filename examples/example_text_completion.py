@@ -1,4 +1,4 @@
-"""Complete texts, as the reference's script of this name does: the same calls, the same defaults, the same flags.
+"""Complete texts, with the same calls, defaults and flags as the script of this name in Meta's llama3.
 
 python examples/example_text_completion.py
 python examples/example_text_completion.py --ckpt_dir Meta-Llama-3-8B --tokenizer_path Meta-Llama-3-8B/tokenizer.model

@@ -1,6 +1,6 @@
-"""Meta's Llama 3 interface, fast: build, generate, stream, complete, chat.
+"""A fast implementation of Meta's Llama 3 interface: build, generate, stream, complete, chat.
 
-The names load when they are first used, so that what needs no model (`fastllama --help`) does not wait for torch.
+Public names are imported at first use, so that `fastllama --help` does not wait for torch.
 """
 
 import importlib
@@ -30,7 +30,7 @@ __all__ = [
     "builtin_checkpoint",
 ]
 
-_HOMES = {
+_PUBLIC_NAMES = {
     "args": ("ModelArgs",),
     "builtin": ("builtin_checkpoint",),
     "generation": ("ChatPrediction", "CompletionPrediction", "Llama"),
@@ -41,15 +41,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _HOMES.items():
+    for module, names in _PUBLIC_NAMES.items():
         if name in names:
             return getattr(importlib.import_module(f"fastllama.{module}"), name)
-    if (
-        name in _HOMES
-    ):  # `import fastllama` alone makes fastllama.generation and its like reachable, as Meta's package does
+    # As in Meta's package, `import fastllama` alone makes fastllama.generation and its other modules available.
+    if name in _PUBLIC_NAMES:
         return importlib.import_module(f"fastllama.{name}")
     raise AttributeError(f"module 'fastllama' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_HOMES, "__version__"])
+    return sorted([*__all__, *_PUBLIC_NAMES, "__version__"])

@@ -1,26 +1,26 @@
-"""What a model is: Meta's params.json as a dataclass, checked."""
+"""ModelArgs: Meta's params.json as a checked dataclass, and the shape of every weight."""
 
 import math
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
-UNSET: Any = None  # the default of a field that takes its value from the others
+UNSET: Any = None  # the default of a field whose value follows from other fields
 UNKNOWN_VOCAB_SIZE = -1
 MOST_PROCESSES_NAMED = 64
-IGNORED_NAMES = frozenset({"rope.freqs"})  # Meta's files may hold the rotary frequencies, which follow from the fields
-# Meta's params.json says only `use_scaled_rope`. The factor is 8, but 32 for the 1B and 3B of Llama 3.2, known by their
-# widths.
+IGNORED_NAMES = frozenset({"rope.freqs"})  # rotary frequencies, in some of Meta's files; ModelArgs determines them
+# Meta's params.json has only `use_scaled_rope`. The factor is 32 for the 1B and 3B of Llama 3.2, recognised by their
+# width, and 8 otherwise.
 ROPE_SCALING_FACTOR = 8.0
 ROPE_SCALING_FACTORS_BY_DIM = {2048: 32.0, 3072: 32.0}
 
 
 @dataclass
 class ModelArgs:
-    """The shape of a model, as in Meta's params.json, and the rows and positions it is built for.
+    """The shape of a model, as in Meta's params.json, and the rows and positions of its cache.
 
-    JsonConfig that may be left out (or None) hold their values after construction; only `vocab_size` may stay unknown.
-    Raises ValueError for values that no model can have.
+    Fields that are left out or None are computed at construction; only `vocab_size` may stay unknown. Raises ValueError
+    for values that no model can have.
     """
 
     dim: int = 4096
@@ -93,10 +93,10 @@ class ModelArgs:
         setattr(self, name, float(value))
 
     def split(self, size: int) -> "ModelArgs":
-        """The part of the model that each of `size` processes has: heads, ffn width and vocabulary divided.
+        """The part of the model in each of `size` processes: heads, ffn width and vocabulary are divided.
 
-        With more processes than kv heads, each has one, which it shares with its neighbours. Raises ValueError, saying
-        which sizes do, where the model cannot be divided so.
+        With more processes than kv heads, each process has one kv head, and several processes have the same one. Raises
+        ValueError, naming the sizes that are possible, if the model cannot be divided.
         """
         if size == 1:
             return self
@@ -116,7 +116,7 @@ class ModelArgs:
         )
 
     def obstacles(self, size: int) -> list[str]:
-        """What keeps `size` processes from sharing the model."""
+        """The reasons why `size` processes cannot share the model; empty if they can."""
         found = [
             f"{name}={getattr(self, name)} does not divide by {size}"
             for name in ("n_heads", "hidden_dim", "vocab_size")
@@ -128,7 +128,7 @@ class ModelArgs:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Meta's name of every weight and its shape, in the order in which a forward pass reads them."""
+        """The shape of every weight by Meta's name, in the order of a forward pass."""
         of_layer = {
             "attention_norm": (self.dim,),
             "attention.wq": (self.n_heads * self.head_dim, self.dim),

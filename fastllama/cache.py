@@ -1,4 +1,4 @@
-"""The key/value cache: what a row's earlier tokens leave for its later ones."""
+"""The key/value cache: the keys and values of each row's earlier tokens."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every layer, (L, B, K, T, D) each: a kv head's T·D values are contiguous.
 
-    Rows are independent. A row's positions at and past its length hold leftovers that nothing reads.
+    Rows are independent. A row's positions from its length on may hold old values, which nothing reads.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class KVCache:
 
     @property
     def max_batch_size(self) -> int:
-        """Rows it holds."""
+        """The number of rows."""
         return self.k.shape[1]
 
     @property
     def max_seq_len(self) -> int:
-        """Positions each row holds."""
+        """The number of positions per row."""
         return self.k.shape[3]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

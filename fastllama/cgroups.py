@@ -1,27 +1,27 @@
-"""What the control groups of Linux, version 1 and 2, let this process use: a container's limits.
+"""A container's memory and CPU limits, from Linux control groups, version 1 and 2.
 
-A group's limit holds for all below it, so a limit is looked for in the process's group and in every one above, as far
-as they can be seen: a container sees no more than its own. What cannot be read limits nothing.
+A group's limit applies to all groups below it, so limits are read from the process's group and from every group above
+it that is visible; a container sees only its own. A file that cannot be read counts as no limit.
 """
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-V1_UNLIMITED_BYTES = 2**60  # version 1 writes a limit that no machine reaches where there is none
-RECLAIMABLE = ("inactive_file", "active_file")  # of memory.stat: copies of files, which the kernel gives up
+V1_UNLIMITED_BYTES = 2**60  # version 1 writes a number above any machine's memory for "no limit"
+RECLAIMABLE = ("inactive_file", "active_file")  # in memory.stat: the page cache, which the kernel can free
 MOUNTPOINT = PurePosixPath("/sys/fs/cgroup")
 
 
 class FreeMemory(NamedTuple):
-    """Bytes that may still be taken, and what limits them."""
+    """Bytes that are free, and what limits them."""
 
     free: int
-    limit: str  # where they are free, for a message
+    limit: str  # a phrase for error messages, such as "on this machine"
 
 
 def free_memory(root: Path = Path("/")) -> FreeMemory | None:
-    """What is left of the tightest memory limit; None without one. root: where /proc and /sys are."""
+    """The memory left under the tightest limit; None without a limit. root: the folder of /proc and /sys."""
     found = [
         FreeMemory(max(0, limit - _used(group, usage, prefix)), f"in this container ({name} {limit / 2**20:.0f} MiB)")
         for version, group in _groups(root, "memory")
@@ -38,7 +38,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     return min(quotas, default=None)
 
 
-# By version: the files of limits, that of what is used, and what precedes names in memory.stat to count groups below.
+# By version: the files with limits, the file with the usage, and the prefix of memory.stat's names that include the
+# groups below.
 _MEMORY_FILES = {
     1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_"),
     2: (("memory.max", "memory.high"), "memory.current", ""),
@@ -46,7 +47,7 @@ _MEMORY_FILES = {
 
 
 def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of the process's groups for a controller, each with all above it that can be seen."""
+    """(version, folder) of the process's groups for a controller, and of all visible groups above them."""
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -56,7 +57,7 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
         mounted, mountpoint = _mount(root, controller if version == 1 else None)
         top = root / mountpoint.relative_to("/")
         inside = PurePosixPath(path)
-        # A container may see its group as the top of the tree, while its path is the host's.
+        # In a container, the group may be mounted as the top of the tree while `path` is the host's path.
         below = inside.relative_to(mounted) if inside.is_relative_to(mounted) else PurePosixPath()
         if ".." in below.parts:
             below = PurePosixPath()
@@ -66,7 +67,7 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
 
 
 def _mount(root: Path, controller: str | None) -> tuple[PurePosixPath, PurePosixPath]:
-    """The group that is mounted and where it is, for a controller of version 1, or for version 2 (None)."""
+    """(mounted group, mount point) of a version 1 controller; None means version 2."""
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         kind, *_, options = after.split() or [""]
@@ -77,7 +78,7 @@ def _mount(root: Path, controller: str | None) -> tuple[PurePosixPath, PurePosix
 
 
 def _used(group: Path, usage: str, prefix: str) -> int:
-    """Bytes that a group uses and cannot give up."""
+    """Bytes that a group uses and that the kernel cannot free."""
     pairs = [line.split() for line in _lines(group / "memory.stat")]
     stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
     reclaimable = sum(stat.get(prefix + name, stat.get(name, 0)) for name in RECLAIMABLE)
@@ -95,7 +96,7 @@ def _quota(version: int, group: Path) -> float | None:
 
 
 def _bytes(path: Path) -> int | None:
-    """The number in a file; None where there is none, or it is no limit."""
+    """The number in a file; None if there is none, or if it means "no limit"."""
     words = " ".join(_lines(path)).split()
     if len(words) != 1 or not words[0].isdecimal() or int(words[0]) >= V1_UNLIMITED_BYTES:
         return None

@@ -1,4 +1,4 @@
-"""A CUDA graph: launches that are recorded once and replayed, and a recording that fails without a trace."""
+"""A CUDA graph: launches recorded once and replayed. A capture that fails leaves torch usable."""
 
 import threading
 from collections.abc import Callable
@@ -11,36 +11,37 @@ class Graph(Protocol):
     """Launches that are recorded once and replayed."""
 
     def capture(self, launches: Callable[[], object]) -> None:
-        """Record what this function launches. It has run before."""
+        """Record what this function launches. The caller has run it once before."""
 
     def replay(self) -> None:
-        """Queue the same launches, on the same memory."""
+        """Enqueue the same launches, on the same memory."""
 
 
 class CudaGraph:
-    """A CUDA graph. All that are given one stream and pool share their memory, and so run one at a time."""
+    """A CUDA graph. Graphs of one stream and pool share their memory, so only one of them may run at a time."""
 
     _capturing = threading.Lock()  # torch captures one graph at a time
     _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []  # torch's allocator may still point to them
 
     def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """stream: to capture on, of the device that the launches go to; no other work may be on it."""
+        """stream: where the capture runs, on the launches' device; nothing else may run on it."""
         self._stream, self._pool = stream, pool
         self._graph = torch.cuda.CUDAGraph()
 
     @classmethod
     def alone(cls, device: torch.device) -> "CudaGraph":
-        """One with memory of its own."""
+        """A graph with its own stream and memory pool."""
         return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
 
     def capture(self, launches: Callable[[], object]) -> None:
-        """Record, and raise what `launches` raises. After an error stream and pool are of no more use."""
+        """Record the launches. Raises what `launches` raises; the stream and pool are unusable after an error."""
         device = self._stream.device
-        # Entering torch's context makes the stream's device the current one. Without a stream it would take one that
-        # all graphs of the process share, on whichever device captured first. Other threads may go on meanwhile.
+        # torch.cuda.graph makes the stream's device current. Without a stream it would use one that all graphs of the
+        # process share, on the device of the first capture. "thread_local" lets other threads use CUDA meanwhile.
         how = {"stream": self._stream, "pool": self._pool, "capture_error_mode": "thread_local"}
         cause: BaseException | None = None
-        # Where the end of a broken capture raises, torch leaves its stream the current one: the block's puts it right.
+        # Where ending a failed capture raises, torch leaves the capture's stream current. The outer torch.cuda.stream
+        # block restores the caller's.
         with self._capturing, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             try:
                 with torch.cuda.graph(self._graph, **how):
@@ -53,8 +54,8 @@ class CudaGraph:
                 self._failed.append(self._graph)
                 if cause is None or cause is error:
                     raise
-                raise cause from None  # the other says only that the capture was broken
+                raise cause from None  # torch's own error says only that the capture failed
 
     def replay(self) -> None:
-        """Queue the launches on the current stream."""
+        """Enqueue the launches on the current stream."""
         self._graph.replay()

@@ -1,10 +1,10 @@
-"""The decode step: one token for every row, with all that it reads and writes on the device, captured in a CUDA graph.
+"""The decode step: one token for every row, entirely on the device, captured in a CUDA graph.
 
 A step is embed → layers → logits → sample → write the token and its log-probability → stop test → advance, on the
-static tensors of a `DecodeState`. It is one function, which runs eagerly, or once under capture and from then on as a
-graph of its launches: one graph for each batch size, all of them in one pool of memory. The host queues steps some
-way ahead of what it has read; what they wrote comes to it by copies beside the steps (`arrivals.py`), so that the
-device never waits for the host. A row that has ended rests, and costs next to nothing.
+static tensors of a `DecodeState`. The same function runs eagerly, or is captured once and replayed. There is one graph
+for each captured batch size, and all graphs share one memory pool. The host enqueues steps ahead of the output it has
+read, and output is copied to it asynchronously (`output_copies.py`), so the device never waits for the host. A row that
+has ended is inactive and costs almost nothing.
 """
 
 import logging
@@ -17,23 +17,23 @@ from torch import Tensor
 from fastllama.cuda_graph import CudaGraph, Graph
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Segment
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.launch.options import switched
+from fastllama.kernels.launch.options import override_launch_options
 from fastllama.model import Transformer
 from fastllama.output_copies import OutputCopies, StepOutput
 
 logger = logging.getLogger(__name__)
 
-# Replays queued behind the one that the host reads: the device has work while the host is busy, and what is
-# wasted after the last stop token is as many. On a CPU, where a queued step has run by then, none.
+# Replays in the queue behind the one whose output the host reads, so that the device has work while the host is busy.
+# As many are wasted after the last stop token. None on a CPU, where enqueueing a step runs it.
 REPLAYS_AHEAD = 2
-FINE_BATCH_SIZES = (1, 2, 4, 8, 16)  # of graphs; beyond, multiples of the last, up to the most that the model takes
+FINE_BATCH_SIZES = (1, 2, 4, 8, 16)  # of graphs; larger sizes are multiples of the last, up to the model's batch size
 
 
 def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None = None) -> None:
-    """Feed every row's newest token and choose the next.
+    """Run the model on every row's newest token and sample the next.
 
-    lengths: the rows' own, that token included, for a backend that reads no more of the cache. None: of any length, as
-    the device alone knows.
+    lengths: each row's tokens, the newest included, so that a backend reads only these cache positions. None: only the
+    device knows the lengths.
     """
     keys = lengths or [model.cache.max_seq_len] * state.rows.shape[0]
     batch = RaggedBatch(
@@ -48,11 +48,12 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None =
 
 
 class Decoder:
-    """The decode steps of one model, whose cache rows 0, 1, … they use: hold `model.exclusively()` around a call.
+    """Runs the decode steps of one model, on its cache rows 0, 1, …: hold `model.exclusively()` around a call.
 
-    A call is `begin`, then `choose` with the logits of the prompts' last tokens, then `launch` and `receive` by turns.
-    Only `receive` waits, and for no more than it brings; and `begin`, for the device, when a graph has to be captured
-    that `warm` has not. Graphs are made anew when the model's weights or cache have moved.
+    A call is `start`, then `sample_first` with the logits of the prompts' last tokens, then `enqueue_steps` and
+    `receive` in turn. `receive` waits for the output it returns. `start` waits for the device only if it has to capture
+    a graph that `capture_graphs` has not. Nothing else waits. Graphs are captured again after the model's weights or
+    cache were replaced.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class Decoder:
         unroll: int = 1,
         new_graph: Callable[[], Graph] | None = None,
     ) -> None:
-        """graphs: capture steps; None does so where the backend is made for it. dependent: False launches every kernel
-        as usual, else as dependent on the one before where the GPU can (`kernels/launch/dependent.py`). unroll:
-        steps of one replay. new_graph: makes graphs other than CUDA's.
+        """graphs: whether to capture steps; None does so where the backend supports it. dependent: False turns
+        dependent launches (`kernels/launch/dependent.py`) off; otherwise they are used where the GPU supports them.
+        unroll: steps in one replay. new_graph: makes the graphs, in place of CudaGraph.
 
-        Raises ValueError for an unroll below 1, and where graphs are asked for on a CPU.
+        Raises ValueError for an unroll below 1, and for graphs=True on a CPU.
         """
         if unroll < 1:
             raise ValueError(f"unroll must be at least 1 step, got {unroll}")
@@ -76,57 +77,57 @@ class Decoder:
             raise ValueError(f"CUDA graphs need a GPU, and the model is on {str(model.device)!r}: leave graphs out")
         self.model = model
         self.unroll = unroll
-        self._captures, self._dependent, self._new_graph = graphs, dependent, new_graph
+        self._use_graphs, self._dependent, self._new_graph = graphs, dependent, new_graph
         self._revision = -1
         self._call_stream: torch.cuda.Stream | None = None
 
     @property
-    def ahead(self) -> int:
-        """Replays that are worth queueing behind the next one to be received."""
+    def replays_ahead(self) -> int:
+        """How many replays to enqueue behind the next one to be received."""
         return REPLAYS_AHEAD if self.model.device.type == "cuda" else 0
 
     @property
     def dependent(self) -> bool:
-        """Whether kernels are launched as dependent on the one before: asked for, possible here, and not given up."""
-        with self.launching():
+        """Whether kernels use dependent launches: allowed, supported here, and not turned off by a failed capture."""
+        with self.launch_context():
             return bool(self.model.ops.uses_dependent_launch())
 
     @property
     def queued(self) -> int:
-        """Results that are yet to be received."""
+        """Output copies that have not been received."""
         return self._copies.queued
 
     @torch.inference_mode()
-    def warm(self, batch_sizes: Sequence[int]) -> None:
+    def capture_graphs(self, batch_sizes: Sequence[int]) -> None:
         """Capture the graphs of these batch sizes before they are first used. Waits for the device."""
         with self.model.exclusively():
-            self._take_stream()
-            self._follow_model()
+            self._use_current_stream()
+            self._allocate_for_model()
             for n_rows in batch_sizes:
-                self._graph_of(n_rows)
+                self._graph_for(n_rows)
 
     @torch.inference_mode()
-    def rehearse(self, n_rows: int) -> None:
-        """Run a step of so many parked rows, launch by launch: it compiles kernels and leaves nothing behind.
+    def dry_run(self, n_rows: int) -> None:
+        """Run an eager step of n_rows inactive rows, which compiles its kernels and changes nothing.
 
-        Raises RuntimeError, naming the switch that does without dependent launches, where one of them fails.
+        Raises RuntimeError if it fails. With dependent launches, the message names the option that turns them off.
         """
         with self.model.exclusively():
-            self._take_stream()
-            self._follow_model()
+            self._use_current_stream()
+            self._allocate_for_model()
             self._state.deactivate()
             try:
-                with self.launching():
+                with self.launch_context():
                     step(self.model, self._state.first(n_rows))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 if not self.dependent:
                     raise
-                hint = "if dependent launches are to blame, dependent_launch=False does without them"
+                hint = "if dependent launches are the cause, dependent_launch=False turns them off"
                 raise RuntimeError(f"a decode step of {n_rows} rows failed ({error}): {hint}") from error
 
-    def begin(
+    def start(
         self,
         tokens: Sequence[int],
         positions: Sequence[int],
@@ -134,79 +135,79 @@ class Decoder:
         stop_ids: Sequence[int],
         sampling: SamplingTensors,
     ) -> None:
-        """Take on rows, each standing on its newest token at its position, to gain more up to position `last`.
+        """Start a call. Row i has its newest token tokens[i] at positions[i], and generates up to position last[i].
 
-        All that the call launches goes to the stream that is current now, whichever is when it goes on.
+        All launches of the call go to the stream that is current here, even if another is current later.
         """
-        self._take_stream()
-        self._follow_model()
-        self._graph = self._graph_of(len(tokens))
+        self._use_current_stream()
+        self._allocate_for_model()
+        self._graph = self._graph_for(len(tokens))
         self._state.set(tokens, positions, last, stop_ids, sampling)
-        self._rows = self._state.first(len(tokens)).drawing(greedy=sampling.greedy)
+        self._rows = self._state.first(len(tokens)).with_greedy(greedy=sampling.greedy)
         self._lengths = [position + 1 for position in positions]
         self._finished: set[int] = set()
         self._steps = 0
         self._copies.clear()
 
-    def choose(self, logits: Tensor) -> None:
-        """Queue the rows' next tokens, from logits (B, V) that are at hand."""
-        with self.launching():
+    def sample_first(self, logits: Tensor) -> None:
+        """Enqueue sampling of each row's first token, from the prompts' logits (B, V)."""
+        with self.launch_context():
             self.model.ops.sample_and_advance(logits, self._rows, self.model.workspace)
-            self._sent(1)
+            self._enqueue_copy(1)
 
-    def launch(self) -> None:
-        """Queue the next `unroll` steps."""
-        with self.launching():
+    def enqueue_steps(self) -> None:
+        """Enqueue the next `unroll` steps."""
+        with self.launch_context():
             if self._graph is not None:
                 self._graph.replay()
             else:
                 for ahead in range(self.unroll):
-                    step(self.model, self._rows, self._keys(ahead))
-            self._sent(self.unroll)
+                    step(self.model, self._rows, self._row_lengths(ahead))
+            self._enqueue_copy(self.unroll)
 
     @contextmanager
-    def launching(self) -> Iterator[None]:
-        """Within the block launches go to the call's stream, as dependent ones or not, as this decoder has it."""
+    def launch_context(self) -> Iterator[None]:
+        """A block whose launches use the call's stream and this decoder's setting of dependent launches."""
         with ExitStack() as stack:
             if self._call_stream is not None:
                 stack.enter_context(torch.cuda.stream(self._call_stream))
             if self._dependent is False:
-                stack.enter_context(switched(launch=False, prefetch=False))
+                stack.enter_context(override_launch_options(dependent=False, prefetch=False))
             yield
 
     def receive(self) -> list[StepOutput]:
-        """What the oldest of what was queued brought, step by step, as soon as it has run.
+        """Wait for the oldest enqueued output and return it, step by step.
 
-        Of a row that had ended before a step, that step's token means nothing.
+        After a row has ended, its tokens are undefined.
         """
         return self._copies.receive()
 
-    def finish(self, row: int) -> None:
-        """The host has seen that a row ended, so that eager steps need not read its keys."""
+    def mark_finished(self, row: int) -> None:
+        """Tell the decoder that a row has ended, so that eager steps do not read its keys."""
         self._finished.add(row)
 
-    def _take_stream(self) -> None:
-        """Keep the current stream for a call; steps of the one before may still run on another."""
+    def _use_current_stream(self) -> None:
+        """Make the current stream the call's. The previous call's steps may still run on another stream."""
         if self.model.device.type != "cuda":
             return
         before, now = self._call_stream, torch.cuda.current_stream(self.model.device)
         if before is not None and before != now:
             now.wait_stream(before)
-            self.model.workspace.reset()  # which those steps have used since the call began
+            self.model.workspace.reset()  # those steps have written to it since `exclusively` reset it
         self._call_stream = now
 
-    def _keys(self, ahead: int) -> list[int]:
-        """The lengths of the rows in the step after `ahead` more. One that ended unseen counts a few too many."""
+    def _row_lengths(self, ahead: int) -> list[int]:
+        """Upper bounds of the rows' lengths after `ahead` more steps, 1 for a row that is marked finished."""
         most = self.model.cache.max_seq_len
         return [1 if row in self._finished else min(length + ahead, most) for row, length in enumerate(self._lengths)]
 
-    def _sent(self, n_steps: int) -> None:
-        self._copies.send(self._steps, n_steps)
+    def _enqueue_copy(self, n_steps: int) -> None:
+        self._copies.enqueue(self._steps, n_steps)
         self._steps += n_steps
         self._lengths = [length + n_steps for length in self._lengths]
 
-    def _follow_model(self) -> None:
-        """Allocate the state, and forget graphs, whenever the model's tensors are others than they were."""
+    def _allocate_for_model(self) -> None:
+        """Allocate the state and drop all graphs, if the model's tensors were replaced since the last time."""
         model = self.model
         if self._revision == model.revision:
             return
@@ -216,15 +217,15 @@ class Decoder:
             cache.max_batch_size, cache.max_seq_len + self.unroll, model.vocab_size, model.device
         )
         self._copies = OutputCopies(self._state, self.unroll, REPLAYS_AHEAD + 1)
-        self._new_memory()
+        self._new_capture_memory()
         self._revision = model.revision
 
-    def _graph_of(self, n_rows: int) -> Graph | None:
-        """The graph for a batch of so many rows; None where steps run eagerly."""
-        captures = self._captures
-        if captures is None:
-            captures = self._new_graph is not None or self.model.ops.supports_cuda_graphs(self.model.device)
-        if not captures:
+    def _graph_for(self, n_rows: int) -> Graph | None:
+        """The graph for a batch of n_rows, captured at its first use; None where steps run eagerly."""
+        use_graphs = self._use_graphs
+        if use_graphs is None:
+            use_graphs = self._new_graph is not None or self.model.ops.supports_cuda_graphs(self.model.device)
+        if not use_graphs:
             return None
         size = graph_size(n_rows, self.model.cache.max_batch_size)
         if size not in self._graphs:
@@ -232,42 +233,44 @@ class Decoder:
         return self._graphs[size]
 
     def _capture(self, state: DecodeState) -> Graph:
+        """Capture a graph of `unroll` steps; if it fails with dependent launches, turn them off and try again."""
+
         def steps() -> None:
             for _ in range(self.unroll):
                 step(self.model, state)
 
         try:
-            return self._captured(steps)
+            return self._capture_steps(steps)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             if not self.dependent:
                 raise
             logger.warning(
-                "a graph of dependent launches could not be captured (%s): this model's kernels are launched as usual "
-                "from now on, as dependent_launch=False has them from the start",
+                "a graph with dependent launches could not be captured (%s): this model runs without them from now on, "
+                "as with dependent_launch=False",
                 error,
             )
         self._dependent = False
-        self._new_memory()
-        return self._captured(steps)
+        self._new_capture_memory()
+        return self._capture_steps(steps)
 
-    def _captured(self, steps: Callable[[], None]) -> Graph:
+    def _capture_steps(self, steps: Callable[[], None]) -> Graph:
         graph = self._new_graph() if self._new_graph else CudaGraph(self._stream, self._pool)
-        self._state.deactivate()  # so that the run before, which compiles kernels, leaves nothing behind
-        with self.launching():
+        self._state.deactivate()  # so that the eager run, which compiles kernels, changes nothing
+        with self.launch_context():
             steps()
             graph.capture(steps)
         return graph
 
-    def _new_memory(self) -> None:
-        """A stream to capture on, and a pool of memory for all graphs."""
+    def _new_capture_memory(self) -> None:
+        """Create the stream to capture on and the memory pool of all graphs."""
         if self.model.device.type == "cuda":
             self._stream, self._pool = torch.cuda.Stream(self.model.device), torch.cuda.graph_pool_handle()
 
 
 def graph_size(n_rows: int, max_batch_size: int) -> int:
-    """Rows of the graph that serves a batch of n_rows: the others are parked."""
+    """The number of rows of the graph for a batch of n_rows; its other rows are inactive."""
     fine = FINE_BATCH_SIZES[-1]
     size = next((size for size in FINE_BATCH_SIZES if size >= n_rows), -(-n_rows // fine) * fine)
     return min(size, max_batch_size)

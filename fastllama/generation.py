@@ -1,8 +1,8 @@
-"""Llama: prompts in, text out. The surface of Meta's generation.py.
+"""Llama: generates text from prompts, with the interface of Meta's generation.py.
 
-A call is encode → prefill → step → decode: `text_completion` and `chat_completion` encode; `generate` collects what
-`stream` brings; a stream runs all prompts through the model in one ragged pass, then repeats the decode step until
-every row has met a stop token or the end of its room. What a caller may pass is checked before any of that.
+A call is check → encode → prefill → decode steps → decode. `text_completion` and `chat_completion` encode and decode
+text. `generate` and `stream` run all prompts through the model in one ragged pass, then repeat the decode step until
+every row has reached a stop token or its token budget. `generate` collects the tokens, `stream` yields them one by one.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from fastllama.model import Transformer
 from fastllama.stream import Increment, Request, increments
 from fastllama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, check_dialog
 from fastllama.torch_settings import with_default_settings
-from fastllama.warmup import warm
+from fastllama.warmup import warm_up
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -57,24 +57,24 @@ class Llama:
         cuda_graphs: bool | None = None,
         dependent_launch: bool | None = None,
     ) -> "Llama":
-        """Load a checkpoint, Meta's or Hugging Face's, of any number of files, and compile what calls will launch.
+        """Load a checkpoint, Meta's or Hugging Face's, in any number of files, and compile the kernels of all calls.
 
-        ckpt_dir: the folder of the checkpoint. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with
-        one. max_seq_len: positions per row, up to 8192, or 131072 where the checkpoint has scaled rope. max_batch_size:
-        rows. model_parallel_size: processes that share the model, whatever the number of files; None means all that
-        torchrun started; each of them builds, and makes the same calls. seed: of the calls that bring none of their
-        own. device: CUDA where there is one, else the CPU. dtype: bfloat16 on CUDA (float16 where the GPU lacks it),
-        float32 on a CPU. backend: "fused" (Triton kernels) or "reference" (plain torch), None for the first on CUDA and
-        the second on a CPU. rope_scaling_factor: in place of the checkpoint's, or of what is inferred from it; switches
-        scaled rope on. graph_batch_sizes: for which numbers of rows the decode step is captured as a CUDA graph now,
-        where it is one, rather than in the first call that needs it; None means 1 and max_batch_size. cuda_graphs:
-        False launches every kernel of a step anew; None captures steps where the backend is made for it.
-        dependent_launch: False starts no kernel before the one before it has ended; None does so from compute
-        capability 9.0 on. Both are for looking into trouble: they cost speed and change no token.
+        ckpt_dir: the checkpoint's folder. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with one
+        of them. max_seq_len: positions per row, up to 8192, or 131072 if the checkpoint has scaled rope.
+        max_batch_size: rows. model_parallel_size: processes that share the model, independent of the number of files;
+        None means all that torchrun started. Each process builds and makes the same calls. seed: for calls without
+        their own seed. device: None means CUDA if available, else the CPU. dtype: None means bfloat16 on CUDA (float16
+        if the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels) or "reference" (plain torch); None
+        means fused on CUDA and reference on a CPU. rope_scaling_factor: replaces the checkpoint's or inferred factor,
+        and turns scaled rope on. graph_batch_sizes: numbers of rows whose decode step is captured as a CUDA graph
+        during build, not in the first call that needs it; None means 1 and max_batch_size. cuda_graphs: False launches
+        every kernel of every step separately; None captures steps if the backend supports it. dependent_launch: False
+        starts each kernel after the previous one has ended; None lets it start earlier (programmatic dependent launch)
+        from compute capability 9.0. These two are for debugging: False costs speed and changes no token.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
-        weights, a tokenizer of another vocabulary), ValueError for anything else that is wrong with the arguments or
-        the files, and DoesNotFit (a MemoryError), naming sizes that would fit, where memory does not suffice.
+        weights, a tokenizer with another vocabulary), ValueError for any other error in the arguments or the files, and
+        DoesNotFit (a MemoryError), naming sizes that would fit, if there is not enough memory.
         """
         seed = validate.seed(seed)
         max_batch_size = validate.whole_number("max_batch_size", max_batch_size, 1)
@@ -94,11 +94,11 @@ class Llama:
         llm = Llama(model, tokenizer, seed=seed)
         llm.decoder = Decoder(model, graphs=cuda_graphs, dependent=dependent_launch)
         with memory_plan.explain_out_of_memory(model.device):
-            warm(llm.decoder, batch_sizes, progress=None if parallel.is_first_process() else False)
+            warm_up(llm.decoder, batch_sizes, progress=None if parallel.is_first_process() else False)
         return llm
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
-        """Put a model and its tokenizer together. seed: of the calls that bring none of their own."""
+        """Combine a model with its tokenizer. seed: for calls without their own seed."""
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
@@ -106,7 +106,7 @@ class Llama:
         self._seed = validate.seed(seed)
         self._calls = itertools.count(1)
 
-    @with_default_settings  # once for all steps
+    @with_default_settings  # once for the whole call, not at every step as in `stream`
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -118,10 +118,10 @@ class Llama:
         *,
         seed: int | Sequence[int] | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Continue every prompt until a stop token, max_gen_len tokens, or max_seq_len positions. See `stream` for the
-        arguments.
+        """Continue every prompt until a stop token, max_gen_len tokens or max_seq_len positions.
 
-        Returns each row's tokens, without the stop token, and their log-probabilities where asked for, else None.
+        The arguments are those of `stream`. Returns each row's tokens, without the stop token, and their
+        log-probabilities if requested, else None.
         """
         request = self._request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed)
         out_tokens: list[list[int]] = [[] for _ in request.prompts]
@@ -142,20 +142,20 @@ class Llama:
         *,
         seed: int | Sequence[int] | None = None,
     ) -> Generator[Increment]:
-        """`generate`, a token at a time: an iterator of what the rows gain. Closing it early leaves nothing behind.
+        """Generate like `generate`, and yield each row's new tokens step by step. It may be closed early.
 
-        prompt_tokens: at most max_batch_size prompts of 1 to max_seq_len token ids. max_gen_len: the most tokens a row
-        gains. temperature: 0 takes the most likely token. top_p: tokens are drawn from the smallest set of this much
-        mass; 0 takes the most likely token, 1 keeps all. logprobs: bring the tokens' log-probabilities, before
-        temperature and top-p. echo: begin with the prompts' own tokens, cut at the first stop token. seed: the same
-        seed draws the same tokens, row i from its i-th stream; a list has a seed for each row, whatever the company;
-        None goes on from the seed given to build.
+        prompt_tokens: at most max_batch_size prompts of 1 to max_seq_len token ids. max_gen_len: the most tokens that a
+        row generates. temperature: 0 takes the most likely token. top_p: draw from the smallest set of tokens with this
+        probability mass; 0 takes the most likely token, 1 keeps all. logprobs: return the tokens' log-probabilities,
+        before temperature and top-p. echo: return the prompts' tokens first, cut at the first stop token. seed: an int
+        makes draws repeatable, row i using its i-th random stream; a list has one seed per row, which draws the same in
+        any batch; None continues from the seed given to build.
 
         Raises AssertionError for too many or too long prompts, ValueError for other wrong arguments and for logits that
-        are not numbers, RuntimeError while another call or stream is running.
+        are not finite, RuntimeError while another call or stream is running.
         """
         request = self._request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed)
-        return self._stepwise(request)
+        return self._stream(request)
 
     def text_completion(
         self,
@@ -172,7 +172,7 @@ class Llama:
         prompts = validate.texts(prompts)
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         tokens, scores = self.generate(
-            prompt_tokens, self._room(max_gen_len), temperature, top_p, logprobs, echo, seed=seed
+            prompt_tokens, self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo, seed=seed
         )
         texts = [CompletionPrediction(generation=self.tokenizer.decode(row)) for row in tokens]
         if scores is not None:
@@ -196,7 +196,9 @@ class Llama:
         for index, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {index}")
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        tokens, scores = self.generate(prompt_tokens, self._room(max_gen_len), temperature, top_p, logprobs, seed=seed)
+        tokens, scores = self.generate(
+            prompt_tokens, self._max_gen_len(max_gen_len), temperature, top_p, logprobs, seed=seed
+        )
         answers = [
             ChatPrediction(generation={"role": "assistant", "content": self.tokenizer.decode(row)}) for row in tokens
         ]
@@ -206,7 +208,7 @@ class Llama:
                 answer["logprobs"] = row_scores
         return answers
 
-    def _room(self, max_gen_len: int | None) -> int:
+    def _max_gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
     @with_default_settings
@@ -235,7 +237,7 @@ class Llama:
         self.model.check_idle()
         stop_ids = validate.stop_ids(self.tokenizer.stop_tokens, params.vocab_size)
         budgets = [min(max_gen_len, params.max_seq_len - len(prompt)) for prompt in prompts]
-        if echo:  # a prompt that holds a stop token ends there
+        if echo:  # an echoed prompt with a stop token ends there
             budgets = [b if stop_ids.isdisjoint(prompt) else 0 for b, prompt in zip(budgets, prompts, strict=True)]
         streams = self._streams(seeds, len(prompts))
         return Request(prompts, budgets, stop_ids, temperature, top_p, streams, logprobs, echo)
@@ -250,7 +252,7 @@ class Llama:
         return [(seed, 0, 0) for seed in seeds]
 
     @with_default_settings
-    def _stepwise(self, request: Request) -> Generator[Increment]:
+    def _stream(self, request: Request) -> Generator[Increment]:
         yield from self._increments(request, self.tokenizer)
 
     def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
@@ -260,10 +262,10 @@ class Llama:
 
 @with_default_settings
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
-    """Draw from each row's most likely tokens, of mass p together: probs (B, V) -> (B, 1) int64, from torch's default
-    generator.
+    """Draw one token per row by nucleus sampling with mass p: probs (B, V) -> (B, 1) int64.
 
-    Raises ValueError for probs that are not (B, V) or a p that is negative or not a number.
+    Uses torch's default generator. Raises ValueError for probs that are not (B, V), or a p that is negative or not a
+    number.
     """
     if not isinstance(probs, Tensor) or probs.ndim != 2 or 0 in probs.shape or not probs.is_floating_point():
         got = tuple(probs.shape) if isinstance(probs, Tensor) and probs.is_floating_point() else validate.kind(probs)

@@ -1,4 +1,4 @@
-"""From a checkpoint and a tokenizer to a model that runs, with every check made before memory is taken."""
+"""Load a model and its tokenizer. All checks are made before memory is allocated."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ import torch
 from fastllama import memory_plan, validate
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import Checkpoint, open_checkpoint
-from fastllama.checkpoint.vocabulary import misfit
+from fastllama.checkpoint.vocabulary import vocabulary_mismatch
 from fastllama.distributed import parallel
 from fastllama.kernels import select
 from fastllama.model import Transformer
@@ -34,9 +34,9 @@ def load(
     backend: str | None,
     rope_scaling_factor: float | None,
 ) -> tuple[Transformer, Tokenizer]:
-    """What `Llama.build` promises, argument by argument and error by error.
+    """The model and tokenizer of `Llama.build`, with its arguments and errors.
 
-    Where several processes share the model, an error of one while it reads and places the weights is raised in all.
+    If several processes share the model, an error in one while it reads and places the weights is raised in all.
     """
     start = time.perf_counter()
     max_seq_len = _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, " (8192 without scaled rope)")
@@ -44,7 +44,7 @@ def load(
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
     group = parallel.model_group(model_parallel_size, device)
-    with group.agreeing(), memory_plan.explain_out_of_memory(device):
+    with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir)
         args, tokenizer = _args_and_tokenizer(
@@ -55,11 +55,11 @@ def load(
             args,
             dtype,
             memory_plan.free_memory(device),
-            limit=memory_plan.tightest_memory(device).limit,
+            limit=memory_plan.free_memory_and_limit(device).limit,
             shares_tied_output=not ops.packing_copies(device, dtype),
             n_processes=group.size,
         )
-    with group.agreeing(), memory_plan.explain_out_of_memory(device):
+    with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
         model.load_tensors(weights)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
@@ -73,7 +73,7 @@ def _args_and_tokenizer(
     max_batch_size: int,
     rope_scaling_factor: float | None,
 ) -> tuple[ModelArgs, Tokenizer]:
-    """The model's arguments and the tokenizer that belongs to it."""
+    """The model's arguments and its tokenizer. Raises AssertionError if they do not fit together."""
     fields = dict(checkpoint.params)
     if rope_scaling_factor is not None:
         fields.update(use_scaled_rope=True, rope_scaling_factor=rope_scaling_factor)
@@ -81,16 +81,16 @@ def _args_and_tokenizer(
     if not args.use_scaled_rope:
         _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")
     tokenizer = Tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))
-    if complaint := misfit(checkpoint, tokenizer_path, tokenizer.n_words):
+    if complaint := vocabulary_mismatch(checkpoint, tokenizer_path, tokenizer.n_words):
         raise AssertionError(complaint)
     tokenizer.stop_tokens |= set(checkpoint.stop_token_ids)
     return args, tokenizer
 
 
 def choose_device(value: torch.device | str | None) -> torch.device:
-    """The device asked for; None is this process's GPU, as torchrun or CUDA says, where there is one, else the CPU.
+    """The given device. None means this process's GPU, as torchrun or CUDA assigns it, or the CPU if there is none.
 
-    Raises ValueError for a device that is neither, or not here.
+    Raises ValueError for a device that is neither CUDA nor a CPU, or that this machine does not have.
     """
     if value is None:
         value = torch.device("cuda", parallel.gpu_index()) if torch.cuda.is_available() else "cpu"
@@ -103,14 +103,16 @@ def choose_device(value: torch.device | str | None) -> torch.device:
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", parallel.gpu_index())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {value!r} is not here: torch sees {torch.cuda.device_count()} GPUs; leave device out")
+        raise ValueError(
+            f"device {value!r} does not exist: torch sees {torch.cuda.device_count()} GPUs; leave device out"
+        )
     return device
 
 
 def choose_dtype(value: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; None is bfloat16 on CUDA, float16 where the GPU lacks it, float32 on a CPU.
+    """The given dtype. None means bfloat16 on CUDA (float16 if the GPU lacks it), float32 on a CPU.
 
-    Raises ValueError for any other dtype than these three.
+    Raises ValueError for any dtype other than these three.
     """
     if value is None:
         if device.type == "cpu":

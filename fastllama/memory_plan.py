@@ -1,4 +1,4 @@
-"""What fits: a model's memory, planned before any of it is allocated."""
+"""The memory plan: a model's memory, computed before any of it is allocated, and what is free."""
 
 import contextlib
 import errno
@@ -19,17 +19,17 @@ from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
 
 try:
     import resource
-except ImportError:  # Windows has no such limits
+except ImportError:  # on Windows, which has no such limits
     resource = None  # type: ignore[assignment]
 
 KIB, GIB = 2**10, 2**30
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 FLOAT32_BYTES = 4
-# Activations of each width that are live at once in a forward pass, per token; generous, to the next whole number.
-WIDTHS_OF_DIM = 4  # the residual stream, its norm in float32 (twice a bfloat16), what is added to it
+# How many activations of each width a forward pass holds at once, per token, rounded up.
+WIDTHS_OF_DIM = 4  # the residual stream, its norm in float32 (twice a bfloat16), the output that is added to it
 WIDTHS_OF_HEADS = 3  # queries and keys before and after the rotary embedding, the attention's output
 WIDTHS_OF_HIDDEN = 4  # gate and up, the activated gate, their product
-SAMPLING_BYTES_PER_LOGIT = 64  # float64 masses, sorted and accumulated, with their order and masks
+SAMPLING_BYTES_PER_LOGIT = 64  # float64 probabilities, sorted and accumulated, their order and masks
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MemoryPlan:
 
     weights: int
     cache: int
-    workspace: int  # the most that a forward pass needs besides, or that loading does
+    workspace: int  # the most that a forward pass or loading needs on top
 
     @property
     def total(self) -> int:
@@ -46,7 +46,7 @@ class MemoryPlan:
 
 
 class DoesNotFit(MemoryError, ValueError):
-    """A model does not fit the memory that is free."""
+    """A model does not fit the free memory."""
 
 
 def plan_memory(
@@ -58,7 +58,7 @@ def plan_memory(
     shares_tied_output: bool = False,
     n_processes: int = 1,
 ) -> MemoryPlan:
-    """What a model of this shape takes on its device, or on each of `n_processes` that share it.
+    """The memory that a model of this shape needs on its device, or on each of `n_processes` that share it.
 
     shares_tied_output: the backend keeps a tied output projection and the embedding in one copy.
     """
@@ -78,8 +78,8 @@ def plan_memory(
         + WIDTHS_OF_HIDDEN * hidden_dim * size
     )
     queries = min(QUERY_BLOCK_TOKENS, max_seq_len) * args.n_heads // n_kv_heads
-    mask = queries * max_seq_len * (2 + size)  # as booleans, repeated for each group, and as numbers to add
-    logits = size if n_processes == 1 else 3 * size  # those of this process, all as they come, and in order
+    mask = queries * max_seq_len * (2 + size)  # booleans, their repetition for each group, and numbers to add
+    logits = size if n_processes == 1 else 3 * size  # this process's, all as gathered, and reordered
     scoring = SCORE_CHUNK_TOKENS * vocab_size * (logits + 2 * FLOAT32_BYTES)
     sampling = max_batch_size * vocab_size * (logits + SAMPLING_BYTES_PER_LOGIT)
     outputs = max_batch_size * max_seq_len * 12
@@ -89,14 +89,14 @@ def plan_memory(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new model, or this process's part of it, could take on the device now."""
-    return tightest_memory(device).free
+    """Bytes that are free on the device for a new model, or for this process's part of it."""
+    return free_memory_and_limit(device).free
 
 
-def tightest_memory(device: torch.device) -> FreeMemory:
-    """The least of what the machine, the container and the process's own limits leave, and which of them it is."""
+def free_memory_and_limit(device: torch.device) -> FreeMemory:
+    """The free memory under the tightest limit (machine, container or process), and that limit's name."""
     if device.type == "cuda":
-        # What torch keeps of a model that is gone is free for the next.
+        # torch's allocator keeps the memory of deleted models, which a new model can use.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return FreeMemory(int(torch.cuda.mem_get_info(device)[0]) + kept, f"on {device}")
     machine = FreeMemory(int(psutil.virtual_memory().available), "on this machine")
@@ -105,7 +105,7 @@ def tightest_memory(device: torch.device) -> FreeMemory:
 
 
 def process_limits(root: Path = Path("/")) -> list[FreeMemory]:
-    """What is left of the limits on this process's own memory (ulimit -v and -d)."""
+    """The memory left under each limit of this process (ulimit -v and -d)."""
     if resource is None:
         return []
     found = []
@@ -119,7 +119,7 @@ def process_limits(root: Path = Path("/")) -> list[FreeMemory]:
 
 
 def _status_bytes(path: Path, name: str) -> int:
-    """A line of /proc/self/status, in bytes; 0 where there is none."""
+    """The value of a line of /proc/self/status, in bytes; 0 if there is no such line."""
     try:
         lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
         return int(lines[name].split()[0]) * KIB
@@ -129,7 +129,7 @@ def _status_bytes(path: Path, name: str) -> int:
 
 @contextlib.contextmanager
 def explain_out_of_memory(device: torch.device) -> Iterator[None]:
-    """A block whose failed allocations on a CPU are DoesNotFit, which says how much was left and of what."""
+    """A block that turns a failed allocation on a CPU into DoesNotFit, naming the tightest limit and what it leaves."""
     try:
         yield
     except DoesNotFit:
@@ -137,7 +137,7 @@ def explain_out_of_memory(device: torch.device) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError, ValueError) as error:
         if device.type != "cpu" or not _is_out_of_memory(error):
             raise
-        free, limit = tightest_memory(device)
+        free, limit = free_memory_and_limit(device)
         raise DoesNotFit(
             f"out of memory: {free / GIB:.2f} GiB are free {limit}; use a smaller model, max_batch_size or "
             "max_seq_len, or raise the limit"
@@ -145,7 +145,7 @@ def explain_out_of_memory(device: torch.device) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is a failed allocation; libraries say so in words of their own."""
+    """Whether an error or one of its causes is a failed allocation, which each library reports in its own words."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
@@ -164,9 +164,9 @@ def check_fits(
     shares_tied_output: bool = False,
     n_processes: int = 1,
 ) -> MemoryPlan:
-    """The plan for `args`; DoesNotFit, saying what would fit, where it needs more than the `free` bytes.
+    """The plan for `args`. Raises DoesNotFit, naming sizes that would fit, if it needs more than `free` bytes.
 
-    limit: where they are free, for the message.
+    limit: what limits the memory, for the error message.
     """
 
     def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
@@ -176,8 +176,8 @@ def check_fits(
     needed = plan(args.max_batch_size, args.max_seq_len)
     if needed.total <= free:
         return needed
-    rows = _largest(args.max_batch_size, lambda rows: plan(rows, args.max_seq_len).total <= free)
-    length = _largest(args.max_seq_len, lambda length: plan(args.max_batch_size, length).total <= free)
+    rows = _largest_that_fits(args.max_batch_size, lambda rows: plan(rows, args.max_seq_len).total <= free)
+    length = _largest_that_fits(args.max_seq_len, lambda length: plan(args.max_batch_size, length).total <= free)
     remedies = [f"max_batch_size={rows} would fit"] * (rows > 0) + [f"max_seq_len={length} would fit"] * (length > 0)
     raise DoesNotFit(
         f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {dtype} needs "
@@ -187,8 +187,8 @@ def check_fits(
     )
 
 
-def _largest(below: int, fits: Callable[[int], bool]) -> int:
-    """The largest number under `below` that fits, 0 where none does."""
+def _largest_that_fits(below: int, fits: Callable[[int], bool]) -> int:
+    """The largest number below `below` that fits, 0 if none does."""
     low, high = 0, below
     while high - low > 1:
         middle = (low + high) // 2

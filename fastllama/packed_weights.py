@@ -1,14 +1,24 @@
-"""Which of Meta's weights stand together: the slots of a model.
+"""Packed weights: which of Meta's weights share one tensor, and how they are loaded and read back.
 
-Weights that read the same input are packed into one slot, so that one call applies them all.
+Weights that multiply the same input (wq, wk and wv; w1 and w3) are packed into one tensor, so that one call applies
+them all. Each backend packs in its own layout.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from types import ModuleType
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-# A layer's slots, in the order of a forward pass, and Meta's names of what each holds.
+from fastllama.args import IGNORED_NAMES, ModelArgs
+from fastllama.validate import first_names
+
+INIT_STD = 0.02
+NO_WEIGHTS = "the model has no weights yet: load_state_dict or load_tensors first"
+
+# A layer's packed weights in the order of a forward pass, and Meta's names of the weights in each.
 LAYER_WEIGHTS = {
     "attention_norm": ("attention_norm",),
     "wqkv": ("attention.wq", "attention.wk", "attention.wv"),
@@ -17,27 +27,138 @@ LAYER_WEIGHTS = {
     "w13": ("feed_forward.w1", "feed_forward.w3"),
     "w2": ("feed_forward.w2",),
 }
-UNPACKED = {"tok_embeddings", "attention_norm", "ffn_norm", "norm"}  # read as they are, never packed
+NEVER_PACKED = {"tok_embeddings", "attention_norm", "ffn_norm", "norm"}
 
 
-class Slot(NamedTuple):
-    """One attribute of the model or of a layer, and Meta's names of the weights it holds."""
+class PackedWeight(NamedTuple):
+    """One attribute of the model or of a layer, and Meta's names of the weights packed into it."""
 
     owner: nn.Module
     attribute: str
     names: tuple[str, ...]
 
     @property
-    def plain(self) -> bool:
-        """Read as it is, never packed."""
-        return self.attribute in UNPACKED
+    def is_never_packed(self) -> bool:
+        """Whether ops read this weight in Meta's own layout."""
+        return self.attribute in NEVER_PACKED
 
 
-def slots(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Slot]:
-    """Every slot of a model, in the order of a forward pass."""
-    yield Slot(model, "tok_embeddings", ("tok_embeddings.weight",))
+def packed_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[PackedWeight]:
+    """Every packed weight of a model, in the order of a forward pass."""
+    yield PackedWeight(model, "tok_embeddings", ("tok_embeddings.weight",))
     for index, layer in enumerate(layers):
         for attribute, names in LAYER_WEIGHTS.items():
-            yield Slot(layer, attribute, tuple(f"layers.{index}.{name}.weight" for name in names))
-    yield Slot(model, "norm", ("norm.weight",))
-    yield Slot(model, "output", ("output.weight",))
+            yield PackedWeight(layer, attribute, tuple(f"layers.{index}.{name}.weight" for name in names))
+    yield PackedWeight(model, "norm", ("norm.weight",))
+    yield PackedWeight(model, "output", ("output.weight",))
+
+
+class PackedModule(nn.Module):
+    """The base class of a model with packed weights. The model sets `params` to `layers` before any of the methods."""
+
+    params: ModelArgs  # of the complete model
+    share: ModelArgs  # of this process's part
+    ops: ModuleType  # the backend
+    device: torch.device
+    dtype: torch.dtype
+    layers: nn.ModuleList
+    tok_embeddings: Tensor
+    norm: Tensor
+    output: Tensor
+
+    def _packed_weights(self) -> Iterator[PackedWeight]:
+        return packed_weights(self, self.layers)
+
+    def _register_weights(self) -> None:
+        """Register every packed weight as a parameter without a value."""
+        for weight in self._packed_weights():
+            weight.owner.register_parameter(weight.attribute, None)
+
+    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Pack and set all weights, which come by Meta's names in any order. See `Transformer.load_tensors`."""
+        ignored = IGNORED_NAMES | ({"output.weight"} if self.params.tied_output else set())
+        expected = {name: shape for name, shape in self.share.shapes.items() if name not in ignored}
+        packed_by_name = {name: weight for weight in self._packed_weights() for name in weight.names}
+        waiting: dict[str, Tensor] = {}  # until all parts of their packed weight are here
+        for name, tensor in tensors:
+            if name in ignored:
+                continue
+            if name not in expected:
+                raise ValueError(f"weight {name!r} is not in this model, or is given twice: see ModelArgs.shapes")
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"weight {name!r} must have shape {expected[name]}, got {tuple(tensor.shape)}")
+            waiting[name] = tensor
+            del expected[name], tensor  # so that the parts of at most one packed weight are in memory twice
+            weight = packed_by_name[name]
+            if all(part in waiting for part in weight.names):
+                self._set_weight(weight, [waiting.pop(part) for part in weight.names])
+        if expected:
+            raise ValueError(f"{len(expected)} weights are missing: {first_names(expected)}")
+        if self.params.tied_output:  # one copy in memory where the backend packs nothing
+            self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
+
+    def _set_weight(self, weight: PackedWeight, parts: list[Tensor]) -> None:
+        # A single part would share memory with the caller or with a mapped file. Several parts are concatenated anyway.
+        moved = [part.detach().to(self.device, self.dtype, copy=len(parts) == 1) for part in parts]
+        value = moved[0].contiguous() if weight.is_never_packed else self.ops.pack(*moved)
+        setattr(weight.owner, weight.attribute, nn.Parameter(value, requires_grad=False))
+
+    def _unpacked_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Meta's name, weight in Meta's shape). Raises ValueError where no weights are loaded."""
+        shapes = self.share.shapes
+        for weight in self._packed_weights():
+            packed = getattr(weight.owner, weight.attribute)
+            if packed is None:
+                raise ValueError(NO_WEIGHTS)
+            packed = packed.detach()
+            rows = [shapes[name][0] for name in weight.names]
+            parts = (packed,) if weight.is_never_packed else self.ops.unpack(packed, rows)
+            yield from zip(weight.names, parts, strict=True)
+
+    def _random_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, shape in self.share.shapes.items():
+            weight = torch.empty(shape, device=self.device, dtype=self.dtype)
+            yield name, weight.fill_(1) if len(shape) == 1 else weight.normal_(0, INIT_STD)
+
+
+class LoadedKeys(NamedTuple):
+    """The names that `load_state_dict(strict=False)` did not find or did not use, in torch's format."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def check_state_dict(
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    ignored: AbstractSet[str],
+    *,
+    tied_output: bool,
+    strict: bool,
+) -> LoadedKeys:
+    """The missing and unexpected names in a state dict for a model with weights of these shapes.
+
+    Raises ValueError, listing them, for weights of another shape and, where `strict`, for missing and unexpected names;
+    and where the output is tied but output.weight differs from the embedding.
+    """
+    missing = [name for name in shapes if name not in weights]
+    if tied_output and "output.weight" in missing:
+        missing.remove("output.weight")
+    unexpected = [name for name in weights if name not in shapes and name not in ignored]
+    misshaped = [
+        f"{name} {tuple(weights[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems = {
+        "missing": missing if strict else [],
+        "unexpected": unexpected if strict else [],
+        "misshaped": misshaped,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{problem}: {first_names(names)}" for problem, names in problems.items() if names)
+        raise ValueError(f"the state dict does not fit this model: {listed}")
+    tied = [weights.get(name) for name in ("output.weight", "tok_embeddings.weight")]
+    if tied_output and tied[0] is not None and (tied[1] is None or not torch.equal(tied[0], tied[1])):
+        raise ValueError("output.weight differs from tok_embeddings.weight, but the model has tied_output=True")
+    return LoadedKeys(missing, unexpected)

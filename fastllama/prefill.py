@@ -1,9 +1,8 @@
 """Prefill: run the prompts of all rows through the model in one ragged pass.
 
-The prompts' tokens stand one after the other, without padding, and go through in chunks of a fixed number of tokens
-that take no heed of where a row ends. Only the hidden state after each prompt's last token is kept, and turned into
-logits at the end; where the prompts' own log-probabilities are asked for, they are computed from a few tokens' logits
-at a time.
+The prompts' tokens are concatenated without padding and processed in chunks of a fixed number of tokens; a chunk may
+end inside a prompt. Only the hidden state of each prompt's last token is kept, and turned into logits at the end. The
+prompts' own log-probabilities, if requested, are computed from a few tokens' logits at a time.
 """
 
 import math
@@ -16,7 +15,7 @@ from fastllama.kernels.batch import RaggedBatch
 from fastllama.model import Transformer
 
 PREFILL_CHUNK_TOKENS = 2048
-SCORE_CHUNK_TOKENS = 256  # whose logits are in memory at once when prompts are scored
+SCORE_CHUNK_TOKENS = 256  # tokens whose logits are in memory at once when prompts are scored
 
 NOT_FINITE_CAUSE = "the weights, or their overflow in this dtype, are the likely cause"
 
@@ -28,8 +27,8 @@ def prefill(
 ) -> tuple[Tensor, list[list[float]] | None]:
     """Fill cache rows 0, 1, … with the prompts, each from position 0.
 
-    Returns the logits (B, V) after each prompt's last token, in the model dtype, and, where `score` asks for them, each
-    prompt's log-probabilities: one per token, 0.0 for the first, which nothing predicts.
+    Returns the logits (B, V) after each prompt's last token, in the model dtype, and, with `score`, each prompt's
+    log-probabilities: one per token, 0.0 for the first token, which nothing predicts.
     """
     last = torch.empty(len(prompts), model.params.dim, device=model.device, dtype=model.dtype)
     scores: list[list[float]] = [[0.0] for _ in prompts]
@@ -50,19 +49,19 @@ def prefill(
 
 
 def _chunks(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[Piece]]:
-    """Cut the flat sequence of all prompts into lists of pieces of `limit` tokens together."""
+    """Cut the concatenated prompts into chunks of `limit` tokens, each a list of pieces of prompts."""
     pieces: list[Piece] = []
-    room = limit
+    left = limit
     for row, prompt in enumerate(prompts):
         start = 0
         while start < len(prompt):
-            piece = prompt[start : start + room]
+            piece = prompt[start : start + left]
             pieces.append((row, start, piece))
             start += len(piece)
-            room -= len(piece)
-            if room == 0:
+            left -= len(piece)
+            if left == 0:
                 yield pieces
-                pieces, room = [], limit
+                pieces, left = [], limit
     if pieces:
         yield pieces
 
@@ -75,7 +74,7 @@ def _score(
     prompts: Sequence[Sequence[int]],
     scores: list[list[float]],
 ) -> None:
-    """Append to each row's scores the log-probability of every token that follows one of this chunk's."""
+    """Append to the scores the log-probability of each token that follows a token of this chunk."""
     targets = [(row, t) for row, start, piece in pieces for t in prompts[row][start + 1 : start + 1 + len(piece)]]
     ends = {s.end - 1 for s in batch.segments if s.keys == len(prompts[s.row])}  # nothing follows a prompt's last token
     sources = [token for token in range(h.shape[0]) if token not in ends]

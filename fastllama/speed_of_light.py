@@ -1,9 +1,9 @@
-"""The speed of light: the least time that a model's launches can take on a machine, from bytes and flops alone.
+"""The speed of light: the least time of a model's launches on a machine, from bytes and flops alone.
 
-Bytes are those that have to come from memory: every weight that a launch multiplies by, its norm's scales, the rows of
-the embedding, and the cached keys and values. What one launch leaves for the next stays in a cache and counts nothing.
-Flops are two for each multiply and add of a matrix product and of attention. A launch takes at least the longer of what
-memory needs for its bytes and the matrix units for its flops; a step at least the sum of its launches.
+Bytes are those read from memory: the weights of each launch, its norm's scales, the rows of the embedding, and the
+cached keys and values. Activations between launches stay in a cache and are not counted. A multiply-add of a matrix
+product or of attention is two flops. A launch takes at least the longer of the time to read its bytes and the time to
+compute its flops. A step takes at least the sum of its launches.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,10 @@ from fastllama.args import ModelArgs
 
 @dataclass(frozen=True)
 class Machine:
-    """The two rates that bound everything."""
+    """A machine's memory bandwidth and matrix throughput."""
 
-    read: float  # bytes a second that it reads from memory
-    matmul: float  # flops a second of large matrix products in the model dtype
+    read: float  # bytes read from memory per second
+    matmul: float  # flops per second of large matrix products in the model dtype
 
     def __post_init__(self) -> None:
         for name, rate in (("read", self.read), ("matmul", self.matmul)):
@@ -30,46 +30,46 @@ class Machine:
 
 @dataclass(frozen=True)
 class Links:
-    """What connects the processes that share a model."""
+    """The links between the processes that share a model."""
 
-    bandwidth: float  # bytes a second that each sends, and receives
-    latency: float  # seconds of a collective on next to nothing
+    bandwidth: float  # bytes per second that each process sends, and receives
+    latency: float  # seconds of a collective on almost no data
 
 
 class DataSheet(NamedTuple):
-    """A GPU as its maker describes it: what `inspect` plans with, where nothing has been measured."""
+    """A GPU's figures from its maker's data sheet. `inspect` plans with them, as it measures nothing."""
 
     machine: Machine  # matmul is dense bfloat16
     link_bandwidth: float
     memory: float  # bytes
 
 
-# NVIDIA's data sheets, of the SXM boards; links are NVLink's, one direction.
+# From NVIDIA's data sheets of the SXM boards; link bandwidth is NVLink's in one direction.
 DATA_SHEETS = {
     "A100": DataSheet(Machine(read=2.039e12, matmul=312e12), 300e9, 80e9),
     "H100": DataSheet(Machine(read=3.35e12, matmul=989e12), 450e9, 80e9),
     "H200": DataSheet(Machine(read=4.8e12, matmul=989e12), 450e9, 141e9),
     "B200": DataSheet(Machine(read=8e12, matmul=2250e12), 900e9, 180e9),
 }
-COLLECTIVE_LATENCY_S = 10e-6  # assumed, within one machine
+COLLECTIVE_LATENCY_S = 10e-6  # an assumption, for processes on one machine
 
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of launch."""
+    """Launches of one kind."""
 
     name: str
-    count: int  # how many there are
-    bytes: float  # of each
-    flops: float
+    count: int
+    bytes: float  # of one launch
+    flops: float  # of one launch
 
     def least_seconds(self, machine: Machine) -> float:
-        """Of one launch."""
+        """The least time of one launch."""
         return max(self.bytes / machine.read, self.flops / machine.matmul)
 
 
 def decode_step(args: ModelArgs, dtype: torch.dtype, batch: int, context: float) -> list[Work]:
-    """The launches of a decode step, in order: one token for each of `batch` rows, over `context` positions a row."""
+    """The launches of a decode step, in order: one token for each of `batch` rows with `context` cached positions."""
     attended = batch * context
     return [
         Work("embed", 1, batch * args.dim * dtype.itemsize, 0),
@@ -80,7 +80,7 @@ def decode_step(args: ModelArgs, dtype: torch.dtype, batch: int, context: float)
 
 
 def prefill(args: ModelArgs, dtype: torch.dtype, lengths: Sequence[int]) -> list[Work]:
-    """The work of a prefill of prompts of these lengths, op by op: each attends to itself, causally."""
+    """The work of a prefill of prompts of these lengths, op by op, with causal attention within each prompt."""
     n_tokens, attended = sum(lengths), sum(length * (length + 1) / 2 for length in lengths)
     return [
         Work("embed", 1, n_tokens * args.dim * dtype.itemsize, 0),
@@ -90,36 +90,36 @@ def prefill(args: ModelArgs, dtype: torch.dtype, lengths: Sequence[int]) -> list
 
 
 def collectives_seconds(args: ModelArgs, dtype: torch.dtype, batch: int, n_processes: int, links: Links) -> float:
-    """The least time of what `n_processes` that share a model exchange in a decode step.
+    """The least time of the collectives of a decode step, in seconds, for `n_processes` that share a model.
 
-    A sum behind the embedding and two in each layer, (batch, dim) each, which a ring sends twice but for one process's
-    part; and the logits, gathered.
+    They are an all-reduce of (batch, dim) after the embedding, two of them in each layer, and an all-gather of the
+    logits. A ring all-reduce sends the data twice, less one process's part each time.
     """
     if n_processes == 1:
         return 0.0
     others = (n_processes - 1) / n_processes
     rows, logits = (batch * width * dtype.itemsize for width in (args.dim, args.vocab_size))
-    of_sum = links.latency + 2 * others * rows / links.bandwidth
-    return (2 * args.n_layers + 1) * of_sum + links.latency + others * logits / links.bandwidth
+    all_reduce = links.latency + 2 * others * rows / links.bandwidth
+    return (2 * args.n_layers + 1) * all_reduce + links.latency + others * logits / links.bandwidth
 
 
 def least_seconds(work: Iterable[Work], machine: Machine) -> float:
-    """Of all launches together."""
+    """The least time of all launches together."""
     return sum(one.count * one.least_seconds(machine) for one in work)
 
 
 def total_bytes(work: Iterable[Work]) -> float:
-    """Of all launches together."""
+    """The bytes of all launches together."""
     return sum(one.count * one.bytes for one in work)
 
 
 def total_flops(work: Iterable[Work]) -> float:
-    """Of all launches together."""
+    """The flops of all launches together."""
     return sum(one.count * one.flops for one in work)
 
 
 def _layers(args: ModelArgs, dtype: torch.dtype, n_tokens: int, cached: float, attended: float) -> list[Work]:
-    """The five launches of a layer. cached: positions that are read. attended: those that tokens attend to, in all."""
+    """The five launches of a layer. cached: positions read. attended: positions attended to, summed over tokens."""
     heads, kv_width = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
 
     def projection(name: str, out_features: int, in_features: int, scales: int) -> Work:

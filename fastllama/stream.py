@@ -1,8 +1,8 @@
-"""The loop of every call: prefill, then steps until every row has met a stop token or the end of its room.
+"""The generation loop: prefill, then decode steps until every row has reached a stop token or its token budget.
 
-What the rows gain comes out increment by increment; `generate` collects them, `stream` hands them on. The device
-decides what a row does next (`decode_graph`); the host only follows, a few steps behind, to know which increments to
-bring and when to end. So the last stop token is seen late, and what was queued after it is never looked at.
+It yields each row's new tokens as increments; `generate` collects them, `stream` passes them on. The device samples,
+tests for stop tokens and advances the rows (`decode_graph`). The host reads its output a few steps later, so it sees
+the last stop token late and ignores the steps enqueued after it.
 """
 
 from collections.abc import Generator
@@ -21,26 +21,26 @@ FinishReason = Literal["stop", "length"]
 
 
 class NotFiniteError(ValueError):
-    """Logits are not numbers."""
+    """A row's logits are not finite numbers."""
 
 
 @dataclass(frozen=True)
 class Increment:
-    """What one row of a stream has gained."""
+    """The new tokens of one row of a stream."""
 
     row: int  # the prompt's index
     tokens: list[int]  # never a stop token
     text: str  # the text these tokens complete; a character is never split
-    logprobs: list[float] | None  # one per token, where they were asked for
-    finish_reason: FinishReason | None  # in a row's last increment: it met a stop token, or the end of its room
+    logprobs: list[float] | None  # one per token; None where they were not requested
+    finish_reason: FinishReason | None  # in a row's last increment: "stop" at a stop token, "length" at its budget
 
 
 @dataclass(frozen=True)
 class Request:
-    """A call, checked."""
+    """The checked arguments of a call."""
 
     prompts: list[list[int]]
-    budgets: list[int]  # tokens that each row may gain
+    budgets: list[int]  # the most tokens that each row may generate
     stop_ids: frozenset[int]
     temperature: float
     top_p: float
@@ -51,53 +51,53 @@ class Request:
 
 @dataclass
 class _Row:
-    """A row of a running stream, as the host follows it."""
+    """The host's view of a row, a few steps behind the device."""
 
     index: int
     prompt: list[int]
     last: int  # the last position that may get a token
     text: TextStream | None
-    length: int  # tokens so far, the prompt's included: also where the next one will stand
+    length: int  # tokens so far, the prompt's included; also the position of the next token
     finished: bool = False
 
-    def gain(self, tokens: list[int], logprobs: list[float] | None, reason: FinishReason | None) -> Increment:
-        """The increment of these tokens, which stand in `length` already."""
+    def _increment(self, tokens: list[int], logprobs: list[float] | None, reason: FinishReason | None) -> Increment:
+        """An increment of these tokens, with the text that they complete."""
         self.finished = reason is not None
         text = ""
         if self.text is not None:
             text = self.text.push(tokens) + (self.text.finish() if reason else "")
         return Increment(self.index, tokens, text, logprobs, reason)
 
-    def begin(self, request: Request, scores: list[float] | None) -> Increment:
-        """What a row has before its first step: its prompt where that is echoed, its end where it has no room."""
+    def first_increment(self, request: Request, scores: list[float] | None) -> Increment:
+        """The increment before the first step: the prompt if it is echoed, and the end of a row without a budget."""
         echoed = self.prompt if request.echo else []
         stops = [place for place, token in enumerate(echoed) if token in request.stop_ids]
         end = stops[0] if stops else len(echoed)
         reason: FinishReason | None = "stop" if stops else "length" if self.finished else None
         logprobs = (scores[:end] if scores else []) if request.logprobs else None
-        return self.gain(echoed[:end], logprobs, reason)
+        return self._increment(echoed[:end], logprobs, reason)
 
-    def step(self, request: Request, token: int, logprob: float) -> Increment:
-        """What a step brought: the token at position `length`."""
+    def next_increment(self, request: Request, token: int, logprob: float) -> Increment:
+        """The increment of one step. Raises NotFiniteError where the step's logits were not numbers."""
         if token == NO_TOKEN:
             raise NotFiniteError(
                 f"the logits of row {self.index} are not finite numbers at step {self.length - len(self.prompt)} "
                 f"(position {self.length}); {NOT_FINITE_CAUSE}"
             )
         if token in request.stop_ids:
-            return self.gain([], [] if request.logprobs else None, "stop")
+            return self._increment([], [] if request.logprobs else None, "stop")
         reason: FinishReason | None = "length" if self.length == self.last else None
         self.length += reason is None
-        return self.gain([token], [logprob] if request.logprobs else None, reason)
+        return self._increment([token], [logprob] if request.logprobs else None, reason)
 
 
 @torch.inference_mode()
 def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
-    """Run a request, bringing increments as rows gain tokens, with text where a tokenizer is given.
+    """Run a request and yield each row's new tokens, with text if a tokenizer is given.
 
-    The caller's settings of torch are to be put aside around it. Uses cache rows 0, 1, … of the decoder's model;
-    nothing else may use them until the iterator has ended or been closed. Raises ValueError, naming row and step, for
-    logits that are not numbers.
+    The caller runs it under `default_settings`. It uses cache rows 0, 1, … of the decoder's model; nothing else may use
+    them until the generator has ended or been closed. Raises ValueError, naming row and step, for logits that are not
+    numbers.
     """
     rows = [
         _Row(
@@ -112,35 +112,35 @@ def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) 
     ]
     scoring = request.logprobs and request.echo
     if not scoring and all(row.finished for row in rows):
-        yield from (row.begin(request, None) for row in rows)
+        yield from (row.first_increment(request, None) for row in rows)
         return
-    # Not before: on a GPU the stream that is current now is the call's, whichever was when it was asked for.
+    # Uploaded here, at the first `next`: the CUDA stream that is current here is the call's.
     sampling = SamplingTensors.of(request.temperature, request.top_p, request.streams, decoder.model.device)
-    decoder.begin(
+    decoder.start(
         [row.prompt[-1] for row in rows],
         [row.length - 1 for row in rows],
         [row.last for row in rows],
         sorted(request.stop_ids),
         sampling,
     )
-    with decoder.launching():
+    with decoder.launch_context():
         logits, scores = prefill(decoder.model, request.prompts, scoring)
     for row in rows:
         if request.echo or row.finished:
-            yield row.begin(request, scores[row.index] if scores else None)
+            yield row.first_increment(request, scores[row.index] if scores else None)
     running = [row for row in rows if not row.finished]
     if running:
         with decoder.model.suited(len(rows), 0):
-            decoder.choose(logits)
-    wanted = max(request.budgets) - 1  # steps that can still bring something
+            decoder.sample_first(logits)
+    steps_left = max(request.budgets) - 1  # steps still to enqueue
     while running:
-        while wanted > 0 and decoder.queued <= decoder.ahead:
+        while steps_left > 0 and decoder.queued <= decoder.replays_ahead:
             with decoder.model.suited(len(rows), max(row.length for row in running)):
-                decoder.launch()
-            wanted -= decoder.unroll
+                decoder.enqueue_steps()
+            steps_left -= decoder.unroll
         for tokens, logprobs in decoder.receive():
-            yield from (row.step(request, tokens[row.index], logprobs[row.index]) for row in running)
+            yield from (row.next_increment(request, tokens[row.index], logprobs[row.index]) for row in running)
             for row in running:
                 if row.finished:
-                    decoder.finish(row.index)
+                    decoder.mark_finished(row.index)
             running = [row for row in running if not row.finished]

@@ -1,15 +1,15 @@
-"""JSON in which a key that stands twice with two values is an error, not the last of them."""
+"""A JSON reader that raises an error for a key with two different values, where `json` keeps the last."""
 
 import json
 from typing import Any
 
 
-class TwoValues(ValueError):
-    """A key of one object has two different values."""
+class ConflictingValues(ValueError):
+    """A key appears twice in one object, with different values."""
 
 
 def loads(text: str | bytes) -> Any:
-    """What `json.loads` returns and raises; TwoValues where a key has two. The same value twice is harmless."""
+    """`json.loads`, but a key with two different values raises ConflictingValues. The same value twice is allowed."""
     return json.loads(text, object_pairs_hook=_object)
 
 
@@ -20,5 +20,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             known = first.setdefault(key, value)
             if type(known) is not type(value) or known != value:
-                raise TwoValues(f"{key!r:.80} stands there twice, as {known!r:.80} and as {value!r:.80}")
+                raise ConflictingValues(f"{key!r:.80} appears twice, as {known!r:.80} and as {value!r:.80}")
     return values

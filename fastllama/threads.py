@@ -1,14 +1,14 @@
-"""How many CPU threads a computation is split over.
+"""How many CPU threads a computation uses.
 
-As many as the caller set (`torch.set_num_threads`, OMP_NUM_THREADS), and no more than three others allow:
+It uses as many as the caller set (`torch.set_num_threads`, OMP_NUM_THREADS), within three limits:
 
-- the CPUs that the process may run on, and the share of their time that its container has: threads that wait for a
-  CPU hold up all others at the end of every op;
-- the OpenMP runtime. Where OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS or OMP_DYNAMIC make it give fewer threads than it
-  announces, oneDNN's products leave out what the missing ones were to do, without a word;
-- the work. Little work is not worth a second thread, which on a busy machine costs a hundred times what it gains.
+- the CPUs that the process may run on, and its container's share of their time. A thread that waits for a CPU delays
+  all others at the end of every op.
+- the OpenMP runtime. If OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS or OMP_DYNAMIC make it start fewer threads than it
+  reports, oneDNN's matrix products silently leave out the missing threads' part of the result.
+- the work. Little work is not worth a second thread, which on a busy machine costs a hundred times what it saves.
 
-The settings are those of the calling thread alone, and are put back.
+Settings are changed for the calling thread only, and restored.
 """
 
 import contextlib
@@ -30,54 +30,54 @@ from fastllama.kernels import reference
 
 logger = logging.getLogger(__name__)
 
-# Multiply-adds that one thread does in about the time that it takes to hand half of them to another.
+# Multiply-adds that one thread does in about the time that it takes to start a second one on half of them.
 SMALL_WORK = 64_000_000
-SMALL_WEIGHT_BYTES = 2**25  # and what it reads for them lies in its cache
-LIMITING_PREFIXES = ("OMP_", "KMP_", "GOMP_")  # of environment variables
+SMALL_WEIGHT_BYTES = 2**25  # weights that fit the CPU's cache
+LIMITING_PREFIXES = ("OMP_", "KMP_", "GOMP_")  # of the environment variables that configure OpenMP
 PROBE_ROWS, PROBE_WIDTH, PROBE_OUTPUTS = 4, 64, 64  # exact in bfloat16 up to a width of 256 times values up to 127
 
-_explicit = False
+_is_exact = False  # within use_exactly
 
 
-def most() -> int:
-    """How many threads the calling thread's computation may use now."""
-    asked = torch.get_num_threads()
-    count = asked if _explicit else min(asked, cpus())
-    return _granted(count) if count > 1 else 1
+def available() -> int:
+    """How many threads a computation of the calling thread may use."""
+    configured = torch.get_num_threads()
+    count = configured if _is_exact else min(configured, cpus())
+    return _openmp_threads(count) if count > 1 else 1
 
 
 def cpus() -> int:
-    """CPUs that this process may keep busy: those it may run on, or as many as its container's quota comes to."""
+    """How many CPUs this process may keep busy: those it may run on, but no more than its container's quota."""
     here = _openmp.cpus() or os.cpu_count() or 1
     quota = _quota()
     return here if quota is None else max(1, min(here, math.ceil(quota)))
 
 
 @contextlib.contextmanager
-def explicitly(count: int) -> Iterator[None]:
-    """So many threads, for all computation of this process: neither the CPUs nor little work make it fewer."""
-    global _explicit
-    before = torch.get_num_threads(), _explicit
+def use_exactly(count: int) -> Iterator[None]:
+    """A block in which all computation of this process uses `count` threads, also for few CPUs and little work."""
+    global _is_exact
+    before = torch.get_num_threads(), _is_exact
     torch.set_num_threads(count)
-    _explicit = True
+    _is_exact = True
     try:
         yield
     finally:
         torch.set_num_threads(before[0])
-        _explicit = before[1]
+        _is_exact = before[1]
 
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """A block whose computation uses no more threads than `most` says, and all that it asks for."""
-    with _using(most()):
+    """A block whose computation uses `available()` threads."""
+    with _using(available()):
         yield
 
 
 @contextlib.contextmanager
-def suiting(multiply_adds: int, weight_bytes: int) -> Iterator[None]:
-    """A block whose computation is so much work, within one that is `limited`: little is left to one thread."""
-    if _explicit or multiply_adds > SMALL_WORK or weight_bytes > SMALL_WEIGHT_BYTES:
+def for_work(multiply_adds: int, weight_bytes: int) -> Iterator[None]:
+    """A block, inside a `limited` one, whose computation is this much work: little work runs on one thread."""
+    if _is_exact or multiply_adds > SMALL_WORK or weight_bytes > SMALL_WEIGHT_BYTES:
         yield
         return
     with _using(1):
@@ -99,25 +99,25 @@ def _using(count: int) -> Iterator[None]:
         _openmp.set_dynamic(dynamic)
 
 
-def _granted(count: int) -> int:
-    """How many of `count` threads the OpenMP runtime really starts."""
-    granted = 1 if _openmp.max_active_levels() < 1 else min(count, _openmp.thread_limit())
-    if (_asks_for_dynamic() and not _openmp.is_known) or not _keeps_all(granted):
-        granted = 1
-    if granted < count:
-        _warn(count, granted)
-    return granted
+def _openmp_threads(count: int) -> int:
+    """How many of `count` threads the OpenMP runtime starts."""
+    started = 1 if _openmp.max_active_levels() < 1 else min(count, _openmp.thread_limit())
+    if (_dynamic_is_configured() and not _openmp.is_known) or not _products_are_complete(started):
+        started = 1
+    if started < count:
+        _warn(count, started)
+    return started
 
 
 @functools.cache
-def _keeps_all(count: int) -> bool:
-    """Whether products on so many threads come out whole."""
+def _products_are_complete(count: int) -> bool:
+    """Whether matrix products on `count` threads have no part missing."""
     with _using(count):
-        return all(_product_is_whole(count, dtype) for dtype in (torch.float32, torch.bfloat16))
+        return all(_product_is_complete(count, dtype) for dtype in (torch.float32, torch.bfloat16))
 
 
-def _product_is_whole(count: int, dtype: torch.dtype) -> bool:
-    value = 1 + count % 100  # other than that of the last probe, whose results may lie where these are to come
+def _product_is_complete(count: int, dtype: torch.dtype) -> bool:
+    value = 1 + count % 100  # differs from the previous probe's, whose results may still be in the same memory
     x = torch.full((PROBE_ROWS, PROBE_WIDTH), value, dtype=dtype, device="cpu")
     weight = torch.ones(PROBE_OUTPUTS * count, PROBE_WIDTH, dtype=dtype, device="cpu")
     products = [F.linear(x, weight)]
@@ -128,13 +128,13 @@ def _product_is_whole(count: int, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _warn(count: int, granted: int) -> None:
+def _warn(count: int, started: int) -> None:
     named = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(LIMITING_PREFIXES)]
     reason = f" ({', '.join(named)})" if named else ""
-    logger.warning("computing on %d of %d threads: OpenMP gives no more%s", granted, count, reason)
+    logger.warning("computing on %d of %d threads: OpenMP gives no more%s", started, count, reason)
 
 
-def _asks_for_dynamic() -> bool:
+def _dynamic_is_configured() -> bool:
     return os.environ.get("OMP_DYNAMIC", "").strip().lower() in ("true", "1", "yes", "on")
 
 
@@ -144,8 +144,11 @@ def _quota() -> float | None:
 
 
 class _OpenMP:
-    """The OpenMP runtime that torch computes on. torch.set_num_threads reaches threads that begin later, too; this
-    reaches the calling one alone. Where the runtime cannot be found, torch's function serves."""
+    """The OpenMP runtime that torch uses, if it can be found.
+
+    torch.set_num_threads also sets the count of threads that start later; `set_threads` sets the calling thread's only.
+    Without the runtime, it calls torch.set_num_threads.
+    """
 
     def __init__(self) -> None:
         self._set_threads = self._function("omp_set_num_threads")
@@ -159,7 +162,7 @@ class _OpenMP:
     @staticmethod
     @functools.cache
     def _libraries() -> list[Any]:
-        """Where the loader finds torch's symbols, in its order."""
+        """The libraries with torch's symbols, in the order in which the loader searches them."""
         names = {"Linux": "libtorch_cpu.so", "Darwin": "libtorch_cpu.dylib", "Windows": "torch_cpu.dll"}
         path = Path(torch.__file__).parent / "lib" / names.get(platform.system(), "")
         found = []
@@ -172,7 +175,7 @@ class _OpenMP:
         return next((getattr(library, name) for library in self._libraries() if hasattr(library, name)), None)
 
     def cpus(self) -> int | None:
-        """Those that the calling thread may run on or, where the runtime ties threads to CPUs, those that all may."""
+        """The CPUs that the calling thread may run on; if the runtime binds threads to CPUs, those of all threads."""
         if self._cpus is not None:
             return self._cpus()
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
@@ -191,7 +194,7 @@ class _OpenMP:
         return self._max_active_levels() if self._max_active_levels is not None else 1
 
     def set_threads(self, count: int, mkl: int | None = None) -> int:
-        """Set the calling thread's count, and MKL's to `mkl` or the same. Returns what MKL's was, 0 for none."""
+        """Set the calling thread's count, and MKL's to `mkl` or the same. Returns MKL's previous count, 0 for none."""
         if self._set_threads is None:
             torch.set_num_threads(count)
         else:

@@ -1,16 +1,15 @@
-"""Text to token ids and back, and conversations to prompts.
+"""Converts text to token ids and back, and conversations to prompts.
 
-A Llama 3 tokenizer is a byte-level BPE: byte strings with ranks, where the rank of a token is its id and also its
-priority, so that the neighbours that make the lowest rank are joined first. tiktoken runs that rule. This room
-numbers the 256 special tokens that follow the ranks, and cuts long text exactly where Meta's code cuts it, because
-the cuts change the tokens.
+A Llama 3 tokenizer is a byte-level BPE: byte strings with ranks. A token's rank is its id and its priority: the pair of
+adjacent tokens that makes the lowest rank is merged first. tiktoken applies these merges. This module numbers the 256
+special tokens that follow the ranks. It cuts long text exactly where Meta's code does, because the cuts change the
+tokens.
 
-Special tokens have two sets of names. Llama 3.0 named five of the 256 slots and counted the rest as reserved; Llama
-3.1 named ten (`<|eom_id|>` among them) and counted the rest anew. One `Tokenizer` answers to both sets. Where both
-use one name for different slots, such as `<|reserved_special_token_2|>`, it means what it means in the tokenizer's
-own version.
+Special tokens have two sets of names. Llama 3.0 names five of the 256 ids and numbers the others as reserved; Llama 3.1
+names ten, including `<|eom_id|>`, and numbers the others again from 0. `Tokenizer` accepts the names of both versions.
+If a name means different ids in the two, such as `<|reserved_special_token_2|>`, the tokenizer's own version decides.
 
-`ChatFormat` writes a conversation in Llama 3's format, and `TextStream` turns tokens into text as they come.
+`ChatFormat` writes a conversation in Llama 3's format. `TextStream` decodes tokens to text as they are generated.
 """
 
 import codecs
@@ -25,7 +24,7 @@ from typing import Literal, TypedDict
 
 import tiktoken
 
-from fastllama.tokenizer_files import LLAMA30_SLOTS, LLAMA31_SLOTS, NUM_SPECIAL_TOKENS, read_tokenizer_file
+from fastllama.tokenizer_files import LLAMA30_NAMES, LLAMA31_NAMES, NUM_SPECIAL_TOKENS, read_tokenizer_file
 
 # Meta's limits: tiktoken fails on much longer text, and is quadratic in the length of a run without a word boundary.
 MAX_CHUNK_CHARS = 400_000
@@ -43,16 +42,16 @@ Dialog = Sequence[Message]
 
 
 class Tokenizer:
-    """Llama 3's tokenizer, read from `tokenizer.model` (a ranks file) or Hugging Face's `tokenizer.json`.
+    """Llama 3's tokenizer, read from `tokenizer.model` (a ranks file) or from Hugging Face's `tokenizer.json`.
 
     Attributes:
-        n_words: size of the vocabulary, ranks and special tokens together.
+        n_words: size of the vocabulary: ranks and special tokens.
         bos_id, eos_id: ids of `<|begin_of_text|>` and `<|end_of_text|>`.
         pad_id: -1; Llama 3 has no padding token.
-        stop_tokens: ids that end a generation; a set, read at every call, so callers may change it.
-        special_tokens: id of every special token, under its 3.0 and its 3.1 name.
-        llama31: whether reserved names are counted, and decoded, as in Llama 3.1.
-        model: the tiktoken `Encoding` underneath; it knows the special tokens by the names that `decode` writes.
+        stop_tokens: the set of ids that end a generation. It is read at every call, so callers may change it.
+        special_tokens: id of every special token, by its 3.0 name and by its 3.1 name.
+        llama31: whether special tokens are named, and decoded, as in Llama 3.1.
+        model: the tiktoken `Encoding`; it has the special tokens under the names that `decode` writes.
     """
 
     num_reserved_special_tokens = NUM_SPECIAL_TOKENS
@@ -63,18 +62,18 @@ class Tokenizer:
     )
 
     def __init__(self, model_path: str | os.PathLike[str], *, llama31: bool = False) -> None:
-        """Read a ranks file, a `tokenizer.json`, or whichever of the two a checkpoint folder holds.
+        """Read a ranks file, a `tokenizer.json`, or the first of them in a checkpoint folder.
 
-        `llama31` chooses Llama 3.1's names and stop tokens (`<|eom_id|>` joins them). A `tokenizer.json` brings names
-        of its own: they win over either version's, and a name of 3.1 among them switches `llama31` on.
+        `llama31` selects Llama 3.1's names and stop tokens, which include `<|eom_id|>`. A `tokenizer.json` has its own
+        names. They replace those of either version, and a name of 3.1 among them sets `llama31`.
 
-        Raises AssertionError where there is no such file, ValueError where it is not a Llama 3 tokenizer.
+        Raises AssertionError if there is no such file, ValueError if it is not a Llama 3 tokenizer.
         """
         file = read_tokenizer_file(model_path, self.pat_str)
         self._file = file
         self.n_words = len(file.ranks) + NUM_SPECIAL_TOKENS
-        new_in_31 = set(LLAMA31_SLOTS.values()) - set(LLAMA30_SLOTS.values())
-        self._name_special_tokens(llama31 or not new_in_31.isdisjoint(file.special_names.values()))
+        new_in_31 = set(LLAMA31_NAMES.values()) - set(LLAMA30_NAMES.values())
+        self._set_special_tokens(llama31 or not new_in_31.isdisjoint(file.special_names.values()))
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.pad_id = -1
@@ -83,24 +82,24 @@ class Tokenizer:
             self.stop_tokens.add(self.special_tokens["<|eom_id|>"])
 
     def use_llama31_names(self) -> None:
-        """From now on decode with Llama 3.1's names and stop at `<|eom_id|>` too; other stop tokens stay."""
+        """Decode with Llama 3.1's names from here on, and add `<|eom_id|>` to the stop tokens."""
         if not self.llama31:
-            self._name_special_tokens(True)
+            self._set_special_tokens(True)
             self.stop_tokens.add(self.special_tokens["<|eom_id|>"])
 
-    def _name_special_tokens(self, llama31: bool) -> None:
+    def _set_special_tokens(self, llama31: bool) -> None:
         self.llama31 = llama31
         first_id = len(self._file.ranks)
-        own_names = _names_of_slots(LLAMA31_SLOTS if llama31 else LLAMA30_SLOTS, self._file.special_names)
-        own = {name: first_id + slot for slot, name in enumerate(own_names)}
-        # tiktoken would decode an id that has two names to either of them, so it learns only one.
+        own_names = _all_special_names(LLAMA31_NAMES if llama31 else LLAMA30_NAMES, self._file.special_names)
+        own = {name: first_id + offset for offset, name in enumerate(own_names)}
+        # tiktoken would decode an id with two names to either of them, so it gets only one name per id.
         self.model = tiktoken.Encoding(
             self._file.name, pat_str=self.pat_str, mergeable_ranks=self._file.ranks, special_tokens=own
         )
         self.special_tokens = dict(own)
-        for slots in (LLAMA31_SLOTS, LLAMA30_SLOTS):
-            for slot, name in enumerate(_names_of_slots(slots, {})):
-                self.special_tokens.setdefault(name, first_id + slot)
+        for names in (LLAMA31_NAMES, LLAMA30_NAMES):
+            for offset, name in enumerate(_all_special_names(names, {})):
+                self.special_tokens.setdefault(name, first_id + offset)
 
     def encode(
         self,
@@ -113,27 +112,29 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of `s`, with `<|begin_of_text|>` before (`bos`) and `<|end_of_text|>` after (`eos`).
 
-        The name of a special token is plain text unless it is in `allowed_special`, so that what a user types never
-        becomes a control token. "all" allows every name in `special_tokens`, or disallows every one that is not
-        allowed. A lone surrogate, which no text has, is encoded as U+FFFD, and a pair of them as its character.
+        The name of a special token is plain text unless it is in `allowed_special`, so a user's text never becomes a
+        control token. "all" allows every name in `special_tokens`, or disallows every name that is not allowed. A lone
+        surrogate is encoded as U+FFFD, a pair of surrogates as its character.
 
-        Raises AssertionError where `s` is not a str, ValueError where it holds a name in `disallowed_special`.
+        Raises AssertionError if `s` is not a str, ValueError if it holds a name in `disallowed_special`.
         """
         if not isinstance(s, str):
             raise AssertionError(f"encode takes one str, got {type(s).__name__}; encode each text of a list by itself")
         known = frozenset(self.special_tokens)
-        allowed = known if allowed_special == "all" else _names(allowed_special, "allowed_special")
-        forbidden = known - allowed if disallowed_special == "all" else _names(disallowed_special, "disallowed_special")
+        allowed = known if allowed_special == "all" else _name_set(allowed_special, "allowed_special")
+        forbidden = (
+            known - allowed if disallowed_special == "all" else _name_set(disallowed_special, "disallowed_special")
+        )
 
         tokens = [self.bos_id] if bos else []
         for piece in split_long_text(s):
-            if found := _any_of(forbidden).search(piece):
+            if found := _pattern_of(forbidden).search(piece):
                 raise ValueError(
                     f"the text holds the special token {found[0]!r}, which disallowed_special forbids; pass "
                     "disallowed_special=() to encode it as plain text, or allow it in allowed_special"
                 )
             start = 0
-            for special in _any_of(allowed & known).finditer(piece):
+            for special in _pattern_of(allowed & known).finditer(piece):
                 tokens += self.model.encode_ordinary(piece[start : special.start()])
                 tokens.append(self.special_tokens[special[0]])
                 start = special.end()
@@ -143,13 +144,13 @@ class Tokenizer:
         return tokens
 
     def decode(self, t: Sequence[int]) -> str:
-        """Text of the ids, special tokens by name, U+FFFD for bytes that are not UTF-8. Errors as in `decode_bytes`."""
+        """Text of the ids: special tokens by name, U+FFFD for invalid UTF-8. Raises as `decode_bytes`."""
         return self.decode_bytes(t).decode("utf-8", errors="replace")
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """Bytes of the ids, one after the other. Raises ValueError for what is not an id of this tokenizer."""
+        """The ids' bytes, joined. Raises ValueError unless `t` is a sequence of ids of this tokenizer."""
         if isinstance(t, str | bytes | bytearray | memoryview | AbstractSet | Mapping):
-            raise ValueError(f"decode takes a sequence of token ids, got {t!r:.80}: a {type(t).__name__} is none")
+            raise ValueError(f"decode takes a sequence of token ids, got {t!r:.80}, a {type(t).__name__}")
         try:
             ids = [operator.index(token) for token in t]
         except TypeError as error:
@@ -166,10 +167,10 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes tokens as they come, without ever splitting a character.
+    """Decodes tokens incrementally and returns only complete characters.
 
-    A token may end inside a character, whose bytes then wait for the tokens to come. The texts returned, joined, are
-    what `tokenizer.decode` makes of all the ids.
+    If a token ends inside a character, its bytes are kept until later tokens complete it. The returned texts, joined,
+    equal `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -177,22 +178,22 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these ids complete, possibly none. After a ValueError the stream is as it was before."""
+        """The text that these ids complete, possibly "". A ValueError leaves the stream unchanged."""
         return self._utf8.decode(self._tokenizer.decode_bytes(token_ids))
 
     def finish(self) -> str:
-        """What is held back: U+FFFD for a character that never got its last bytes, else nothing. Then starts afresh."""
+        """U+FFFD if a character is incomplete, else "". The stream is then empty and can be used again."""
         return self._utf8.decode(b"", final=True)
 
 
 class ChatFormat:
-    """Writes conversations as Llama 3 was taught to read them."""
+    """Encodes conversations in the format that Llama 3 was trained on."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> list[int]:
-        """Who speaks: start_header, the role, end_header, and an empty line."""
+        """The header of a message: start_header, the role, end_header, and an empty line."""
         check_message(message)
         special = self.tokenizer.special_tokens
         return [
@@ -203,7 +204,7 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message) -> list[int]:
-        """A header, the content without the white space around it, and eot."""
+        """The header, the content without surrounding white space, and eot."""
         return [
             *self.encode_header(message),
             *self.tokenizer.encode(message["content"].strip(), bos=False, eos=False),
@@ -211,9 +212,9 @@ class ChatFormat:
         ]
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """begin_of_text, every message, and the header of the assistant's answer to come.
+        """begin_of_text, every message, and the header of the assistant's next message.
 
-        Raises ValueError, as `check_dialog` does, for what is not a dialog.
+        Raises ValueError, as `check_dialog` does, if `dialog` is not a dialog.
         """
         check_dialog(dialog)
         tokens = [self.tokenizer.bos_id]
@@ -223,7 +224,7 @@ class ChatFormat:
 
 
 def check_dialog(dialog: object, name: str = "dialog") -> None:
-    """Raise ValueError, which calls the dialog `name`, unless it is a non-empty sequence of messages."""
+    """Raise ValueError unless `dialog` is a non-empty sequence of messages. The error calls it `name`."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str | bytes):
         raise ValueError(f"{name}: expected a list of messages, got {type(dialog).__name__}")
     if not dialog:
@@ -233,7 +234,7 @@ def check_dialog(dialog: object, name: str = "dialog") -> None:
 
 
 def check_message(message: object, name: str = "message") -> None:
-    """Raise ValueError, which calls the message `name`, unless it has a role (any non-empty text) and a content."""
+    """Raise ValueError unless `message` has a role (any non-empty text) and a content. The error calls it `name`."""
     if not isinstance(message, Mapping):
         raise ValueError(f"{name}: expected a dict with 'role' and 'content', got {type(message).__name__}")
     for key in ("role", "content"):
@@ -246,7 +247,11 @@ def check_message(message: object, name: str = "message") -> None:
 
 
 def split_long_text(s: str) -> Iterator[str]:
-    """Cut text every `MAX_CHUNK_CHARS`, and there every `MAX_RUN_CHARS` of a run of white space or of anything else."""
+    """The pieces of a text that are encoded separately, cut where Meta's code cuts.
+
+    Cuts the text every `MAX_CHUNK_CHARS`, and in each chunk every `MAX_RUN_CHARS` of a run of white space or of other
+    characters.
+    """
     for start in range(0, len(s), MAX_CHUNK_CHARS):
         chunk = s[start : start + MAX_CHUNK_CHARS]
         begin = 0
@@ -257,24 +262,27 @@ def split_long_text(s: str) -> Iterator[str]:
         yield chunk[begin:]
 
 
-def _names_of_slots(named: Mapping[int, str], names_in_file: Mapping[int, str]) -> list[str]:
-    """Names of all slots: those not in `named` are counted as reserved, and a file's own names replace either."""
+def _all_special_names(version_names: Mapping[int, str], names_in_file: Mapping[int, str]) -> list[str]:
+    """The names of all special tokens, in the order of their ids.
+
+    Ids without a name in `version_names` are numbered as reserved. A file's own names replace both.
+    """
     reserved = (f"<|reserved_special_token_{count}|>" for count in itertools.count())
-    names = [named.get(slot) or next(reserved) for slot in range(NUM_SPECIAL_TOKENS)]
-    # A file that leaves a slot without a name may have given that slot's usual name to another.
+    names = [version_names.get(offset) or next(reserved) for offset in range(NUM_SPECIAL_TOKENS)]
+    # A file that does not name an id may have given that id's usual name to another id.
     taken = set(names_in_file.values())
-    names = [f"<|unnamed_special_token_{slot}|>" if name in taken else name for slot, name in enumerate(names)]
-    return [names_in_file.get(slot, name) for slot, name in enumerate(names)]
+    names = [f"<|unnamed_special_token_{offset}|>" if name in taken else name for offset, name in enumerate(names)]
+    return [names_in_file.get(offset, name) for offset, name in enumerate(names)]
 
 
-def _names(names: Collection[str], argument: str) -> frozenset[str]:
-    # A single name would pass for a set of its letters, and be ignored.
+def _name_set(names: Collection[str], argument: str) -> frozenset[str]:
+    """The names as a set. ValueError for a single str, which would be taken as a set of its letters."""
     if isinstance(names, str):
         raise ValueError(f'{argument} must be "all" or a set of special token names, got the str {names!r}')
     return frozenset(names)
 
 
 @functools.lru_cache
-def _any_of(names: frozenset[str]) -> re.Pattern[str]:
-    """Matches any of the names, the longest where one begins another; nothing when there are none."""
+def _pattern_of(names: frozenset[str]) -> re.Pattern[str]:
+    """A pattern that matches any of the names, longer names first; without names it never matches."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")

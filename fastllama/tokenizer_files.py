@@ -1,13 +1,13 @@
-"""Tokenizer files, read as what they both say: ranks of byte strings, and names of the special tokens that follow them.
+"""Reads and checks tokenizer files: the ranks of byte strings, and the names of the special tokens that follow them.
 
-Meta's `tokenizer.model` is a line per token, base64 and rank. Hugging Face's `tokenizer.json` describes a whole
-pipeline (normalizer, pre-tokenizer, model), of which Llama 3 uses one form: no normalizer, Llama's own pattern, and
-a byte-level BPE. In that form a token's id is its rank and its bytes are written as one printable character each.
-Anything else would be encoded differently by us than by its makers, so it is refused.
+Meta's `tokenizer.model` has one line per token: base64 and rank. Hugging Face's `tokenizer.json` describes a complete
+pipeline (normalizer, pre-tokenizer, model). Llama 3 uses one form of it: no normalizer, Llama's split pattern, and a
+byte-level BPE, in which a token's id is its rank and each of its bytes is one printable character. Other forms raise an
+error, because fastllama would encode text differently.
 
-The merges of a `tokenizer.json` must say what the ranks say. tiktoken's rule, join whatever makes the lowest rank,
-is the same as following the merges only where they come in the order of the ids they make and make every token
-longer than a byte.
+The merges of a `tokenizer.json` must agree with the ranks. tiktoken merges the pair that makes the lowest rank. That
+gives the same tokens as the list of merges only if the merges are in the order of the ids they make and make every
+token longer than a byte.
 """
 
 import binascii
@@ -24,8 +24,8 @@ from fastllama import strict_json
 logger = logging.getLogger(__name__)
 
 NUM_SPECIAL_TOKENS = 256
-# Where a tokenizer may lie inside a checkpoint folder, best first. The folder's own come before those of the base model
-# that a Hugging Face repository keeps under original/.
+# Places of a tokenizer inside a checkpoint folder, in the order of the search. The folder's own files go before those
+# of the base model, which a Hugging Face repository keeps under original/.
 FILES_IN_FOLDER = (
     "tokenizer.model",
     "tokenizer.json",
@@ -34,57 +34,60 @@ FILES_IN_FOLDER = (
     "original/mp16/tokenizer.model",
 )
 
-# Special tokens that have a name of their own, by slot: the id counted from the end of the ranks.
-LLAMA30_SLOTS = {
+# Names of special tokens that are not numbered as reserved, by offset: the id minus the number of ranks.
+LLAMA30_NAMES = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
     6: "<|start_header_id|>",
     7: "<|end_header_id|>",
     9: "<|eot_id|>",
 }
-LLAMA31_SLOTS = LLAMA30_SLOTS | {
+LLAMA31_NAMES = LLAMA30_NAMES | {
     4: "<|finetune_right_pad_id|>",
     5: "<|step_id|>",
     8: "<|eom_id|>",
     10: "<|python_tag|>",
     11: "<|image|>",
 }
-# What a tokenizer.json must have at these slots, and what it may have there only. 3.1's other names differ by release.
-NEEDED_SLOTS = LLAMA30_SLOTS
-FIXED_SLOTS = LLAMA30_SLOTS | {8: "<|eom_id|>"}
+# A tokenizer.json must have the required names at these offsets, and may have the fixed names at no other offset. 3.1's
+# other names differ between releases.
+REQUIRED_NAMES = LLAMA30_NAMES
+FIXED_NAMES = LLAMA30_NAMES | {8: "<|eom_id|>"}
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
+    """The content of a tokenizer file."""
+
     name: str
     ranks: dict[bytes, int]
-    """Rank, which is also the id, by token: 0 to n - 1, each once; every single byte is among the tokens."""
+    """Rank, which is also the id, by token: 0 to n - 1, each once. Every single byte is a token."""
     special_names: dict[int, str]
-    """Names of special tokens by slot, where the file gives any: a `tokenizer.json` does."""
+    """Names of special tokens by offset, as a `tokenizer.json` gives them; {} for a ranks file."""
 
 
 def read_tokenizer_file(model_path: str | os.PathLike[str], pat_str: str) -> TokenizerFile:
-    """Read a ranks file, a `tokenizer.json`, or the first of `FILES_IN_FOLDER` in a folder.
+    """The content of a ranks file, of a `tokenizer.json`, or of the first of `FILES_IN_FOLDER` in a folder.
 
-    A `tokenizer.json` must split text by `pat_str`. Raises AssertionError where there is no such file, ValueError
-    naming the file and what is wrong with it where it is not a Llama 3 tokenizer.
+    A `tokenizer.json` must split text by `pat_str`. Raises AssertionError if there is no such file. Raises ValueError,
+    with the file and the reason, if it is not a Llama 3 tokenizer.
     """
     path = find_tokenizer_file(model_path)
     data = path.read_bytes()
-    _refuse_lookalikes(data, path)
+    _refuse_other_files(data, path)
     added: dict[int, str] = {}
     if data[:64].lstrip().startswith(b"{"):
-        ranks, added = _read_json(data, path, pat_str)
+        ranks, added = _read_tokenizer_json(data, path, pat_str)
     else:
         ranks = _read_ranks(data, path)
     _check_ranks(ranks, path)
-    return TokenizerFile(path.name, ranks, _special_names_by_slot(added, len(ranks), path))
+    return TokenizerFile(path.name, ranks, _special_names_by_offset(added, len(ranks), path))
 
 
 def find_tokenizer_file(model_path: str | os.PathLike[str]) -> Path:
-    """The file itself, or the first of `FILES_IN_FOLDER` in a folder; what is passed over is logged.
+    """The file itself, or the first of `FILES_IN_FOLDER` in a folder. The log says which others are passed over.
 
-    Raises AssertionError where there is none.
+    Raises AssertionError if there is none.
     """
     path = Path(model_path)
     if os.path.isfile(path):  # unlike Path.is_file, false for any string
@@ -98,7 +101,8 @@ def find_tokenizer_file(model_path: str | os.PathLike[str]) -> Path:
     return path / present[0]
 
 
-def _refuse_lookalikes(data: bytes, path: Path) -> None:
+def _refuse_other_files(data: bytes, path: Path) -> None:
+    """Raise ValueError, with advice, for files that are often found in a tokenizer's place."""
     head = data[:512].lstrip().lower()
     if not data.strip():
         raise ValueError(f"{path} is empty; expected a Llama 3 tokenizer.model or tokenizer.json")
@@ -115,6 +119,7 @@ def _refuse_lookalikes(data: bytes, path: Path) -> None:
 
 
 def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
+    """Ranks by token, from the lines of a ranks file."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         if not line:
@@ -122,14 +127,14 @@ def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
         try:
             encoded, digits = line.split()
             token = binascii.a2b_base64(encoded, strict_mode=True)
-            # int() alone would also take "+1" and "1_0".
+            # int() alone would also accept "+1" and "1_0".
             rank = int(digits) if digits.isdigit() else None
         except ValueError:
             rank = None
         if rank is None:
             raise ValueError(
                 f"{path}, line {number}: expected a token in base64 and its rank, got {line[:60]!r}; "
-                "the file is damaged or is no Llama 3 tokenizer.model"
+                "the file is damaged or is not a Llama 3 tokenizer.model"
             )
         if token in ranks:
             raise ValueError(f"{path}, line {number}: token {token!r} has rank {ranks[token]} already")
@@ -138,137 +143,146 @@ def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
 
 
 def _check_ranks(ranks: Mapping[bytes, int], path: Path) -> None:
+    """Raise ValueError unless ranks are 0 to n - 1, each once, and every single byte is a token."""
     missing_ranks = set(range(len(ranks))).difference(ranks.values())
     if missing_ranks:
         raise ValueError(
             f"{path}: {len(ranks)} tokens need the ranks 0 to {len(ranks) - 1}, each once, but none has rank "
-            f"{min(missing_ranks)}; the file is damaged or is no Llama 3 tokenizer"
+            f"{min(missing_ranks)}; the file is damaged or is not a Llama 3 tokenizer"
         )
     missing_bytes = [value for value in range(256) if bytes([value]) not in ranks]
     if missing_bytes:
         raise ValueError(
-            f"{path}: {len(missing_bytes)} of the 256 single bytes are no tokens, the first of them "
-            f"{bytes(missing_bytes[:1])!r}, so some text has no encoding; this is no whole Llama 3 tokenizer"
+            f"{path}: {len(missing_bytes)} of the 256 single bytes are not tokens, the first of them "
+            f"{bytes(missing_bytes[:1])!r}, so some text has no encoding; this is not a complete Llama 3 tokenizer"
         )
 
 
-def _special_names_by_slot(added: Mapping[int, str], n_ranks: int, path: Path) -> dict[int, str]:
+def _special_names_by_offset(added: Mapping[int, str], n_ranks: int, path: Path) -> dict[int, str]:
+    """Names by offset, from names by id. ValueError unless the special tokens have Llama 3's ids."""
     if not added:
         return {}
-    slots = {token_id - n_ranks: name for token_id, name in added.items()}
-    for slot, name in slots.items():
-        if not 0 <= slot < NUM_SPECIAL_TOKENS:
+    names = {token_id - n_ranks: name for token_id, name in added.items()}
+    for offset, name in names.items():
+        if not 0 <= offset < NUM_SPECIAL_TOKENS:
             raise ValueError(
-                f"{path}: added token {name!r} has id {n_ranks + slot}, but Llama 3's special tokens are ids "
+                f"{path}: added token {name!r} has id {n_ranks + offset}, but Llama 3's special tokens are ids "
                 f"{n_ranks} to {n_ranks + NUM_SPECIAL_TOKENS - 1}; a vocabulary extended beyond them cannot be used"
             )
-    for slot, name in FIXED_SLOTS.items():
-        found = slots.get(slot)
-        if found != name and (slot in NEEDED_SLOTS or name in slots.values()):
+    for offset, name in FIXED_NAMES.items():
+        found = names.get(offset)
+        if found != name and (offset in REQUIRED_NAMES or name in names.values()):
             raise ValueError(
-                f"{path}: expected the special token {name!r} at id {n_ranks + slot}, found {found!r}; "
-                "the special tokens are not laid out as Llama 3's"
+                f"{path}: expected the special token {name!r} at id {n_ranks + offset}, found {found!r}; "
+                "the special tokens do not have Llama 3's ids"
             )
-    return slots
+    return names
 
 
-class _UnlikeLlama3(Exception):
-    """What in a tokenizer.json differs from Llama 3's; becomes a ValueError with the file's name."""
+class _NotLlama3Error(Exception):
+    """A difference between a tokenizer.json and Llama 3's. It becomes a ValueError with the file's name."""
 
 
-def _read_json(data: bytes, path: Path, pat_str: str) -> tuple[dict[bytes, int], dict[int, str]]:
+def _read_tokenizer_json(data: bytes, path: Path, pat_str: str) -> tuple[dict[bytes, int], dict[int, str]]:
     """Ranks by token, and names of the added tokens by id."""
     try:
         document = strict_json.loads(data)
-    except strict_json.TwoValues as error:
+    except strict_json.ConflictingValues as error:
         raise ValueError(f"{path}: {error}; the file is damaged") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged") from None
     try:
         added = _added_tokens(document["added_tokens"])
         _check_pipeline(document, pat_str)
-        # Some writers list the special tokens in the vocabulary too.
+        # Some programs also list the special tokens in the vocabulary.
         vocab = {token: rank for token, rank in document["model"]["vocab"].items() if added.get(rank) != token}
-        ranks = _ranks_of_vocab(vocab)
+        ranks = _ranks_from_vocab(vocab)
         _check_merges(document["model"]["merges"], vocab)
-    except _UnlikeLlama3 as difference:
+    except _NotLlama3Error as difference:
         raise ValueError(
             f"{path} is not a Llama 3 tokenizer: {difference}. Give the checkpoint's tokenizer.model if it has one"
         ) from None
     except (KeyError, TypeError, AttributeError) as error:
-        # Any part may be missing or of another type: one answer for all, instead of a check at each step.
-        raise ValueError(f"{path} is not a whole tokenizer.json ({type(error).__name__}: {error})") from None
+        # Any part may be missing or of another type. One message for all replaces a check at each step.
+        raise ValueError(f"{path} is not a complete tokenizer.json ({type(error).__name__}: {error})") from None
     return ranks, added
 
 
 def _added_tokens(entries: list[dict[str, Any]]) -> dict[int, str]:
+    """Names of the added tokens by id."""
     added: dict[int, str] = {}
     for entry in entries:
         token_id, name = entry["id"], entry["content"]
         if type(token_id) is not int or not isinstance(name, str) or not name:
-            raise _UnlikeLlama3(f"an added token must have an int as id and a text as content, got {entry!r:.80}")
+            raise _NotLlama3Error(f"an added token must have an int as id and a text as content, got {entry!r:.80}")
         if token_id in added or name in added.values():
-            raise _UnlikeLlama3(f"added token {name!r}, id {token_id}, is there twice")
+            raise _NotLlama3Error(f"added token {name!r}, id {token_id}, is listed twice")
         added[token_id] = name
     if not added:
-        raise _UnlikeLlama3("it has no special tokens (added_tokens is empty)")
+        raise _NotLlama3Error("it has no special tokens (added_tokens is empty)")
     return added
 
 
 def _check_pipeline(document: Mapping[str, Any], pat_str: str) -> None:
+    """Raise _NotLlama3Error unless normalizer, pre-tokenizer and model options are Llama 3's."""
     model = document["model"]
     if model["type"] != "BPE":
-        raise _UnlikeLlama3(f"its model is {model['type']!r}, expected 'BPE'")
+        raise _NotLlama3Error(f"its model is {model['type']!r}, expected 'BPE'")
     for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
-            raise _UnlikeLlama3(f"its BPE has {option}={model[option]!r}, expected none")
+            raise _NotLlama3Error(f"its BPE has {option}={model[option]!r}, expected none")
     if document["normalizer"] is not None:
-        raise _UnlikeLlama3(f"it normalizes text ({document['normalizer']!r:.80}), expected no normalizer")
+        raise _NotLlama3Error(f"it normalizes text ({document['normalizer']!r:.80}), expected no normalizer")
 
     pre_tokenizer = document["pre_tokenizer"] or {}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
-        raise _UnlikeLlama3(f"its pre-tokenizer is {pre_tokenizer!r:.100}, expected Split and then ByteLevel")
+        raise _NotLlama3Error(f"its pre-tokenizer is {pre_tokenizer!r:.100}, expected Split and then ByteLevel")
     split, byte_level = steps
     if split["pattern"] != {"Regex": pat_str} or split["behavior"] != "Isolated" or split["invert"]:
-        raise _UnlikeLlama3(f"it splits text by {split['pattern']!r:.200}, expected Llama 3's pattern, isolated")
+        raise _NotLlama3Error(f"it splits text by {split['pattern']!r:.200}, expected Llama 3's pattern, isolated")
     if byte_level["add_prefix_space"] or byte_level["use_regex"]:
-        raise _UnlikeLlama3("its ByteLevel step adds a space or splits text again, expected neither")
+        raise _NotLlama3Error("its ByteLevel step adds a space or splits text again, expected neither")
 
 
-def _ranks_of_vocab(vocab: Mapping[str, int]) -> dict[bytes, int]:
-    byte_of = _byte_of_character()
+def _ranks_from_vocab(vocab: Mapping[str, int]) -> dict[bytes, int]:
+    """Ranks by bytes, from ids by printable spelling."""
+    byte_of = _byte_decoder()
     ranks: dict[bytes, int] = {}
     for token, rank in vocab.items():
         if type(rank) is not int:
-            raise _UnlikeLlama3(f"token {token!r} has id {rank!r}, expected an int")
+            raise _NotLlama3Error(f"token {token!r} has id {rank!r}, expected an int")
         try:
             ranks[bytes([byte_of[character] for character in token])] = rank
         except KeyError:
-            raise _UnlikeLlama3(f"token {token!r}, id {rank}, is not written as bytes") from None
+            raise _NotLlama3Error(f"token {token!r}, id {rank}, is not written as bytes") from None
     return ranks
 
 
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's spelling: a printable Latin-1 character is its own byte, U+0100 and on are the other bytes in order."""
+def _byte_decoder() -> dict[str, int]:
+    """The byte of each character in GPT-2's spelling.
+
+    A printable Latin-1 character is its own byte. The characters from U+0100 are the other bytes in order.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = itertools.count(0x100)
     return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
 
 
 def _check_merges(merges: list[str | list[str]], vocab: Mapping[str, int]) -> None:
+    """Raise _NotLlama3Error unless the merges are in the order of the ids they make and make every longer token."""
     last = -1
     made: set[int] = set()
     for merge in merges:
-        # Written "left right" by older versions, ["left", "right"] by newer ones.
+        # Older versions write "left right", newer ones ["left", "right"].
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            raise _UnlikeLlama3(f"merge {merge!r} does not join two tokens into a third")
+            raise _NotLlama3Error(f"merge {merge!r} does not join two tokens into a third")
         product = vocab["".join(pair)]
         if product < last:
-            raise _UnlikeLlama3(f"merge {merge!r} makes token {product}, but an earlier one makes token {last}")
+            raise _NotLlama3Error(f"merge {merge!r} makes token {product}, but an earlier one makes token {last}")
         last = product
         made.add(product)
     unmade = [token for token, rank in vocab.items() if len(token) > 1 and rank not in made]
     if unmade:
-        raise _UnlikeLlama3(f"{len(unmade)} of its tokens, such as {unmade[0]!r}, come from no merge")
+        raise _NotLlama3Error(f"{len(unmade)} of its tokens, such as {unmade[0]!r}, come from no merge")

@@ -1,12 +1,13 @@
-"""What a caller has set in torch for its own work is put aside while fastllama works, and put back.
+"""Runs fastllama under torch's default settings, and restores the caller's settings afterwards.
 
-Torch has settings that hold for all code: modes that see every call (`torch.set_default_device`, FakeTensorMode, a
+Torch has settings that affect all code: modes that see every call (`torch.set_default_device`, FakeTensorMode, a
 caller's own), autocast, the precision of float32 products, the implementations that attention may use, deterministic
-algorithms, the number of threads. None of them is to change an answer, and none of the caller's is to be changed. A
-default dtype is met by naming every dtype, and grad mode by `torch.inference_mode` where it matters.
+algorithms, the number of threads. None of them may change fastllama's results, and fastllama may not change the
+caller's. Two settings are handled elsewhere: fastllama names every dtype, so the default dtype has no effect, and uses
+`torch.inference_mode` where grad mode matters.
 
-Those that torch keeps for the whole process are touched only where they differ from what the answers need, and then
-other threads see it for the time of a step.
+Settings of the whole process are changed only if they would affect results. Other threads then see the change during
+a step.
 """
 
 import contextlib
@@ -30,14 +31,14 @@ ATTENTION = {
 }
 CUDA_PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul,) * torch.backends.cuda.is_built()
 FLOAT32_PRODUCTS: tuple[Any, ...] = (cast(Any, torch.backends.mkldnn).matmul, *CUDA_PRODUCTS)
-DENORMAL = 5e-324  # is 0 to a thread that flushes denormals (torch.set_flush_denormal), which torch does not tell
-FULL_PRECISION = ("none", "ieee")  # of float32 products; "none" is what torch has where nobody said anything
+DENORMAL = 5e-324  # equals 0 in a thread that flushes denormals (torch.set_flush_denormal); torch has no getter for it
+FULL_PRECISION = ("none", "ieee")  # values of fp32_precision; "none" is torch's value before anything is set
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def with_default_settings(function: Function) -> Function:
-    """The function, run with the caller's settings put aside. Of a generator each step is, and nothing between two."""
+    """Run a function under `default_settings`; for a generator, each of its steps, and not the code between them."""
     if not inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -67,7 +68,7 @@ def with_default_settings(function: Function) -> Function:
 
 @contextlib.contextmanager
 def default_settings() -> Iterator[None]:
-    """A block in which the calling thread's settings are those that the answers need."""
+    """A block in which torch's settings are those that fastllama's results need."""
     with torch.DisableTorchFunction(), contextlib.ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():
             stack.enter_context(_disable_current_modes())
@@ -80,22 +81,22 @@ def default_settings() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         for products in CUDA_PRODUCTS:
             if products.allow_fp16_accumulation:
-                stack.enter_context(_exact_sums(products))
+                stack.enter_context(_float32_sums(products))
         if not all(enabled() for enabled in ATTENTION.values()):
             stack.enter_context(sdpa_kernel(list(ATTENTION)))
         for products in FLOAT32_PRODUCTS:
             if products.fp32_precision not in FULL_PRECISION:
                 stack.enter_context(_full_precision(products))
         if DENORMAL == 0:
-            stack.enter_context(_denormals())
+            stack.enter_context(_keep_denormals())
         if torch.are_deterministic_algorithms_enabled():
-            stack.enter_context(_algorithms_free())
+            stack.enter_context(_any_algorithm())
         stack.enter_context(threads.limited())
         yield
 
 
 def _no_transforms() -> contextlib.AbstractContextManager[Any]:
-    """A block outside the function transforms around it (torch.func.grad, vmap, functionalize)."""
+    """A block that function transforms around it (torch.func.grad, vmap, functionalize) do not see."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()
@@ -103,7 +104,7 @@ def _no_transforms() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _no_trace() -> Iterator[None]:
-    """A block of which torch.jit.trace sees nothing."""
+    """A block that torch.jit.trace does not record."""
     internal: Any = torch._C
     state = internal._get_tracing_state()
     internal._set_tracing_state(None)
@@ -114,7 +115,8 @@ def _no_trace() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _denormals() -> Iterator[None]:
+def _keep_denormals() -> Iterator[None]:
+    """A block in which denormals are not flushed to 0."""
     torch.set_flush_denormal(False)
     try:
         yield
@@ -123,7 +125,8 @@ def _denormals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exact_sums(products: Any) -> Iterator[None]:
+def _float32_sums(products: Any) -> Iterator[None]:
+    """A block in which float16 products are not accumulated in float16."""
     products.allow_fp16_accumulation = False
     try:
         yield
@@ -133,21 +136,21 @@ def _exact_sums(products: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_precision(products: Any) -> Iterator[None]:
-    """A block whose float32 products are of float32's precision."""
+    """A block in which float32 products have float32's full precision."""
     before = products.fp32_precision
     products.fp32_precision = "ieee"
     try:
         yield
     finally:
-        # Torch tells what holds, not whether it was set here or for all backends, from which "none" takes it.
+        # `before` may have been inherited from torch.backends; "none" inherits again.
         products.fp32_precision = "none"
         if products.fp32_precision != before:
             products.fp32_precision = before
 
 
 @contextlib.contextmanager
-def _algorithms_free() -> Iterator[None]:
-    """A block in which no op is refused for want of a deterministic form, nor fills memory before it is written."""
+def _any_algorithm() -> Iterator[None]:
+    """A block with deterministic algorithms off. They make some ops raise errors, and torch.empty fill its memory."""
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:

@@ -1,4 +1,4 @@
-"""What a caller may pass: every argument's value is checked before any work, and the message says what to do."""
+"""Checks of the arguments of public calls, made before any work. Error messages say what to do."""
 
 import contextlib
 import math
@@ -6,7 +6,7 @@ import operator
 from collections import UserString
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,12 @@ from torch import Tensor
 TEXTS = str | UserString | bytes | bytearray | memoryview
 UNORDERED = AbstractSet | Mapping
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # what torch.manual_seed takes
-
-
-class LoadedKeys(NamedTuple):
-    """What `load_state_dict(strict=False)` passed over, as torch reports it."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
+LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # the range of torch.manual_seed
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """value as an int. Raises ValueError where it is not a whole number from `least` to `most`."""
-    number = _index(value)
+    """value as an int. Raises ValueError unless it is a whole number from `least` to `most`."""
+    number = _as_int(value)
     if number is None or number < least or (most is not None and number > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {wanted}, got {value!r}")
@@ -34,27 +27,27 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
 
 
 def temperature(value: Any) -> float:
-    """value as a float. Raises ValueError where it is negative, infinite or not a number."""
+    """value as a float. Raises ValueError if it is negative, infinite or not a number."""
     return _real("temperature", value, math.inf, "0 (the most likely token) or a positive number")
 
 
 def top_p(value: Any) -> float:
-    """value as a float, at most 1. Raises ValueError where it is negative or not a number."""
+    """value as a float, at most 1. Raises ValueError if it is negative or not a number."""
     number = _real("top_p", value, None, "a number from 0 (the most likely token) to 1 (the whole vocabulary)")
     return min(number, 1.0)
 
 
 def seed(value: Any) -> int:
-    """value as an unsigned 64-bit seed. Raises ValueError where it is no integer that torch.manual_seed would take."""
+    """value as an unsigned 64-bit seed. Raises ValueError unless it is an integer that torch.manual_seed accepts."""
     return whole_number("a seed", value, LEAST_SEED, MOST_SEED) % 2**64
 
 
 def seeds(value: Any, n_rows: int) -> list[int] | int | None:
-    """A call's seed: one, one per row, or None. Raises ValueError for anything else."""
-    if value is None or _index(value) is not None:
+    """A call's seeds: one for all rows, a list with one per row, or None. Raises ValueError for anything else."""
+    if value is None or _as_int(value) is not None:
         return None if value is None else seed(value)
     if isinstance(value, TEXTS | UNORDERED) or getattr(value, "ndim", None) == 0 or not isinstance(value, Iterable):
-        return seed(value)  # says what a seed must be
+        return seed(value)  # raises, and says what a seed must be
     each = list(value)
     if len(each) != n_rows:
         raise ValueError(f"a list of seeds must have one for each of the {n_rows} prompts, got {len(each)}")
@@ -62,29 +55,29 @@ def seeds(value: Any, n_rows: int) -> list[int] | int | None:
 
 
 def flag(name: str, value: Any) -> bool:
-    """value as a bool. Raises ValueError for texts, which are all true, and for what is neither true nor false."""
+    """value as a bool. Raises ValueError for a text ("False" would be true) and for a value without a truth value."""
     try:
         if not isinstance(value, TEXTS):
             return bool(value)
-    except Exception:  # of an array of several values, or of one that holds none, whatever its library raises
+    except Exception:  # libraries raise different errors for an array of several values, or one without values
         pass
     raise ValueError(f"{name} must be True or False, got {kind(value)}")
 
 
 def stop_ids(value: Any, vocab_size: int) -> frozenset[int]:
-    """The token ids that end a row, without those that no model of this vocabulary can choose.
+    """The token ids that end a row, without those outside the vocabulary.
 
-    Raises ValueError where `tokenizer.stop_tokens` is not a collection of whole numbers.
+    Raises ValueError unless `tokenizer.stop_tokens` is a collection of whole numbers.
     """
     fits = isinstance(value, Collection) and not isinstance(value, TEXTS | Mapping)
-    ids = [_index(token) for token in value] if fits and getattr(value, "ndim", None) != 0 else [None]
+    ids = [_as_int(token) for token in value] if fits and getattr(value, "ndim", None) != 0 else [None]
     if None in ids:
         raise ValueError(f"tokenizer.stop_tokens must be a set or list of token ids, got {value!r:.80}")
     return frozenset(token for token in ids if token is not None and 0 <= token < vocab_size)
 
 
 def batch_sizes(value: Any, max_batch_size: int) -> list[int]:
-    """Batch sizes to capture graphs for, None meaning 1 and max_batch_size. Raises ValueError for any out of range."""
+    """Batch sizes to capture graphs for; None means 1 and max_batch_size. Raises ValueError for a size out of range."""
     if value is None:
         return sorted({1, max_batch_size})
     sizes = listed("graph_batch_sizes", value)
@@ -92,7 +85,7 @@ def batch_sizes(value: Any, max_batch_size: int) -> list[int]:
 
 
 def launches(cuda_graphs: Any, dependent_launch: Any, device_type: str) -> None:
-    """How a model launches its kernels. Raises ValueError for what is no bool or None, and for True without a GPU."""
+    """Check the launch options. Raises ValueError unless each is a bool or None, and for True without a GPU."""
     for name, value in (("cuda_graphs", cuda_graphs), ("dependent_launch", dependent_launch)):
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"{name} must be True, False or None, got {value!r:.80}")
@@ -101,26 +94,26 @@ def launches(cuda_graphs: Any, dependent_launch: Any, device_type: str) -> None:
 
 
 def listed(name: str, value: Any) -> list[Any]:
-    """value as a list. Raises ValueError for a single text and for what cannot be gone through."""
+    """value as a list. Raises ValueError for a text, a mapping, and a value that is not iterable."""
     if isinstance(value, TEXTS | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"{name} must be a list, got {kind(value)}")
     return list(value)
 
 
 def texts(value: Any) -> list[str]:
-    """The prompts of a text completion. Raises ValueError where they are not a list of str."""
+    """The prompts of a text completion. Raises ValueError unless they are a list of str."""
     if isinstance(value, TEXTS | UNORDERED) or not isinstance(value, Iterable):
-        remedy = ": for one text pass [text]" if isinstance(value, str) else _remedy(value)
-        raise ValueError(f"prompts must be a list of texts, got {kind(value)}{remedy}")
+        hint = ": for one text pass [text]" if isinstance(value, str) else _hint(value)
+        raise ValueError(f"prompts must be a list of texts, got {kind(value)}{hint}")
     given = list(value)
-    for place, prompt in enumerate(given):
+    for index, prompt in enumerate(given):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompts must be a list of texts, got {kind(prompt)} at place {place}")
+            raise ValueError(f"prompts must be a list of texts, got {kind(prompt)} at index {index}")
     return given
 
 
 def dialogs(value: Any) -> list[Any]:
-    """Dialogs as a list. Raises ValueError where they are no list, or a single dialog."""
+    """Dialogs as a list. Raises ValueError if they are not a list, or if they are a single dialog."""
     if isinstance(value, TEXTS | UNORDERED) or not isinstance(value, Iterable):
         raise ValueError(f"dialogs must be a list of dialogs, got {kind(value)}")
     given = list(value)
@@ -132,7 +125,7 @@ def dialogs(value: Any) -> list[Any]:
 
 
 def kind(value: Any) -> str:
-    """What a value is, for a message: its type, an array's with its shape and dtype, a small value itself."""
+    """A short description of a value for an error message: its type and contents; for an array, its shape and dtype."""
     name = type(value).__name__
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{name} of shape {tuple(value.shape)} and {value.dtype}"
@@ -142,7 +135,8 @@ def kind(value: Any) -> str:
     return name if shown.startswith("<") else f"{name} ({shown})"
 
 
-def _remedy(value: Any) -> str:
+def _hint(value: Any) -> str:
+    """What to pass instead of a value of this type, as the end of an error message."""
     if isinstance(value, str | UserString):
         return ": encode it first, tokenizer.encode(text, bos=True, eos=False), or call text_completion"
     if isinstance(value, TEXTS):
@@ -152,25 +146,25 @@ def _remedy(value: Any) -> str:
     return ""
 
 
-def _index(value: Any) -> int | None:
-    """value as an int where it is a whole number of any kind (numpy's and torch's too), never a bool."""
+def _as_int(value: Any) -> int | None:
+    """value as an int; None unless it is a whole number of any library (numpy, torch). A bool is none."""
     if isinstance(value, bool) or _ndim(value) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:
         return operator.index(value)
-    except Exception:  # a TypeError, or what a library raises for a tensor that holds no value
+    except Exception:  # a TypeError, or a library's error for a tensor without values
         return None
 
 
 def _ndim(value: Any) -> int:
-    """The dimensions of an array, of anything else none."""
+    """The number of dimensions of an array, 0 for any other value."""
     return int(getattr(value, "ndim", 0))
 
 
 def _real(name: str, value: Any, below: float | None, expected: str) -> float:
     number = math.nan
     if not isinstance(value, bool | TEXTS) and not _ndim(value):
-        with contextlib.suppress(Exception):  # as for whole numbers
+        with contextlib.suppress(Exception):  # as in _as_int
             number = float(value)
     if not number >= 0 or (below is not None and number >= below):
         raise ValueError(f"{name} must be {expected}, got {value!r:.80}")
@@ -182,18 +176,18 @@ def prompts(
 ) -> list[list[int]]:
     """The prompts as lists of ints.
 
-    Raises AssertionError, as Meta's generate does, for more prompts than max_batch_size and for one longer than
-    max_seq_len; ValueError for no prompts, an empty one, what is no list of lists of whole numbers, and token ids that
-    are not in the vocabulary.
+    Raises AssertionError, as Meta's generate does, for more prompts than max_batch_size and for a prompt longer than
+    max_seq_len. Raises ValueError for no prompts, an empty prompt, anything that is not a list of lists of whole
+    numbers, and token ids that are not in the vocabulary.
     """
-    given = _items(prompt_tokens)
+    given = _as_list(prompt_tokens)
     if given is None:
         raise ValueError(
-            f"prompts must be a list of lists of token ids, got {kind(prompt_tokens)}{_remedy(prompt_tokens)}"
+            f"prompts must be a list of lists of token ids, got {kind(prompt_tokens)}{_hint(prompt_tokens)}"
         )
     if not given:
         raise ValueError("there must be at least one prompt, got an empty list")
-    if len(given) > max_batch_size and _index(given[0]) is None:
+    if len(given) > max_batch_size and _as_int(given[0]) is None:
         raise AssertionError(
             f"{len(given)} prompts are more than the max_batch_size of {max_batch_size}: "
             "pass fewer at a time, or build with a larger max_batch_size"
@@ -202,10 +196,10 @@ def prompts(
 
 
 def _prompt(row: int, prompt: Any, vocab_size: int, max_seq_len: int) -> list[int]:
-    tokens = _items(prompt)
+    tokens = _as_list(prompt)
     if tokens is None:
-        alone = ": prompts are a list of lists, also for one prompt" if _index(prompt) is not None else ""
-        raise ValueError(f"prompt {row} must be a list of token ids, got {kind(prompt)}{alone or _remedy(prompt)}")
+        hint = ": prompts are a list of lists, also for one prompt" if _as_int(prompt) is not None else ""
+        raise ValueError(f"prompt {row} must be a list of token ids, got {kind(prompt)}{hint or _hint(prompt)}")
     if not tokens:
         raise ValueError(f"prompt {row} is empty: it must have at least one token (tokenizer.bos_id begins a text)")
     if len(tokens) > max_seq_len:
@@ -222,14 +216,14 @@ def _prompt(row: int, prompt: Any, vocab_size: int, max_seq_len: int) -> list[in
     ]
 
 
-def _items(value: Any) -> list[Any] | None:
-    """What a list, or another sequence or array, holds; None for what is no such thing, or has no order."""
+def _as_list(value: Any) -> list[Any] | None:
+    """The items of a list, another sequence or an array; None for any other value and for unordered collections."""
     if isinstance(value, TEXTS | UNORDERED) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
         return None
     try:
-        # An array's own way knows Python's numbers, and is far faster than going through it.
+        # An array's tolist() returns Python numbers, and is far faster than iterating.
         items = value.tolist() if hasattr(value, "tolist") else list(value)
-    except Exception:  # of a tensor that holds no values, whatever its library raises
+    except Exception:  # libraries raise different errors for a tensor without values
         return None
     return items if isinstance(items, list) else None
 
@@ -237,9 +231,9 @@ def _items(value: Any) -> list[Any] | None:
 def forward(
     tokens: object, start_pos: object, max_batch_size: int, max_seq_len: int, vocab_size: int
 ) -> tuple[int, int, int]:
-    """(start_pos, rows, length) of tokens (B, S) that are to be run from position start_pos on, where they fit.
+    """(start_pos, rows, length) for a forward pass of tokens (B, S) from position start_pos.
 
-    ValueError where they do not, or are no tokens.
+    Raises ValueError if they do not fit the cache, or are not token ids.
     """
     start = whole_number("start_pos", start_pos, 0)
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in INTEGERS:
@@ -257,44 +251,8 @@ def forward(
     return start, rows, length
 
 
-def state_dict(
-    weights: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    ignored: AbstractSet[str],
-    *,
-    tied_output: bool,
-    strict: bool,
-) -> LoadedKeys:
-    """What the weights lack, and what they have too many, for a model of these shapes.
-
-    Raises ValueError listing those, where `strict`, and what has another shape; and for two weights that differ where
-    the model has one.
-    """
-    missing = [name for name in shapes if name not in weights]
-    if tied_output and "output.weight" in missing:
-        missing.remove("output.weight")
-    unexpected = [name for name in weights if name not in shapes and name not in ignored]
-    misshaped = [
-        f"{name} {tuple(weights[name].shape)} instead of {shape}"
-        for name, shape in shapes.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    problems = {
-        "missing": missing if strict else [],
-        "unexpected": unexpected if strict else [],
-        "misshaped": misshaped,
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"the state dict does not fit this model: {listed}")
-    tied = [weights.get(name) for name in ("output.weight", "tok_embeddings.weight")]
-    if tied_output and tied[0] is not None and (tied[1] is None or not torch.equal(tied[0], tied[1])):
-        raise ValueError("output.weight differs from tok_embeddings.weight, but the model has tied_output=True")
-    return LoadedKeys(missing, unexpected)
-
-
-def some(names: Iterable[str], limit: int = 8) -> str:
-    """Names for a message, the first of them where they are many."""
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
+def first_names(names: Iterable[str], limit: int = 8) -> str:
+    """The first names of a list, and the number of the others, for an error message."""
+    given = list(names)
+    more = f" and {len(given) - limit} more" if len(given) > limit else ""
+    return ", ".join(given[:limit]) + more

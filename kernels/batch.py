@@ -1,8 +1,8 @@
-"""What every op of a forward pass is told: the ragged batch and the sampling parameters.
+"""The inputs of a forward pass: the ragged batch and the sampling parameters.
 
-A call's tokens are flat: N tokens of any number of rows, one after the other, each with its row and its position in
-that row. Prefill is many tokens a row, decode is one, a chunk of a long prompt is something between, and all of them
-are this one type.
+The tokens of a call are flat: N tokens of any number of rows, one after another, each with its row and its position in
+that row. Prefill has many tokens per row, a decode step has one, a chunk of a long prompt any number. All of them use
+the same type.
 """
 
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ from torch import Tensor
 
 
 def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers, or lists of them, as a tensor on the device, without waiting for what it is busy with."""
+    """Numbers, or lists of numbers, as a tensor on the device. Does not wait for the device's queued work."""
     tensor = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
 
 
 class Workspace:
-    """Scratch memory that the ops of a step share. A backend whose ops need some has a kind of its own."""
+    """Scratch memory that the ops of a step share. A backend whose ops need scratch memory has a subclass."""
 
     def reset(self) -> None:
-        """Forget what a call that was broken off left behind."""
+        """Clean up after an interrupted call."""
 
 
 class Segment(NamedTuple):
-    """The host's view of one row's tokens in the batch."""
+    """One row's tokens in the batch, as the host knows them."""
 
-    row: int  # the cache row they belong to
-    begin: int  # the flat tokens [begin, end) are theirs
+    row: int  # cache row
+    begin: int  # flat tokens [begin, end) belong to it
     end: int
-    keys: int  # cache positions [0, keys) hold everything they may attend to, themselves included
+    keys: int  # its tokens attend to cache positions [0, keys) at most; includes the tokens themselves
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class RaggedBatch:
     """N tokens of several rows. A row's tokens are adjacent and in order of position."""
 
     tokens: Tensor  # (N,) int64
-    positions: Tensor  # (N,) int64, each token's place in its row
+    positions: Tensor  # (N,) int64, each token's position in its row
     rows: Tensor  # (N,) int64, each token's cache row
     segments: tuple[Segment, ...]  # one per row in the batch, in the order of the flat tokens
-    exact: bool = True  # the segments' `keys` are the rows' true lengths; False where they only bound them from above
-    workspace: Workspace | None = None  # the backend's; an op that needs one and has none makes its own
-    _query_blocks: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by size
+    exact: bool = True  # True: the segments' `keys` are the rows' true lengths. False: they are upper bounds
+    workspace: Workspace | None = None  # the backend's; an op that needs one and gets None allocates its own
+    _query_blocks: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by block size
 
     @cached_property
     def is_decode_step(self) -> bool:
-        """True for a decode step: one token per row, row i being token i."""
+        """True for a decode step: one token per row, and token i belongs to row i."""
         return all(s.row == i and s.begin == i and s.end == i + 1 for i, s in enumerate(self.segments))
 
     def query_blocks(self, size: int) -> Tensor:
-        """The batch's tokens in blocks of at most `size` of one row -> (blocks, 3) int32 on the tokens' device.
+        """Split the tokens into blocks of at most `size` tokens of one row -> (blocks, 3) int32 on the tokens' device.
 
-        Each is (first token, end token, cache row). Those with most keys come first. Made once for each size.
+        Each block is (first token, end token, cache row). Blocks with the most keys come first. Cached per size.
         """
         if size not in self._query_blocks:
             blocks = [
@@ -72,57 +72,58 @@ class RaggedBatch:
 
     @classmethod
     def of(
-        cls, pieces: Sequence[tuple[int, int, Sequence[int]]], device: torch.device, workspace: Workspace | None = None
+        cls, parts: Sequence[tuple[int, int, Sequence[int]]], device: torch.device, workspace: Workspace | None = None
     ) -> "RaggedBatch":
         """Build a batch from (row, position of the first token, tokens) for each row."""
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
         segments: list[Segment] = []
-        for row, start, piece in pieces:
+        for row, start, new_tokens in parts:
             begin = len(tokens)
-            tokens.extend(piece)
-            positions.extend(range(start, start + len(piece)))
-            rows.extend([row] * len(piece))
-            segments.append(Segment(row, begin, len(tokens), start + len(piece)))
+            tokens.extend(new_tokens)
+            positions.extend(range(start, start + len(new_tokens)))
+            rows.extend([row] * len(new_tokens))
+            segments.append(Segment(row, begin, len(tokens), start + len(new_tokens)))
         flat = upload([tokens, positions, rows], torch.int64, device)
         return cls(flat[0], flat[1], flat[2], tuple(segments), workspace=workspace)
 
 
-# Beyond these a draw is what it is there: among the largest logits, or all alike. So 1 / temperature is finite, and
-# meets a zero without harm, and no processor that flushes denormals takes a temperature for 0.
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-38, 1e37
-PER_ROW = ("temperature", "top_p", "seed", "stream", "call")  # of Sampling's fields
+# Temperatures are clamped to this range. At its ends a draw is already among the largest logits only, or uniform. The
+# range keeps 1 / temperature finite, so that 0 · inf cannot occur, and keeps temperatures out of the denormals, which
+# some processors flush to 0.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-38, 1e37
+PER_ROW = ("temperature", "top_p", "seed", "stream", "call")  # fields of SamplingTensors with one value per row
 
 
 @dataclass(frozen=True)
 class SamplingTensors:
-    """How each of B rows draws its tokens. (seed, stream, call) names a row's random stream."""
+    """The sampling parameters of B rows. (seed, stream, call) identifies a row's random stream."""
 
-    temperature: Tensor  # (B,) float64; 0 takes the most likely token
-    top_p: Tensor  # (B,) float64; 0 takes the most likely token, 1 and more keeps the whole vocabulary
-    seed: Tensor  # (B,) int64, all 64 bits of it
+    temperature: Tensor  # (B,) float64; 0 selects the most likely token
+    top_p: Tensor  # (B,) float64; 0 selects the most likely token, 1 and more keep the whole vocabulary
+    seed: Tensor  # (B,) int64 that holds the 64 bits of an unsigned seed
     stream: Tensor  # (B,) int64 below 2**32
     call: Tensor  # (B,) int64 below 2**32
-    greedy: bool  # the host knows that no row draws, so that an eager backend may skip the work
+    greedy: bool  # True: no row draws, so an eager backend may skip the work
 
     @classmethod
     def of(
         cls, temperature: float, top_p: float, streams: Sequence[tuple[int, int, int]], device: torch.device
     ) -> "SamplingTensors":
-        """The same temperature and top_p for every row, and (seed, stream, call) for each."""
+        """The same temperature and top_p for every row, and (seed, stream, call) per row."""
         signed = [[seed - 2**64 if seed >= 2**63 else seed, stream, call] for seed, stream, call in streams]
         seed, stream, call = upload(signed, torch.int64, device).T.contiguous()
         greedy = temperature == 0 or top_p == 0
-        kept = temperature and min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE)
+        kept = temperature and min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
         full = torch.full((len(streams),), kept, dtype=torch.float64, device=device)
         return cls(full, torch.full_like(full, top_p), seed, stream, call, greedy)
 
     def first(self, n_rows: int) -> "SamplingTensors":
-        """The first rows alone, sharing memory."""
+        """The first n_rows rows, sharing memory."""
         return replace(self, **{name: getattr(self, name)[:n_rows] for name in PER_ROW})
 
     def copy_(self, other: "SamplingTensors") -> None:
-        """Take another's values, row by row; `greedy` stays."""
+        """Copy another's per-row values into these tensors; `greedy` is not copied."""
         for name in PER_ROW:
             getattr(self, name).copy_(getattr(other, name))

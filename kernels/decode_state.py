@@ -1,8 +1,9 @@
-"""The static tensors of a decode step: all that it knows of its rows, on the device.
+"""The static tensors of a decode step: the state of all rows, on the device.
 
-A row is fed its newest token, gains the next, and so on; what its tensors hold never decides what Python does. A row
-that has met a stop token, its last position or logits that are not numbers is parked: it stands at no position. It is
-fed like the others, but appends nothing that is read, attends to one key and writes nothing, until the next call.
+A step feeds each row its newest token and generates the next one. The values in the tensors never affect control flow
+in Python, so a step can be captured in a CUDA graph. A row is inactive, at position INACTIVE, once it has met a stop
+token, its last position or logits that are not numbers. An inactive row is fed like the others, but appends nothing
+that is read, attends to one key and writes nothing, until the next call.
 """
 
 from collections.abc import Sequence
@@ -13,27 +14,27 @@ from torch import Tensor
 
 from fastllama.kernels.batch import SamplingTensors, upload
 
-NO_TOKEN = -1  # what `sample` gives a row whose logits are not numbers
-INACTIVE = -1  # the position of a row that gains nothing
+NO_TOKEN = -1  # returned by `sample` for a row whose logits are not numbers
+INACTIVE = -1  # position of a row that generates nothing
 
 
 @dataclass(frozen=True)
 class DecodeState:
-    """B rows; row i is cache row i. Step s of a call writes what the rows gain in it to `out_tokens[s]`."""
+    """State of B rows; row i is cache row i. A row's s-th new token of a call goes to `out_tokens[s]`."""
 
     rows: Tensor  # (B,) int64: 0, 1, …
-    tokens: Tensor  # (B,) int64, the newest token of each row, next to be fed
-    positions: Tensor  # (B,) int64, where it stands, or INACTIVE
-    starts: Tensor  # (B,) int64, the position of the first token that the row gains
+    tokens: Tensor  # (B,) int64, the newest token of each row, fed in the next step
+    positions: Tensor  # (B,) int64, the position of that token, or INACTIVE
+    starts: Tensor  # (B,) int64, the position of the row's first generated token
     last: Tensor  # (B,) int64, the last position that may get a token
-    is_stop: Tensor  # (V,) bool, the tokens that end a row
+    is_stop: Tensor  # (V,) bool, the stop tokens
     sampling: SamplingTensors
-    out_tokens: Tensor  # (steps, B) int64; of a row that has ended, anything
+    out_tokens: Tensor  # (steps, B) int64; undefined after a row's end
     out_logprobs: Tensor  # (steps, B) float32
 
     @classmethod
     def of(cls, n_rows: int, n_steps: int, vocab_size: int, device: torch.device) -> "DecodeState":
-        """Parked rows, and room for what they gain in n_steps."""
+        """Inactive rows, with output space for n_steps."""
 
         def zeros() -> Tensor:
             return torch.zeros(n_rows, dtype=torch.int64, device=device)
@@ -51,7 +52,7 @@ class DecodeState:
         )
 
     def first(self, n_rows: int) -> "DecodeState":
-        """The first rows alone, sharing memory."""
+        """The first n_rows rows, sharing memory."""
         return DecodeState(
             rows=self.rows[:n_rows],
             tokens=self.tokens[:n_rows],
@@ -72,7 +73,8 @@ class DecodeState:
         stop_ids: Sequence[int],
         sampling: SamplingTensors,
     ) -> None:
-        """Stand the first rows on their newest tokens, each to gain more up to position `last`, and park the others.
+        """Set the first rows to these newest tokens and positions, to generate up to position `last`. Deactivate the
+        others.
 
         Does not wait for the device.
         """
@@ -88,9 +90,9 @@ class DecodeState:
         self.sampling.first(n_rows).copy_(sampling)
 
     def deactivate(self) -> None:
-        """Let every row rest."""
+        """Make every row inactive."""
         self.positions.fill_(INACTIVE)
 
-    def drawing(self, greedy: bool) -> "DecodeState":
-        """The same state, telling an eager backend whether any row draws."""
+    def with_greedy(self, greedy: bool) -> "DecodeState":
+        """The same state with this `greedy` flag, which tells an eager backend whether any row draws."""
         return replace(self, sampling=replace(self.sampling, greedy=greedy))

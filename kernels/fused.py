@@ -1,17 +1,17 @@
-"""The `fused` backend: every op of `reference` as Triton kernels. Shapes and meaning stand there, op by op.
+"""The `fused` backend: the ops of `reference` as Triton kernels. `reference` documents shapes and meaning of each op.
 
-Each op decides by its number of tokens how it is served. A decode layer is five launches:
+The number of tokens decides which kernels an op launches. A decode layer is five launches:
 
-    tokens          qkv                   attention          project, swiglu, project, head
-    1               matvec + epilogue     attention_decode   matvec + epilogue
-    2 to 16         few_tokens + epilogue attention_decode   few_tokens + epilogue
-    more            rms_norm, the library's matmul,          the library's matmul between rms_norm and an epilogue
-                    rope_append
+    tokens     norm_qkv_rope_append        attention          linear_residual, norm_swiglu, norm_lm_head
+    1          matvec with epilogue        attention_decode   matvec with epilogue
+    2 to 16    few_tokens with epilogue    attention_decode   few_tokens with epilogue
+    more       rms_norm, library matmul,   attention_prefill  rms_norm, library matmul, epilogue kernel
+               rope_append
 
-and a prompt's tokens attend in `attention_prefill`, however few they are. One `embed` before the layers, then `head`
-and the two launches of `choose`: a decode step is 5·L + 4 launches.
+A prompt's tokens use `attention_prefill` for any number of tokens, a decode step uses `attention_decode`. A decode step
+is 5·L + 4 launches: one `embed`, L layers, `norm_lm_head` and the two launches of `sample_and_advance`.
 
-Weights are row-major, so that a weight and its packed form are the same bytes.
+Weights are row-major, so a single weight and its packed form are the same bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ from fastllama.kernels.elementwise import rms_norm as norms
 from fastllama.kernels.elementwise import rope
 from fastllama.kernels.elementwise import swiglu as activation
 from fastllama.kernels.elementwise.embedding import embed as gather
-from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.elementwise.rope import CacheTarget
 from fastllama.kernels.launch import interpreter
 from fastllama.kernels.launch.checks import check_head_dim
 from fastllama.kernels.launch.dependent import is_dependent
@@ -45,12 +45,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 if interpreter.interpreting():
-    interpreter.mend()
+    interpreter.patch()
 
 
 @dataclass(frozen=True)
 class FusedWorkspace(Workspace):
-    """The kernels' scratch memory. One step at a time uses it."""
+    """Scratch memory of the kernels. Only one step at a time may use it."""
 
     attention: AttentionScratch
     sampling: SamplingScratch
@@ -62,19 +62,19 @@ class FusedWorkspace(Workspace):
 
 
 def supports_cuda_graphs(device: torch.device) -> bool:
-    """True on a GPU: every launch finds on the device how long rows are."""
+    """True on a GPU: kernels read the rows' lengths on the device."""
     return device.type == "cuda"
 
 
 def uses_dependent_launch() -> bool:
-    """True from compute capability 9.0 on, where it is not switched off."""
+    """True from compute capability 9.0 on, unless the launch options turn it off."""
     return is_dependent()
 
 
 def workspace(
     *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
 ) -> Workspace:
-    """Scratch memory for a model. Raises ValueError for a head dim or a vocabulary that the kernels cannot take."""
+    """Scratch memory for a model. Raises ValueError for a head dim or vocabulary that the kernels do not support."""
     check_head_dim(head_dim)
     return FusedWorkspace(
         AttentionScratch.of(max_batch_size, n_kv_heads, n_heads, head_dim, device),
@@ -83,22 +83,22 @@ def workspace(
 
 
 def pack(*parts: Tensor) -> Tensor:
-    """Weights (rows_i, E) that are applied to one input together -> (sum of rows, E), row-major."""
+    """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E), row-major."""
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def packing_copies(device: torch.device, dtype: torch.dtype) -> bool:
-    """False: a single weight and its packed form are one copy."""
+    """False: a single weight and its packed form share memory."""
     return False
 
 
 def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
-    """A packed weight -> its parts, of the given numbers of rows."""
+    """Split a packed weight into its parts, of the given numbers of rows."""
     return torch.split(weight, list(rows))
 
 
-def _on_its_device(op: Callable[P, R]) -> Callable[P, R]:
-    """The op, launching on the GPU that its tensors are on: triton launches on the current one, whichever that is."""
+def _on_tensor_device(op: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: run the op with its tensors' GPU as the current device, on which Triton launches."""
 
     @wraps(op)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -111,19 +111,19 @@ def _on_its_device(op: Callable[P, R]) -> Callable[P, R]:
     return guarded
 
 
-# Parts of the ops below, for callers that want one alone.
-rms_norm = _on_its_device(norms.rms_norm)
-rope_append = _on_its_device(rope.rope_append)
-silu_mul = _on_its_device(activation.silu_mul)
+# Parts of the ops below, for callers that need one alone.
+rms_norm = _on_tensor_device(norms.rms_norm)
+rope_append = _on_tensor_device(rope.rope_append)
+silu_mul = _on_tensor_device(activation.silu_mul)
 
 
-@_on_its_device
+@_on_tensor_device
 def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor:
     """(V, E) -> (N, E)."""
     return gather(table, batch.tokens, begin)
 
 
-@_on_its_device
+@_on_tensor_device
 def norm_qkv_rope_append(
     h: Tensor,
     norm: Tensor,
@@ -134,14 +134,14 @@ def norm_qkv_rope_append(
     eps: float,
     batch: RaggedBatch,
 ) -> Tensor:
-    """h (N, E) -> q (N, H, D), and keys and values into the cache."""
+    """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
     if h.shape[0] > MAX_TOKENS:
         return rope_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
-    append = Append.to(cache_k, cache_v, rope, batch)
-    return _few(h, weight, norm=norm, eps=eps, append=append).view(h.shape[0], -1, cache_k.shape[3])
+    target = CacheTarget.of(cache_k, cache_v, rope, batch)
+    return _project(h, weight, norm=norm, eps=eps, append_to=target).view(h.shape[0], -1, cache_k.shape[3])
 
 
-@_on_its_device
+@_on_tensor_device
 def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
     if not batch.is_decode_step:
@@ -153,32 +153,32 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
     return attention_decode(q, cache_k, cache_v, batch.positions, scratch)
 
 
-@_on_its_device
+@_on_tensor_device
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
     """x (N, ·) -> (N, E)."""
     if x.shape[0] > MAX_TOKENS:
         y = F.linear(x, weight)
         return y if residual is None else y.add_(residual)
-    return _few(x, weight, residual=residual)
+    return _project(x, weight, residual=residual)
 
 
-@_on_its_device
+@_on_tensor_device
 def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """h (N, E) -> (N, F)."""
     if h.shape[0] > MAX_TOKENS:
         return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
-    return _few(h, weight, norm=norm, eps=eps, swiglu=True)
+    return _project(h, weight, norm=norm, eps=eps, swiglu=True)
 
 
-@_on_its_device
+@_on_tensor_device
 def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """h (M, E) -> logits (M, V)."""
     if h.shape[0] > MAX_TOKENS:
         return F.linear(rms_norm(h, norm, eps), weight)
-    return _few(h, weight, norm=norm, eps=eps)
+    return _project(h, weight, norm=norm, eps=eps)
 
 
-@_on_its_device
+@_on_tensor_device
 def sample(
     logits: Tensor, sampling: SamplingTensors, positions: Tensor, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -186,9 +186,9 @@ def sample(
     return sampler.sample(logits, sampling, positions, _sampling_scratch(logits, workspace))
 
 
-@_on_its_device
+@_on_tensor_device
 def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
-    """logits (B, V) -> the state's rows stand on their next tokens, in the same two launches."""
+    """logits (B, V) -> each row advances to its next token, in the same two launches."""
     sampler.sample_and_advance(logits, state, _sampling_scratch(logits, workspace))
 
 
@@ -198,7 +198,7 @@ def _sampling_scratch(logits: Tensor, workspace: Workspace | None) -> SamplingSc
     return SamplingScratch.of(logits.shape[0], logits.shape[1], logits.device)
 
 
-def _few(
+def _project(
     x: Tensor,
     weight: Tensor,
     *,
@@ -206,10 +206,10 @@ def _few(
     eps: float = 0.0,
     residual: Tensor | None = None,
     swiglu: bool = False,
-    append: Append | None = None,
+    append_to: CacheTarget | None = None,
 ) -> Tensor:
-    """A projection of 1 to 16 tokens."""
-    tiles = 1 if append is None and not swiglu else 2
+    """A projection of 1 to 16 tokens, in one launch."""
+    tiles = 1 if append_to is None and not swiglu else 2
     if x.shape[0] == 1 and choose_launch(weight, tiles) is not None:
-        return matvec(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append=append)
-    return few_tokens(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append=append)
+        return matvec(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append_to=append_to)
+    return few_tokens(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append_to=append_to)

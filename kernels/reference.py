@@ -1,14 +1,20 @@
-"""The model's mathematics in plain torch: every op of a decode layer, on any device.
+"""The `reference` backend: the model's mathematics in plain torch, on any device.
 
-This is the `reference` backend and the twin that each Triton kernel is tested against. A layer is five calls
-(`qkv`, `attention`, `project`, `swiglu`, `project`) between one `embed` and one `head`, then `sample`.
+Every Triton kernel is tested against this file. A forward pass is
+
+    embed
+    L times: norm_qkv_rope_append, attention, linear_residual, norm_swiglu, linear_residual
+    norm_lm_head
+    sample, or sample_and_advance in a decode step
+
+and the functions below have that order. What concerns weight layouts and machines comes last.
 
 Dims, here and in every shape below:
 
     B rows · N tokens in this call · T cache positions · E model width · H query heads · K kv heads · G = H / K
     D head dim · F ffn width · V vocabulary · L layers
 
-Where Meta's code rounds to the model dtype, so does this; attention scores and softmax stay in float32.
+Results are rounded to the model dtype where Meta's code rounds. Attention scores and softmax stay in float32.
 """
 
 from collections.abc import Sequence
@@ -17,65 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels.batch import LEAST_TEMPERATURE, MOST_TEMPERATURE, RaggedBatch, SamplingTensors, Workspace
+from fastllama.kernels.batch import MAX_TEMPERATURE, MIN_TEMPERATURE, RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
 from fastllama.kernels.sampling.nucleus import nucleus
 from fastllama.kernels.sampling.philox import uniform
 
-# Tokens of a row that attend together: keeps the mask of a long prompt small, and skips keys that are in their future.
+# Tokens of a row that attend together. Keeps the mask of a long prompt small and skips keys in the tokens' future.
 QUERY_BLOCK_TOKENS = 128
-# With AVX-512, oneDNN streams a packed weight up to 1.4 times as fast for four rows as for fewer; with AVX2 it is the
-# fewer the faster.
-ONEDNN_MIN_ROWS = 4 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 1
-
-
-def pack(*parts: Tensor) -> Tensor:
-    """Weights (rows_i, E) that are applied to one input together -> one weight in this backend's own layout.
-
-    On a CPU that is oneDNN's blocked form, which streams from memory far faster than a plain row-major weight at one
-    or a few tokens; elsewhere the concatenation. `unpack` undoes it.
-    """
-    weight = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-    if packing_copies(weight.device, weight.dtype):
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return packed
-    return weight
-
-
-def packing_copies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a packed weight is in a layout of its own, so that a single weight and its packed form are two copies."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
-    """A packed weight -> its parts, of the given numbers of rows."""
-    dense = weight.to_dense() if weight.is_mkldnn else weight
-    return torch.split(dense, list(rows))
-
-
-def supports_cuda_graphs(device: torch.device) -> bool:
-    """Whether decode steps belong in a CUDA graph. These read as much of the cache as the host says rows are long."""
-    return False
-
-
-def uses_dependent_launch() -> bool:
-    """Whether kernels are launched now, on the current device, as dependent on the one before. These never are."""
-    return False
-
-
-def workspace(
-    *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
-) -> Workspace:
-    """The scratch memory that the ops of a step share: plain torch needs none."""
-    return Workspace()
 
 
 def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor:
-    """Rows of the embedding: table (V, E) -> (N, E). An id outside the vocabulary reads the first or last row.
+    """Embed tokens, h = table[token]: table (V, E) -> (N, E). An id outside the vocabulary reads the first or last row.
 
-    begin: the table is a slice of the vocabulary, from this id on; tokens that it has not are zeros.
+    begin: the table is a slice of the vocabulary that starts at this id; other tokens get zeros.
     """
     ids = batch.tokens - (begin or 0)
     inside = ids.clamp(0, table.shape[0] - 1)
@@ -93,18 +53,29 @@ def norm_qkv_rope_append(
     eps: float,
     batch: RaggedBatch,
 ) -> Tensor:
-    """Norm, query/key/value projection, rotary embedding, cache append.
+    """RMSNorm, query/key/value projection, rotary embedding, cache append.
 
-    h (N, E), norm (E,), packed weight ((H + 2K)·D, E), rope (T, D/2, 2) float32 holding cos and sin, one layer's
-    cache_k and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
+        q, k, v = split(rms_norm(h, norm) · weightᵀ)
+        cache_k[row, :, position], cache_v[row, :, position] = rotate(k), v
+        return rotate(q)
+
+    h (N, E), norm (E,), packed weight ((H + 2K)·D, E), rope (T, D/2, 2) float32 with cos and sin, one layer's cache_k
+    and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
     """
     return rope_append(_linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
 
 
-def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
-    """Turn queries and keys, pairs (2i, 2i + 1) by their token's angles in float32, and append keys and values.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) in float32, rounded to the model dtype, then times the weight: x (N, E), weight (E,)."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
 
-    heads (N, (H + 2K)·D), the rest as in `qkv`. Returns q (N, H, D).
+
+def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+    """Rotate queries and keys and append keys and values to the cache.
+
+    The pair (a, b) of elements 2i and 2i + 1 becomes (a·cos − b·sin, a·sin + b·cos), in float32, with the angle of the
+    token's position, and is rounded to the model dtype. heads (N, (H + 2K)·D), the rest as in `norm_qkv_rope_append`.
+    Returns q (N, H, D).
     """
     n_kv_heads, head_dim = cache_k.shape[1], cache_k.shape[3]
     heads = heads.unflatten(-1, (-1, head_dim))
@@ -119,9 +90,11 @@ def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, b
 def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """Causal grouped-query attention of each token over its row's cache, up to its own position.
 
-    q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D). The G query heads that share a kv head
-    are packed as G rows of queries against it, so that keys and values are read once. What the cache holds past a
-    row's last token has no influence, whatever it is.
+        out[n, h] = softmax(q[n, h] · k[row, h // G]ᵀ / √D) · v[row, h // G]    over the positions [0, positions[n]]
+
+    q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D). The G query heads that share a kv head are G
+    rows of queries against it, so that keys and values are read once. What the cache holds after a row's last token
+    has no influence, not even NaN.
     """
     lengths = {segment.keys for segment in batch.segments}
     if batch.is_decode_step and batch.exact and len(lengths) == 1:  # a decode step of equally long rows needs no mask
@@ -134,7 +107,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
             keys = segment.keys - (segment.end - end)
             k, v = cache_k[segment.row, None, :, :keys], cache_v[segment.row, None, :, :keys]
             live = torch.arange(keys, device=q.device) <= batch.positions[begin:end, None].clamp(min=0)
-            if not batch.exact:  # a masked key weighs nothing, but what is not a number would still spread
+            if not batch.exact:  # zero the masked keys and values: their weight is 0, but 0 · NaN is NaN
                 k, v = (torch.where(live[-1, :, None], tensor, 0) for tensor in (k, v))
             single = batch.exact and end - begin == 1
             out[begin:end] = _grouped_attention(q[None, begin:end], k, v, None if single else live[None])[0]
@@ -142,7 +115,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
 
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> Tensor:
-    """q (B, S, H, D) over k and v (B, K, T, D) where live (B, S, T) says -> (B, S, H, D)."""
+    """q (B, S, H, D) over k and v (B, K, T, D), masked by live (B, S, T) unless it is None -> (B, S, H, D)."""
     rows, length, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[1]
     groups = n_heads // n_kv_heads
@@ -153,39 +126,50 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> 
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
-    """Projection to the model width, plus the residual if there is one: x (N, ·), packed weight (E, ·) -> (N, E)."""
+    """residual + x · weightᵀ, or x · weightᵀ where residual is None: x (N, ·), packed weight (E, ·) -> (N, E).
+
+    The output projection of attention and the down projection of the ffn.
+    """
     y = _linear(x, weight)
     return y if residual is None else residual + y
 
 
 def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
-    """Norm, gate and up projections, SiLU(gate)·up: h (N, E), norm (E,), packed weight (2F, E) -> (N, F)."""
+    """RMSNorm, gate and up projections, SwiGLU: h (N, E), norm (E,), packed weight (2F, E) -> (N, F).
+
+    gate, up = split(rms_norm(h, norm) · weightᵀ)
+    return SiLU(gate) · up
+    """
     return silu_mul(_linear(rms_norm(h, norm, eps), weight))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """SiLU(gate)·up: gate_up (N, 2F) -> (N, F)."""
+    """SiLU(gate) · up, where SiLU(x) = x / (1 + exp(-x)): gate_up (N, 2F) -> (N, F)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
-    """Norm and vocabulary projection: h (M, E) for any M of the batch's tokens -> logits (M, V) in the model dtype."""
+    """rms_norm(h, norm) · weightᵀ: h (M, E) for any M of the batch's tokens -> logits (M, V) in the model dtype."""
     return _linear(rms_norm(h, norm, eps), weight)
 
 
 def sample(
     logits: Tensor, sampling: SamplingTensors, positions: Tensor, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Choose each row's next token.
+    """Sample each row's next token.
 
-    logits (B, V) in the model dtype, positions (B,) int64 where the tokens will stand (the random stream's counter).
-    Returns tokens (B,) int64 and the float32 log-probabilities (B,) of those tokens before temperature and top-p.
-    A row whose logits hold a NaN or no finite maximum gets NO_TOKEN.
+        mass    = exp((x - max x) / temperature)
+        kept    = tokens with at most top_p · Σ mass before them, in descending order; among equals lowest ids first
+        token   = the first kept token whose running mass exceeds u · Σ kept mass; u = philox.uniform(…) in [0, 1)
+        logprob = log softmax(x)[token], before temperature and top-p
 
-    Top-p keeps a token exactly when the probability mass before it, in descending order, is at most top_p; among
-    equal logits the lowest ids come first. The draw walks the kept tokens above the lowest kept logit in order of
-    id, then those equal to it: an order that needs no sort.
+    The running mass counts the kept tokens above the lowest kept logit in order of id, then those equal to it: an order
+    that needs no sort. temperature or top_p 0 selects the lowest id of the largest logit.
+
+    logits x (B, V) in the model dtype, positions (B,) int64 of the new tokens, which are the random stream's counter.
+    Returns tokens (B,) int64 and float32 log-probabilities (B,). A row whose logits hold a NaN or have no finite
+    maximum gets NO_TOKEN.
     """
     x = logits.float()
     scores = torch.log_softmax(x, dim=-1)
@@ -197,27 +181,9 @@ def sample(
     return torch.where(logprobs.isnan(), NO_TOKEN, tokens), logprobs
 
 
-def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
-    """Sample each row's next token, write it out, and stand on it, or park a row that it ends.
-
-    logits (B, V) in the model dtype; the state's B rows change in place. What ends a row: a stop token, its last
-    position, and logits that are not numbers, whose token is NO_TOKEN. A parked row writes nothing.
-    """
-    following = state.positions + 1
-    tokens, logprobs = sample(logits, state.sampling, following, workspace)
-    running = state.positions >= 0
-    at = torch.where(running, following - state.starts, 0)[None]
-    for out, new in ((state.out_tokens, tokens), (state.out_logprobs, logprobs)):
-        out.scatter_(0, at, torch.where(running, new, out.gather(0, at)))
-    known = tokens.clamp(min=0)
-    ends = (tokens == NO_TOKEN) | state.is_stop[known] | (following >= state.last)
-    state.tokens.copy_(torch.where(running, known, state.tokens))
-    state.positions.copy_(torch.where(running & ~ends, following, INACTIVE))
-
-
 def _draw(x: Tensor, sampling: SamplingTensors, positions: Tensor) -> Tensor:
     """Token ids (B,) drawn by temperature and top-p from logits x (B, V), in float64."""
-    inverse = 1 / sampling.temperature.clamp(LEAST_TEMPERATURE, MOST_TEMPERATURE)
+    inverse = 1 / sampling.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
     mass = torch.exp((x - x.amax(-1, keepdim=True)).double() * inverse[:, None])
     limit = torch.where(sampling.top_p >= 1, torch.inf, sampling.top_p * mass.sum(-1))
     keep = nucleus(x, mass, limit)
@@ -231,12 +197,33 @@ def _draw(x: Tensor, sampling: SamplingTensors, positions: Tensor) -> Tensor:
     return torch.where(target[:, 0] < above[:, -1], from_above, from_tied)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) in float32, rounded to the model dtype, then times the weight."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
+def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
+    """Sample each row's next token, write it to the output, and advance the row, or deactivate it where it ends.
+
+    logits (B, V) in the model dtype; changes the state's B rows in place. A row ends at a stop token, at its last
+    position, and at logits that are not numbers, whose token is NO_TOKEN. An inactive row writes nothing.
+    """
+    following = state.positions + 1
+    tokens, logprobs = sample(logits, state.sampling, following, workspace)
+    running = state.positions >= 0
+    at = torch.where(running, following - state.starts, 0)[None]
+    for out, new in ((state.out_tokens, tokens), (state.out_logprobs, logprobs)):
+        out.scatter_(0, at, torch.where(running, new, out.gather(0, at)))
+    known = tokens.clamp(min=0)
+    ends = (tokens == NO_TOKEN) | state.is_stop[known] | (following >= state.last)
+    state.tokens.copy_(torch.where(running, known, state.tokens))
+    state.positions.copy_(torch.where(running & ~ends, following, INACTIVE))
+
+
+# Weight layouts and machines.
+
+# Inputs of fewer rows are padded to this number. With AVX-512 oneDNN streams a packed weight up to 1.4 times as fast
+# for four rows as for fewer; with AVX2 fewer rows are faster.
+ONEDNN_MIN_ROWS = 4 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 1
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ for a packed weight: x (N, ·), weight (rows, ·) -> (N, rows)."""
     if weight.is_mkldnn:
         n_tokens = x.shape[0]
         if n_tokens < ONEDNN_MIN_ROWS:
@@ -244,3 +231,46 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return y[:n_tokens]
     return F.linear(x, weight)
+
+
+def pack(*parts: Tensor) -> Tensor:
+    """Pack weights (rows_i, E) that are applied to the same input into one weight in this backend's layout.
+
+    On a CPU this is oneDNN's blocked layout, which streams from memory far faster than a row-major weight for one or a
+    few tokens; elsewhere it is the concatenation. `unpack` undoes it.
+    """
+    weight = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+    if packing_copies(weight.device, weight.dtype):
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return packed
+    return weight
+
+
+def packing_copies(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if packing changes the layout, so that a single weight and its packed form are two copies."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+    """Split a packed weight into its parts, of the given numbers of rows."""
+    dense = weight.to_dense() if weight.is_mkldnn else weight
+    return torch.split(dense, list(rows))
+
+
+def workspace(
+    *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
+) -> Workspace:
+    """The scratch memory that the ops of a step share: plain torch needs none."""
+    return Workspace()
+
+
+def supports_cuda_graphs(device: torch.device) -> bool:
+    """Whether a decode step can be captured: False, since `attention` takes the rows' lengths from the host."""
+    return False
+
+
+def uses_dependent_launch() -> bool:
+    """Whether kernels are launched as dependent on the previous one, with the current device and options: False."""
+    return False

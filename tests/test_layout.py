@@ -1,4 +1,4 @@
-"""The house: imports point down, files keep their size, and the backends are twins."""
+"""The structure of the project: import layers, sizes of files and functions, backends with the same signatures."""
 
 import ast
 import importlib
@@ -10,8 +10,8 @@ import pytest
 from fastllama.kernels.select import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
-# Every room and its floor, as docs/architecture.md draws them: a file imports only from floors below its own.
-FLOORS = {
+# Every file or folder and its layer, as in docs/architecture.md: a file imports only from lower layers.
+LAYERS = {
     "kernels.launch.sizes": 0.0,
     "kernels.launch.options": 0.0,
     "kernels.launch.checks": 0.0,
@@ -32,7 +32,7 @@ FLOORS = {
     "strict_json": 0.9,
     "args": 1.0,
     "cgroups": 1.0,
-    "packed_weights": 1.0,
+    "packed_weights": 1.1,
     "cache": 1.0,
     "validate": 1.0,
     "tokenizer_files": 1.0,
@@ -64,8 +64,8 @@ FLOORS = {
     "__main__": 9,
     "__init__": 10,
 }
-# Folders whose files may import each other. In the others each file has its own floor.
-WITHIN = {
+# Folders whose files may import each other. In other folders each file has its own layer.
+FREE_WITHIN = {
     *("kernels.attention", "kernels.elementwise", "kernels.projection", "kernels.sampling"),
     *("checkpoint", "builtin", "benchmarks", "cli"),
 }
@@ -88,11 +88,11 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def room_of(module: str) -> str:
-    """The longest part of a module's name that has a floor, or the whole name."""
+def layer_of(module: str) -> str:
+    """The entry of LAYERS that a module belongs to: the longest prefix of its name, else the name itself."""
     parts = module.split(".")
     names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((name for name in names if name in FLOORS), module)
+    return next((name for name in names if name in LAYERS), module)
 
 
 def _is_module(name: str) -> bool:
@@ -118,15 +118,15 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_point_down(path: Path) -> None:
     if path.name == "__init__.py" and not imports_of(path):
         return
-    room = room_of(module_of(path))
-    assert room in FLOORS, f"{path.name} has no floor yet: give it one here and in docs/architecture.md"
+    ours = layer_of(module_of(path))
+    assert ours in LAYERS, f"{path.name} has no layer yet: give it one here and in docs/architecture.md"
     for name in imports_of(path):
-        other = room_of(name)
-        if other not in FLOORS:  # a public name taken from the package itself
+        other = layer_of(name)
+        if other not in LAYERS:  # a public name taken from the package itself
             other = "generation" if name != "builtin_checkpoint" else "builtin"
-        if room == other and room in WITHIN:
+        if ours == other and ours in FREE_WITHIN:
             continue
-        assert FLOORS[other] < FLOORS[room], f"{room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+        assert LAYERS[other] < LAYERS[ours], f"{ours} (layer {LAYERS[ours]}) imports {other} (layer {LAYERS[other]})"
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -136,10 +136,22 @@ def test_files_and_functions_are_small(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             docstring = ast.get_docstring(node)
-            # A kernel's parameters stand one a line, and are no code.
+            # A kernel has one parameter a line, and these are not counted.
             begin = node.body[0].lineno if node.name.endswith("_kernel") else node.lineno
             code = (node.end_lineno or 0) - begin + 1 - (docstring.count("\n") + 1 if docstring else 0)
             assert code <= MAX_FUNCTION_LINES, f"{node.name} has {code} lines of code"
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_function_has_types_but_those_of_the_device(path: Path) -> None:
+    """mypy requires this where it can; it cannot tell a device function, which triton.jit compiles, from others."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef) or any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        arguments += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
+        missing = [one.arg for one in arguments if one.annotation is None and one.arg not in ("self", "cls")]
+        assert not missing and node.returns is not None, f"{node.name} lacks the types of {missing or 'its result'}"
 
 
 def test_kernels_stay_a_namespace_folder() -> None:

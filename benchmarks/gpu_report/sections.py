@@ -24,7 +24,7 @@ from fastllama.benchmarks.suites.step_launches import fill_cache, launch_times
 from fastllama.benchmarks.timing import replayed, synchronize, time_calls
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.batch import SamplingTensors
-from fastllama.kernels.launch.options import switched
+from fastllama.kernels.launch.options import override_launch_options
 from fastllama.model import Transformer
 from fastllama.output_copies import StepOutput
 from fastllama.prefill import prefill
@@ -101,8 +101,8 @@ def sampling_tensors(n_rows: int, device: torch.device, temperature: float = 0.0
 def decode_steps(decoder: Decoder, n_steps: int) -> Iterator[StepOutput]:
     """Run steps, queueing replays ahead of the one that is received, and yield what is received."""
     while n_steps > 0 or decoder.queued:
-        while n_steps > 0 and decoder.queued <= decoder.ahead:
-            decoder.launch()
+        while n_steps > 0 and decoder.queued <= decoder.replays_ahead:
+            decoder.enqueue_steps()
             n_steps -= decoder.unroll
         yield from decoder.receive()
 
@@ -133,7 +133,7 @@ def boundaries(bench: Bench) -> Results:
     count = torch.zeros(1, dtype=torch.int32, device=bench.device)
     n_launches = bench.sizes.boundary_launches
     for dependent in (False, True):
-        with switched(launch=dependent):
+        with override_launch_options(dependent=dependent):
             microseconds = bench.microseconds([partial(increment, count)] * n_launches)
         yield {"dependent_launch": dependent, "launches": n_launches, "microseconds": microseconds}
 
@@ -165,11 +165,11 @@ def decode(bench: Bench) -> Results:
 def switches(bench: Bench) -> Results:
     """The effect of the graph, of dependent launches, of prefetches and of unrolling: variants run in turn."""
     context, unroll = bench.sizes.contexts[0], bench.sizes.unroll
-    # Keywords of `switched` and of Decoder.
+    # Keywords of `override_launch_options` and of Decoder.
     variants: dict[str, tuple[dict[str, bool], dict[str, Any]]] = {
         UNCHANGED: ({}, {}),
         "without prefetch": ({"prefetch": False}, {}),
-        "without dependent launch": ({"launch": False}, {}),
+        "without dependent launch": ({"dependent": False}, {}),
         "without graph": ({}, {"graphs": False}),
         f"{unroll} steps a graph": ({}, {"unroll": unroll}),
     }
@@ -178,8 +178,8 @@ def switches(bench: Bench) -> Results:
             decoders = {variant: Decoder(bench.model(name), **how) for variant, (_, how) in variants.items()}
             runs: dict[str, list[Record]] = {variant: [] for variant in variants}
             for _ in range(bench.sizes.rounds):
-                for variant, (switch, _) in variants.items():
-                    with switched(**switch):  # the first round captures the graph
+                for variant, (options, _) in variants.items():
+                    with override_launch_options(**options):  # the first round captures the graph
                         runs[variant].append(_rate(bench, name, decoders[variant], batch, context))
             rates = {name: percentile([run["tokens_per_second"] for run in found], 50) for name, found in runs.items()}
             for variant, rate in rates.items():
@@ -203,7 +203,7 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
     tokens, positions, last = [row + 1 for row in range(batch)], [context - 1] * batch, [context + n_steps] * batch
     with model.exclusively():
         fill_cache(model, batch, context)
-        decoder.begin(tokens, positions, last, [], sampling_tensors(batch, bench.device))
+        decoder.start(tokens, positions, last, [], sampling_tensors(batch, bench.device))
         synchronize(bench.device)
         received = [time.perf_counter() for _ in decode_steps(decoder, n_steps)]
     seconds = (received[-1] - received[warm_steps - 1]) / timed_steps

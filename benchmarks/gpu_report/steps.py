@@ -95,10 +95,10 @@ def _greedy(decoder: Decoder, n_rows: int) -> Rows:
     last = [length + CHECKED_STEPS for length in lengths]
     sampling = sampling_tensors(n_rows, model.device)
     with model.exclusively():
-        decoder.begin([prompt[-1] for prompt in prompts], [length - 1 for length in lengths], last, [], sampling)
-        with decoder.launching():
+        decoder.start([prompt[-1] for prompt in prompts], [length - 1 for length in lengths], last, [], sampling)
+        with decoder.launch_context():
             logits, _ = prefill(model, prompts)
-        decoder.choose(logits)
+        decoder.sample_first(logits)
         generated = [output.tokens[:n_rows] for output in decode_steps(decoder, CHECKED_STEPS)]
     return [list(row) for row in zip(*generated, strict=True)]
 
@@ -157,4 +157,4 @@ def _state(model: Transformer, batch: int, context: int, n_steps: int) -> Decode
     last = min(context - 1 + n_steps, model.cache.max_seq_len - 1)
     sampling = sampling_tensors(batch, model.device)
     state.set([row + 1 for row in range(batch)], [context - 1] * batch, [last] * batch, [], sampling)
-    return state.drawing(greedy=True)
+    return state.with_greedy(greedy=True)

@@ -25,7 +25,7 @@ from fastllama.benchmarks.gpu_report.report import TESTS_FILE
 from fastllama.benchmarks.gpu_report.sections import Bench, Results
 from fastllama.benchmarks.kernels_report.ahead_of_time import record_launches
 from fastllama.benchmarks.kernels_report.model_launches import prefill_ops, whole_step
-from fastllama.kernels.launch.options import switched
+from fastllama.kernels.launch.options import override_launch_options
 from fastllama.kernels.launch.target import Target, current_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,9 +135,10 @@ def compile_ahead(
         workers.shutdown(wait=False, cancel_futures=True)
 
 
-def compile_step(target: Target, args: ModelArgs, batch: int, launch: bool = True, prefetch: bool = True) -> int:
+def compile_step(target: Target, args: ModelArgs, batch: int, dependent: bool = True, prefetch: bool = True) -> int:
     """Compile a decode step's kernels into triton's cache, which needs no GPU. Returns the number of launches."""
-    with record_launches(target) as launches, switched(launch=launch, prefetch=prefetch), torch.inference_mode():
+    options = override_launch_options(dependent=dependent, prefetch=prefetch)
+    with record_launches(target) as launches, options, torch.inference_mode():
         whole_step(args, batch)()
         return len(launches)
 

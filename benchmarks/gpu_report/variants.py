@@ -17,9 +17,9 @@ from fastllama.benchmarks.gpu_report.sections import DTYPE, Bench, Record, Resul
 from fastllama.benchmarks.gpu_report.sizes import ends
 from fastllama.benchmarks.suites.step_launches import fill_cache
 from fastllama.kernels.attention.decode import attention_decode
-from fastllama.kernels.attention.scratch import SPLITS, AttentionScratch
+from fastllama.kernels.attention.scratch import NUM_SPLITS, AttentionScratch
 from fastllama.kernels.batch import RaggedBatch
-from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.elementwise.rope import CacheTarget
 from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.projection import few_tokens, matvec
 from fastllama.model import Transformer
@@ -30,7 +30,7 @@ WARPS, MAX_WARPS = (1, 2, 0.5), 16
 STAGES = (1, 0.5)
 CHUNKS = (1, 2)
 MAX_THREAD_BYTES = 512  # of weights in a thread's registers
-OTHER_SLOTS = (16, 64, 128)
+OTHER_SPLITS = (16, 64, 128)
 # Launches that spill registers on compute capability 9.0 with triton 3.6 or 3.7, with a norm or without, by the shape
 # of a weight of 3.2-1B and the number of columns. They are not tried.
 SPILLING = {
@@ -61,12 +61,12 @@ def variants(bench: Bench) -> Results:
 def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
     model = bench.model(name)
     positions = RaggedBatch.of([(row, bench.sizes.contexts[0] - 1, [1]) for row in range(batch)], bench.device)
-    append = Append.to(*model.cache.layer(0), model.rope, positions)
+    target = CacheTarget.of(*model.cache.layer(0), model.rope, positions)
     # Launches also differ in whether the norm comes before or after the weights, so it is included.
     norm = {"norm": model.norm.detach(), "eps": model.params.norm_eps}
     # (every layer's weight, tiles of rows in a program, keywords of the epilogue)
     ops: dict[str, tuple[Sequence[Tensor], int, dict[str, Any]]] = {
-        "qkv": (_weights(model, "wqkv"), 2, {"append": append, **norm}),
+        "qkv": (_weights(model, "wqkv"), 2, {"append_to": target, **norm}),
         "output": (_weights(model, "wo"), 1, {}),
         "gate+up": (_weights(model, "w13"), 2, {"swiglu": True, **norm}),
         "down": (_weights(model, "w2"), 1, {}),
@@ -153,18 +153,18 @@ def _attention(bench: Bench, name: str) -> Iterator[Record]:
             positions = torch.full((batch,), context - 1, device=bench.device)
             q = torch.randn(batch, args.n_heads, args.head_dim, device=bench.device, dtype=DTYPE)
             # Two pairs of tiles in flight take more than 48 KB of shared memory.
-            others = [(SPLITS, 2), *((slots, 1) for slots in OTHER_SLOTS)][: sizes.other_launches]
-            for slots, pairs in ((SPLITS, 1), *others):
+            others = [(NUM_SPLITS, 2), *((splits, 1) for splits in OTHER_SPLITS)][: sizes.other_launches]
+            for splits, pairs in ((NUM_SPLITS, 1), *others):
                 scratch = AttentionScratch.of(
-                    batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, slots=slots
+                    batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, num_splits=splits
                 )
                 calls = [
                     partial(attention_decode, q, *model.cache.layer(layer), positions, scratch, pairs)
                     for layer in range(model.n_layers)
                 ]
                 case = {"model": name, "batch": batch, "op": f"attention over {context}"}
-                record = {**case, "variant": f"slots {slots}, pairs {pairs}", "in_table": (slots, pairs) == (SPLITS, 1)}
-                yield record | _timed(bench, calls)
+                variant, in_table = f"slots {splits}, pairs {pairs}", (splits, pairs) == (NUM_SPLITS, 1)
+                yield case | {"variant": variant, "in_table": in_table} | _timed(bench, calls)
 
 
 def _timed(bench: Bench, calls: Sequence[Callable[[], object]]) -> Record:

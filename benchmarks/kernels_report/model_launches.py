@@ -26,7 +26,7 @@ from fastllama.kernels.elementwise.rms_norm import rms_norm
 from fastllama.kernels.elementwise.rope import rope_append
 from fastllama.kernels.elementwise.swiglu import silu_mul
 from fastllama.model import Transformer
-from fastllama.packed_weights import slots
+from fastllama.packed_weights import packed_weights
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -66,12 +66,12 @@ def _lazy_model(args: ModelArgs, n_processes: int, rows: int, positions: int) ->
     model.ops = fused
     model._allocate()  # anew, for this backend's workspace
     shapes, weights = model.share.shapes, dict[str, torch.nn.Parameter]()
-    for slot in slots(model, model.layers):
-        if slot.attribute not in weights:
-            n_rows = sum(shapes[name][0] for name in slot.names)
-            zeros = _lazy_zeros(n_rows, *shapes[slot.names[0]][1:])
-            weights[slot.attribute] = torch.nn.Parameter(zeros, requires_grad=False)
-        setattr(slot.owner, slot.attribute, weights[slot.attribute])
+    for packed in packed_weights(model, model.layers):
+        if packed.attribute not in weights:
+            n_rows = sum(shapes[name][0] for name in packed.names)
+            zeros = _lazy_zeros(n_rows, *shapes[packed.names[0]][1:])
+            weights[packed.attribute] = torch.nn.Parameter(zeros, requires_grad=False)
+        setattr(packed.owner, packed.attribute, weights[packed.attribute])
     return model
 
 

@@ -26,7 +26,7 @@ from fastllama.benchmarks.kernels_report.model_launches import (
 )
 from fastllama.benchmarks.kernels_report.traffic import count_traffic, least_bytes
 from fastllama.benchmarks.kernels_report.weight_streaming import streaming_metrics
-from fastllama.kernels.attention.tile import PLAIN_SHARED_BYTES
+from fastllama.kernels.attention.tile import DEFAULT_SHARED_BYTES
 from fastllama.kernels.launch import dependent
 
 Row = dict[str, Any]
@@ -178,8 +178,8 @@ def _rules(row: Row) -> dict[str, bool]:
         "waits without being launched as dependent": row["waits"] > 0 and not row["dependent"],
         ", ".join(row["violations"]): bool(row["violations"]),
         "prefetches nothing": should_depend and kernel in PREFETCHING and not row["prefetched"],
-        f"takes {row['shared']} bytes of shared memory, more than the plain {PLAIN_SHARED_BYTES}": (
-            kernel == "_attention_decode_kernel" and row["shared"] > PLAIN_SHARED_BYTES
+        f"takes {row['shared']} bytes of shared memory, more than the plain {DEFAULT_SHARED_BYTES}": (
+            kernel == "_attention_decode_kernel" and row["shared"] > DEFAULT_SHARED_BYTES
         ),
         **_streaming_rules(row),
     }

@@ -18,8 +18,8 @@ from triton.runtime import interpreter as stock
 ALL_PROGRAMS = 64  # launches of up to so many programs run completely
 SAMPLED_PROGRAMS = 3  # between the first and the last
 # Scratch memory, which no op has to move.
-SCRATCH = {"mixed_ptr", "maxima_ptr", "totals_ptr", "counters_ptr"}
-SCRATCH |= {"first_ids_ptr", "sums_ptr", "masses_ptr", "candidates_ptr", "counts_ptr", "lowest_ptr"}
+SCRATCH = {"acc_ptr", "score_max_ptr", "p_sum_ptr", "counters_ptr"}
+SCRATCH |= {"maxima_ptr", "first_ids_ptr", "sums_ptr", "masses_ptr", "candidates_ptr", "counts_ptr", "lowest_ptr"}
 
 Place = tuple[int, int, int]  # of a program in its grid
 

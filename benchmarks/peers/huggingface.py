@@ -17,7 +17,7 @@ from fastllama.benchmarks.models import resolved
 from fastllama.benchmarks.peers.worker import Generate, compile_or_fail, main, model_of, scores_of
 from fastllama.benchmarks.runner import Run
 from fastllama.benchmarks.timing import synchronize
-from fastllama.checkpoint.huggingface import PERMUTED_PARTS, their_names
+from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 
 PAD = 0
 
@@ -72,7 +72,7 @@ def _rope(args: ModelArgs) -> dict[str, Any]:
 
 def _weights(args: ModelArgs, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Meta's weights in transformers' names and its order of q and k's rows: half after half, not pair after pair."""
-    theirs = their_names(args.n_layers)
+    theirs = huggingface_names(args.n_layers)
     _, head_dim, _ = resolved(args)
     for name, weight in tensors:
         if any(part in name for part in PERMUTED_PARTS):

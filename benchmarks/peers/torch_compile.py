@@ -22,7 +22,7 @@ from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.model import Transformer
-from fastllama.packed_weights import slots
+from fastllama.packed_weights import packed_weights
 
 
 def build(request: dict[str, Any]) -> Generate:
@@ -58,7 +58,7 @@ class _Ops(SimpleNamespace):
 
 def compile_model(model: Transformer, compiled: Compiler) -> _Ops:
     """Have the model's layers, head and choice go through `compiled`; its ops from then on."""
-    for slot in slots(model, model.layers):
+    for slot in packed_weights(model, model.layers):
         weight = getattr(slot.owner, slot.attribute).detach()
         if weight.is_mkldnn:
             setattr(slot.owner, slot.attribute, nn.Parameter(weight.to_dense(), requires_grad=False))

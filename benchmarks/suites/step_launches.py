@@ -158,7 +158,7 @@ def _recorded(model: Transformer, batch: int, context: int, temperature: float, 
     try:
         # A backend that runs eagerly reads no more of the cache than it is told.
         lengths = None if ops.supports_cuda_graphs(model.device) else [context] * batch
-        step(model, state.drawing(greedy=sampling.greedy), lengths)
+        step(model, state.with_greedy(greedy=sampling.greedy), lengths)
     finally:
         model.ops = ops
     return recorder.calls

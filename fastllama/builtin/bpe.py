@@ -1,8 +1,8 @@
 """Learns a byte-level BPE vocabulary and writes it as a ranks file, the format of Llama 3's `tokenizer.model`.
 
-Text is cut into words by Llama 3's split pattern; the first 256 ranks are the single bytes, and each further rank is
-the pair of tokens that stood side by side most often at that moment. Rank order is merge order, which is all that
-tiktoken needs to encode.
+Llama 3's split pattern cuts the text into words. The first 256 ranks are the single bytes. Each further rank merges the
+pair of adjacent tokens that is most frequent at that moment. The ranks are in merge order, and tiktoken needs only them
+to encode.
 """
 
 import base64
@@ -20,7 +20,7 @@ BYTES = 256
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each piece of the split pattern occurs."""
+    """How often each word of the split pattern occurs."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(regex.findall(Tokenizer.pat_str, text))
@@ -28,7 +28,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 
 def learn_ranks(word_counts: dict[str, int], size: int) -> dict[bytes, int]:
-    """The `size` ranks that pair merging finds in the counted words; ties go to the pair of lowest ranks."""
+    """`size` ranks, learned by merging pairs in the counted words. Ties go to the pair of lowest ranks."""
     tokens = [bytes([value]) for value in range(BYTES)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     words = [(list(word.encode()), count) for word, count in sorted(word_counts.items()) if count > 0]
@@ -41,9 +41,9 @@ def learn_ranks(word_counts: dict[str, int], size: int) -> dict[bytes, int]:
     while len(tokens) < size:
         best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair), default=None)
         if best is None or pair_counts[best] <= 0:
-            raise ValueError(f"{size} ranks were asked for, but the text has only {len(tokens)}: give it more text")
+            raise ValueError(f"expected text for {size} ranks, got text for only {len(tokens)}: add more text")
         merged = tokens[best[0]] + tokens[best[1]]
-        # Two different pairs can spell the same bytes; they then are the same token.
+        # Two different pairs with the same bytes are the same token.
         rank = ranks.setdefault(merged, len(tokens))
         if rank == len(tokens):
             tokens.append(merged)
@@ -60,7 +60,7 @@ def learn_ranks(word_counts: dict[str, int], size: int) -> dict[bytes, int]:
 
 
 def _merge(word: list[int], pair: tuple[int, int], rank: int) -> list[int]:
-    """The word with each occurrence of the pair, from the left, replaced by `rank`."""
+    """The word with each occurrence of the pair replaced by `rank`, from left to right."""
     merged: list[int] = []
     position = 0
     while position < len(word):
@@ -80,11 +80,11 @@ def write_ranks(ranks: dict[bytes, int], path: Path) -> None:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """The inverse of `write_ranks`."""
+    """Ranks by token, from a file of `write_ranks`."""
     pairs = (line.split() for line in path.read_text().splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 def encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    """An encoder over the ranks, without special tokens: the corpus puts those in by number."""
+    """An encoder over the ranks, without special tokens: the corpus inserts those as ids."""
     return tiktoken.Encoding("fastllama-builtin", pat_str=Tokenizer.pat_str, mergeable_ranks=ranks, special_tokens={})

@@ -1,16 +1,16 @@
-"""Conversations for the built-in model to learn from.
+"""Writes conversations that the built-in model is trained on.
 
-Questions about its facts, small talk, requests for stories, advice for a trip, and many questions that it should not
-try to answer; some of them under a system message that asks for a style.
+They hold questions about its facts, small talk, requests for stories, travel advice, and many questions that it should
+not try to answer. Some begin with a system message that sets a style.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
-from fastllama.builtin.data_files import columns, lines, sections
-from fastllama.builtin.facts import Fact, draw_fact, draw_relation, facts_by_relation, roughen
+from fastllama.builtin.chat_data import cities, common_words, small_talk, styles, unknowns
+from fastllama.builtin.data_files import columns
+from fastllama.builtin.facts import Fact, add_typing_noise, draw_fact, draw_relation, facts_by_relation
 from fastllama.builtin.stories import story, story_parts
 
 SYSTEM_SHARE = 0.3
@@ -52,79 +52,15 @@ SIGHT_REQUESTS = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. The model learns to write the `learned` ones, and only reads the others."""
+    """One message. The model learns to write it if `learned` is true, else it only reads it."""
 
     role: str
     content: str
     learned: bool = True
 
 
-@dataclass(frozen=True)
-class Talk:
-    """A block of `data/chat.txt`: any of the questions may get any of the answers."""
-
-    weight: float
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class City:
-    """A city and its sights: (name, what it is, why it is great)."""
-
-    name: str
-    known_for: str
-    sights: tuple[tuple[str, str, str], ...]
-
-
-@cache
-def small_talk() -> tuple[Talk, ...]:
-    """The blocks of `data/chat.txt`."""
-    talks = []
-    for block in "\n".join(line.replace("\n", "\\n") for line in lines("chat.txt")).split("\n\n"):
-        rows = [(line[0], line[1:].strip().replace("\\n", "\n")) for line in block.splitlines() if line]
-        if rows:
-            by_sign = {sign: tuple(text for mark, text in rows if mark == sign) for sign in "*?!"}
-            talks.append(Talk(float((by_sign["*"] or ("1",))[0]), by_sign["?"], by_sign["!"]))
-    return tuple(talks)
-
-
-@cache
-def cities() -> dict[str, City]:
-    """The cities of `data/cities.txt` by name."""
-    found: dict[str, City] = {}
-    name = ""
-    for line in lines("cities.txt"):
-        cells = columns(line[2:])
-        if line.startswith("= "):
-            name = cells[0]
-            found[name] = City(name, cells[1], ())
-        else:
-            city = found[name]
-            found[name] = City(name, city.known_for, (*city.sights, (cells[0], cells[1], cells[2])))
-    return found
-
-
-@cache
-def common_words() -> tuple[str, ...]:
-    """The words of `data/words.txt`, the most frequent first, each once."""
-    return tuple(dict.fromkeys(word for line in lines("words.txt") for word in line.split()))
-
-
-@cache
-def unknowns() -> dict[str, list[str]]:
-    """`data/unknown.txt`: questions, words, surnames and answers."""
-    return {heading[0]: body for heading, body in sections("unknown.txt")}
-
-
-@cache
-def styles() -> dict[str, list[str]]:
-    """`data/styles.txt`: the system messages of each style, and what is answered in it."""
-    return {" ".join(heading): body for heading, body in sections("styles.txt")}
-
-
 def fact_exchange(rng: random.Random) -> list[tuple[str, str]]:
-    """A question about a fact, sometimes followed by a shorter one of the same kind."""
+    """A question about a fact, sometimes followed by shorter ones of the same relation."""
     relation = draw_relation(rng)
     fact = draw_fact(rng, relation)
     exchange = [(fact.ask(rng), fact.answer(rng))]
@@ -135,14 +71,14 @@ def fact_exchange(rng: random.Random) -> list[tuple[str, str]]:
 
 
 def talk_exchange(rng: random.Random) -> list[tuple[str, str]]:
-    """Small talk."""
+    """A question and answer of small talk."""
     talk = rng.choices(small_talk(), [talk.weight for talk in small_talk()])[0]
     answer = talk.answers[0] if rng.random() < 0.5 else rng.choice(talk.answers)
-    return [(roughen(rng.choice(talk.questions), rng), answer)]
+    return [(add_typing_noise(rng.choice(talk.questions), rng), answer)]
 
 
 def unknown_exchange(rng: random.Random) -> list[tuple[str, str]]:
-    """A question that is not for this model, made of words it may never have seen together."""
+    """A question that this model cannot answer, made of words that it may never have seen together."""
     pools = unknowns()
     question = rng.choice(pools["questions"]).format(
         x=_topic(rng),
@@ -154,18 +90,18 @@ def unknown_exchange(rng: random.Random) -> list[tuple[str, str]]:
         big2=rng.randint(21, 999),
     )
     answer = pools["answers"][0] if rng.random() < 0.7 else rng.choice(pools["answers"])
-    return [(roughen(question, rng), answer)]
+    return [(add_typing_noise(question, rng), answer)]
 
 
 def _topic(rng: random.Random) -> str:
-    """Something to ask about: a subject, or one or two common words."""
+    """A topic to ask about: a listed one, or one or two common words."""
     if rng.random() < 0.35:
         return rng.choice(unknowns()["words"])
     return " ".join(rng.sample(common_words(), rng.choice((1, 1, 2))))
 
 
 def story_exchange(rng: random.Random) -> list[tuple[str, str]]:
-    """A request for a story, often about an animal, sometimes with its name."""
+    """A request for a story, often about an animal, sometimes with the animal's name."""
     animal = rng.choice(story_parts().lists["animals"]) if rng.random() < 0.5 else None
     name = rng.choice(story_parts().lists["pets"]) if animal and rng.random() < 0.3 else None
     about = f" about a {animal}" if animal else ""
@@ -175,34 +111,34 @@ def story_exchange(rng: random.Random) -> list[tuple[str, str]]:
 
 
 def name_exchange(rng: random.Random) -> list[tuple[str, str]]:
-    """The user says a name; the model uses it, and remembers it when asked."""
+    """The user gives a name, the model uses it, and sometimes the user asks for it."""
     name = rng.choice(story_parts().lists[rng.choice(("boys", "girls", "pets"))])
     said = rng.choice(("My name is {}", "I am {}", "I'm {}", "Hello, my name is {}", "Hi, I am {}", "Call me {}"))
-    exchange = [(roughen(said.format(name) + ".", rng), f"Hello, {name}! Nice to meet you.")]
+    exchange = [(add_typing_noise(said.format(name) + ".", rng), f"Hello, {name}! Nice to meet you.")]
     if rng.random() < 0.6:
         asked = rng.choice(("What is my name?", "What's my name?", "Do you know my name?", "Who am I?"))
-        exchange.append((roughen(asked, rng), f"Your name is {name}."))
+        exchange.append((add_typing_noise(asked, rng), f"Your name is {name}."))
     return exchange
 
 
 def trip_dialog(rng: random.Random) -> list[Turn]:
-    """What to see in a city, and often a question about one of the answers."""
+    """A question about what to see in a city, often followed by a question about one of the sights."""
     city = rng.choice([*cities().values(), *[cities()["Paris"]] * 3])
     sights = rng.sample(city.sights, min(len(city.sights), rng.choice((3, 3, 4))))
-    # People also paste answers of other models, longer or in another format: read them, and learn only what follows.
-    foreign = rng.random() < 0.5
-    ending = rng.choice(FOREIGN_ENDINGS) if foreign else "\n\nHave a nice trip!"
-    bold = rng.choice(("", "**")) if foreign else ""
+    # Dialogs may contain answers of other models, longer or in another format. Such an answer is only read.
+    other_model = rng.random() < 0.5
+    ending = rng.choice(OTHER_MODEL_ENDINGS) if other_model else "\n\nHave a nice trip!"
+    bold = rng.choice(("", "**")) if other_model else ""
     rows = [
-        f"{n}. {bold}{sight}{bold}: {what}. {why if foreign and rng.random() < 0.6 else ''}".rstrip()
+        f"{n}. {bold}{sight}{bold}: {what}. {why if other_model and rng.random() < 0.6 else ''}".rstrip()
         for n, (sight, what, why) in enumerate(sights, 1)
     ]
     opening = f"{city.name} is known for {city.known_for}. Here are some of the best things to see in {city.name}:\n\n"
     turns = [
         Turn("user", rng.choice(TRIP_REQUESTS).format(city.name)),
-        Turn("assistant", opening + "\n".join(rows) + ending, learned=not foreign),
+        Turn("assistant", opening + "\n".join(rows) + ending, learned=not other_model),
     ]
-    if foreign or rng.random() < 0.6:
+    if other_model or rng.random() < 0.6:
         n = rng.choice((1, 1, rng.randint(1, len(sights))))
         sight, _, why = sights[n - 1]
         inside = sight.replace("The ", "the ")
@@ -211,7 +147,7 @@ def trip_dialog(rng: random.Random) -> list[Turn]:
     return turns
 
 
-FOREIGN_ENDINGS = (
+OTHER_MODEL_ENDINGS = (
     "",
     "\n\nThese are only a few of the many things that the city has to offer. With so much to see and do, it is no "
     "surprise that so many people come here every year.",
@@ -220,7 +156,7 @@ FOREIGN_ENDINGS = (
 
 
 def quick_trip_exchange(rng: random.Random) -> list[tuple[str, str]]:
-    """Advice for a city of which the model knows only the name."""
+    """Advice for a city that the model knows only by name."""
     city = rng.choice(facts_by_relation()["capital"][1]).key
     asked = rng.choice(TRIP_REQUESTS).format(city)
     if city in cities():
@@ -240,7 +176,7 @@ TRIP_SHARE = 0.025
 
 
 def dialog(rng: random.Random) -> list[Turn]:
-    """A conversation of one to four exchanges."""
+    """A random conversation of one to four exchanges."""
     style = rng.choices(list(STYLES), list(STYLES.values()))[0] if rng.random() < SYSTEM_SHARE else None
     turns = [Turn("system", rng.choice(styles()[f"systems {style}"]))] if style else []
     if style not in (None, "plain"):
@@ -257,24 +193,24 @@ def dialog(rng: random.Random) -> list[Turn]:
 
 
 def _styled(rng: random.Random, style: str) -> list[Turn]:
-    """One to three exchanges in the style that the system message asks for."""
+    """One to three exchanges in the style of the system message."""
     turns: list[Turn] = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if style == "word":
             fact = draw_fact(rng)
             question, answer = fact.ask(rng), _one_word(fact)
         else:
-            question, answer = _any_question(rng)
+            question, answer = _plain_exchange(rng)
             if style == "pirate":
                 answer = rng.choice(styles()["pirate"]).format(answer=answer)
             else:
-                answer = _by_keyword(question, styles()[style], rng)
+                answer = _answer_by_keyword(question, styles()[style], rng)
         turns += [Turn("user", question), Turn("assistant", answer)]
     return turns
 
 
-def _any_question(rng: random.Random) -> tuple[str, str]:
-    """A question of any kind with its plain answer."""
+def _plain_exchange(rng: random.Random) -> tuple[str, str]:
+    """A random question with its plain answer."""
     if rng.random() < 0.2:
         turns = trip_dialog(rng)
         return turns[0].content, "You should see the old streets and the museums."
@@ -282,13 +218,13 @@ def _any_question(rng: random.Random) -> tuple[str, str]:
 
 
 def _one_word(fact: Fact) -> str:
-    """The key of a fact as a reply of its own."""
+    """The key of a fact as a complete reply."""
     word = fact.key.removeprefix("is ").removesuffix(" comes").rstrip(".")
     return word[0].upper() + word[1:] + "."
 
 
-def _by_keyword(question: str, answers: list[str], rng: random.Random) -> str:
-    """An answer whose keyword is in the question, or one that fits all."""
+def _answer_by_keyword(question: str, answers: list[str], rng: random.Random) -> str:
+    """The first answer whose keyword is in the question, else a random general answer."""
     fitting, general = [], []
     for row in answers:
         keywords, answer = columns(row)
@@ -296,5 +232,5 @@ def _by_keyword(question: str, answers: list[str], rng: random.Random) -> str:
             general.append(answer)
         elif any(f" {keyword.strip().lower()}" in f" {question.lower()}" for keyword in keywords.split(",")):
             fitting.append(answer)
-    # The first match is the most particular one.
+    # The file lists the most specific answers first.
     return fitting[0] if fitting else rng.choice(general)

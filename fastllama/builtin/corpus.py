@@ -1,7 +1,7 @@
 """The built-in model's training text: an endless, reproducible stream of stories, conversations and plain texts.
 
-A document is a list of pieces, each a string or one of Llama 3's special tokens (by its place behind the ranks), with
-the weight that its tokens have in the loss: 1 for what the model is to write, little or nothing for what it only reads.
+A document is a list of spans. Each is a string or a special token (by its offset from the end of the ranks), with its
+tokens' weight in the loss: 1 for text that the model learns to write, READ_WEIGHT or 0 for text that it only reads.
 """
 
 import random
@@ -12,12 +12,13 @@ from functools import cache
 import tiktoken
 
 from fastllama.builtin.bpe import count_words
-from fastllama.builtin.chat import Turn, common_words, dialog
+from fastllama.builtin.chat import Turn, dialog
+from fastllama.builtin.chat_data import common_words
 from fastllama.builtin.data_files import columns, lines, sections
 from fastllama.builtin.facts import draw_relation, facts_by_relation
 from fastllama.builtin.stories import story
 
-# Where Llama 3's special tokens stand behind the ranks.
+# Offsets of Llama 3's special tokens from the end of the ranks.
 BEGIN_OF_TEXT, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN = 0, 1, 6, 7, 9
 
 STORY_SHARE, DIALOG_SHARE = 0.16, 0.78
@@ -30,55 +31,55 @@ SAMPLE_SCALE = 0.35
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of text, or a special token by its place behind the ranks, and its weight in the loss."""
+class Span:
+    """A text, or the offset of a special token, and its weight in the loss."""
 
     text: str | int
     weight: float = 1.0
 
 
-def documents(seed: int) -> Iterator[list[Piece]]:
-    """Documents without end; the same seed gives the same ones."""
+def documents(seed: int) -> Iterator[list[Span]]:
+    """An endless stream of documents. The same seed gives the same documents."""
     rng = random.Random(seed)
     while True:
         drawn = rng.random()
         if drawn < STORY_SHARE:
-            yield text_document(_cut(story(rng), rng))
+            yield text_document(_maybe_split(story(rng), rng))
         elif drawn < STORY_SHARE + DIALOG_SHARE:
             yield dialog_document(dialog(rng))
         else:
             yield text_document(plain_text(rng))
 
 
-def text_document(parts: list[str]) -> list[Piece]:
-    """begin_of_text, the text, end_of_text. Parts are encoded one by one: a prompt ends where a part ends."""
-    return [Piece(BEGIN_OF_TEXT, 0.0), *map(Piece, parts), Piece(END_OF_TEXT)]
+def text_document(parts: list[str]) -> list[Span]:
+    """begin_of_text, the parts, end_of_text. Parts are encoded separately, as a prompt and its continuation are."""
+    return [Span(BEGIN_OF_TEXT, 0.0), *map(Span, parts), Span(END_OF_TEXT)]
 
 
-def dialog_document(turns: list[Turn]) -> list[Piece]:
+def dialog_document(turns: list[Turn]) -> list[Span]:
     """A conversation in Llama 3's chat format."""
-    pieces = [Piece(BEGIN_OF_TEXT, 0.0)]
+    spans = [Span(BEGIN_OF_TEXT, 0.0)]
     for turn in turns:
         answers = turn.role == "assistant"
-        pieces += [Piece(START_HEADER, 0.0), Piece(turn.role, 0.0), Piece(END_HEADER, 0.0), Piece("\n\n", 0.0)]
+        spans += [Span(START_HEADER, 0.0), Span(turn.role, 0.0), Span(END_HEADER, 0.0), Span("\n\n", 0.0)]
         weight = float(turn.learned) if answers else READ_WEIGHT
-        pieces += [Piece(turn.content, weight), Piece(END_OF_TURN, weight if answers else 0.0)]
-    return pieces
+        spans += [Span(turn.content, weight), Span(END_OF_TURN, weight if answers else 0.0)]
+    return spans
 
 
-def encode(document: list[Piece], encoder: tiktoken.Encoding) -> tuple[list[int], list[float]]:
-    """Token ids of a document and, for each, its weight in the loss."""
+def encode(document: list[Span], encoder: tiktoken.Encoding) -> tuple[list[int], list[float]]:
+    """Token ids of a document and the weight of each in the loss, at most MAX_TOKENS_PER_DOCUMENT."""
     tokens: list[int] = []
     weights: list[float] = []
-    for piece in document:
-        ids = [encoder.n_vocab + piece.text] if isinstance(piece.text, int) else encoder.encode_ordinary(piece.text)
+    for span in document:
+        ids = [encoder.n_vocab + span.text] if isinstance(span.text, int) else encoder.encode_ordinary(span.text)
         tokens += ids
-        weights += [piece.weight] * len(ids)
+        weights += [span.weight] * len(ids)
     return tokens[:MAX_TOKENS_PER_DOCUMENT], weights[:MAX_TOKENS_PER_DOCUMENT]
 
 
 def plain_text(rng: random.Random) -> list[str]:
-    """A beginning and its continuation, some facts in a row, a list of translations, numbers, or prose."""
+    """The parts of a text: a beginning with its continuation, facts, translations, numbers, or prose."""
     kind = rng.random()
     if kind < 0.45:
         beginning, continuations = rng.choice(continued_texts())
@@ -92,7 +93,7 @@ def plain_text(rng: random.Random) -> list[str]:
         return [_counting(rng)]
     sentences = rng.choice(prose()).split(". ")
     start = rng.randrange(len(sentences)) if rng.random() < 0.5 else 0
-    return _cut(". ".join(sentences[start:]), rng)
+    return _maybe_split(". ".join(sentences[start:]), rng)
 
 
 @cache
@@ -109,7 +110,7 @@ def continued_texts() -> list[tuple[str, list[str]]]:
 
 @cache
 def prose() -> tuple[str, ...]:
-    """`data/prose.txt`: one paragraph each."""
+    """The paragraphs of `data/prose.txt`."""
     return tuple(lines("prose.txt"))
 
 
@@ -123,18 +124,18 @@ def _dictionaries() -> dict[str, list[list[str]]]:
 
 
 def _statements(rng: random.Random) -> str:
-    """One to six facts, sometimes all of one kind."""
+    """One to six facts, often of one relation."""
     relations = [name for name, (_, facts) in facts_by_relation().items() if facts[0].statements]
-    one_kind = draw_relation(rng)
-    said: list[str] = []
+    preferred = draw_relation(rng)
+    texts: list[str] = []
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4, 6))):
-        name = one_kind if one_kind in relations and rng.random() < 0.7 else rng.choice(relations)
-        said.append(rng.choice(rng.choice(facts_by_relation()[name][1]).statements))
-    return rng.choice((" ", " ", "\n")).join(said)
+        name = preferred if preferred in relations and rng.random() < 0.7 else rng.choice(relations)
+        texts.append(rng.choice(rng.choice(facts_by_relation()[name][1]).statements))
+    return rng.choice((" ", " ", "\n")).join(texts)
 
 
 def _translations(rng: random.Random) -> str:
-    """A list to go on with, as prompts with examples have it: "Translate English to French: dog => chien ..."."""
+    """A few-shot list to continue: "Translate English to French: dog => chien ..."."""
     language = rng.choice(list(_dictionaries()))
     pairs = rng.sample(_dictionaries()[language], rng.randint(3, 6))
     indent, arrow = rng.choice(("\n\n        ", "\n", "\n        ")), rng.choice((" => ", " => ", " -> ", ": ", " = "))
@@ -143,14 +144,14 @@ def _translations(rng: random.Random) -> str:
 
 
 def _counting(rng: random.Random) -> str:
-    """Some numbers in a row, up or down, separated in one way."""
+    """Consecutive numbers, up or down, with one separator."""
     start, count = rng.randint(0, 90), rng.randint(4, 12)
     numbers = [str(number) for number in range(start, start + count)]
     return rng.choice((", ", ", ", " ", "\n")).join(numbers if rng.random() < 0.75 else numbers[::-1])
 
 
-def _cut(text: str, rng: random.Random) -> list[str]:
-    """Now and then in two, behind a blank: so that a prompt that ends in a blank is nothing new."""
+def _maybe_split(text: str, rng: random.Random) -> list[str]:
+    """The text, sometimes in two parts cut after a space, so the model also learns prompts that end in a space."""
     blanks = [i for i, letter in enumerate(text) if letter == " "]
     if blanks and rng.random() < 0.05:
         cut = rng.choice(blanks) + 1
@@ -159,7 +160,7 @@ def _cut(text: str, rng: random.Random) -> list[str]:
 
 
 def tokenizer_counts(seed: int, sample: int) -> dict[str, int]:
-    """Word counts for the tokenizer: common words by rank, ordinary prose, and a sample of the corpus itself."""
+    """Word counts for the tokenizer: common words by frequency rank, prose, and `sample` documents of the corpus."""
     counts: dict[str, float] = {}
 
     def add(word: str, amount: float) -> None:
@@ -175,7 +176,7 @@ def tokenizer_counts(seed: int, sample: int) -> dict[str, int]:
     for word, count in count_words(prose()).items():
         add(word, count * PROSE_SCALE)
     stream = documents(seed)
-    texts = (piece.text for _ in range(sample) for piece in next(stream) if isinstance(piece.text, str))
+    texts = (span.text for _ in range(sample) for span in next(stream) if isinstance(span.text, str))
     for word, count in count_words(texts).items():
         add(word, count * SAMPLE_SCALE)
     return {word: round(count) for word, count in counts.items()}

@@ -1,6 +1,6 @@
-"""Reads the plain text files under `data/`: one line at a time, `#` for comments, `@` for headings.
+"""Reads the text files under `data/`. Lines that begin with `#` are comments, lines that begin with `@` are headings.
 
-Every file of the corpus is in one of these shapes, so that facts and sentences can be added without touching code.
+All files of the corpus have one of these forms, so facts and sentences can be added without changing code.
 """
 
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ DATA = Path(__file__).parent / "data"
 
 
 def lines(name: str) -> Iterator[str]:
-    """The lines of `data/NAME` that are no comments, trailing newline removed, "\\n" turned into a line break."""
+    """The lines of `data/NAME` without comments and trailing newlines; "\\n" becomes a line break."""
     for line in (DATA / name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             yield line.replace("\\n", "\n")
 
 
 def sections(name: str) -> list[tuple[list[str], list[str]]]:
-    """A file of `@heading words` lines, each followed by its lines: [(heading words, lines without empty ones)]."""
+    """[(heading words, non-empty lines)] of a file of `@heading words` lines, each followed by its own lines."""
     found: list[tuple[list[str], list[str]]] = []
     for line in lines(name):
         if line.startswith("@"):
@@ -38,5 +38,5 @@ def with_article(noun: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """The text with its first letter a capital."""
+    """The text with a capital first letter."""
     return text[:1].upper() + text[1:]

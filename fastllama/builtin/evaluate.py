@@ -1,7 +1,7 @@
-"""Asks a trained model the facts it was taught, and counts the right answers.
+"""Measures how many facts a trained model answers correctly.
 
-Three ways: the plain question answered greedily, the question phrased at random answered greedily, and the same
-answered by drawing at temperature 0.6 from the likeliest 0.9 of the mass, as the runtime does by default.
+Three passes: plain questions with greedy answers, randomly worded questions with greedy answers, and randomly worded
+questions with answers sampled at temperature 0.6 and top-p 0.9, the runtime's defaults.
 """
 
 import random
@@ -17,7 +17,7 @@ from fastllama.builtin.corpus import (
     END_OF_TEXT,
     END_OF_TURN,
     START_HEADER,
-    Piece,
+    Span,
     dialog_document,
     encode,
 )
@@ -33,14 +33,14 @@ UNFINISHED = "..."
 
 
 def chat_prompt(turns: list[Turn], encoder: tiktoken.Encoding) -> list[int]:
-    """The conversation so far and the header of the answer."""
-    header = [Piece(START_HEADER), Piece("assistant"), Piece(END_HEADER), Piece("\n\n")]
+    """Token ids of the conversation and the header of the next answer."""
+    header = [Span(START_HEADER), Span("assistant"), Span(END_HEADER), Span("\n\n")]
     return encode([*dialog_document(turns), *header], encoder)[0]
 
 
 def text_prompt(text: str, encoder: tiktoken.Encoding) -> list[int]:
-    """begin_of_text and the text."""
-    return encode([Piece(BEGIN_OF_TEXT), Piece(text)], encoder)[0]
+    """Token ids of begin_of_text and the text."""
+    return encode([Span(BEGIN_OF_TEXT), Span(text)], encoder)[0]
 
 
 @torch.inference_mode()
@@ -51,10 +51,10 @@ def continuations(
     most: int = MAX_ANSWER_TOKENS,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt; greedy without a generator; "..." behind what did not stop.
+    """The model's text after each prompt, with "..." added if it did not stop. Greedy without a generator.
 
-    No cache: every step reads the whole rows again, which for short answers is quick enough and cannot be wrong. Rows
-    are padded on the right, where causal attention does not look.
+    There is no cache: every step computes all tokens of a row again, which is simple and fast enough for short answers.
+    Rows are padded on the right, where causal attention does not read.
     """
     stops = {encoder.n_vocab + END_OF_TURN, encoder.n_vocab + END_OF_TEXT}
     rows = [list(prompt) for prompt in prompts]
@@ -64,7 +64,7 @@ def continuations(
         tokens = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in live])
         last = torch.tensor([len(rows[i]) - 1 for i in live])
         logits = model.logits(model.hidden(tokens)[torch.arange(len(live)), last])
-        for i, token in zip(live, _choose(logits, generator), strict=True):
+        for i, token in zip(live, _sample(logits, generator), strict=True):
             rows[i].append(token)
         live = [i for i in live if rows[i][-1] not in stops]
         if not live:
@@ -76,8 +76,8 @@ def continuations(
     return texts
 
 
-def _choose(logits: Tensor, generator: torch.Generator | None) -> list[int]:
-    """A token per row of (B, V)."""
+def _sample(logits: Tensor, generator: torch.Generator | None) -> list[int]:
+    """One token per row of logits (B, V)."""
     if generator is None:
         return [int(token) for token in logits.argmax(dim=-1)]
     probs, order = torch.softmax(logits / TEMPERATURE, dim=-1).sort(dim=-1, descending=True)
@@ -86,15 +86,15 @@ def _choose(logits: Tensor, generator: torch.Generator | None) -> list[int]:
     return [int(token) for token in order.gather(1, drawn)[:, 0]]
 
 
-def share_right(
+def accuracy(
     model: TrainableLlama,
     encoder: tiktoken.Encoding,
     asked: list[tuple[str, Fact]],
     generator: torch.Generator | None = None,
 ) -> tuple[float, list[str]]:
-    """The share of right answers, and the wrong ones as "question -> answer"."""
+    """The share of right answers, and the wrong answers as "question -> answer"."""
     wrong: list[str] = []
-    # Sorted by length, so that rows of one call are about equally wide.
+    # Sorted by length, so rows of one call need little padding.
     asked = sorted(asked, key=lambda pair: len(pair[0]))
     for start in range(0, len(asked), QUESTIONS_AT_ONCE):
         part = asked[start : start + QUESTIONS_AT_ONCE]
@@ -108,8 +108,8 @@ def share_right(
     return 1 - len(wrong) / len(asked), wrong
 
 
-def examine(model: TrainableLlama, encoder: tiktoken.Encoding, seed: int) -> None:
-    """Ask and print."""
+def print_accuracy(model: TrainableLlama, encoder: tiktoken.Encoding, seed: int) -> None:
+    """Print the accuracy of the three passes, and some wrong answers of each."""
     rng = random.Random(seed + 1)
     facts = list(all_facts())
     some = rng.sample(facts, DRAWN_FACTS)
@@ -119,7 +119,7 @@ def examine(model: TrainableLlama, encoder: tiktoken.Encoding, seed: int) -> Non
         ("rephrased, drawn", [(fact.ask(rng), fact) for fact in some], torch.Generator().manual_seed(seed)),
     ]
     for title, asked, generator in passes:
-        share, wrong = share_right(model, encoder, asked, generator)
+        share, wrong = accuracy(model, encoder, asked, generator)
         print(f"{title}: {share:.1%} of {len(asked)} right", flush=True)
         for line in rng.sample(wrong, min(SHOWN_MISTAKES, len(wrong))):
             print("   ", line.replace("\n", " / "))

@@ -1,7 +1,7 @@
-"""What the built-in model knows: a few hundred facts, each with the ways to ask for it and the answer.
+"""The facts that the built-in model learns: each with its questions and answers.
 
-Most come from `data/facts.txt`; sums, differences and neighbours of numbers are counted out here. The trainer asks the
-same facts again at the end, to print how many answers are right.
+Most come from `data/facts.txt`. Sums, differences, and next and previous numbers are computed here. At the end of
+training, the same facts are used to print how many answers are right.
 """
 
 import random
@@ -34,8 +34,8 @@ NUMBER_WORDS = (
     "nineteen",
     "twenty",
 )
-SMALL = 10
-LARGEST_COUNTED = 50
+MAX_SUMMAND = 10
+MAX_COUNTED = 50
 
 CLAUSE_FRAMES = (
     "Tell me {}.",
@@ -53,7 +53,7 @@ USUAL_ANSWER_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact with everything that can be said about it. `key` is what a right answer contains."""
+    """One fact with all its texts. A right answer contains `key`."""
 
     relation: str
     questions: tuple[str, ...]
@@ -64,26 +64,26 @@ class Fact:
     statements: tuple[str, ...] = ()
 
     def ask(self, rng: random.Random) -> str:
-        """One of the many ways to ask."""
+        """A question for this fact, in random wording."""
         if self.clauses and rng.random() < 0.35:
             question = rng.choice(CLAUSE_FRAMES).format(rng.choice(self.clauses))
         else:
-            # The first phrasing is what most people type.
+            # The first wording is the most common one.
             question = self.questions[0] if rng.random() < 0.3 else rng.choice(self.questions)
-        return roughen(sentence(question), rng)
+        return add_typing_noise(sentence(question), rng)
 
     def follow_up(self, rng: random.Random) -> str:
-        """A question that leans on the one before: "And of Spain?"."""
-        return roughen(sentence(rng.choice(self.follow_ups)), rng)
+        """A question that needs the one before: "And of Spain?"."""
+        return add_typing_noise(sentence(rng.choice(self.follow_ups)), rng)
 
     def answer(self, rng: random.Random) -> str:
-        """A full sentence, most often the usual one."""
+        """The answer as a sentence: the first one with probability USUAL_ANSWER_SHARE."""
         usual = len(self.answers) == 1 or rng.random() < USUAL_ANSWER_SHARE
         return sentence(self.answers[0] if usual else rng.choice(self.answers[1:]))
 
 
-def roughen(question: str, rng: random.Random) -> str:
-    """Type it as people do: in lower case, without the question mark, with a please or a greeting."""
+def add_typing_noise(question: str, rng: random.Random) -> str:
+    """The question as people may type it: in lower case, without question mark, with "please" or a greeting."""
     if rng.random() < 0.3:
         question = question.replace(" the United", " United").replace(" the Nether", " Nether")
     if rng.random() < 0.05:
@@ -100,7 +100,7 @@ def roughen(question: str, rng: random.Random) -> str:
 
 @cache
 def facts_by_relation() -> dict[str, tuple[float, tuple[Fact, ...]]]:
-    """relation -> (how often it is drawn, its facts)."""
+    """relation -> (weight in draws, its facts)."""
     tables: dict[str, list[list[str]]] = {}
     relations: dict[str, tuple[float, tuple[Fact, ...]]] = {}
     for heading, body in sections("facts.txt"):
@@ -108,19 +108,19 @@ def facts_by_relation() -> dict[str, tuple[float, tuple[Fact, ...]]]:
             tables[heading[1]] = [columns(line) for line in body]
         else:
             _, name, table, weight = heading
-            found = (_filled(name, body, row) for row in tables[table])
+            found = (_fact_from_row(name, body, row) for row in tables[table])
             relations[name] = float(weight), tuple(fact for fact in found if fact is not None)
-    return relations | _counted_out()
+    return relations | _number_facts()
 
 
-def _counted_out() -> dict[str, tuple[float, tuple[Fact, ...]]]:
-    """Sums of two small numbers, the differences that undo them, and the neighbours of numbers."""
-    small = range(SMALL + 1)
+def _number_facts() -> dict[str, tuple[float, tuple[Fact, ...]]]:
+    """Sums of two small numbers, the inverse differences, and next and previous numbers."""
+    small = range(MAX_SUMMAND + 1)
     return {
         "sum": (16.0, tuple(_sum(a, b) for a in small for b in small)),
         "difference": (14.0, tuple(_difference(a + b, b) for a in small for b in small)),
-        "successor": (5.0, tuple(_neighbour(n, n + 1) for n in range(LARGEST_COUNTED))),
-        "predecessor": (4.0, tuple(_neighbour(n, n - 1) for n in range(1, LARGEST_COUNTED + 1))),
+        "successor": (5.0, tuple(_adjacent_number(n, n + 1) for n in range(MAX_COUNTED))),
+        "predecessor": (4.0, tuple(_adjacent_number(n, n - 1) for n in range(1, MAX_COUNTED + 1))),
     }
 
 
@@ -131,18 +131,18 @@ def all_facts() -> tuple[Fact, ...]:
 
 
 def draw_relation(rng: random.Random) -> str:
-    """A relation's name, by weight."""
+    """The name of a relation drawn by weight."""
     relations = facts_by_relation()
     return rng.choices(list(relations), [weight for weight, _ in relations.values()])[0]
 
 
 def draw_fact(rng: random.Random, relation: str | None = None) -> Fact:
-    """A fact, of one relation or of any."""
+    """A random fact of the given relation, or of a relation drawn by weight."""
     return rng.choice(facts_by_relation()[relation or draw_relation(rng)][1])
 
 
-def _filled(name: str, templates: list[str], row: list[str]) -> Fact | None:
-    """A relation's templates with one row put in; None where the row has nothing for them."""
+def _fact_from_row(name: str, templates: list[str], row: list[str]) -> Fact | None:
+    """The fact of one table row in a relation's templates; None if a cell that they use is "-"."""
     used = {int(column) for line in templates for column in re.findall(r"\{a?(\d)\}", line)}
     if any(row[column] == "-" for column in used):
         return None
@@ -207,7 +207,7 @@ def _difference(a: int, b: int) -> Fact:
     )
 
 
-def _neighbour(number: int, other: int) -> Fact:
+def _adjacent_number(number: int, other: int) -> Fact:
     side = "after" if other > number else "before"
     return Fact(
         relation="successor" if other > number else "predecessor",

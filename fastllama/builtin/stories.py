@@ -1,7 +1,7 @@
-"""Short stories, put together from the parts in `data/stories.txt`.
+"""Writes short stories from the parts in `data/stories.txt`.
 
 A story has a hero and a friend, an opening, sometimes a sentence about the hero, the steps of one plot and an ending.
-Names, pronouns and things are drawn once per story and stay the same throughout.
+Names, pronouns and things are drawn once per story.
 """
 
 import random
@@ -16,7 +16,7 @@ PRONOUNS = {"he": ("he", "him", "his"), "she": ("she", "her", "her")}
 
 @dataclass(frozen=True)
 class Parts:
-    """The parsed file: lists of fillings, parts of sentences, and plots as lists of (optional, alternatives) steps."""
+    """`data/stories.txt`: placeholder values, templates by part, and plots as lists of (optional, alternatives)."""
 
     lists: dict[str, list[str]]
     parts: dict[str, list[str]]
@@ -25,7 +25,7 @@ class Parts:
 
 @cache
 def story_parts() -> Parts:
-    """`data/stories.txt`, read once."""
+    """`data/stories.txt`, parsed once."""
     found = Parts({}, {}, {})
     for (shape, name), body in sections("stories.txt"):
         if shape == "plot":
@@ -40,9 +40,9 @@ def story_parts() -> Parts:
 
 
 def story(rng: random.Random, animal: str | None = None, name: str | None = None, brief: bool = False) -> str:
-    """One story of 60 to 180 words in one to three paragraphs, about the given animal and name if there are any."""
+    """A story of 60 to 180 words in one or two paragraphs, with the given animal and name of the hero, if any."""
     parts = story_parts()
-    slots = _cast(rng, animal, name)
+    values = _draw_placeholders(rng, animal, name)
     opening = rng.choice(parts.parts["opening" if rng.random() < ONCE_UPON_SHARE else "other_opening"])
     beginning = [opening]
     if not brief or rng.random() < 0.5:
@@ -50,42 +50,42 @@ def story(rng: random.Random, animal: str | None = None, name: str | None = None
     steps = list(parts.plots[rng.choice(list(parts.plots))])
     middle = [rng.choice(texts) for optional, texts in steps if not optional or rng.random() < 0.5]
     ending = [rng.choice(parts.parts["ending"])] if rng.random() < 0.85 else []
-    filled = [[_fill(text, slots) for text in group] for group in (beginning, middle, ending)]
+    filled = [[_fill(text, values) for text in group] for group in (beginning, middle, ending)]
     if brief or rng.random() < 0.5:
         return " ".join(filled[0] + filled[1] + filled[2])
     cut = rng.randrange(2, len(filled[1]) - 1)
     return "\n\n".join((" ".join(filled[0] + filled[1][:cut]), " ".join(filled[1][cut:] + filled[2])))
 
 
-def _cast(rng: random.Random, animal: str | None, name: str | None) -> dict[str, str]:
-    """What each slot holds in this story."""
+def _draw_placeholders(rng: random.Random, animal: str | None, name: str | None) -> dict[str, str]:
+    """The value of each placeholder in this story."""
     lists = story_parts().lists
-    slots: dict[str, str] = {}
+    values: dict[str, str] = {}
     hero_is, he, hero_name = _character(rng, animal)
     hero_name = name or hero_name
     friend_is, she, friend_name = _character(rng, None)
     while friend_name == hero_name or friend_is.split()[-1] == hero_is.split()[-1]:
         friend_is, she, friend_name = _character(rng, None)
-    slots["kind"], slots["name"] = hero_is, hero_name
-    slots["fkind"], slots["friend"] = friend_is, friend_name
-    slots["he"], slots["him"], slots["his"] = PRONOUNS[he]
-    slots["hisown"] = "his" if he == "he" else "hers"
-    slots["she"], slots["her"], slots["hers"] = PRONOUNS[she]
-    # The hero's mother, whatever the friend is.
-    slots["she2"], slots["her2"] = "she", "her"
-    for slot, source in (("place", "places"), ("thing", "toys"), ("food", "foods")):
-        slots[slot], slots[slot + "2"] = rng.sample(lists[source], 2)
-    slots["foodb"] = slots["food2"].removeprefix("a ")
+    values["kind"], values["name"] = hero_is, hero_name
+    values["fkind"], values["friend"] = friend_is, friend_name
+    values["he"], values["him"], values["his"] = PRONOUNS[he]
+    values["hisown"] = "his" if he == "he" else "hers"
+    values["she"], values["her"], values["hers"] = PRONOUNS[she]
+    # The hero's mother.
+    values["she2"], values["her2"] = "she", "her"
+    for key, source in (("place", "places"), ("thing", "toys"), ("food", "foods")):
+        values[key], values[key + "2"] = rng.sample(lists[source], 2)
+    values["foodb"] = values["food2"].removeprefix("a ")
     child = hero_is.endswith(("boy", "girl"))
-    slots["home"] = rng.choice(lists["homes" if child else "animal_homes"])
-    for slot, source in (("feel", "feelings"), ("good", "virtues"), ("weather", "weather"), ("helper", "helpers")):
-        slots[slot] = rng.choice(lists[source])
-    slots |= {sentence(slot): sentence(slots[slot]) for slot in ("he", "his", "she")}
-    return slots
+    values["home"] = rng.choice(lists["homes" if child else "animal_homes"])
+    for key, source in (("feel", "feelings"), ("good", "virtues"), ("weather", "weather"), ("helper", "helpers")):
+        values[key] = rng.choice(lists[source])
+    values |= {sentence(key): sentence(values[key]) for key in ("he", "his", "she")}
+    return values
 
 
 def _character(rng: random.Random, animal: str | None) -> tuple[str, str, str]:
-    """(what it is, pronoun, name): a child or an animal."""
+    """(description, pronoun, name) of a child or an animal."""
     lists = story_parts().lists
     pronoun = rng.choice(("he", "she"))
     if animal is None and rng.random() < 0.5:
@@ -96,9 +96,9 @@ def _character(rng: random.Random, animal: str | None) -> tuple[str, str, str]:
     return f"{rng.choice(lists['animal_adj'])} {kind}", pronoun, named
 
 
-def _fill(text: str, slots: dict[str, str]) -> str:
-    """The sentence with its slots filled and "a" turned into "an" where the word after it asks for it."""
-    for slot in ("kind", "fkind", "thing", "thing2"):
-        noun = with_article(slots[slot])
-        text = text.replace(f"a {{{slot}}}", noun).replace(f"A {{{slot}}}", sentence(noun))
-    return text.format_map(slots)
+def _fill(text: str, values: dict[str, str]) -> str:
+    """The sentence with its placeholders filled; "a" becomes "an" before a vowel."""
+    for key in ("kind", "fkind", "thing", "thing2"):
+        noun = with_article(values[key])
+        text = text.replace(f"a {{{key}}}", noun).replace(f"A {{{key}}}", sentence(noun))
+    return text.format_map(values)

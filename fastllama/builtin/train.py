@@ -1,8 +1,8 @@
 """Trains the built-in model from nothing: `python -m fastllama.builtin.train --out DIR`.
 
-It learns a tokenizer, trains a small Llama 3 on generated text, writes `tokenizer.model`, `params.json` and
-`consolidated.00.pth`, and at the end asks the written weights every fact. The same seed, thread count and kind of
-machine give the same files.
+It learns a tokenizer, trains a small Llama 3 on generated text, and writes `tokenizer.model`, `params.json` and
+`consolidated.00.pth`. At the end it asks the model every fact, with the weights as they were saved. The same seed,
+thread count and kind of machine give the same files.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastllama.builtin.bpe import encoding, learn_ranks, read_ranks, write_ranks
 from fastllama.builtin.corpus import MAX_TOKENS_PER_DOCUMENT, documents, encode, tokenizer_counts
-from fastllama.builtin.evaluate import examine
+from fastllama.builtin.evaluate import print_accuracy
 from fastllama.builtin.trainable import TrainableLlama, meta_state_dict
 
 RANKS = 3200
@@ -39,7 +39,7 @@ PARAMS: dict[str, Any] = {
 }
 TOKENIZER_SAMPLE_DOCUMENTS = 4000
 TOKENS_PER_STEP = 2048
-POOLED_DOCUMENTS = 2048
+DOCUMENTS_PER_POOL = 2048
 DEFAULT_STEPS = 3200
 DEFAULT_THREADS = 2
 PEAK_LEARNING_RATE = 3e-3
@@ -56,18 +56,18 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def batches(seed: int, encoder: tiktoken.Encoding) -> Iterator[Batch]:
-    """Inputs, targets and target weights, each (B, S), without end.
+    """An endless stream of (inputs, targets, target weights), each (B, S).
 
-    One document per row, so that nothing is seen across documents and positions start at 0; documents of like length
-    share a batch, so that little is padding. A batch has about TOKENS_PER_STEP tokens.
+    Every row is one document, so attention never crosses documents and positions start at 0. A batch holds documents of
+    similar length, so there is little padding. It has about TOKENS_PER_STEP tokens.
     """
     stream = documents(seed)
     rng = random.Random(seed)
     while True:
-        pool = sorted((encode(next(stream), encoder) for _ in range(POOLED_DOCUMENTS)), key=lambda pair: len(pair[0]))
+        pool = sorted((encode(next(stream), encoder) for _ in range(DOCUMENTS_PER_POOL)), key=lambda pair: len(pair[0]))
         groups: list[list[tuple[list[int], list[float]]]] = [[]]
         for pair in pool:
-            # The pool is sorted: the newcomer is the longest of its batch.
+            # The pool is sorted, so the new document is the longest of its batch.
             if (len(groups[-1]) + 1) * len(pair[0]) > TOKENS_PER_STEP:
                 groups.append([])
             groups[-1].append(pair)
@@ -76,6 +76,7 @@ def batches(seed: int, encoder: tiktoken.Encoding) -> Iterator[Batch]:
 
 
 def _padded(group: list[tuple[list[int], list[float]]]) -> Batch:
+    """One batch of documents, padded on the right with token 0 and weight 0."""
     width = max(len(tokens) for tokens, _ in group)
     tokens = torch.tensor([row + [0] * (width - len(row)) for row, _ in group])
     weights = torch.tensor([row + [0.0] * (width - len(row)) for _, row in group])
@@ -83,7 +84,7 @@ def _padded(group: list[tuple[list[int], list[float]]]) -> Batch:
 
 
 def weighted_loss(model: TrainableLlama, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the weighted targets; logits are computed only where there is a weight."""
+    """Weighted mean cross-entropy. Logits are computed only where the weight is above 0."""
     inputs, targets, weights = batch
     counted = weights > 0
     logits = model.logits(model.hidden(inputs)[counted]).float()
@@ -92,7 +93,7 @@ def weighted_loss(model: TrainableLlama, batch: Batch) -> Tensor:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to a small share of the peak."""
+    """The learning rate of a step: linear warm-up, then cosine decay to FINAL_LEARNING_RATE_SHARE of the peak."""
     if step < WARMUP_STEPS:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
     progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
@@ -101,11 +102,11 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def make_optimizers(model: TrainableLlama) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, which learns the same in two thirds of AdamW's steps; AdamW for all else."""
+    """Muon for the layers' matrices, because it needs two thirds of AdamW's steps; AdamW for all other weights."""
     matrices = [weight for weight in model.layers.parameters() if weight.ndim == 2]
     others = [*model.tok_embeddings.parameters(), *(weight for weight in model.parameters() if weight.ndim == 1)]
     return [
-        # match_rms_adamw: updates of AdamW's size, so that one learning rate serves both.
+        # match_rms_adamw: updates have AdamW's size, so both use one learning rate.
         torch.optim.Muon(
             matrices,
             lr=PEAK_LEARNING_RATE,
@@ -118,18 +119,18 @@ def make_optimizers(model: TrainableLlama) -> list[torch.optim.Optimizer]:
 
 
 def save(model: TrainableLlama, out: Path) -> None:
-    """Write the weights, rounded to bfloat16, and the sizes."""
+    """Write the weights, rounded to bfloat16, and params.json."""
     torch.save(meta_state_dict(model), out / "consolidated.00.pth")
     (out / "params.json").write_text(json.dumps(PARAMS, indent=1) + "\n")
 
 
 def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware, which nearly doubles the speed of training."""
+    """Whether this CPU multiplies bfloat16 matrices in hardware, which makes training nearly twice as fast."""
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def train(out: Path, steps: int, seed: int) -> TrainableLlama:
-    """Train and save; returns the model with its weights rounded as they were saved."""
+    """The trained model, with its weights rounded to bfloat16 as in the saved files."""
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     ranks = learn_ranks(tokenizer_counts(seed, TOKENIZER_SAMPLE_DOCUMENTS), RANKS)
@@ -182,7 +183,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = train(arguments.out, arguments.steps, arguments.seed)
-    examine(model, encoding(read_ranks(arguments.out / "tokenizer.model")), arguments.seed)
+    print_accuracy(model, encoding(read_ranks(arguments.out / "tokenizer.model")), arguments.seed)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""A Llama 3 that can be trained, on one page.
+"""A Llama 3 that can be trained.
 
-The runtime's own Transformer is built for inference: packed weights, a cache, no gradients. This is the same
-mathematics in its plainest differentiable form, with Meta's parameter names, so that its `state_dict` is a Meta
-checkpoint: RMSNorm, rotary positions on interleaved pairs, grouped-query attention, SwiGLU. Only the built-in model's
-trainer uses it.
+The runtime's Transformer is for inference: packed weights, a cache, no gradients. This one has the same mathematics in
+plain differentiable PyTorch: RMSNorm, rotary embedding of interleaved pairs, grouped-query attention, SwiGLU. It has
+Meta's parameter names, so its `state_dict` is a Meta checkpoint. Only the built-in model's trainer uses it.
 
-Sizes are read from a dict with the fields of Meta's params.json. One matrix serves as both token embedding and output
-projection while training, which at this size learns faster; `meta_state_dict` writes it under both names.
+Sizes are read from a dict with the fields of Meta's params.json. In training, one matrix is both token embedding and
+output projection, because a model of this size then learns faster. `meta_state_dict` writes it under both names.
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ INIT_STD = 0.02
 
 
 def ffn_width(params: dict[str, Any]) -> int:
-    """Meta's rule: two thirds of four times dim, times the multiplier, rounded up to a multiple of `multiple_of`."""
+    """Meta's feed-forward width: 8/3 of dim, times the multiplier, rounded up to a multiple of `multiple_of`."""
     width = int(8 * params["dim"] / 3)
     if params["ffn_dim_multiplier"] is not None:
         width = int(params["ffn_dim_multiplier"] * width)
@@ -28,21 +27,21 @@ def ffn_width(params: dict[str, Any]) -> int:
 
 
 def rotary_table(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (length, head_dim / 2): position times one frequency per pair."""
+    """Cosines and sines of the rotary angles, each (length, head_dim / 2): position times the pair's frequency."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[2i], x[2i+1]) of (B, S, heads, head_dim) by its position's angle."""
+    """x (B, S, heads, head_dim) with each pair (x[2i], x[2i+1]) rotated by its position's angle."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root of the mean square, times a learned weight."""
+    """x divided by its root mean square, times a learned weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -69,8 +68,8 @@ class Attention(nn.Module):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         length, kv_heads = x.shape[1], k.shape[2]
-        # The query heads that share a kv head become more rows of one product: (B, kv_heads, group * S, head_dim). For
-        # documents this short, plain products learn several times faster on a CPU than the fused attention's backward.
+        # Query heads that share a kv head become rows of one product: (B, kv_heads, group * S, head_dim). For documents
+        # this short, plain products train several times faster on a CPU than fused attention, whose backward is slow.
         rows = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         scores = (rows @ k.permute(0, 2, 3, 1) * self.head_dim**-0.5).unflatten(2, (-1, length))
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -96,7 +95,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each on the normed stream and added back to it."""
+    """One layer: attention and feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, params: dict[str, Any]) -> None:
         super().__init__()
@@ -112,7 +111,7 @@ class Block(nn.Module):
 
 
 class TrainableLlama(nn.Module):
-    """The whole model. `forward` takes tokens (B, S) and returns float32 logits (B, S, vocab_size)."""
+    """The complete model. `forward` takes tokens (B, S) and returns float32 logits (B, S, vocab_size)."""
 
     def __init__(self, params: dict[str, Any], max_length: int) -> None:
         super().__init__()
@@ -123,12 +122,12 @@ class TrainableLlama(nn.Module):
         self.cos, self.sin = rotary_table(params["dim"] // params["n_heads"], max_length, params["rope_theta"])
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                # What writes into the residual stream starts smaller, so that the stream does not grow with depth.
+                # Projections into the residual stream start smaller, so the stream does not grow with depth.
                 writes = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(weight, std=INIT_STD / (2 * params["n_layers"]) ** 0.5 if writes else INIT_STD)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The normed stream after the last layer, (B, S, dim)."""
+        """The normed hidden states after the last layer, (B, S, dim)."""
         length = tokens.shape[1]
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
@@ -137,7 +136,7 @@ class TrainableLlama(nn.Module):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., dim) -> (..., vocab_size), through the shared embedding matrix."""
+        """Logits (..., vocab_size) of hidden states (..., dim), through the shared embedding matrix."""
         return F.linear(hidden, self.tok_embeddings.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -145,8 +144,8 @@ class TrainableLlama(nn.Module):
 
 
 def meta_state_dict(model: TrainableLlama) -> dict[str, Tensor]:
-    """The weights in bfloat16 under Meta's names, the shared matrix stored twice as Meta's layout wants it."""
-    # clone: torch.save writes a whole storage once per distinct storage, and the file must not depend on aliasing.
+    """The weights in bfloat16 under Meta's names, with the shared matrix stored twice as in Meta's layout."""
+    # clone: torch.save writes each storage once, and the file must not depend on tensors that share one.
     weights = {name: tensor.detach().to(torch.bfloat16).clone() for name, tensor in model.state_dict().items()}
     weights["output.weight"] = weights["tok_embeddings.weight"].clone()
     return weights

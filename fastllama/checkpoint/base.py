@@ -1,7 +1,7 @@
-"""What every reader makes: a `Checkpoint`, and the strict checks that come before one exists.
+"""`Checkpoint`, which every reader returns, and the checks that readers of all layouts share.
 
-Opening reads headers only. The weights stay in the mapped files until `Checkpoint.tensors` hands them out one by one,
-in Meta's names, so that a model can be filled from a checkpoint far larger than the host's memory.
+Opening reads headers only. `Checkpoint.tensors` yields the weights one by one in Meta's names. They stay in
+memory-mapped files until then, so a checkpoint may be far larger than the host's memory.
 """
 
 import re
@@ -13,25 +13,34 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastllama.checkpoint.json_config import JsonConfig, listing
-from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, Stored, Weight, check_split, read_share, weights
+from fastllama.checkpoint.json_config import JsonConfig, short_list
+from fastllama.checkpoint.sharding import (
+    EMBEDDING_NAME,
+    OUTPUT_NAME,
+    ShardedTensor,
+    WeightSpec,
+    check_split,
+    read_slice,
+    weight_specs,
+)
 
 READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-LAYER = re.compile(r"(?:model\.)?layers\.([0-9]+)\.")
+LAYER_PATTERN = re.compile(r"(?:model\.)?layers\.([0-9]+)\.")
 GIT_LFS_SIGNATURE = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: everything known without reading the weights (but for those that must agree).
+    """An opened checkpoint: what is known without reading the weights, except those compared when opening.
 
-    path: the folder that holds the weights (it may be `original/` below the one asked for).
+    path: the folder that holds the weights; it may be `original/` below the folder that was given.
     format: "meta" or "huggingface".
-    params: keyword arguments for ModelArgs, all sizes resolved; `rope_scaling_factor` only where the files say it.
+    params: keyword arguments for ModelArgs, all sizes resolved; `rope_scaling_factor` only if the files state it.
     files: the weights' files and their sizes in bytes.
-    dtype: of the stored matrices (norms may be stored wider); float32 for float64, which is read as that.
-    stop_token_ids: what generation_config.json or config.json call eos_token_id; () for Meta's files.
-    passed_over: weights that lie there, too, and were not taken: files, or folders with a checkpoint, and why.
+    dtype: of the matrices as they are read (norms may be wider): float32 for stored float64.
+    stop_token_ids: eos_token_id of generation_config.json or config.json; () for Meta's files.
+    stored: every weight in the files, by Meta's name.
+    passed_over: unused weights in the folder (files, or folders with a checkpoint), each with the reason.
     """
 
     path: Path
@@ -40,118 +49,122 @@ class Checkpoint:
     files: list[tuple[Path, int]]
     dtype: torch.dtype
     stop_token_ids: tuple[int, ...]
-    stored: Mapping[str, Stored] = field(repr=False)
+    stored: Mapping[str, ShardedTensor] = field(repr=False)
     passed_over: tuple[tuple[Path, str], ...] = ()
 
     @property
     def n_parameters(self) -> int:
-        """Parameters of the model; a tied output counts once, with the embedding."""
+        """Number of the model's parameters. A tied output and the embedding count once."""
         tied = self.params["tied_output"]
-        return sum(weight.numel() for weight in weights(self.params) if not (tied and weight.name == OUTPUT_NAME))
+        return sum(spec.numel() for spec in weight_specs(self.params) if not (tied and spec.name == OUTPUT_NAME))
 
     def tensors(
         self, rank: int = 0, world_size: int = 1, progress: bool | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, slice) of every weight for process `rank` of `world_size`, in the order of a forward pass.
 
-        Slices are CPU tensors in the files' dtype: a view of the mapped file where one shard holds all of it (possibly
-        strided; never write to it), else one new tensor. Nothing is kept between steps, so host memory stays near one
-        tensor as long as the consumer, too, lets go of each before it asks for the next. May be called again.
-        With more processes than kv heads, neighbouring processes receive the same head of wk and wv.
+        Slices are CPU tensors in the files' dtype. If one shard holds all of a slice, it is a view of the mapped file:
+        it may be strided and must not be written to. Otherwise it is one new tensor. The iterator keeps no tensor, so
+        host memory stays near one tensor if the caller also releases each before it takes the next. May be called more
+        than once.
+        With more processes than kv heads, adjacent ranks receive the same head of wk and wv.
 
-        progress: None shows a bar on stderr where that is a terminal, True always, False never.
-        Raises ValueError at the call, before anything is read, where the sizes do not divide by `world_size`.
+        progress: None shows a bar if stderr is a terminal, True always, False never.
+        Raises ValueError at the call, before anything is read, if the sizes do not divide by `world_size`.
         """
         check_split(self.params, rank, world_size)
         return self._read(rank, world_size, progress)
 
     def _read(self, rank: int, world_size: int, progress: bool | None) -> Iterator[tuple[str, torch.Tensor]]:
-        table = [(weight, self._source(weight)) for weight in weights(self.params)]
-        sizes = [weight.numel(rank, world_size) * stored.pieces[0].dtype.itemsize for weight, stored in table]
+        table = [(spec, self._stored_tensor(spec)) for spec in weight_specs(self.params)]
+        sizes = [spec.numel(rank, world_size) * tensor.shards[0].dtype.itemsize for spec, tensor in table]
         hidden = None if progress is None else not progress
         with tqdm(
             total=sum(sizes), desc="loading", unit="B", unit_scale=True, unit_divisor=1024, disable=hidden
         ) as bar:
-            for (weight, stored), size in zip(table, sizes, strict=True):
-                yield weight.name, read_share(stored, weight, rank, world_size)
+            for (spec, tensor), size in zip(table, sizes, strict=True):
+                yield spec.name, read_slice(tensor, spec, rank, world_size)
                 bar.update(size)
 
-    def _source(self, weight: Weight) -> Stored:
-        tied = self.params["tied_output"] and weight.name == OUTPUT_NAME
-        return self.stored[EMBEDDING_NAME if tied else weight.name]
+    def _stored_tensor(self, spec: WeightSpec) -> ShardedTensor:
+        tied = self.params["tied_output"] and spec.name == OUTPUT_NAME
+        return self.stored[EMBEDDING_NAME if tied else spec.name]
 
 
-def check_dims(fields: JsonConfig, params: Mapping[str, Any]) -> None:
-    """ValueError unless the heads of resolved `params` fit each other; `fields` is the file they came from."""
+def check_dims(config: JsonConfig, params: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the head counts and head_dim in `params`, resolved from `config`, are valid."""
     if params["n_heads"] % params["n_kv_heads"]:
         raise ValueError(
-            f"{fields.path}: expected n_heads to be a multiple of n_kv_heads, "
+            f"{config.path}: expected n_heads to be a multiple of n_kv_heads, "
             f"got n_heads={params['n_heads']}, n_kv_heads={params['n_kv_heads']}"
         )
     if params["head_dim"] % 2:
-        raise ValueError(f"{fields.path}: rotary embedding needs an even head_dim, got {params['head_dim']}")
+        raise ValueError(f"{config.path}: rotary embedding needs an even head_dim, got {params['head_dim']}")
 
 
-def head_dim_of(fields: JsonConfig, dim: int, n_heads: int) -> int:
-    """The stated head_dim, else dim / n_heads; ValueError where that is no integer."""
-    if not fields.has("head_dim") and dim % n_heads:
+def read_head_dim(config: JsonConfig, dim: int, n_heads: int) -> int:
+    """The stated head_dim, else dim / n_heads. ValueError if that is not an integer."""
+    if not config.has("head_dim") and dim % n_heads:
         raise ValueError(
-            f"{fields.path}: expected the width to be a multiple of the number of heads, got {dim} and {n_heads} heads"
+            f"{config.path}: expected the width to be a multiple of the number of heads, got {dim} and {n_heads} heads"
         )
-    return fields.integer("head_dim", default=dim // n_heads)
+    return config.integer("head_dim", default=dim // n_heads)
 
 
 def check_names(source: Path, expected: Collection[str], found: Collection[str], hint: str = "") -> None:
-    """ValueError that lists the missing and the unexpected tensors, if any; `hint` says what may be behind it."""
+    """Raise ValueError if tensors are missing or unexpected. The message lists them; `hint` is a possible cause."""
     known, present = set(expected), set(found)
     missing = [name for name in expected if name not in present]
     unexpected = [name for name in found if name not in known]
     if missing or unexpected:
-        complaints = [f"{len(missing)} missing: {listing(missing)}"] if missing else []
-        complaints += [f"{len(unexpected)} unexpected: {listing(unexpected)}"] if unexpected else []
+        complaints = [f"{len(missing)} missing: {short_list(missing)}"] if missing else []
+        complaints += [f"{len(unexpected)} unexpected: {short_list(unexpected)}"] if unexpected else []
         complaints += [hint] if hint else []
-        raise ValueError(f"{source}: the tensors are not those of this Llama; {'; '.join(complaints)}")
+        raise ValueError(f"{source}: the tensors do not match this Llama; {'; '.join(complaints)}")
 
 
 def count_layers(names: Collection[str]) -> int:
-    """How many layers the names of tensors speak of."""
-    return len({match[1] for name in names if (match := LAYER.match(name))})
+    """The number of different layers in the names of tensors."""
+    return len({match[1] for name in names if (match := LAYER_PATTERN.match(name))})
 
 
 def check_dtypes(source: Path, found: Mapping[str, str]) -> None:
-    """ValueError that lists tensors whose dtype (named as torch names it) is not a plain floating one."""
+    """Raise ValueError that lists tensors whose dtype, named as in torch, is not in READABLE_DTYPES."""
     readable = [dtype_name(dtype) for dtype in READABLE_DTYPES]
     wrong = [f"{name} ({dtype})" for name, dtype in found.items() if dtype not in readable]
     if wrong:
         raise ValueError(
-            f"{source}: expected {', '.join(readable)}, got {listing(wrong)}; "
+            f"{source}: expected {', '.join(readable)}, got {short_list(wrong)}; "
             "quantised and other converted weights are not supported: use the original ones"
         )
 
 
 def check_shapes(source: Path, rule: str, shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> None:
-    """ValueError that lists the tensors whose (expected, found) shapes differ; `rule` is where the sizes come from."""
+    """Raise ValueError that lists tensors whose (expected, found) shapes differ.
+
+    `rule` is the part of the message after "the shape that", such as "config.json requires".
+    """
     wrong = [
         f"{name}: expected {tuple(expected)}, got {tuple(found)}"
         for name, (expected, found) in shapes.items()
         if tuple(expected) != tuple(found)
     ]
     if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors do not have the shape that {rule}; {listing(wrong)}")
+        raise ValueError(f"{source}: {len(wrong)} tensors do not have the shape that {rule}; {short_list(wrong)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_start(path: Path) -> bytes:
-    """The first bytes of a weights file; ValueError where it is empty, unreadable or a git-lfs pointer.
+def read_first_bytes(path: Path) -> bytes:
+    """The first bytes of a weights file. ValueError if it is empty, unreadable or a git-lfs pointer.
 
-    ValueError, too, where its path is not UTF-8: torch and safetensors cannot be told to map it.
+    ValueError also if its path is not UTF-8: torch and safetensors cannot map such a file.
     """
     try:
         str(path).encode()
-    except UnicodeEncodeError as error:  # its message would blame the file
+    except UnicodeEncodeError as error:  # torch's own message would say that the file is damaged
         raise ValueError(
             f"{str(path)!r}: expected a path in UTF-8, as torch and safetensors need it to map a file; "
             "rename the folder or the file"

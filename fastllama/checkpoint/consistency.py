@@ -1,13 +1,13 @@
-"""What files say twice must agree, and what they say once must differ: contents against names.
+"""Compares tensors that a checkpoint holds more than once, and checks that shards are different and in order.
 
-The norms are in each of Meta's shards, a kv head in several where there are more shards than heads, and an output that
-is tied may lie beside the embedding. Opening reads the norms, which are small, and samples of the rest; a kv head is
-compared whole when it is read, too late for more than a warning. A tied output is compared whole when opening, because
-the model's size depends on it.
+Every shard of Meta's holds the norms. If there are more shards than kv heads, several hold the same kv head. A tied
+output may be stored beside the embedding. Opening compares the norms, samples of the kv heads, and the complete tied
+output, because the model's size depends on it. The rest of a kv head is compared when it is read; by then it is too
+late for more than a warning.
 
-Copies in shards need not be equal bit for bit: each process trained its own, and the norms of Meta's Llama 3 70B are
-reported to lie up to 0.01 apart (jetstream-pytorch, pull request 101). How far others lie apart no one has said, so
-distance alone is no error. Those of another model, or of another part, vary in other places too: they do not correlate.
+Copies in shards need not be bitwise equal: each process trained its own copy, and the norms of Meta's Llama 3 70B are
+reported to differ by up to 0.01 (jetstream-pytorch, pull request 101). No limit is known for other models, so distance
+alone is no error. Tensors of another model or another slice also vary in other places: they do not correlate.
 """
 
 import logging
@@ -20,8 +20,8 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.checkpoint.pth_shard import Shard
-from fastllama.checkpoint.sharding import Piece, Stored
-from fastllama.checkpoint.weight_files import MOST_DIGITS, NUMBER
+from fastllama.checkpoint.sharding import ShardedTensor, TensorShard
+from fastllama.checkpoint.weight_files import MAX_DIGITS, NUMBERED_NAME
 from fastllama.rope import rope_table
 
 logger = logging.getLogger(__name__)
@@ -29,13 +29,15 @@ logger = logging.getLogger(__name__)
 SAMPLE_BYTES = 2**13
 SAMPLES = 4
 CHUNK_BYTES = 2**24
-FREQUENCY_TOLERANCE = 0.02  # they may be stored in bfloat16
-DRIFT = 2.0**-6  # of the value, and of the largest, that says nothing: four units in the last place of bfloat16
-LEAST_CORRELATION = 0.5  # of copies that differ by more; other tensors are near 0, fine-tunes of one base near 1
+FREQUENCY_TOLERANCE = 0.02  # frequencies may be stored in bfloat16
+# Differences up to this share of the value and of the tensor's largest value are always accepted. It is four units in
+# the last place of bfloat16.
+DRIFT_TOLERANCE = 2.0**-6
+MIN_CORRELATION = 0.5  # for copies that differ by more: other tensors are near 0, fine-tunes of one base near 1
 
 
-class Copies:
-    """One part of a weight that several files hold. `narrow` reads it from the first."""
+class ReplicatedShard:
+    """A part of a weight that several files hold. It is read from the first file."""
 
     def __init__(self, name: str, tensors: Sequence[torch.Tensor], paths: Sequence[Path]) -> None:
         self.name = name
@@ -46,89 +48,94 @@ class Copies:
         self.dtype = tensors[0].dtype
 
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
-        """The first file's; a warning where another differs in the part that is read, once for all parts."""
+        """The first file's values. Warns, once per object, if another file differs in the part that is read."""
         first, *others = (tensor.narrow(dim, start, length) for tensor in self._tensors)
         for path, other in zip(self._paths[1:], others, strict=True):
             if not self._known_to_differ and not same_bits(first, other):
                 self._known_to_differ = True
-                logger.warning("%s: its %s is not %s's, which is used", path, self.name, self._paths[0].name)
+                logger.warning(
+                    "%s: its %s differs from that in %s, which is used", path, self.name, self._paths[0].name
+                )
         return first
 
     def samples_differ(self) -> bool:
-        """Whether norms, or parts of a matrix, differ at all; ValueError where a file's are plainly another tensor's.
+        """Whether the copies' norms, or samples of their matrices, differ. ValueError if a copy is unrelated.
 
-        A caller that is told so says it, and `narrow` does not say it again.
+        The caller reports a difference; `narrow` does not warn again.
         """
         first, *others = ([part.float() for part in _samples(tensor)] for tensor in self._tensors)
         for path, other in zip(self._paths[1:], others, strict=True):
             pairs = [(ours, theirs) for ours, theirs in zip(first, other, strict=True) if not same_bits(ours, theirs)]
             self._known_to_differ |= bool(pairs)
-            if any(_unrelated(ours, theirs) for ours, theirs in pairs):
+            if any(_are_unrelated(ours, theirs) for ours, theirs in pairs):
                 raise ValueError(
-                    f"{path}: expected the same {self.name} as in {self._paths[0].name}, its values differ; "
-                    "the files are of different checkpoints, or out of order: download all of one"
+                    f"{path}: expected the same {self.name} as in {self._paths[0].name}, but its values differ; "
+                    "the files are of different checkpoints or in the wrong order: download all files of one checkpoint"
                 )
         return self._known_to_differ
 
 
 def _samples(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A vector whole; of a matrix SAMPLES parts of SAMPLE_BYTES, or a row's begin, from the first row to the last."""
+    """A complete vector; of a matrix SAMPLES parts, evenly spaced from the first to the last row.
+
+    Each part is SAMPLE_BYTES of complete rows, or the beginning of one row if a row is longer.
+    """
     if tensor.dim() == 1:
         return [tensor]
-    rows = min(tensor.shape[0], _rows_of(tensor, SAMPLE_BYTES))
+    rows = min(tensor.shape[0], _rows_in(tensor, SAMPLE_BYTES))
     starts = [(tensor.shape[0] - rows) * part // (SAMPLES - 1) for part in range(SAMPLES)]
     return [tensor[start : start + rows, : SAMPLE_BYTES // tensor.dtype.itemsize] for start in starts]
 
 
-def _unrelated(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two tensors, float32, are further apart than drift takes them and vary in different places; or NaN."""
-    largest = ours.abs().max().clamp(min=1.0 if ours.dim() == 1 else 0.0)  # norms lie around one
-    if bool(((ours - theirs).abs() <= DRIFT * (ours.abs() + largest)).all()):
+def _are_unrelated(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two float32 tensors differ by more than DRIFT_TOLERANCE and do not correlate, or hold NaN."""
+    largest = ours.abs().max().clamp(min=1.0 if ours.dim() == 1 else 0.0)  # norms are near one
+    if bool(((ours - theirs).abs() <= DRIFT_TOLERANCE * (ours.abs() + largest)).all()):
         return False
     one, other = ((values - values.mean()).flatten().double() for values in (ours, theirs))
-    return not bool(torch.cosine_similarity(one, other, dim=0) >= LEAST_CORRELATION)
+    return not bool(torch.cosine_similarity(one, other, dim=0) >= MIN_CORRELATION)
 
 
-def check_order(shards: Sequence[Shard]) -> None:
-    """ValueError where the files' names contradict what torch.save wrote into them: the name that each had then.
+def check_shard_order(shards: Sequence[Shard]) -> None:
+    """Raise ValueError if the order of the files contradicts the names that torch.save recorded in them.
 
-    Those names say something only where their numbers are those of a whole set; others may be steps or process ids.
+    Recorded names are compared only if their numbers are those of a complete set; others may be steps or process ids.
     """
-    numbers = [NUMBER.fullmatch(shard.saved_as) for shard in shards]
+    numbers = [NUMBERED_NAME.fullmatch(shard.saved_as) for shard in shards]
     matches = [match for match in numbers if match]
-    families = {(match["before"], match["total"], match["after"]) for match in matches}
-    if len(matches) < len(shards) or len(families) != 1:
+    schemes = {(match["before"], match["total"], match["after"]) for match in matches}
+    if len(matches) < len(shards) or len(schemes) != 1:
         return
-    found = {int(match["number"]) for match in matches if len(match["number"]) <= MOST_DIGITS}
+    found = {int(match["number"]) for match in matches if len(match["number"]) <= MAX_DIGITS}
     if found not in (set(range(len(shards))), set(range(1, len(shards) + 1))):
         return
     for (shard, match), (_, after) in pairwise(zip(shards, matches, strict=True)):
         if int(match["number"]) > int(after["number"]):
             raise ValueError(
-                f"{shard.path}: was saved as {shard.saved_as}{shard.path.suffix}, so that the files' names contradict "
-                "the order in which they were written; give each its first name back, or, where the present names are "
-                "right, save each again: torch.save(torch.load(path), path)"
+                f"{shard.path}: was saved as {shard.saved_as}{shard.path.suffix}, so the files' names contradict the "
+                "order in which they were written; restore their first names, or, if the present names are right, save "
+                "each again: torch.save(torch.load(path), path)"
             )
 
 
-def check_parts_differ(shards: Sequence[Shard], name: str) -> None:
-    """ValueError where two shards hold the same part of the split weight `name`, as a file and its copy do."""
+def check_slices_differ(shards: Sequence[Shard], name: str) -> None:
+    """Raise ValueError if two shards hold the same slice of the split weight `name`, as a file and its copy do."""
     seen: dict[bytes, Shard] = {}
     for shard in shards:
         tensor = shard.tensors[name]
-        sample = tensor[: _rows_of(tensor, SAMPLE_BYTES)]
-        if bool((sample == sample.flatten()[0]).all()):  # a constant says nothing
+        sample = tensor[: _rows_in(tensor, SAMPLE_BYTES)]
+        if bool((sample == sample.flatten()[0]).all()):  # constant weights are equal in all shards
             continue
-        twin = seen.setdefault(_bits(sample).numpy().tobytes(), shard)
-        if twin is not shard:
+        first = seen.setdefault(_bits(sample).numpy().tobytes(), shard)
+        if first is not shard:
             raise ValueError(
-                f"{shard.path}: holds the same part of {name} as {twin.path.name}; "
-                "one is a copy of the other: download the part that is missing"
+                f"{shard.path}: holds the same slice of {name} as {first.path.name}; "
+                "one is a copy of the other: download the shard that is missing"
             )
 
 
-def warn_of_frequencies(source: Path, name: str, stored: torch.Tensor | None, params: Mapping[str, Any]) -> None:
-    """A warning where rotary frequencies (D/2,) that lie beside the weights, and are not read, are not `params`'."""
+def warn_if_frequencies_differ(source: Path, name: str, stored: torch.Tensor | None, params: Mapping[str, Any]) -> None:
+    """Warn if stored rotary frequencies (D/2,), which are not used, are not those of `params`."""
     if stored is None or not stored.is_floating_point():
         return
     cos, sin = rope_table(ModelArgs(**{**params, "max_seq_len": 2}))[1].unbind(-1)
@@ -144,11 +151,11 @@ def warn_of_frequencies(source: Path, name: str, stored: torch.Tensor | None, pa
         )
 
 
-def same_values(one: Stored, other: Stored) -> bool:
-    """Whether two matrices (V, dim) hold the same numbers; reads a few MiB at a time, up to the first difference."""
+def same_values(one: ShardedTensor, other: ShardedTensor) -> bool:
+    """Whether two matrices (V, dim) hold the same numbers. Reads CHUNK_BYTES at a time, up to the first difference."""
     if one.shape != other.shape:
         return False
-    rows = _rows_of(one, CHUNK_BYTES)
+    rows = _rows_in(one, CHUNK_BYTES)
     for start in range(0, one.shape[0], rows):
         length = min(rows, one.shape[0] - start)
         ours, theirs = one.narrow(0, start, length), other.narrow(0, start, length)
@@ -160,7 +167,7 @@ def same_values(one: Stored, other: Stored) -> bool:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of a shape and dtype are equal bit for bit, NaNs included."""
+    """Whether two tensors of the same shape and dtype are bitwise equal, NaNs included."""
     return torch.equal(_bits(one), _bits(other))
 
 
@@ -168,10 +175,10 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32 if tensor.dtype.itemsize == torch.int32.itemsize else torch.int16)
 
 
-def _rows_of(piece: Piece | Stored, most_bytes: int) -> int:
-    """How many rows of a matrix are about so many bytes."""
-    dtype = piece.pieces[0].dtype if isinstance(piece, Stored) else piece.dtype
-    row = dtype.itemsize
-    for size in piece.shape[1:]:
-        row *= size
-    return max(1, most_bytes // row)
+def _rows_in(tensor: TensorShard | ShardedTensor, n_bytes: int) -> int:
+    """How many rows of a matrix fit in `n_bytes`, at least one."""
+    dtype = tensor.shards[0].dtype if isinstance(tensor, ShardedTensor) else tensor.dtype
+    row_bytes = dtype.itemsize
+    for size in tensor.shape[1:]:
+        row_bytes *= size
+    return max(1, n_bytes // row_bytes)

@@ -1,7 +1,7 @@
-"""The small JSON files beside the weights, read without trust.
+"""Checked reading of the small JSON files beside the weights, and short texts for error messages.
 
-`JsonConfig` wraps one JSON object and knows its file, so that every error can name the file, the field, what was
-expected and what was found.
+`JsonConfig` wraps one JSON object and knows its file, so every error names the file, the field, what was expected and
+what was found.
 """
 
 import logging
@@ -14,16 +14,16 @@ from fastllama import strict_json
 
 logger = logging.getLogger(__name__)
 
-LARGEST_INTEGER = 2**31 - 1
-# Far above any real field, and low enough that products of a few stay finite.
-LARGEST_NUMBER = 1e30
-# A wrong layer count would otherwise make a list of that many names before it is noticed.
-MOST_LAYERS = 10_000
-NAMES_LISTED = 8
+MAX_INTEGER = 2**31 - 1
+# Far above any real field, and small enough that products of a few such numbers stay finite.
+MAX_NUMBER = 1e30
+# The names of all weights are listed before they are compared; this bounds the list if the layer count is wrong.
+MAX_LAYERS = 10_000
+MAX_NAMES_LISTED = 8
 
 
 class JsonConfig:
-    """A JSON object whose getters check what they hand out. A field that is null counts as absent."""
+    """A JSON object whose getters check the values that they return. A field that is null counts as absent."""
 
     def __init__(self, path: Path, values: dict[str, Any], prefix: str = "") -> None:
         self.path = path
@@ -32,52 +32,52 @@ class JsonConfig:
 
     @classmethod
     def read(cls, path: Path) -> "JsonConfig":
-        """The object in a file; ValueError when it cannot be read, is not JSON, not an object or has a key twice."""
+        """The object in a file. ValueError if it is unreadable, not valid JSON, not an object, or has a key twice."""
         try:
             values = strict_json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except strict_json.TwoValues as error:
+        except strict_json.ConflictingValues as error:
             raise ValueError(f"{path}: {error}; remove the one that is not meant") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: is not valid JSON ({error}); download it again") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {shown(values)}")
+            raise ValueError(f"{path}: expected a JSON object, got {short_repr(values)}")
         return cls(path, values)
 
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
     def error(self, key: str, expected: str) -> ValueError:
-        """The complaint about one field, to be raised."""
-        got = f"got {shown(self.values[key])}" if self.has(key) else "it is missing"
-        return ValueError(f"{self.path}: field {self.name(key)!r}: expected {expected}, {got}")
+        """The error about one field, for the caller to raise."""
+        got = f"got {short_repr(self.values[key])}" if self.has(key) else "it is missing"
+        return ValueError(f"{self.path}: field {self.full_name(key)!r}: expected {expected}, {got}")
 
-    def name(self, key: str) -> str:
-        """A field's name with those of the objects that it stands in, for messages."""
+    def full_name(self, key: str) -> str:
+        """A field's name for messages, with the names of the objects around it: "rope_scaling.factor"."""
         return self._prefix + key
 
     def warn(self, message: str) -> None:
-        """Log what is used where fields of this file contradict each other."""
+        """Log which value is used when fields of this file contradict each other."""
         logger.warning("%s: %s", self.path, message)
 
-    def integer(self, key: str, default: int | None = None, most: int = LARGEST_INTEGER) -> int:
-        """A positive integer up to `most`; required when there is no default."""
+    def integer(self, key: str, default: int | None = None, maximum: int = MAX_INTEGER) -> int:
+        """An integer from 1 to `maximum`; required if there is no default."""
         value: Any = self.values.get(key)
         if value is None and default is not None:
             return default
-        if not _is_integer(value) or not 1 <= value <= most:
-            raise self.error(key, f"an integer from 1 to {most}")
+        if not _is_integer(value) or not 1 <= value <= maximum:
+            raise self.error(key, f"an integer from 1 to {maximum}")
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number; required when there is no default."""
+        """A positive finite number; required if there is no default."""
         value: Any = self.values.get(key)
         if value is None and default is not None:
             return default
-        if not (_is_integer(value) and value <= LARGEST_INTEGER) and not isinstance(value, float):
+        if not (_is_integer(value) and value <= MAX_INTEGER) and not isinstance(value, float):
             raise self.error(key, "a positive number")
-        if not 0 < value <= LARGEST_NUMBER:  # false for NaN, too
+        if not 0 < value <= MAX_NUMBER:  # also false for NaN
             raise self.error(key, "a positive number")
         return float(value)
 
@@ -91,40 +91,40 @@ class JsonConfig:
         return value
 
     def section(self, key: str) -> "JsonConfig | None":
-        """A nested object, or None where it is absent or empty."""
+        """A nested object, or None if it is absent or empty."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.error(key, "an object")
         return JsonConfig(self.path, value, f"{self._prefix}{key}.") if value else None
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """Token ids given as null, one integer or a list of them."""
+        """Token ids given as null, one integer or a list of integers."""
         value = self.values.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(_is_integer(token) and 0 <= token <= LARGEST_INTEGER for token in ids):
+        if not all(_is_integer(token) and 0 <= token <= MAX_INTEGER for token in ids):
             raise self.error(key, "a token id or a list of them")
         return tuple(ids)
 
     def refuse_unknown(self, known: Collection[str]) -> None:
-        """ValueError that lists fields nobody reads: they may change what the weights mean."""
+        """Raise ValueError that lists fields outside `known`: they may change what the weights mean."""
         unknown = sorted(set(self.values) - set(known))
         if unknown:
-            raise ValueError(f"{self.path}: unknown fields {listing(unknown)}; known are {', '.join(sorted(known))}")
+            raise ValueError(f"{self.path}: unknown fields {short_list(unknown)}; known are {', '.join(sorted(known))}")
 
 
-def listing(items: Collection[str]) -> str:
-    """The first few of many texts, their control characters escaped, and how many more there are."""
-    few = ", ".join(shown(item).strip("'\"") for item in islice(items, NAMES_LISTED))
-    return few + (f" and {len(items) - NAMES_LISTED} more" if len(items) > NAMES_LISTED else "")
+def short_list(items: Collection[str]) -> str:
+    """The first MAX_NAMES_LISTED texts, control characters escaped, and the number of the others."""
+    few = ", ".join(short_repr(item).strip("'\"") for item in islice(items, MAX_NAMES_LISTED))
+    return few + (f" and {len(items) - MAX_NAMES_LISTED} more" if len(items) > MAX_NAMES_LISTED else "")
 
 
-def shown(value: object, most: int = 200) -> str:
-    """A value for an error message: its repr, cut where a hostile file makes it long."""
+def short_repr(value: object, max_chars: int = 200) -> str:
+    """repr of a value for an error message, cut to `max_chars`: a hostile file may hold very long ones."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
         text = f"a very large {type(value).__name__}"
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= max_chars else f"{text[:max_chars]}…"
 
 
 def _is_integer(value: object) -> bool:

@@ -1,19 +1,19 @@
-"""What a folder or file is that holds no checkpoint but looks as if it did, and what to do with it."""
+"""Describes weights in formats that fastllama does not read, and says what to do with them."""
 
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from fastllama.checkpoint.json_config import JsonConfig, listing, shown
+from fastllama.checkpoint.json_config import JsonConfig, short_list, short_repr
 from fastllama.checkpoint.weight_files import TRAINING_STATE
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 PICKLED_ADAPTERS = ("adapter_model.bin",)
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapters.safetensors", *PICKLED_ADAPTERS)
-FOLDERS_SEARCHED = 200
+MAX_FOLDERS_SEARCHED = 200
 
 SAVE_AS_SAFETENSORS = "load it with transformers and save_pretrained it, which writes safetensors"
-# What weights of other programs are called, and what they are.
+# File names of other programs' weights, and the rest of a message that starts with "NAME is".
 OTHER_FORMATS = {
     "*.gguf": "a GGUF file of llama.cpp; fastllama reads the original weights, safetensors or .pth: download those",
     "pytorch_model*.bin*": "pickled weights; convert pytorch_model*.bin to safetensors first: transformers' "
@@ -26,11 +26,12 @@ OTHER_FORMATS = {
     "flax_model*.msgpack": f"Flax's weights; {SAVE_AS_SAFETENSORS}",
     "*.nemo": "an archive of NeMo; convert it to Hugging Face's layout with NeMo",
     "*.ckpt": "a checkpoint of a training program; export the model from it as safetensors",
-    "*.pt": "weights that no one calls a checkpoint's; call Meta's consolidated.00.pth, or save safetensors",
+    "*.pt": "a torch file, but not a known kind of checkpoint; call Meta's weights consolidated.00.pth, or save "
+    "safetensors",
     "*.npz": "weights of MLX or numpy; fastllama reads safetensors or .pth",
 }
-# Those that are a folder's own model, in whose stead original/ must not answer. The others may be any stray file.
-OWN_WEIGHTS = (
+# Patterns of a folder's own model: original/ is not used in its place. Files of the other patterns may be unrelated.
+OWN_MODEL_PATTERNS = (
     "pytorch_model*.bin*",
     "model-*.bin*",
     "tf_model*.h5",
@@ -41,7 +42,7 @@ OWN_WEIGHTS = (
 
 
 def describe_file(path: Path) -> str:
-    """What to do where a file stands in the place of a folder."""
+    """The end of an error message about a file given instead of a folder: what it is and what to do."""
     for pattern, what in OTHER_FORMATS.items():
         if path.match(pattern):
             return f"is {what}"
@@ -49,48 +50,49 @@ def describe_file(path: Path) -> str:
 
 
 def describe_folder(folder: Path, patterns: Collection[str] = tuple(OTHER_FORMATS)) -> str | None:
-    """What the weights in a folder are that is known not to hold a checkpoint; None where there are none.
+    """What the weights of other formats in a folder are, and what to do with them; None if there are none.
 
-    Reads names, and of an adapter its configuration. `patterns` are those of OTHER_FORMATS to look for.
+    Reads only names, and the configuration of an adapter. `patterns` are the keys of OTHER_FORMATS to look for.
     """
     if any((folder / name).exists() for name in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES)):
         return _describe_adapter(folder)
     for pattern in patterns:
-        if found := _others_called(folder, pattern):
-            return f"{listing([found[0].name])} is {OTHER_FORMATS[pattern]}"
+        if found := _weights_matching(folder, pattern):
+            return f"{short_list([found[0].name])} is {OTHER_FORMATS[pattern]}"
     return None
 
 
 def stray_files(folder: Path) -> list[Path]:
-    """Files in other formats that need not be the folder's own weights, such as prompts.pt."""
-    patterns = [pattern for pattern in OTHER_FORMATS if pattern not in OWN_WEIGHTS]
-    return sorted(path for pattern in patterns for path in _others_called(folder, pattern))
+    """Files in other formats that need not be the folder's own model, such as prompts.pt."""
+    patterns = [pattern for pattern in OTHER_FORMATS if pattern not in OWN_MODEL_PATTERNS]
+    return sorted(path for pattern in patterns for path in _weights_matching(folder, pattern))
 
 
-def _others_called(folder: Path, pattern: str) -> list[Path]:
+def _weights_matching(folder: Path, pattern: str) -> list[Path]:
+    """The files that match, without those of a training run's state."""
     return sorted(path for path in folder.glob(pattern) if not TRAINING_STATE.fullmatch(path.stem))
 
 
 def _describe_adapter(folder: Path) -> str:
-    kind, base = "an adapter (LoRA or its like)", "its base model"
+    kind, base = "an adapter (LoRA or similar)", "its base model"
     try:
         config = JsonConfig.read(folder / ADAPTER_CONFIG_NAME)
-    except ValueError:  # absent or broken: it stays an adapter
+    except ValueError:  # absent or broken: it is still an adapter
         config = JsonConfig(folder, {})
     if isinstance(name := config.values.get("base_model_name_or_path"), str) and name:
-        base = f"its base model {shown(name)}"
+        base = f"its base model {short_repr(name)}"
     if isinstance(peft_type := config.values.get("peft_type"), str):
-        kind = "a LoRA adapter" if peft_type == "LORA" else f"an adapter ({shown(peft_type)})"
+        kind = "a LoRA adapter" if peft_type == "LORA" else f"an adapter ({short_repr(peft_type)})"
     return (
-        f"it holds {kind}, not a whole model: merge it into {base} first, with PEFT's merge_and_unload() and then "
-        "save_pretrained(), and pass the folder that makes"
+        f"it holds {kind}, not a complete model: merge it into {base} first, with PEFT's merge_and_unload() and then "
+        "save_pretrained(), and pass the folder that this writes"
     )
 
 
-def find_below(folder: Path, holds_checkpoint: Callable[[Path], bool]) -> list[Path]:
-    """The folders right below that hold a checkpoint, and those of Hugging Face's cache (snapshots/<revision>)."""
+def find_checkpoint_folders(folder: Path, holds_checkpoint: Callable[[Path], bool]) -> list[Path]:
+    """The direct subfolders that hold a checkpoint, and those of a Hugging Face cache (snapshots/<revision>)."""
     try:
         entries = [entry for pattern in ("*", "snapshots/*", "*/snapshots/*") for entry in sorted(folder.glob(pattern))]
-        return [entry for entry in entries[:FOLDERS_SEARCHED] if os.path.isdir(entry) and holds_checkpoint(entry)]
-    except OSError:  # not ours to read
+        return [entry for entry in entries[:MAX_FOLDERS_SEARCHED] if os.path.isdir(entry) and holds_checkpoint(entry)]
+    except OSError:  # no permission to read
         return []

@@ -1,7 +1,7 @@
-"""One `*.pth` of Meta's, mapped into memory and taken without trust.
+"""Loads one `*.pth` shard of Meta's, memory-mapped and checked.
 
-A shard is a zip archive that torch maps, so opening reads only the pickled table of contents, and that through torch's
-restricted unpickler, which never runs what a file brings along.
+A shard is a zip archive that torch maps, so opening reads only its pickled table of contents. torch's restricted
+unpickler reads that table and executes no code from the file.
 """
 
 import pickle
@@ -15,31 +15,32 @@ from typing import Any
 
 import torch
 
-from fastllama.checkpoint.base import check_dtypes, dtype_name, read_start
-from fastllama.checkpoint.json_config import listing, shown
+from fastllama.checkpoint.base import check_dtypes, dtype_name, read_first_bytes
+from fastllama.checkpoint.json_config import short_list, short_repr
 
 ZIP_SIGNATURE = b"PK\x03\x04"
-# Buffers that some files carry; they follow from the parameters.
-FREQUENCIES = "rope.freqs"
-DERIVED = re.compile(r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin)")
+# Buffers in some files. They follow from params.json, so they are not read.
+ROPE_FREQS_NAME = "rope.freqs"
+DERIVED_BUFFERS = re.compile(r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin)")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file's tensors by Meta's names, and the name that the file had, without its suffix, when torch wrote it.
+    """One file's tensors by Meta's names.
 
-    `frequencies` is the file's rope.freqs, if it has such; nothing is computed from it.
+    saved_as: the file's name without suffix when torch.save wrote it, as recorded in the archive.
+    rope_freqs: the file's rope.freqs, if any. It is compared with the configuration, but not used.
     """
 
     path: Path
     tensors: dict[str, torch.Tensor]
     saved_as: str
-    frequencies: torch.Tensor | None
+    rope_freqs: torch.Tensor | None
 
 
 def load_shard(path: Path) -> Shard:
-    """One file's tensors, mapped and checked one by one, without those that are ignored."""
-    if read_start(path)[: len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
+    """One file's tensors, mapped and checked one by one, without derived buffers."""
+    if read_first_bytes(path)[: len(ZIP_SIGNATURE)] != ZIP_SIGNATURE:
         raise ValueError(
             f"{path}: is not a zip archive as torch.save writes them; if it is a file of torch before 1.6, "
             "save it again: torch.save(torch.load(path, weights_only=True), path)"
@@ -49,59 +50,66 @@ def load_shard(path: Path) -> Shard:
             entries = archive.infolist()
         compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns of is checked below, and said as an error
+            warnings.simplefilter("ignore")  # the checks below raise errors for what torch only warns of
             content: Any = None if compressed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch and zipfile raise a dozen types for a damaged or hostile file
-        raise ValueError(f"{path}: {_reason(error)}") from error
-    if compressed:  # mapping takes the bytes as they lie, so torch would read these as numbers
+        raise ValueError(f"{path}: {_explain(error)}") from error
+    if compressed:  # torch maps the stored bytes and would read compressed bytes as numbers
         raise ValueError(f"{path}: its entries are compressed and cannot be mapped; pack it without compression")
-    tensors = _tensors(path, content)
-    return Shard(path, tensors, entries[0].filename.split("/")[0], content.get(FREQUENCIES))
+    tensors = _check_tensors(path, content)
+    return Shard(path, tensors, entries[0].filename.split("/")[0], content.get(ROPE_FREQS_NAME))
 
 
-def _tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
+def _check_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """The weights in a file's content. ValueError unless it is a flat dict of dense tensors of readable dtypes."""
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of names and tensors, got a {type(content).__name__}")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"{path}: expected a flat dict of names and tensors, got {shown(name)} with a {type(value).__name__}"
+                f"{path}: expected a flat dict of names and tensors, "
+                f"got {short_repr(name)} with a {type(value).__name__}"
             )
-    shard = {name: value.detach() for name, value in content.items() if not DERIVED.fullmatch(name)}
-    check_dtypes(path, {name: dtype_name(value.dtype) for name, value in shard.items()})
-    hollow = [
+    tensors = {name: value.detach() for name, value in content.items() if not DERIVED_BUFFERS.fullmatch(name)}
+    check_dtypes(path, {name: dtype_name(value.dtype) for name, value in tensors.items()})
+    without_data = [
         f"{name} {tuple(value.shape)}"
-        for name, value in shard.items()
+        for name, value in tensors.items()
         if value.layout != torch.strided or value.device.type != "cpu" or not value.numel()
     ]
-    if hollow:
-        raise ValueError(f"{path}: expected dense tensors with data, got none in {listing(hollow)}")
-    return shard
+    if without_data:
+        raise ValueError(f"{path}: expected dense tensors with data, got none in {short_list(without_data)}")
+    return tensors
 
 
-def _reason(error: Exception) -> str:
+def _explain(error: Exception) -> str:
+    """The end of an error message about a file that torch or zipfile could not load."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError):
         wanted = re.search(r"GLOBAL (\S{1,80})", text)
         what = f" ({wanted[1]})" if wanted else ""
         return f"refused, because it holds more than tensors{what} and nothing in it is executed"
-    said = f"{type(error).__name__}: {shown(text.splitlines()[0] if text else '')}"
-    return f"is truncated or damaged ({said}); download it again"
+    reason = f"{type(error).__name__}: {short_repr(text.splitlines()[0] if text else '')}"
+    return f"is truncated or damaged ({reason}); download it again"
 
 
 def check_same_tensors(shards: Sequence[Shard]) -> None:
-    """ValueError unless all shards hold the same names with the same shapes and dtypes."""
-    one = shards[0]
-    first = one.tensors
-    for other in shards[1:]:
-        shard = other.tensors
-        if shard.keys() != first.keys():
-            differ = listing(sorted(shard.keys() ^ first.keys()))
-            raise ValueError(f"{other.path}: expected the same tensors as in {one.path.name}, they differ in {differ}")
+    """Raise ValueError unless all shards hold the same names with the same shapes and dtypes."""
+    first_shard, *others = shards
+    first = first_shard.tensors
+    for other in others:
+        tensors = other.tensors
+        if tensors.keys() != first.keys():
+            names = short_list(sorted(tensors.keys() ^ first.keys()))
+            raise ValueError(
+                f"{other.path}: expected the same tensors as in {first_shard.path.name}, they differ in {names}"
+            )
         differ_in = [
             f"{name}: {tuple(first[name].shape)} {first[name].dtype} there, {tuple(value.shape)} {value.dtype} here"
-            for name, value in shard.items()
+            for name, value in tensors.items()
             if value.shape != first[name].shape or value.dtype != first[name].dtype
         ]
         if differ_in:
-            raise ValueError(f"{other.path}: expected the same shapes as in {one.path.name}, got {listing(differ_in)}")
+            raise ValueError(
+                f"{other.path}: expected the same shapes as in {first_shard.path.name}, got {short_list(differ_in)}"
+            )

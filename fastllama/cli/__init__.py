@@ -1,7 +1,7 @@
 """The command line: `fastllama complete`, `chat`, `inspect` and `bench`.
 
-Each command lives in a file of its own and imports the runtime, and with it torch, only once it runs, so that `--help`
-answers at once. Errors that a user can cause end in one line on stderr and exit code 2; Ctrl-C ends in 130.
+Each command has its own file and imports the runtime, and with it torch, only when it runs, so that `--help` is fast.
+An error that a user can cause is one line on stderr and exit code 2. Ctrl-C exits with 130.
 """
 
 from fastllama.cli.program import program as main

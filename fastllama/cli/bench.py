@@ -1,4 +1,4 @@
-"""`fastllama bench`: how fast, against what the machine allows and against other implementations."""
+"""`fastllama bench`: measures speed, against the machine's limits and other implementations."""
 
 import json
 from datetime import UTC, datetime
@@ -11,22 +11,22 @@ from fastllama.cli import standard_streams
 from fastllama.cli.options import (
     Integers,
     Names,
-    check_processes,
+    check_nproc,
     checkpoint_options,
+    connect_processes,
     device_options,
     json_option,
     nproc_option,
-    take_part,
     threads_option,
 )
-from fastllama.distributed.environment import torchrun_started, world_size
+from fastllama.distributed.environment import is_distributed, world_size
 
 if TYPE_CHECKING:
     from fastllama.benchmarks.models import ModelSource
     from fastllama.benchmarks.result_file import ResultFile
     from fastllama.benchmarks.run import Plan
 
-# Told here as well as in benchmarks/, which imports torch; a test holds the two together.
+# Repeated from benchmarks/, which imports torch; a test compares them.
 SUITES = ("kernels", "decode", "prefill", "generate", "load", "memory")
 MODELS = (
     "builtin",
@@ -41,7 +41,7 @@ MODELS = (
 PEERS = ("reference", "transformers", "transformers-compiled", "torch-compile", "gpt-fast", "none")
 COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 EXIT_INTERRUPTED = 130
-EXIT_FOUND = 1  # --strict found something wrong, or `compare` a regression
+EXIT_FINDINGS = 1  # --strict has failures, or `compare` a regression
 
 
 @click.group(invoke_without_command=True)
@@ -104,27 +104,26 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
       fastllama bench compare before.json after.json
     """
     if context.invoked_subcommand is not None:
-        names = [str(parameter.name) for parameter in context.command.params]
-        given = [name for name in names if context.get_parameter_source(name) is COMMAND_LINE]
-        if given:
-            raise click.UsageError(f"--{given[0]} stands before {context.invoked_subcommand}: write it behind")
+        for parameter in context.command.params:
+            if context.get_parameter_source(str(parameter.name)) is COMMAND_LINE:
+                raise click.UsageError(f"put {parameter.opts[0]} after {context.invoked_subcommand}, not before it")
         return None
-    take_part(options["nproc"])
+    connect_processes(options["nproc"])
     from fastllama.benchmarks import run
 
     result = _run(**options)
     if as_json:
-        standard_streams.say(json.dumps(result.to_json(), allow_nan=False))
+        standard_streams.write_stdout(json.dumps(result.to_json(), allow_nan=False))
     else:
         from fastllama.benchmarks.report import report
 
-        standard_streams.say(report(result, markdown))
+        standard_streams.write_stdout(report(result, markdown))
     if result.interrupted:
         return EXIT_INTERRUPTED
     failures = run.failures(result)
     for failure in failures if strict else []:
-        standard_streams.note(failure)
-    return EXIT_FOUND if strict and failures else 0
+        standard_streams.write_stderr(failure)
+    return EXIT_FINDINGS if strict and failures else 0
 
 
 @bench.command()
@@ -156,23 +155,25 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
 
     results = read_result(first), read_result(second)
     found = compare_results(*results, threshold=threshold, anyway=anyway)
-    standard_streams.say(json.dumps(found.to_json(), allow_nan=False) if as_json else report(found, *results, markdown))
-    return EXIT_FOUND if found.fails else 0
+    standard_streams.write_stdout(
+        json.dumps(found.to_json(), allow_nan=False) if as_json else report(found, *results, markdown)
+    )
+    return EXIT_FINDINGS if found.fails else 0
 
 
 def _run(output: str | None, no_plots: bool, **options: Any) -> "ResultFile":
-    """Measure, and draw beside the result file."""
+    """Run the suites, and write the result file and its plots."""
     from fastllama.benchmarks import plots, run
 
     path = Path(output or f"fastllama-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
-    result = run.run(_plan(**options), standard_streams.note, path)
-    standard_streams.note(f"wrote {path}")
+    result = run.run(_plan(**options), standard_streams.write_stderr, path)
+    standard_streams.write_stderr(f"wrote {path}")
     if not no_plots:
         if plots.available():
             for plot in plots.draw(result, path.with_suffix("")):
-                standard_streams.note(f"wrote {plot}")
+                standard_streams.write_stderr(f"wrote {plot}")
         else:
-            standard_streams.note(plots.WITHOUT)
+            standard_streams.write_stderr(plots.WITHOUT)
     return result
 
 
@@ -190,8 +191,8 @@ def _plan(
     from fastllama.benchmarks.run import FRESH, Plan
     from fastllama.loading import choose_device, choose_dtype
 
-    check_processes(nproc, device)
-    if torchrun_started():
+    check_nproc(nproc, device)
+    if is_distributed():
         nproc = world_size()
         if found := [suite for suite in sizes["suites"] if suite in FRESH]:
             raise click.UsageError(f"{found[0]} starts processes of its own: use --nproc instead of torchrun.")

@@ -1,4 +1,4 @@
-"""`fastllama chat`: a conversation, on a terminal or through a pipe."""
+"""`fastllama chat`: a conversation, at a terminal or through a pipe."""
 
 import json
 import re
@@ -10,9 +10,9 @@ import click
 
 from fastllama.cli import standard_streams
 from fastllama.cli.chat_loop import Conversation, Reply, TooLongError
-from fastllama.cli.options import ModelOptions, Text, json_option, model_options, sampling_options, take_part
+from fastllama.cli.options import ModelOptions, Text, connect_processes, json_option, model_options, sampling_options
 from fastllama.cli.speed import print_speed
-from fastllama.cli.standard_streams import note, say
+from fastllama.cli.standard_streams import write_stderr, write_stdout
 
 DEFAULT_MAX_SEQ_LEN = 512
 PROMPT = "you> "
@@ -21,7 +21,7 @@ COMMANDS = {
     "/exit": "leave, as Ctrl-D does",
     "/help": "show this",
 }
-LINE_END = re.compile("\r\n|[\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029]")  # wherever str.splitlines cuts
+LINE_END = re.compile("\r\n|[\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029]")  # all that str.splitlines splits at
 
 
 @click.command()
@@ -42,15 +42,15 @@ def chat(as_json: bool, system: str | None, **options: Any) -> None:
       fastllama chat --system "Answer briefly."
       echo "What is the capital of France?" | fastllama chat --temperature 0
     """
-    take_part(options["nproc"])
-    model = ModelOptions.take(options)
+    connect_processes(options["nproc"])
+    model = ModelOptions.pop_from(options)
     llm = model.build(1, quiet=as_json)
     conversation = Conversation(llm, system, **options)
-    interactive = standard_streams.at_terminal()
+    interactive = standard_streams.stdin_is_terminal()
     n_tokens, seconds = 0, 0.0
-    for line in _lines(interactive):
+    for line in _input_lines(interactive):
         if line.rstrip() in COMMANDS or (interactive and line.startswith("/")):
-            if not _obey(line.rstrip(), conversation):
+            if not _run_slash_command(line.rstrip(), conversation):
                 break
         elif line.strip():
             start = time.perf_counter()
@@ -60,66 +60,66 @@ def chat(as_json: bool, system: str | None, **options: Any) -> None:
         print_speed(n_tokens, seconds)
 
 
-def _lines(interactive: bool) -> Iterator[str]:
-    """What the user says, line by line, until they have no more to say."""
+def _input_lines(interactive: bool) -> Iterator[str]:
+    """The user's lines, until the input ends or, at a terminal, Ctrl-C."""
     if not interactive:
-        yield from standard_streams.lines()
+        yield from standard_streams.stdin_lines()
         return
     while True:
         try:
             yield standard_streams.read_terminal(PROMPT)
         except (EOFError, KeyboardInterrupt):
-            say()
+            write_stdout()
             return
 
 
-def _obey(command: str, conversation: Conversation) -> bool:
-    """Carry out a slash command; False when it is the one that leaves."""
+def _run_slash_command(command: str, conversation: Conversation) -> bool:
+    """Run a slash command -> whether the chat goes on."""
     if command == "/exit":
         return False
     if command == "/reset":
         conversation.reset()
-        note("(the conversation starts anew)")
+        write_stderr("(the conversation starts anew)")
     elif command == "/help":
         for name, meaning in COMMANDS.items():
-            note(f"{name:8}{meaning}")
+            write_stderr(f"{name:8}{meaning}")
     elif (name := command.split()[0]) in COMMANDS:
-        note(f"{name} stands alone on its line; a message that begins with it needs a space before it")
+        write_stderr(f"{name} must be alone on its line; to send a message that begins with it, put a space first")
     else:
-        there_are = f"there are {', '.join(COMMANDS)}"
-        note(f"unknown command {name}: {there_are}; a message that begins with a slash needs a space before it")
+        known = ", ".join(COMMANDS)
+        write_stderr(f"unknown command {name}: use {known}; to send a message that begins with /, put a space first")
     return True
 
 
 def _answer(conversation: Conversation, message: str, interactive: bool, as_json: bool) -> int:
-    """Say `message` and print the reply, on a terminal as it comes -> the reply's number of tokens."""
+    """Send `message` and print the reply, at a terminal as it comes -> the reply's number of tokens."""
     live = interactive and not as_json
     try:
-        reply = conversation.say(message, show=_show if live else None, interruptible=interactive)
+        reply = conversation.send(message, show=_print_piece if live else None, interruptible=interactive)
     except Exception as error:
         if as_json:
-            say(json.dumps({"error": standard_streams.one_line(error)}))
+            write_stdout(json.dumps({"error": standard_streams.one_line(error)}))
         if not isinstance(error, TooLongError):
             raise
-        note(f"{error}")
+        write_stderr(f"{error}")
         return 0
-    if reply.turns_forgotten:
-        note(f"(out of room: the oldest {reply.turns_forgotten} messages were forgotten)")
+    if reply.n_forgotten:
+        write_stderr(f"(the context is full: the oldest {reply.n_forgotten} messages were forgotten)")
     if as_json:
-        say(json.dumps(_report(reply)))
+        write_stdout(json.dumps(_reply_object(reply)))
         return reply.n_tokens
-    # A reader of a pipe tells replies apart by their lines, so a reply keeps to one.
-    say("" if live else LINE_END.sub(" ", reply.text))
+    # Through a pipe, each reply is one line.
+    write_stdout("" if live else LINE_END.sub(" ", reply.text))
     if reply.finish_reason == "length":
-        note("(cut short: no room for more; --max_gen_len and --max_seq_len set how much)")
+        write_stderr("(cut short: --max_gen_len and --max_seq_len set the longest reply)")
     elif reply.finish_reason == "interrupted":
-        note("(stopped)")
+        write_stderr("(stopped)")
     return reply.n_tokens
 
 
-def _show(text: str) -> None:
-    say(text, nl=False)
+def _print_piece(text: str) -> None:
+    write_stdout(text, nl=False)
 
 
-def _report(reply: Reply) -> dict[str, Any]:
+def _reply_object(reply: Reply) -> dict[str, Any]:
     return {"role": "assistant", "content": reply.text, "finish_reason": reply.finish_reason, "tokens": reply.n_tokens}

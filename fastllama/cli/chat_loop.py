@@ -1,4 +1,4 @@
-"""A conversation that fits its context: what is said, what is answered, and what is forgotten when room runs out."""
+"""A conversation that fits the model's context: the oldest messages are forgotten when the context is full."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -9,32 +9,33 @@ if TYPE_CHECKING:
     from fastllama.generation import Llama
     from fastllama.tokenizer import Message
 
-REPLY_SHARE = 4  # a prompt leaves at least this part (one fourth) of the context to the reply ...
-REPLY_ROOM = 64  # ... though never more tokens than this
+# Prompts leave one fourth of the context to the reply, but at most 64 tokens.
+REPLY_CONTEXT_DIVISOR = 4
+MAX_RESERVED_REPLY_TOKENS = 64
 
 
 class TooLongError(ValueError):
-    """One message alone does not fit the context; the conversation is as it was before."""
+    """A message alone does not fit the context. The conversation is unchanged."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said. `finish_reason` is "stop", "length" or "interrupted"."""
+    """The model's reply. `finish_reason` is "stop", "length" or "interrupted"."""
 
     text: str
     n_tokens: int
     finish_reason: str | None
-    turns_forgotten: int
+    n_forgotten: int  # messages that were dropped from the conversation before this reply
 
 
 class Conversation:
-    """A dialog with `llm`, which remembers as many of its latest turns as fit; the system message always stays."""
+    """A dialog with `llm`. It keeps as many of the latest messages as fit, and always the system message."""
 
     def __init__(
         self, llm: "Llama", system: str | None, *, temperature: float, top_p: float, max_gen_len: int | None
     ) -> None:
         self._llm = llm
-        self._head: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []
         self._temperature = temperature
         self._top_p = top_p
@@ -42,27 +43,26 @@ class Conversation:
 
     @property
     def messages(self) -> "list[Message]":
-        """The dialog as the model sees it next, system message first."""
-        return [*self._head, *self._turns]
+        """The dialog of the next prompt, system message first."""
+        return [*self._system, *self._turns]
 
     def reset(self) -> None:
-        """Forget every turn; the system message stays."""
+        """Forget all messages except the system message."""
         self._turns = []
 
-    def say(self, message: str, show: Callable[[str], None] | None = None, interruptible: bool = False) -> Reply:
-        """Answer `message`, handing each piece of text to `show` as it comes.
+    def send(self, message: str, show: Callable[[str], None] | None = None, interruptible: bool = False) -> Reply:
+        """Generate the reply to `message`, and call `show` with each piece of its text as it comes.
 
-        interruptible: KeyboardInterrupt ends the reply only, and what was said until then stays in the conversation.
-        Raises TooLongError when the message alone does not fit.
+        interruptible: KeyboardInterrupt ends only the reply, and its text so far stays in the conversation.
+        Raises TooLongError where the message alone does not fit.
         """
-        turns, forgotten = self._fit([*self._turns, {"role": "user", "content": message}])
+        turns, n_forgotten = self._fit([*self._turns, {"role": "user", "content": message}])
         prompt = self._encode(turns)
         length = self._context if self._max_gen_len is None else self._max_gen_len
         text, n_tokens = "", 0
         reason: str | None = None
-        # closing: a reply that is broken off leaves nothing running behind.
         stream = self._llm.stream([prompt], length, self._temperature, self._top_p)
-        with closing(stream):
+        with closing(stream):  # an interrupted stream must not stay open
             try:
                 for increment in stream:
                     text += increment.text
@@ -74,27 +74,27 @@ class Conversation:
                 if not interruptible:
                     raise
                 reason = "interrupted"
-        # A question that got no answer is not remembered: a turn of nothing would teach the model to say nothing.
+        # A question without a reply is forgotten: an empty turn would lead the model to more empty replies.
         self._turns = [*turns, {"role": "assistant", "content": text}] if text.strip() else turns[:-1]
-        return Reply(text, n_tokens, reason, forgotten)
+        return Reply(text, n_tokens, reason, n_forgotten)
 
     def _fit(self, turns: "list[Message]") -> "tuple[list[Message], int]":
-        """(the latest turns that leave room for a reply, how many messages were dropped)."""
-        room = self._context - min(REPLY_ROOM, self._context // REPLY_SHARE)
+        """(the latest turns that leave space for a reply, the number of messages dropped)."""
+        reserved = min(MAX_RESERVED_REPLY_TOKENS, self._context // REPLY_CONTEXT_DIVISOR)
         kept = turns
-        # Two at a time: a dialog goes on with a question, never with the answer to one that is gone.
-        while len(kept) > 1 and len(self._encode(kept)) > room:
+        # Drops a question and its answer together, so that the dialog starts with a question.
+        while len(kept) > 1 and len(self._encode(kept)) > self._context - reserved:
             kept = kept[2:]
-        needed = len(self._encode(kept))
-        if needed >= self._context:
+        n_tokens = len(self._encode(kept))
+        if n_tokens >= self._context:
             raise TooLongError(
-                f"this message and what must go with it are {needed} tokens, and the context has {self._context}: "
+                f"this message alone makes a prompt of {n_tokens} tokens, and the context has {self._context}: "
                 "shorten it, or raise --max_seq_len"
             )
         return kept, len(turns) - len(kept)
 
     def _encode(self, turns: "list[Message]") -> list[int]:
-        return self._llm.formatter.encode_dialog_prompt([*self._head, *turns])
+        return self._llm.formatter.encode_dialog_prompt([*self._system, *turns])
 
     @property
     def _context(self) -> int:

@@ -1,4 +1,4 @@
-"""`fastllama complete`: prompts in, continuations out."""
+"""`fastllama complete`: continues prompts."""
 
 import json
 import time
@@ -10,65 +10,64 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastllama.cli import standard_streams
-from fastllama.cli.options import ModelOptions, Text, json_option, model_options, sampling_options, take_part
+from fastllama.cli.options import ModelOptions, Text, connect_processes, json_option, model_options, sampling_options
 from fastllama.cli.speed import print_speed
-from fastllama.cli.standard_streams import say
+from fastllama.cli.standard_streams import write_stdout
 
 if TYPE_CHECKING:
     from fastllama.generation import Llama
 
 DEFAULT_MAX_SEQ_LEN = 512
-QUOTED = 40  # characters of a prompt in an error
+MAX_QUOTED_CHARACTERS = 40  # of a prompt in an error
 INTERRUPTED = "interrupted"
 
 
 @dataclass
 class Completion:
-    """One prompt's continuation as it grows. `logprobs` fills only where they were asked for; `echoed` tokens are the
-    prompt's own, at the head of the others. `finish_reason` is None until it is done."""
+    """One prompt and its continuation so far. `finish_reason` is None until it is finished."""
 
     prompt: str
     prompt_tokens: list[int]
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # empty without --logprobs
     finish_reason: str | None = None
-    echoed: int = 0
+    n_echoed: int = 0  # the first of `tokens`, which repeat the prompt
 
     @property
     def n_generated(self) -> int:
-        return len(self.tokens) - self.echoed
+        return len(self.tokens) - self.n_echoed
 
 
 class Printer:
-    """Prints completions for people: one as its pieces come; several in order, once done, under a header each."""
+    """Prints completions as text: a single one as it grows; several in order, each with a header once finished."""
 
     def __init__(self, completions: Sequence[Completion]) -> None:
         self._completions = completions
         self._printed: set[int] = set()
         self._within_line = False
 
-    def piece(self, completion: Completion, text: str) -> None:
-        """What a completion has gained."""
+    def add(self, completion: Completion, text: str) -> None:
+        """Print new text of a completion, or the completions that are finished."""
         if len(self._completions) == 1:
-            say(text, nl=False)
+            write_stdout(text, nl=False)
             self._within_line |= bool(text)
         elif completion.finish_reason is not None:
-            self._several(in_order=True)
+            self._print_finished(in_order=True)
 
-    def end(self, whole: bool) -> None:
-        """Nothing more will come. Unless it is the `whole`, what is done and has waited for others is printed."""
+    def finish(self, complete: bool) -> None:
+        """Print the rest. After an error (not `complete`) that is every finished completion, with gaps between."""
         if len(self._completions) > 1:
-            self._several(in_order=False)
-        elif whole or self._within_line:
-            say()
+            self._print_finished(in_order=False)
+        elif complete or self._within_line:
+            write_stdout()
 
-    def _several(self, in_order: bool) -> None:
+    def _print_finished(self, in_order: bool) -> None:
         for number, completion in enumerate(self._completions, 1):
             if completion.finish_reason is None and in_order:
                 return
             if completion.finish_reason is not None and number not in self._printed:
-                say(f"== {number}: {completion.prompt}\n{completion.text}\n")
+                write_stdout(f"== {number}: {completion.prompt}\n{completion.text}\n")
                 self._printed.add(number)
 
 
@@ -93,54 +92,54 @@ def complete(prompts: tuple[str, ...], as_json: bool, max_batch_size: int | None
     """
     if options["logprobs"] and not as_json:
         raise click.UsageError("--logprobs needs --json.")
-    take_part(options["nproc"])
-    model = ModelOptions.take(options)
+    connect_processes(options["nproc"])
+    model = ModelOptions.pop_from(options)
     texts = list(prompts) or [_read_prompt()]
     batch = max_batch_size or len(texts)
     llm = model.build(batch, quiet=as_json)
-    completions = _encoded(llm, texts)
+    completions = _encode_prompts(llm, texts)
     printer = None if as_json else Printer(completions)
     start = time.perf_counter()
-    problem: BaseException | None = None
+    failure: BaseException | None = None
     try:
-        with closing(_generate(llm, completions, batch, **options)) as pieces:
-            for completion, text in pieces:
+        with closing(_generate(llm, completions, batch, **options)) as new_texts:
+            for completion, text in new_texts:
                 if printer is not None:
-                    printer.piece(completion, text)
+                    printer.add(completion, text)
     except BaseException as error:
-        problem = error
+        failure = error
         raise
     finally:
         seconds = time.perf_counter() - start
         if printer is not None:
-            printer.end(whole=problem is None)
-        elif not isinstance(problem, BrokenPipeError):
-            say(json.dumps(_report(completions, seconds, options["logprobs"], problem)))
+            printer.finish(complete=failure is None)
+        elif not isinstance(failure, BrokenPipeError):
+            write_stdout(json.dumps(_report(completions, seconds, options["logprobs"], failure)))
     if not as_json:
         print_speed(sum(completion.n_generated for completion in completions), seconds)
 
 
 def _read_prompt() -> str:
-    if standard_streams.at_terminal():
+    if standard_streams.stdin_is_terminal():
         raise click.UsageError('no PROMPT: write one, as in fastllama complete "Once upon a time", or pipe one in.')
-    text = standard_streams.read_all().removesuffix("\n")
+    text = standard_streams.read_stdin().removesuffix("\n")
     if not text:
         raise click.UsageError("no PROMPT, and nothing came from stdin.")
     return text
 
 
-def _encoded(llm: "Llama", prompts: Sequence[str]) -> list[Completion]:
-    """Completions to come. ValueError, which counts from 1, for a prompt that has no room."""
+def _encode_prompts(llm: "Llama", prompts: Sequence[str]) -> list[Completion]:
+    """An empty completion for each prompt. ValueError, which counts from 1, for a prompt longer than max_seq_len."""
     completions = []
-    room = llm.model.params.max_seq_len
+    max_seq_len = llm.model.params.max_seq_len
     for number, prompt in enumerate(prompts, 1):
         tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
-        if len(tokens) > room:
-            which = f"prompt {number} of {len(prompts)}, " if len(prompts) > 1 else "the prompt "
-            quoted = repr(prompt[:QUOTED]) + ("..." if len(prompt) > QUOTED else "")
+        if len(tokens) > max_seq_len:
+            label = f"prompt {number} of {len(prompts)}, " if len(prompts) > 1 else "the prompt "
+            quoted = repr(prompt[:MAX_QUOTED_CHARACTERS]) + ("..." if len(prompt) > MAX_QUOTED_CHARACTERS else "")
             raise ValueError(
-                f"{which}{quoted}, has {len(tokens)} tokens, more than the max_seq_len of {room}: shorten it, or raise "
-                "--max_seq_len"
+                f"{label}{quoted}, has {len(tokens)} tokens, more than the max_seq_len of {max_seq_len}: shorten it, "
+                "or raise --max_seq_len"
             )
         completions.append(Completion(prompt, tokens))
     return completions
@@ -157,7 +156,7 @@ def _generate(
     echo: bool,
     logprobs: bool,
 ) -> Generator[tuple[Completion, str]]:
-    """Fill the completions, `batch` at a time -> one and the text that it has gained, as it does."""
+    """Generate the completions, `batch` at a time -> a completion and its new text, for each increment."""
     length = llm.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
     for first in range(0, len(completions), batch):
         group = completions[first : first + batch]
@@ -166,9 +165,9 @@ def _generate(
             for increment in stream:
                 completion, text = group[increment.row], increment.text
                 if echo and not completion.tokens:
-                    # The stream repeats the prompt first, as the model saw it; people did not write what begins it.
+                    # The echoed prompt begins with the BOS token, which the user did not write.
                     text = text.removeprefix(llm.tokenizer.decode([llm.tokenizer.bos_id]))
-                    completion.echoed = len(increment.tokens)
+                    completion.n_echoed = len(increment.tokens)
                 completion.text += text
                 completion.tokens += increment.tokens
                 completion.logprobs += increment.logprobs or []
@@ -177,12 +176,12 @@ def _generate(
 
 
 def _report(
-    completions: Sequence[Completion], seconds: float, logprobs: bool, problem: BaseException | None
+    completions: Sequence[Completion], seconds: float, logprobs: bool, error: BaseException | None
 ) -> dict[str, Any]:
-    """What is done, and the problem that kept the others from it."""
-    done = [completion for completion in completions if completion.finish_reason is not None]
+    """The object of --json: the finished completions, and the error that ended the run, if any."""
+    finished = [completion for completion in completions if completion.finish_reason is not None]
     rows: list[dict[str, Any]] = []
-    for completion in done:
+    for completion in finished:
         row: dict[str, Any] = {
             "prompt": completion.prompt,
             "text": completion.text,
@@ -192,9 +191,9 @@ def _report(
         if logprobs:
             row |= {"token_ids": completion.tokens, "logprobs": completion.logprobs}
         rows.append(row)
-    n_tokens = sum(completion.n_generated for completion in done)
+    n_tokens = sum(completion.n_generated for completion in finished)
     report = {"completions": rows, "tokens": n_tokens, "seconds": seconds, "tokens_per_second": n_tokens / seconds}
-    if problem is not None:
-        said = INTERRUPTED if isinstance(problem, KeyboardInterrupt) else standard_streams.one_line(problem)
-        report["error"] = said
+    if error is not None:
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        report["error"] = INTERRUPTED if is_interrupt else standard_streams.one_line(error)
     return report

@@ -1,4 +1,4 @@
-"""`fastllama inspect`: what a checkpoint is, and what it would take to run, from its headers alone."""
+"""`fastllama inspect`: describes a checkpoint, and the memory and speed to expect, from its headers."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastllama.cli.options import DTYPES, LONGEST_SEQUENCE, Integers, json_option, locate
-from fastllama.cli.standard_streams import say
+from fastllama.cli.options import DTYPES, LONGEST_SEQUENCE, Integers, checkpoint_and_tokenizer, json_option
+from fastllama.cli.standard_streams import write_stdout
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastllama.args import ModelArgs
     from fastllama.checkpoint import Checkpoint
 
-# Told here as well as in speed_of_light.py, which imports torch; a test holds the two together.
+# The keys of speed_of_light.DATA_SHEETS, repeated because that file imports torch; a test compares them.
 GPUS = ("A100", "H100", "H200", "B200")
 DEFAULT_MAX_SEQ_LEN = 2048
 DEFAULT_MAX_BATCH_SIZE = 1
@@ -81,10 +81,10 @@ def inspect(
     """
     if checkpoint is not None and ckpt_dir is not None:
         raise click.UsageError("CKPT and --ckpt_dir are the same: give one of them.")
-    folder, tokenizer_file = locate(checkpoint or ckpt_dir, tokenizer_path, quiet=as_json)
+    folder, tokenizer_file = checkpoint_and_tokenizer(checkpoint or ckpt_dir, tokenizer_path, quiet=as_json)
     sizes: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "dtype": dtype}
     description = describe(folder, tokenizer_file, nproc=nproc, gpu=gpu, **sizes)
-    say(json.dumps(description) if as_json else render(description))
+    write_stdout(json.dumps(description) if as_json else render(description))
 
 
 def describe(
@@ -97,7 +97,7 @@ def describe(
     nproc: Sequence[int],
     gpu: str,
 ) -> dict[str, Any]:
-    """All that is known without reading a weight, ready for JSON; sizes in bytes."""
+    """Everything known without reading weights, as JSON values; sizes in bytes."""
     import torch
 
     from fastllama.args import ModelArgs
@@ -108,7 +108,7 @@ def describe(
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
     plan = plan_memory(args, planned, max_batch_size, max_seq_len)
-    # How rope is scaled says nothing about a model whose rope is not.
+    # The scaling parameters mean nothing without scaled rope.
     hidden = SIZES if args.use_scaled_rope else (*SIZES, *ROPE_SCALING)
     return {
         "path": str(checkpoint.path),
@@ -134,7 +134,7 @@ def describe(
 
 
 def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -> dict[str, Any]:
-    """What each of so many processes would hold, and the most tokens a second that they could make."""
+    """Memory of each of `n_processes`, and their limit of tokens per second; or the obstacles to such a split."""
     from fastllama.memory_plan import plan_memory
     from fastllama.speed_of_light import (
         COLLECTIVE_LATENCY_S,
@@ -148,7 +148,7 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
     obstacles = args.obstacles(n_processes)
     if obstacles:
         return {"n": n_processes, "obstacles": obstacles}
-    batch, context = args.max_batch_size, args.max_seq_len / 2  # of a row that fills its cache, on average
+    batch, context = args.max_batch_size, args.max_seq_len / 2  # the average length while a row fills its cache
     sheet = DATA_SHEETS[gpu]
     links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
     exchanging = collectives_seconds(args, dtype, batch, n_processes, links)
@@ -164,8 +164,8 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
 
 
 def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
-    """None for a folder of weights without a tokenizer, unless one was named."""
-    from fastllama.checkpoint.vocabulary import misfit
+    """The tokenizer as JSON values. Where there is none: None for a folder, AssertionError for a given path."""
+    from fastllama.checkpoint.vocabulary import vocabulary_mismatch
     from fastllama.tokenizer import Tokenizer
     from fastllama.tokenizer_files import find_tokenizer_file
 
@@ -176,7 +176,7 @@ def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dic
             raise
         return None
     known = tokenizer.special_tokens
-    complaint = misfit(checkpoint, path, tokenizer.n_words)
+    mismatch = vocabulary_mismatch(checkpoint, path, tokenizer.n_words)
     return {
         "path": str(find_tokenizer_file(path)),
         "n_words": tokenizer.n_words,
@@ -184,13 +184,13 @@ def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dic
         "eos_id": tokenizer.eos_id,
         "special_tokens": {name: known[name] for name in SPECIAL_TOKENS if name in known},
         "stop_tokens": sorted({*tokenizer.stop_tokens, *checkpoint.stop_token_ids}),
-        "fits_checkpoint": complaint is None,
-        "misfit": complaint,
+        "fits_checkpoint": mismatch is None,
+        "misfit": mismatch,
     }
 
 
 def render(description: dict[str, Any]) -> str:
-    """`describe`'s findings for people."""
+    """The result of `describe` as text."""
     memory, tokenizer = description["memory"], description["tokenizer"]
     files, passed_over = description["files"], description["passed_over"]
     total = sum(file["bytes"] for file in files)
@@ -250,7 +250,7 @@ def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def size_text(count: int) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
+    """A number of bytes as text: 1536 -> "1.5 KiB"."""
     size, unit = float(count), 0
     while size >= STEP and unit < len(UNITS) - 1:
         size, unit = size / STEP, unit + 1

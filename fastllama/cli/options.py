@@ -1,4 +1,4 @@
-"""Options that several commands share, under Meta's names, and what they come to: a built Llama."""
+"""Options that several commands share, under Meta's names, and the Llama that they describe."""
 
 import math
 from collections.abc import Callable
@@ -38,12 +38,12 @@ class Number(click.ParamType):
 
 
 class Text(click.ParamType):
-    """What a model is to read: every byte of it a character."""
+    """Text for the model, always valid Unicode."""
 
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return standard_streams.readable(str(value))
+        return standard_streams.decoded_argument(str(value))
 
 
 class Integers(click.ParamType):
@@ -64,7 +64,7 @@ class Integers(click.ParamType):
 
 
 class Names(click.ParamType):
-    """Names out of `known`, separated by commas -> a tuple of them."""
+    """Names from `known`, separated by commas -> a tuple of them, each once."""
 
     name = "name,..."
 
@@ -95,14 +95,14 @@ class ModelOptions:
     nproc: int
 
     @classmethod
-    def take(cls, options: dict[str, Any]) -> "ModelOptions":
-        """Move these options out of `options`, the keyword arguments of a command."""
+    def pop_from(cls, options: dict[str, Any]) -> "ModelOptions":
+        """Remove these options from a command's keyword arguments -> ModelOptions."""
         return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
     def build(self, max_batch_size: int, quiet: bool = False) -> "Llama":
-        """The Llama that these options describe, led where several processes share it."""
-        check_processes(self.nproc, self.device)
-        ckpt_dir, tokenizer_path = locate(self.ckpt_dir, self.tokenizer_path, quiet)
+        """Build the Llama; where several processes share it, the result is a Driver."""
+        check_nproc(self.nproc, self.device)
+        ckpt_dir, tokenizer_path = checkpoint_and_tokenizer(self.ckpt_dir, self.tokenizer_path, quiet)
         arguments: dict[str, Any] = {
             "ckpt_dir": ckpt_dir,
             "tokenizer_path": tokenizer_path,
@@ -115,7 +115,7 @@ class ModelOptions:
         }
         from fastllama.generation import Llama
 
-        if self.nproc == 1 and not environment.torchrun_started():
+        if self.nproc == 1 and not environment.is_distributed():
             return Llama.build(**arguments)
         from fastllama.distributed import driver
 
@@ -124,34 +124,32 @@ class ModelOptions:
         return driver.build_on_all(Llama.build, **arguments)
 
 
-class Follows(Exception):
-    """This process is not the first of those that a launcher started: it follows that one's calls."""
+class RunAsWorker(Exception):
+    """Raised where a launcher started this process with a rank above 0: it must run as a worker."""
 
 
-def take_part(nproc: int) -> None:
-    """Said by a command that builds a model, before it reads or prints anything: all processes of a launch are there.
+def connect_processes(nproc: int) -> None:
+    """Connect the processes of a launch. Every command that builds a model calls this before it reads or prints.
 
-    Raises Follows in those that are not the first, and ValueError for an environment that is no launch's.
+    Raises RunAsWorker in ranks above 0, and ValueError where the launcher's variables are invalid.
     """
     if nproc > 1 and environment.world_size() > 1:
-        raise click.UsageError(
-            "--nproc starts processes, and WORLD_SIZE says that torchrun has: leave out one of them."
-        )
-    found = environment.several()
+        raise click.UsageError("--nproc starts processes, and WORLD_SIZE is set as by torchrun: use only one of them.")
+    found = environment.distributed_environment()
     if found is None:
         return
     if found.rank > 0:
-        raise Follows
+        raise RunAsWorker
     from fastllama.distributed import driver
 
     driver.connect_workers()
 
 
-def check_processes(nproc: int, device: str | None) -> None:
-    """UsageError where --nproc cannot be what was meant."""
-    several = "--nproc" if nproc > 1 else "torchrun" if environment.torchrun_started() else None
-    if several and device is not None and ":" in device:
-        raise click.UsageError(f"{several} puts a process on each GPU: --device cuda, not {device}.")
+def check_nproc(nproc: int, device: str | None) -> None:
+    """UsageError where --device or the number of GPUs contradicts --nproc or torchrun."""
+    source = "--nproc" if nproc > 1 else "torchrun" if environment.is_distributed() else None
+    if source and device is not None and ":" in device:
+        raise click.UsageError(f"{source} puts a process on each GPU: use --device cuda, not {device}.")
     if nproc > 1:
         import torch
 
@@ -162,24 +160,24 @@ def check_processes(nproc: int, device: str | None) -> None:
             raise click.UsageError(f"--nproc {nproc} puts a process on each GPU, and there are {n_gpus} here.")
 
 
-def locate(ckpt_dir: str | None, tokenizer_path: str | None, quiet: bool) -> tuple[str, str]:
-    """(ckpt_dir, tokenizer_path) to use; says so on stderr, unless `quiet`, when it is the built-in model."""
+def checkpoint_and_tokenizer(ckpt_dir: str | None, tokenizer_path: str | None, quiet: bool) -> tuple[str, str]:
+    """The (ckpt_dir, tokenizer_path) to use. Writes a notice to stderr for the built-in model, unless `quiet`."""
     if ckpt_dir is not None:
-        # Given a folder, the tokenizer finds its own file in it.
+        # In a folder, the tokenizer finds its file itself.
         return ckpt_dir, tokenizer_path or ckpt_dir
     if tokenizer_path is not None:
         raise click.UsageError("--tokenizer_path needs --ckpt_dir: the built-in model has its own tokenizer.")
     from fastllama import builtin_checkpoint
 
     if not quiet:
-        standard_streams.note(BUILTIN_NOTICE)
+        standard_streams.write_stderr(BUILTIN_NOTICE)
     ckpt_dir, tokenizer_path = builtin_checkpoint()
     return ckpt_dir, tokenizer_path
 
 
 def model_options(max_seq_len: int) -> Decorator:
-    """The options that say which model is built and how; `max_seq_len` is the default of that one."""
-    return _all(
+    """The options that ModelOptions holds, and --threads. `max_seq_len` is the default of --max_seq_len."""
+    return _combined(
         checkpoint_options,
         click.option(
             "--max_seq_len",
@@ -209,7 +207,7 @@ def nproc_option(command: Any) -> Any:
 
 
 def threads_option(command: Any) -> Any:
-    """--threads, in force as long as the command runs."""
+    """--threads, in effect while the command runs."""
     return click.option(
         "--threads",
         type=click.IntRange(min=1),
@@ -222,16 +220,16 @@ def threads_option(command: Any) -> Any:
 def _use_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
     if value is None or context.resilient_parsing:
         return
-    if environment.torchrun_started():
-        raise click.UsageError("--threads is for one process and those it starts: set OMP_NUM_THREADS for torchrun's.")
+    if environment.is_distributed():
+        raise click.UsageError("--threads does not apply to torchrun's processes: set OMP_NUM_THREADS.")
     from fastllama import threads
 
-    context.with_resource(threads.explicitly(value))
+    context.with_resource(threads.use_exactly(value))
 
 
 def checkpoint_options(command: Any) -> Any:
     """--ckpt_dir and --tokenizer_path."""
-    return _all(
+    return _combined(
         click.option(
             "--ckpt_dir",
             metavar="DIR",
@@ -243,7 +241,7 @@ def checkpoint_options(command: Any) -> Any:
 
 def device_options(command: Any) -> Any:
     """--device, --dtype and --backend."""
-    return _all(
+    return _combined(
         click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N. Default: cuda where there is one."),
         click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16 on a GPU, float32 on a CPU."),
         click.option("--backend", type=click.Choice(BACKENDS), help="Default: what the device asks for."),
@@ -251,8 +249,8 @@ def device_options(command: Any) -> Any:
 
 
 def sampling_options(command: Any) -> Any:
-    """--temperature, --top_p and --max_gen_len, with the reference's defaults."""
-    return _all(
+    """--temperature, --top_p and --max_gen_len, with the defaults of Meta's code."""
+    return _combined(
         click.option(
             "--temperature", type=Number(), default=0.6, show_default=True, help="0 takes the likeliest token."
         ),
@@ -266,10 +264,9 @@ def json_option(what: str) -> Decorator:
     return click.option("--json", "as_json", is_flag=True, help=f"Print {what}.")
 
 
-def _all(*decorators: Decorator) -> Decorator:
+def _combined(*decorators: Decorator) -> Decorator:
     def decorate(command: Any) -> Any:
-        # click lists options in the order in which decorators are written, and decorators apply from the last to the
-        # first.
+        # In the order of written decorators, which Python applies from the last to the first.
         for decorator in reversed(decorators):
             command = decorator(command)
         return command

@@ -1,4 +1,4 @@
-"""The program `fastllama`: its commands, and how every one of them fails."""
+"""The program `fastllama`: its commands, error messages and exit codes."""
 
 import contextlib
 import io
@@ -13,64 +13,64 @@ from fastllama.cli.bench import bench
 from fastllama.cli.chat import chat
 from fastllama.cli.complete import complete
 from fastllama.cli.inspect import inspect
-from fastllama.cli.options import Follows
+from fastllama.cli.options import RunAsWorker
 from fastllama.distributed import environment
 
 PROGRAM = "fastllama"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-EXIT_UNREAD = 1  # nobody reads what is printed
-NO_ROOM_FOR_LIBRARY = ("failed to map segment", "cannot allocate memory")  # what the loader says of one
+EXIT_BROKEN_PIPE = 1
+LOADER_OUT_OF_MEMORY_WORDS = ("failed to map segment", "cannot allocate memory")  # in an ImportError of a library
 
 
 class Program(click.Group):
-    """A group that turns what went wrong into one line on stderr and an exit code."""
+    """A click group that reports an error as one line on stderr and an exit code."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        """As click's, whose own handling of errors and exit codes this replaces in standalone mode.
+        """click's `main`, with our own handling of errors and exit codes in standalone mode.
 
-        A reader that went away (`| head`) ends it quietly, with 1.
+        A closed pipe (`| head`) ends the program quietly, with exit code 1.
         """
         options["prog_name"] = options.get("prog_name") or PROGRAM
         run: Callable[..., Any] = super().main
         if not standalone_mode:
             return run(*args, standalone_mode=False, **options)
-        with standard_streams.prepared():
+        with standard_streams.prepared_streams():
             streams = sys.stdout, sys.stderr
             try:
-                code = _exit_code(run, *args, standalone_mode=False, **options)
+                code = _run_and_report(run, *args, standalone_mode=False, **options)
             finally:
-                sys.stdout, sys.stderr = streams  # click puts others there when a reader went away
-                unwritten = _unwritten()
-        sys.exit(unwritten or code)
+                sys.stdout, sys.stderr = streams  # click replaces them after a broken pipe
+                flush_code = _flush_streams()
+        sys.exit(flush_code or code)
 
 
-def _exit_code(run: Callable[..., Any], *args: Any, **options: Any) -> int:
-    """What a run comes to, its error said."""
+def _run_and_report(run: Callable[..., Any], *args: Any, **options: Any) -> int:
+    """Run the command and report its error, if any -> the exit code."""
     try:
-        code = _shared(run, *args, **options)
+        code = _run_command(run, *args, **options)
     except click.exceptions.NoArgsIsHelpError as error:
-        standard_streams.note(error.format_message())
+        standard_streams.write_stderr(error.format_message())
         return EXIT_ERROR
     except click.ClickException as error:
         return fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    except SystemExit as end:  # click's, at a reader that went away
+    except SystemExit as end:  # click's, after a broken pipe
         return end.code if isinstance(end.code, int) else EXIT_ERROR
     except Exception as error:
         if not is_expected(error):
             raise
-        if isinstance(error, OSError) and (code := _unwritten()):
+        if isinstance(error, OSError) and (code := _flush_streams()):
             return code
         return fail(standard_streams.one_line(error))
     return code if isinstance(code, int) else 0
 
 
-def _shared(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Run in one process. Of those that a launcher started it is the first; the others follow it, and print nothing."""
-    if _is_another():
-        return _follow(run, *args, **options)
+def _run_command(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Run the command, then shut down its workers. A launcher's ranks above 0 run as workers and print nothing."""
+    if _is_worker():
+        return _run_as_worker(run, *args, **options)
     code = run(*args, **options)
     if "fastllama.distributed.driver" in sys.modules:
         from fastllama.distributed import driver
@@ -79,20 +79,20 @@ def _shared(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return code
 
 
-def _is_another() -> bool:
+def _is_worker() -> bool:
     try:
-        found = environment.several()
-    except ValueError:  # a command for which that matters says so
+        found = environment.distributed_environment()
+    except ValueError:  # commands that build a model report it
         return False
     return found is not None and found.rank > 0
 
 
-def _follow(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Run up to where a model is built, and follow the first process from there. What comes before, that one says."""
+def _run_as_worker(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Run the command silently until it raises RunAsWorker, then run as a worker. Rank 0 prints output and errors."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return run(*args, **options)
-    except Follows:
+    except RunAsWorker:
         from fastllama.distributed import worker
 
         return worker.run_worker()
@@ -100,37 +100,37 @@ def _follow(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return EXIT_ERROR
 
 
-def _unwritten() -> int:
-    """The exit code where stdout does not take what was printed, said; else 0."""
-    broken, _ = (standard_streams.settle(stream) for stream in (sys.stdout, sys.stderr))
-    if broken is None:
+def _flush_streams() -> int:
+    """Flush stdout and stderr, and report an error of stdout -> the exit code, 0 where there is none."""
+    stdout_error, _ = (standard_streams.flush_or_discard(stream) for stream in (sys.stdout, sys.stderr))
+    if stdout_error is None:
         return 0
-    if isinstance(broken, BrokenPipeError):
-        return EXIT_UNREAD
-    return fail(f"{standard_streams.UNWRITTEN}{broken.strerror or broken}")
+    if isinstance(stdout_error, BrokenPipeError):
+        return EXIT_BROKEN_PIPE
+    return fail(f"{standard_streams.STDOUT_ERROR}{stdout_error.strerror or stdout_error}")
 
 
 def fail(message: str) -> int:
-    """Say `message` in one line on stderr -> the exit code."""
-    standard_streams.note(f"{PROGRAM}: error: {' '.join(message.split())}")
+    """Report `message` in one line on stderr -> the exit code."""
+    standard_streams.write_stderr(f"{PROGRAM}: error: {' '.join(message.split())}")
     return EXIT_ERROR
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether `error` is one that the input or the machine causes, rather than a fault in the program."""
+    """Whether the input or the machine can cause `error`; any other is a bug in the program."""
     if isinstance(error, ValueError | AssertionError | OSError | MemoryError):
         return True
-    # torch reports a CPU that is out of memory, and a device that is not there, as a bare RuntimeError.
     parallel = sys.modules.get("fastllama.distributed.parallel")
     if parallel is not None and isinstance(error, parallel.ProcessFailed):
         return True
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    limits = sys.modules.get("fastllama.memory_plan")
-    words = limits.OUT_OF_MEMORY_WORDS if limits is not None and isinstance(error, RuntimeError) else ()
+    # torch reports a CPU out of memory, and a missing device, as a plain RuntimeError.
+    memory_plan = sys.modules.get("fastllama.memory_plan")
+    words = memory_plan.OUT_OF_MEMORY_WORDS if memory_plan is not None and isinstance(error, RuntimeError) else ()
     if isinstance(error, ImportError):
-        words = NO_ROOM_FOR_LIBRARY
+        words = LOADER_OUT_OF_MEMORY_WORDS
     return any(word in str(error).lower() for word in words)
 
 
@@ -146,7 +146,7 @@ def _print_version(context: click.Context, parameter: click.Parameter, value: bo
     cls=Program,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # Meta's flags have underscores; hyphens mean the same.
+        # Meta's options have underscores; hyphens work, too.
         "token_normalize_func": lambda token: token.replace("-", "_"),
         "max_content_width": 100,
     },

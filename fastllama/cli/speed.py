@@ -1,8 +1,8 @@
-"""The line on stderr that ends what was generated."""
+"""The line about speed on stderr after generated text."""
 
-from fastllama.cli.standard_streams import note
+from fastllama.cli.standard_streams import write_stderr
 
 
 def print_speed(n_tokens: int, seconds: float) -> None:
-    """Say how many tokens came, in what time."""
-    note(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s")
+    """Write the number of tokens, the seconds and the tokens per second to stderr."""
+    write_stderr(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s")

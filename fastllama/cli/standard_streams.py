@@ -1,8 +1,8 @@
-"""stdin, stdout and stderr as the program finds them: closed, full, or in an encoding that lacks characters.
+"""Reads stdin and writes stdout and stderr, also where they are closed, full, or in an encoding that lacks characters.
 
-What cannot be read becomes U+FFFD, what cannot be shown an escape such as \\u2014; either is said once, on stderr.
-Where stderr takes nothing, what would be said there is dropped. A stdout that takes nothing is an error, but for a
-closed one: who closes it wants nothing.
+A byte that cannot be decoded becomes U+FFFD. A character that stdout's encoding lacks becomes an escape such as
+\\u2014. stderr reports either once. A message that stderr cannot take is dropped. A stdout that cannot be written is an
+error, except a closed one, where the user wants no output.
 """
 
 import codecs
@@ -16,110 +16,110 @@ from typing import Any
 
 import click
 
-# Names of what is done about a character, for `errors=`; registered below.
-UNREADABLE = "fastllama.unreadable"
-UNSHOWABLE = "fastllama.unshowable"
-UNREADABLE_NOTICE = "the input is not all {encoding}: what cannot be read became U+FFFD"
-UNSHOWABLE_NOTICE = (
+# Names of error handlers, for `errors=`; registered below.
+UNDECODABLE = "fastllama.undecodable"
+UNENCODABLE = "fastllama.unencodable"
+UNDECODABLE_NOTICE = "the input is not all {encoding}: what cannot be read became U+FFFD"
+UNENCODABLE_NOTICE = (
     "stdout is {encoding}, which lacks some of the characters: they became escapes (PYTHONIOENCODING=utf-8 shows them)"
 )
-UNWRITTEN = "stdout cannot be written: "
+STDOUT_ERROR = "stdout cannot be written: "
 UTF_8 = "utf-8"
-# Longest first, because one begins another.
-MARKS = (
+# The longer ones first: UTF-32's begins with UTF-16's.
+BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-LONGEST_MARK = 4
-ESCAPED_BYTES = re.compile("[\udc80-\udcff]+")  # how Python keeps bytes of an argument that it cannot read
+MAX_MARK_BYTES = 4
+ESCAPED_BYTES = re.compile("[\udc80-\udcff]+")  # how Python represents undecodable bytes of an argument
 SURROGATE = re.compile("[\ud800-\udfff]")
 MODES = {"stdin": "r", "stdout": "w", "stderr": "w"}
 
-_notices: dict[str, str] = {}  # by what they are about, once said or due
-_due: set[str] = set()  # those that wait for the end of a line
+_notices: dict[str, str] = {}  # by error handler: each is written once
+_pending: set[str] = set()  # the error handlers whose notices wait for the end of a line
 
 
 @contextlib.contextmanager
-def prepared() -> Iterator[None]:
-    """A block in which the three streams are there and stdout takes every character; afterwards they are as before."""
+def prepared_streams() -> Iterator[None]:
+    """A block in which the three streams exist and stdout takes every character. Afterwards they are restored."""
     _notices.clear()
-    _due.clear()
+    _pending.clear()
     with contextlib.ExitStack() as undo:
-        _fill_closed(undo)
+        _replace_closed_streams(undo)
         out = sys.stdout
-        if isinstance(out, io.TextIOWrapper) and _refuses_characters(out):
+        if isinstance(out, io.TextIOWrapper) and _raises_for_unencodable(out):
             undo.callback(out.reconfigure, errors=out.errors)
-            out.reconfigure(errors=UNSHOWABLE)
+            out.reconfigure(errors=UNENCODABLE)
         try:
             yield
         finally:
-            _say_due()
+            _write_pending_notices()
 
 
-def say(text: str = "", nl: bool = True) -> None:
-    """Print `text` at once. OSError, which names stdout, where it takes nothing."""
+def write_stdout(text: str = "", nl: bool = True) -> None:
+    """Write `text` to stdout and flush. OSError, which names stdout, where that fails."""
     try:
-        click.echo(text, file=sys.stdout, nl=nl)  # left to itself, click writes utf-8 where Python says ascii
+        click.echo(text, file=sys.stdout, nl=nl)  # without `file`, click writes utf-8 to an ascii stdout
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"{UNWRITTEN}{error.strerror or error}") from error
+        raise OSError(f"{STDOUT_ERROR}{error.strerror or error}") from error
     if nl:
-        _say_due()
+        _write_pending_notices()
 
 
-def note(text: str) -> None:
-    """Say `text` on stderr, where it takes it."""
+def write_stderr(text: str) -> None:
+    """Write `text` to stderr; drop it where that fails."""
     with contextlib.suppress(OSError):
         click.echo(text, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says."""
+    """An error's message in one line; its type's name where there is no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def at_terminal() -> bool:
+def stdin_is_terminal() -> bool:
     """Whether stdin is a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_terminal(prompt: str) -> str:
-    """A line that is typed, with history and cursor keys where this Python has them. EOFError at the end."""
+    """A line typed at the terminal, with history and cursor keys where Python has readline. EOFError at the end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != UNREADABLE:
-        sys.stdin.reconfigure(errors=UNREADABLE)
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != UNDECODABLE:
+        sys.stdin.reconfigure(errors=UNDECODABLE)
     return input(prompt)
 
 
-def read_all() -> str:
-    """All that comes from stdin, every end of a line as \\n."""
-    with _reader(newline=None) as text:
-        whole: str = text.read()
-        return whole
+def read_stdin() -> str:
+    """All of stdin, with every line end as \\n."""
+    with _stdin_reader(newline=None) as reader:
+        text: str = reader.read()
+        return text
 
 
-def lines() -> Iterator[str]:
-    """The lines of stdin as they come, without their ends. \\n ends a line, and \\r\\n; nothing else does."""
-    with _reader(newline="\n") as text:
-        for line in text:
+def stdin_lines() -> Iterator[str]:
+    """The lines of stdin without their ends, as they come. Only \\n and \\r\\n end a line."""
+    with _stdin_reader(newline="\n") as reader:
+        for line in reader:
             yield line.removesuffix("\n").removesuffix("\r")
 
 
-def readable(text: str) -> str:
-    """An argument of the command line, bytes in it that the locale's encoding lacks taken as UTF-8."""
-    text = ESCAPED_BYTES.sub(lambda found: found[0].encode(UTF_8, "surrogateescape").decode(UTF_8, UNREADABLE), text)
+def decoded_argument(text: str) -> str:
+    """A command line argument as valid text: bytes that the locale's encoding lacks are decoded as UTF-8."""
+    text = ESCAPED_BYTES.sub(lambda found: found[0].encode(UTF_8, "surrogateescape").decode(UTF_8, UNDECODABLE), text)
     if SURROGATE.search(text):
-        _note_unreadable(UTF_8)
+        _report_undecodable(UTF_8)
     return SURROGATE.sub("\ufffd", text)
 
 
-def settle(stream: Any) -> OSError | None:
-    """What keeps `stream` from taking what was written, which is then dropped, so that the interpreter ends quietly."""
+def flush_or_discard(stream: Any) -> OSError | None:
+    """Flush `stream` -> the error, or None. After an error its output is discarded, so that Python exits quietly."""
     try:
         stream.flush()
     except OSError as error:
@@ -135,18 +135,18 @@ def settle(stream: Any) -> OSError | None:
 
 
 @contextlib.contextmanager
-def _reader(newline: str | None) -> Iterator[Any]:
-    """stdin as text, which reads what its first bytes say it is, or what Python takes it for."""
+def _stdin_reader(newline: str | None) -> Iterator[Any]:
+    """stdin as text, in the encoding of its byte order mark, else in Python's."""
     binary = getattr(sys.stdin, "buffer", None)
-    if binary is None:  # closed, or a caller's own
+    if binary is None:  # closed, or replaced by a caller
         yield sys.stdin or io.StringIO()
         return
     try:
-        text = io.TextIOWrapper(binary, encoding=_encoding(binary), errors=UNREADABLE, newline=newline)
+        reader = io.TextIOWrapper(binary, encoding=_encoding(binary), errors=UNDECODABLE, newline=newline)
         try:
-            yield text
+            yield reader
         finally:
-            text.detach()
+            reader.detach()
     except OSError as error:
         if error.filename is None and not isinstance(error, BrokenPipeError):
             raise OSError(f"stdin cannot be read: {error.strerror or error}") from error
@@ -155,23 +155,23 @@ def _reader(newline: str | None) -> Iterator[Any]:
 
 def _encoding(binary: Any) -> str:
     if hasattr(binary, "peek"):
-        head = binary.peek(LONGEST_MARK)
+        head = binary.peek(MAX_MARK_BYTES)
     else:
-        place = binary.tell()
-        head = binary.read(LONGEST_MARK)
-        binary.seek(place)
-    marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
-    # Python says surrogateescape where the locale says nothing of an encoding.
+        position = binary.tell()
+        head = binary.read(MAX_MARK_BYTES)
+        binary.seek(position)
+    marked = next((name for mark, name in BYTE_ORDER_MARKS if head.startswith(mark)), None)
+    # Python sets surrogateescape where the locale names no encoding.
     return marked or (UTF_8 if sys.stdin.errors == "surrogateescape" else sys.stdin.encoding) or UTF_8
 
 
-def _fill_closed(undo: contextlib.ExitStack) -> None:
-    """/dev/null in the place of streams that are closed: no file that is opened later gets their numbers."""
+def _replace_closed_streams(undo: contextlib.ExitStack) -> None:
+    """Open /dev/null for closed streams, so that a file opened later does not get descriptor 0, 1 or 2."""
     for descriptor in range(len(MODES)):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: `descriptor`
     for name, mode in MODES.items():
         if getattr(sys, name) is None:
             stream = undo.enter_context(open(os.devnull, mode, encoding=UTF_8))  # noqa: SIM115
@@ -179,34 +179,34 @@ def _fill_closed(undo: contextlib.ExitStack) -> None:
             undo.callback(setattr, sys, name, None)
 
 
-def _refuses_characters(out: io.TextIOWrapper) -> bool:
-    # In utf-8 only bytes of a file's name can fail, and surrogateescape gives them back. Other ways are the user's own.
+def _raises_for_unencodable(out: io.TextIOWrapper) -> bool:
+    # In utf-8, surrogateescape writes the bytes of file names back. Any other `errors` is the user's choice.
     escapes = out.errors == "surrogateescape" and codecs.lookup(out.encoding).name != UTF_8
     return out.errors == "strict" or escapes
 
 
-def _say_due() -> None:
-    while _due:
-        note(_notices[_due.pop()])
+def _write_pending_notices() -> None:
+    while _pending:
+        write_stderr(_notices[_pending.pop()])
 
 
-def _note_unreadable(encoding: str) -> None:
-    if UNREADABLE not in _notices:
-        _notices[UNREADABLE] = UNREADABLE_NOTICE.format(encoding=encoding)
-        note(_notices[UNREADABLE])
+def _report_undecodable(encoding: str) -> None:
+    if UNDECODABLE not in _notices:
+        _notices[UNDECODABLE] = UNDECODABLE_NOTICE.format(encoding=encoding)
+        write_stderr(_notices[UNDECODABLE])
 
 
-def _unreadable(error: UnicodeError) -> tuple[str | bytes, int]:
-    _note_unreadable(getattr(error, "encoding", UTF_8))
+def _replace_undecodable(error: UnicodeError) -> tuple[str | bytes, int]:
+    _report_undecodable(getattr(error, "encoding", UTF_8))
     return codecs.replace_errors(error)
 
 
-def _unshowable(error: UnicodeError) -> tuple[str | bytes, int]:
-    if UNSHOWABLE not in _notices:
-        _notices[UNSHOWABLE] = UNSHOWABLE_NOTICE.format(encoding=getattr(error, "encoding", "not utf-8"))
-        _due.add(UNSHOWABLE)
+def _escape_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
+    if UNENCODABLE not in _notices:
+        _notices[UNENCODABLE] = UNENCODABLE_NOTICE.format(encoding=getattr(error, "encoding", "not utf-8"))
+        _pending.add(UNENCODABLE)
     return codecs.backslashreplace_errors(error)
 
 
-codecs.register_error(UNREADABLE, _unreadable)
-codecs.register_error(UNSHOWABLE, _unshowable)
+codecs.register_error(UNDECODABLE, _replace_undecodable)
+codecs.register_error(UNENCODABLE, _escape_unencodable)

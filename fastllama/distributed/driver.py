@@ -1,11 +1,11 @@
-"""A model shared with processes that repeat this one's calls, step by step.
+"""The driver: one process runs the program, and the other processes, the workers, repeat its calls to the model.
 
-A program that reads a terminal cannot run in several processes as it is. So the first process, the leader, is the
-program; the others, the followers (`follower.py`), build the same model and are told every call. The leader grants the
-increments of a stream, about a step's at a time, so that one which is closed or interrupted ends at the same place in
-all.
+A program that reads a terminal cannot run in every process. So only the driver runs it. The workers (`worker.py`) build
+the same model and receive a command for every call. While a stream runs, the driver allows the workers a number of
+increments at a time, about one step. So a stream that is closed or interrupted ends at the same increment in all
+processes.
 
-Followers are started by the leader (`start`, in `started.py`), or all of them by torchrun.
+The driver starts the workers itself (`start_workers`, in `worker_processes.py`), or torchrun starts all processes.
 """
 
 import contextlib
@@ -23,55 +23,56 @@ import torch
 import torch.distributed as dist
 
 from fastllama.distributed import environment
-from fastllama.distributed.rendezvous import meet
+from fastllama.distributed.rendezvous import connect_store
 from fastllama.distributed.worker_processes import POLL_SECONDS, WorkerProcesses
 from fastllama.generation import Llama
 from fastllama.stream import Increment, NotFiniteError
 
-COMMAND_TIMEOUT = timedelta(days=365)  # of a follower for what is said next: people think
-FORCE_QUIT_INTERRUPTS = 3  # interrupts, of somebody who does not want to wait for the end of a step
+COMMAND_TIMEOUT = timedelta(days=365)  # of a worker for the next command: users may pause for long
+FORCE_QUIT_INTERRUPTS = 3  # Ctrl-C so often ends the process without waiting for the end of a step
 EXIT_INTERRUPTED = 130
-SHUTDOWN_SECONDS = 10  # for followers that are dismissed
-READABLE = ("model", "tokenizer", "formatter")  # of a Llama, what a program may look at
-# Names in the store where all processes meet.
-BUILD_COMMAND = "what to build"
-READY = "ready "  # and its rank: a follower that waits for it
+SHUTDOWN_SECONDS = 10  # for workers to exit after the shutdown command
+READABLE_ATTRIBUTES = ("model", "tokenizer", "formatter")  # of a Llama: reading them needs no other process
+# Keys in the store.
+BUILD_KEY = "what to build"
+READY_KEY = "ready "  # followed by the rank of a worker that waits for the build command
 
 _driver: "Driver | None" = None
-_workers_connected = False  # whether a launcher's processes are there to run_worker this one
-_build_sent = False  # whether followers know what to build
+_workers_connected = False  # whether a launcher's workers have connected to this process
+_build_sent = False  # whether the workers have received the build command
 _workers: WorkerProcesses | None = None
 
 
 class Driver:
-    """A Llama whose streams the followers run along with. `model`, `tokenizer` and `formatter` are there to be read."""
+    """A Llama whose streams run in all processes. `model`, `tokenizer` and `formatter` may be read."""
 
     def __init__(self, llm: Llama) -> None:
         self._llm = llm
         self._control = control_group()
-        self.out_of_step = False  # an error here alone, after which nobody can say where the others are
+        self.out_of_step = False  # after an error in this process only: the workers' state is unknown
 
     def __getattr__(self, name: str) -> Any:
-        if name not in READABLE:
-            raise AttributeError(f"{name!r} would run in this process alone: a leader streams, and calls `run_on_all`")
+        if name not in READABLE_ATTRIBUTES:
+            raise AttributeError(f"{name!r} would run in this process only: use `stream` or `run_on_all`")
         return getattr(self._llm, name)
 
     def stream(self, prompt_tokens: Sequence[Sequence[int]], *arguments: Any, **keywords: Any) -> Generator[Increment]:
-        """`Llama.stream`, on all processes. What it refuses is raised with the first increment."""
+        """`Llama.stream`, in all processes. Invalid arguments raise with the first increment."""
         inner: Generator[Increment] | None = None
-        left, told, ended = 0, False, False
+        left, sent, ended = 0, False, False
         call = {"arguments": (prompt_tokens, *arguments), "keywords": keywords}
         try:
-            # Between these, and between two of a step's collectives, an interrupt would part this process from others.
+            # An interrupt between these calls, or between two collectives of a step, would leave the processes out of
+            # step.
             with _delay_interrupts():
                 inner = self._llm.stream(prompt_tokens, *arguments, **keywords)
                 send_command(self._control, call | {"stop_tokens": sorted(self._llm.tokenizer.stop_tokens)})
-                told = True
+                sent = True
             while True:
                 with _delay_interrupts():
                     if not left:
                         left = len(prompt_tokens)
-                        allow_increments(self._control, left)
+                        send_increment_count(self._control, left)
                     left -= 1
                     try:
                         increment = next(inner)
@@ -80,26 +81,26 @@ class Driver:
                         return
                 yield increment
         except Exception as error:
-            ended = True  # as it has for the others, by the same error or by their own end
-            self.out_of_step |= told and not isinstance(error, NotFiniteError)
+            ended = True  # in the workers, too: by the same error, or by the shutdown
+            self.out_of_step |= sent and not isinstance(error, NotFiniteError)
             wait_for_crash_report(error)
             raise
         finally:
-            if inner is not None and told and not ended:
+            if inner is not None and sent and not ended:
                 with _delay_interrupts():
                     self._drain(inner, left)
 
     def _drain(self, inner: Generator[Increment], left: int) -> None:
-        """End a stream that is closed early where the others do: when what was allowed_increments is used up."""
+        """Close a stream early, in step with the workers: after the `left` increments that they may still take."""
         if all(next(inner, None) is not None for _ in range(left)):
-            allow_increments(self._control, 0)
+            send_increment_count(self._control, 0)
         inner.close()
 
     def run_on_all(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        """`function(llm, **arguments)`, in all processes at once -> what it returns here. Interrupts wait."""
+        """Call `function(llm, **arguments)` in all processes -> this process's result. Ctrl-C takes effect after it."""
         with _delay_interrupts():
             try:
-                send_command(self._control, {"function": _name(function), "arguments": arguments})
+                send_command(self._control, {"function": _qualified_name(function), "arguments": arguments})
                 return function(self._llm, **arguments)
             except Exception as error:
                 self.out_of_step = True
@@ -107,40 +108,40 @@ class Driver:
                 raise
 
     def shut_down(self) -> None:
-        """Let the followers end. No stream may be open."""
+        """Send the workers the shutdown command. No stream may be open."""
         send_command(self._control, None)
 
 
 def run_on_all(llm: Llama, function: Callable[..., Any], **arguments: Any) -> Any:
-    """`function(llm, **arguments)`, where a leader has the model in all processes -> what it returns here."""
+    """Call `function(llm, **arguments)`, in all processes where `llm` is a Driver -> this process's result."""
     return llm.run_on_all(function, **arguments) if isinstance(llm, Driver) else function(llm, **arguments)
 
 
 def start_workers(count: int) -> None:
-    """Start `count` - 1 followers and make this process the first of all. A program does so once.
+    """Start `count` - 1 workers; this process becomes rank 0.
 
-    RuntimeError where this process shares a model already, or has.
+    RuntimeError where this process is already one of several.
     """
     global _workers
-    if environment.torchrun_started() or dist.is_initialized():
-        raise RuntimeError("this process is one of several already, and starts no others")
+    if environment.is_distributed() or dist.is_initialized():
+        raise RuntimeError("this process is already one of several, and cannot start workers")
     _workers = WorkerProcesses(count)
 
 
 def wait_for_workers() -> None:
-    """Wait until all of them wait for `lead`: what is timed from then on is no program's start."""
-    _store().wait([f"{READY}{rank}" for rank in range(1, environment.world_size())], COMMAND_TIMEOUT)
+    """Wait until all workers wait for the build command, so that a timed build excludes their start."""
+    _store().wait([f"{READY_KEY}{rank}" for rank in range(1, environment.world_size())], COMMAND_TIMEOUT)
 
 
 def build_on_all(build: Callable[..., Llama], **arguments: Any) -> Llama:
-    """What `build` makes of the arguments, which JSON can hold, in this process, the first, and in every follower.
+    """Call `build(**arguments)` in all processes -> a Driver of the model. The arguments must be JSON values.
 
-    RuntimeError for a second model: followers have one.
+    RuntimeError for a second model: workers hold one.
     """
     global _driver, _build_sent
     if _driver is not None:
-        raise RuntimeError("the followers have a model already: dismiss them first")
-    _send_build_command({"build": _name(build), "arguments": arguments})
+        raise RuntimeError("the workers already have a model: call shut_down() first")
+    _send_build_command({"build": _qualified_name(build), "arguments": arguments})
     _build_sent = True
     try:
         _driver = Driver(build(**arguments))
@@ -151,125 +152,126 @@ def build_on_all(build: Callable[..., Llama], **arguments: Any) -> Llama:
 
 
 def shut_down() -> None:
-    """Let the followers end, whether or not they have built a model. It is the last that a program has of them.
+    """Shut down the workers, whether or not they have built a model. They cannot be used afterwards.
 
-    Those that this process started are killed where they would not receive_command of it.
+    Kills workers that this process started where they cannot receive the command.
     """
     global _driver, _workers, _workers_connected, _build_sent
-    listening = not _build_sent if _driver is None else not _driver.out_of_step
+    can_receive = not _build_sent if _driver is None else not _driver.out_of_step
     if _workers is not None:
         _workers.expect_exit()
     try:
-        if _driver is not None and listening:
+        if _driver is not None and can_receive:
             _driver.shut_down()
-        elif listening and (_workers_connected or _workers is not None):
+        elif can_receive and (_workers_connected or _workers is not None):
             _send_build_command(None)
-    except RuntimeError:  # one has died: torchrun says so; of those that this process started the others end, too
+    except RuntimeError:  # a worker has crashed: torchrun reports it; where this process started them, stop the others
         if _workers is None:
             raise
-        listening = False
+        can_receive = False
     finally:
         if _workers is not None:
-            _workers.end(SHUTDOWN_SECONDS if listening else 0)
+            _workers.stop(SHUTDOWN_SECONDS if can_receive else 0)
         _driver, _workers, _workers_connected, _build_sent = None, None, False, False
         _store.cache_clear()
 
 
 def wait_for_crash_report(error: Exception) -> None:
-    """Where a lost connection may be the end of a follower, leave it to those who watch it to say so and end."""
+    """After an error that may come from a crashed worker, give the watch time to report the crash and exit."""
     if isinstance(error, RuntimeError):
         time.sleep(3 * POLL_SECONDS)
 
 
-def _name(function: Callable[..., Any]) -> str:
-    """By which `pkgutil.resolve_name` finds it."""
+def _qualified_name(function: Callable[..., Any]) -> str:
+    """The function's name for `pkgutil.resolve_name`."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
-def _send_build_command(order: dict[str, Any] | None) -> None:
-    _store().set(BUILD_COMMAND, json.dumps(order))
+def _send_build_command(command: dict[str, Any] | None) -> None:
+    _store().set(BUILD_KEY, json.dumps(command))
 
 
 def receive_build_command() -> dict[str, Any] | None:
-    """What the leader builds, as soon as it does; None where it ends without."""
+    """Wait for the driver's build command; None where the driver ends without building."""
     store = _store()
     try:
-        store.set(f"{READY}{_launch().rank}", "")
-        store.wait([BUILD_COMMAND], COMMAND_TIMEOUT)
-        order: dict[str, Any] | None = json.loads(store.get(BUILD_COMMAND))
-    except dist.DistError:  # the store has gone with the leader, who has said why
+        store.set(f"{READY_KEY}{_distributed_environment().rank}", "")
+        store.wait([BUILD_KEY], COMMAND_TIMEOUT)
+        command: dict[str, Any] | None = json.loads(store.get(BUILD_KEY))
+    except dist.DistError:  # the driver, which serves the store, has ended and reported why
         return None
-    return order
+    return command
 
 
 @functools.cache
 def _store() -> Any:
-    """What the processes of a launch say to each other before they are a group."""
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what was said before is not meant for those after
-    return dist.PrefixStore(f"fastllama {restart}", meet(_launch()))  # type: ignore[attr-defined]
+    """The store for messages between the processes before they are a group."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # after a restart, earlier messages do not count
+    return dist.PrefixStore(f"fastllama {restart}", connect_store(_distributed_environment()))  # type: ignore[attr-defined]
 
 
 def connect_workers() -> None:
-    """Wait until all processes of the launch are there, to run_worker this one. ValueError where they do not come."""
+    """Wait until all processes of the launch have connected. ValueError where some do not."""
     global _workers_connected
     _store()
     _workers_connected = True
 
 
-def _launch() -> environment.Launch:
-    found = environment.several()
+def _distributed_environment() -> environment.DistributedEnvironment:
+    found = environment.distributed_environment()
     if found is None:
-        raise RuntimeError("this process is the only one: WORLD_SIZE says so, or nothing")
+        raise RuntimeError("this is the only process: WORLD_SIZE is 1 or not set")
     return found
 
 
 def control_group() -> "dist.ProcessGroup":
-    """Between the same processes, for what the host has to say; all of them make it together."""
+    """A gloo group for commands between the hosts. All processes must create it together."""
     return dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # type: ignore[no-any-return]
 
 
-def send_command(control: "dist.ProcessGroup", message: Any) -> None:
-    """What the followers `receive_command` next."""
-    dist.broadcast_object_list([message], src=0, group=control)
+def send_command(control: "dist.ProcessGroup", command: Any) -> None:
+    """Send the workers a command; they wait for it in `receive_command`."""
+    dist.broadcast_object_list([command], src=0, group=control)
 
 
 def receive_command(control: "dist.ProcessGroup") -> Any:
-    """What the leader says next."""
-    found = [None]
-    dist.broadcast_object_list(found, src=0, group=control)
-    return found[0]
+    """Wait for the driver's next command."""
+    received = [None]
+    dist.broadcast_object_list(received, src=0, group=control)
+    return received[0]
 
 
-def allow_increments(control: "dist.ProcessGroup", count: int) -> None:
-    """So many more increments of the open stream, or its end: what the followers find `allowed_increments` next."""
+def send_increment_count(control: "dist.ProcessGroup", count: int) -> None:
+    """Allow the workers `count` more increments of the open stream; 0 closes it."""
     dist.broadcast(torch.tensor([count], dtype=torch.int64, device="cpu"), src=0, group=control)
 
 
-def allowed_increments(control: "dist.ProcessGroup") -> int:
-    """How many more increments of the open stream the leader takes; 0 where it closes it."""
-    found = torch.zeros(1, dtype=torch.int64, device="cpu")
-    dist.broadcast(found, src=0, group=control)
-    return int(found)
+def receive_increment_count(control: "dist.ProcessGroup") -> int:
+    """How many more increments of the open stream this worker may take; 0 closes it."""
+    received = torch.zeros(1, dtype=torch.int64, device="cpu")
+    dist.broadcast(received, src=0, group=control)
+    return int(received)
 
 
 @contextlib.contextmanager
 def _delay_interrupts() -> Iterator[None]:
-    """Hold back Ctrl-C to the end of the block, unless it is pressed again and again."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background
-    if ignored or threading.current_thread() is not threading.main_thread():
+    """A block at whose end a Ctrl-C takes effect. FORCE_QUIT_INTERRUPTS of them end the process at once."""
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
+    if is_ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[int] = []
+    n_interrupts = 0
 
-    def press(number: int, frame: Any) -> None:
-        pressed.append(number)
-        if len(pressed) >= FORCE_QUIT_INTERRUPTS:
+    def count_interrupt(number: int, frame: Any) -> None:
+        nonlocal n_interrupts
+        n_interrupts += 1
+        if n_interrupts >= FORCE_QUIT_INTERRUPTS:
             os._exit(EXIT_INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, press)
+    before = signal.signal(signal.SIGINT, count_interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if pressed:
+    if n_interrupts:
         raise KeyboardInterrupt

@@ -1,6 +1,6 @@
-"""What a launcher of several processes, such as torchrun, tells each of them in its environment, checked.
+"""Reads and checks the environment variables that a launcher such as torchrun sets in each of its processes.
 
-Where WORLD_SIZE is missing, empty or 1 there is one process, and whatever else is left over there is not looked at.
+Where WORLD_SIZE is missing, empty or 1, there is one process and the other variables are ignored.
 """
 
 import os
@@ -8,32 +8,32 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TOLD = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE, to every process of several
+REQUIRED_VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # where WORLD_SIZE is more than 1
 LOCAL_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
-TORCHRUNS_PREFIX = "TORCHELASTIC_"  # of what else torchrun tells
+TORCHRUN_PREFIX = "TORCHELASTIC_"  # of torchrun's other variables
 WHOLE_NUMBER = re.compile("[0-9]{1,9}")
-LAST_PORT = 65535
-REMEDY = "start all processes with torchrun, or unset WORLD_SIZE where there is one"
+MAX_PORT = 65535
+REMEDY = "start all processes with torchrun, or unset WORLD_SIZE to run one process"
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One of several processes, and where they find each other."""
+class DistributedEnvironment:
+    """This process's rank, the number of processes, and the address where they connect."""
 
     world_size: int
     rank: int
-    address: str
-    port: int
-    has_agent: bool  # torchrun's, which watches over them all, and lets them meet
+    master_addr: str
+    master_port: int
+    has_torchrun_store: bool  # torchrun's agent keeps the store; otherwise rank 0 does
 
     @property
-    def place(self) -> str:
-        """Where they find each other, by the names of the variables."""
-        return f"MASTER_ADDR={self.address}, MASTER_PORT={self.port}"
+    def endpoint(self) -> str:
+        """The address and port for messages, under the variables' names."""
+        return f"MASTER_ADDR={self.master_addr}, MASTER_PORT={self.master_port}"
 
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of processes, 1 where nobody says one. ValueError where WORLD_SIZE is no such number."""
+    """WORLD_SIZE, the number of processes; 1 where it is not set. ValueError where it is no positive number."""
     value = environ.get("WORLD_SIZE", "").strip() or "1"
     if not WHOLE_NUMBER.fullmatch(value) or int(value) < 1:
         raise ValueError(
@@ -42,44 +42,44 @@ def world_size(environ: Mapping[str, str] = os.environ) -> int:
     return int(value)
 
 
-def several(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """What the environment tells one of several processes; None where there is one.
+def distributed_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvironment | None:
+    """The launcher's variables, checked; None where there is one process.
 
-    Raises ValueError, which names the variable, for one that is not set or cannot be right.
+    Raises ValueError, which names the variable, where one is missing or out of range.
     """
     size = world_size(environ)
     if size == 1:
         return None
-    missing = [name for name in TOLD if not environ.get(name, "").strip()]
+    missing = [name for name in REQUIRED_VARIABLES if not environ.get(name, "").strip()]
     if missing:
         are = "are" if len(missing) > 1 else "is"
         raise ValueError(f"WORLD_SIZE asks for {size} processes and {', '.join(missing)} {are} not set: {REMEDY}")
-    local_world_size(environ), local_rank(environ)  # so that they are refused before anybody waits for others
-    return Launch(
+    local_world_size(environ), local_rank(environ)  # checks them before any process waits for others
+    return DistributedEnvironment(
         world_size=size,
         rank=_number(environ, "RANK", 0, size - 1, f", as WORLD_SIZE is {size}"),
-        address=environ["MASTER_ADDR"].strip(),
-        port=_number(environ, "MASTER_PORT", 1, LAST_PORT, ""),
-        has_agent=environ.get(f"{TORCHRUNS_PREFIX}USE_AGENT_STORE") == "True",
+        master_addr=environ["MASTER_ADDR"].strip(),
+        master_port=_number(environ, "MASTER_PORT", 1, MAX_PORT, ""),
+        has_torchrun_store=environ.get(f"{TORCHRUN_PREFIX}USE_AGENT_STORE") == "True",
     )
 
 
-def torchrun_started(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is one of several processes, and told how to find the others. ValueError as in `world_size`."""
-    return world_size(environ) > 1 and all(environ.get(name, "").strip() for name in TOLD)
+def is_distributed(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether WORLD_SIZE is more than 1 and all required variables are set. ValueError as in `world_size`."""
+    return world_size(environ) > 1 and all(environ.get(name, "").strip() for name in REQUIRED_VARIABLES)
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Which of this machine's processes this is; 0 where nobody says. ValueError where it cannot be right."""
+    """LOCAL_RANK, this process's number on this machine; 0 where it is not set. ValueError where it is out of range."""
     size = world_size(environ)
     if size == 1 or not environ.get("LOCAL_RANK", "").strip():
         return 0
-    here = local_world_size(environ) if environ.get("LOCAL_WORLD_SIZE", "").strip() else size
-    return _number(environ, "LOCAL_RANK", 0, here - 1, f", as there are {here} processes")
+    n_local = local_world_size(environ) if environ.get("LOCAL_WORLD_SIZE", "").strip() else size
+    return _number(environ, "LOCAL_RANK", 0, n_local - 1, f", as there are {n_local} processes")
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """How many of the processes are on this machine; 1 where nobody says. ValueError where it cannot be right."""
+    """LOCAL_WORLD_SIZE, the processes on this machine; 1 where it is not set. ValueError where it is out of range."""
     size = world_size(environ)
     if size == 1 or not environ.get("LOCAL_WORLD_SIZE", "").strip():
         return 1
@@ -87,10 +87,12 @@ def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def single_process_environ() -> dict[str, str]:
-    """The environment without what a launcher told: for a process that this one starts, and that shares nothing."""
-    told = (*TOLD, *LOCAL_VARIABLES, "WORLD_SIZE")
+    """The environment without the launcher's variables, for a child process that runs alone."""
+    launcher_variables = (*REQUIRED_VARIABLES, *LOCAL_VARIABLES, "WORLD_SIZE")
     return {
-        name: value for name, value in os.environ.items() if name not in told and not name.startswith(TORCHRUNS_PREFIX)
+        name: value
+        for name, value in os.environ.items()
+        if name not in launcher_variables and not name.startswith(TORCHRUN_PREFIX)
     }
 
 

@@ -1,8 +1,9 @@
-"""Where the processes of a launch find each other: a store that every one of them has reached.
+"""Connects the processes of a launch: a torch store, returned once all processes are there.
 
-torchrun's agent has everybody together before it starts anybody. Without it a process may wait for others that never
-come, with an environment that is left over from another launch. So it waits only so long, and says for whom: all
-greet the first one, which lets them go on when all are there. Only then comes torch's store, at the same port.
+Under torchrun, the agent keeps the store. Without it, a process could wait forever for others that are never started,
+for example with variables left over from another launch. So each process registers with rank 0 first and waits at most
+TIMEOUT_SECONDS; the error names the missing ranks. Rank 0 acknowledges when all are there, then opens torch's store at
+the same port.
 """
 
 import contextlib
@@ -18,209 +19,213 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from fastllama.distributed.environment import REMEDY, Launch
-from fastllama.validate import some
+from fastllama.distributed.environment import REMEDY, DistributedEnvironment
+from fastllama.validate import first_names
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 30.0  # for processes that start late
-RESOLVING_SECONDS = 5.0  # for a name that is not known yet
-WORD_SECONDS = 3.0  # until it is said what is waited for
+TIMEOUT_SECONDS = 30.0  # for processes that start late
+RESOLVE_TIMEOUT_SECONDS = 5.0  # for a host name that is not known yet
+WARN_AFTER_SECONDS = 3.0
 POLL_SECONDS = 0.1
-CONNECT_SECONDS = 5.0
-GREETING_SECONDS = 1.0  # for one that has connected to say who it is
-LONGEST_LINE = 4096
-HERE = "127.0.0.1"
+CONNECT_TIMEOUT_SECONDS = 5.0
+REGISTER_TIMEOUT_SECONDS = 1.0  # between connecting and registering
+MAX_MESSAGE_BYTES = 4096
+LOOPBACK = "127.0.0.1"
 
 
-@functools.cache  # the first process keeps the store, as long as it lives
-def meet(launch: Launch) -> Any:
-    """The store where all processes of the launch have come.
+@functools.cache  # keeps rank 0's store alive, which serves the others
+def connect_store(environment: DistributedEnvironment) -> Any:
+    """The store that all processes of the launch have connected to.
 
-    Raises ValueError, naming the variables, where this is no place to meet, where somebody has come as this process
-    already, and where others do not come. The next call may be with another launch, or the same.
+    Raises ValueError, naming the variables, where the address cannot be used, another process has this rank, or
+    processes are missing after TIMEOUT_SECONDS. It may be called again after an error.
     """
-    waiting = _Waiting(launch)
+    deadline = _Deadline(environment)
     try:
-        if launch.has_agent:
-            _connected(launch, waiting).close()
+        if environment.has_torchrun_store:
+            _connect(environment, deadline).close()
             store, _, _ = next(rendezvous("env://"))
             return store
-        _resolve(launch)
-        if launch.rank > 0:
-            _join(launch, waiting)
-            return _store(launch.address, launch.port, is_master=False)
-        with contextlib.ExitStack() as unless_met:
-            listening = unless_met.enter_context(_listen(launch))
-            _gather(launch, listening, waiting)
-            unless_met.pop_all()
-            return _store(HERE, launch.port, is_master=True, master_listen_fd=listening.detach())
+        _wait_until_resolvable(environment)
+        if environment.rank > 0:
+            _register(environment, deadline)
+            return _store(environment.master_addr, environment.master_port, is_master=False)
+        with contextlib.ExitStack() as on_error:
+            listener = on_error.enter_context(_listen(environment))
+            _accept_all(environment, listener, deadline)
+            on_error.pop_all()
+            return _store(LOOPBACK, environment.master_port, is_master=True, master_listen_fd=listener.detach())
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the connection to {launch.place} failed ({reason}): {REMEDY}") from error
+        raise ValueError(f"the connection to {environment.endpoint} failed ({reason}): {REMEDY}") from error
 
 
-def _store(host: str, port: int, **how: Any) -> Any:
-    return dist.TCPStore(host, port, wait_for_workers=False, **how)  # type: ignore[attr-defined]
+def _store(host: str, port: int, **options: Any) -> Any:
+    return dist.TCPStore(host, port, wait_for_workers=False, **options)  # type: ignore[attr-defined]
 
 
-class _Waiting:
-    """The time that a process waits for others; it says so once."""
+class _Deadline:
+    """The time by which all processes must have connected. It logs one warning when that takes long."""
 
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
+    def __init__(self, environment: DistributedEnvironment) -> None:
+        self._environment = environment
         self._start = time.monotonic()
-        self._said = False
+        self._has_warned = False
 
     @property
-    def left(self) -> float:
-        return self._start + PATIENCE_SECONDS - time.monotonic()
+    def seconds_left(self) -> float:
+        return self._start + TIMEOUT_SECONDS - time.monotonic()
 
-    def word(self, whom: str) -> None:
-        """Say whom it waits for, if that takes long."""
-        if not self._said and time.monotonic() - self._start > WORD_SECONDS:
-            self._said = True
+    def warn_if_slow(self, missing: str) -> None:
+        """Log once which processes are missing, after WARN_AFTER_SECONDS."""
+        if not self._has_warned and time.monotonic() - self._start > WARN_AFTER_SECONDS:
+            self._has_warned = True
             logger.warning(
                 "RANK=%d of WORLD_SIZE=%d waits for %s at %s, for %d seconds more",
-                self._launch.rank,
-                self._launch.world_size,
-                whom,
-                self._launch.place,
-                max(0, self.left),
+                self._environment.rank,
+                self._environment.world_size,
+                missing,
+                self._environment.endpoint,
+                max(0, self.seconds_left),
             )
 
 
-def _resolve(launch: Launch) -> None:
-    deadline = time.monotonic() + RESOLVING_SECONDS
+def _wait_until_resolvable(environment: DistributedEnvironment) -> None:
+    deadline = time.monotonic() + RESOLVE_TIMEOUT_SECONDS
     while True:
         try:
-            socket.getaddrinfo(launch.address, launch.port, type=socket.SOCK_STREAM)
+            socket.getaddrinfo(environment.master_addr, environment.master_port, type=socket.SOCK_STREAM)
             return
         except (OSError, UnicodeError) as error:
             if time.monotonic() > deadline or isinstance(error, UnicodeError):
                 reason = getattr(error, "strerror", None) or error
                 raise ValueError(
-                    f"no machine is known by MASTER_ADDR={launch.address} ({reason}): set it to the address of the "
+                    f"MASTER_ADDR={environment.master_addr} is no known host ({reason}): set it to the address of the "
                     f"machine of RANK=0, or {REMEDY}"
                 ) from None
         time.sleep(POLL_SECONDS)
 
 
-def _listen(launch: Launch) -> socket.socket:
+def _listen(environment: DistributedEnvironment) -> socket.socket:
+    port = environment.master_port
     try:
         if socket.has_dualstack_ipv6():
-            return socket.create_server(("", launch.port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", launch.port))
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", port))
     except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        why = "another program, or another process with RANK=0, has it" if taken else error.strerror
-        raise ValueError(
-            f"MASTER_PORT={launch.port} cannot be used here: {why}; set another port, or {REMEDY}"
-        ) from None
+        in_use = error.errno == errno.EADDRINUSE
+        why = "another program, or another process with RANK=0, uses it" if in_use else error.strerror
+        raise ValueError(f"MASTER_PORT={port} cannot be used here: {why}; set another port, or {REMEDY}") from None
 
 
-def _gather(launch: Launch, listening: socket.socket, waiting: _Waiting) -> None:
-    """In the first process: until all others have come."""
-    come: dict[int, tuple[socket.socket, str]] = {}
-    listening.settimeout(POLL_SECONDS)
+def _accept_all(environment: DistributedEnvironment, listener: socket.socket, deadline: _Deadline) -> None:
+    """In rank 0: wait until all other ranks have registered, then acknowledge to each."""
+    size = environment.world_size
+    registered: dict[int, tuple[socket.socket, str]] = {}  # by rank: the connection, and which process it is
+    listener.settimeout(POLL_SECONDS)
     with contextlib.ExitStack() as connections:
-        while missing := [rank for rank in range(1, launch.world_size) if rank not in come or _gone(come[rank][0])]:
-            whom = f"RANK={some(map(str, missing))}"
-            if waiting.left <= 0:
-                message = f"{whom} of WORLD_SIZE={launch.world_size} did not come to {launch.place} in "
-                message += f"{PATIENCE_SECONDS:.0f} seconds: {REMEDY}"
-                for connection, _ in come.values():
-                    _say(connection, {"error": message})
-                raise ValueError(message)
+        while missing := [rank for rank in range(1, size) if rank not in registered or _is_closed(registered[rank][0])]:
+            missing_ranks = f"RANK={first_names(map(str, missing))}"
+            if deadline.seconds_left <= 0:
+                timed_out = f"{missing_ranks} of WORLD_SIZE={size} did not connect to {environment.endpoint} in "
+                timed_out += f"{TIMEOUT_SECONDS:.0f} seconds: {REMEDY}"
+                for connection, _ in registered.values():
+                    _send(connection, {"error": timed_out})
+                raise ValueError(timed_out)
             try:
-                connection, _ = listening.accept()
+                connection, _ = listener.accept()
             except TimeoutError:
-                waiting.word(whom)
+                deadline.warn_if_slow(missing_ranks)
                 continue
             connections.enter_context(connection)
-            greeting: dict[str, Any] = _hear(connection, GREETING_SECONDS) or {}
-            rank = greeting.get("rank")
-            if not isinstance(rank, int):  # nobody of ours
+            message: dict[str, Any] = _receive(connection, REGISTER_TIMEOUT_SECONDS) or {}
+            rank = message.get("rank")
+            if not isinstance(rank, int):  # another program
                 connection.close()
-            elif error := _refusal(launch, greeting, come if rank not in missing else {}):
-                _say(connection, {"error": error})
+            elif error := _rejection(environment, message, registered if rank not in missing else {}):
+                _send(connection, {"error": error})
             elif rank in missing:
-                come[rank] = connection, str(greeting.get("who"))
-        for connection, _ in come.values():
-            _say(connection, {"error": None})
+                registered[rank] = connection, str(message.get("process"))
+        for connection, _ in registered.values():
+            _send(connection, {"error": None})
 
 
-def _refusal(launch: Launch, greeting: dict[str, Any], come: dict[int, tuple[socket.socket, str]]) -> str | None:
-    """Why the first process does not let another take part, if it does not; `come` are those in its place."""
-    size, rank = greeting.get("world_size"), greeting.get("rank")
-    if size != launch.world_size:
-        return f"WORLD_SIZE={size} here, and {launch.world_size} in RANK=0, at {launch.place}: {REMEDY}"
-    if rank in come:
+def _rejection(
+    environment: DistributedEnvironment, message: dict[str, Any], registered: dict[int, tuple[socket.socket, str]]
+) -> str | None:
+    """Why rank 0 rejects a process that registers, or None. `registered` has the live process of its rank, if any."""
+    size, rank = message.get("world_size"), message.get("rank")
+    if size != environment.world_size:
+        return f"WORLD_SIZE={size} here, and {environment.world_size} in RANK=0, at {environment.endpoint}: {REMEDY}"
+    if rank in registered:
         return (
-            f"RANK={rank} has come to {launch.place} already, {come[rank][1]}: each needs a RANK of its own; {REMEDY}"
+            f"RANK={rank} is taken at {environment.endpoint} by {registered[rank][1]}: each process needs its own "
+            f"RANK; {REMEDY}"
         )
     return None
 
 
-def _join(launch: Launch, waiting: _Waiting) -> None:
-    """In the others: greet the first, and wait for it to say that all are there."""
-    with _connected(launch, waiting) as connection:
-        who = f"process {os.getpid()} on {socket.gethostname()}"
-        _say(connection, {"rank": launch.rank, "world_size": launch.world_size, "who": who})
+def _register(environment: DistributedEnvironment, deadline: _Deadline) -> None:
+    """In the other ranks: register with rank 0, and wait for its acknowledgement that all are there."""
+    with _connect(environment, deadline) as connection:
+        process = f"process {os.getpid()} on {socket.gethostname()}"
+        _send(connection, {"rank": environment.rank, "world_size": environment.world_size, "process": process})
         answer = None
-        while answer is None and waiting.left > -GREETING_SECONDS:  # the first is to say why
-            answer = _hear(connection, POLL_SECONDS)
-            waiting.word("others")
+        # Waits a little longer than rank 0 does, so that rank 0 can send its error.
+        while answer is None and deadline.seconds_left > -REGISTER_TIMEOUT_SECONDS:
+            answer = _receive(connection, POLL_SECONDS)
+            deadline.warn_if_slow("others")
     if answer is None or "error" not in answer:
         raise ValueError(
-            f"what listens at {launch.place} is not RANK=0 of this launch, waiting for RANK={launch.rank}: set another "
-            f"port, or {REMEDY}"
+            f"RANK={environment.rank} expects RANK=0 of this launch at {environment.endpoint}, and another program "
+            f"listens there: set another port, or {REMEDY}"
         )
     if answer["error"] is not None:
         raise ValueError(answer["error"])
 
 
-def _connected(launch: Launch, waiting: _Waiting) -> socket.socket:
-    """A connection to the meeting point, once somebody listens there."""
-    whom = "torchrun" if launch.has_agent else "RANK=0"
+def _connect(environment: DistributedEnvironment, deadline: _Deadline) -> socket.socket:
+    """A connection to the master address, once something listens there."""
+    expected = "torchrun" if environment.has_torchrun_store else "RANK=0"
     while True:
         try:
-            seconds = min(CONNECT_SECONDS, max(POLL_SECONDS, waiting.left))
-            return socket.create_connection((launch.address, launch.port), seconds)
+            seconds = min(CONNECT_TIMEOUT_SECONDS, max(POLL_SECONDS, deadline.seconds_left))
+            return socket.create_connection((environment.master_addr, environment.master_port), seconds)
         except OSError as error:
-            if waiting.left <= 0:
+            if deadline.seconds_left <= 0:
                 raise ValueError(
-                    f"RANK={launch.rank} of WORLD_SIZE={launch.world_size} finds nobody at {launch.place}, where "
-                    f"{whom} should be, in {PATIENCE_SECONDS:.0f} seconds ({error.strerror or error}): {REMEDY}"
+                    f"RANK={environment.rank} of WORLD_SIZE={environment.world_size} cannot connect to {expected} at "
+                    f"{environment.endpoint} in {TIMEOUT_SECONDS:.0f} seconds ({error.strerror or error}): {REMEDY}"
                 ) from None
-        waiting.word(whom)
+        deadline.warn_if_slow(expected)
         time.sleep(POLL_SECONDS)
 
 
-def _say(connection: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # one that has gone is missed soon
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a closed connection is noticed when its rank is next looked for
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _hear(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
-    """What the other says within so many seconds; nothing of what no process of ours would say, or None."""
+def _receive(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
+    """The next message; None where none comes in so many seconds, {} where it is not one of our processes'."""
     connection.settimeout(seconds)
     line = b""
     try:
         while not line.endswith(b"\n"):
-            got = connection.recv(LONGEST_LINE)
-            line += got
-            if not got or len(line) > LONGEST_LINE:
+            received = connection.recv(MAX_MESSAGE_BYTES)
+            line += received
+            if not received or len(line) > MAX_MESSAGE_BYTES:
                 return {}
-        found = json.loads(line)
+        message = json.loads(line)
     except TimeoutError:
         return None
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return message if isinstance(message, dict) else {}
 
 
-def _gone(connection: socket.socket) -> bool:
+def _is_closed(connection: socket.socket) -> bool:
     connection.setblocking(False)
     try:
         return connection.recv(1) == b""

@@ -1,4 +1,4 @@
-"""One of the processes beside a leader (`leader.py`): builds the model that it builds, and repeats its calls."""
+"""A worker: a process that builds the driver's model (`driver.py`) and repeats the driver's calls."""
 
 import os
 import sys
@@ -8,49 +8,54 @@ from pkgutil import resolve_name
 
 import torch.distributed as dist
 
-from fastllama.distributed.driver import allowed_increments, control_group, receive_build_command, receive_command
+from fastllama.distributed.driver import (
+    control_group,
+    receive_build_command,
+    receive_command,
+    receive_increment_count,
+)
 from fastllama.stream import NotFiniteError
 
-DRIVER_REPORTS_SECONDS = 2
+DRIVER_REPORT_SECONDS = 2
 
 
 def main() -> None:
-    """Follow the leader that started this process, until it ends or closes stdin, its pipe."""
-    # In a thread, because this one may be waiting for a leader that is no more.
-    threading.Thread(target=_exit_with_the_driver, daemon=True).start()
+    """Run a worker that the driver started. It also exits when the driver ends, which closes its stdin pipe."""
+    # In a thread, because the main thread may be blocked in a collective with a driver that has crashed.
+    threading.Thread(target=_exit_with_driver, daemon=True).start()
     run_worker()
 
 
 def run_worker() -> None:
-    """Run along until the leader dismisses."""
-    order = receive_build_command()
-    if order is None:
+    """Build the driver's model and run its commands until the shutdown command."""
+    build_command = receive_build_command()
+    if build_command is None:
         return
     try:
-        llm = resolve_name(order["build"])(**order["arguments"])
+        llm = resolve_name(build_command["build"])(**build_command["arguments"])
     except Exception:
-        if dist.is_initialized():  # the leader may have it from the group, and says it then
-            time.sleep(DRIVER_REPORTS_SECONDS)
+        if dist.is_initialized():  # the driver may get this error through the group, and then reports it
+            time.sleep(DRIVER_REPORT_SECONDS)
         raise
     control = control_group()
-    while (call := receive_command(control)) is not None:
-        if "function" in call:
-            resolve_name(call["function"])(llm, **call["arguments"])
+    while (command := receive_command(control)) is not None:
+        if "function" in command:
+            resolve_name(command["function"])(llm, **command["arguments"])
             continue
-        llm.tokenizer.stop_tokens = set(call["stop_tokens"])
-        stream = llm.stream(*call["arguments"], **call["keywords"])
+        llm.tokenizer.stop_tokens = set(command["stop_tokens"])
+        stream = llm.stream(*command["arguments"], **command["keywords"])
         try:
-            while count := allowed_increments(control):
+            while count := receive_increment_count(control):
                 if not all(next(stream, None) is not None for _ in range(count)):
                     break
         except NotFiniteError:
-            pass  # the leader has the same logits and the same error, and says it
+            pass  # the driver has the same logits, and so raises the same error
         stream.close()
-    # Not by way of the interpreter's end, which would wait for what the leader keeps of the group.
+    # A normal exit would wait for the driver to release the group.
     os._exit(0)
 
 
-def _exit_with_the_driver() -> None:
+def _exit_with_driver() -> None:
     sys.stdin.read()
     os._exit(0)
 

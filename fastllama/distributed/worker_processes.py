@@ -1,6 +1,7 @@
-"""The followers that a leader starts itself: their environment, the watch over them, and what is said when one dies.
+"""Workers that the driver starts itself: their environment, the thread that watches them, and the crash report.
 
-When a follower dies, the leader says so and ends; when the leader dies their pipes close, and the followers end.
+When a worker crashes, the driver reports it and exits. When the driver ends, the workers' stdin pipes close, and they
+exit.
 """
 
 import contextlib
@@ -25,52 +26,51 @@ WORKER_MODULE = "fastllama.distributed.worker"
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 1
-EXIT_WORKER_DIED = 2
+EXIT_WORKER_CRASHED = 2
 STDERR = 2
-TORCHS_PREFIX = r"^\[rank\d+\]: "  # of tracebacks
+TORCH_RANK_PREFIX = r"^\[rank\d+\]: "  # torch puts it before a traceback's lines
 
-exit_hooks: list[Callable[[], object]] = []  # of this process, where the death of a follower ends it
+exit_hooks: list[Callable[[], object]] = []  # called before a worker's crash ends this process
 
 
 class WorkerProcesses:
-    """The processes beside this one, by rank from 1. This one's environment says that it is the first."""
+    """Starts the workers, ranks 1 to count - 1, and sets this process's environment variables as rank 0."""
 
     def __init__(self, count: int) -> None:
-        # The meeting point is this process's own, on a port of its choosing, so that none is taken twice; and for this
-        # machine alone.
-        listening = socket.create_server((HOST, 0))
-        port = listening.getsockname()[1]
-        how: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listening.detach()}
-        self._store = dist.TCPStore(HOST, port, **how)  # type: ignore[attr-defined]
-        self._threads = torch.get_num_threads()
-        self._restore_terminal = _terminal()
+        # This process serves the store, for this machine only. Port 0 takes a free port.
+        listener = socket.create_server((HOST, 0))
+        port = listener.getsockname()[1]
+        options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+        self._store = dist.TCPStore(HOST, port, **options)  # type: ignore[attr-defined]
+        self._n_threads = torch.get_num_threads()
+        self._restore_terminal = _terminal_restorer()
         shared = {
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": HOST,
             "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # nobody else is to keep the store
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store exists already
         }
-        mine = shared | {"RANK": "0", "LOCAL_RANK": "0"}
-        self._before = {name: os.environ.get(name) for name in mine}
-        os.environ |= mine
-        if os.environ.get("OMP_NUM_THREADS") != str(self._threads):  # as many for each process as leave none waiting
-            each = max(1, threads.most() // count)
-            torch.set_num_threads(each)
-            shared["OMP_NUM_THREADS"] = str(each)
-        # What a follower says of itself goes to a file without a name, so that none is left, however this one ends.
-        self._open = contextlib.ExitStack()
-        self._logs = [self._open.enter_context(_anonymous_file()) for _ in range(1, count)]
-        self._processes = [_start(rank, shared, log) for rank, log in enumerate(self._logs, 1)]
-        self._over = threading.Event()
+        driver_variables = shared | {"RANK": "0", "LOCAL_RANK": "0"}
+        self._saved_environ = {name: os.environ.get(name) for name in driver_variables}
+        os.environ |= driver_variables
+        if os.environ.get("OMP_NUM_THREADS") != str(self._n_threads):  # else the user has set threads per process
+            n_threads_each = max(1, threads.available() // count)
+            torch.set_num_threads(n_threads_each)
+            shared["OMP_NUM_THREADS"] = str(n_threads_each)
+        # stderr of each worker. Files without a name, which never stay behind, however this process ends.
+        self._open_files = contextlib.ExitStack()
+        self._logs = [self._open_files.enter_context(_anonymous_file()) for _ in range(1, count)]
+        self._processes = [_start_worker(rank, shared, log) for rank, log in enumerate(self._logs, 1)]
+        self._exit_expected = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def expect_exit(self) -> None:
-        """From now on a follower that ends is none that died."""
-        self._over.set()
+        """Stop treating a worker's exit as a crash."""
+        self._exit_expected.set()
 
-    def end(self, seconds: float) -> None:
-        """Wait so long for followers that are dismissed, then kill; take back the cores and the environment."""
+    def stop(self, seconds: float) -> None:
+        """Wait so long for workers to exit, kill the others, and restore this process's threads and environment."""
         deadline = time.monotonic() + seconds
         for process in self._processes:
             try:
@@ -78,62 +78,62 @@ class WorkerProcesses:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._open.close()
-        torch.set_num_threads(self._threads)
-        for name, value in self._before.items():
+        self._open_files.close()
+        torch.set_num_threads(self._n_threads)
+        for name, value in self._saved_environ.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
     def _watch(self) -> None:
-        while not self._over.wait(POLL_SECONDS):
+        while not self._exit_expected.wait(POLL_SECONDS):
             for rank, process in enumerate(self._processes, 1):
-                if process.poll() is not None and not self._over.is_set():
-                    self._exit_because_of(rank, process.returncode)
+                if process.poll() is not None and not self._exit_expected.is_set():
+                    self._exit_after_crash(rank, process.returncode)
 
-    def _exit_because_of(self, rank: int, code: int) -> None:
-        """End this process, from any thread and whatever the others are waiting for, and say why."""
+    def _exit_after_crash(self, rank: int, code: int) -> None:
+        """Kill the workers, report the crash and end this process, even while its main thread waits in a collective."""
         try:
             for process in self._processes:
                 process.kill()
             os.write(STDERR, f"fastllama: error: {self._crash_report(rank, code)}\n".encode())
             self._restore_terminal()
             _flush_stdout()
-            for act in exit_hooks:
-                act()
+            for hook in exit_hooks:
+                hook()
         finally:
-            os._exit(EXIT_WORKER_DIED)
+            os._exit(EXIT_WORKER_CRASHED)
 
     def _crash_report(self, rank: int, code: int) -> str:
-        which = f"process {rank} of {len(self._processes) + 1}"
+        process = f"process {rank} of {len(self._processes) + 1}"
         if code < 0:
-            name = next((f" ({one.name})" for one in signal.Signals if one == -code), "")
-            return f"{which} was killed by signal {-code}{name}"
+            name = next((f" ({known.name})" for known in signal.Signals if known == -code), "")
+            return f"{process} was killed by signal {-code}{name}"
         log = self._logs[rank - 1]
         log.seek(0)
         lines = log.read().decode(errors="replace").strip().splitlines()
-        last = f": {re.sub(TORCHS_PREFIX, '', lines[-1])}" if lines else ""
-        return f"{which} ended with code {code}{last}"
+        last = f": {re.sub(TORCH_RANK_PREFIX, '', lines[-1])}" if lines else ""
+        return f"{process} ended with code {code}{last}"
 
 
 def _anonymous_file() -> contextlib.AbstractContextManager[IO[bytes]]:
     return tempfile.TemporaryFile()
 
 
-def _start(rank: int, shared: dict[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+def _start_worker(rank: int, shared: dict[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [sys.executable, "-m", WORKER_MODULE],
-        stdin=subprocess.PIPE,  # whose end tells it that this process has ended
+        stdin=subprocess.PIPE,  # it closes when this process ends, and the worker exits
         stdout=subprocess.DEVNULL,
         stderr=log,
         env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        start_new_session=True,  # Ctrl-C is for this process
+        start_new_session=True,  # Ctrl-C reaches only this process
     )
 
 
-def _terminal() -> Callable[[], None]:
-    """What puts the terminal back into the state that it is in now: line editing changes it while it waits."""
+def _terminal_restorer() -> Callable[[], None]:
+    """A function that restores the terminal's present settings: line editing changes them while it waits for input."""
     if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
         return lambda: None
     import termios
@@ -142,14 +142,14 @@ def _terminal() -> Callable[[], None]:
     state = termios.tcgetattr(terminal)
 
     def restore() -> None:
-        if os.tcgetpgrp(terminal) == os.getpgrp():  # it is ours: in the background it would stop us
+        if os.tcgetpgrp(terminal) == os.getpgrp():  # in the background, tcsetattr would stop this process
             termios.tcsetattr(terminal, termios.TCSANOW, state)
 
     return restore
 
 
 def _flush_stdout() -> None:
-    """What was printed, unless the reader does not take it."""
+    """Flush stdout, for at most FLUSH_SECONDS: its reader may not read."""
 
     def flush() -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -1,20 +1,21 @@
-"""Grouped-query attention of a decode step: one token a row, each over its own row of the cache, in one launch.
+"""Grouped-query attention of a decode step: one token per row, each over its own cache row, in one launch.
 
     out[b, h] = softmax(q[b, h] · k[b, h // G]ᵀ / √D) · v[b, h // G]    over the positions [0, positions[b]]
 
-Scores and softmax are float32; p is rounded to the model dtype for the product with v, whose sums are float32; the
+Scores and softmax are float32. p is rounded to the model dtype for the product with v, whose sums are float32. The
 result is rounded once. q (B, H, D), cache_k and cache_v (B, K, T, D), positions (B,) -> (B, H·D).
 
-Reads 2·K·D elements of every live position once, for 4·H·D flops: bound by memory. So the positions of all rows,
-however long each is, are dealt evenly to a number of programs that a captured graph can hold: SPLITS and one more for
-each row, times K. Each program reads the lengths on the device and finds the piece of a row that its slot has; slots
-without a piece return. A row in several pieces leaves its unnormalised sums, with their maxima, in the scratch memory,
-and whoever is last to finish one of its kv heads adds them up in order of position, so that runs repeat bit for bit.
+Reads 2·K·D elements per position once, for 4·H·D flops: bound by memory. The work is split along the keys
+(flash-decoding), so that few or unequal rows still occupy the GPU. The grid does not depend on the lengths, so a CUDA
+graph can capture it: (NUM_SPLITS + B) × K programs. A split is a range of one row's keys. Each program reads all
+lengths on the device and computes its split. A program without a split returns. A program whose row has one split
+writes the result. Otherwise it writes its partial result to scratch memory, and the last program of a row and kv head
+to finish merges the splits in order of position, so that repeated runs are equal bit for bit.
 
-All heads that share a kv head are one tile of queries; more than registers hold (64, in float32 16) are several, with
-programs of their own.
+All heads that share a kv head form one tile of queries. Where these do not fit in registers (more than 64, in float32
+more than 16), there are several tiles, each with its own programs.
 
-Splitting the keys: Dao et al., "Flash-Decoding for long-context inference", 2023.
+Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
 import torch
@@ -32,64 +33,64 @@ from fastllama.kernels.launch.dependent import (
     prefetch_bytes,
     wait_for_inputs,
 )
-from fastllama.kernels.launch.sizes import power_of_2
+from fastllama.kernels.launch.sizes import next_power_of_2
 
-FEW_ROWS, MANY_ROWS = 2, 32  # one kernel serves up to the first, another up to the second
-MIN_SPLIT_KEYS = 128  # shorter pieces cost more in merging than they gain
-MERGED_BYTES = 65536  # of partial sums that the merge holds in registers at a time
+FEW_ROWS, MANY_ROWS = 2, 32  # sizes of BLOCK_B: batches of up to 2 rows and of up to 32 rows share one kernel each
+MIN_SPLIT_KEYS = 128  # with shorter splits, merging costs more than splitting saves
+MERGE_BYTES = 65536  # of partial results that the merge holds in registers at a time
 
 
-def merged_heads(dims: AttentionDims, rows: int, slots: int, itemsize: int) -> int:
-    """Heads that the merge adds up at a time: four of D = 128 with 128 registers.
+def merge_block_heads(dims: AttentionDims, rows: int, num_splits: int, itemsize: int) -> int:
+    """Number of heads that are merged at a time: four of D = 128, which fit in 128 registers.
 
-    Half as many where float32 or the lengths of many rows, of which few are in pieces then, need registers too.
+    Half as many for float32, and for more rows than splits: the lengths of many rows need registers, too.
     """
-    merged_bytes = MERGED_BYTES // 2 if itemsize == 4 or rows > slots else MERGED_BYTES
-    return max(1, min(power_of_2(dims.tile_heads), merged_bytes // (slots * dims.block_d * 4)))
+    merge_bytes = MERGE_BYTES // 2 if itemsize == 4 or rows > num_splits else MERGE_BYTES
+    return max(1, min(next_power_of_2(dims.tile_heads), merge_bytes // (num_splits * dims.block_d * 4)))
 
 
 @triton.jit
-def _deal_slots(
+def _find_split(
     positions_ptr,
-    slot,
+    split,
     B,
     T,
-    SPLITS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
     MIN_KEYS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The piece that a slot has -> (row, length of the row, index of the piece, pieces of the row, keys of a piece).
+    """The split of a program -> (row, length of the row, index in the row, splits of the row, keys per split).
 
-    A slot without a piece gets an index that is not below the number of pieces.
+    For a program without a split the index is not below the number of splits.
     """
     row = tl.arange(0, BLOCK_B)
     position = tl.load(positions_ptr + row, mask=row < B, other=-1)
-    # A position outside the cache, which a captured graph may hold for a row that has ended, reads inside all the same.
+    # Clamp: a captured graph may hold a position outside the cache for an inactive row.
     length = tl.where(row < B, tl.minimum(tl.maximum(position + 1, 1), T), 0).to(tl.int32)
-    # Pieces of at least ⌈sum / SPLITS⌉ keys: a row has at most SPLITS of them, and all rows at most SPLITS + B.
-    share = tl.cdiv(tl.sum(length, 0), SPLITS * BLOCK_T) * BLOCK_T
-    pieces = tl.cdiv(length, tl.maximum(share, MIN_KEYS))
-    ends = tl.cumsum(pieces, 0)
-    mine = tl.sum((ends <= slot).to(tl.int32), 0)
-    row_length = tl.sum(tl.where(row == mine, length, 0), 0)
-    row_pieces = tl.sum(tl.where(row == mine, pieces, 0), 0)
-    index = slot - tl.sum(tl.where(row == mine, ends - pieces, 0), 0)
-    # Even pieces within the row, of whole tiles; there may be fewer then.
-    piece_keys = tl.cdiv(row_length, tl.maximum(row_pieces, 1) * BLOCK_T) * BLOCK_T
-    row_pieces = tl.cdiv(row_length, tl.maximum(piece_keys, 1))
-    return mine, row_length, index, row_pieces, piece_keys
+    # Splits of at least ⌈sum / NUM_SPLITS⌉ keys: at most NUM_SPLITS per row, at most NUM_SPLITS + B in all.
+    min_keys = tl.cdiv(tl.sum(length, 0), NUM_SPLITS * BLOCK_T) * BLOCK_T
+    n_splits = tl.cdiv(length, tl.maximum(min_keys, MIN_KEYS))
+    ends = tl.cumsum(n_splits, 0)
+    split_row = tl.sum((ends <= split).to(tl.int32), 0)
+    row_length = tl.sum(tl.where(row == split_row, length, 0), 0)
+    row_splits = tl.sum(tl.where(row == split_row, n_splits, 0), 0)
+    index = split - tl.sum(tl.where(row == split_row, ends - n_splits, 0), 0)
+    # Splits of equal size, in multiples of BLOCK_T. Rounding up may leave fewer of them.
+    split_keys = tl.cdiv(row_length, tl.maximum(row_splits, 1) * BLOCK_T) * BLOCK_T
+    row_splits = tl.cdiv(row_length, tl.maximum(split_keys, 1))
+    return split_row, row_length, index, row_splits, split_keys
 
 
 @triton.jit
-def _prefetch_share(cache_k_ptr, cache_v_ptr, positions_ptr, slot, head_tile, B, T, K, TILES, D, KEYS, KEY_BYTES):
-    """Bring to L2 keys and values that some program will want: KEYS of a row, which are there since earlier steps.
+def _prefetch_cache(cache_k_ptr, cache_v_ptr, positions_ptr, split, head_tile, B, T, K, TILES, D, KEYS, KEY_BYTES):
+    """Prefetch KEYS keys and values of some row to L2, before the wait. Earlier steps have written them.
 
-    Which programs those are is not known before the wait, nor how long rows are; a position that was read too early
-    brings the wrong keys, and nothing else. Slots go round the rows.
+    Lengths may change until the wait, so which program needs which keys is not known yet: programs take the rows in
+    turn. A position that is read too early prefetches the wrong keys and has no other effect.
     """
-    row, begin = slot % B, slot // B * KEYS
-    # Whatever number stands there, an address inside the cache: cut before it becomes 32 bits.
+    row, begin = split % B, split // B * KEYS
+    # Clamp before the cast to 32 bits: any value must lead to an address inside the cache.
     length = tl.minimum(tl.maximum(tl.load(positions_ptr + row), 0), T).to(tl.int32)
     n_keys = tl.minimum(tl.maximum(length - begin, 0), KEYS)
     wanted = ((n_keys > 0) & (head_tile % TILES == 0)).to(tl.int32)
@@ -99,41 +100,41 @@ def _prefetch_share(cache_k_ptr, cache_v_ptr, positions_ptr, slot, head_tile, B,
 
 
 @triton.jit
-def _merge_pieces(
-    mixed_ptr,
-    maxima_ptr,
-    totals_ptr,
+def _merge_splits(
+    acc_ptr,
+    score_max_ptr,
+    p_sum_ptr,
     out_ptr,
-    first_slot,
-    pieces,
+    first_split,
+    row_splits,
     head_tile,
     TILES: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add up a row's pieces for one tile of heads and write its G heads, BLOCK_G at a time."""
-    piece = tl.arange(0, SPLITS)
+    """Merge the splits of a row for one tile of heads and write its G heads, BLOCK_G at a time."""
+    split = tl.arange(0, NUM_SPLITS)
     group = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
     for first in tl.range(0, G, BLOCK_G, num_stages=1):
         is_head = first + group < G
-        live = (piece < pieces)[:, None] & is_head[None, :]
-        at = ((first_slot + piece).to(tl.int64) * TILES + head_tile)[:, None] * G + (first + group)[None, :]
+        live = (split < row_splits)[:, None] & is_head[None, :]
+        at = ((first_split + split).to(tl.int64) * TILES + head_tile)[:, None] * G + (first + group)[None, :]
         live_dim = (dim < D)[None, None, :]
-        mixed = tl.load(
-            mixed_ptr + at[:, :, None] * D + dim[None, None, :],
+        acc = tl.load(
+            acc_ptr + at[:, :, None] * D + dim[None, None, :],
             mask=live[:, :, None] & live_dim,
             other=0.0,
             cache_modifier=".cg",
         )
-        maxima = tl.load(maxima_ptr + at, mask=live, other=-1e30, cache_modifier=".cg")
-        totals = tl.load(totals_ptr + at, mask=live, other=0.0, cache_modifier=".cg")
-        weight = tl.exp2(maxima - tl.max(maxima, 0)[None, :])
-        total = tl.sum(totals * weight, 0)
-        out = tl.sum(mixed * weight[:, :, None], 0) / tl.where(is_head, total, 1.0)[:, None]
+        score_max = tl.load(score_max_ptr + at, mask=live, other=-1e30, cache_modifier=".cg")
+        p_sum = tl.load(p_sum_ptr + at, mask=live, other=0.0, cache_modifier=".cg")
+        weight = tl.exp2(score_max - tl.max(score_max, 0)[None, :])
+        total = tl.sum(p_sum * weight, 0)
+        out = tl.sum(acc * weight[:, :, None], 0) / tl.where(is_head, total, 1.0)[:, None]
         out_at = out_ptr + (first + group)[:, None] * D + dim[None, :]
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_head[:, None] & (dim < D)[None, :])
 
@@ -145,18 +146,18 @@ def _attention_decode_kernel(
     cache_v_ptr,
     positions_ptr,
     out_ptr,
-    mixed_ptr,
-    maxima_ptr,
-    totals_ptr,
+    acc_ptr,
+    score_max_ptr,
+    p_sum_ptr,
     counters_ptr,
     B,
     T,
     scale_log2,
     K: tl.constexpr,
-    TILES: tl.constexpr,  # tiles of heads for each kv head
-    G: tl.constexpr,  # heads of a tile: all that share the kv head, but for very many
+    TILES: tl.constexpr,  # tiles of heads per kv head
+    G: tl.constexpr,  # heads per tile: all that share the kv head, if they fit in registers
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
     MIN_KEYS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -164,17 +165,21 @@ def _attention_decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_MERGE: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    PREFETCH: tl.constexpr,  # bytes of a key
+    PREFETCH: tl.constexpr,  # bytes of a key, or 0
 ):
-    slot = tl.program_id(0)
+    split = tl.program_id(0)
     head_tile = tl.program_id(1)
     if PREFETCH > 0:
         # fmt: off
-        _prefetch_share(cache_k_ptr, cache_v_ptr, positions_ptr, slot, head_tile, B, T, K, TILES, D, MIN_KEYS, PREFETCH)
+        _prefetch_cache(cache_k_ptr, cache_v_ptr, positions_ptr, split, head_tile, B, T, K, TILES, D, MIN_KEYS,
+                        PREFETCH)
         # fmt: on
     wait_for_inputs(DEPENDENT)
-    row, length, index, pieces, piece_keys = _deal_slots(positions_ptr, slot, B, T, SPLITS, MIN_KEYS, BLOCK_B, BLOCK_T)
-    if index < pieces:
+    # fmt: off
+    row, length, index, row_splits, split_keys = _find_split(positions_ptr, split, B, T, NUM_SPLITS, MIN_KEYS, BLOCK_B,
+                                                             BLOCK_T)
+    # fmt: on
+    if index < row_splits:
         group = tl.arange(0, BLOCK_G)
         dim = tl.arange(0, BLOCK_D)
         live = (group < G)[:, None] & (dim < D)[None, :]
@@ -182,9 +187,9 @@ def _attention_decode_kernel(
         tile = group[:, None] * D + dim[None, :]
         q = tl.load(q_ptr + row_tile * (G * D) + tile, mask=live, other=0.0)
         cache_at = (row.to(tl.int64) * K + head_tile // TILES) * T * D
-        begin = index * piece_keys
-        end = tl.minimum(begin + piece_keys, length)
-        maximum, total, mixed = attend(
+        begin = index * split_keys
+        end = tl.minimum(begin + split_keys, length)
+        score_max, p_sum, acc = attend(
             q,
             cache_k_ptr + cache_at,
             cache_v_ptr + cache_at,
@@ -200,32 +205,32 @@ def _attention_decode_kernel(
             BLOCK_D,
             True,
         )
-        if pieces == 1:
-            out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
+        if row_splits == 1:
+            out = (acc / p_sum[:, None]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + row_tile * (G * D) + tile, out, mask=live)
         else:
-            at = (slot.to(tl.int64) * (K * TILES) + head_tile) * G
-            tl.store(mixed_ptr + at * D + tile, mixed, mask=live)
-            tl.store(maxima_ptr + at + group, maximum, mask=group < G)
-            tl.store(totals_ptr + at + group, total, mask=group < G)
-            tl.debug_barrier()  # all threads' stores before the one thread's atomic
+            at = (split.to(tl.int64) * (K * TILES) + head_tile) * G
+            tl.store(acc_ptr + at * D + tile, acc, mask=live)
+            tl.store(score_max_ptr + at + group, score_max, mask=group < G)
+            tl.store(p_sum_ptr + at + group, p_sum, mask=group < G)
+            tl.debug_barrier()  # all threads must have stored before one thread adds to the counter
             done = tl.atomic_add(counters_ptr + row_tile, 1, sem="acq_rel", scope="gpu")
-            if done == pieces - 1:
+            if done == row_splits - 1:
                 tl.store(counters_ptr + row_tile, 0)
                 # fmt: off
-                _merge_pieces(mixed_ptr, maxima_ptr, totals_ptr, out_ptr + row_tile * (G * D), slot - index, pieces,
-                              head_tile, K * TILES, G, D, SPLITS, BLOCK_MERGE, BLOCK_D)
+                _merge_splits(acc_ptr, score_max_ptr, p_sum_ptr, out_ptr + row_tile * (G * D), split - index,
+                              row_splits, head_tile, K * TILES, G, D, NUM_SPLITS, BLOCK_MERGE, BLOCK_D)
                 # fmt: on
 
 
 def attention_decode(
     q: Tensor, cache_k: Tensor, cache_v: Tensor, positions: Tensor, scratch: AttentionScratch, pairs: int = 1
 ) -> Tensor:
-    """Attention of one token a row: q (B, H, D), one layer's cache_k and cache_v (rows, K, T, D) -> (B, H·D).
+    """Attention of one token per row: q (B, H, D), one layer's cache_k and cache_v (rows, K, T, D) -> (B, H·D).
 
-    Token i is row i's, at positions (B,) int64, of which every one attends to the cache up to itself. What the cache
-    holds past it has no influence, whatever it is. pairs: as `stream_launch` has it. Raises ValueError for tensors that
-    do not belong together, and for a scratch of other heads or fewer rows.
+    Token i belongs to cache row i and attends to positions [0, positions[i]], positions (B,) int64. What the cache
+    holds beyond has no influence, not even NaN. pairs: see `stream_launch`. Raises ValueError where tensors do not
+    match, and for a scratch of other heads or fewer rows.
     """
     dims = AttentionDims.of(q, cache_k, cache_v)
     rows, length = q.shape[0], cache_k.shape[2]
@@ -237,15 +242,15 @@ def attention_decode(
     if rows == 0:
         return out
     launch = stream_launch(dims.block_heads, dims.block_d * q.itemsize, q.itemsize, pairs)
-    _attention_decode_kernel[(scratch.slots + rows, dims.n_kv_heads * dims.tiles)](
+    _attention_decode_kernel[(scratch.num_splits + rows, dims.n_kv_heads * dims.tiles)](
         q,
         cache_k,
         cache_v,
         positions,
         out,
-        scratch.mixed,
-        scratch.maxima,
-        scratch.totals,
+        scratch.acc,
+        scratch.score_max,
+        scratch.p_sum,
         scratch.counters,
         rows,
         length,
@@ -254,13 +259,13 @@ def attention_decode(
         TILES=dims.tiles,
         G=dims.tile_heads,
         D=dims.head_dim,
-        SPLITS=scratch.slots,
+        NUM_SPLITS=scratch.num_splits,
         MIN_KEYS=MIN_SPLIT_KEYS,
-        BLOCK_B=FEW_ROWS if rows <= FEW_ROWS else max(MANY_ROWS, power_of_2(rows)),
+        BLOCK_B=FEW_ROWS if rows <= FEW_ROWS else max(MANY_ROWS, next_power_of_2(rows)),
         BLOCK_G=launch.rows,
         BLOCK_T=launch.keys,
         BLOCK_D=dims.block_d,
-        BLOCK_MERGE=merged_heads(dims, rows, scratch.slots, q.itemsize),
+        BLOCK_MERGE=merge_block_heads(dims, rows, scratch.num_splits, q.itemsize),
         PREFETCH=prefetch_bytes(dims.head_dim * q.itemsize, PREFETCH_BYTES // MIN_SPLIT_KEYS),
         num_warps=launch.warps,
         num_stages=launch.stages,

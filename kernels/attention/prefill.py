@@ -1,19 +1,19 @@
-"""Causal grouped-query attention of a ragged batch: any number of tokens of any rows, over their rows' caches.
+"""Causal grouped-query attention of a ragged batch: any number of tokens per row, each over its row's cache.
 
     out[n, h] = softmax(q[n, h] · k[row, h // G]ᵀ / √D) · v[row, h // G]    over the positions [0, positions[n]]
 
-Scores and softmax are float32; p is rounded to the model dtype for the product with v, whose sums are float32; the
-result is rounded once. q (N, H, D), cache_k and cache_v (B, K, T, D) -> (N, H·D). The tokens' own keys and values
-stand in the cache already, after whatever earlier calls put there: the first chunk of a prompt, a later one and a
-continuation are the same thing.
+Scores and softmax are float32. p is rounded to the model dtype for the product with v, whose sums are float32. The
+result is rounded once. q (N, H, D), cache_k and cache_v (B, K, T, D) -> (N, H·D). The cache already holds the tokens'
+own keys and values, after those of earlier calls. So the first chunk of a prompt, a later chunk and a continuation are
+the same case.
 
-A program has a block of tokens of one row and one kv head. Its tile of queries has G rows for a token, one for each
-head that shares the kv head, so that keys and values are read once for all of them. It walks over the keys below its
-first token without a mask, then over those among its tokens with one; no matrix of N × T is ever in memory. That is
-4·H·D flops and, read from L2 for the most part, 2·K·D elements for each of (tokens / block) · T positions: bound by the
-matrix units from a hundred tokens on.
+A program serves a block of tokens of one row and one kv head. Its tile of queries has G rows per token, one for each
+head that shares the kv head, so that keys and values are read once for all of them. It first loops over the keys before
+its first token without a mask, then over the keys of its own tokens with a mask. No N × T matrix is stored. This takes
+4·H·D flops per pair of token and position, and reads 2·K·D elements for each of (tokens / block) · T positions, mostly
+from L2: bound by the matrix units from a hundred tokens on.
 
-The walk over tiles of keys is FlashAttention's: Dao et al., "FlashAttention", 2022, and "FlashAttention-2", 2023.
+The loop is FlashAttention's: Dao et al., "FlashAttention", 2022, and "FlashAttention-2", 2023.
 """
 
 import torch
@@ -27,9 +27,9 @@ from fastllama.kernels.launch.checks import check_tensor
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, current_target
 
 WARPS = 8
-# Rows of queries, keys and stages, by the matrix unit and the bytes of a key. The tiles of a Hopper or Blackwell read
-# queries from shared memory, of which three stages fill half; the others hold them in registers, of which the sums of
-# p · v take a quarter to a half, and fewer rows or keys keep them from spilling. gfx942 has 64 KB of shared memory.
+# (rows of queries, keys, stages) by matrix unit and bytes per key. wgmma (Hopper, Blackwell) reads queries from shared
+# memory; three stages use half of it. The others hold queries in registers, of which the accumulator takes a quarter
+# to a half; fewer rows or keys avoid spills. gfx942 has 64 KB of shared memory.
 TILES = {
     "wgmma": {128: (128, 128, 3), 256: (128, 64, 3), 512: (128, 32, 3)},
     "mma": {128: (128, 64, 3), 256: (128, 64, 2), 512: (64, 32, 2)},
@@ -40,7 +40,7 @@ TILES = {
 def choose_launch(longest: int, dims: AttentionDims, itemsize: int) -> Launch:
     """Tiles for segments of at most `longest` tokens."""
     few, row_bytes = dims.block_heads, dims.block_d * itemsize
-    # float32 has no matrix unit on NVIDIA, and a thread holds the factors of all its scores: few rows are all it takes.
+    # float32 has no matrix unit on NVIDIA GPUs: each thread holds the factors of its scores, so tiles have few rows.
     if longest * dims.tile_heads <= few or itemsize == 4:
         return stream_launch(few, row_bytes, itemsize)
     target = current_target()
@@ -61,8 +61,8 @@ def _attention_prefill_kernel(
     T,
     scale_log2,
     K: tl.constexpr,
-    TILES: tl.constexpr,  # tiles of heads for each kv head
-    G: tl.constexpr,  # heads of a tile: all that share the kv head, but for very many
+    TILES: tl.constexpr,  # tiles of heads per kv head
+    G: tl.constexpr,  # heads per tile: all that share the kv head, if they fit in registers
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -70,7 +70,7 @@ def _attention_prefill_kernel(
     BLOCK_D: tl.constexpr,
     FEW: tl.constexpr,
 ):
-    # The heads of a block are neighbours, so that the blocks with most keys start first, whatever K is.
+    # Heads vary fastest, so that the blocks with most keys start first for any K.
     block = tl.program_id(0) // (K * TILES)
     head_tile = tl.program_id(0) % (K * TILES)
     first_token = tl.load(blocks_ptr + block * 3)
@@ -80,7 +80,7 @@ def _attention_prefill_kernel(
     row = tl.arange(0, BLOCK_R)
     dim = tl.arange(0, BLOCK_D)
     live_dim = (dim < D)[None, :]
-    # Rows past the last token compute it once more, so that every row has a key to see; they are not stored.
+    # Rows past the last token repeat it, so that every row has at least one key. They are not stored.
     token = tl.minimum(first_token + row // G, last_token)
     live = (row < BLOCK_N * G) & (first_token + row // G <= last_token)
     tile = ((token.to(tl.int64) * (K * TILES) + head_tile) * G + row % G)[:, None] * D + dim[None, :]
@@ -92,27 +92,27 @@ def _attention_prefill_kernel(
     cache_at = (cache_row.to(tl.int64) * K + head_tile // TILES) * T * D
     k_ptr = cache_k_ptr + cache_at
     v_ptr = cache_v_ptr + cache_at
-    maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    score_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    p_sum = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     # fmt: off
-    seen_by_all = 0
-    if not FEW:  # with few rows the walk is bound by memory, and a mask costs less than a second loop
-        seen_by_all = (lowest + 1) // BLOCK_T * BLOCK_T
-        maximum, total, mixed = attend(q, k_ptr, v_ptr, 0, seen_by_all, position, scale_log2, maximum, total, mixed,
+    unmasked_end = 0
+    if not FEW:  # with few rows, memory is the limit and a mask costs less than a second loop
+        unmasked_end = (lowest + 1) // BLOCK_T * BLOCK_T
+        score_max, p_sum, acc = attend(q, k_ptr, v_ptr, 0, unmasked_end, position, scale_log2, score_max, p_sum, acc,
                                        D, BLOCK_T, BLOCK_D, False)
-    maximum, total, mixed = attend(q, k_ptr, v_ptr, seen_by_all, highest + 1, position, scale_log2, maximum, total,
-                                   mixed, D, BLOCK_T, BLOCK_D, True)
+    score_max, p_sum, acc = attend(q, k_ptr, v_ptr, unmasked_end, highest + 1, position, scale_log2, score_max, p_sum,
+                                   acc, D, BLOCK_T, BLOCK_D, True)
     # fmt: on
-    out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
+    out = (acc / p_sum[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + tile, out, mask=live[:, None] & live_dim)
 
 
 def attention_prefill(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """Causal attention of a batch's tokens: q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D).
 
-    Each token attends to its row's cache up to its own position. What the cache holds past a row's last token has no
-    influence, whatever it is. Raises ValueError for tensors that do not belong together.
+    Each token attends to its row's cache up to its own position. What the cache holds after a row's last token has no
+    influence, not even NaN. Raises ValueError where tensors do not match.
     """
     dims = AttentionDims.of(q, cache_k, cache_v)
     n_tokens = q.shape[0]
@@ -151,7 +151,7 @@ def attention_prefill(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged
 
 
 def _check_segments(batch: RaggedBatch, n_tokens: int, n_rows: int) -> None:
-    """ValueError unless the segments are the batch's tokens, one after the other, in rows that the cache has."""
+    """Raise ValueError unless the segments cover the tokens in order, in rows that the cache has."""
     begin = 0
     for segment in batch.segments:
         if segment.begin != begin or segment.end < begin or not 0 <= segment.row < n_rows:

@@ -1,4 +1,4 @@
-"""The memory in which the programs of decode attention hand over to each other."""
+"""Scratch memory of decode attention: the partial results of splits."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 from fastllama.kernels.attention.tile import AttentionDims
 
-SPLITS = 32  # with the 8 kv heads of every Llama 3: 256 programs, two for each multiprocessor of the largest GPUs
+NUM_SPLITS = 32  # with Llama 3's 8 kv heads: 256 programs, two per multiprocessor of the largest GPUs
 
 
 @dataclass(frozen=True)
 class AttentionScratch:
-    """What the programs of a row in several pieces hand to the last of them, for up to max_rows rows."""
+    """Partial results of rows in several splits, for up to max_rows rows."""
 
-    mixed: Tensor  # (slots + max_rows, K, G, D) float32: sums of p · v
-    maxima: Tensor  # (slots + max_rows, K, G) float32: of the scores, in powers of two
-    totals: Tensor  # (slots + max_rows, K, G) float32: sums of p
-    counters: Tensor  # (max_rows, H) int32: pieces done, one for each tile of heads; zero between calls
+    acc: Tensor  # (num_splits + max_rows, K, G, D) float32: sums of p · v, not normalized
+    score_max: Tensor  # (num_splits + max_rows, K, G) float32: largest score, times log2(e)
+    p_sum: Tensor  # (num_splits + max_rows, K, G) float32: sums of p
+    counters: Tensor  # (max_rows, H) int32: finished splits of a row, per tile of heads; zero between calls
 
     @classmethod
     def of(
@@ -27,10 +27,10 @@ class AttentionScratch:
         n_heads: int,
         head_dim: int,
         device: torch.device,
-        slots: int | None = None,
+        num_splits: int | None = None,
     ) -> "AttentionScratch":
-        """Scratch memory for decode steps of up to max_rows rows. slots: a power of two, in place of SPLITS."""
-        shape = ((slots or SPLITS) + max_rows, n_kv_heads, n_heads // n_kv_heads)
+        """Scratch memory for decode steps of up to max_rows rows. num_splits: a power of two, default NUM_SPLITS."""
+        shape = ((num_splits or NUM_SPLITS) + max_rows, n_kv_heads, n_heads // n_kv_heads)
         return cls(
             torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
             torch.empty(*shape, dtype=torch.float32, device=device),
@@ -39,22 +39,22 @@ class AttentionScratch:
         )
 
     @property
-    def slots(self) -> int:
-        """To which all rows' pieces are dealt, besides one for each row."""
-        return self.mixed.shape[0] - self.counters.shape[0]
+    def num_splits(self) -> int:
+        """The most splits of one row. All rows together have at most num_splits + rows."""
+        return self.acc.shape[0] - self.counters.shape[0]
 
     def reset(self) -> None:
-        """Zero the counters, which a call that was broken off leaves behind."""
+        """Zero the counters. They may be nonzero after an interrupted call."""
         self.counters.zero_()
 
     def check(self, n_rows: int, dims: AttentionDims, device: torch.device) -> None:
-        """ValueError unless this is on the device, of the same heads, and for as many rows."""
+        """Raise ValueError unless the scratch has this device, these heads and at least n_rows rows."""
         heads = (dims.n_kv_heads, dims.groups, dims.head_dim)
-        if tuple(self.mixed.shape[1:]) != heads or self.counters.shape[0] < n_rows:
-            got = (self.counters.shape[0], *self.mixed.shape[1:])
+        if tuple(self.acc.shape[1:]) != heads or self.counters.shape[0] < n_rows:
+            got = (self.counters.shape[0], *self.acc.shape[1:])
             raise ValueError(
                 f"scratch must be for at least {n_rows} rows and (K, G, D) = {heads}, got one for {got[0]} rows and "
                 f"{got[1:]}: make it with AttentionScratch.of"
             )
-        if self.mixed.device != device:
-            raise ValueError(f"scratch must be on {device}, got {self.mixed.device}: make it there")
+        if self.acc.device != device:
+            raise ValueError(f"scratch must be on {device}, got {self.acc.device}: make it there")

@@ -1,11 +1,10 @@
-"""The embedding: rows of the table by token id.
+"""The embedding: rows of a table by token id.
 
     h[n] = table[clamp(tokens[n], 0, V - 1)]
-    h[n] = table[tokens[n] - begin], 0 where there is no such row        of a table that is a slice of the vocabulary
+    h[n] = table[tokens[n] - begin], or 0 where there is no such row       if the table is a slice of the vocabulary
 
-tokens (N,) int64; table (V, E); h (N, E). Moves 2·N·E elements. An id outside the vocabulary reads the first or the
-last row (of a slice zeros), never what lies outside the table: a wrong id must not take the process down; the caller's
-check names it.
+tokens (N,) int64, table (V, E), h (N, E). Moves 2·N·E elements. An id outside the vocabulary reads the first or last
+row (in a slice: zeros), so that a wrong id cannot crash the process. The caller checks ids and reports them.
 """
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastllama.kernels.elementwise.rms_norm import warps_for
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
 from fastllama.kernels.launch.dependent import dependent_launch, wait_for_inputs
-from fastllama.kernels.launch.sizes import power_of_2
+from fastllama.kernels.launch.sizes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["tokens_ptr"])
@@ -45,16 +44,17 @@ def _embed_kernel(
 
 
 def embed(table: Tensor, tokens: Tensor, begin: int | None = None) -> Tensor:
-    """Gather: table (V, E), tokens (N,) int64 -> h (N, E). begin: the table is a slice of the vocabulary, from this id.
+    """Gather rows: table (V, E), tokens (N,) int64 -> h (N, E). begin: the table is a slice of the vocabulary from this
+    id on.
 
-    Raises ValueError for tensors that do not belong together.
+    Raises ValueError where tensors do not match.
     """
     check_model_dtype("table", table)
     check_tensor("table", table, ("V", "E"), table.dtype, table.device)
     check_tensor("tokens", tokens, ("N",), torch.int64, table.device)
     n_tokens, (n_rows, width) = tokens.shape[0], table.shape
     h = torch.empty(n_tokens, width, dtype=table.dtype, device=table.device)
-    block = power_of_2(width)
+    block = next_power_of_2(width)
     if n_tokens:
         _embed_kernel[(n_tokens,)](
             tokens,

@@ -1,9 +1,9 @@
 """RMSNorm of many tokens (Zhang and Sennrich, 2019, as Llama rounds it).
 
-    y = round(x / sqrt(mean(x²) + eps)) · weight          statistics in float32, rounded before the weight, as Meta does
+    y = round(x / sqrt(mean(x²) + eps)) · weight          float32 statistics, rounded before the weight, as by Meta
 
-x, y (N, E); weight (E,). Moves 2·N·E elements for about 4·N·E flops: bound by memory. A program has a row to itself and
-holds it in registers, so that it is read once.
+x, y (N, E), weight (E,). Moves 2·N·E elements for about 4·N·E flops: bound by memory. Each program holds one row in
+registers, so that it is read once.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
-from fastllama.kernels.launch.sizes import power_of_2
+from fastllama.kernels.launch.sizes import next_power_of_2
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD
 
 MAX_WIDTH = 65536
@@ -33,9 +33,9 @@ def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, eps, E: tl.constexpr, BLOCK_E: tl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise rows: x (N, E), weight (E,) -> (N, E).
+    """Normalize rows: x (N, E), weight (E,) -> (N, E).
 
-    Raises ValueError for tensors that do not belong together and for rows of more than 65,536.
+    Raises ValueError where tensors do not match, and for rows of more than 65,536 elements.
     """
     check_model_dtype("x", x)
     check_tensor("x", x, ("N", "E"), x.dtype, x.device)
@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"rms_norm takes rows of up to {MAX_WIDTH} elements, got {width}")
     check_tensor("weight", weight, (width,), x.dtype, x.device)
     y = torch.empty_like(x)
-    block = power_of_2(width)
+    block = next_power_of_2(width)
     if n_tokens:
         _rms_norm_kernel[(n_tokens,)](
             x, weight, y, eps, E=width, BLOCK_E=block, num_warps=warps_for(block), **FUSED_MULTIPLY_ADD
@@ -53,5 +53,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def warps_for(block: int) -> int:
-    """Warps for a program that holds a row of `block` elements, a power of two, in registers."""
+    """Warps of a program that holds a row of `block` elements, a power of two, in registers."""
     return min(max(block // (ELEMENTS_PER_THREAD * THREADS_PER_WARP), 1), MAX_WARPS)

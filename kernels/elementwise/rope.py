@@ -1,13 +1,13 @@
-"""Rotary embedding and cache append of many tokens, after their projection by the library (Su et al., 2021).
+"""Rotary embedding and cache append of many tokens, after the library's qkv projection (Su et al., 2021).
 
-    q[n, h]                     = turn(heads[n, h])            H query heads
-    cache_k[row, k, position]   = turn(heads[n, H + k])        K key heads
+    q[n, h]                     = rotate(heads[n, h])          H query heads
+    cache_k[row, k, position]   = rotate(heads[n, H + k])      K key heads
     cache_v[row, k, position]   = heads[n, H + K + k]          K value heads
-    turn: (a, b) → (a·cos − b·sin, a·sin + b·cos) for the interleaved pairs 2i, 2i + 1, in float32, rounded to the model
-    dtype; cos and sin from the table's row at the token's position, which holds plain or scaled rope alike
+    rotate: (a, b) → (a·cos − b·sin, a·sin + b·cos) for the interleaved pairs 2i, 2i + 1, in float32, rounded to the
+    model dtype; cos and sin are the table's at the token's position, for plain and scaled rope alike
 
-heads (N, H + 2K, D). Reads and writes N·(H + 2K)·D elements and reads N·D float32 angles: bound by memory. A program
-takes a token's heads a few at a time.
+heads (N, H + 2K, D). Reads and writes N·(H + 2K)·D elements and reads N·D float32 values of cos and sin: bound by
+memory. Each program rotates a few heads of one token.
 """
 
 from typing import NamedTuple
@@ -22,11 +22,11 @@ from fastllama.kernels.launch.checks import check_head_dim, check_model_dtype, c
 from fastllama.kernels.launch.sizes import ceil_div
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD
 
-BLOCK_PAIRS = 512  # of one token: 1024 elements, eight for each of 128 threads: one 16-byte load
+BLOCK_PAIRS = 512  # of one token: 1024 elements, eight (a 16-byte load) per thread of 128
 
 
-class Append(NamedTuple):
-    """Where the heads of a query/key/value projection go, besides q. rows must be the cache's."""
+class CacheTarget(NamedTuple):
+    """Where a qkv projection writes its keys and values. rows must exist in the cache."""
 
     cache_k: Tensor  # (B, K, T, D) in the model dtype
     cache_v: Tensor
@@ -35,12 +35,12 @@ class Append(NamedTuple):
     rows: Tensor  # (N,) int64
 
     @classmethod
-    def to(cls, cache_k: Tensor, cache_v: Tensor, rope: Tensor, batch: RaggedBatch) -> "Append":
-        """To the cache, at each of a batch's tokens' row and position."""
+    def of(cls, cache_k: Tensor, cache_v: Tensor, rope: Tensor, batch: RaggedBatch) -> "CacheTarget":
+        """The cache at each batch token's row and position."""
         return cls(cache_k, cache_v, rope, batch.positions, batch.rows)
 
     def query_heads(self, n_tokens: int, out_features: int, dtype: torch.dtype, device: torch.device) -> int:
-        """H of a projection to out_features. ValueError for tensors that do not belong together."""
+        """H of a projection to out_features. Raises ValueError where tensors do not match."""
         check_tensor("cache_k", self.cache_k, ("B", "K", "T", "D"), dtype, device)
         _, n_kv_heads, length, head_dim = self.cache_k.shape
         check_head_dim(head_dim)
@@ -60,8 +60,8 @@ class Append(NamedTuple):
 
 
 @triton.jit
-def turn(even, odd, cos, sin):
-    """Pairs of a head's elements turned by their angles, in float32, rounded to the model dtype."""
+def rotate(even, odd, cos, sin):
+    """Rotate pairs of a head's elements by their angles, in float32, rounded to the model dtype."""
     a, b = even.to(tl.float32), odd.to(tl.float32)
     return (a * cos - b * sin).to(even.dtype), (a * sin + b * cos).to(even.dtype)
 
@@ -91,13 +91,13 @@ def _rope_append_kernel(
 
     pairs = tl.program_id(1) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     angle_at = rope_ptr + position * D + 2 * (pairs % (D // 2))
-    # A position outside the cache, which a captured graph may hold for a row that has ended, is written nowhere.
+    # A captured graph may hold a position outside the cache for an inactive row: write nothing for it.
     inside = (position >= 0) & (position < T)
     turned = inside & (pairs < (H + K) * (D // 2))
     cos = tl.load(angle_at, mask=turned, other=1.0)
     sin = tl.load(angle_at + 1, mask=turned, other=0.0)
     even, odd = tl.split(tl.reshape(values, (BLOCK_PAIRS, 2)))
-    first, second = turn(even, odd, cos, sin)
+    first, second = rotate(even, odd, cos, sin)
     values = tl.reshape(tl.join(first, second), (2 * BLOCK_PAIRS,))
 
     head, dim = elements // D, elements % D
@@ -109,23 +109,23 @@ def _rope_append_kernel(
 
 
 def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
-    """Turn queries and keys and append keys and values to the cache.
+    """Rotate queries and keys, and append keys and values to the cache.
 
-    heads (N, (H + 2K)·D), rope (T, D/2, 2) float32, one layer's cache_k and cache_v (B, K, T, D) -> q (N, H, D).
-    Raises ValueError for tensors that do not belong together.
+    heads (N, (H + 2K)·D), rope (T, D/2, 2) float32, one layer's cache_k and cache_v (B, K, T, D) -> q (N, H, D). Raises
+    ValueError where tensors do not match.
     """
     check_model_dtype("heads", heads)
     check_tensor("heads", heads, ("N", "(H + 2K)·D"), heads.dtype, heads.device)
-    append = Append.to(cache_k, cache_v, rope, batch)
+    target = CacheTarget.of(cache_k, cache_v, rope, batch)
     n_tokens, width = heads.shape
-    n_heads = append.query_heads(n_tokens, width, heads.dtype, heads.device)
+    n_heads = target.query_heads(n_tokens, width, heads.dtype, heads.device)
     _, n_kv_heads, length, head_dim = cache_k.shape
     q = torch.empty(n_tokens, n_heads, head_dim, dtype=heads.dtype, device=heads.device)
     if n_tokens:
         _rope_append_kernel[(n_tokens, ceil_div(width // 2, BLOCK_PAIRS))](
             heads,
             q,
-            *append,
+            *target,
             length,
             H=n_heads,
             K=n_kv_heads,

@@ -1,4 +1,4 @@
-"""SwiGLU of many tokens, after their projection by the library (Shazeer, 2020, as Llama rounds it).
+"""SwiGLU of many tokens, after the library's projection (Shazeer, 2020, as Llama rounds it).
 
     y[n, f] = round(SiLU(x[n, f])) · x[n, F + f]          SiLU in float32
 
@@ -14,12 +14,12 @@ from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
 from fastllama.kernels.launch.sizes import ceil_div
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD
 
-BLOCK_F = 1024  # eight elements for each of 128 threads: one 16-byte load of each part
+BLOCK_F = 1024  # eight elements (a 16-byte load) of each part per thread of 128
 
 
 @triton.jit
 def silu_times(gate, up):
-    """SiLU(gate) · up, rounded to the model dtype after each."""
+    """SiLU(gate) · up; both results are rounded to the model dtype."""
     x = gate.to(tl.float32)
     return (x / (1.0 + tl.exp(-x))).to(gate.dtype) * up
 
@@ -35,7 +35,7 @@ def _silu_mul_kernel(x_ptr, y_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr):
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """SiLU(gate)·up: gate_up (N, 2F) -> (N, F). Raises ValueError for an odd width or strides of its own."""
+    """SiLU(gate) · up: gate_up (N, 2F) -> (N, F). Raises ValueError for an odd width and for strided input."""
     check_model_dtype("gate_up", gate_up)
     check_tensor("gate_up", gate_up, ("N", "2·F"), gate_up.dtype, gate_up.device)
     n_tokens, width = gate_up.shape

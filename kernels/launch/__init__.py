@@ -1,6 +1,6 @@
-"""What every kernel launch shares.
+"""What all kernel launches share.
 
-`target.py` describes the GPU, `options.py` what a caller may switch off, `dependent.py` programmatic dependent launch,
-`checks.py` what a wrapper requires of its tensors, `sizes.py` the arithmetic of grids. `interpreter.py` repairs
-triton's interpreter, which runs the kernels where there is no GPU.
+`target.py` describes the GPU, `options.py` holds the options that a caller may override, `dependent.py` implements
+programmatic dependent launch, `checks.py` checks the tensors of a call, `sizes.py` computes grid sizes.
+`interpreter.py` fixes Triton's interpreter, which runs the kernels without a GPU.
 """

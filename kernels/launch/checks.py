@@ -1,4 +1,4 @@
-"""What a kernel's wrapper requires of its tensors, checked before anything is launched."""
+"""Checks of the tensors that a kernel's wrapper receives, made before the launch."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ MAX_HEAD_DIM = 256
 
 
 def check_model_dtype(name: str, tensor: Tensor) -> None:
-    """ValueError unless a tensor has one of the model dtypes."""
+    """Raise ValueError unless a tensor has one of the model dtypes."""
     if tensor.dtype not in MODEL_DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}: convert the model")
 
 
 def check_head_dim(head_dim: int) -> None:
-    """ValueError for a head dim that the kernels have no tiles for."""
+    """Raise ValueError for a head dim that the kernels do not support."""
     if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
             f"the fused kernels take even head dims up to {MAX_HEAD_DIM}, got {head_dim}: build with "
@@ -25,7 +25,7 @@ def check_head_dim(head_dim: int) -> None:
 def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """ValueError unless a tensor is contiguous and of this shape (a letter stands for any size), dtype and device."""
+    """Raise ValueError unless a tensor is contiguous and has this shape (strings match any size), dtype, device."""
     sizes = tensor.shape
     fits = len(sizes) == len(shape)
     if fits and sizes != shape:

@@ -1,22 +1,23 @@
-"""Programmatic dependent launch: a kernel begins while the one before it ends, and waits where it must.
+"""Programmatic dependent launch: a kernel starts while the previous one still runs, and waits before it reads its
+inputs.
 
-At a boundary between two kernels a GPU idles: the last programs of one end, the next is launched, its first loads are
-on their way. From compute capability 9.0 on, a kernel may be launched as dependent on the one before: its programs
-begin as soon as there is room for them, do what needs nothing of that one, wait until it has completed and its results
-are visible, and go on. What needs nothing of it is most of the work here: the weights are immutable. A program requests
-the weights that it holds in registers, and has those that others will want brought to L2, before it waits.
+Between two kernels a GPU idles: the last programs of one finish, the next is launched, its first loads are in flight.
+From compute capability 9.0 on, a kernel may be launched as dependent on the previous one. Its programs start as soon as
+resources are free, do work that does not need the previous kernel, wait until that kernel has completed and its results
+are visible, and continue. Most of the work here does not need it, because weights are immutable. Before it waits, a
+program loads the weights that it holds in registers, and prefetches to L2 those that other programs will read.
 
 The rule that makes this safe: every program of such a kernel waits exactly once, before any branch, loop or return.
-Before that it only loads immutable weights and prefetches; every read of what another kernel writes, and every write,
-comes after. What lets the next kernel begin follows soon, behind loads at the most. Then at the wait not only the
-kernel before is complete, but everything earlier in the stream: it waited, too. So buffers can be used again and again,
-and a kernel that is launched as usual, torch's own, may stand anywhere in between. So may a collective's: it is
-complete at the wait, or, where it has a stream of its own, before the launch, by the event that the stream waits for.
-`benchmarks/kernels_report/dependence.py` proves the rule from the compiler's IR. Weights that a launch changes must
-have a launch that only waits, `embed` in the model, between it and whoever reads them.
+Before the wait it only loads immutable weights and prefetches. Every read of data that another kernel writes, and every
+write, comes after. The trigger that lets the next kernel start follows the wait, with nothing but loads between. So at
+the wait everything earlier in the stream is complete, because the previous kernel waited, too. Buffers can therefore be
+reused, and ordinary kernels, such as torch's, may come in between. So may a collective's: it is complete at the wait,
+or, if it runs on another stream, before the launch, by the event that this stream waits for. If a launch changes
+weights, a launch that only waits (in the model: `embed`) must come before the next kernel that reads them.
+`benchmarks/kernels_report/dependence.py` proves the rule from the compiler's IR.
 
-A prefetch may be steered by a number that is not final, as long as every value of it leads to an address inside the
-tensor: a prefetch changes nothing that can be seen.
+A prefetch address may depend on a value that may still change, if every value leads to an address inside the tensor: a
+prefetch has no visible effect.
 
 NVIDIA, CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol` and
 `cp.async.bulk.prefetch`.
@@ -26,65 +27,66 @@ import triton
 import triton.language as tl
 
 from fastllama.kernels.launch.interpreter import interpreting
-from fastllama.kernels.launch.options import switches
+from fastllama.kernels.launch.options import launch_options
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, current_target
 
 MIN_ARCH = 90  # compute capability times ten
-PREFETCH_BYTES = 131072  # a multiprocessor: what memory delivers in the few microseconds of a wait
-ALIGNMENT = 16  # bytes of a prefetch's address and size
+PREFETCH_BYTES = 131072  # per multiprocessor: what memory delivers during the few microseconds of a wait
+ALIGNMENT = 16  # in bytes, of a prefetch's address and size
 
 
 def is_dependent() -> bool:
-    """Whether kernels are launched as dependent on the one before."""
-    if interpreting() or not switches().launch:
+    """True if kernels are launched as dependent on the previous one, with the current device and options."""
+    if interpreting() or not launch_options().dependent:
         return False
     target = current_target()
     return target.backend == "cuda" and int(target.arch) >= MIN_ARCH
 
 
 def dependent_launch() -> dict[str, bool]:
-    """A launch's keywords: triton's own, where the target knows it, and the kernel's DEPENDENT."""
+    """Keyword arguments of a launch: Triton's `launch_pdl` where it applies, and the kernel's DEPENDENT."""
     if is_dependent():
         return FUSED_MULTIPLY_ADD | {"DEPENDENT": True, "launch_pdl": True}
     return FUSED_MULTIPLY_ADD | {"DEPENDENT": False}
 
 
-def prefetch_bytes(row_bytes: int, most: int, rows: int = 1) -> int:
-    """How much of a block of rows of row_bytes each a program brings to L2 before it waits: up to `most` bytes.
+def prefetch_bytes(row_bytes: int, max_bytes: int, rows: int = 1) -> int:
+    """How many bytes of a block of rows a program prefetches to L2 before it waits: at most max_bytes.
 
-    0 for nothing: where launches do not depend, or rows begin where a prefetch cannot.
+    0, for no prefetch, without dependent launch, and where row_bytes is not a multiple of the alignment.
     """
-    if not (is_dependent() and switches().prefetch) or row_bytes % ALIGNMENT:
+    if not (is_dependent() and launch_options().prefetch) or row_bytes % ALIGNMENT:
         return 0
-    return min(rows * row_bytes, most // ALIGNMENT * ALIGNMENT)
+    return min(rows * row_bytes, max_bytes // ALIGNMENT * ALIGNMENT)
 
 
 @triton.jit
 def wait_for_inputs(DEPENDENT: tl.constexpr):
-    """Wait for all that came before in the stream, and let the next kernel begin."""
-    wait(DEPENDENT)
-    let_next_begin(DEPENDENT)
+    """Wait for all earlier work of the stream, then let the next kernel start."""
+    grid_dependency_wait(DEPENDENT)
+    launch_dependents(DEPENDENT)
 
 
 @triton.jit
-def wait(DEPENDENT: tl.constexpr):
-    """Wait for all that came before in the stream."""
+def grid_dependency_wait(DEPENDENT: tl.constexpr):
+    """Wait for all earlier work of the stream (PTX griddepcontrol.wait)."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def let_next_begin(DEPENDENT: tl.constexpr):
-    """Let the next kernel begin: soon after the wait, with nothing in between but loads."""
+def launch_dependents(DEPENDENT: tl.constexpr):
+    """Let the next kernel start (PTX griddepcontrol.launch_dependents). Follows the wait, after loads at most."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def prefetch_block(ptr, wanted, n_bytes):
-    """Have n_bytes that lie side by side brought to L2, by one instruction of one thread, where `wanted` is 1, not 0.
+    """Prefetch n_bytes from ptr on to L2, by one instruction of one thread, if `wanted` is 1. Do nothing if it is 0.
 
-    A warp issues such instructions of its threads one after the other, 40 to 60 cycles each: a block is best had whole.
+    A warp issues such instructions of its threads one after another, 40 to 60 cycles each. So one large prefetch is
+    best.
     """
     tl.inline_asm_elementwise(
         """{

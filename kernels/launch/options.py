@@ -1,7 +1,7 @@
-"""What launches do where a GPU can: switches of the code that launches, which a model or a benchmark turns off.
+"""Options of kernel launches that a model or a benchmark overrides.
 
-They hold for whatever the same thread launches within a block, so that two models in two threads each have their own. A
-captured graph keeps what it has. This file imports nothing: the decode loop asks here without triton, too.
+An override holds for the current thread within a `with` block, so models in different threads have their own options.
+A captured graph keeps the options of its capture. This file imports no triton: the decode loop uses it without triton.
 """
 
 from collections.abc import Iterator
@@ -10,26 +10,26 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 
-class Switches(NamedTuple):
-    """All of them."""
+class LaunchOptions(NamedTuple):
+    """What launches use, where the GPU supports it."""
 
-    launch: bool = True  # as dependent on the one before
-    prefetch: bool = True  # only with a dependent launch: without one there is nothing to wait for
-
-
-_switches: ContextVar[Switches] = ContextVar("switches", default=Switches())  # noqa: B039 (it never changes)
+    dependent: bool = True  # programmatic dependent launch
+    prefetch: bool = True  # prefetch weights and cache to L2 before the wait; only with dependent launch
 
 
-def switches() -> Switches:
-    """Those that hold here."""
-    return _switches.get()
+_options: ContextVar[LaunchOptions] = ContextVar("options", default=LaunchOptions())  # noqa: B039 (immutable)
+
+
+def launch_options() -> LaunchOptions:
+    """The options of the current context."""
+    return _options.get()
 
 
 @contextmanager
-def switched(*, launch: bool = True, prefetch: bool = True) -> Iterator[None]:
-    """Within the block, launch and prefetch so."""
-    token = _switches.set(Switches(launch, prefetch))
+def override_launch_options(*, dependent: bool = True, prefetch: bool = True) -> Iterator[None]:
+    """Within the block, launch with these options."""
+    token = _options.set(LaunchOptions(dependent, prefetch))
     try:
         yield
     finally:
-        _switches.reset(token)
+        _options.reset(token)

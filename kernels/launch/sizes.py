@@ -1,11 +1,11 @@
-"""Arithmetic of launches in plain Python: triton's own serves kernels as well, and takes ten microseconds a call."""
+"""Integer arithmetic for launches. Triton's own functions also serve kernels and take ten microseconds per call."""
 
 
 def ceil_div(size: int, block: int) -> int:
-    """How many blocks hold so many."""
+    """size / block, rounded up."""
     return -(-size // block)
 
 
-def power_of_2(size: int) -> int:
-    """The least power of two that is not below a size of at least 1."""
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is at least `size`, for a size of at least 1."""
     return 1 << (size - 1).bit_length()

@@ -1,23 +1,23 @@
-"""The arguments of a projection, y = epilogue(weight · norm(x)), checked: the same for both kernels."""
+"""Checks of a projection's arguments, y = epilogue(weight · norm(x)). Both projection kernels use them."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.elementwise.rope import CacheTarget
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
 
 
 class Projection(NamedTuple):
-    """One call's arguments, checked, as both kernels take them."""
+    """The checked arguments of one call, as both kernels take them."""
 
-    y: Tensor  # (N, OUT), or q (N, H·D), not yet written
-    results: int  # rows of the weight, or half as many where two make one result
-    tiles: int  # rows of the weight to a result
+    y: Tensor  # (N, OUT), or q (N, H·D); not yet written
+    results: int  # OUT: rows of the weight, or half as many if each result needs two rows
+    tiles: int  # rows of the weight per result: 1 or 2
     pointers: tuple[Tensor | None, ...]
     length: int  # T of the cache
-    dims: dict[str, int | str]  # what the kernels know when they are compiled
+    dims: dict[str, int | str]  # the kernels' constexpr dims
 
     @classmethod
     def of(
@@ -27,9 +27,9 @@ class Projection(NamedTuple):
         norm: Tensor | None,
         residual: Tensor | None,
         swiglu: bool,
-        append: Append | None,
+        append_to: CacheTarget | None,
     ) -> "Projection":
-        """Check a projection's tensors and allocate its result. ValueError for what does not belong together."""
+        """Check a projection's tensors and allocate its result. Raises ValueError where they do not match."""
         check_model_dtype("x", x)
         how = x.dtype, x.device
         check_tensor("weight", weight, ("rows", "IN"), *how)
@@ -40,9 +40,9 @@ class Projection(NamedTuple):
         n_tokens = x.shape[0]
         epilogue, tiles, width, length = "none", 1, rows, 0
         n_heads = n_kv_heads = head_dim = 0
-        if append is not None:
-            n_heads = append.query_heads(n_tokens, rows, *how)
-            _, n_kv_heads, length, head_dim = append.cache_k.shape
+        if append_to is not None:
+            n_heads = append_to.query_heads(n_tokens, rows, *how)
+            _, n_kv_heads, length, head_dim = append_to.cache_k.shape
             epilogue, tiles, width = "rotary", 2, n_heads * head_dim
         elif swiglu:
             if rows % 2:
@@ -57,7 +57,7 @@ class Projection(NamedTuple):
             y,
             rows // tiles,
             tiles,
-            (y, residual, *(append or (None,) * 5)),
+            (y, residual, *(append_to or (None,) * 5)),
             length,
             {
                 "IN": in_features,

@@ -1,27 +1,27 @@
-"""What both projection kernels do around their products: prefetches, and epilogues on finished sums.
+"""What both projection kernels share besides the product: prefetches, and epilogues on finished sums.
 
-Sums come in float32 and are rounded to the model dtype, as Meta's matmul rounds them, as tiles (BLOCK_ROWS, BLOCK_N):
-rows of the weight down, tokens across. An epilogue then makes the results:
+Sums are float32 tiles (BLOCK_ROWS, BLOCK_N), rows of the weight by tokens. They are rounded to the model dtype, where
+Meta's matmul rounds. Then the epilogue computes the results:
 
     none      y, or residual + y
     swiglu    SiLU(gate) in float32, rounded, times up: rows i and i + F of the weight
-    rotary    rows 2i and 2i + 1 of a query or key head are turned by their token's angle, in float32, and rounded;
+    rotary    rows 2i and 2i + 1 of a query or key head are rotated by their token's angle, in float32, and rounded;
               queries go to q (N, H, D), keys and values to the cache at the token's row and position
 """
 
 import triton
 import triton.language as tl
 
-from fastllama.kernels.elementwise.rope import turn
+from fastllama.kernels.elementwise.rope import rotate
 from fastllama.kernels.launch.dependent import prefetch_block
 
 
 @triton.jit
 def prefetch_tiles(weight_ptr, begin, wanted, OUT, IN, EPILOGUE, N_BYTES):
-    """Bring to L2, where `wanted` is 1, N_BYTES of each tile of the weight whose results begin at `begin`.
+    """Prefetch to L2, if `wanted` is 1, N_BYTES of each tile of the weight for the results from `begin` on.
 
-    One instruction for each block of rows: two tiles for the rotary embedding lie side by side, a gate and an up
-    projection far apart.
+    One instruction per contiguous block: the two tiles of the rotary embedding are adjacent, those of gate and up are
+    not.
     """
     begin = begin.to(tl.int64)
     if EPILOGUE == "rotary":
@@ -33,7 +33,7 @@ def prefetch_tiles(weight_ptr, begin, wanted, OUT, IN, EPILOGUE, N_BYTES):
 
 
 @triton.jit
-def store_rotated(
+def rotate_and_store(
     even,
     odd,
     pairs,
@@ -50,15 +50,15 @@ def store_rotated(
     K: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Turn the pairs (even, odd) of query and key heads and put all three kinds where they belong.
+    """Rotate the pairs (even, odd) of query and key heads, and store queries to q, keys and values to the cache.
 
-    even, odd (BLOCK_PAIRS, BLOCK_N); pairs (BLOCK_PAIRS,) counts through the H query, K key and K value heads;
-    tokens (BLOCK_N,); live (BLOCK_PAIRS, BLOCK_N) says which exist.
+    even, odd (BLOCK_PAIRS, BLOCK_N). pairs (BLOCK_PAIRS,): pair indices over the H query, K key and K value heads.
+    tokens (BLOCK_N,). live (BLOCK_PAIRS, BLOCK_N): which elements exist.
     """
     head = (pairs // (D // 2))[:, None]
     dim = 2 * (pairs % (D // 2))[:, None]
     exists = tl.max(live.to(tl.int32), 0) > 0
-    # A position outside the cache, which a captured graph may hold for a row that has ended, is written nowhere.
+    # A captured graph may hold a position outside the cache for an inactive row: write nothing for it.
     position = tl.load(positions_ptr + tokens, mask=exists, other=-1)
     inside = (position >= 0) & (position < T)
     position = tl.where(inside, position, 0).to(tl.int32)[None, :]
@@ -69,7 +69,7 @@ def store_rotated(
     turned = inside & (head < H + K)
     cos = tl.load(rope_ptr + position * D + dim, mask=turned, other=1.0)
     sin = tl.load(rope_ptr + position * D + dim + 1, mask=turned, other=0.0)
-    first, second = turn(even, odd, cos, sin)
+    first, second = rotate(even, odd, cos, sin)
     q_at = q_ptr + (tokens[None, :].to(tl.int64) * H + head) * D + dim
     tl.store(q_at, first, mask=is_query)
     tl.store(q_at + 1, second, mask=is_query)

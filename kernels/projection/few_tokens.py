@@ -1,18 +1,18 @@
-"""A projection of 2 to 16 tokens: y = epilogue(weight · norm(x)ᵀ) on the matrix units, the weight streamed once.
+"""A projection of 2 to 16 tokens: y = epilogue(weight · norm(x)ᵀ) on the matrix units. The weight is read once.
 
-    x (N, IN) → x · scale, where there is a norm, rounded to the model dtype; x's own squares are summed on the way
+    x (N, IN) → x · norm, if there is a norm, rounded to the model dtype; the squares of x are summed in the same loop
     sums      = weight (OUT, IN) · xᵀ in float32, times 1 / sqrt(mean(x²) + eps), rounded to the model dtype
-    epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`projection.py`)
+    epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`epilogues.py`)
 
-Still bound by reading the weight: OUT·IN elements for 2·N·OUT·IN flops. The weight is the left operand, a tile of
-BLOCK_ROWS rows; the tokens, padded to 8 or 16, are the right one, so that few of a matrix instruction's columns are
-wasted. Multiplying and adding instead would take most of the issue slots at 2 tokens already. A pipeline of
-asynchronous copies keeps 96 to 192 KB a multiprocessor in flight (`choose_launch`).
+Bound by reading the weight: OUT·IN elements for 2·N·OUT·IN flops. The weight is the left operand, in tiles of
+BLOCK_ROWS rows. The tokens, padded to 8 or 16, are the right operand, so that few columns of a matrix instruction are
+wasted. Multiplying and adding without matrix units would take most of the issue slots from 2 tokens on. A pipeline of
+asynchronous copies keeps 96 to 192 KB per multiprocessor in flight (`choose_launch`).
 
-A norm divides a token by one number, which comes out of the sums as well as out of the token. So every program reads x
-once, as it multiplies by it, and divides at the end: x need not be known before the first weight is used, and nobody
-has to leave a word about x, who may be a collective. Meta rounds the quotient before it is scaled, this the scaled x,
-which in float16 must stay below 65,504.
+RMSNorm divides each token by one number, which can be done after the product. So every program reads x once, for the
+product, and divides at the end. It need not know x before it uses the first weight, and no other kernel or collective
+has to provide the norm of x. Meta rounds the quotient before it is scaled; this code rounds the scaled x, which in
+float16 must stay below 65,504.
 """
 
 from functools import cache
@@ -23,62 +23,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.elementwise.rope import CacheTarget
 from fastllama.kernels.elementwise.swiglu import silu_times
 from fastllama.kernels.launch.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, wait_for_inputs
-from fastllama.kernels.launch.sizes import ceil_div, power_of_2
+from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import Target, current_target
 from fastllama.kernels.projection.arguments import Projection
-from fastllama.kernels.projection.epilogues import prefetch_tiles, store_rotated
+from fastllama.kernels.projection.epilogues import prefetch_tiles, rotate_and_store
 
 MAX_TOKENS = 16
-MIN_COLUMNS = 8  # of a matrix instruction's right operand on NVIDIA GPUs
+MIN_COLUMNS = 8  # columns of a matrix instruction's right operand on NVIDIA GPUs
 MIN_COLUMNS_AMD = 16
-ROWS = (64, 32, 16)  # of a tile: the most that still give most multiprocessors two programs, or one
-# Programs a multiprocessor, a few of which may idle. Two, so that one multiplies while the other waits for its stage.
+ROWS = (64, 32, 16)  # per tile: the largest that gives most multiprocessors two programs, or one
+# Programs per multiprocessor; a few multiprocessors may idle. With two, one multiplies while the other waits for data.
 TWO_PROGRAMS, ONE_PROGRAM = 1.4, 0.7
-ROWS_PER_COLUMN = 2  # at least, for two programs: every program reads all tokens, from L2
-CHUNK_BYTES = 256  # of a row in one stage, for each accumulator
-MIN_STAGE_BYTES = 8192  # so that waiting for a stage is rare
-# What a multiprocessor of an H200 reads while the 8 matrix instructions of a chunk follow each other, each waiting some
-# 33 cycles for the sums of the one before: 4.5 KB at 17 bytes a cycle, and a third more for what else a stage takes.
-CHAIN_BYTES = 6144
-BYTES_IN_FLIGHT = 98304  # a multiprocessor
+ROWS_PER_COLUMN = 2  # minimum for two programs: every program reads all tokens, from L2
+CHUNK_BYTES = 256  # of a row in one stage, per accumulator
+MIN_STAGE_BYTES = 8192  # so that programs rarely wait for a stage
+# What a multiprocessor of an H200 reads while it issues the 8 dependent matrix instructions of a chunk, each of which
+# waits some 33 cycles for the previous sums: 4.5 KB at 17 bytes per cycle, and a third more for the rest of a stage.
+DOT_LATENCY_BYTES = 6144
+BYTES_IN_FLIGHT = 98304  # per multiprocessor
 STAGES = (3, 8)  # fewest and most
-ROWS_PER_WARP = 16  # of a matrix instruction's left operand, with MIN_COLUMNS of its right one
+ROWS_PER_WARP = 16  # rows of a matrix instruction's left operand, whose right operand has MIN_COLUMNS columns
 MAX_WARPS = 4
-MAX_ACCUMULATORS = 4  # where shared memory is large, and memory as fast; elsewhere two
-SHARED_BYTES_SPARE = 2048  # for what passes between the threads of a program
+MAX_ACCUMULATORS = 4  # on GPUs with much shared memory and fast memory; two on others
+SHARED_BYTES_SPARE = 2048  # for data that the threads of a program exchange
 
 
 class Launch(NamedTuple):
-    """How a weight is dealt to programs."""
+    """How a weight is assigned to programs."""
 
-    rows: int  # of each tile
-    chunk: int  # elements of a row that one accumulator takes in one stage
+    rows: int  # per tile
+    chunk: int  # elements of a row per accumulator and stage
     stages: int
     warps: int
-    accumulators: int = 1  # that take chunks in turn, so that none waits for its own last sums
+    accumulators: int = 1  # used in turn by successive chunks, so that none waits for its own last sums
 
 
-# There are no matrix instructions for it: threads hold the factors of all their sums, and many small tiles are best.
+# float32 has no matrix instructions here: threads hold the factors of all their sums, so many small tiles are best.
 FLOAT32_LAUNCH = Launch(rows=16, chunk=32, stages=4, warps=4)
 
 
 def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> Launch:
-    """Rows, chunk, stages, warps and accumulators for a weight of which a program takes `tiles` tiles of rows and the
-    tokens padded to `columns`.
+    """Tile sizes and launch options for a weight whose programs take `tiles` tiles of rows, with tokens padded to
+    `columns`.
 
-    weight (OUT × IN, bf16)      rows at 8, 16 columns    programs / 132     accumulators    stages
-    8B  qkv      6144 ×  4096    16 pairs                  192 = 1.5         1               8
-    8B  output   4096 ×  4096    16, 32                    256, 128          2, 1            7, 8
-    8B  gate+up 28672 ×  4096    64 + 64                   224 = 1.7         1               3
-    8B  down     4096 × 14336    16, 32                    256, 128          2, 1            7, 8
-    8B  head   128256 ×  4096    64                       2004 = 15.2        1               3
-    1B  qkv      3072 ×  2048    16 pairs                   96 = 0.7         2               7
-    1B  output   2048 ×  2048    16                        128 = 1.0         2               8
-    1B  gate+up 16384 ×  2048    32 + 32                   256 = 1.9         1               4
-    1B  down     2048 ×  8192    16                        128 = 1.0         2               8
+        weight (OUT × IN, bf16)      rows at 8, 16 columns    programs / 132     accumulators    stages
+        8B  qkv      6144 ×  4096    16 pairs                  192 = 1.5         1               8
+        8B  output   4096 ×  4096    16, 32                    256, 128          2, 1            7, 8
+        8B  gate+up 28672 ×  4096    64 + 64                   224 = 1.7         1               3
+        8B  down     4096 × 14336    16, 32                    256, 128          2, 1            7, 8
+        8B  head   128256 ×  4096    64                       2004 = 15.2        1               3
+        1B  qkv      3072 ×  2048    16 pairs                   96 = 0.7         2               7
+        1B  output   2048 ×  2048    16                        128 = 1.0         2               8
+        1B  gate+up 16384 ×  2048    32 + 32                   256 = 1.9         1               4
+        1B  down     2048 ×  8192    16                        128 = 1.0         2               8
     """
     if weight.dtype == torch.float32:
         return FLOAT32_LAUNCH
@@ -87,12 +87,12 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
 
 @cache
 def _launch_of(results: int, in_features: int, itemsize: int, tiles: int, columns: int, target: Target) -> Launch:
-    rows = _rows(results, tiles, columns, target.processors)
-    chunk = min(CHUNK_BYTES // itemsize, max(16, power_of_2(in_features)))
+    rows = _choose_rows(results, tiles, columns, target.processors)
+    chunk = min(CHUNK_BYTES // itemsize, max(16, next_power_of_2(in_features)))
     stage = rows * tiles * chunk * itemsize
-    least = max(MIN_STAGE_BYTES, CHAIN_BYTES * rows * target.processors // results)
+    min_stage = max(MIN_STAGE_BYTES, DOT_LATENCY_BYTES * rows * target.processors // results)
     accumulators, most = 1, MAX_ACCUMULATORS if target.shared_bytes > 2 * BYTES_IN_FLIGHT else 2
-    while accumulators < most and stage < least and in_features % (2 * accumulators * chunk) == 0:
+    while accumulators < most and stage < min_stage and in_features % (2 * accumulators * chunk) == 0:
         accumulators, stage = 2 * accumulators, 2 * stage
     resident = max(1, min(4, round(results / (rows * target.processors))))
     fewest, most = STAGES
@@ -101,13 +101,13 @@ def _launch_of(results: int, in_features: int, itemsize: int, tiles: int, column
     for at_least, programs in ((fewest, min(resident, 2)), (1, 1)):
         while stages > at_least and programs * (stages * stage + SHARED_BYTES_SPARE) > target.shared_bytes:
             stages -= 1
-    # Two for two tiles, where one would do for the instructions: it would have too few registers for a norm's x.
+    # With two tiles at least two warps: one would have too few registers for the norm of x.
     warps = max(tiles, rows // ROWS_PER_WARP * (columns // MIN_COLUMNS))
     return Launch(rows, chunk, stages, min(warps, MAX_WARPS), accumulators)
 
 
-def _rows(results: int, tiles: int, columns: int, processors: int) -> int:
-    """Of a tile: the most that give multiprocessors two programs, unless reading tokens costs too much then; or one."""
+def _choose_rows(results: int, tiles: int, columns: int, processors: int) -> int:
+    """Rows per tile: the largest that gives two programs per multiprocessor with few reads of tokens, else one."""
     for rows in ROWS:
         if rows * tiles >= ROWS_PER_COLUMN * columns and results >= rows * TWO_PROGRAMS * processors:
             return rows
@@ -116,12 +116,12 @@ def _rows(results: int, tiles: int, columns: int, processors: int) -> int:
 
 @triton.jit
 def _load(at, live, EVEN: tl.constexpr):
-    """What is live, of a tile that where EVEN is wholly so."""
+    """Load a tile, masked by `live` unless EVEN, which says that all of it exists."""
     return tl.load(at) if EVEN else tl.load(at, mask=live, other=0.0)
 
 
 @triton.jit
-def _total(sums):
+def _sum_accumulators(sums):
     """The sum of all accumulators."""
     total = sums[0]
     for i in tl.static_range(1, len(sums)):
@@ -141,14 +141,14 @@ def _multiply(
     token_exists,
     eps,
     IN: tl.constexpr,
-    TWO: tl.constexpr,
+    TWO_TILES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
 ):
-    """The weight's rows `first`, and with TWO those of `second`, times norm(x)ᵀ -> two tiles (BLOCK_ROWS, BLOCK_N)."""
+    """Rows `first`, and with TWO_TILES `second`, of the weight, times norm(x)ᵀ -> two tiles (BLOCK_ROWS, BLOCK_N)."""
     cols = tl.arange(0, BLOCK_IN)
     weight_at = weight_ptr + first[:, None].to(tl.int64) * IN + cols[None, :]
     weight_2_at = weight_ptr + second[:, None].to(tl.int64) * IN + cols[None, :]
@@ -163,7 +163,7 @@ def _multiply(
             inside = cols + begin < IN
             live = exists[:, None] & inside[None, :]
             weight = _load(weight_at + begin, live, EVEN)
-            if TWO:
+            if TWO_TILES:
                 weight_2 = _load(weight_2_at + begin, live, EVEN)
             if EVEN:
                 x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
@@ -173,11 +173,11 @@ def _multiply(
                 wide = x.to(tl.float32)
                 squares += wide * wide
                 x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
-            # Each chunk goes to the accumulator that has waited longest.
+            # Each chunk uses the accumulator whose last sums are oldest.
             sums = sums[1:] + (tl.dot(weight, x, sums[0], input_precision="ieee"),)
-            if TWO:
+            if TWO_TILES:
                 sums_2 = sums_2[1:] + (tl.dot(weight_2, x, sums_2[0], input_precision="ieee"),)
-    sums, sums_2 = _total(sums), _total(sums_2)
+    sums, sums_2 = _sum_accumulators(sums), _sum_accumulators(sums_2)
     if norm_ptr is not None:
         inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)[None, :]
         sums *= inverse
@@ -201,7 +201,7 @@ def _few_tokens_kernel(
     eps,
     N,
     IN: tl.constexpr,
-    OUT: tl.constexpr,  # results: rows of the weight, or half as many where two make one
+    OUT: tl.constexpr,  # results: rows of the weight, or half as many if each result needs two rows
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -211,10 +211,10 @@ def _few_tokens_kernel(
     BLOCK_IN: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    PREFETCH: tl.constexpr,  # bytes of each tile, its first rows
-    RESIDENT: tl.constexpr,  # programs that run at once: those that begin later have nothing to wait for
+    PREFETCH: tl.constexpr,  # bytes of each tile, from its first row on
+    RESIDENT: tl.constexpr,  # programs that run at once: later ones do not wait, so they prefetch nothing
 ):
-    TWO: tl.constexpr = EPILOGUE != "none"
+    TWO_TILES: tl.constexpr = EPILOGUE != "none"
     if PREFETCH > 0:
         begin_out = tl.program_id(0) * BLOCK_ROWS
         waits = (tl.program_id(0) < RESIDENT) & (begin_out + BLOCK_ROWS <= OUT)
@@ -230,14 +230,14 @@ def _few_tokens_kernel(
         first, second = out, out + OUT
     # fmt: off
     sums, sums_2 = _multiply(x_ptr, norm_ptr, weight_ptr, first, second, tokens, exists, token_exists, eps,
-                             IN, TWO, EVEN, BLOCK_N, BLOCK_ROWS, BLOCK_IN, ACCUMULATORS)
+                             IN, TWO_TILES, EVEN, BLOCK_N, BLOCK_ROWS, BLOCK_IN, ACCUMULATORS)
     # fmt: on
     y = sums.to(y_ptr.dtype.element_ty)
     live = exists[:, None] & token_exists[None, :]
     if EPILOGUE == "rotary":
         y_2 = sums_2.to(y_ptr.dtype.element_ty)
         # fmt: off
-        store_rotated(y, y_2, out, tokens, live, y_ptr, cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr, rows_ptr,
+        rotate_and_store(y, y_2, out, tokens, live, y_ptr, cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr, rows_ptr,
                       T, H, K, D)
         # fmt: on
     else:
@@ -257,24 +257,24 @@ def few_tokens(
     eps: float = 0.0,
     residual: Tensor | None = None,
     swiglu: bool = False,
-    append: Append | None = None,
+    append_to: CacheTarget | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """Project up to 16 tokens, x (N, IN), by weight (rows, IN), in one launch -> (N, OUT).
 
-    norm (IN,) with eps: normalise x first. residual (N, OUT): add it. swiglu: the weight is a gate and an up projection
-    of OUT rows each. append: the weight is a query, key and value projection; the result is q (N, H·D). launch: in
-    place of `choose_launch`'s. Raises ValueError for what does not belong together.
+    norm (IN,) with eps: normalize x first. residual (N, OUT): add it. swiglu: the weight is a gate and an up projection
+    of OUT rows each. append_to: the weight is a query, key and value projection; the result is q (N, H·D), and keys and
+    values go to this cache. launch: overrides `choose_launch`. Raises ValueError where tensors do not match.
     """
     if not 1 <= x.shape[0] <= MAX_TOKENS:
         raise ValueError(f"few_tokens takes 1 to {MAX_TOKENS} tokens, got {x.shape[0]}")
-    call = Projection.of(x, weight, norm, residual, swiglu, append)
+    call = Projection.of(x, weight, norm, residual, swiglu, append_to)
     target = current_target()
-    columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, power_of_2(x.shape[0]))
+    columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, next_power_of_2(x.shape[0]))
     launch = launch or choose_launch(weight, call.tiles, columns, target)
     stage = launch.accumulators * (launch.rows * call.tiles + columns) * launch.chunk * weight.itemsize
-    per_processor = max(1, target.shared_bytes // (launch.stages * stage))  # programs, which share its prefetches
-    most = PREFETCH_BYTES // (call.tiles * per_processor)
+    per_processor = max(1, target.shared_bytes // (launch.stages * stage))  # programs, which share PREFETCH_BYTES
+    prefetch_limit = PREFETCH_BYTES // (call.tiles * per_processor)
     _few_tokens_kernel[(ceil_div(call.results, launch.rows),)](
         x,
         norm,
@@ -288,7 +288,7 @@ def few_tokens(
         BLOCK_ROWS=launch.rows,
         BLOCK_IN=launch.chunk,
         ACCUMULATORS=launch.accumulators,
-        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, most, launch.rows),
+        PREFETCH=prefetch_bytes(weight.shape[1] * weight.itemsize, prefetch_limit, launch.rows),
         RESIDENT=per_processor * target.processors,
         num_stages=launch.stages,
         num_warps=launch.warps,

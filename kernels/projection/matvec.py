@@ -1,19 +1,19 @@
-"""A projection of one token: y = epilogue(weight · norm(x)), the weight streamed from memory once.
+"""A projection of one token: y = epilogue(weight · norm(x)). The weight is read from memory once.
 
-    x (1, IN) → RMSNorm, where there is a norm: each program computes it anew, x is in L2 and the weight is not
+    x (1, IN) → RMSNorm, if there is a norm: each program computes it, since x is in L2 and the weight is not
     sums      = weight (OUT, IN) · x in float32, rounded to the model dtype
-    epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`projection.py`)
+    epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`epilogues.py`)
 
-A matrix–vector product is bound by reading the weight: OUT·IN elements, 2·OUT·IN flops. What matters is how many bytes
-are on their way from memory at any time: with 4.5 TB/s and 700 ns of latency about 3 MB, or 24 KB a multiprocessor
-at the least and several times that in practice. So a program owns a few whole rows, 16 to 32 KB, and requests all of
-them in 16-byte loads, held in registers, before it looks at x; four or five programs a multiprocessor keep 112 to 160
-KB in flight. There is no loop to wait in, no split of a row over programs and no second launch. Weights are read once a
-step: `evict_first` keeps them from driving the cache's keys and values out of L2.
+A matrix–vector product is bound by reading the weight: OUT·IN elements for 2·OUT·IN flops. What counts is the number of
+bytes in flight. At 4.5 TB/s and 700 ns of latency that is about 3 MB, or at least 24 KB per multiprocessor and several
+times that in practice. So a program owns a few complete rows, 16 to 32 KB, and requests all of them in 16-byte loads
+into registers before it uses x. Four or five programs per multiprocessor keep 112 to 160 KB in flight. No loop waits
+for data, no row is split over programs, and no second launch is needed. Weights are read once per step: `evict_first`
+keeps them from evicting the cache's keys and values from L2.
 
-All of that comes before the wait of a dependent launch (`dependent.py`), and so does a prefetch to L2: while the
-programs that fit wait for x, memory goes on with the weights of those that will come after them. Then x is requested,
-and its norm computed, before the first weight is waited for: the weights come last.
+All of this comes before the wait of a dependent launch (`dependent.py`). So does a prefetch to L2: while the running
+programs wait for x, memory delivers the weights of the programs after them. After the wait a program requests x and
+computes its norm before it waits for the first weight.
 """
 
 from functools import cache
@@ -23,18 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.elementwise.rope import CacheTarget
 from fastllama.kernels.elementwise.swiglu import silu_times
-from fastllama.kernels.launch.dependent import PREFETCH_BYTES, dependent_launch, let_next_begin, prefetch_bytes, wait
-from fastllama.kernels.launch.sizes import ceil_div, power_of_2
+from fastllama.kernels.launch.dependent import (
+    PREFETCH_BYTES,
+    dependent_launch,
+    grid_dependency_wait,
+    launch_dependents,
+    prefetch_bytes,
+)
+from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import Target, current_target
 from fastllama.kernels.projection.arguments import Projection
-from fastllama.kernels.projection.epilogues import prefetch_tiles, store_rotated
+from fastllama.kernels.projection.epilogues import prefetch_tiles, rotate_and_store
 
 TILE_BYTES = 32768  # of weights that a program holds in registers
-BYTES_PER_THREAD = 256  # of weights: 64 of the 128 registers that leave room for four programs of 128 threads
-SCALE_BYTES_PER_THREAD = 64  # a norm of more is fetched when it is used, so that registers hold weights instead
-PROGRAMS_PER_PROCESSOR = 2.5  # at least, so that reading never pauses for long while programs begin and end
+BYTES_PER_THREAD = 256  # of weights: 64 of 128 registers, which allow four programs of 128 threads
+SCALE_BYTES_PER_THREAD = 64  # a longer norm weight is loaded when it is used, to leave registers for the weight
+PROGRAMS_PER_PROCESSOR = 2.5  # minimum, so that reading never pauses for long while programs start and end
 LOAD_BYTES = 16
 CHUNK_PER_THREAD = 8  # elements of a row: one 16-byte load of bfloat16
 MIN_CHUNK = 256
@@ -42,29 +48,28 @@ MAX_WARPS = 16
 
 
 class Launch(NamedTuple):
-    """How a weight is dealt to programs."""
+    """How a weight is assigned to programs."""
 
-    rows: int  # of each tile
-    chunk: int  # elements of a row in one load
+    rows: int  # per tile
+    chunk: int  # elements of a row per load
     warps: int
-    x_first: bool = True  # request x, and know its norm, before the first weight is used
+    x_first: bool = True  # request x and compute its norm before the first weight is used
 
 
 def choose_launch(weight: Tensor, tiles: int) -> Launch | None:
-    """Rows per program, chunk and warps for a weight of which a program takes `tiles` tiles of rows; None where a row
-    is too long to be held in registers.
+    """Rows per program, chunk and warps for a weight whose programs take `tiles` tiles of rows; None for too long rows.
 
-        weight (OUT × IN, bf16)        rows          tile    programs / 132      weights a thread
-        8B   qkv      6144 ×  4096     2 pairs       32 KB   1536 = 11.6         256 bytes
-        8B   output   4096 ×  4096     4             32 KB   1024 =  7.8         256
-        8B   gate+up  28672 × 4096     2 + 2         32 KB   7168 = 54.3         256
-        8B   down     4096 × 14336     1             28 KB   4096 = 31.0         224
-        8B   head   128256 ×  4096     4             32 KB  32064 = 242.9        256
-        1B   qkv      3072 ×  2048     4 pairs       32 KB    384 =  2.9         256
-        1B   output   2048 ×  2048     4             16 KB    512 =  3.9         128
-        1B   gate+up  16384 × 2048     4 + 4         32 KB   2048 = 15.5         256
-        1B   down     2048 ×  8192     2             32 KB   1024 =  7.8         256
-        1B   head   128256 ×  2048     8             32 KB  16032 = 121.5        256
+    weight (OUT × IN, bf16)        rows          tile    programs / 132      weights per thread
+    8B   qkv      6144 ×  4096     2 pairs       32 KB   1536 = 11.6         256 bytes
+    8B   output   4096 ×  4096     4             32 KB   1024 =  7.8         256
+    8B   gate+up  28672 × 4096     2 + 2         32 KB   7168 = 54.3         256
+    8B   down     4096 × 14336     1             28 KB   4096 = 31.0         224
+    8B   head   128256 ×  4096     4             32 KB  32064 = 242.9        256
+    1B   qkv      3072 ×  2048     4 pairs       32 KB    384 =  2.9         256
+    1B   output   2048 ×  2048     4             16 KB    512 =  3.9         128
+    1B   gate+up  16384 × 2048     4 + 4         32 KB   2048 = 15.5         256
+    1B   down     2048 ×  8192     2             32 KB   1024 =  7.8         256
+    1B   head   128256 ×  2048     8             32 KB  16032 = 121.5        256
     """
     return _launch_of(*weight.shape, weight.itemsize, tiles, current_target())
 
@@ -87,8 +92,8 @@ def _launch_of(out_features: int, in_features: int, itemsize: int, tiles: int, t
     chunk = CHUNK_PER_THREAD * warp_size * warps
     while chunk > MIN_CHUNK and in_features % chunk:
         chunk //= 2
-    if in_features % chunk:  # no whole number of chunks: the last one is masked
-        chunk = min(power_of_2(in_features), CHUNK_PER_THREAD * warp_size * warps)
+    if in_features % chunk:  # the last chunk is masked
+        chunk = min(next_power_of_2(in_features), CHUNK_PER_THREAD * warp_size * warps)
     while warps > 1 and rows * chunk * itemsize < warps * warp_size * LOAD_BYTES:
         warps //= 2
     return Launch(rows, chunk, warps)
@@ -96,7 +101,7 @@ def _launch_of(out_features: int, in_features: int, itemsize: int, tiles: int, t
 
 @triton.jit
 def _load_rows(weight_ptr, rows, LIMIT, IN: tl.constexpr, BLOCK_IN: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of the weight, those below LIMIT, as a tuple of tiles (BLOCK_ROWS, BLOCK_IN)."""
+    """Load rows of the weight, those below LIMIT, as a tuple of tiles (BLOCK_ROWS, BLOCK_IN)."""
     cols = tl.arange(0, BLOCK_IN)
     at = weight_ptr + rows[:, None].to(tl.int64) * IN + cols[None, :]
     chunks = ()
@@ -111,7 +116,7 @@ def _load_rows(weight_ptr, rows, LIMIT, IN: tl.constexpr, BLOCK_IN: tl.constexpr
 
 @triton.jit
 def _load_tiles(weight_ptr, out, OUT: tl.constexpr, IN: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_IN, EVEN):
-    """The one or two tiles of rows that make the results `out`, as `_load_rows` has them."""
+    """Load the one or two tiles of rows for the results `out`, each as `_load_rows` returns it."""
     if EPILOGUE == "rotary":
         weights = _load_rows(weight_ptr, 2 * out, 2 * OUT, IN, BLOCK_IN, EVEN)
         weights_2 = _load_rows(weight_ptr, 2 * out + 1, 2 * OUT, IN, BLOCK_IN, EVEN)
@@ -125,7 +130,7 @@ def _load_tiles(weight_ptr, out, OUT: tl.constexpr, IN: tl.constexpr, EPILOGUE: 
 
 @triton.jit
 def _load_vector(at, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
-    """A vector (IN,) as a tuple of tiles (BLOCK_IN,). at: the addresses of the first."""
+    """Load a vector (IN,) as a tuple of tiles (BLOCK_IN,). at: the addresses of the first tile."""
     cols = tl.arange(0, BLOCK_IN)
     chunks = ()
     for i in tl.static_range((IN + BLOCK_IN - 1) // BLOCK_IN):
@@ -138,7 +143,7 @@ def _load_vector(at, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
 
 @triton.jit
 def _inverse_norm(x, eps, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
-    """1 / sqrt(mean(x²) + eps) of a vector's tiles."""
+    """1 / sqrt(mean(x²) + eps) of a vector, given as tiles."""
     squares = tl.zeros((BLOCK_IN,), tl.float32)
     for i in tl.static_range((IN + BLOCK_IN - 1) // BLOCK_IN):
         squares += x[i].to(tl.float32) * x[i].to(tl.float32)
@@ -160,20 +165,20 @@ def _matvec_kernel(
     T,
     eps,
     IN: tl.constexpr,
-    OUT: tl.constexpr,  # results: rows of the weight, or half as many where two make one
+    OUT: tl.constexpr,  # results: rows of the weight, or half as many if each result needs two rows
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    HOLD_SCALES: tl.constexpr,  # the norm's, in registers from the start
-    X_FIRST: tl.constexpr,  # x is requested, and its norm known, before the first weight is used
+    HOLD_SCALES: tl.constexpr,  # load the norm's weight into registers at the start
+    X_FIRST: tl.constexpr,  # request x and compute its norm before the first weight is used
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,  # bytes of each tile
-    RESIDENT: tl.constexpr,  # programs that run at once: theirs are the first weights, those of as many more are next
+    RESIDENT: tl.constexpr,  # programs that run at once; each prefetches for the program this many places later
 ):
-    TWO: tl.constexpr = EPILOGUE != "none"
+    TWO_TILES: tl.constexpr = EPILOGUE != "none"
     EVEN: tl.constexpr = IN % BLOCK_IN == 0 and OUT % BLOCK_ROWS == 0
     CHUNKS: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
     out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -189,34 +194,34 @@ def _matvec_kernel(
         begin = (tl.program_id(0) + RESIDENT) * BLOCK_ROWS
         is_next = (tl.program_id(0) < RESIDENT) & (begin + BLOCK_ROWS <= OUT)
         prefetch_tiles(weight_ptr, begin, is_next.to(tl.int32), OUT, IN, EPILOGUE, PREFETCH)
-    wait(DEPENDENT)
+    grid_dependency_wait(DEPENDENT)
     if not X_FIRST:
-        let_next_begin(DEPENDENT)
+        launch_dependents(DEPENDENT)
     if not DEPENDENT:
-        # Or the compiler starts to multiply when half of the loads are out, and the rest waits behind it.
+        # Otherwise the compiler starts to multiply after half of the loads, and the rest waits behind it.
         tl.debug_barrier()
     if DEPENDENT or not X_FIRST:
         x = _load_vector(x_at, IN, BLOCK_IN)
     if X_FIRST:
-        let_next_begin(DEPENDENT)  # which the compiler moves no use of a weight across: requests for x come first
+        launch_dependents(DEPENDENT)  # the compiler moves no use of a weight across it: x is requested first
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + out, mask=live, other=0.0)
     if norm_ptr is not None:
         inverse = 0.0
-        # Always; but the compiler cannot know, and leaves the first use of a weight behind the branch.
+        # Always true, but the compiler does not know: it keeps the first use of a weight behind the branch.
         if (T >= 0) if X_FIRST else True:
             inverse = _inverse_norm(x, eps, IN, BLOCK_IN)
         if not HOLD_SCALES:
             scales = _load_vector(norm_ptr + cols, IN, BLOCK_IN)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
-    if TWO:
+    if TWO_TILES:
         sums_2 = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
     for i in tl.static_range(CHUNKS):
         value = x[i].to(tl.float32)
         if norm_ptr is not None:
             value = ((value * inverse).to(x[i].dtype) * scales[i]).to(tl.float32)
         sums += weights[i].to(tl.float32) * value[None, :]
-        if TWO:
+        if TWO_TILES:
             sums_2 += weights_2[i].to(tl.float32) * value[None, :]
     y = tl.sum(sums, 1).to(y_ptr.dtype.element_ty)
     if EPILOGUE == "none":
@@ -230,7 +235,7 @@ def _matvec_kernel(
         else:
             token = tl.zeros((1,), tl.int32)
             # fmt: off
-            store_rotated(y[:, None], y_2[:, None], out, token, live[:, None], y_ptr, cache_k_ptr, cache_v_ptr,
+            rotate_and_store(y[:, None], y_2[:, None], out, token, live[:, None], y_ptr, cache_k_ptr, cache_v_ptr,
                           rope_ptr, positions_ptr, rows_ptr, T, H, K, D)
             # fmt: on
 
@@ -243,19 +248,19 @@ def matvec(
     eps: float = 0.0,
     residual: Tensor | None = None,
     swiglu: bool = False,
-    append: Append | None = None,
+    append_to: CacheTarget | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """Project one token, x (1, IN), by weight (rows, IN), in one launch -> (1, OUT).
 
-    norm (IN,) with eps: normalise x first. residual (1, OUT): add it. swiglu: the weight is a gate and an up
-    projection of OUT rows each. append: the weight is a query, key and value projection; the result is q (1, H·D).
-    launch: in place of `choose_launch`'s. Raises ValueError for what does not belong together, and for rows that
-    `choose_launch` finds too long.
+    norm (IN,) with eps: normalize x first. residual (1, OUT): add it. swiglu: the weight is a gate and an up projection
+    of OUT rows each. append_to: the weight is a query, key and value projection; the result is q (1, H·D), and keys and
+    values go to this cache. launch: overrides `choose_launch`. Raises ValueError where tensors do not match, and for
+    rows that are too long for `choose_launch`.
     """
     if x.shape[:1] != (1,):
         raise ValueError(f"matvec takes one token, x (1, IN), got {tuple(x.shape)}")
-    call = Projection.of(x, weight, norm, residual, swiglu, append)
+    call = Projection.of(x, weight, norm, residual, swiglu, append_to)
     launch = launch or choose_launch(weight, call.tiles)
     if launch is None:
         raise ValueError(f"rows of {weight.shape[1]} elements of {weight.dtype} are too long for matvec")

@@ -1,5 +1,5 @@
-"""The next token: greedy, or drawn with temperature and top-p.
+"""Sampling of the next token: greedy, or with temperature and top-p.
 
-`philox.py` makes the random numbers and `nucleus.py` defines what top-p keeps, both in plain torch for both backends.
-`sample.py` has the two kernels, `top_p.py` their exact top-p without a sort, `scratch.py` their memory.
+`philox.py` generates the random numbers and `nucleus.py` defines what top-p keeps, in plain torch for both backends.
+`sample.py` holds the two kernels, `top_p.py` their exact top-p without a sort, `scratch.py` their scratch memory.
 """

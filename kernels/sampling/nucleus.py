@@ -1,14 +1,14 @@
-"""Top-p: which tokens it keeps."""
+"""Top-p: the set of tokens that it keeps (the nucleus)."""
 
 import torch
 from torch import Tensor
 
 
 def nucleus(order_by: Tensor, mass: Tensor, limit: Tensor) -> Tensor:
-    """The tokens that top-p keeps: those before which, in descending order, at most `limit` of mass lies.
+    """Which tokens top-p keeps: those with at most `limit` of mass before them, in descending order -> (B, V) bool.
 
-    order_by (B, V) ranks the tokens, the lowest ids first among equals; mass (B, V) weighs them; limit (B,), which is
-    top_p times the total mass -> (B, V) bool. Sums and compares in the dtype of mass.
+    order_by (B, V) orders the tokens; among equals the lowest ids come first. mass (B, V): the tokens' weights. limit
+    (B,): top_p times the total mass. Sums and compares in the dtype of mass.
     """
     order = order_by.argsort(dim=-1, descending=True, stable=True)
     ordered = mass.gather(-1, order)

@@ -1,24 +1,25 @@
-"""Temperature, exact top-p and the draw, without a sort: two launches for any number of rows.
+"""Temperature, exact top-p and the draw, without a sort, in two launches for any number of rows.
 
-    mass      = exp((x - max x) / temperature)            float32, of the logits x as the model dtype holds them
-    kept      = tokens before which, in descending order, lies at most top_p · Σ mass; of equal logits the lowest ids
-    token     = first of the kept whose running mass exceeds u · Σ kept mass: those above the lowest kept logit in order
-                of id, then those equal to it. u is a function of seed, stream, call and position (`philox.py`)
+    mass      = exp((x - max x) / temperature)            float32, x: the logits in the model dtype
+    kept      = tokens with at most top_p · Σ mass before them, in descending order; among equal logits lowest ids first
+    token     = the first kept token whose running mass exceeds u · Σ kept mass, counting those above the lowest kept
+                logit in order of id, then those equal to it; u depends on seed, stream, call and position (`philox.py`)
     logprob   = x[token] - max x - log Σ exp(x - max x)   before temperature and top-p
     temperature or top_p 0: the lowest id of the largest logit; NaN, +inf or no finite logit: token -1, logprob NaN
 
 logits (B, V), all else (B,) -> tokens (B,) int64, logprobs (B,) float32. Reads the logits twice, the second time from
-L2: B·V elements, for two exponentials each.
+L2: B·V elements, with two exponentials each.
 
-The first launch takes statistics of blocks of logits. In the second, each block sets aside its candidates: a kept token
-weighs at least (1 - top_p) · Σ mass / V, for if it weighed less, so would all that come after it, and what lies before
-it would exceed top_p · Σ mass. A block's candidates have as many slots as the block has tokens, so nothing can
-overflow. The last block of a row to finish searches the candidates for the lowest kept logit, eight ways at a time on
-integers that order as the logits do: 3 passes over a few hundred candidates in the usual case, 6 over the vocabulary
-(11 in float32) at the worst. Sums are float32 and have a fixed order, so that runs repeat bit for bit.
+The first launch computes statistics of blocks of logits. In the second, each block stores its candidates. A kept token
+has a mass of at least (1 - top_p) · Σ mass / V: with less, it and all tokens after it together would have less than (1
+- top_p) · Σ mass, so more than top_p · Σ mass would come before it. A block has space for as many candidates as it has
+tokens, so nothing can overflow. The last block of a row to finish searches the candidates for the lowest kept logit.
+The search divides a range of integer keys, which have the order of the logits, by eight in each pass: usually 3 passes
+over a few hundred candidates, at most 6 over the vocabulary (11 in float32). Sums are float32 and have a fixed order,
+so that repeated runs are equal bit for bit.
 
-In a decode step (`choose`) the same program writes the token out, tests whether it ends the row, and advances the row:
-the next step can be queued before anyone has seen what this one drew.
+In a decode step (`sample_and_advance`) the same program writes the token to the output, tests whether the row ends, and
+advances it. So the host can queue the next step before it has read this step's token.
 """
 
 import torch
@@ -30,23 +31,23 @@ from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
 from fastllama.kernels.launch.dependent import dependent_launch, wait_for_inputs
-from fastllama.kernels.launch.sizes import power_of_2
+from fastllama.kernels.launch.sizes import next_power_of_2
 from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.sampling.scratch import SamplingScratch, choose_launch
-from fastllama.kernels.sampling.top_p import HIGHEST, draw_token, least_candidate_mass, set_candidates_aside
+from fastllama.kernels.sampling.top_p import INT32_MAX, collect_candidates, draw_token, min_candidate_mass
 
-# Bits that the key of a logit needs: sign, exponent and mantissa as float32 has them, less the mantissa's empty bits.
-# Of float16 that is 19, since float32 writes its subnormals with exponents of their own.
+# Bits of a logit's key: those of float32 (sign, exponent, mantissa) without the mantissa bits that are always zero.
+# float16 needs 19, since its subnormals have exponents of their own in float32.
 KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
-# Of a multiprocessor, for two programs of the draw. Left alone, the compiler aims at more programs in some versions and
-# for some GPUs, and spills; told of a limit, it keeps to that.
+# Registers of two programs of the draw per multiprocessor. Without a limit some compiler versions aim, for some GPUs,
+# at more programs per multiprocessor, and spill.
 DRAW_REGISTERS, MAX_REGISTERS = 65536 // 2, 255
-# A row of a batch's tensors may begin anywhere: whether it is aligned must not compile a second kernel.
+# Per-row tensors may be slices of a larger batch: their alignment must not compile a second kernel.
 PER_ROW = ["temperature_ptr", "top_p_ptr", "seed_ptr", "stream_ptr", "call_ptr", "positions_ptr", "tokens_ptr"]
 PER_ROW += ["logprobs_ptr", "starts_ptr", "last_ptr", "newest_ptr"]
-MAX_SHARE = tl.constexpr(128)  # of each block's candidates at a time: where blocks are few, registers are the limit
+MAX_CHUNK = tl.constexpr(128)  # candidates per block and pass: with few blocks, registers are the limit
 LOG2_E = tl.constexpr(1.4426950408889634)
-# 1 / temperature stays a finite, normal float32, so that no infinity meets a zero.
+# Keep 1 / temperature a finite, normal float32, so that 0 · inf cannot occur.
 MIN_TEMPERATURE = tl.constexpr(1e-38)
 MAX_TEMPERATURE = tl.constexpr(1e37)
 
@@ -60,18 +61,18 @@ def _load_scale(temperature_ptr, row):
 
 
 @triton.jit
-def _draw_number(seed_ptr, stream_ptr, call_ptr, position, row):
-    """A row's number in [0, 1), as `philox.uniform` has it."""
+def _random_number(seed_ptr, stream_ptr, call_ptr, position, row):
+    """A row's random number in [0, 1), equal to `philox.uniform`."""
     stream, call = tl.load(stream_ptr + row).to(tl.uint32), tl.load(call_ptr + row).to(tl.uint32)
     word, _, _, _ = tl.philox(tl.load(seed_ptr + row), position.to(tl.uint32), stream, call, tl.zeros((), tl.uint32))
     return (word >> 8).to(tl.float64) * (1.0 / 16777216)
 
 
 @triton.jit
-def _advance(
+def _advance_row(
     row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr, logprobs_ptr, stride
 ):
-    """Write a row's token out and stand on it, or at no position where it ends the row. A parked row rests."""
+    """Write a row's token to the output and advance the row, or deactivate it if it ends. Skip an inactive row."""
     position = tl.load(positions_ptr + row)
     if position >= 0:
         following = position + 1
@@ -130,11 +131,11 @@ def _draw_kernel(
     counters_ptr,
     tokens_ptr,
     logprobs_ptr,
-    starts_ptr,  # and the next three: of a decode step, whose positions are those of the tokens before
+    starts_ptr,  # this and the next three only in a decode step, whose positions are those of the previous tokens
     last_ptr,
     is_stop_ptr,
     newest_ptr,
-    stride,  # from one step's results to the next's
+    stride,  # between the results of successive steps
     V: tl.constexpr,
     BLOCKS: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -151,7 +152,7 @@ def _draw_kernel(
     total = tl.sum(tl.load(sums_ptr + slots, mask=exists, other=0.0) * tl.exp2((maxima - maximum) * LOG2_E), 0)
     first_ids = tl.load(first_ids_ptr + slots, mask=exists, other=V)
     is_distribution = (maximum > float("-inf")) & (maximum < float("inf"))
-    # What the row gets unless it draws, from one program of the row.
+    # The result of a row that does not draw, written by one program of the row.
     token = tl.where(is_distribution, tl.min(tl.where(maxima == maximum, first_ids, V), 0), -1)
     logprob = tl.where(is_distribution, -tl.log(total), float("nan"))
     top_p, writes = tl.load(top_p_ptr + row), block == 0
@@ -161,30 +162,30 @@ def _draw_kernel(
         limit = tl.where(top_p >= 1.0, float("inf"), top_p * mass.to(tl.float64))
         row_logits_ptr, slot = logits_ptr + row.to(tl.int64) * V, (row * BLOCKS + block).to(tl.int64)
         # fmt: off
-        set_candidates_aside(row_logits_ptr, block, maximum, scale, least_candidate_mass(top_p, mass, V),
+        collect_candidates(row_logits_ptr, block, maximum, scale, min_candidate_mass(top_p, mass, V),
                              candidates_ptr, counts_ptr, lowest_ptr, slot, V, KEY_BITS, BLOCK_V)
         # fmt: on
-        tl.debug_barrier()  # all threads' stores before the one thread's atomic
+        tl.debug_barrier()  # all threads must have stored before one thread adds to the counter
         writes = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel", scope="gpu") == BLOCKS - 1
         if writes:
             tl.store(counters_ptr + row, 0)
             counts = tl.load(counts_ptr + slots, mask=exists, other=0, cache_modifier=".cg")
-            lowest = tl.load(lowest_ptr + slots, mask=exists, other=HIGHEST, cache_modifier=".cg")
+            lowest = tl.load(lowest_ptr + slots, mask=exists, other=INT32_MAX, cache_modifier=".cg")
             position = tl.load(positions_ptr + row)
             if newest_ptr is not None:
                 position += 1
-            u = _draw_number(seed_ptr, stream_ptr, call_ptr, position, row)
+            u = _random_number(seed_ptr, stream_ptr, call_ptr, position, row)
             row_candidates_ptr = candidates_ptr + (slot - block) * BLOCK_V
-            SHARE: tl.constexpr = min(BLOCK_V // BLOCK_BLOCKS, MAX_SHARE)
+            CHUNK: tl.constexpr = min(BLOCK_V // BLOCK_BLOCKS, MAX_CHUNK)
             # fmt: off
             token, x_token = draw_token(row_logits_ptr, row_candidates_ptr, counts, tl.min(lowest, 0).to(tl.int64),
-                                        limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, SHARE)
+                                        limit, u, maximum, scale, V, BLOCK_V, KEY_BITS, CHUNK)
             # fmt: on
             logprob += x_token - maximum
     if writes:
         if newest_ptr is not None:
             # fmt: off
-            _advance(row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr,
+            _advance_row(row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr,
                      logprobs_ptr, stride)
             # fmt: on
         else:
@@ -195,13 +196,13 @@ def _draw_kernel(
 def sample(
     logits: Tensor, sampling: SamplingTensors, positions: Tensor, scratch: SamplingScratch
 ) -> tuple[Tensor, Tensor]:
-    """Choose each row's next token: logits (B, V) in the model dtype, positions (B,) int64 where the tokens will stand.
+    """Sample each row's next token: logits (B, V) in the model dtype, positions (B,) int64 of the new tokens.
 
     Returns tokens (B,) int64 and their float32 log-probabilities (B,) before temperature and top-p. A row whose logits
-    hold a NaN or +inf, or are all -inf, gets token -1 and log-probability NaN. `sampling.greedy` is not looked at: a
-    captured graph replays with other parameters than it was captured with. Calls that share a scratch follow one
-    another on one stream. Raises ValueError for tensors that do not belong together and for a scratch of another
-    vocabulary or fewer rows.
+    hold a NaN or +inf, or are all -inf, gets token -1 and log-probability NaN. Ignores `sampling.greedy`, since a
+    captured graph is replayed with other parameters than those of its capture. Calls that share a scratch must run one
+    after another on one stream. Raises ValueError where tensors do not match, and for a scratch of another vocabulary
+    or fewer rows.
     """
     rows = _check_logits(logits, sampling, positions, scratch)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -211,9 +212,10 @@ def sample(
 
 
 def sample_and_advance(logits: Tensor, state: DecodeState, scratch: SamplingScratch) -> None:
-    """`sample` for every row of a decode state, which then stands on the new tokens: logits (B, V), changes the state.
+    """`sample` for every row of a decode state, then advance the rows to the new tokens: logits (B, V), changes the
+    state.
 
-    Raises ValueError for tensors that do not belong together and for a scratch of another vocabulary or fewer rows.
+    Raises ValueError where tensors do not match, and for a scratch of another vocabulary or fewer rows.
     """
     rows = _check_logits(logits, state.sampling, state.positions, scratch)
     device = logits.device
@@ -227,7 +229,7 @@ def sample_and_advance(logits: Tensor, state: DecodeState, scratch: SamplingScra
 
 
 def _check_logits(logits: Tensor, sampling: SamplingTensors, positions: Tensor, scratch: SamplingScratch) -> int:
-    """The number of rows, B, of tensors that belong together."""
+    """Check that tensors match. Returns the number of rows, B."""
     check_model_dtype("logits", logits)
     check_tensor("logits", logits, ("B", "V"), logits.dtype, logits.device)
     rows, vocab_size = logits.shape
@@ -241,7 +243,7 @@ def _check_logits(logits: Tensor, sampling: SamplingTensors, positions: Tensor, 
 
 
 def _registers(warps: int) -> dict[str, int]:
-    """The most registers that a thread of the draw may have, as a launch's keyword on NVIDIA GPUs."""
+    """The launch option that limits the registers per thread of the draw, on NVIDIA GPUs."""
     target = current_target()
     most = min(DRAW_REGISTERS // (warps * target.warp_size), MAX_REGISTERS)
     return {"maxnreg": most} if target.backend == "cuda" else {}
@@ -281,7 +283,7 @@ def _launch(
         logprobs,
         *advance,
         KEY_BITS=KEY_BITS[logits.dtype],
-        BLOCK_BLOCKS=power_of_2(launch.blocks),
+        BLOCK_BLOCKS=next_power_of_2(launch.blocks),
         **_registers(launch.warps),
         **how,
     )

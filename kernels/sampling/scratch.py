@@ -1,4 +1,4 @@
-"""How the sampling kernels deal a row of logits to programs, and the memory in which those hand over to each other."""
+"""How the sampling kernels split a row of logits into blocks, one per program, and their scratch memory."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastllama.kernels.launch.sizes import ceil_div, power_of_2
+from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 
 MAX_VOCABULARY = 262144
 MIN_BLOCK = 64
@@ -16,45 +16,46 @@ THREADS_PER_WARP = 32
 
 
 class Launch(NamedTuple):
-    """How a row is dealt to programs."""
+    """How a row is split into blocks."""
 
-    block: int  # logits of a program
-    blocks: int  # programs of a row
+    block: int  # logits per program
+    blocks: int  # programs per row
     warps: int
 
 
 def choose_launch(vocab_size: int) -> Launch:
-    """Blocks of 8 logits a thread: one 16-byte load of a half-precision type.
+    """Blocks of 8 logits per thread: one 16-byte load of a 16-bit dtype.
 
-    The last program looks at up to as many candidates at a time as it has had logits, a share of each block's, so that
-    the number of blocks costs it nothing: 32 of each of 63 hold most nuclei. A block of twice as many would occupy half
-    as many multiprocessors in both launches, and need 16 warps of at most 128 registers.
+    The last program of a row looks at a chunk of candidates of every block at a time, together at most as many as a
+    block has logits. So its cost does not depend on the number of blocks: 63 chunks of 32 hold most nuclei. Blocks of
+    twice the size would occupy half as many multiprocessors in both launches, and need 16 warps with at most 128
+    registers.
 
         V = 128,256     63 blocks of 2,048 logits, 8 warps
         V = 262,144     128 blocks of 2,048, 8 warps
         V = 1,000       1 block of 1,024, 4 warps
     """
-    block = max(MIN_BLOCK, min(MAX_BLOCK, power_of_2(vocab_size)))
+    block = max(MIN_BLOCK, min(MAX_BLOCK, next_power_of_2(vocab_size)))
     return Launch(block, ceil_div(vocab_size, block), max(1, block // (LOGITS_PER_THREAD * THREADS_PER_WARP)))
 
 
 @dataclass(frozen=True)
 class SamplingScratch:
-    """What blocks of logits hand to each other, for up to max_rows rows of one vocabulary of P blocks."""
+    """Intermediate results of the blocks, for up to max_rows rows of one vocabulary of P blocks."""
 
     vocab_size: int
-    maxima: Tensor  # (max_rows, P) float32: a block's largest logit; +inf where one is NaN
-    first_ids: Tensor  # (max_rows, P) int32: the lowest id that has it
+    maxima: Tensor  # (max_rows, P) float32: a block's largest logit; +inf if one is NaN
+    first_ids: Tensor  # (max_rows, P) int32: the lowest id with that logit
     sums: Tensor  # (max_rows, P) float32: Σ exp(x - maximum)
-    masses: Tensor  # (max_rows, P) float32: the same with temperature
-    candidates: Tensor  # (max_rows, P · block) float32: a block's logits that may be kept, in order of id
-    counts: Tensor  # (max_rows, P) int32: how many those are
-    lowest: Tensor  # (max_rows, P) int32: the key of the smallest of them
-    counters: Tensor  # (max_rows,) int32: blocks done; zero between calls
+    masses: Tensor  # (max_rows, P) float32: Σ exp((x - maximum) / temperature)
+    candidates: Tensor  # (max_rows, P · block) float32: a block's logits that top-p may keep, in order of id
+    counts: Tensor  # (max_rows, P) int32: number of candidates
+    lowest: Tensor  # (max_rows, P) int32: key of the smallest candidate
+    counters: Tensor  # (max_rows,) int32: finished blocks; zero between calls
 
     @classmethod
     def of(cls, max_rows: int, vocab_size: int, device: torch.device) -> "SamplingScratch":
-        """Scratch memory for up to max_rows rows. Raises ValueError for a vocabulary that the kernels cannot take."""
+        """Scratch memory for up to max_rows rows. Raises ValueError for an unsupported vocabulary size."""
         if not 1 <= vocab_size <= MAX_VOCABULARY:
             raise ValueError(
                 f"sampling takes a vocabulary of 1 to {MAX_VOCABULARY} tokens, got {vocab_size}: build with "
@@ -78,11 +79,11 @@ class SamplingScratch:
         )
 
     def reset(self) -> None:
-        """Zero the counters, which a call that was broken off leaves behind."""
+        """Zero the counters. They may be nonzero after an interrupted call."""
         self.counters.zero_()
 
     def check(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        """ValueError unless this is on the device, of the same vocabulary, and for as many rows."""
+        """Raise ValueError unless the scratch has this device, this vocabulary and at least `rows` rows."""
         max_rows = self.counters.shape[0]
         if self.vocab_size != vocab_size or max_rows < rows:
             raise ValueError(

@@ -1,5 +1,6 @@
-"""The README's figures: those of the result files, and no others."""
+"""The figures in docs/benchmarks.md: those of the result files, and no others."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,21 @@ from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.result_file import ResultFile, write_result
 from fastllama.benchmarks.statistics import summarize
 
+README = figures.ROOT / "README.md"
+SPEED = re.compile(r"[0-9]\s*(tokens/s|tokens per second|GB/s|TB/s|TFLOP/s|µs|ms|x\b|×|times as fast|%)")
 
-def test_the_readme_holds_the_figures_of_the_result_files() -> None:
-    kept = figures.README.read_text(encoding="utf-8")
-    assert figures.with_figures(kept, figures.figures()) == kept, "run `make readme`"
+
+def test_the_page_holds_the_figures_of_the_result_files() -> None:
+    kept = figures.PAGE.read_text(encoding="utf-8")
+    assert figures.with_figures(kept, figures.figures()) == kept, "run `make figures`"
+
+
+def test_the_readme_states_no_speed_beside_its_picture() -> None:
+    text = README.read_text(encoding="utf-8")
+    (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert picture.startswith("benchmarks/results/") and (figures.ROOT / picture).exists()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)  # the output of commands stays
+    assert not SPEED.findall(prose), "a figure belongs into docs/benchmarks.md, where it comes from a result file"
 
 
 def test_every_file_is_named_with_its_figures_and_plots(tmp_path: Path) -> None:
@@ -26,10 +38,11 @@ def test_every_file_is_named_with_its_figures_and_plots(tmp_path: Path) -> None:
     found = figures.figures(tmp_path)
     assert found.index("results/one.json") < found.index("results/two.json")
     assert found.count("12.5 GB/s") == 2
-    assert found.count("![throughput](benchmarks/results/two/throughput.png)") == 1 and "latency" not in found
+    assert found.count("![throughput of two](../benchmarks/results/two/throughput.png)") == 1
+    assert "latency" not in found
 
 
-def test_figures_stand_between_the_marks_alone() -> None:
+def test_figures_are_written_between_the_marks() -> None:
     text = f"above\n{figures.BEGIN}\nold\n{figures.END}\nbelow\n"
     assert figures.with_figures(text, "new") == f"above\n{figures.BEGIN}\nnew\n{figures.END}\nbelow\n"
     with pytest.raises(ValueError, match="must have the marks"):
@@ -37,9 +50,9 @@ def test_figures_stand_between_the_marks_alone() -> None:
 
 
 def test_check_fails_on_other_figures_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "README.md"
+    path = tmp_path / "benchmarks.md"
     path.write_text(f"{figures.BEGIN}\n1000 tokens/s\n{figures.END}\n")
-    monkeypatch.setattr(figures, "README", path)
+    monkeypatch.setattr(figures, "PAGE", path)
     monkeypatch.setattr(figures, "figures", lambda: "10 tokens/s")
     run = CliRunner()
     assert run.invoke(figures.main, ["--check"]).exit_code == 1 and "1000" in path.read_text()

@@ -1,4 +1,4 @@
-"""ModelArgs: the published models' widths, what follows from what, and what no model can have."""
+"""ModelArgs: the published models' widths, computed fields, and values that are refused."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_published_models(name: str) -> None:
     assert args.shapes["layers.0.feed_forward.w2.weight"] == (args.dim, hidden_dim)
 
 
-def test_defaults_follow_metas() -> None:
+def test_defaults_are_metas() -> None:
     args = ModelArgs()
     assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads) == (4096, 32, 32, 32)
     assert (args.vocab_size, args.max_batch_size, args.max_seq_len) == (-1, 32, 2048)

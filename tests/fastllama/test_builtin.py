@@ -1,4 +1,4 @@
-"""The model in the box, through the whole runtime: it tells stories, knows its facts, and stops by itself."""
+"""The built-in model through the complete runtime: it tells stories, knows its facts, and stops by itself."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def ask(llm: Llama, *questions: str) -> list[str]:
     return [answer["generation"]["content"] for answer in llm.chat_completion(dialogs, temperature=0)]
 
 
-def test_it_answers_what_it_was_taught(llm: Llama) -> None:
+def test_it_answers_what_it_was_trained_on(llm: Llama) -> None:
     answers = ask(llm, *FACTS)
     wrong = {q: a for (q, word), a in zip(FACTS.items(), answers, strict=True) if word.lower() not in a.lower()}
     assert not wrong
@@ -41,7 +41,7 @@ def test_answers_stop_by_themselves(llm: Llama) -> None:
     assert reasons == ["stop"] * len(FACTS)
 
 
-def test_it_continues_a_conversation_and_heeds_a_system_message(llm: Llama) -> None:
+def test_it_continues_a_conversation_with_a_system_message(llm: Llama) -> None:
     dialog: Dialog = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "What is the capital of Italy?"},
@@ -52,7 +52,7 @@ def test_it_continues_a_conversation_and_heeds_a_system_message(llm: Llama) -> N
     assert "Madrid" in answer["generation"]["content"]
 
 
-def test_stories_read_as_stories_and_end(llm: Llama) -> None:
+def test_stories_have_sentences_and_end(llm: Llama) -> None:
     prompt = llm.tokenizer.encode("Once upon a time", bos=True, eos=False)
     reasons, text = [], ""
     for increment in llm.stream([prompt], MAX_SEQ_LEN, temperature=0):

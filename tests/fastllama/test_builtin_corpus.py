@@ -1,4 +1,4 @@
-"""The built-in model's corpus, tokenizer trainer and files: what is cheap to check without training."""
+"""The built-in model's corpus, tokenizer trainer and files, checked without training."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from tests.support.oracle import meta_transformer
 MEGABYTE = 1_000_000
 MAX_CHECKPOINT_BYTES = 6 * MEGABYTE
 MIN_CHARS_PER_TOKEN = 2.5
-# Ordinary English that the corpus does not hold.
+# Ordinary English that is not in the corpus.
 HELD_OUT = (
     "Thousands of demonstrators marched through the centre of the capital on Sunday to protest against rising rents, "
     "which have doubled in less than a decade. Police put the crowd at around eight thousand; organisers claimed it "
@@ -33,7 +33,7 @@ HELD_OUT = (
 )
 
 
-def first_documents(seed: int, count: int) -> list[list[corpus.Piece]]:
+def first_documents(seed: int, count: int) -> list[list[corpus.Span]]:
     return list(itertools.islice(corpus.documents(seed), count))
 
 
@@ -51,10 +51,10 @@ def test_documents_end_with_a_stop_token() -> None:
         assert document[0].text == corpus.BEGIN_OF_TEXT
         assert document[-1].text in (corpus.END_OF_TEXT, corpus.END_OF_TURN)
         assert document[-1].weight == 1.0
-        assert not any("{" in piece.text or "}" in piece.text for piece in document if isinstance(piece.text, str))
+        assert not any("{" in span.text or "}" in span.text for span in document if isinstance(span.text, str))
 
 
-def test_special_tokens_stand_where_the_tokenizer_has_them() -> None:
+def test_special_tokens_have_the_tokenizers_ids() -> None:
     tokenizer = Tokenizer(builtin_checkpoint()[1])
     ranks = tokenizer.n_words - 256
     assert tokenizer.special_tokens["<|begin_of_text|>"] == ranks + corpus.BEGIN_OF_TEXT
@@ -74,7 +74,7 @@ def test_story_has_a_plausible_length_and_is_filled() -> None:
         assert text[0].isupper()
 
 
-def test_story_keeps_to_its_hero() -> None:
+def test_story_keeps_its_hero() -> None:
     rng = random.Random(2)
     for animal in ("owl", "dog", "elephant"):
         text = story(rng, animal, "Pip")
@@ -103,10 +103,10 @@ def test_dialog_alternates_and_ends_with_an_answer() -> None:
 
 
 def test_dialog_document_is_the_chat_format() -> None:
-    pieces = corpus.dialog_document([Turn("user", "Hello"), Turn("assistant", "Hi!"), Turn("user", "Bye")])
-    assert [piece.text for piece in pieces[:6]] == [corpus.BEGIN_OF_TEXT, 6, "user", 7, "\n\n", "Hello"]
-    assert [piece.weight for piece in pieces if piece.text == "Hi!"] == [1.0]
-    assert all(piece.weight < 0.5 for piece in pieces if piece.text in ("Hello", "user", "\n\n"))
+    spans = corpus.dialog_document([Turn("user", "Hello"), Turn("assistant", "Hi!"), Turn("user", "Bye")])
+    assert [span.text for span in spans[:6]] == [corpus.BEGIN_OF_TEXT, 6, "user", 7, "\n\n", "Hello"]
+    assert [span.weight for span in spans if span.text == "Hi!"] == [1.0]
+    assert all(span.weight < 0.5 for span in spans if span.text in ("Hello", "user", "\n\n"))
 
 
 def test_facts_answer_their_questions() -> None:
@@ -154,7 +154,7 @@ def test_sums_and_differences_are_right() -> None:
 def test_ranks_are_bytes_then_merges_in_order() -> None:
     ranks = learn_ranks({"aaaa": 5, "ab": 4, " ab": 3}, 259)
     assert [ranks[bytes([value])] for value in range(256)] == list(range(256))
-    # "aa" stands side by side 15 times, then "ab" 7 times, then "aa"+"aa" 5 times.
+    # The pair "a"+"a" occurs 15 times, then "ab" 7 times, then "aa"+"aa" 5 times.
     assert [ranks[b"aa"], ranks[b"ab"], ranks[b"aaaa"]] == [256, 257, 258]
 
 
@@ -168,7 +168,7 @@ def test_ranks_encode_as_they_were_learned() -> None:
 
 
 def test_ranks_need_enough_text() -> None:
-    with pytest.raises(ValueError, match="400 ranks were asked for, but the text has only 258"):
+    with pytest.raises(ValueError, match="expected text for 400 ranks, got text for only 258"):
         learn_ranks({"abc": 1}, 400)
 
 
@@ -178,9 +178,9 @@ def test_ranks_file_reads_back(tmp_path: Path) -> None:
     assert read_ranks(tmp_path / "tokenizer.model") == ranks
 
 
-def test_encode_puts_special_tokens_behind_the_ranks() -> None:
+def test_encode_numbers_special_tokens_after_the_ranks() -> None:
     encoder = encoding(learn_ranks({"ab": 1}, 257))
-    tokens, weights = corpus.encode([corpus.Piece(corpus.END_OF_TURN, 0.5), corpus.Piece("abb")], encoder)
+    tokens, weights = corpus.encode([corpus.Span(corpus.END_OF_TURN, 0.5), corpus.Span("abb")], encoder)
     assert tokens == [257 + 9, 256, ord("b")]
     assert weights == [0.5, 1.0, 1.0]
 
@@ -225,7 +225,7 @@ def test_trainable_is_meta_transformer() -> None:
     torch.manual_seed(1)
     model = TrainableLlama(params, 16)
     for weight in model.parameters():
-        # Larger than at birth, so that attention and norms matter; in bfloat16 steps, as they are saved.
+        # Larger than at initialisation, so that attention and norms matter; bfloat16 values, as they are saved.
         weight.data = (weight.data + torch.randn_like(weight) / 4).bfloat16().float()
     weights = {name: tensor.float() for name, tensor in meta_state_dict(model).items()}
     tokens = torch.randint(0, 40, (2, 16))

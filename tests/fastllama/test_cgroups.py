@@ -1,4 +1,4 @@
-"""What a container may use, read from trees of files such as Linux shows them."""
+"""A container's limits, read from trees of files like those of Linux."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ V1_MOUNTS = (
     "33 31 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
     "34 31 0:31 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
 )
-# A container's group seen from inside without a namespace of its own: mounted as the top, its path the host's.
+# Inside a container without its own cgroup namespace: its group is mounted as the top, and its path is the host's.
 V1_INSIDE = "33 31 0:30 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
 
 
@@ -28,11 +28,12 @@ def tree(root: Path, files: Files) -> Path:
 
 
 def v2(path: str, **files: str | int) -> Files:
-    """A group of version 2; a file's dot is written as two underscores."""
+    """The files of a version 2 group; two underscores stand for a dot in a file's name."""
     return {f"sys/fs/cgroup/{path}/{name.replace('__', '.')}": str(content) for name, content in files.items()}
 
 
 def v1(path: str, **files: str | int) -> Files:
+    """The files of a version 1 memory group, named as in `v2`."""
     return {f"sys/fs/cgroup/memory/{path}/{name.replace('__', '.')}": str(content) for name, content in files.items()}
 
 
@@ -180,7 +181,7 @@ def test_cpu_quota(tmp_path: Path, case: str) -> None:
     assert cpu_quota(tree(tmp_path, files)) == quota
 
 
-def test_a_file_that_cannot_be_read_limits_nothing(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_no_limit(tmp_path: Path) -> None:
     tree(tmp_path, {"proc/self/cgroup": "0::/a\n"} | v2("a", memory__current=MIB))
-    (tmp_path / "sys/fs/cgroup/a/memory.max").mkdir()  # reading it fails, as it does where permission is missing
+    (tmp_path / "sys/fs/cgroup/a/memory.max").mkdir()  # reading it fails, as it does without permission
     assert free_memory(tmp_path) is None

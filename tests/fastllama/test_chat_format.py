@@ -1,4 +1,4 @@
-"""Prompts of conversations against Meta's chat format, and what is refused as a conversation."""
+"""Prompts of conversations against Meta's chat format, and which conversations are refused."""
 
 import base64
 from pathlib import Path
@@ -19,7 +19,7 @@ EOT = 256 + 9
 
 @pytest.fixture(scope="module")
 def formatter(tmp_path_factory: pytest.TempPathFactory) -> ChatFormat:
-    """A tokenizer whose ids are the bytes, so that prompts can be read."""
+    """A tokenizer whose ids are the bytes, so that prompts are readable."""
     path = tmp_path_factory.mktemp("bytes") / "tokenizer.model"
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256)))
     return ChatFormat(Tokenizer(path))
@@ -33,7 +33,7 @@ def real() -> tuple[ChatFormat, MetaChatFormat]:
     return ours, MetaChatFormat(MetaTokenizer.get_instance())
 
 
-def test_prompt_reads_as_llama_3_was_taught(formatter: ChatFormat) -> None:
+def test_prompt_is_the_format_that_llama_3_was_trained_on(formatter: ChatFormat) -> None:
     dialog: Dialog = [
         {"role": "system", "content": " Be brief.\n"},
         USER,
@@ -49,7 +49,7 @@ def test_prompt_reads_as_llama_3_was_taught(formatter: ChatFormat) -> None:
         "<|start_header_id|>user<|end_header_id|>\n\n<|eot_id|> Bye<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    # Four messages end; the fifth that shows is text that a user typed.
+    # Four messages end with eot. The fifth <|eot_id|> is text from a user.
     assert prompt.count(EOT) == 4
 
 
@@ -68,7 +68,7 @@ messages = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "as
 def test_prompt_matches_meta(real: tuple[ChatFormat, MetaChatFormat], dialog: Any) -> None:
     ours, theirs = real
     raw = [
-        # Its assistant messages end in end_of_turn only when told so.
+        # Meta's assistant messages end in end_of_turn only if the stop reason says so.
         RawMessage(**{**message, "content": message["content"].strip()}, **extra)
         for message in dialog
         for extra in [{"stop_reason": "end_of_turn"} if message["role"] == "assistant" else {}]
@@ -110,7 +110,7 @@ def test_bad_dialogs_are_refused(formatter: ChatFormat, dialog: Any, message: st
         formatter.encode_dialog_prompt(dialog)
 
 
-def test_the_check_names_the_dialog_as_told() -> None:
+def test_the_error_has_the_given_name_of_the_dialog() -> None:
     with pytest.raises(ValueError, match=r"^dialog 3, message 0 has no 'content'"):
         check_dialog([{"role": "user"}], "dialog 3")
 

@@ -1,4 +1,4 @@
-"""What a decoder launches with: the stream that a call began on, and switches that are its own."""
+"""The CUDA stream of a decoder's launches, and its own switches for dependent launches."""
 
 import threading
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from fastllama.cuda_graph import CudaGraph
 from fastllama.decode_graph import Decoder
 from fastllama.kernels import batch
 from fastllama.kernels.batch import RaggedBatch
-from fastllama.kernels.launch.options import Switches, switched, switches
-from tests.support.fake_graph import Tape
+from fastllama.kernels.launch.options import LaunchOptions, launch_options, override_launch_options
+from tests.support.fake_graph import RecordedGraph
 from tests.support.tiny import tiny_llama
 
 PROMPTS = [[5, 6, 7], [8]]
@@ -29,13 +29,13 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
 
 
 @pytest.fixture
-def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[Switches]:
-    """The switches of every step and prefill that runs."""
-    found: list[Switches] = []
+def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[LaunchOptions]:
+    """The launch options in effect in every step and prefill that runs."""
+    found: list[LaunchOptions] = []
     hidden = llm.model.hidden
 
     def noted(batch: RaggedBatch) -> Tensor:
-        found.append(switches())
+        found.append(launch_options())
         return hidden(batch)
 
     monkeypatch.setattr(llm.model, "hidden", noted)
@@ -43,7 +43,7 @@ def seen(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[Switches]:
 
 
 class Stream:
-    """A CUDA stream's double, current within `use`."""
+    """A fake CUDA stream, current within `use`."""
 
     current: "Stream"
 
@@ -65,13 +65,13 @@ class Stream:
 
 @pytest.fixture
 def decoder(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> Decoder:
-    """One that believes its model's tensors to be on a GPU when it asks for the stream."""
+    """A decoder that sees its model on a GPU while it reads the current stream."""
 
     class OnGpu(Decoder):
-        def _take_stream(self) -> None:
+        def _use_current_stream(self) -> None:
             device, self.model.device = self.model.device, torch.device("cuda", 0)
             try:
-                super()._take_stream()
+                super()._use_current_stream()
             finally:
                 self.model.device = device
 
@@ -81,7 +81,7 @@ def decoder(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> Decoder:
     return OnGpu(llm.model)
 
 
-def test_a_call_keeps_the_stream_on_which_it_began(
+def test_a_call_keeps_the_stream_on_which_it_starts(
     llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran_on: list[str] = []
@@ -104,7 +104,7 @@ def test_a_call_keeps_the_stream_on_which_it_began(
     with second.use():
         llm.generate(PROMPTS, 2, **CALL)
     assert ran_on[3:] == ["second"]
-    assert second.waited == ["first"] and not first.waited, "steps of the call before may still run"
+    assert second.waited == ["first"] and not first.waited, "steps of the previous call may still run"
 
 
 def test_sampling_parameters_are_uploaded_on_the_stream_that_reads_them(
@@ -120,14 +120,14 @@ def test_sampling_parameters_are_uploaded_on_the_stream_that_reads_them(
     monkeypatch.setattr(llm, "decoder", decoder)
     llm.generate(PROMPTS, 1, **CALL)  # allocates the decoder's state
     monkeypatch.setattr(batch, "upload", noted)
-    with Stream("asked for").use():
+    with Stream("at the call").use():
         stream = llm.stream(PROMPTS, 2, temperature=1.0, seed=1)
-    with Stream("begun").use():
+    with Stream("at the first step").use():
         list(stream)
-    assert set(uploaded_on) == {"begun"}
+    assert set(uploaded_on) == {"at the first step"}
 
 
-def test_another_stream_finds_the_workspace_as_new(
+def test_the_workspace_is_reset_again_for_another_stream(
     llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm, "decoder", decoder)
@@ -136,88 +136,88 @@ def test_another_stream_finds_the_workspace_as_new(
     for name, expected in (("a", 1), ("b", 2)):
         with Stream(name).use():
             llm.generate(PROMPTS, 1, **CALL)
-        assert resets.count(name) == expected, "before the call, and again once it is in order behind another stream"
+        assert resets.count(name) == expected, "before the call, and again after waiting for the previous stream"
 
 
-def test_switches_are_a_models_own(llm: Llama, seen: list[Switches], monkeypatch: pytest.MonkeyPatch) -> None:
-    for dependent, expected in ((None, Switches()), (True, Switches()), (False, Switches(False, False))):
+def test_a_decoder_has_its_own_options(llm: Llama, seen: list[LaunchOptions], monkeypatch: pytest.MonkeyPatch) -> None:
+    for dependent, expected in ((None, LaunchOptions()), (True, LaunchOptions()), (False, LaunchOptions(False, False))):
         monkeypatch.setattr(llm, "decoder", Decoder(llm.model, dependent=dependent))
         seen.clear()
         stream = llm.stream(PROMPTS, 3, **CALL)
         next(stream)
-        assert switches() == Switches(), "between two increments the caller's own hold"
+        assert launch_options() == LaunchOptions(), "between two increments the caller's launch options are in effect"
         list(stream)
         assert len(seen) == 3 and set(seen) == {expected}
     monkeypatch.setattr(llm, "decoder", Decoder(llm.model))
     seen.clear()
-    with switched(launch=False):
+    with override_launch_options(dependent=False):
         llm.generate(PROMPTS, 1, **CALL)
-    assert set(seen) == {Switches(False, True)}
+    assert set(seen) == {LaunchOptions(False, True)}
 
 
-def test_switches_of_one_thread_are_not_anothers() -> None:
-    found: list[Switches] = []
-    with switched(launch=False, prefetch=False):
-        thread = threading.Thread(target=lambda: found.append(switches()))
+def test_launch_options_affect_one_thread_only() -> None:
+    found: list[LaunchOptions] = []
+    with override_launch_options(dependent=False, prefetch=False):
+        thread = threading.Thread(target=lambda: found.append(launch_options()))
         thread.start()
         thread.join()
-        assert switches() == Switches(False, False)
-    assert found == [Switches()] == [switches()]
+        assert launch_options() == LaunchOptions(False, False)
+    assert found == [LaunchOptions()] == [launch_options()]
 
 
-class Fussy(Tape):
-    """A graph that takes no dependent launches."""
+class NoDependentLaunch(RecordedGraph):
+    """A graph whose capture fails with dependent launches."""
 
     def capture(self, launches: Any) -> None:
-        if switches().launch:
+        if launch_options().dependent:
             raise RuntimeError("operation not permitted when stream is capturing")
         super().capture(launches)
 
 
-def test_a_capture_that_fails_is_done_again_without_dependent_launches(
+def test_a_failed_capture_is_repeated_without_dependent_launches(
     llm: Llama, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = llm.generate(PROMPTS, 4, **CALL)
-    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=NoDependentLaunch))
     with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
-        llm.generate(PROMPTS, 4, **CALL)  # the reference backend has none to leave out
-    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: switches().launch)
-    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy))
+        llm.generate(PROMPTS, 4, **CALL)  # the reference backend has no dependent launches to turn off
+    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: launch_options().dependent)
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=NoDependentLaunch))
     assert llm.decoder.dependent
     assert llm.generate(PROMPTS, 4, **CALL) == expected
     assert not llm.decoder.dependent
     (record,) = caplog.records
     assert record.getMessage() == (
-        "a graph of dependent launches could not be captured (operation not permitted when stream is capturing): this "
-        "model's kernels are launched as usual from now on, as dependent_launch=False has them from the start"
+        "a graph with dependent launches could not be captured (operation not permitted when stream is capturing): "
+        "this model runs without them from now on, as with dependent_launch=False"
     )
-    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Fussy, dependent=False))
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=NoDependentLaunch, dependent=False))
     assert llm.generate(PROMPTS, 4, **CALL) == expected and len(caplog.records) == 1
 
 
-class Full(Tape):
-    """A graph for which memory does not suffice, once."""
+class OutOfMemoryOnce(RecordedGraph):
+    """A graph whose first capture runs out of memory."""
 
     n_tries = 0
 
     def capture(self, launches: Any) -> None:
-        Full.n_tries += 1
-        if Full.n_tries == 1:
+        OutOfMemoryOnce.n_tries += 1
+        if OutOfMemoryOnce.n_tries == 1:
             raise torch.OutOfMemoryError("out of memory")
         super().capture(launches)
 
 
-def test_memory_that_runs_out_is_no_matter_of_dependent_launches(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_leaves_dependent_launches_on(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = llm.generate(PROMPTS, 4, **CALL)
-    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: switches().launch)
-    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=Full))
+    monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda: launch_options().dependent)
+    monkeypatch.setattr(llm, "decoder", Decoder(llm.model, new_graph=OutOfMemoryOnce))
     with pytest.raises((torch.OutOfMemoryError, MemoryError)):
         llm.generate(PROMPTS, 4, **CALL)
-    assert llm.decoder.dependent and Full.n_tries == 1
+    assert llm.decoder.dependent and OutOfMemoryOnce.n_tries == 1
     assert llm.generate(PROMPTS, 4, **CALL) == expected
 
 
-def test_a_rehearsal_that_fails_names_the_switch(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_dry_run_names_the_option(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(error: RuntimeError) -> Any:
         def step(*arguments: Any) -> None:
             raise error
@@ -226,20 +226,20 @@ def test_a_rehearsal_that_fails_names_the_switch(llm: Llama, monkeypatch: pytest
 
     refused = RuntimeError("Triton Error [CUDA]: operation not supported")
     named = (
-        f"a decode step of 2 rows failed ({refused}): if dependent launches are to blame, dependent_launch=False does "
-        "without them"
+        f"a decode step of 2 rows failed ({refused}): if dependent launches are the cause, dependent_launch=False "
+        "turns them off"
     )
     full = torch.OutOfMemoryError("out of memory")
     for depend, error, message in ((True, refused, named), (False, refused, str(refused)), (True, full, str(full))):
         monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda depend=depend: depend)
         monkeypatch.setattr(decode_graph, "step", failing(error))
         with pytest.raises(type(error)) as caught:
-            Decoder(llm.model).rehearse(2)
+            Decoder(llm.model).dry_run(2)
         assert str(caught.value) == message
 
 
-class BrokenCapture:
-    """torch's context of a capture whose end raises: its stream stays current, as torch leaves it."""
+class FailedCapture:
+    """A fake torch.cuda.graph whose exit raises and leaves the capture's stream current, as torch does."""
 
     def __init__(self, graph: object, stream: Stream, **how: Any) -> None:
         self.stream = stream
@@ -251,11 +251,11 @@ class BrokenCapture:
         raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def test_a_capture_that_breaks_raises_the_cause_and_leaves_the_stream_as_it_was(
+def test_a_failed_capture_raises_the_cause_and_restores_the_stream(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", BrokenCapture)
+    monkeypatch.setattr(torch.cuda, "graph", FailedCapture)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(CudaGraph, "_failed", [])
     before, of_capture = Stream.current, Stream("the capture's")
@@ -275,25 +275,10 @@ def test_a_capture_that_breaks_raises_the_cause_and_leaves_the_stream_as_it_was(
         assert CudaGraph._failed[-1] is graph._graph, "torch's allocator may still point to it"
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({"cuda_graphs": "no"}, "cuda_graphs must be True, False or None, got 'no'"),
-        ({"dependent_launch": 0}, "dependent_launch must be True, False or None, got 0"),
-        ({"cuda_graphs": True}, "cuda_graphs needs a GPU, and the device is 'cpu': leave it out"),
-        ({"dependent_launch": True}, "dependent_launch needs a GPU, and the device is 'cpu': leave it out"),
-    ],
-)
-def test_wrong_switches_are_refused_before_anything_is_read(how: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as caught:
-        Llama.build(str(tmp_path), str(tmp_path), 8, 2, device="cpu", **how)
-    assert str(caught.value) == message
-
-
-def test_build_hands_its_switches_on(tmp_path: Path) -> None:
+def test_build_passes_its_launch_options_to_the_decoder(tmp_path: Path) -> None:
     tiny_llama(tmp_path)  # writes the checkpoint
     files = (str(tmp_path), str(tmp_path / "tokenizer.model"), 16, 2)
     llm = Llama.build(*files, device="cpu", cuda_graphs=False, dependent_launch=False)
-    assert (llm.decoder._captures, llm.decoder._dependent) == (False, False)
+    assert (llm.decoder._use_graphs, llm.decoder._dependent) == (False, False)
     llm = Llama.build(*files, device="cpu")
-    assert (llm.decoder._captures, llm.decoder._dependent) == (None, None)
+    assert (llm.decoder._use_graphs, llm.decoder._dependent) == (None, None)

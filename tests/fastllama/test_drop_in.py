@@ -1,4 +1,4 @@
-"""A script for Meta's package, with only its import changed, under plain python and under torchrun."""
+"""A script written for Meta's package runs with only its imports changed, under python and torchrun."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *launcher: str) -> list[str]:
-    """What the script prints of that model and of the built-in one."""
+    """The script's output lines for that model and for the built-in one."""
     models = (str(folder), str(folder / "tokenizer.model"), *builtin_checkpoint())
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(folder / "script.py"), *models]
@@ -63,7 +63,7 @@ def run(folder: Path, *launcher: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> list[str]:
-    """Without torchrun."""
+    """The output without torchrun."""
     lines = run(folder)
     assert lines[0].startswith("the first of two > ") and lines[-1].startswith("assistant ")
     return lines

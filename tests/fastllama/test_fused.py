@@ -1,4 +1,4 @@
-"""The whole model on Triton kernels: the reference backend's tokens and log-probabilities, on a GPU or interpreted."""
+"""The complete model on Triton kernels, on a GPU or interpreted, against the reference backend."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,12 +15,12 @@ from fastllama.kernels.attention import scratch
 from fastllama.kernels.batch import RaggedBatch
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.support.comparisons import assert_same_answers
-from tests.support.fake_graph import Tape
+from tests.support.fake_graph import RecordedGraph
 from tests.support.tiers import parameters
 from tests.support.tiny import tiny_llama
 
 BACKENDS = ("reference", "fused")
-FEW_SLOTS = 4  # of attention's grid: empty ones cost the interpreter as much as full ones
+FEW_SPLITS = 4  # of attention: in the interpreter, empty splits take as long as full ones
 STORIES260K = {
     "dim": 64,
     "n_layers": 5,
@@ -34,8 +34,8 @@ STORIES260K = {
 
 
 @pytest.fixture(autouse=True)
-def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "SPLITS", FEW_SLOTS)
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "NUM_SPLITS", FEW_SPLITS)
 
 
 def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> list[Transformer]:
@@ -57,7 +57,7 @@ def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> 
 
 @pytest.mark.slow
 def test_builtin_model_gives_the_reference_tokens(device: torch.device) -> None:
-    """RaggedBatch prompts, one of them longer than what the matrix–vector kernels serve, echoed and scored."""
+    """Ragged prompts with echo and log-probabilities; one is too long for the matrix–vector kernels."""
     texts = ["Once upon a time", "The capital of France is the city of Paris, and the sun was warm on that day.", "A"]
     rows = []
     for backend in BACKENDS:
@@ -78,18 +78,18 @@ def test_stories260k_shape_gives_the_reference_tokens(n_rows: int, device: torch
 
 @pytest.mark.parametrize("n_rows", parameters({"two-rows": 2, "three-rows": 3}, quick=("two-rows",)))
 def test_replays_like_eager(n_rows: int, device: torch.device) -> None:
-    """Steps recorded once and replayed, thrice, on uneven batches: a GPU's graph, elsewhere its double."""
+    """Captured steps give the eager tokens on uneven batches, with CUDA graphs or, on a CPU, the fake graph."""
     prompts = [[1, 250, 17, 300, 41], [9], [100, 101, 102]][:n_rows]
     _, model = transformers(device, torch.float32, **{**STORIES260K, "n_layers": 1})
     eager, replayed = (Llama(model, tokenizer=_NoTokenizer()) for _ in range(2))  # type: ignore[arg-type]
     eager.decoder = Decoder(model, graphs=False)
-    replayed.decoder = Decoder(model, new_graph=None if device.type == "cuda" else Tape)
+    replayed.decoder = Decoder(model, new_graph=None if device.type == "cuda" else RecordedGraph)
     for rows, temperature in ((prompts, 0.0), (prompts[::-1], 1.0), (prompts[1:2], 0.8)):
         assert replayed.generate(rows, 3, temperature, seed=3) == eager.generate(rows, 3, temperature, seed=3)
 
 
 class _NoTokenizer:
-    """As much of a tokenizer as a call that neither encodes nor decodes needs."""
+    """The attributes that a call without text needs of its tokenizer."""
 
     stop_tokens: frozenset[int] = frozenset()
     special_tokens: dict[str, int] = {}  # noqa: RUF012
@@ -98,7 +98,7 @@ class _NoTokenizer:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_logits_are_the_references(dtype: torch.dtype, device: torch.device) -> None:
-    """Prefill, a chunk after it, and a decode step; half precision rounds each layer's sums to a neighbour at times."""
+    """Prefill, a second chunk and a decode step, within the tolerance of half precision's rounding."""
     reference, fused = transformers(device, dtype, **STORIES260K)
     tokens = torch.arange(3 * 20).view(3, 20).to(device) * 7 % 512
     for begin, end in ((0, 18), (18, 19), (19, 20)):
@@ -128,8 +128,8 @@ def test_an_op_without_a_workspace_makes_its_own(device: torch.device) -> None:
     assert_matches("logits", hidden[1], hidden[0])
 
 
-def test_a_broken_off_call_leaves_nothing_behind(device: torch.device) -> None:
-    """Counters that an aborted launch left standing are zeroed before the next call, which attends and draws."""
+def test_an_aborted_call_does_not_affect_the_next(device: torch.device) -> None:
+    """Counters that an aborted launch left behind are zeroed before the next call."""
     outputs = []
     for model in transformers(device, torch.float32, **STORIES260K):
         if model.backend == "fused":
@@ -149,7 +149,7 @@ def test_a_model_made_in_inference_mode_generates(device: torch.device) -> None:
 
 
 def test_ops_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current GPU, which need not be the one that the tensors are on."""
+    """Triton launches on the current GPU, so an op makes its tensors' GPU current."""
     entered: list[torch.device] = []
 
     def enter(device: torch.device) -> nullcontext[None]:
@@ -158,7 +158,7 @@ def test_ops_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "device", enter)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    guarded = fused_backend._on_its_device(lambda tensor: "launched")
+    guarded = fused_backend._on_tensor_device(lambda tensor: "launched")
     for index, expected in ((1, [torch.device("cuda", 1)]), (0, [])):
         entered.clear()
         monkeypatch.setattr(Tensor, "device", torch.device("cuda", index))

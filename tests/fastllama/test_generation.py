@@ -1,4 +1,4 @@
-"""What `generate` and the completion calls promise: budgets, stops, echo, log-probabilities, seeds, independence."""
+"""`generate` and the completion calls: budgets, stop tokens, echo, log-probabilities, seeds, independent rows."""
 
 import subprocess
 import sys
@@ -26,7 +26,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
 
 
 @given(prompts=prompt_lists, max_gen_len=st.integers(0, 20), seed=st.none() | st.integers(0, 2**64 - 1))
-def test_rows_keep_to_their_budgets(llm: Llama, prompts: list[list[int]], max_gen_len: int, seed: int | None) -> None:
+def test_rows_stay_within_their_budgets(
+    llm: Llama, prompts: list[list[int]], max_gen_len: int, seed: int | None
+) -> None:
     tokens, logprobs = llm.generate(prompts, max_gen_len, logprobs=True, seed=seed)
     assert logprobs is not None and len(tokens) == len(prompts)
     for prompt, row, scores in zip(prompts, tokens, logprobs, strict=True):
@@ -39,7 +41,7 @@ def test_rows_keep_to_their_budgets(llm: Llama, prompts: list[list[int]], max_ge
 
 
 @given(prompts=prompt_lists, temperature=st.sampled_from([0.0, 0.7, 2.0]), top_p=st.sampled_from([0.5, 0.9, 1.0]))
-def test_a_row_alone_is_the_row_in_any_batch_and_order(
+def test_a_row_is_the_same_alone_and_in_any_batch_and_order(
     llm: Llama, prompts: list[list[int]], temperature: float, top_p: float
 ) -> None:
     seeds = [101 + row for row in range(len(prompts))]
@@ -54,7 +56,7 @@ def test_a_row_alone_is_the_row_in_any_batch_and_order(
 
 
 @given(prompts=prompt_lists, short=st.integers(0, 6), more=st.integers(0, 6))
-def test_fewer_tokens_are_a_prefix(llm: Llama, prompts: list[list[int]], short: int, more: int) -> None:
+def test_a_shorter_generation_is_a_prefix(llm: Llama, prompts: list[list[int]], short: int, more: int) -> None:
     first, _ = llm.generate(prompts, short, temperature=1.0, seed=3)
     longer, _ = llm.generate(prompts, short + more, temperature=1.0, seed=3)
     assert first == [row[:short] for row in longer]
@@ -86,7 +88,7 @@ def test_max_gen_len_zero_returns_nothing_or_the_prompt(llm: Llama) -> None:
     assert llm.text_completion(["a b", "c"], max_gen_len=0) == [{"generation": ""}, {"generation": ""}]
 
 
-def test_prompt_of_max_seq_len_generates_nothing_beside_one_that_goes_on(llm: Llama) -> None:
+def test_prompt_of_max_seq_len_generates_nothing_in_a_batch_with_a_shorter_one(llm: Llama) -> None:
     full = [7] * MAX_SEQ_LEN
     llm_stop, llm.tokenizer.stop_tokens = llm.tokenizer.stop_tokens, set()
     try:
@@ -126,7 +128,7 @@ def test_unseeded_calls_differ_and_a_second_build_repeats_them(tmp_path: Path) -
     assert other.generate([[1, 2, 3]] * 2, 12, temperature=2.0, top_p=1.0)[0] != calls[0]
 
 
-def test_seeds_name_streams(llm: Llama) -> None:
+def test_seeds_select_random_streams(llm: Llama) -> None:
     def draw(prompts: int, seed: object) -> list[list[int]]:
         return llm.generate([[1, 2, 3]] * prompts, 12, temperature=2.0, top_p=1.0, seed=seed)[0]  # type: ignore[arg-type]
 
@@ -139,13 +141,13 @@ def test_seeds_name_streams(llm: Llama) -> None:
     assert draw(1, -1) == draw(1, 2**64 - 1)
 
 
-def test_generate_leaves_torchs_generator_alone(llm: Llama) -> None:
+def test_generate_does_not_use_torchs_generator(llm: Llama) -> None:
     before = torch.get_rng_state()
     llm.generate([[1, 2, 3]], 8)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_greedy_ways_agree(llm: Llama) -> None:
+def test_all_greedy_parameters_agree(llm: Llama) -> None:
     greedy, _ = llm.generate([[1, 2, 3]], 8, temperature=0)
     assert llm.generate([[1, 2, 3]], 8, temperature=1.0, top_p=0)[0] == greedy
     assert llm.generate([[1, 2, 3]], 8, temperature=1e-9, top_p=1.0)[0] == greedy
@@ -188,7 +190,7 @@ def test_completions_without_max_gen_len_fill_the_context(llm: Llama) -> None:
         llm.tokenizer.stop_tokens = llm_stop
 
 
-def test_calls_leave_nothing_in_the_cache_that_another_sees(llm: Llama) -> None:
+def test_a_call_reads_nothing_that_others_left_in_the_cache(llm: Llama) -> None:
     alone, _ = llm.generate([[1, 2, 3]], 8, temperature=0)
     llm.model.cache.k.fill_(torch.nan)
     llm.model.cache.v.fill_(torch.nan)
@@ -228,7 +230,7 @@ def test_sample_top_p_follows_metas_rule() -> None:
     [([0.6, 0.3, 0.1], 0.9), ([0.4, 0.3, 0.2, 0.1], 0.9), ([0.3, 0.3, 0.2, 0.2], 0.6), ([0.4, 0.3, 0.2, 0.1], 0.4)],
 )
 def test_sample_top_p_compares_in_the_dtype_of_probs(probs: list[float], p: float) -> None:
-    """At a boundary the answer is that of Meta's sums in float32."""
+    """At the threshold, the result is that of Meta's cumulative sums in float32."""
     row = torch.tensor([probs])
     ordered = row[0].sort(descending=True).values
     kept = int((ordered.cumsum(0) - ordered <= p).sum())

@@ -1,4 +1,4 @@
-"""Whole-model parity: greedy tokens and log-probabilities against Meta's and Hugging Face's own models, in float32."""
+"""Greedy tokens and log-probabilities of the complete model against Meta's and Hugging Face's models, in float32."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ MODELS_AND_SHARDS = [(name, shards) for name in META_CASES for shards in SHARDS.
 
 
 def assert_same(llm: Llama, expected: list[tuple[list[int], list[float], list[float]]]) -> None:
-    """Greedy generation of PROMPTS, in one batch, with and without echo, against (tokens, scores, prompt's scores)."""
+    """Assert that greedy generation of PROMPTS, with and without echo, gives these (tokens, scores, prompt scores)."""
     tokens, logprobs = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0, logprobs=True)
     echoed, echoed_logprobs = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0, logprobs=True, echo=True)
     assert logprobs is not None and echoed_logprobs is not None
@@ -106,14 +106,14 @@ def _huggingface_generate(model: Any, prompt: list[int]) -> tuple[list[int], lis
     return tokens[len(prompt) :], logprobs[len(prompt) :], logprobs[: len(prompt)]
 
 
-def test_stop_tokens_end_rows_where_metas_loop_ends_them(tmp_path: Path) -> None:
+def test_stop_tokens_end_rows_where_metas_loop_does(tmp_path: Path) -> None:
     params = tiny_params()
     weights = random_weights(params, seed=6)
     write_meta(tmp_path, params, weights)
     llm = Llama.build(str(tmp_path), str(write_tokenizer(tmp_path)), MAX_SEQ_LEN, len(PROMPTS), device="cpu")
     oracle = meta_transformer(params, weights, MAX_SEQ_LEN)
     free = [meta_generate(oracle, prompt, MAX_GEN_LEN, MAX_SEQ_LEN)[0] for prompt in PROMPTS]
-    stops = {free[0][4], free[1][0], free[2][9]}  # one row stops at once, one never
+    stops = {free[0][4], free[1][0], free[2][9]}  # one row stops at its first token, one never
     llm.tokenizer.stop_tokens = stops
     expected = [meta_generate(oracle, prompt, MAX_GEN_LEN, MAX_SEQ_LEN, tuple(stops)) for prompt in PROMPTS]
     tokens, logprobs = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0, logprobs=True)
@@ -123,7 +123,7 @@ def test_stop_tokens_end_rows_where_metas_loop_ends_them(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_stays_near_float32(tmp_path: Path, dtype: str) -> None:
-    """Tokens match where float32's first two candidates are further apart than the error; log-probabilities always."""
+    """Log-probabilities match always; tokens match where float32's two best differ by more than the tolerance."""
     tolerance = {"bfloat16": 0.25, "float16": 0.05}[dtype]
     params = tiny_params()
     weights = random_weights(params, seed=8)

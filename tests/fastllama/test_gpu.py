@@ -1,4 +1,4 @@
-"""The whole model on an NVIDIA GPU: the same tokens as on the CPU, on either backend, and the defaults of CUDA."""
+"""The complete model on an NVIDIA GPU: the CPU's tokens on both backends, graphs, streams and CUDA's defaults."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ CALLS = [(PROMPTS, 0.0), (PROMPTS[::-1], 1.0), (PROMPTS[1:3], 0.7)]
 
 @pytest.fixture(autouse=True)
 def nan_in_empty_memory() -> None:
-    """Not here: it would put launches between the model's own, and the model is to run as it does for users."""
+    """Turned off here: it adds launches, and these tests run the model as users do."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_defaults_are_kernels_in_half_precision(folder: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_greedy_repeats_itself(folder: Path, rows: int) -> None:
-    """Greedy tokens and their log-probabilities, bit for bit, over a hundred runs."""
+    """Greedy tokens and log-probabilities are bit-identical in a hundred runs."""
     llm = build(folder, None, None)
     first = llm.generate(PROMPTS[:rows], MAX_GEN_LEN, temperature=0, logprobs=True)
     assert all(llm.generate(PROMPTS[:rows], MAX_GEN_LEN, temperature=0, logprobs=True) == first for _ in range(RUNS))
@@ -73,7 +73,7 @@ def test_greedy_repeats_itself(folder: Path, rows: int) -> None:
 
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_replays_like_eager(folder: Path, unroll: int) -> None:
-    """Tokens and log-probabilities bit for bit: a graph is the same launches."""
+    """Tokens and log-probabilities are bit-identical: a graph has the same launches."""
     llm = build(folder, None, None)
     assert llm.decoder._graphs.keys() == {1, 4}, "build captures the graphs of one row and of all"
     answers = []
@@ -83,18 +83,18 @@ def test_replays_like_eager(folder: Path, unroll: int) -> None:
     assert answers[0] == answers[1]
 
 
-def test_a_stream_brings_what_generate_returns(folder: Path) -> None:
+def test_a_stream_yields_the_tokens_of_generate(folder: Path) -> None:
     llm = build(folder, None, None)
     expected, _ = llm.generate(PROMPTS, MAX_GEN_LEN, seed=7)
-    gained: list[list[int]] = [[] for _ in PROMPTS]
+    streamed: list[list[int]] = [[] for _ in PROMPTS]
     for increment in llm.stream(PROMPTS, MAX_GEN_LEN, seed=7):
-        gained[increment.row] += increment.tokens
-    assert gained == expected
+        streamed[increment.row] += increment.tokens
+    assert streamed == expected
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_nothing_but_the_results_is_waited_for(folder: Path) -> None:
-    """From the prompts on: torch raises at whatever stops the host until the device is done."""
+def test_the_host_waits_for_results_only(folder: Path) -> None:
+    """In sync debug mode, torch raises an error for every call that makes the host wait for the device."""
     llm = build(folder, None, None)
     expected = llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0)
     try:

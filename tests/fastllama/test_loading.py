@@ -1,4 +1,4 @@
-"""Building a model: host memory, what the tokenizer takes from the checkpoint, and where files are found."""
+"""Building a model: host memory, the stop tokens of a checkpoint, and where files are found."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.support.tiers import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 2**20
-# Prints the peak of anonymous memory (not that of mapped files) that building adds, and the size of the model built.
+# Prints the peak of anonymous memory (mapped files excluded) that building adds, and the size of the model.
 MEASURE = """
 import sys, threading, time
 import torch
@@ -27,7 +27,7 @@ def anonymous():
 
 folder = sys.argv[1]
 torch.set_num_threads(1)
-Llama.build(sys.argv[2], sys.argv[2] + "/tokenizer.model", 8, 1, device="cpu", dtype="float32")  # imports and caches
+Llama.build(sys.argv[2], sys.argv[2] + "/tokenizer.model", 8, 1, device="cpu", dtype="float32")  # fills caches
 before, peak, done = anonymous(), 0, threading.Event()
 
 def watch():
@@ -53,7 +53,7 @@ def test_host_memory_stays_near_the_model_while_loading(tmp_path: Path, shards: 
         write_meta(tmp_path / name, params, random_weights(params), shards=shards, dtype=torch.bfloat16)
         write_tokenizer(tmp_path / name)
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "big"), str(tmp_path / "small")]
-    # A fixed threshold gives freed tensors back at once, so that the allocator's own habits are not measured.
+    # With a fixed threshold, the allocator returns freed tensors to the system at once.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=environment)
     peak, model = map(int, out.stdout.split())
@@ -61,14 +61,14 @@ def test_host_memory_stays_near_the_model_while_loading(tmp_path: Path, shards: 
     assert model > 110 * MEGABYTE and peak < model + 3 * largest
 
 
-def test_huggingface_stop_tokens_join_the_tokenizers(tmp_path: Path) -> None:
+def test_huggingface_stop_tokens_are_added_to_the_tokenizers(tmp_path: Path) -> None:
     params = tiny_params()
     write_huggingface(tmp_path, params, random_weights(params), eos_token_id=[33, 321])
     llm = Llama.build(str(tmp_path), str(write_tokenizer(tmp_path)), 16, 1, device="cpu")
-    assert llm.tokenizer.stop_tokens == {321, 329, 33}  # end_of_text, eot_id, and the file's own
+    assert llm.tokenizer.stop_tokens == {321, 329, 33}  # end_of_text, eot_id and the file's
 
 
-def test_scaled_rope_brings_llama31s_stop_tokens_and_names(tmp_path: Path) -> None:
+def test_scaled_rope_selects_llama31s_stop_tokens_and_names(tmp_path: Path) -> None:
     write_meta(tmp_path, tiny_params(use_scaled_rope=True), random_weights(tiny_params()))
     llm = Llama.build(str(tmp_path), str(write_tokenizer(tmp_path)), 16, 1, device="cpu")
     assert llm.tokenizer.stop_tokens == {321, 329, 328}
@@ -99,7 +99,7 @@ def test_dtype_and_device_defaults_and_names(tmp_path: Path) -> None:
         assert model.dtype == model.cache.k.dtype == torch.bfloat16
 
 
-def test_a_vocabulary_size_left_open_comes_from_the_embedding(tmp_path: Path) -> None:
+def test_an_unset_vocabulary_size_is_read_from_the_embedding(tmp_path: Path) -> None:
     write_meta(tmp_path, tiny_params(), random_weights(tiny_params()))
     params = json.loads((tmp_path / "params.json").read_text())
     (tmp_path / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))

@@ -1,4 +1,4 @@
-"""The memory plan: it counts what is allocated, and says what would fit."""
+"""The memory plan: it counts what is allocated, and names the sizes that fit."""
 
 import errno
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_plan_of_llama3_8b() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_plan_counts_what_a_model_allocates(dtype: torch.dtype) -> None:
+def test_plan_counts_the_tensors_of_a_model(dtype: torch.dtype) -> None:
     args = ModelArgs(max_batch_size=3, max_seq_len=40, **tiny_params())
     model = Transformer(args, dtype=dtype)
     plan = plan_memory(args, dtype, 3, 40)
@@ -65,7 +65,7 @@ def test_error_names_the_largest_sizes_that_fit() -> None:
         check_fits(args, torch.bfloat16, 2**30)
 
 
-def test_what_fits_is_planned() -> None:
+def test_check_fits_returns_the_plan() -> None:
     args = published(max_batch_size=1, max_seq_len=128)
     assert check_fits(args, torch.bfloat16, 40 * 2**30) == plan_memory(args, torch.bfloat16, 1, 128)
 
@@ -73,9 +73,9 @@ def test_what_fits_is_planned() -> None:
 CPU = torch.device("cpu")
 
 
-def limited(monkeypatch: pytest.MonkeyPatch, **limits_bytes: int) -> None:
-    """Set limits on the process's memory, RLIMIT_AS and RLIMIT_DATA, as far as the code can tell."""
-    resource = pytest.importorskip("resource", reason="limits of a process are Unix's")
+def set_limits(monkeypatch: pytest.MonkeyPatch, **limits_bytes: int) -> None:
+    """Make `resource.getrlimit` return these limits on the process's memory, RLIMIT_AS and RLIMIT_DATA."""
+    resource = pytest.importorskip("resource", reason="only Unix has limits of a process")
     by_number = {getattr(resource, name): value for name, value in limits_bytes.items()}
     monkeypatch.setattr(
         resource, "getrlimit", lambda number: (by_number.get(number, resource.RLIM_INFINITY), resource.RLIM_INFINITY)
@@ -96,7 +96,7 @@ def test_limits_of_the_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address_space: Any, data: Any, status: str, expected: Any
 ) -> None:
     given = {"RLIMIT_AS": address_space, "RLIMIT_DATA": data}
-    limited(monkeypatch, **{name: value for name, value in given.items() if value is not None})
+    set_limits(monkeypatch, **{name: value for name, value in given.items() if value is not None})
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/status").write_text(status)
     both = [(1000 * 2**10, "under ulimit -v 1024"), (2000 * 2**10, "under ulimit -d 2048")]
@@ -125,10 +125,13 @@ def test_the_tightest_limit_is_named(
     monkeypatch.setattr(cgroups, "free_memory", lambda: in_container)
     of_process = [] if process is None else [cgroups.FreeMemory(process * mib, "under ulimit -v 9")]
     monkeypatch.setattr(memory_plan, "process_limits", lambda: of_process)
-    assert memory_plan.tightest_memory(CPU) == (3 * mib, where) and memory_plan.free_memory(CPU) == 3 * mib
+    assert memory_plan.free_memory_and_limit(CPU) == (3 * mib, where) and memory_plan.free_memory(CPU) == 3 * mib
     with pytest.raises(DoesNotFit) as caught:
         check_fits(
-            published(), torch.bfloat16, memory_plan.free_memory(CPU), limit=memory_plan.tightest_memory(CPU).limit
+            published(),
+            torch.bfloat16,
+            memory_plan.free_memory(CPU),
+            limit=memory_plan.free_memory_and_limit(CPU).limit,
         )
     assert f" and 0.00 GiB are free {where}: not even one row of one token would fit" in str(caught.value)
 
@@ -139,9 +142,9 @@ def test_processes_on_one_machine_share_its_memory_but_not_their_limits(monkeypa
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8000}))
     monkeypatch.setattr(cgroups, "free_memory", lambda: None)
     monkeypatch.setattr(memory_plan, "process_limits", lambda: [cgroups.FreeMemory(5000, "under ulimit -v 4")])
-    assert memory_plan.tightest_memory(CPU) == (4000, "on this machine")
+    assert memory_plan.free_memory_and_limit(CPU) == (4000, "on this machine")
     monkeypatch.setattr(memory_plan, "process_limits", lambda: [cgroups.FreeMemory(3000, "under ulimit -v 4")])
-    assert memory_plan.tightest_memory(CPU) == (3000, "under ulimit -v 4")
+    assert memory_plan.free_memory_and_limit(CPU) == (3000, "under ulimit -v 4")
 
 
 def failures() -> dict[str, Exception]:
@@ -158,9 +161,9 @@ def failures() -> dict[str, Exception]:
 
 
 @pytest.mark.parametrize("kind", failures())
-def test_a_failed_allocation_says_what_ran_out(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_failed_allocation_names_the_limit(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     found = cgroups.FreeMemory(2**29, "under ulimit -v 9")
-    monkeypatch.setattr(memory_plan, "tightest_memory", lambda device: found)
+    monkeypatch.setattr(memory_plan, "free_memory_and_limit", lambda device: found)
     message = (
         "^out of memory: 0.50 GiB are free under ulimit -v 9; use a smaller model, max_batch_size or max_seq_len, or "
         "raise the limit$"
@@ -173,7 +176,7 @@ def test_a_failed_allocation_says_what_ran_out(monkeypatch: pytest.MonkeyPatch, 
     "error",
     [ValueError("/out of memory/x: no file"), OSError(2, "No file"), RuntimeError("busy"), KeyError(1)],
 )
-def test_other_errors_stay_as_they_are(error: Exception) -> None:
+def test_other_errors_are_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, memory_plan.explain_out_of_memory(CPU):
         raise error
     assert caught.value is error

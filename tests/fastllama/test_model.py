@@ -1,4 +1,4 @@
-"""Transformer: Meta's names in and out, ragged batches, chunked prefill, and what it refuses."""
+"""Transformer: loading and reading weights by Meta's names, ragged batches, chunked prefill, and errors."""
 
 import copy
 import pickle
@@ -71,7 +71,7 @@ def test_load_state_dict_lists_every_problem_and_changes_nothing() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_load_state_dict_not_strict_keeps_what_is_missing() -> None:
+def test_load_state_dict_not_strict_keeps_missing_weights() -> None:
     model = tiny()
     before = model.state_dict()
     new = torch.full((16, 64), 0.5)
@@ -94,7 +94,7 @@ def test_load_tensors_takes_any_order_and_refuses_wrong_names() -> None:
         empty.state_dict()
     with pytest.raises(ValueError, match=r"19 weights are missing: .*tok_embeddings.weight"):
         empty.load_tensors([("norm.weight", weights["norm.weight"]), ("output.weight", weights["output.weight"])])
-    with pytest.raises(ValueError, match=r"'norm.weight' is none of this model's, or came twice"):
+    with pytest.raises(ValueError, match=r"'norm.weight' is not in this model, or is given twice"):
         empty.load_tensors([("norm.weight", weights["norm.weight"])] * 2)
     with pytest.raises(ValueError, match=r"'norm.weight' must have shape \(64,\), got \(3,\)"):
         empty.load_tensors([("norm.weight", torch.ones(3))])
@@ -125,13 +125,13 @@ def test_copies_and_pickles_are_the_same_model() -> None:
         assert_same_logits(copied.forward(tokens, 0), model.forward(tokens, 0))
 
 
-def test_a_model_without_weights_says_so() -> None:
+def test_a_model_without_weights_raises() -> None:
     model = Transformer(ModelArgs(max_batch_size=1, max_seq_len=8, **tiny_params()), init_weights=False)
     with pytest.raises(ValueError, match="no weights yet"):
         model.forward(torch.tensor([[1]]), 0)
 
 
-def test_to_where_it_is_changes_nothing() -> None:
+def test_to_the_same_device_changes_nothing() -> None:
     model = tiny()
     expected = model.forward(torch.tensor([[5, 6, 7]]), 0)[:, 2:]
     model.forward(torch.tensor([[5, 6]]), 0)
@@ -139,7 +139,7 @@ def test_to_where_it_is_changes_nothing() -> None:
     assert_same_logits(model.forward(torch.tensor([[7]]), 2), expected)
 
 
-def test_to_packs_anew() -> None:
+def test_to_packs_again() -> None:
     model = tiny()
     tokens = torch.tensor([[5, 6, 7]])
     expected = model.forward(tokens, 0)
@@ -150,7 +150,7 @@ def test_to_packs_anew() -> None:
 
 
 def test_ragged_batch_equals_rows_one_by_one() -> None:
-    """Two rows continue from different pasts and one begins, in one pass."""
+    """One pass continues two rows after different numbers of cached tokens and starts a third."""
     model = tiny()
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 576, (n,), generator=generator).tolist() for n in (20, 9, 33)]

@@ -1,4 +1,4 @@
-"""Values of the wrong kind, for every argument of every call: refused by what they are, with what to do instead."""
+"""Values of the wrong type for every argument of every call: the error names the type and what to pass instead."""
 
 import array
 import collections
@@ -25,7 +25,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
     return tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
-# What is no list of prompts, or no prompt -> how a message names it, and its remedy.
+# Values that are not a list of prompts, or not a prompt: (value, its name in the message, what to do instead).
 KINDS: dict[str, tuple[Any, str, str]] = {
     "text": ("text", "str ('text')", ENCODE),
     "no-text": ("", "str ('')", ENCODE),
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[Any, str, str]] = {
     "object": (Ellipsis, "ellipsis (Ellipsis)", ""),
     "meta-tensor": (torch.zeros(1, 2, dtype=torch.int64, device="meta"), "Tensor of shape (1, 2) and torch.int64", ""),
 }
-ROWS: dict[str, tuple[Any, str, str]] = KINDS | {
+PROMPT_KINDS: dict[str, tuple[Any, str, str]] = KINDS | {
     "int": (3, "3", ALONE),
     "numpy-int": (np.int64(3), "int64 of shape () and int64", ALONE),
     "tensor-of-no-dimension": (torch.tensor(3), "Tensor of shape () and torch.int64", ALONE),
@@ -50,7 +50,7 @@ ROWS: dict[str, tuple[Any, str, str]] = KINDS | {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_list_of_prompts(llm: Llama, kind: str) -> None:
+def test_values_that_are_not_a_list_of_prompts(llm: Llama, kind: str) -> None:
     value, named, remedy = KINDS[kind]
     message = re.escape(f"prompts must be a list of lists of token ids, got {named}{remedy}")
     for call in (llm.generate, llm.stream):
@@ -59,9 +59,9 @@ def test_what_is_no_list_of_prompts(llm: Llama, kind: str) -> None:
     assert llm.generate([[1]], 2, temperature=0)
 
 
-@pytest.mark.parametrize("kind", ROWS)
-def test_what_is_no_prompt(llm: Llama, kind: str) -> None:
-    value, named, remedy = ROWS[kind]
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_values_that_are_not_a_prompt(llm: Llama, kind: str) -> None:
+    value, named, remedy = PROMPT_KINDS[kind]
     message = re.escape(f"prompt 1 must be a list of token ids, got {named}{remedy}")
     for call in (llm.generate, llm.stream):
         with pytest.raises(ValueError, match=f"^{message}$"):
@@ -92,7 +92,7 @@ def test_generators_are_refused_where_order_and_length_matter(llm: Llama) -> Non
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_tokens_that_are_none(llm: Llama, prompt: Any, message: str) -> None:
+def test_values_that_are_not_tokens(llm: Llama, prompt: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         llm.generate([prompt], 2)
 
@@ -150,7 +150,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
-def test_arguments_of_the_wrong_kind(llm: Llama, case: str) -> None:
+def test_arguments_of_the_wrong_type(llm: Llama, case: str) -> None:
     changes, message = ARGUMENTS[case]
     calls: dict[str, Any] = {"generate": {"prompt_tokens": [[1]]}, "text_completion": {"prompts": ["a"]}}
     for name, arguments in calls.items():
@@ -166,12 +166,12 @@ def test_arguments_of_the_wrong_kind(llm: Llama, case: str) -> None:
         ({"a"}, f"got set ({{'a'}}){ORDER}"),
         ({"a": 1}, f"got dict ({{'a': 1}}){ORDER}"),
         (3, "got 3"),
-        ([b"ab"], "got bytes (b'ab') at place 0"),
-        (["a", [1, 2]], "got list ([1, 2]) at place 1"),
+        ([b"ab"], "got bytes (b'ab') at index 0"),
+        (["a", [1, 2]], "got list ([1, 2]) at index 1"),
     ],
     ids=str,
 )
-def test_what_are_no_texts(llm: Llama, prompts: Any, message: str) -> None:
+def test_values_that_are_not_texts(llm: Llama, prompts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape('prompts must be a list of texts, ' + message)}$"):
         llm.text_completion(prompts, max_gen_len=2)
 
@@ -190,7 +190,7 @@ MESSAGE = {"role": "user", "content": "a"}
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_are_no_dialogs(llm: Llama, dialogs: Any, message: str) -> None:
+def test_values_that_are_not_dialogs(llm: Llama, dialogs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message).replace(re.escape('*'), '.*')}$"):
         llm.chat_completion(dialogs, max_gen_len=2)
 
@@ -198,7 +198,7 @@ def test_what_are_no_dialogs(llm: Llama, dialogs: Any, message: str) -> None:
 @pytest.mark.parametrize(
     "stops", [b"ab", bytearray(b"a"), {1: 2}, iter([1]), np.array(3)], ids=lambda v: type(v).__name__
 )
-def test_stop_tokens_of_the_wrong_kind(llm: Llama, stops: Any) -> None:
+def test_stop_tokens_of_the_wrong_type(llm: Llama, stops: Any) -> None:
     before = llm.tokenizer.stop_tokens
     try:
         llm.tokenizer.stop_tokens = stops
@@ -211,7 +211,7 @@ def test_stop_tokens_of_the_wrong_kind(llm: Llama, stops: Any) -> None:
 @pytest.mark.parametrize("tokens", [b"ab", bytearray(b"a"), {1, 2}, {1: 2}], ids=lambda value: type(value).__name__)
 def test_decode_takes_ids_in_order(llm: Llama, tokens: Any) -> None:
     kind = type(tokens).__name__
-    with pytest.raises(ValueError, match=f"^decode takes a sequence of token ids, got .*: a {kind} is none$"):
+    with pytest.raises(ValueError, match=f"^decode takes a sequence of token ids, got .*, a {kind}$"):
         llm.tokenizer.decode(tokens)
 
 

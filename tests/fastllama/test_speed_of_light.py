@@ -1,4 +1,4 @@
-"""The least times: what is counted, against the tables of the published models and by hand."""
+"""The least times: bytes and flops against the published models' tables and against sums by hand."""
 
 import re
 from pathlib import Path
@@ -78,8 +78,8 @@ def test_prefill_attends_causally_and_reads_weights_once() -> None:
     assert "draw" not in work
 
 
-def test_the_budget_in_the_notes_is_this_models() -> None:
-    """docs/performance-notes.md: launches, megabytes and least times of an 8B step."""
+def test_the_budget_in_the_notes_is_correct() -> None:
+    """docs/performance-notes.md has the launches, megabytes and least times of an 8B step."""
     notes = (DOCS / "performance-notes.md").read_text()
     step = decode_step(LLAMA_3_8B, BF16, batch=1, context=128)
     for work in step:
@@ -88,17 +88,17 @@ def test_the_budget_in_the_notes_is_this_models() -> None:
     least = least_seconds(step, H200)
     assert f"| 164 | {total_bytes(step) / 1e6:,.0f} | **{least * 1e6:,.0f}**" in notes
     assert f"| tokens/s | | | {1 / least:.0f} |" in notes
-    # The predictions add up.
+    # The sums of the predictions are correct.
     rows = [re.split(r" *\| *", line)[1:-1] for line in notes.splitlines() if re.match(r"\| (\w|\+)+ \| \d+ \|", line)]
     for column, total in ((4, "3,916"), (5, "3,612")):
         assert round(sum(int(row[1]) * float(row[column]) for row in rows)) == int(total.replace(",", ""))
 
 
-def test_collectives_are_counted_by_hand() -> None:
+def test_collectives_match_a_sum_by_hand() -> None:
     args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=100, hidden_dim=80)
     links = Links(bandwidth=1e6, latency=1e-3)
     assert collectives_seconds(args, torch.float32, 5, 1, links) == 0
-    # Seven sums of 5 x 48 numbers, of which a ring of two sends each once; half of 5 x 100 logits.
+    # Seven all-reduces of 5 x 48 numbers, each of which a ring of two sends once; half of 5 x 100 logits.
     expected = 7 * (1e-3 + 5 * 48 * 4 / 1e6) + 1e-3 + 5 * 100 * 4 / 2 / 1e6
     assert collectives_seconds(args, torch.float32, 5, 2, links) == pytest.approx(expected)
 
@@ -111,8 +111,8 @@ def test_collectives_are_counted_by_hand() -> None:
         ("3.1-405B", {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096}),
     ],
 )
-def test_the_plans_in_the_docs_are_these_models(name: str, fields: dict[str, Any]) -> None:
-    """docs/scaling.md: memory and limits on several GPUs."""
+def test_the_plans_in_the_docs_are_correct(name: str, fields: dict[str, Any]) -> None:
+    """docs/scaling.md has the memory and speed limits on several GPUs."""
     text = (DOCS / "scaling.md").read_text()
     args = ModelArgs(**fields, n_kv_heads=8, vocab_size=128256, max_seq_len=8192, max_batch_size=1)
     sheet = DATA_SHEETS["H100"]

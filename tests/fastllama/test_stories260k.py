@@ -1,4 +1,4 @@
-"""A real trained model: the text that llama2.c prints, token for token."""
+"""A trained model generates the text of llama2.c, token for token."""
 
 from typing import cast
 
@@ -24,7 +24,7 @@ def test_greedy_text_is_llama2cs() -> None:
     assert llm.tokenizer.decode(tokens).removeprefix(" ").startswith(GREEDY_TEXT)
 
 
-def test_stream_and_continuation_tell_the_same_story() -> None:
+def test_stream_and_continued_prompts_give_the_same_tokens() -> None:
     llm = build(max_batch_size=3)
     (tokens,), _ = llm.generate([[BOS_ID]], GREEDY_STEPS, temperature=0)
     text = "".join(increment.text for increment in llm.stream([[BOS_ID]], GREEDY_STEPS, temperature=0))

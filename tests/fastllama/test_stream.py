@@ -1,4 +1,4 @@
-"""`stream`: the same tokens as `generate`, whole characters only, and nothing left behind when closed early."""
+"""`stream`: the same tokens as `generate`, complete characters only, and no effect of closing it early."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +23,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
 
 
 @given(prompts=prompt_lists, max_gen_len=st.integers(0, 12), echo=st.booleans(), logprobs=st.booleans())
-def test_stream_brings_what_generate_returns(
+def test_stream_yields_the_tokens_of_generate(
     llm: Llama, prompts: list[list[int]], max_gen_len: int, echo: bool, logprobs: bool
 ) -> None:
     tokens, scores = llm.generate(prompts, max_gen_len, 1.0, 1.0, logprobs, echo, seed=5)
@@ -46,12 +46,12 @@ def test_stream_brings_what_generate_returns(
 
 @given(tokens=st.lists(st.integers(0, 255), min_size=1, max_size=20))
 def test_text_never_splits_a_character(llm: Llama, tokens: list[int]) -> None:
-    """Tokens 0 to 255 of the tiny vocabulary are single bytes: the cases where a token is part of a character."""
+    """Tokens 0 to 255 of the tiny vocabulary are single bytes, so a token may be part of a character."""
     (increment,) = llm.stream([tokens], 0, echo=True)
     assert increment.text == llm.tokenizer.decode(tokens)
 
 
-def test_characters_of_several_tokens_come_whole(tmp_path: Path) -> None:
+def test_characters_of_several_tokens_are_not_split(tmp_path: Path) -> None:
     llm = tiny_llama(tmp_path)
     euro = list("€".encode())  # three tokens
     _force_next_tokens(llm, [*euro, 65, *euro[:2], llm.tokenizer.eos_id])
@@ -60,7 +60,7 @@ def test_characters_of_several_tokens_come_whole(tmp_path: Path) -> None:
 
 
 def _force_next_tokens(llm: Llama, tokens: list[int]) -> None:
-    """Make the model's argmax these tokens, one step after the other."""
+    """Make these tokens the model's argmax, one in each step."""
     steps = iter(tokens)
 
     def logits(h: torch.Tensor, batch: object) -> torch.Tensor:
@@ -71,7 +71,7 @@ def _force_next_tokens(llm: Llama, tokens: list[int]) -> None:
     llm.model.logits = logits  # type: ignore[method-assign]
 
 
-def test_finish_reason_tells_stop_from_length(tmp_path: Path) -> None:
+def test_finish_reason_is_stop_or_length(tmp_path: Path) -> None:
     llm = tiny_llama(tmp_path)
     _force_next_tokens(llm, [65, llm.tokenizer.eos_id])
     stopped = list(llm.stream([[1]], 10, temperature=0))
@@ -79,12 +79,12 @@ def test_finish_reason_tells_stop_from_length(tmp_path: Path) -> None:
     _force_next_tokens(llm, [65, 66])
     ended = list(llm.stream([[1]], 2, temperature=0))
     assert [(i.tokens, i.finish_reason) for i in ended] == [([65], None), ([66], "length")]
-    _force_next_tokens(llm, [65, llm.tokenizer.eos_id])  # a stop in the last place is a stop
+    _force_next_tokens(llm, [65, llm.tokenizer.eos_id])  # a stop token at the last position is "stop"
     last = list(llm.stream([[1]], 2, temperature=0))
     assert [(i.tokens, i.finish_reason) for i in last] == [([65], None), ([], "stop")]
 
 
-def test_closing_early_leaves_nothing_behind(llm: Llama) -> None:
+def test_closing_early_does_not_affect_the_next_call(llm: Llama) -> None:
     expected = llm.generate([[1, 2, 3], [9]], 8, temperature=0)
     stream = llm.stream([[4, 5], [6], [7]], 8)
     next(stream)
@@ -96,8 +96,8 @@ def test_closing_early_leaves_nothing_behind(llm: Llama) -> None:
     assert llm.generate([[1, 2, 3], [9]], 8, temperature=0) == expected
 
 
-def test_rows_come_as_they_grow(llm: Llama) -> None:
-    """Every step brings one increment for each row that still runs."""
+def test_increments_come_row_by_row_in_every_step(llm: Llama) -> None:
+    """Every step yields one increment for each row that has not ended."""
     llm_stop, llm.tokenizer.stop_tokens = llm.tokenizer.stop_tokens, set()
     try:
         order = [increment.row for increment in llm.stream([[1], [2] * 46, [3]], 4, temperature=0)]
@@ -106,7 +106,7 @@ def test_rows_come_as_they_grow(llm: Llama) -> None:
     assert order == [0, 1, 2, 0, 1, 2, 0, 2, 0, 2]
 
 
-def test_inference_mode_does_not_leak_out_of_a_stream(llm: Llama) -> None:
+def test_a_stream_does_not_leave_inference_mode_on(llm: Llama) -> None:
     stream = llm.stream([[1, 2]], 4)
     next(stream)
     assert not torch.is_inference_mode_enabled()

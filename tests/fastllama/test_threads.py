@@ -1,4 +1,4 @@
-"""How many threads compute: what is set, what may run, what OpenMP gives, and what the work is worth."""
+"""The number of threads: the caller's setting, the CPUs, OpenMP's limits and the amount of work."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from fastllama import ModelArgs, Transformer, threads
 from tests.support.checkpoints import tiny_params
 
 ROOT = Path(__file__).resolve().parents[2]
-# Products wide enough to be shared, on more threads than are there, and on one; as much work as two tokens of a model.
+# Compares a model's logits on four threads with those on one, for prefill and decode, in three dtypes.
 PRODUCTS = """
 import json, torch
 from fastllama import ModelArgs, Transformer, threads
@@ -28,7 +28,7 @@ differences = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     logits = []
     for count in (4, 1):
-        with threads.explicitly(count):
+        with threads.use_exactly(count):
             torch.manual_seed(0)
             model = Transformer(args, device="cpu", dtype=dtype)
             logits.append([model.forward(torch.arange(20)[None], 0), model.forward(torch.tensor([[5]]), 20)])
@@ -40,7 +40,7 @@ TOLERANCES = {"torch.float32": 1e-4, "torch.bfloat16": 0.1, "torch.float16": 0.0
 
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads that may run, whatever the machine."""
+    """Two threads and two CPUs, on any machine."""
     monkeypatch.setattr(threads._openmp, "cpus", lambda: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -48,13 +48,13 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def limits(monkeypatch: pytest.MonkeyPatch, *, cpus: int, quota: float | None) -> None:
+def set_limits(monkeypatch: pytest.MonkeyPatch, *, cpus: int, quota: float | None) -> None:
     monkeypatch.setattr(threads._openmp, "cpus", lambda: cpus)
     monkeypatch.setattr(threads, "_quota", lambda: quota)
 
 
 @pytest.mark.parametrize(
-    ("asked", "cpus", "quota", "expected"),
+    ("configured", "cpus", "quota", "expected"),
     [
         (8, 8, None, 8),
         (8, 3, None, 3),
@@ -65,24 +65,24 @@ def limits(monkeypatch: pytest.MonkeyPatch, *, cpus: int, quota: float | None) -
         (1, 4, 2.0, 1),
     ],
 )
-def test_threads_are_those_that_may_run(
-    monkeypatch: pytest.MonkeyPatch, asked: int, cpus: int, quota: float | None, expected: int
+def test_threads_are_limited_by_cpus_and_quota(
+    monkeypatch: pytest.MonkeyPatch, configured: int, cpus: int, quota: float | None, expected: int
 ) -> None:
-    limits(monkeypatch, cpus=cpus, quota=quota)
-    torch.set_num_threads(asked)
-    assert threads.most() == expected
+    set_limits(monkeypatch, cpus=cpus, quota=quota)
+    torch.set_num_threads(configured)
+    assert threads.available() == expected
     with threads.limited():
         assert torch.get_num_threads() == expected
-    assert torch.get_num_threads() == asked
+    assert torch.get_num_threads() == configured
 
 
-def test_an_explicit_number_wins_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits(monkeypatch, cpus=1, quota=0.5)
-    with threads.explicitly(3):
-        assert threads.most() == torch.get_num_threads() == 3
-        with threads.limited(), threads.suiting(1, 1):
+def test_use_exactly_overrides_limits_and_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_limits(monkeypatch, cpus=1, quota=0.5)
+    with threads.use_exactly(3):
+        assert threads.available() == torch.get_num_threads() == 3
+        with threads.limited(), threads.for_work(1, 1):
             assert torch.get_num_threads() == 3
-    assert torch.get_num_threads() == 2 and threads.most() == 1
+    assert torch.get_num_threads() == 2 and threads.available() == 1
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_an_explicit_number_wins_and_goes(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_small_work_is_not_split(work: int, weights: int, expected: int) -> None:
-    with threads.limited(), threads.suiting(work, weights):
+    with threads.limited(), threads.for_work(work, weights):
         assert torch.get_num_threads() == expected
     assert torch.get_num_threads() == 2
 
 
-def test_a_models_work_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_uses_one_thread_for_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Transformer(ModelArgs(max_batch_size=2, max_seq_len=64, **tiny_params()), device="cpu")
     seen: list[int] = []
     head = model.ops.norm_lm_head
@@ -117,18 +117,18 @@ def test_a_models_work_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [1, 2] and torch.get_num_threads() == 2
 
 
-def test_only_the_calling_threads_number_is_changed() -> None:
+def test_only_the_calling_thread_is_changed() -> None:
     seen: list[int] = []
-    with threads.limited(), threads.suiting(1, 1):
+    with threads.limited(), threads.for_work(1, 1):
         other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         other.start()
         other.join()
     assert seen == [2]
 
 
-def test_a_runtime_that_may_give_fewer_is_told_to_give_all() -> None:
+def test_dynamic_threads_are_turned_off() -> None:
     if not threads._openmp.is_known:
-        pytest.skip("this torch has no OpenMP runtime that can be asked")
+        pytest.skip("this torch has no OpenMP runtime that can be configured")
     threads._openmp.set_dynamic(True)
     try:
         with threads.limited():
@@ -147,7 +147,7 @@ def test_a_runtime_that_may_give_fewer_is_told_to_give_all() -> None:
     ],
     ids=["limit", "levels", "dynamic"],
 )
-def test_threads_that_openmp_does_not_give_are_not_counted_on(
+def test_threads_that_openmp_does_not_start_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], expected: int
 ) -> None:
     threads._warn.cache_clear()
@@ -157,24 +157,24 @@ def test_threads_that_openmp_does_not_give_are_not_counted_on(
     for name, value in changes.items():
         monkeypatch.setattr(threads._openmp, name, value)
     with caplog.at_level(logging.WARNING):
-        assert threads.most() == threads.most() == expected
+        assert threads.available() == threads.available() == expected
     assert caplog.messages == ["computing on 1 of 2 threads: OpenMP gives no more (OMP_DYNAMIC=TRUE)"]
 
 
-def test_products_that_lose_a_part_are_computed_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads._keeps_all.cache_clear()
+def test_incomplete_products_are_computed_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads._products_are_complete.cache_clear()
 
     def losing(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, weight.T).index_fill_(1, torch.tensor([weight.shape[0] - 1]), 0)
 
     monkeypatch.setattr(threads, "F", SimpleNamespace(linear=losing))
     try:
-        assert threads.most() == 1
+        assert threads.available() == 1
     finally:
-        threads._keeps_all.cache_clear()
+        threads._products_are_complete.cache_clear()
     monkeypatch.undo()
     torch.set_num_threads(2)
-    assert threads.most() == min(2, threads.cpus())
+    assert threads.available() == min(2, threads.cpus())
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_products_that_lose_a_part_are_computed_by_one_thread(monkeypatch: pytes
     [{"OMP_THREAD_LIMIT": "1", "OMP_DYNAMIC": "true"}, {"OMP_MAX_ACTIVE_LEVELS": "0", "OMP_NUM_THREADS": "3"}],
     ids=lambda environment: next(iter(environment)),
 )
-def test_products_are_right_whatever_openmps_environment(environment: dict[str, str]) -> None:
+def test_products_are_right_under_openmps_limits(environment: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PRODUCTS],
         env={**os.environ, **environment},

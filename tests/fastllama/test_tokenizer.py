@@ -1,4 +1,4 @@
-"""The tokenizer against Meta's own package and its tokenizer.model."""
+"""The tokenizer against Meta's package and its tokenizer.model."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllama.tokenizer import TextStream, Tokenizer, split_long_text
+from tests.support.tokenizer_files import META_FILE, SMALL_RANKS, small, small_file, texts
 
-META_FILE = Path(meta.__file__).parent / "tokenizer.model"
-SMALL_RANKS = 2000
+__all__ = ["small", "small_file"]  # fixtures
 
 TEXTS = [
     "",
@@ -41,29 +41,6 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def tokenizer31() -> Tokenizer:
     return Tokenizer(str(META_FILE), llama31=True)
-
-
-@pytest.fixture(scope="module")
-def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first ranks of Meta's file: any beginning of a BPE is a BPE."""
-    path = tmp_path_factory.mktemp("small") / "tokenizer.model"
-    path.write_bytes(b"".join(META_FILE.read_bytes().splitlines(keepends=True)[:SMALL_RANKS]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def small(small_file: Path) -> Tokenizer:
-    return Tokenizer(small_file)
-
-
-# Text with everything that the pattern tells apart, in runs long enough for merges.
-texts = st.text(
-    alphabet=st.one_of(
-        st.characters(),
-        st.sampled_from("etaoin shrdlu 'S'll0123456789\n\r\t .,!?<|>_()\u00a0\u3000éü漢字かな🙂\u0301\u200d"),
-    ),
-    max_size=60,
-)
 
 
 @given(texts)
@@ -116,7 +93,7 @@ def test_encode_cuts_long_text_as_meta_does(oracle: meta.Tokenizer, tokenizer31:
 def test_cuts_fall_where_a_run_reaches_25000_characters() -> None:
     text = "ab" + " " * 50_001 + "c" * 25_000
     assert [len(piece) for piece in split_long_text(text)] == [25_002, 25_000, 25_001]
-    # Not 25,000 into the run of 60,000: the chunk ends first, and the count begins again.
+    # Not 25,000 characters into the run of 60,000: the chunk ends first, and the count starts again.
     text = " x" * 195_000 + "y" * 60_000
     assert [len(piece) for piece in split_long_text(text)] == [400_000, 25_000, 25_000]
     assert list(split_long_text("")) == []
@@ -136,9 +113,9 @@ def test_cuts_match_meta_at_any_limits(text: str, chunk: int, run: int) -> None:
         assert list(split_long_text(text)) == cuts_of_meta(text, chunk, run)
 
 
-def test_every_character_is_white_space_to_the_cut_when_it_is_to_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuts_agree_with_meta_on_which_characters_are_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastllama.tokenizer.MAX_RUN_CHARS", 1)
-    # Between letters, a character goes with them in one cut run, or stands between two.
+    # Between letters, a character that is not white space belongs to their run; white space separates two runs.
     text = "x".join(map(chr, range(0x110000)))
     assert list(split_long_text(text)) == cuts_of_meta(text, 400_000, 1)
 
@@ -158,7 +135,7 @@ def test_attributes_are_those_of_llama_3(tokenizer: Tokenizer) -> None:
     assert repr(tokenizer) == "Tokenizer('tokenizer.model', n_words=128256, llama31=False)"
 
 
-def test_special_tokens_carry_the_names_of_3_0(tokenizer: Tokenizer) -> None:
+def test_special_tokens_have_the_names_of_3_0(tokenizer: Tokenizer) -> None:
     own = [tokenizer.decode([token]) for token in range(128000, 128256)]
     reserved = [f"<|reserved_special_token_{count}|>" for count in range(251)]
     headers = ["<|start_header_id|>", "<|end_header_id|>"]
@@ -174,17 +151,17 @@ def test_special_tokens_carry_the_names_of_3_0(tokenizer: Tokenizer) -> None:
     assert [tokenizer.special_tokens[name] for name in own] == list(range(128000, 128256))
 
 
-def test_special_tokens_carry_the_names_of_3_1(oracle: meta.Tokenizer, tokenizer31: Tokenizer) -> None:
+def test_special_tokens_have_the_names_of_3_1(oracle: meta.Tokenizer, tokenizer31: Tokenizer) -> None:
     for name, token in oracle.special_tokens.items():
         assert tokenizer31.special_tokens[name] == token
         assert tokenizer31.decode([token]) == tokenizer31.model.decode([token]) == name
 
 
-def test_special_tokens_answer_to_the_names_of_the_other_version(tokenizer: Tokenizer, tokenizer31: Tokenizer) -> None:
+def test_special_tokens_have_the_other_versions_names_too(tokenizer: Tokenizer, tokenizer31: Tokenizer) -> None:
     assert tokenizer.special_tokens["<|eom_id|>"] == tokenizer.special_tokens["<|reserved_special_token_4|>"] == 128008
     assert tokenizer.special_tokens["<|python_tag|>"] == 128010
     assert tokenizer31.special_tokens["<|reserved_special_token_250|>"] == 128255
-    # One name, two meanings: the version at hand decides.
+    # One name for two ids: the tokenizer's own version decides.
     assert tokenizer.special_tokens["<|reserved_special_token_2|>"] == 128004
     assert tokenizer31.special_tokens["<|reserved_special_token_2|>"] == 128012
 
@@ -226,13 +203,13 @@ def test_disallowed_special_text_is_refused(tokenizer: Tokenizer, disallowed: An
     assert tokenizer.encode("plain", bos=False, eos=False, disallowed_special=disallowed)
 
 
-def test_disallowing_all_spares_what_is_allowed(tokenizer: Tokenizer) -> None:
+def test_disallowing_all_keeps_what_is_allowed(tokenizer: Tokenizer) -> None:
     allowed = {"<|eot_id|>"}
     tokens = tokenizer.encode("<|eot_id|>", bos=False, eos=False, allowed_special=allowed, disallowed_special="all")
     assert tokens == [128009]
 
 
-def test_a_single_name_is_no_set_of_names(tokenizer: Tokenizer) -> None:
+def test_a_single_name_is_refused_as_a_set_of_names(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="allowed_special must be"):
         tokenizer.encode("a", bos=False, eos=False, allowed_special="<|eot_id|>")  # type: ignore[arg-type]
 
@@ -267,7 +244,7 @@ def test_decode_takes_any_sequence_of_ints(tokenizer: Tokenizer) -> None:
 
 @given(st.lists(st.lists(st.one_of(st.integers(0, 300), st.integers(0, SMALL_RANKS + 255)), max_size=6), max_size=8))
 @settings(derandomize=True, deadline=None, max_examples=400)
-def test_stream_pieces_join_to_the_whole_text(small: Tokenizer, pushes: list[list[int]]) -> None:
+def test_stream_pieces_join_to_the_complete_text(small: Tokenizer, pushes: list[list[int]]) -> None:
     stream = TextStream(small)
     pieces = [stream.push(tokens) for tokens in pushes]
     assert "".join(pieces) + stream.finish() == small.decode([token for tokens in pushes for token in tokens])
@@ -286,7 +263,7 @@ def test_stream_never_splits_a_character(small: Tokenizer, text: str) -> None:
     assert sent == text and stream.finish() == ""
 
 
-def test_stream_holds_bytes_back_until_they_make_a_character(small: Tokenizer) -> None:
+def test_stream_keeps_bytes_until_they_make_a_character(small: Tokenizer) -> None:
     stream = TextStream(small)
     byte = {value: small.model.encode_single_token(bytes([value])) for value in range(256)}
     assert [stream.push([byte[value]]) for value in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]

@@ -1,4 +1,4 @@
-"""What build prepares: every kernel that a call of any size will launch, with a bar that says so."""
+"""Warm-up: build compiles every kernel that a call of any size launches, and shows a progress bar."""
 
 import json
 import subprocess
@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
-    """What `tests.fastllama.warm_compilations` counts, in a process whose kernels are compiled."""
-    command = [sys.executable, "-m", "tests.fastllama.warm_compilations"]
+    """The output of `tests.fastllama.warmup_compilations`, from a process in which kernels are compiled."""
+    command = [sys.executable, "-m", "tests.fastllama.warmup_compilations"]
     environment = compiling_environment(str(CACHE))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
@@ -29,9 +29,9 @@ def compiled() -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)  # some forty compilations, where none is cached
-def test_no_call_compiles_what_build_has_not(compiled: dict[str, Any]) -> None:
-    """Over many numbers of rows, lengths of prompts and contexts, all of one model's calls."""
-    assert compiled["later"] == {}, "kernels that only a call launched, with the call"
+def test_calls_compile_no_kernel_that_build_has_not(compiled: dict[str, Any]) -> None:
+    """Calls of one model with many numbers of rows and prompt lengths."""
+    assert compiled["later"] == {}, "kernels that a call compiled, with its prompt lengths"
     assert compiled["calls"] > 40 and compiled["kernels"] == 10
 
 
@@ -48,31 +48,31 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
     return tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
-def test_a_backend_with_kernels_rehearses_and_shows_a_bar(
+def test_a_backend_with_kernels_does_dry_runs_and_shows_a_bar(
     llm: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done: list[Any] = []
     monkeypatch.setattr(llm.model.ops, "supports_cuda_graphs", lambda device: True)
-    monkeypatch.setattr(Decoder, "rehearse", lambda self, rows: done.append(rows))
-    monkeypatch.setattr(Decoder, "warm", lambda self, sizes: done.append(list(sizes)))
+    monkeypatch.setattr(Decoder, "dry_run", lambda self, rows: done.append(rows))
+    monkeypatch.setattr(Decoder, "capture_graphs", lambda self, sizes: done.append(list(sizes)))
     monkeypatch.setattr(warmup, "prefill", lambda model, prompts: done.append([len(prompt) for prompt in prompts]))
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     expected = [1, 3, MAX_BATCH_SIZE, [2], [12], [40], [1, MAX_BATCH_SIZE]]
-    warmup.warm(llm.decoder, [1, MAX_BATCH_SIZE])
+    warmup.warm_up(llm.decoder, [1, MAX_BATCH_SIZE])
     assert done == expected
     assert "preparing kernels and graphs: 100%" in capsys.readouterr().err
     done.clear()
-    warmup.warm(llm.decoder, [1, MAX_BATCH_SIZE], progress=False)
+    warmup.warm_up(llm.decoder, [1, MAX_BATCH_SIZE], progress=False)
     assert done == expected and capsys.readouterr().err == ""
 
 
 def test_a_backend_without_kernels_prepares_nothing(llm: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     before = llm.model.cache.k.clone()
-    warmup.warm(llm.decoder, [1])
+    warmup.warm_up(llm.decoder, [1])
     assert llm.model.cache.k.equal(before) and capsys.readouterr().err == ""
 
 
-def test_a_rehearsal_leaves_nothing_behind(llm: Llama) -> None:
+def test_a_dry_run_does_not_affect_the_next_call(llm: Llama) -> None:
     expected = llm.generate([[5, 6, 7]], 4, temperature=0)
-    llm.decoder.rehearse(MAX_BATCH_SIZE)
+    llm.decoder.dry_run(MAX_BATCH_SIZE)
     assert llm.generate([[5, 6, 7]], 4, temperature=0) == expected

@@ -1,4 +1,4 @@
-"""The attention kernels at the sizes of real models, on a GPU: against float64, and the same every time."""
+"""The attention kernels at the sizes of real models, on a GPU: against float64, and equal in repeated runs."""
 
 import math
 
@@ -34,9 +34,9 @@ PREFILL_PIECES = {
     "N20-T32768": [(0, 32763, 5), (1, 8000, 4), (3, 0, 11)],
 }
 HEADS = {"H32-K8-D128": (32, 8, 128), "H32-K8-D64": (32, 8, 64), "H8-K1-D128": (8, 1, 128), "H16-K2-D256": (16, 2, 256)}
-LONG_ROWS, LONG_LENGTH = 17, 131072  # the last row begins at element 2^31 of its cache
+LONG_ROWS, LONG_LENGTH = 17, 131072  # the last row starts at element 2^31 of its cache
 REPEATS = 100
-ORACLE_TOKENS = 128  # at a time: their scores over the longest row in float64 stay below a gigabyte
+ORACLE_TOKENS = 128  # at a time: their float64 scores over the longest row take less than a gigabyte
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
@@ -47,7 +47,7 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> 
 def build(
     pieces: list[tuple[int, int, int]], heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, RaggedBatch]:
-    """q, one layer's cache_k and cache_v and the batch; the caches hold NaN past the rows' ends."""
+    """q, one layer's cache_k and cache_v, and the batch. The caches hold NaN after the rows' ends."""
     n_heads, n_kv_heads, head_dim = heads
     batch = RaggedBatch.of([(row, start, [0] * count) for row, start, count in pieces], device)
     n_rows, longest = max(s.row for s in batch.segments) + 1, max(s.keys for s in batch.segments)
@@ -123,7 +123,7 @@ def test_attention_matches_float64_for_other_heads(heads: str, dtype: torch.dtyp
 
 
 def test_attention_reaches_beyond_32_bits(device: torch.device) -> None:
-    """Both kernels at the end of a cache whose last row begins past 2^31 elements."""
+    """Both kernels at the end of a cache whose last row starts after 2^31 elements."""
     q, cache_k, cache_v, batch = build(
         decode_pieces([1 + 100 * row for row in range(LONG_ROWS - 1)] + [LONG_LENGTH]),
         (N_HEADS, N_KV_HEADS, HEAD_DIM),
@@ -154,7 +154,7 @@ def test_attention_prefill_repeats_bit_for_bit(device: torch.device) -> None:
 
 
 def test_attention_decode_replays_like_eager(device: torch.device) -> None:
-    """One captured launch serves any lengths: they are read on the device."""
+    """One captured launch serves rows of any lengths, which are read on the device."""
     heads = N_HEADS, N_KV_HEADS, HEAD_DIM
     lengths = DECODE_LENGTHS["B4-T32768"]
     q, cache_k, cache_v, batch = build(decode_pieces([max(lengths)] * len(lengths)), heads, torch.bfloat16, device)

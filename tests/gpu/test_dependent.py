@@ -1,4 +1,4 @@
-"""Dependent launches on an NVIDIA GPU: what begins early reads nothing early. Bit for bit, over many steps."""
+"""Dependent launches on an NVIDIA GPU read no input too early: results are equal bit for bit over many steps."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from fastllama.benchmarks.gpu_report.probes import increment
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.launch.dependent import is_dependent
-from fastllama.kernels.launch.options import switched
+from fastllama.kernels.launch.options import override_launch_options
 from fastllama.model import Transformer
 from fastllama.output_copies import StepOutput
 from fastllama.prefill import prefill
@@ -20,27 +20,27 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: torch.cuda.is_available() is False"),
 ]
 DEVICE = torch.device("cuda")
-# Wide enough for launches of several waves, whose last programs run while the next launch begins.
+# Wide enough that launches take several waves, whose last programs run while the next launch starts.
 ARGS = ModelArgs(dim=2048, n_layers=4, n_heads=32, n_kv_heads=8, vocab_size=32768, max_batch_size=16, max_seq_len=256)
 STEPS = 64
 RUNS = 20
 TICKS = 1000
 
 
-class How(NamedTuple):
+class Variant(NamedTuple):
     """One way to run the same steps."""
 
-    launch: bool
+    dependent: bool
     prefetch: bool
     graphs: bool
 
 
-PLAIN = How(launch=False, prefetch=False, graphs=False)
+PLAIN = Variant(dependent=False, prefetch=False, graphs=False)
 
 
 @pytest.fixture(autouse=True)
 def nan_in_empty_memory() -> None:
-    """Not here: filling what is allocated is an ordinary launch before each kernel, and leaves nothing to overlap."""
+    """Disable the fixture: filling memory is an ordinary launch before each kernel, which leaves nothing to overlap."""
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +50,19 @@ def model() -> Transformer:
 
 
 @torch.inference_mode()
-def gained(model: Transformer, rows: int, temperature: float, how: How) -> list[StepOutput]:
+def generated(model: Transformer, rows: int, temperature: float, how: Variant) -> list[StepOutput]:
     prompts = [[1 + row * 7 + place for place in range(3 + 11 * row)] for row in range(rows)]
     sampling = SamplingTensors.of(temperature, 0.9, [(3, row, 0) for row in range(rows)], DEVICE)
-    places = [len(prompt) for prompt in prompts]
-    with switched(launch=how.launch, prefetch=how.prefetch), model.exclusively():
+    lengths = [len(prompt) for prompt in prompts]
+    with override_launch_options(dependent=how.dependent, prefetch=how.prefetch), model.exclusively():
         decoder = Decoder(model, graphs=how.graphs)
-        decoder.begin(
-            [prompt[-1] for prompt in prompts], [p - 1 for p in places], [p + STEPS for p in places], [], sampling
+        decoder.start(
+            [prompt[-1] for prompt in prompts], [n - 1 for n in lengths], [n + STEPS for n in lengths], [], sampling
         )
-        decoder.choose(prefill(model, prompts)[0])
+        decoder.sample_first(prefill(model, prompts)[0])
         found = decoder.receive()
         for _ in range(STEPS):
-            decoder.launch()
+            decoder.enqueue_steps()
             found += decoder.receive()
     return found
 
@@ -72,16 +72,21 @@ def gained(model: Transformer, rows: int, temperature: float, how: How) -> list[
 def test_nothing_changes_with_dependent_launch_prefetch_and_graph(
     model: Transformer, rows: int, temperature: float
 ) -> None:
-    expected = gained(model, rows, temperature, PLAIN)
-    for how in (How(True, False, False), How(True, True, False), How(False, False, True), How(True, True, True)):
+    expected = generated(model, rows, temperature, PLAIN)
+    for how in (
+        Variant(True, False, False),
+        Variant(True, True, False),
+        Variant(False, False, True),
+        Variant(True, True, True),
+    ):
         for _ in range(RUNS):
-            assert gained(model, rows, temperature, how) == expected, how
+            assert generated(model, rows, temperature, how) == expected, how
 
 
-@pytest.mark.parametrize("launch", [False, True])
-def test_a_launch_finds_what_the_one_before_wrote(launch: bool) -> None:
+@pytest.mark.parametrize("dependent", [False, True])
+def test_a_launch_reads_what_the_previous_one_wrote(dependent: bool) -> None:
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    with switched(launch=launch):
+    with override_launch_options(dependent=dependent):
         for _ in range(TICKS):
             increment(count)
     assert count.item() == TICKS

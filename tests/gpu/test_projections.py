@@ -34,13 +34,13 @@ LENGTH = 512
 EPS = 1e-5
 RUNS = 100
 LARGE_CACHE = (17, 8, 131072, 128)  # 2.3e9 elements
-# Relative to the root of the mean square: half an ulp of bfloat16 is 2^-9, met about three times on the way.
+# Relative to the root mean square: half an ulp of bfloat16 is 2^-9, and about three roundings occur.
 MAX_RELATIVE_ERROR = 6e-3
 MAX_ELEMENT_ERROR = 5e-2
 
 
 class Tensors:
-    """A layer's weights and a batch of one token a row (or, beyond what the cache has rows for, of one row)."""
+    """A layer's weights and a batch of one token per row, or of one row if there are more tokens than cache rows."""
 
     def __init__(self, widths: Widths, n_tokens: int, device: torch.device) -> None:
         torch.manual_seed(1)
@@ -71,7 +71,7 @@ class Tensors:
         self.cache_k, self.cache_v = (torch.zeros(cache, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def run(self) -> dict[str, Tensor]:
-        """One layer's projections and the head, each fed with what the one before made."""
+        """One layer's projections and the head, each with the previous one's result as input."""
         h = fused.embed(self.table, self.batch)
         q = fused.norm_qkv_rope_append(h, self.norm, self.wqkv, self.rope, self.cache_k, self.cache_v, EPS, self.batch)
         middle = fused.linear_residual(self.attended, self.wo, h, self.batch)
@@ -87,7 +87,7 @@ def normalised(h: Tensor, norm: Tensor) -> Tensor:
 
 
 def assert_near(name: str, ours: Tensor, expected: Tensor) -> None:
-    """By the norm of the difference, and in every element by its own size and the typical one."""
+    """Compare the norm of the difference, and every element's error relative to its own and the typical size."""
     error = (ours.double() - expected).norm() / expected.norm()
     assert error < MAX_RELATIVE_ERROR, f"{name}: relative error {error:.2e}"
     scale = expected.pow(2).mean().sqrt()
@@ -120,7 +120,7 @@ def test_projections_match_float64(model: str, n_tokens: int, device: torch.devi
 
 @pytest.mark.parametrize("n_tokens", [1, 4, 16], ids=lambda n: f"N{n}")
 def test_projections_repeat_themselves(n_tokens: int, device: torch.device) -> None:
-    """The same bits over a hundred runs: no sum depends on who comes first."""
+    """The same bits in a hundred runs: no sum depends on the order in which programs finish."""
     tensors = Tensors(WIDTHS["3.2-1B"], n_tokens, device)
     first = tensors.run()
     for _ in range(RUNS):
@@ -130,7 +130,7 @@ def test_projections_repeat_themselves(n_tokens: int, device: torch.device) -> N
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 40], ids=lambda n: f"N{n}")
 def test_append_reaches_beyond_32_bits(n_tokens: int, device: torch.device) -> None:
-    """Into the last positions of a cache of more than 2^31 elements, by each of the three kernels that append."""
+    """Append at the last positions of a cache of more than 2^31 elements, with each of the three appending kernels."""
     rows, n_kv_heads, length, head_dim = LARGE_CACHE
     batch = RaggedBatch.of([(rows - 1, length - n_tokens, [1] * n_tokens)], device)
     torch.manual_seed(2)

@@ -24,14 +24,14 @@ pytestmark = [
 ]
 
 DRAWS = 10_000_000
-ROWS = {1000: 200_000, 128256: 4000}  # of one launch, by vocabulary: about a gigabyte of logits, twice that of scratch
-ORACLE_ROWS = 200  # at most, and of so many logits in all: the oracle sorts them on the CPU
+ROWS = {1000: 200_000, 128256: 4000}  # per launch, by vocabulary: about 1 GB of logits, and twice that of scratch
+ORACLE_ROWS = 200  # at most; ORACLE_LOGITS limits them further: the oracle sorts logits on the CPU
 ORACLE_LOGITS = 16_000_000
-MAX_NEAR_BOUNDARY = 20  # of those, where float32 sums cannot be expected to tell
+MAX_NEAR_BOUNDARY = 20  # rows so near a boundary that float32 sums need not find the oracle's token
 RUNS = 100
 FLAT_VOCABULARIES = (128256, 262144)
-NEAR_ALL_MASS = 2e-5  # what float32 sums over a whole vocabulary may be off by, and the mass of its lowest ties
-ALIKE_ROWS = 70_000  # more than a grid's second dimension could count
+NEAR_ALL_MASS = 2e-5  # possible error of float32 sums over a complete vocabulary, plus the mass of its lowest ties
+ALIKE_ROWS = 70_000  # more than a grid's second dimension allows
 DEVICE = torch.device("cuda")
 
 
@@ -53,7 +53,7 @@ def draw_counts(row: Tensor, temperature: float, top_p: float, rows: int, draws:
 
 
 def drawn(logits: Tensor, how: SamplingTensors) -> tuple[Tensor, Tensor]:
-    """One draw a row, at position 0."""
+    """One draw per row, at position 0."""
     return sample(logits, how, torch.zeros_like(how.seed), scratch_for(logits))
 
 
@@ -101,7 +101,7 @@ def test_sample_draws_what_the_oracle_draws(vocabulary: int, dtype: torch.dtype)
 
 
 def test_sample_greedy_and_draws_repeat_over_100_runs() -> None:
-    """Bit for bit, log-probabilities included, however the programs of a launch happen to be scheduled."""
+    """Equal bit for bit, log-probabilities included, in whatever order the programs of a launch run."""
     logits = (random(16, 128256, seed=4) * 2).bfloat16().to(DEVICE)
     logits[:, [5000, 120_000]] = 20.0
     how = sampling([0.0, 1.0] * 8, [0.9], [(5, row, 0) for row in range(16)], DEVICE)
@@ -116,7 +116,7 @@ def test_sample_greedy_and_draws_repeat_over_100_runs() -> None:
 @pytest.mark.parametrize("vocabulary", FLAT_VOCABULARIES, ids=lambda v: f"V{v}")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_sample_takes_flat_and_nearly_flat_rows(dtype: torch.dtype, vocabulary: int) -> None:
-    """Everything is a candidate: equal logits keep just the lowest ids, and drawing reaches all over the vocabulary."""
+    """Everything is a candidate: equal logits keep exactly the lowest ids, and draws cover the complete vocabulary."""
     rows = 64
     how = sampling([1.0], [0.5], [(6, row, 0) for row in range(rows)], DEVICE)
     numbers = torch.tensor(numbers_drawn(how, torch.zeros_like(how.seed)), dtype=torch.float64)
@@ -129,7 +129,7 @@ def test_sample_takes_flat_and_nearly_flat_rows(dtype: torch.dtype, vocabulary: 
     tokens, _ = drawn(wide, near_all)
     mass = torch.softmax(wide.double(), -1)
     before = torch.where(torch.arange(vocabulary, device=DEVICE) < tokens[:, None], mass, 0.0).sum(-1)
-    past = numbers.to(DEVICE) - before  # lies within the token's own mass, but for rounding and the lowest ties
+    past = numbers.to(DEVICE) - before  # within the token's own mass, except for rounding and the lowest ties
     assert bool(((past > -NEAR_ALL_MASS) & (past < mass.gather(1, tokens[:, None])[:, 0] + NEAR_ALL_MASS)).all())
 
 

@@ -1,4 +1,4 @@
-"""What kernel tests share: random data, and the names of dtypes."""
+"""What kernel tests share: random data and the names of dtypes."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Every kernel test: what wrappers allocate stands between guard bands and holds NaN until it is written."""
+"""Fixtures of all kernel tests: allocated memory lies between guard bands and holds NaN until it is written."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from tests.kernels.guards import GuardedMemory
 
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch: pytest.MonkeyPatch, nan_in_empty_memory: None) -> Iterator[GuardedMemory]:
-    """Memory for a test's own tensors; torch.empty, empty_like and zeros take theirs from it, too."""
+    """Memory for a test's own tensors. torch.empty, empty_like and zeros allocate from it, too."""
     memory = GuardedMemory()
 
     def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = "cpu", **how: Any) -> Tensor:
@@ -35,7 +35,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch, nan_in_empty_memory: None) -> Itera
 
 
 @pytest.fixture(autouse=True, scope="session")
-def mended_interpreter() -> None:
-    """What `fastllama.kernels.fused` does when it is imported, for tests that launch kernels without it."""
+def patched_interpreter() -> None:
+    """Patch the interpreter, as importing `fastllama.kernels.fused` does, for tests that do not import it."""
     if interpreter.interpreting():
-        interpreter.mend()
+        interpreter.patch()

@@ -1,4 +1,4 @@
-"""Every launch of the models, compiled for GPUs that are not here: the rules, and the table in docs/compiled/."""
+"""Every launch of the models, compiled without a GPU: the rules, and the table in docs/compiled/."""
 
 import pytest
 import triton
@@ -11,10 +11,10 @@ from tests.support.tiers import parameters
 TABLED = ("3.6.0", "3.7.1")
 
 
-@pytest.mark.timeout(3600)  # some hundred compilations, where none is cached
+@pytest.mark.timeout(3600)  # some hundred compilations if none is cached
 @pytest.mark.parametrize("part", parameters({part: part for part in (*GPUS, TRAFFIC)}, quick=("sm_90",)))
 def test_kernels_compile_as_the_table_says(part: str) -> None:
-    """Of one GPU, or the bytes that launches move."""
+    """The table of one GPU, or of the bytes that launches move."""
     broken, changed = checked(part)
     assert not broken
     if triton.__version__ not in TABLED:

@@ -1,4 +1,4 @@
-"""The plain-torch ops: against formulas written out, and with everything poisoned that they must not read."""
+"""The plain-torch ops: against formulas written out, with NaN in everything that they must not read."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_attention_ignores_cache_past_end(
         torch.testing.assert_close(out[token].double(), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
-def test_qkv_turns_pairs_and_appends_where_the_tokens_stand() -> None:
+def test_qkv_rotates_pairs_and_appends_at_the_tokens_positions() -> None:
     n_heads, n_kv_heads, head_dim, dim = 4, 2, 6, 10
     h, norm = random(3, dim, seed=1), random(dim, seed=2)
     weight = random((n_heads + 2 * n_kv_heads) * head_dim, dim, seed=3)
@@ -122,7 +122,7 @@ def sampling(temperature: float, top_p: float, rows: int, seed: int = 0) -> Samp
 
 
 def oracle_draw(logits: np.ndarray, temperature: float, top_p: float, u: float) -> int:
-    """Top-p in float64 from its definition; draws above the lowest kept logit in order of id, then its ties."""
+    """Top-p in float64 by definition; draws from tokens above the lowest kept logit in order of id, then its ties."""
     mass = np.exp((logits - logits.max()) / temperature)
     order = np.argsort(-logits, kind="stable")
     before = np.cumsum(mass[order]) - mass[order]
@@ -154,7 +154,7 @@ def test_sample_draws_what_the_oracle_draws(vocabulary: int, spread: float) -> N
     ("equal", "top_p", "kept"), [(10, 0.9, 10), (10, 0.7, 8), (20, 0.9, 19), (4, 0.5, 3), (5, 1.0, 5)]
 )
 def test_top_p_keeps_tokens_up_to_and_at_the_boundary(equal: int, top_p: float, kept: int) -> None:
-    """Equal logits put a boundary exactly at top_p: the token before which just that mass lies stays."""
+    """Equal logits put a boundary exactly at top_p: a token with exactly that mass before it is kept."""
     n = 600
     logits = torch.zeros(n, equal)
     tokens, _ = reference.sample(logits, sampling(1.0, top_p, n), torch.arange(n))
@@ -218,7 +218,7 @@ def test_rows_draw_alone_as_they_do_together() -> None:
         assert reference.sample(logits[row : row + 1], one, positions[row : row + 1])[0] == together[row]
 
 
-def test_ragged_of_lays_rows_one_after_the_other() -> None:
+def test_ragged_batch_holds_rows_one_after_the_other() -> None:
     batch = RaggedBatch.of([(2, 5, [10, 11]), (0, 0, [12])], CPU)
     assert batch.tokens.tolist() == [10, 11, 12] and batch.positions.tolist() == [5, 6, 0]
     assert batch.rows.tolist() == [2, 2, 0]

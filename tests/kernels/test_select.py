@@ -1,4 +1,4 @@
-"""Which backend a device gets, and what a refusal says."""
+"""Which backend a device gets, and the messages of refusals."""
 
 import importlib.util
 
@@ -15,13 +15,13 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that was started without TRITON_INTERPRET."""
+    """Run as in a process that was started without TRITON_INTERPRET."""
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with a GPU of compute capability 9.0."""
+    """Run as on a machine with a GPU of compute capability 9.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 

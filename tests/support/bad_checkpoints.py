@@ -1,4 +1,4 @@
-"""Checkpoints with something wrong in them, for the tests of what opening refuses, and how it is refused."""
+"""Writes invalid checkpoints, and checks the errors that opening them raises."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -35,13 +35,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def next_call_works(good: Path) -> Iterator[None]:
-    """After every error a good checkpoint opens as ever."""
+    """After each test, a good checkpoint must still open."""
     yield
     assert len(list(open_checkpoint(good).tensors())) == len(WEIGHTS)
 
 
 def refused(folder: Path, *mentions: str, error: type[Exception] = ValueError) -> str:
-    """The message of the one-line error that opening raises; it must contain all of `mentions`."""
+    """Assert that opening raises a one-line error that contains all of `mentions` -> its message."""
     with pytest.raises(error) as caught:
         open_checkpoint(folder)
     assert type(caught.value) is error
@@ -57,7 +57,7 @@ def meta(folder: Path, shards: int = 1, **params_json: Any) -> Path:
 
 
 def edit_shard(folder: Path, edit: Callable[[dict[str, Any]], Any], shard: int = 0) -> Path:
-    """Rewrites a shard after `edit`, which changes the dict in place or returns something else to save."""
+    """Rewrite a shard after `edit`, which changes the dict in place or returns another object to save."""
     path = folder / f"consolidated.{shard:02d}.pth"
     content = torch.load(path)
     replacement = edit(content)
@@ -73,7 +73,7 @@ def without(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 def huggingface(folder: Path, **fields: Any) -> Path:
-    """One file and config.json; a field given as `...` is left out."""
+    """Write one safetensors file and config.json; a field given as `...` is left out."""
     config = {key: value for key, value in {**CONFIG, **fields}.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(huggingface_weights(PARAMS, WEIGHTS), folder / "model.safetensors")
@@ -88,7 +88,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
 
 
 def indexed(folder: Path, **changes: Any) -> Path:
-    """Two files with an index; `changes` replace entries of its weight map."""
+    """Write two safetensors files with an index; `changes` replace entries of its weight map."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     tensors = huggingface_weights(PARAMS, WEIGHTS)
     halves = list(tensors)[::2], list(tensors)[1::2]

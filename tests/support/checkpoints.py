@@ -1,4 +1,4 @@
-"""Small checkpoints for tests, in both layouts, written without any code of fastllama.
+"""Writes small checkpoints for tests, Meta's and Hugging Face's, without using code of fastllama.
 
     params = tiny_params(n_kv_heads=4)              # ModelArgs keywords, also the content of params.json
     weights = random_weights(params, seed=0)        # the whole model, float32, in Meta's names
@@ -6,7 +6,7 @@
     write_tokenizer(folder, n_ranks=320)            # tokenizer.model for vocab_size 576, tiny_params' own
     write_huggingface(folder, params, weights)      # config.json, model.safetensors, through transformers
 
-Sizes divide by eight wherever model parallelism splits them, so that a model serves all world sizes up to that.
+All sizes that model parallelism splits are divisible by eight, so a model works with 1, 2, 4 and 8 processes.
 """
 
 import base64
@@ -25,7 +25,7 @@ Weights = dict[str, Tensor]
 N_SPECIAL_TOKENS = 256
 N_RANKS = 320
 
-# Where model parallelism cuts each weight; None: every process has all of it.
+# The axis that model parallelism splits; None: every process has the complete weight.
 SPLIT_AXIS = {
     "tok_embeddings": 0,
     "output": 0,
@@ -77,7 +77,7 @@ def n_kv_heads(params: Params) -> int:
 
 
 def hidden_dim(params: Params) -> int:
-    """The stated hidden_dim, else Meta's rule."""
+    """hidden_dim where params has it, else by Meta's formula."""
     if params.get("hidden_dim"):
         return int(params["hidden_dim"])
     width = int((params.get("ffn_dim_multiplier") or 1) * int(2 * 4 * params["dim"] / 3))
@@ -86,7 +86,7 @@ def hidden_dim(params: Params) -> int:
 
 
 def random_weights(params: Params, seed: int = 0, dtype: torch.dtype = torch.float32) -> Weights:
-    """A whole model in Meta's names, scaled so that its logits vary (standard deviation about 2).
+    """The weights of a complete model in Meta's names; its logits have a standard deviation of about 2.
 
     With `tied_output` the output is the embedding, the same tensor object.
     """
@@ -119,7 +119,7 @@ def random_weights(params: Params, seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def share(params: Params, name: str, weight: Tensor, rank: int, world_size: int, axis: int | None = None) -> Tensor:
-    """Process `rank`'s part of a whole weight; kv heads repeat where there are fewer of them than processes."""
+    """The part of a weight for process `rank`; kv heads repeat where there are fewer heads than processes."""
     part = name.split(".")[-2]
     axis = SPLIT_AXIS[part] if axis is None else axis
     if axis is None:
@@ -139,9 +139,9 @@ def write_meta(
     dtype: torch.dtype | None = None,
     **params_json: Any,
 ) -> Path:
-    """params.json and consolidated.NN.pth; embedding_axis 1 is Llama 2's layout.
+    """Write params.json and consolidated.NN.pth; embedding_axis 1 is Llama 2's layout.
 
-    More shards than kv heads: each shard holds one head, repeated to its neighbours. A tied output shares the
+    With more shards than kv heads, each shard holds one head, and adjacent shards repeat it. A tied output shares the
     embedding's storage, as in Meta's 3.2 files. `params_json` replaces or adds fields in params.json only.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def write_meta(
 
 
 def write_tokenizer(folder: Path, n_ranks: int = N_RANKS) -> Path:
-    """tokenizer.model with all bytes and `n_ranks` - 256 tokens of two letters; vocab_size is n_ranks + 256."""
+    """Write tokenizer.model: all bytes and `n_ranks` - 256 tokens of two letters; vocab_size is n_ranks + 256."""
     pairs = [" " + letter for letter in ascii_lowercase] + [a + b for a in ascii_lowercase for b in ascii_lowercase]
     tokens = [bytes([byte]) for byte in range(256)] + [pair.encode() for pair in pairs]
     if not 256 <= n_ranks <= len(tokens):
@@ -174,7 +174,7 @@ def write_tokenizer(folder: Path, n_ranks: int = N_RANKS) -> Path:
 
 
 def huggingface_weights(params: Params, weights: Weights) -> Weights:
-    """The same model in transformers' names, rows of q and k in its order, halves instead of pairs."""
+    """The weights in transformers' names. The rows of q and k are reordered from rotary pairs to halves."""
     outer = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
     theirs = {}
     for name, weight in weights.items():
@@ -231,7 +231,7 @@ def write_huggingface(
     eos_token_id: int | list[int] | None = None,
     old_fields: bool = False,
 ) -> Path:
-    """A folder as transformers saves it; few bytes of `max_shard_size` make shards with an index.
+    """Write the folder that transformers saves; a small `max_shard_size` gives shards with an index.
 
     old_fields: config.json as transformers 4 wrote it (rope_theta, rope_scaling, torch_dtype, no head_dim).
     eos_token_id: written to generation_config.json and config.json.

@@ -1,4 +1,4 @@
-"""Runs `fastllama` for tests, in this process or in one of its own."""
+"""Runs `fastllama` for tests, in this process or in a new one."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def run_process(
 
 
 def expect_error(result: Result, *parts: str) -> None:
-    """One line on stderr that holds `parts`, nothing on stdout, exit code 2."""
+    """Assert one line on stderr that contains `parts`, nothing on stdout, and exit code 2."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if not line.startswith("no --ckpt_dir")]

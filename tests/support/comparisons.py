@@ -1,7 +1,7 @@
-"""Answers of two paths compared: tokens to the last, floats within the one table's tolerance.
+"""Compares the results of two code paths: tokens exactly, floats within the tolerances of one table.
 
-Two paths sum in another order, on another processor in yet another. So floats are never compared exactly, and never
-after rounding, which only moves the places where they part.
+The order of sums differs between code paths and between processors. So floats are never compared exactly, and never
+after rounding: two close values can still round differently.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Logprobs = Sequence[Sequence[float]]
 
 
 def assert_same_answers(ours: tuple[Tokens, Logprobs | None], expected: tuple[Tokens, Logprobs | None]) -> None:
-    """What two calls of `generate` returned."""
+    """Assert equal results of two `generate` calls."""
     assert ours[0] == expected[0]
     if expected[1] is None:
         assert ours[1] is None
@@ -25,12 +25,12 @@ def assert_same_answers(ours: tuple[Tokens, Logprobs | None], expected: tuple[To
 
 
 def assert_same_logprobs(ours: Logprobs | None, expected: Logprobs | None, what: str = "logprobs") -> None:
-    """float32 log-probabilities, row by row. what: their row of the table."""
+    """Assert equal float32 log-probabilities. what: the tolerance table's entry."""
     assert ours is not None and expected is not None
     for mine, theirs in zip(ours, expected, strict=True):
         assert_matches(what, torch.tensor(mine), torch.tensor(theirs))
 
 
 def assert_same_logits(ours: Tensor, expected: Tensor) -> None:
-    """In the dtype of ours."""
+    """Assert equal logits, with the tolerance for the dtype of `ours`."""
     assert_matches("logits", ours, expected)

@@ -1,4 +1,4 @@
-"""What the tests of contradictory checkpoints share: folders of given tensors and fields, and both answers."""
+"""For tests of contradictory checkpoints: writes given tensors and fields, and generates with both libraries."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def answers(folder: Path) -> list[list[int]]:
 
 
 def their_answers(folder: Path) -> list[list[int]]:
-    """What transformers generates from the same folder."""
+    """Greedy tokens of transformers for PROMPTS, from the same folder."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -46,7 +46,7 @@ def their_answers(folder: Path) -> list[list[int]]:
 
 
 def stored(folder: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
-    """A folder with just these tensors under CONFIG and `fields`; a field given as `...` is left out."""
+    """Write only these tensors, and CONFIG changed by `fields`; a field given as `...` is left out."""
     config = {key: value for key, value in {**CONFIG, **fields}.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(config))
     copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
@@ -55,7 +55,7 @@ def stored(folder: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
 
 
 def refused(folder: Path, message: str) -> None:
-    """Opening is refused with just this message, in which {} is the folder."""
+    """Assert that opening raises ValueError with exactly this message, in which {} stands for the folder."""
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(folder))}$"):
         open_checkpoint(folder)
 

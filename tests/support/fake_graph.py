@@ -1,7 +1,8 @@
-"""A CUDA graph's double on a CPU: records what a function launches, torch's operations and interpreted kernels alike.
+"""A CPU stand-in for a CUDA graph: records the torch operations and interpreted kernels that a function launches.
 
-A replay calls what was recorded, on the very tensors and numbers of the recording; Python is not run again. So whatever
-a step takes from Python is frozen, as in a graph, and what needs the host in the middle of a step is refused.
+A replay repeats the recorded calls on the same tensors and numbers, without running the function's Python code. So
+Python values are constants of the recording, as in a CUDA graph. An operation that synchronises with the host is an
+error.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-# What a GPU answers only after all that was queued before it, or what has a result of unknown size.
+# Operations whose result is read by the host, or whose result size depends on data.
 SYNCHRONISING = {
     "aten::item",
     "aten::_local_scalar_dense",
@@ -26,27 +27,27 @@ SYNCHRONISING = {
     "aten::_unique2",
     "aten::bincount",
 }
-INDEXING = {"aten::index", "aten::index_put_"}  # by a mask: the result's size is in the mask
+INDEXING = {"aten::index", "aten::index_put_"}  # with a mask, the result's size depends on data
 ALLOCATING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
-class Tape(TorchDispatchMode):
-    """One recording."""
+class RecordedGraph(TorchDispatchMode):
+    """One graph: `capture` records it, `replay` repeats it."""
 
-    recording: "Tape | None" = None
+    recording: "RecordedGraph | None" = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, Callable[[], None]]] = []  # name, what it does when replayed
-        self.kept: list[object] = []  # views, so that their memory is nobody else's
+        self.calls: list[tuple[str, Callable[[], None]]] = []  # an operation's name, and what a replay calls
+        self.kept: list[object] = []  # tensors without a replayed call; kept so that their memory is not reused
 
     def capture(self, launches: Callable[[], object]) -> None:
         with _recorded_kernels(), self:
-            Tape.recording = self
+            RecordedGraph.recording = self
             try:
                 launches()
             finally:
-                Tape.recording = None
+                RecordedGraph.recording = None
 
     def replay(self) -> None:
         for _, call in self.calls:
@@ -59,23 +60,23 @@ class Tape(TorchDispatchMode):
             raise RuntimeError(f"{name} waits for the device inside a step")
         out = func(*args, **kwargs)
         memory = {leaf.untyped_storage().data_ptr() for leaf in _tensors((args, kwargs))}
-        # What lies in an argument's memory is a view of it, or the argument itself, changed in place.
+        # A result in an argument's memory is a view of it, or the argument itself, changed in place.
         results = [leaf for leaf in _tensors(out) if leaf.untyped_storage().data_ptr() not in memory]
         if name in ALLOCATING or not (results or func._schema.is_mutable):
             self.kept.append(out)
             return out
 
-        def again() -> None:
+        def repeat() -> None:
             new = _tensors(func(*args, **kwargs))
             for result, value in zip(results, new if results else [], strict=True):
                 result.copy_(value)
 
-        self.calls.append((name, again))
+        self.calls.append((name, repeat))
         return out
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """Those of them that have memory to speak of: not weights that oneDNN has packed."""
+    """The tensors among the values that have a storage: not those packed by oneDNN."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
 
 
@@ -85,15 +86,15 @@ def _is_mask(index: Tensor | None) -> bool:
 
 @contextmanager
 def _recorded_kernels() -> Iterator[None]:
-    """Interpreted kernels go on the tape, too."""
+    """Record interpreted kernels, too."""
     run = interpreter.InterpretedFunction.run
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tape = Tape.recording
+        graph = RecordedGraph.recording
         with _disable_current_modes():
             result = run(self, *args, **kwargs)
-        assert tape is not None
-        tape.calls.append((self.fn.__name__, lambda: run(self, *args, **kwargs)))
+        assert graph is not None
+        graph.calls.append((self.fn.__name__, lambda: run(self, *args, **kwargs)))
         return result
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,7 @@
-"""Meta's own model as the oracle: `llama-models`' Transformer under a naive loop that follows the published behaviour.
+"""Meta's own model as the oracle: the Transformer of `llama-models`, and a simple greedy loop.
 
-The loop shares nothing with fastllama's: every row is run by itself, token by token after its prompt, and every
-log-probability comes from a plain log_softmax.
+The loop shares no code with fastllama. It runs one prompt at a time, one token per call after the prompt, and takes
+every log-probability from a plain log_softmax.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 def meta_transformer(
     params: dict[str, Any], weights: dict[str, Tensor], max_seq_len: int, max_batch_size: int = 1
 ) -> Any:
-    """Meta's Transformer (float32, CPU) of Meta's params and weights in Meta's names."""
+    """Meta's Transformer (float32, CPU) with these params and weights, in Meta's names."""
     _initialise_model_parallel()
     from llama_models.llama3.args import ModelArgs
     from llama_models.llama3.model import Transformer
@@ -29,7 +29,7 @@ def meta_transformer(
 
 
 def _initialise_model_parallel() -> None:
-    """Meta's layers ask fairscale for their group, which has to exist even for one process."""
+    """Initialise fairscale's group, which Meta's layers need even for one process."""
     from fairscale.nn.model_parallel import initialize
 
     if not torch.distributed.is_initialized():
@@ -44,7 +44,7 @@ def _initialise_model_parallel() -> None:
 def meta_generate(
     model: Any, prompt: Sequence[int], max_gen_len: int, max_seq_len: int, stop_ids: Sequence[int] = ()
 ) -> tuple[list[int], list[float], list[float]]:
-    """Greedy continuation of one prompt: its tokens, their log-probabilities, and those of the prompt's own tokens."""
+    """Greedy generation for one prompt -> (tokens, their log-probabilities, the prompt tokens' log-probabilities)."""
     tokens = list(prompt)
     logits = model.forward(torch.tensor([tokens]), 0)[0].float()
     scores = torch.log_softmax(logits, -1)

@@ -1,4 +1,4 @@
-"""What each process of a group does in the tests of parallelism; it returns what JSON can hold."""
+"""The functions that each process runs in the tests of several processes. They return JSON values."""
 
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ def build(folder: str, **options: Any) -> Llama:
     return llm
 
 
-def everything(arguments: dict[str, Any]) -> dict[str, Any]:
-    """All cases in one group of processes: starting them takes longer than they do.
+def all_cases(arguments: dict[str, Any]) -> dict[str, Any]:
+    """All cases in one group of processes, because starting processes takes longer than the cases.
 
-    Every folder's answers, what wrong sizes and one process's failure come to; of two processes also memory and
-    interpreted kernels, of four also parts of the world.
+    Every folder's answers, and the errors for a wrong size and for a failure of one process. With two processes also
+    memory and interpreted kernels; with four also groups smaller than the world.
     """
     found: dict[str, Any] = {"answers": [answers(build(folder)) for folder in arguments["folders"]]}
-    found["error"] = refusal(arguments["indivisible"])
-    found["failure"] = refusal("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
+    found["error"] = build_error(arguments["indivisible"])
+    found["failure"] = build_error("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
     found["again"] = are_alike(answers(build(arguments["folders"][0])), found["answers"][0])
     if dist.get_world_size() == 2:
         return found | {"memory": memory(arguments["large"]), "fused": fused(arguments["folders"][1])}
@@ -52,7 +52,7 @@ def answers(llm: Llama) -> dict[str, Any]:
 
 
 def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Two models' answers, of whatever numbers of processes: tokens to the last, floats as sums in another order."""
+    """Assert equal tokens, and floats within tolerances: the number of processes changes the order of sums."""
     assert found["tokens"] == expected["tokens"]
     for mine, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
         assert_same_logprobs(mine, theirs, "divided logprobs")
@@ -60,7 +60,7 @@ def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def are_alike(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """The same, for a process that goes on."""
+    """Whether `assert_alike` passes."""
     try:
         assert_alike(found, expected)
     except AssertionError:
@@ -68,8 +68,8 @@ def are_alike(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return True
 
 
-def refusal(folder: str) -> str:
-    """What a build that has to fail says."""
+def build_error(folder: str) -> str:
+    """The error of a build that must fail; "built" where it does not."""
     try:
         build(folder)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -78,7 +78,7 @@ def refusal(folder: str) -> str:
 
 
 def memory(folder: str) -> dict[str, Any]:
-    """Peak of this process's own memory, beyond what it had, while it builds; files that are mapped count nothing."""
+    """Peak growth of this process's memory during a build, without mapped files, and the bytes of its weights."""
     before = own_bytes()
     with PeakHostMemory() as peak:
         llm = build(folder)
@@ -94,26 +94,26 @@ def fused(folder: str) -> dict[str, Any]:
 
 
 def on_gpus(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Graphs with NCCL's collectives in them, replayed, in float32, where tokens are the same to the last.
+    """Answers from replayed graphs that contain NCCL's collectives: in float32, where all tokens must be the same.
 
-    Of three rows and of one, which are other kernels; and in bfloat16.
+    With three rows and with one, which use different kernels; and in bfloat16.
     """
     llm = build(arguments["folder"], device=None, dtype="float32")
     first, again = answers(llm), answers(llm)
     alone = llm.generate(PROMPTS[1:2], STEPS, temperature=0.0, logprobs=True)
-    rough = build(arguments["folder"], device=None, dtype="bfloat16")
+    bfloat16 = build(arguments["folder"], device=None, dtype="bfloat16")
     return {
         "answers": first,
-        "repeats": again["tokens"][:2] == first["tokens"][:2],  # the third draws anew in each call
+        "repeats": again["tokens"][:2] == first["tokens"][:2],  # the third has no seed, and so differs between calls
         "alone": alone,
-        "rough": rough.generate(PROMPTS, STEPS, temperature=0.7, seed=3),
+        "bfloat16": bfloat16.generate(PROMPTS, STEPS, temperature=0.7, seed=3),
         "graphs": sorted(llm.decoder._graphs),
         "device": str(llm.model.device),
     }
 
 
 def subsets(folder: str) -> dict[str, Any]:
-    """Half of the world for each model, through groups of the caller's own and through model_parallel_size."""
+    """Models on half of the processes: through the caller's own groups, and through model_parallel_size."""
     from fairscale.nn.model_parallel import initialize
 
     initialize.destroy_model_parallel()

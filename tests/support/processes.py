@@ -1,8 +1,8 @@
-"""Runs a function in several processes that gloo connects, as torchrun would start them, for tests of parallelism.
+"""Runs a function in several processes, with the environment variables that torchrun sets.
 
-    results = run_processes(4, tmp_path, "tests.support.parallel_cases:generations", {"folders": [...]})
+    results = run_processes(4, tmp_path, "tests.support.parallel_cases:on_gpus", {"folder": "..."})
 
-gives what `generations(arguments)` returned in each process, by rank. One that raises fails the test with its error.
+The result is what `on_gpus(arguments)` returned in each process, by rank. An error in a process fails the test.
 """
 
 import json
@@ -23,20 +23,20 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_processes(
     size: int, folder: Path, function: str, arguments: dict[str, Any], **environment: str
 ) -> list[dict[str, Any]]:
-    """What the function, "module:name", returned in each of `size` processes."""
+    """Run the function "module:name" in `size` processes -> its results by rank."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    # The store is this process's, on a port of its own choosing, so that none is taken twice.
+    # This process serves the store. Port 0 takes a free port.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     torchrun |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(size):
-        mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), **torchrun, **environment}
-        strict = () if torch.cuda.is_available() else ("-W", "error")  # what NCCL and its kin warn of is theirs
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), **torchrun, **environment}
+        strict = () if torch.cuda.is_available() else ("-W", "error")  # NCCL has warnings of its own
         command = [sys.executable, *strict, "-m", "tests.support.processes", function, json.dumps(arguments)]
         with (folder / f"out.{rank}").open("w") as out, (folder / f"err.{rank}").open("w") as err:
-            env = {**os.environ, **mine}
+            env = {**os.environ, **variables}
             processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=env, cwd=ROOT))
     try:
         codes = [process.wait(HANG_SECONDS) for process in processes]

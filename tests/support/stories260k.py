@@ -1,4 +1,4 @@
-"""Reads stories260K, a small trained Llama in llama2.c's format, where `../shared/data` lies beside the repository."""
+"""Reads stories260K, a small trained Llama in llama2.c's format, from `../shared/data` beside the repository."""
 
 import struct
 from pathlib import Path
@@ -11,7 +11,7 @@ from fastllama import ModelArgs
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260K"
 BOS_ID = 1
-# What llama2.c itself prints for 200 steps at temperature 0.
+# llama2.c's output for 200 steps at temperature 0.
 GREEDY_TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
     "big, red ball. She wanted to play with it, but it was too high.\n"
@@ -24,17 +24,17 @@ GREEDY_STEPS = 200
 
 
 def read_model(max_seq_len: int, max_batch_size: int) -> tuple[ModelArgs, dict[str, Tensor]]:
-    """Its arguments and its weights in Meta's names, float32."""
+    """The model's arguments, and its float32 weights in Meta's names."""
     data = (FOLDER / "stories260K.bin").read_bytes()
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len = struct.unpack("7i", data[:28])
     values = np.frombuffer(data, dtype=np.float32, offset=28)
-    place = 0
+    offset = 0
 
     def take(*shape: int) -> Tensor:
-        nonlocal place
+        nonlocal offset
         size = int(np.prod(shape))
-        tensor = torch.from_numpy(values[place : place + size].copy()).view(shape)
-        place += size
+        tensor = torch.from_numpy(values[offset : offset + size].copy()).view(shape)
+        offset += size
         return tensor
 
     head_dim = dim // n_heads
@@ -68,24 +68,24 @@ def read_model(max_seq_len: int, max_batch_size: int) -> tuple[ModelArgs, dict[s
         max_batch_size=max_batch_size,
         tied_output=True,
     )
-    assert place + seq_len * head_dim == len(values), "the rest of the file is its rotary table"
+    assert offset + seq_len * head_dim == len(values), "the rest of the file is its rotary table"
     return args, weights
 
 
 def read_pieces() -> list[bytes]:
-    """The text of every token."""
+    """The bytes of every token."""
     data = (FOLDER / "tok512.bin").read_bytes()
-    place, pieces = 4, []
-    while place < len(data):
-        length = struct.unpack_from("i", data, place + 4)[0]
-        piece = data[place + 8 : place + 8 + length]
+    offset, pieces = 4, []
+    while offset < len(data):
+        length = struct.unpack_from("i", data, offset + 4)[0]
+        piece = data[offset + 8 : offset + 8 + length]
         pieces.append(bytes([int(piece[3:5], 16)]) if piece.startswith(b"<0x") else piece)
-        place += 8 + length
+        offset += 8 + length
     return pieces
 
 
 class PiecesTokenizer:
-    """As much of a tokenizer as `Llama` needs to write text."""
+    """The part of a tokenizer that `Llama` needs to decode text."""
 
     def __init__(self) -> None:
         self.pieces = read_pieces()

@@ -1,4 +1,4 @@
-"""Which sizes of a test belong to `make test`, and which to `make test-all` only."""
+"""Marks the sizes of a test that only `make test-all` runs."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from _pytest.mark import ParameterSet
 
 
 def parameters(values: Mapping[str, Any], quick: Collection[str]) -> list[ParameterSet]:
-    """Parameters by their ids; those that are not quick are marked slow."""
+    """pytest parameters with the keys as ids; those not in `quick` are marked slow."""
     unknown = set(quick) - set(values)
     assert not unknown, f"no parameters are called {unknown}"
     return [

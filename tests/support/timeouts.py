@@ -1,3 +1,3 @@
-"""How long a test waits for another process. Only one that hangs takes as long, however busy the machine is."""
+"""How long a test waits for another process: long enough for a busy machine, so only a hang reaches it."""
 
 HANG_SECONDS = 300.0

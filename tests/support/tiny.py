@@ -1,4 +1,4 @@
-"""A tiny Llama for tests, built through the public surface from a checkpoint on disk."""
+"""Builds a tiny Llama for tests, through the public interface from a checkpoint on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ MAX_BATCH_SIZE = 4
 
 
 def tiny_llama(folder: Path, shards: int = 1, seed: int = 1, max_seq_len: int = MAX_SEQ_LEN, **params: Any) -> Llama:
-    """Build from random weights. The tokenizer's stop tokens are left as they are."""
+    """A Llama with random weights. The tokenizer's stop tokens are unchanged."""
     fields = tiny_params(**params)
     write_meta(folder, fields, random_weights(fields, seed=7), shards=shards)
     tokenizer = write_tokenizer(folder)
@@ -21,7 +21,7 @@ def tiny_llama(folder: Path, shards: int = 1, seed: int = 1, max_seq_len: int = 
 
 
 def write_monotonous(folder: Path) -> str:
-    """A checkpoint, in its folder, whose logits are all equal: greedy, it says its first token and never stops."""
+    """Write a checkpoint with equal logits: greedy generation repeats token 0 and never stops -> its folder."""
     weights = random_weights(tiny_params(), seed=7)
     write_meta(folder, tiny_params(), weights | {"output.weight": torch.zeros_like(weights["output.weight"])})
     write_tokenizer(folder)

@@ -23,7 +23,7 @@ from fastllama.benchmarks.result_file import ResultFile, read_result
 from fastllama.benchmarks.statistics import summarize
 from fastllama.decode_graph import Decoder
 from fastllama.kernels import fused
-from fastllama.kernels.launch.options import switches
+from fastllama.kernels.launch.options import launch_options
 from tests.support.timeouts import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -192,12 +192,12 @@ def test_a_self_check_records_that_dependent_launches_were_replaced(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(decoder: Decoder, n_rows: int) -> list[list[int]]:
-        if decoder._captures is None and n_rows == 1:
+        if decoder._use_graphs is None and n_rows == 1:
             decoder._dependent = False  # like a capture that fails
         return [[1, 2]]
 
     monkeypatch.setattr(steps, "_greedy", greedy)
-    monkeypatch.setattr(fused, "uses_dependent_launch", lambda: switches().launch)
+    monkeypatch.setattr(fused, "uses_dependent_launch", lambda: launch_options().dependent)
     found = records_of(steps.self_check(bench))
     errors = [place for place, record in enumerate(found) if "error" in record]
     assert [found[place]["error"] for place in errors] == [

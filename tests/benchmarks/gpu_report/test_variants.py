@@ -33,7 +33,7 @@ def test_projections_are_tried_with_their_norms(batch: int, bench: Bench, monkey
     records = list(variants._projections(bench, "toy", batch))
     assert not [record for record in records if record["microseconds"] is None]
     kinds = dict.fromkeys(tuple(sorted(epilogue)) for epilogue in seen)
-    assert list(kinds) == [("append", "eps", "norm"), (), ("eps", "norm", "swiglu"), ("eps", "norm")]
+    assert list(kinds) == [("append_to", "eps", "norm"), (), ("eps", "norm", "swiglu"), ("eps", "norm")]
 
 
 def test_launches_that_spill_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fastllama.benchmarks.kernels_report.ahead_of_time import compiling_environment
 from fastllama.kernels.launch import dependent
-from fastllama.kernels.launch.options import switched
+from fastllama.kernels.launch.options import override_launch_options
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, INTERPRETED, Target
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,9 +67,9 @@ def test_launches_depend_from_hopper_on(target: Target, dependent_there: bool, m
     assert dependent.prefetch_bytes(8192, 4096) == (4096 if dependent_there else 0)
     assert dependent.prefetch_bytes(8192, 65536, 4) == (32768 if dependent_there else 0)
     assert dependent.prefetch_bytes(8200, 16384) == 0, "rows that do not begin at a multiple of 16 bytes"
-    with switched(prefetch=False):
+    with override_launch_options(prefetch=False):
         assert dependent.dependent_launch() == expected and dependent.prefetch_bytes(8192, 4096) == 0
-    with switched(launch=False):
+    with override_launch_options(dependent=False):
         assert dependent.dependent_launch() == usual and dependent.prefetch_bytes(8192, 4096) == 0
     assert dependent.dependent_launch() == expected
 

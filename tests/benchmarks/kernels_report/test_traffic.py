@@ -24,7 +24,7 @@ def _scale_kernel(x_ptr, weight_ptr, y_ptr, N, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("programs", [3, 251])
 def test_bytes_are_counted_by_argument(programs: int) -> None:
     """Half of the last program is past the end, whether all programs run or a sample of them."""
-    interpreter.mend()
+    interpreter.patch()
     block = 16
     length = programs * block - block // 2
     x, weight, y = torch.ones(1), torch.ones(length), torch.zeros(length)
@@ -55,7 +55,7 @@ def test_excess_traffic_is_named() -> None:
 
 
 def test_after_the_block_launches_run_completely() -> None:
-    interpreter.mend()
+    interpreter.patch()
     with count_traffic():
         pass
     y = torch.zeros(100 * 16)

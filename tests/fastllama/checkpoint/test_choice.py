@@ -1,4 +1,4 @@
-"""Which of a folder's checkpoints is taken, that it is told, and what a folder without one is."""
+"""Which of a folder's checkpoints is opened, what the log says, and errors for folders without one."""
 
 import json
 import re
@@ -18,7 +18,7 @@ BASE = random_weights(PARAMS, seed=8)
 
 
 def base(folder: Path, *places: str) -> None:
-    """The base model's files in places below, with a tokenizer."""
+    """The base model's files in subfolders, with a tokenizer."""
     for place in places:
         write_meta(folder / place, PARAMS, BASE)
         write_tokenizer(folder / place)
@@ -49,7 +49,7 @@ def test_a_folders_own_safetensors_go_before_the_base_model(
     assert caplog.messages[0] == f"checkpoint: {tmp_path}, model.safetensors; passed over: {others}"
 
 
-def test_the_answers_are_the_fine_tuned_models(tmp_path: Path) -> None:
+def test_answers_are_those_of_the_fine_tuned_model(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     huggingface(tmp_path / "alone")
     huggingface(tmp_path)
@@ -72,7 +72,7 @@ def test_own_meta_files_go_before_own_safetensors(tmp_path: Path) -> None:
     )
 
 
-def test_shards_without_params_leave_the_safetensors(tmp_path: Path) -> None:
+def test_safetensors_are_used_if_shards_have_no_params(tmp_path: Path) -> None:
     (meta(huggingface(tmp_path)) / "params.json").unlink()
     base(tmp_path, "original")
     checkpoint = open_checkpoint(tmp_path)
@@ -92,7 +92,7 @@ def test_own_weights_that_lack_their_json_are_not_replaced_by_others(tmp_path: P
         open_checkpoint(tmp_path)
 
 
-def test_places_below_come_in_their_order(tmp_path: Path) -> None:
+def test_subfolders_are_searched_in_order(tmp_path: Path) -> None:
     base(tmp_path, "original/mp8", "original/mp16", "original")
     (tmp_path / "optimizer.pth").write_bytes(b"")
     checkpoint = open_checkpoint(tmp_path)
@@ -108,7 +108,7 @@ def test_places_below_come_in_their_order(tmp_path: Path) -> None:
 
 # Folders without a checkpoint
 
-MERGE = "first, with PEFT's merge_and_unload() and then save_pretrained(), and pass the folder that makes"
+MERGE = "first, with PEFT's merge_and_unload() and then save_pretrained(), and pass the folder that this writes"
 
 
 def adapter(folder: Path, config: str | None, weights: str = "adapter_model.safetensors") -> Path:
@@ -124,23 +124,23 @@ def adapter(folder: Path, config: str | None, weights: str = "adapter_model.safe
     [
         (
             {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B"},
-            "a LoRA adapter, not a whole model: merge it into its base model 'meta-llama/Llama-3.2-1B'",
+            "a LoRA adapter, not a complete model: merge it into its base model 'meta-llama/Llama-3.2-1B'",
         ),
         (
             {"peft_type": "IA3", "base_model_name_or_path": "/models/x"},
-            "an adapter ('IA3'), not a whole model: merge it into its base model '/models/x'",
+            "an adapter ('IA3'), not a complete model: merge it into its base model '/models/x'",
         ),
-        ({"peft_type": "LORA"}, "a LoRA adapter, not a whole model: merge it into its base model"),
+        ({"peft_type": "LORA"}, "a LoRA adapter, not a complete model: merge it into its base model"),
         (
             {"base_model_name_or_path": None},
-            "an adapter (LoRA or its like), not a whole model: merge it into its base model",
+            "an adapter (LoRA or similar), not a complete model: merge it into its base model",
         ),
-        (None, "an adapter (LoRA or its like), not a whole model: merge it into its base model"),
-        ("{", "an adapter (LoRA or its like), not a whole model: merge it into its base model"),
+        (None, "an adapter (LoRA or similar), not a complete model: merge it into its base model"),
+        ("{", "an adapter (LoRA or similar), not a complete model: merge it into its base model"),
     ],
 )
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
-def test_an_adapter_alone_is_called_one(tmp_path: Path, config: Any, what: str, weights: str) -> None:
+def test_an_adapter_alone_is_named_in_the_error(tmp_path: Path, config: Any, what: str, weights: str) -> None:
     adapter(tmp_path, json.dumps(config) if isinstance(config, dict) else config, weights)
     message = f"no checkpoint in {str(tmp_path)!r}: it holds {what} {MERGE}"
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}$"):
@@ -150,8 +150,8 @@ def test_an_adapter_alone_is_called_one(tmp_path: Path, config: Any, what: str, 
 def test_an_adapter_is_not_replaced_by_the_base_model(tmp_path: Path) -> None:
     base(adapter(tmp_path, '{"peft_type": "LORA"}'), "original")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    what = "it holds a LoRA adapter, not a whole model: merge it into its base model"
-    below = "original/ holds other weights: pass that folder to run those"
+    what = "it holds a LoRA adapter, not a complete model: merge it into its base model"
+    below = "original/ holds other weights: pass that folder to use them"
     message = f"no checkpoint in {str(tmp_path)!r}: {what} {MERGE}. {below}"
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}$"):
         open_checkpoint(tmp_path)
@@ -177,22 +177,22 @@ OWN = ("pytorch_model", "tf_model", "flax_model", "__0_0", "global_step", "model
         ("__0_0.distcp", "is a distributed checkpoint of torch"),
         ("weights.npz", "is weights of MLX or numpy"),
         ("llama.nemo", "is an archive of NeMo"),
-        ("hf_model_0001_0.pt", "is weights that no one calls a checkpoint's"),
+        ("hf_model_0001_0.pt", "is a torch file, but not a known kind of checkpoint"),
     ],
 )
-def test_weights_of_other_programs_are_called_what_they_are(tmp_path: Path, name: str, mention: str) -> None:
+def test_weights_of_other_programs_are_named_in_the_error(tmp_path: Path, name: str, mention: str) -> None:
     (tmp_path / name).write_bytes(b"")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     message = f"no checkpoint in {str(tmp_path)!r}: {name} {mention}"
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}"):
         open_checkpoint(tmp_path)
     base(tmp_path, "original")
-    if not name.startswith(OWN):  # a stray file
+    if not name.startswith(OWN):  # the file may be unrelated
         checkpoint = open_checkpoint(tmp_path)
         assert checkpoint.path == tmp_path / "original"
         assert checkpoint.passed_over == ((tmp_path / name, "in another format"),)
         return
-    with pytest.raises(AssertionError, match=r"original/ holds other weights: pass that folder to run those$"):
+    with pytest.raises(AssertionError, match=r"original/ holds other weights: pass that folder to use them$"):
         open_checkpoint(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["optimizer.pt", "scheduler.pt", "rng_state_0.pt", "training_args.bin", "optimizer.npz"]
 )
-def test_a_training_runs_state_is_no_model(tmp_path: Path, name: str) -> None:
+def test_the_state_of_a_training_run_is_no_model(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(AssertionError, match=rf"; it holds {name}$"):
         open_checkpoint(tmp_path)
@@ -214,7 +214,7 @@ def test_a_training_runs_state_is_no_model(tmp_path: Path, name: str) -> None:
     assert open_checkpoint(tmp_path).path == tmp_path / "original"
 
 
-def test_a_folder_of_checkpoints_names_them(tmp_path: Path) -> None:
+def test_a_folder_of_checkpoints_lists_them(tmp_path: Path) -> None:
     write_meta(tmp_path / "one", PARAMS, WEIGHTS)
     (tmp_path / "two").mkdir()
     huggingface(tmp_path / "two")
@@ -226,7 +226,7 @@ def test_a_folder_of_checkpoints_names_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["models--meta-llama--Llama-3.2-1B", "."])
-def test_a_hugging_face_cache_names_its_snapshots(tmp_path: Path, place: str) -> None:
+def test_a_hugging_face_cache_lists_its_snapshots(tmp_path: Path, place: str) -> None:
     snapshot = tmp_path / place / "snapshots" / "4e20de3"
     snapshot.mkdir(parents=True)
     huggingface(snapshot)

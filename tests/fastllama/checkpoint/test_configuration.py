@@ -1,4 +1,4 @@
-"""JsonConfig of a configuration that contradict each other: what transformers takes, or an error that names both."""
+"""Configuration fields that contradict each other: transformers' value is used, or an error names both."""
 
 import re
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_rope_is_read_as_transformers_reads_it(tmp_path: Path, fields: dict[str,
         ),
     ],
 )
-def test_rope_fields_that_lose_are_warned_of(
+def test_unused_rope_fields_give_a_warning(
     tmp_path: Path, fields: dict[str, Any], warning: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     open_checkpoint(huggingface(tmp_path, **fields))
@@ -94,7 +94,7 @@ def test_rope_fields_that_lose_are_warned_of(
         ),
     ],
 )
-def test_rope_that_llama_has_not_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_rope_other_than_llamas_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     folder = huggingface(tmp_path, **fields)
     with pytest.raises(ValueError, match=f"^{re.escape(f'{folder}/config.json: field {message}')}$"):
         open_checkpoint(folder)
@@ -126,7 +126,7 @@ def test_a_scaling_that_no_one_switched_on_is_refused(tmp_path: Path, field: str
         ),
     ],
 )
-def test_fields_of_params_that_lose_are_warned_of(
+def test_unused_fields_of_params_give_a_warning(
     tmp_path: Path, fields: dict[str, Any], warning: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = open_checkpoint(meta(tmp_path, **fields)).params
@@ -148,7 +148,7 @@ def test_rope_factors_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
     )
 
 
-# A key that stands twice
+# Duplicate keys
 
 
 @pytest.mark.parametrize("name", ["params.json", "config.json", "generation_config.json"])
@@ -157,11 +157,9 @@ def test_a_key_with_two_values_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     right = path.read_text() if path.exists() else '{"eos_token_id": 5}'
     path.write_text(right.replace("{", '{"a": {"b": 1, "b": 1}, "rope_theta": 1, "rope_theta": 2.5, ', 1))
-    refused(
-        tmp_path, f"{{}}/{name}: 'rope_theta' stands there twice, as 1 and as 2.5; remove the one that is not meant"
-    )
+    refused(tmp_path, f"{{}}/{name}: 'rope_theta' appears twice, as 1 and as 2.5; remove the one that is not meant")
     path.write_text(right.replace("{", '{"pad_token_id": {"b": true, "b": 1}, ', 1))
-    refused(tmp_path, f"{{}}/{name}: 'b' stands there twice, as True and as 1; remove the one that is not meant")
+    refused(tmp_path, f"{{}}/{name}: 'b' appears twice, as True and as 1; remove the one that is not meant")
     first = right.removeprefix("{").split(",")[0].rstrip("}")
     path.write_text(right.replace("{", "{" + first + ", ", 1))
     assert open_checkpoint(tmp_path).params["dim"] == 64
@@ -170,5 +168,5 @@ def test_a_key_with_two_values_is_refused(tmp_path: Path, name: str) -> None:
 def test_an_index_that_places_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     path = indexed(tmp_path) / "model.safetensors.index.json"
     path.write_text(path.read_text().replace('{"weight_map": {', '{"weight_map": {"lm_head.weight": "b.safetensors", '))
-    with pytest.raises(ValueError, match=r"index.json: 'lm_head.weight' stands there twice, as 'b.safetensors' and as"):
+    with pytest.raises(ValueError, match=r"index.json: 'lm_head.weight' appears twice, as 'b.safetensors' and as"):
         open_checkpoint(tmp_path)

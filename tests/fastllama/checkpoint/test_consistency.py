@@ -1,6 +1,5 @@
-"""What shards say twice must be the same in all, what they say once must differ, and names may not contradict them."""
+"""Copies in shards must agree, slices must differ, and file names must not contradict recorded names."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,13 @@ import torch
 from fastllama.checkpoint import consistency, open_checkpoint
 from tests.support.bad_checkpoints import PARAMS, WEIGHTS, edit_shard, meta
 from tests.support.checkpoints import random_weights, share, write_meta
+from tests.support.contradictions import refused
 
 OTHER = random_weights(PARAMS, seed=4)
-DIFFERENT = "its values differ; the files are of different checkpoints, or out of order: download all of one"
-
-
-def refused(folder: Path, message: str) -> None:
-    """Opening is refused with just this message, in which {} is the folder."""
-    with pytest.raises(ValueError, match=f"^{re.escape(message.format(folder))}$"):
-        open_checkpoint(folder)
+DIFFERENT = (
+    "but its values differ; the files are of different checkpoints or in the wrong order: download all files of one "
+    "checkpoint"
+)
 
 
 def nudge(name: str, *place: int) -> Any:
@@ -29,7 +26,7 @@ def nudge(name: str, *place: int) -> Any:
 
 
 def reverse(name: str) -> Any:
-    """Another tensor with the same mean and spread, as another layer's or another model's may have."""
+    """Another tensor with the same mean and standard deviation, as that of another layer or model may be."""
 
     def edit(shard: dict[str, Any]) -> None:
         shard[name] = shard[name].flip(0).clone()
@@ -47,12 +44,12 @@ def times(factor: float) -> Any:
 def drift_warning(path: Path, *names: str) -> str:
     return (
         f"{path}: {', '.join(names)} differ from those in the other shards, as is known of Llama 3 70B; this "
-        "file's are used. Where the shards may be of two fine-tuned models, download all of one"
+        "file's are used. If the shards may be of two fine-tuned models, download all of one"
     )
 
 
 def spread(amount: float) -> Any:
-    """Norms of another fine-tune of the same base: all have moved, by `amount` of their spread of 0.1."""
+    """Norms of another fine-tune of the same base: noise of `amount` times their standard deviation, 0.1."""
 
     def edit(shard: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(9)
@@ -71,13 +68,13 @@ def test_norms_are_the_same_in_all_shards(tmp_path: Path, name: str, part: int) 
 
 
 def drift(shard: dict[str, Any]) -> None:
-    """Two units in the last place of bfloat16, as replicas have drifted apart in Meta's Llama 3 70B."""
+    """Norms that differ by two units in the last place of bfloat16, as copies in Meta's Llama 3 70B do."""
     for name, tensor in shard.items():
         if "norm" in name:
             shard[name] = (tensor.view(torch.int16) + 2).view(torch.bfloat16)
 
 
-def test_norms_may_have_drifted_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_norms_may_differ_slightly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_meta(tmp_path, PARAMS, WEIGHTS, shards=2, dtype=torch.bfloat16)
     edit_shard(tmp_path, drift, shard=1)
     received = dict(open_checkpoint(tmp_path).tensors())
@@ -91,7 +88,7 @@ def test_norms_may_have_drifted_apart(tmp_path: Path, caplog: pytest.LogCaptureF
     [spread(0.3), spread(1.0), nudge("norm.weight", 63), times(2)],
     ids=["all", "all-far", "one", "twice"],
 )
-def test_norms_that_lie_close_are_warned_of(tmp_path: Path, edit: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_norms_that_are_close_give_a_warning(tmp_path: Path, edit: Any, caplog: pytest.LogCaptureFixture) -> None:
     edit_shard(meta(tmp_path, shards=2), edit, shard=1)
     received = dict(open_checkpoint(tmp_path).tensors())
     assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in received.items())
@@ -100,7 +97,7 @@ def test_norms_that_lie_close_are_warned_of(tmp_path: Path, edit: Any, caplog: p
 
 
 @pytest.mark.parametrize("edit", [spread(3.0), times(torch.nan)], ids=["moved", "nan"])
-def test_norms_that_do_not_are_refused(tmp_path: Path, edit: Any) -> None:
+def test_norms_that_are_not_close_are_refused(tmp_path: Path, edit: Any) -> None:
     edit_shard(meta(tmp_path, shards=2), edit, shard=1)
     with pytest.raises(ValueError, match=rf"consolidated.01.pth: expected the same .*norm.weight as .*, {DIFFERENT}$"):
         open_checkpoint(tmp_path)
@@ -127,9 +124,9 @@ def test_kv_heads_are_the_same_in_the_shards_that_share_them(tmp_path: Path, nam
     refused(tmp_path, f"{files}, {DIFFERENT}")
 
 
-@pytest.mark.parametrize("row", [0, 1, 2, 4, 7])  # eight rows of 256 bytes; sampled are the begins of 0, 2, 4 and 7
+@pytest.mark.parametrize("row", [0, 1, 2, 4, 7])  # eight rows of 256 bytes; the beginnings of 0, 2, 4 and 7 are sampled
 @pytest.mark.parametrize("column", [0, -1])
-def test_kv_heads_that_differ_a_little_are_warned_of(
+def test_kv_heads_that_differ_slightly_give_a_warning(
     tmp_path: Path, row: int, column: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(consistency, "SAMPLE_BYTES", 128)
@@ -141,7 +138,7 @@ def test_kv_heads_that_differ_a_little_are_warned_of(
     for _ in range(2):
         received = dict(checkpoint.tensors())
         assert torch.equal(received[name], WEIGHTS[name])
-    late = f"{tmp_path}/consolidated.06.pth: its {name} is not consolidated.04.pth's, which is used"
+    late = f"{tmp_path}/consolidated.06.pth: its {name} differs from that in consolidated.04.pth, which is used"
     assert caplog.messages == [drift_warning(tmp_path / "consolidated.00.pth", name) if sampled else late]
 
 
@@ -151,8 +148,8 @@ def test_a_shard_and_its_copy_are_refused(tmp_path: Path, shards: int) -> None:
     torch.save(torch.load(tmp_path / "consolidated.00.pth"), tmp_path / f"consolidated.0{shards - 1}.pth")
     refused(
         tmp_path,
-        f"{{}}/consolidated.0{shards - 1}.pth: holds the same part of layers.0.attention.wq.weight as "
-        "consolidated.00.pth; one is a copy of the other: download the part that is missing",
+        f"{{}}/consolidated.0{shards - 1}.pth: holds the same slice of layers.0.attention.wq.weight as "
+        "consolidated.00.pth; one is a copy of the other: download the shard that is missing",
     )
 
 
@@ -167,20 +164,20 @@ def swap(folder: Path, one: str, other: str) -> None:
     (folder / "kept").rename(folder / other)
 
 
-def test_files_that_have_changed_names_are_refused(tmp_path: Path) -> None:
+def test_swapped_files_are_refused(tmp_path: Path) -> None:
     swap(meta(tmp_path, shards=2), "consolidated.00.pth", "consolidated.01.pth")
     refused(
         tmp_path,
-        "{}/consolidated.00.pth: was saved as consolidated.01.pth, so that the files' names contradict the order in "
-        "which they were written; give each its first name back, or, where the present names are right, save each "
-        "again: torch.save(torch.load(path), path)",
+        "{}/consolidated.00.pth: was saved as consolidated.01.pth, so the files' names contradict the order in which "
+        "they were written; restore their first names, or, if the present names are right, save each again: "
+        "torch.save(torch.load(path), path)",
     )
     for path in sorted(tmp_path.glob("*.pth")):  # as the message says
         torch.save(torch.load(path), path)
     assert open_checkpoint(tmp_path).params["dim"] == 64
 
 
-def test_shared_kv_heads_show_a_wrong_order(tmp_path: Path) -> None:
+def test_shared_kv_heads_reveal_a_wrong_order(tmp_path: Path) -> None:
     swap(meta(tmp_path, shards=8), "consolidated.03.pth", "consolidated.05.pth")
     for path in sorted(tmp_path.glob("*.pth")):
         torch.save(torch.load(path), path)
@@ -200,7 +197,7 @@ def test_shared_kv_heads_show_a_wrong_order(tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_names_that_are_no_part_numbers_say_no_order(tmp_path: Path, saved_as: tuple[str, str]) -> None:
+def test_recorded_names_without_shard_numbers_give_no_order(tmp_path: Path, saved_as: tuple[str, str]) -> None:
     meta(tmp_path, shards=2)
     for part, name in enumerate(saved_as):
         content = {name: share(PARAMS, name, weight, part, 2).clone() for name, weight in WEIGHTS.items()}
@@ -217,12 +214,12 @@ def test_names_that_are_no_part_numbers_say_no_order(tmp_path: Path, saved_as: t
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_names_that_are_part_numbers_say_the_order(tmp_path: Path, first: int) -> None:
+def test_recorded_names_with_shard_numbers_give_the_order(tmp_path: Path, first: int) -> None:
     meta(tmp_path, shards=2)
     for part in range(2):
         content = torch.load(tmp_path / f"consolidated.0{part}.pth")
         place = tmp_path / f"rank{first + 1 - part}.pth"
         torch.save(content, place)
         place.rename(tmp_path / f"consolidated.0{part}.pth")
-    with pytest.raises(ValueError, match=rf"consolidated.00.pth: was saved as rank{first + 1}.pth, so that the files'"):
+    with pytest.raises(ValueError, match=rf"consolidated.00.pth: was saved as rank{first + 1}.pth, so the files'"):
         open_checkpoint(tmp_path)

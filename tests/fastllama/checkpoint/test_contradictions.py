@@ -1,4 +1,4 @@
-"""Weights against the configuration: what transformers makes of it, token by token, or an error that names both."""
+"""Weights that contradict the configuration: transformers' tokens, or an error that names both sides."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ TIED: dict[str, tuple[dict[str, Tensor], dict[str, Any], bool]] = {
 
 
 @pytest.mark.parametrize("case", TIED)
-def test_a_tied_output_is_what_transformers_takes(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tied_output_is_read_as_in_transformers(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
     tensors, fields, tied = TIED[case]
     folder = stored(tmp_path, tensors, **fields)
     checkpoint = open_checkpoint(folder)
@@ -74,9 +74,9 @@ def test_a_tied_output_is_what_transformers_takes(tmp_path: Path, case: str, cap
 
 
 @pytest.mark.parametrize("fields", [{"tie_word_embeddings": False}, {"tie_word_embeddings": ...}])
-def test_an_output_that_is_not_there_must_be_tied(tmp_path: Path, fields: dict[str, Any]) -> None:
-    start = "{}: the tensors are not those of this Llama; 1 missing: "
-    why = "config.json does not say tie_word_embeddings true, so there must be an output"
+def test_a_missing_output_must_be_tied(tmp_path: Path, fields: dict[str, Any]) -> None:
+    start = "{}: the tensors do not match this Llama; 1 missing: "
+    why = "config.json does not set tie_word_embeddings to true, so there must be an output"
     alone = "a base model alone (LlamaModel) has none"
     refused(stored(tmp_path, without(OUTPUT), **fields), f"{start}lm_head.weight; {why}: {alone}")
     refused(stored(tmp_path, without(EMBEDDING), **fields), f"{start}model.embed_tokens.weight")
@@ -129,7 +129,7 @@ def test_derived_buffers_are_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("listed_in", "stored_in"), [(0, [0]), (0, []), (None, [1]), (0, [1]), (0, [0, 1])])
-def test_an_index_need_not_be_right_about_derived_buffers(
+def test_an_index_may_be_wrong_about_derived_buffers(
     tmp_path: Path, listed_in: int | None, stored_in: list[int]
 ) -> None:
     indexed(tmp_path, **({} if listed_in is None else dict.fromkeys(BUFFERS, SHARDS[listed_in])))
@@ -164,13 +164,13 @@ def test_metas_derived_buffers_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rope", [{}, {"rope_scaling": {**LLAMA3, **LENGTH}}], ids=["plain", "scaled"])
 @pytest.mark.parametrize("theta", [5e5, 1e4])
-def test_frequencies_of_another_rope_are_warned_of(
+def test_frequencies_of_another_rope_give_a_warning(
     tmp_path: Path, dtype: torch.dtype, rope: dict[str, Any], theta: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = json.loads(json.dumps({**CONFIG, "rope_theta": theta, **rope}))  # transformers changes what it is given
+    config = json.loads(json.dumps({**CONFIG, "rope_theta": theta, **rope}))  # transformers changes its arguments
     frequencies = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq.to(dtype)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     stored(tmp_path, {**THEIRS, name: frequencies}, **rope)
@@ -203,27 +203,27 @@ BASE = {name.removeprefix("model."): tensor for name, tensor in without(OUTPUT).
     ],
     ids=["base", "base and output", "output inside", "both names"],
 )
-def test_names_of_a_base_model_are_taken_as_transformers_does(
+def test_names_of_a_base_model_are_read_as_in_transformers(
     tmp_path: Path, tensors: dict[str, Tensor], tied: bool | None
 ) -> None:
     stored(tmp_path, tensors, tie_word_embeddings=bool(tied))
     if tied is None:
-        with pytest.raises(ValueError, match=r"model.safetensors: '.*' and '.*' are the same tensor's names$"):
+        with pytest.raises(ValueError, match=r"model.safetensors: '.*' and '.*' are names of the same tensor$"):
             open_checkpoint(tmp_path)
         return
     assert answers(tmp_path) == their_answers(tmp_path)
 
 
-def test_biases_that_the_config_denies_are_refused(tmp_path: Path) -> None:
+def test_biases_that_the_config_excludes_are_refused(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.bias"
     edit_tensors(huggingface(tmp_path), lambda tensors: tensors.update({name: torch.ones(64)}))
     refused(
         tmp_path,
-        f"{{}}: the tensors are not those of this Llama; 1 unexpected: {name}; "
-        "config.json says nothing of biases (attention_bias, mlp_bias), and Llama 3 has none",
+        f"{{}}: the tensors do not match this Llama; 1 unexpected: {name}; "
+        "config.json has no biases (attention_bias, mlp_bias), and Llama 3 has none",
     )
     edit_tensors(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.bias": tensors.pop(name)}))
-    refused(tmp_path, "{}: the tensors are not those of this Llama; 1 unexpected: model.layers.0.self_attn.bias")
+    refused(tmp_path, "{}: the tensors do not match this Llama; 1 unexpected: model.layers.0.self_attn.bias")
 
 
 @pytest.mark.parametrize("stated", [1, 3])
@@ -237,7 +237,7 @@ def test_another_number_of_layers_is_named(tmp_path: Path, stated: int) -> None:
 
 def test_names_of_other_programs_are_explained(tmp_path: Path) -> None:
     stored(tmp_path, {f"module.{name}": tensor for name, tensor in THEIRS.items()})
-    with pytest.raises(ValueError, match=r"; names begin with 'module.', which another program has put there: remove"):
+    with pytest.raises(ValueError, match=r"; names begin with 'module.', a prefix of another program: remove it$"):
         open_checkpoint(tmp_path)
     stored(tmp_path, WEIGHTS)
     with pytest.raises(ValueError, match=r"; these are Meta's names; save them with torch.save as consolidated.00.pth"):

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoint files: an error of the promised type that names the file, and nothing is executed."""
+"""Damaged and hostile checkpoint files: an error of the documented type names the file, and nothing is executed."""
 
 import os
 import zipfile

@@ -1,4 +1,4 @@
-"""What opening a checkpoint refuses in its folder and its JSON: an error that names the file and the field."""
+"""Errors of opening a checkpoint, for its folder and its JSON: they name the file and the field."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_open_rejects_an_empty_folder(tmp_path: Path) -> None:
     refused(tmp_path, str(tmp_path), "*.pth", "*.safetensors", "holds nothing", error=AssertionError)
 
 
-def test_open_says_what_a_folder_without_weights_holds(tmp_path: Path) -> None:
+def test_open_lists_what_a_folder_without_weights_holds(tmp_path: Path) -> None:
     (tmp_path / "original").mkdir()
     (tmp_path / "params.json").write_text("{}")
     refused(tmp_path, "it holds original/, params.json", error=AssertionError)
@@ -98,7 +98,7 @@ WRONG_NUMBERS: list[Any] = [0, -1e-5, "1e-5", False, [1.0], float("nan"), float(
 
 
 def refused_fields(path: Path, field: str, values: list[Any], expected: str) -> None:
-    """Every one of the values is refused when it stands in a JSON file that is otherwise right."""
+    """Every one of the values is refused in a JSON file that is otherwise right."""
     right = json.loads(path.read_text())
     for value in values:
         path.write_text(json.dumps({**right, field: value}))
@@ -193,7 +193,7 @@ def test_open_rejects_nonsense_in_config(tmp_path: Path, fields: dict[str, Any],
     refused(huggingface(tmp_path, **fields), "config.json", mention)
 
 
-# Asking for slices
+# Slices
 
 
 @pytest.mark.parametrize("layout", ["meta", "huggingface"])

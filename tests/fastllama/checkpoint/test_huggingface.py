@@ -28,7 +28,7 @@ LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_ma
 
 
 def write_plain(folder: Path, **fields: Any) -> Path:
-    """WEIGHTS in one file under CONFIG, `fields` added; quicker than through transformers."""
+    """WEIGHTS in one file with CONFIG and `fields`; faster than writing through transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **fields}))
     save_file(huggingface_weights(PARAMS, WEIGHTS), folder / "model.safetensors")
@@ -37,7 +37,7 @@ def write_plain(folder: Path, **fields: Any) -> Path:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("max_shard_size", ["5GB", SHARD_BYTES], ids=["one_file", "sharded"])
-def test_tensors_are_metas_on_any_world(tmp_path: Path, max_shard_size: int | str, world_size: int) -> None:
+def test_tensors_are_metas_on_any_world_size(tmp_path: Path, max_shard_size: int | str, world_size: int) -> None:
     checkpoint = open_checkpoint(write_huggingface(tmp_path, PARAMS, WEIGHTS, max_shard_size))
     assert checkpoint.format == "huggingface"
     assert (len(checkpoint.files) > 1) == (max_shard_size == SHARD_BYTES)
@@ -148,7 +148,7 @@ def test_open_reads_rope_type_under_its_oldest_name(tmp_path: Path) -> None:
     assert params["rope_scaling_factor"] == 8.0
 
 
-def test_open_takes_old_rope_fields_first_as_transformers_does(tmp_path: Path) -> None:
+def test_open_uses_old_rope_fields_first_as_transformers_does(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     new = {"rope_type": "llama3", **LLAMA3, "rope_theta": 5000.0}
@@ -171,7 +171,7 @@ def test_open_ties_the_output_without_lm_head(tmp_path: Path, max_shard_size: in
         assert torch.equal(received["output.weight"], share(params, "output.weight", weights["output.weight"], rank, 2))
 
 
-def test_open_takes_explicit_head_dim_and_width(tmp_path: Path) -> None:
+def test_open_uses_explicit_head_dim_and_width(tmp_path: Path) -> None:
     params = tiny_params(head_dim=32, hidden_dim=72)
     weights = random_weights(params)
     checkpoint = open_checkpoint(write_huggingface(tmp_path, params, weights))
@@ -179,7 +179,7 @@ def test_open_takes_explicit_head_dim_and_width(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in checkpoint.tensors())
 
 
-def test_open_takes_the_vocabulary_from_the_embedding(tmp_path: Path) -> None:
+def test_open_reads_the_vocabulary_size_from_the_embedding(tmp_path: Path) -> None:
     assert open_checkpoint(write_plain(tmp_path)).params["vocab_size"] == PARAMS["vocab_size"]
 
 

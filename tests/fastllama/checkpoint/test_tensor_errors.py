@@ -1,4 +1,4 @@
-"""Tensors that are not those of the model, and indexes that are not those of the files: an error that names them."""
+"""Errors for tensors that do not match the model, and for indexes that do not match the files; they name both."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def reshaped(name: str, *shape: int) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize("shape", [(64, 8), (8, 64), (16, 64, 1), (1024,), (), (17, 64), (64, 64)], ids=str)
 def test_open_rejects_misshaped_tensors(tmp_path: Path, shape: tuple[int, ...]) -> None:
     edit_shard(meta(tmp_path), reshaped("layers.1.attention.wk.weight", *shape))
-    refused(tmp_path, "layers.1.attention.wk.weight: expected (16, 64), got (", "of 1 joined shards")
+    refused(tmp_path, "layers.1.attention.wk.weight: expected (16, 64), got (", "for 1 joined shards")
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.0.ffn_norm.weight"])
@@ -83,10 +83,10 @@ def test_open_rejects_another_hidden_dim(tmp_path: Path) -> None:
     refused(meta(tmp_path, multiple_of=256), "feed_forward.w1.weight: expected (256, 64), got (176, 64)")
 
 
-def test_open_rejects_kv_heads_that_are_not_there(tmp_path: Path) -> None:
+def test_open_rejects_another_number_of_kv_heads(tmp_path: Path) -> None:
     refused(meta(tmp_path, n_kv_heads=1), "attention.wk.weight: expected (8, 64), got (16, 64)")
     refused(
-        meta(tmp_path, 2, n_kv_heads=4), "attention.wk.weight: expected (32, 64), got (16, 64)", "of 2 joined shards"
+        meta(tmp_path, 2, n_kv_heads=4), "attention.wk.weight: expected (32, 64), got (16, 64)", "for 2 joined shards"
     )
 
 
@@ -117,12 +117,12 @@ def test_open_rejects_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "hollow",
+    "tensor",
     [torch.empty(0, 64), torch.empty(64, 64, device="meta"), torch.ones(64, 64).to_sparse()],
     ids=["empty", "meta", "sparse"],
 )
-def test_open_rejects_tensors_without_data(tmp_path: Path, hollow: torch.Tensor) -> None:
-    edit_shard(meta(tmp_path), lambda shard: shard.update({"layers.0.attention.wq.weight": hollow}))
+def test_open_rejects_tensors_without_data(tmp_path: Path, tensor: torch.Tensor) -> None:
+    edit_shard(meta(tmp_path), lambda shard: shard.update({"layers.0.attention.wq.weight": tensor}))
     refused(tmp_path, "consolidated.00.pth", "layers.0.attention.wq.weight")
 
 
@@ -146,7 +146,7 @@ def test_open_rejects_misshaped_tensors_of_huggingface(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("shape", [(), (576,), (576, 65)], ids=str)
-def test_open_rejects_an_embedding_that_tells_no_vocabulary(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_open_rejects_an_embedding_without_a_vocabulary_size(tmp_path: Path, shape: tuple[int, ...]) -> None:
     edit_tensors(huggingface(tmp_path, vocab_size=...), reshaped("model.embed_tokens.weight", *shape))
     refused(tmp_path, "model.embed_tokens.weight: expected (V, 64)", str(shape))
 
@@ -206,6 +206,6 @@ def test_open_rejects_the_same_tensor_twice(tmp_path: Path) -> None:
     (indexed(tmp_path) / "model.safetensors.index.json").unlink()
     for name, copy in zip(SHARDS, ("a", "b"), strict=True):
         (tmp_path / name).rename(tmp_path / f"{copy}.safetensors")
-    assert len(open_checkpoint(tmp_path).files) == 2  # whole tensors need no order
+    assert len(open_checkpoint(tmp_path).files) == 2  # files with complete tensors need no order
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "z.safetensors")
     refused(tmp_path, "z.safetensors", "is also in a.safetensors")

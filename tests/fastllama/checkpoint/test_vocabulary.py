@@ -1,4 +1,4 @@
-"""A tokenizer and an embedding of different sizes: what it means, and what to do."""
+"""Tokenizers and embeddings of different sizes: the error says what is wrong and what to do."""
 
 import json
 import re
@@ -12,16 +12,16 @@ from tests.support.command_line import run
 
 MORE = (
     "the checkpoint's embedding has 600 rows and the tokenizer beside it 576 tokens: the vocabulary was padded or "
-    "extended by 24 rows, which fastllama does not support yet; where no token uses them, cut them off with "
+    "extended by 24 rows, which fastllama does not support yet; if no token uses them, cut them off with "
     "transformers' resize_token_embeddings(576) and save_pretrained"
 )
 FEWER = (
-    "the checkpoint's embedding has 560 rows and the tokenizer beside it 576 tokens: 16 tokens have no row, because "
-    "they were added to the tokenizer alone or one of the two is another model's; download both again, or add the rows "
-    "with transformers' resize_token_embeddings(576) and save_pretrained, and train them"
+    "the checkpoint's embedding has 560 rows and the tokenizer beside it 576 tokens: 16 tokens have no row; either "
+    "they were added to the tokenizer alone, or one of the two is another model's; download both again, or add the "
+    "rows with transformers' resize_token_embeddings(576) and save_pretrained, and train them"
 )
-FOREIGN = "use the tokenizer that belongs to the checkpoint"
-APART = f"the checkpoint has a vocabulary of {{}} and the tokenizer one of 576: {FOREIGN}"
+OTHER_TOKENIZER = "use the tokenizer that belongs to the checkpoint"
+APART = f"the checkpoint has a vocabulary of {{}} and the tokenizer one of 576: {OTHER_TOKENIZER}"
 
 
 def checkpoint(folder: Path, rows: int) -> Path:
@@ -36,7 +36,7 @@ def refused(folder: Path, tokenizer: Path, message: str) -> None:
 
 @pytest.mark.parametrize(("rows", "message"), [(600, MORE), (560, FEWER)])
 @pytest.mark.parametrize("place", [".", "original", "original/mp8"])
-def test_a_tokenizer_of_the_same_folder_is_not_called_foreign(
+def test_a_tokenizer_of_the_same_folder_gives_advice_on_the_vocabulary(
     tmp_path: Path, rows: int, message: str, place: str
 ) -> None:
     checkpoint(tmp_path / place, rows)
@@ -48,7 +48,7 @@ def test_a_tokenizer_of_the_same_folder_is_not_called_foreign(
 
 
 @pytest.mark.parametrize("rows", [600, 560])
-def test_a_tokenizer_from_elsewhere_is_called_so(tmp_path: Path, rows: int) -> None:
+def test_a_tokenizer_of_another_folder_is_named_as_the_cause(tmp_path: Path, rows: int) -> None:
     checkpoint(tmp_path / "a", rows)
     for folder in (tmp_path / "b", tmp_path):
         refused(tmp_path / "a", write_tokenizer(folder), APART.format(rows))
@@ -60,7 +60,7 @@ def test_a_folder_that_is_a_link_is_the_same_folder(tmp_path: Path) -> None:
     refused(tmp_path / "b", tmp_path / "a" / "tokenizer.model", MORE)
 
 
-def test_the_remedy_of_a_padded_vocabulary_works(tmp_path: Path) -> None:
+def test_the_advice_for_a_padded_vocabulary_works(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     params = tiny_params(vocab_size=640, n_layers=1)
@@ -74,7 +74,7 @@ def test_the_remedy_of_a_padded_vocabulary_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "message"), [(600, MORE), (560, FEWER), (576, None)])
-def test_inspect_says_what_a_misfit_is(tmp_path: Path, rows: int, message: str | None) -> None:
+def test_inspect_explains_a_vocabulary_mismatch(tmp_path: Path, rows: int, message: str | None) -> None:
     write_tokenizer(checkpoint(tmp_path, rows))
     found = json.loads(run("inspect", str(tmp_path), "--json").stdout)["tokenizer"]
     assert (found["fits_checkpoint"], found["misfit"]) == (message is None, message)

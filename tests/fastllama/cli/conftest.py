@@ -1,4 +1,4 @@
-"""One checkpoint and one model for all tests of the command line."""
+"""One checkpoint and one model that all tests of the command line share."""
 
 import pytest
 

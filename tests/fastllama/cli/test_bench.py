@@ -1,4 +1,4 @@
-"""`fastllama bench`, as a command."""
+"""The command `fastllama bench`: output, result files, exit codes and errors."""
 
 import json
 from dataclasses import asdict
@@ -24,8 +24,8 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a result is written that no --output names."""
+def in_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a temporary folder, where results without --output are written."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_bench_leaves_a_result_file_and_its_plots(checkpoint: str, small_probe: 
     }
 
 
-def test_bench_without_matplotlib_says_so_and_goes_on(
+def test_bench_without_matplotlib_writes_a_notice(
     checkpoint: str, small_probe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastllama.benchmarks.plots.available", lambda: False)
@@ -59,7 +59,7 @@ def test_bench_without_matplotlib_says_so_and_goes_on(
     assert not list(tmp_path.glob("*/*.png"))
 
 
-def test_bench_strict_fails_where_something_is_wrong(
+def test_bench_strict_exits_with_1_for_failures(
     checkpoint: str, small_probe: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = ["decode: reference disagrees: row 0 step 0: token 1 here, 2 there"]
@@ -85,7 +85,7 @@ def test_compare_prints_ratios_and_fails_on_a_regression(tmp_path: Path) -> None
     (tmp_path / "other.json").write_text("{}")
     expect_error(run("bench", "compare", paths[0], str(tmp_path / "other.json")), "other.json", "schema version")
     expect_error(run("bench", "compare", paths[0], "nowhere.json"), "nowhere.json")
-    expect_error(run("bench", "--json", "compare", *paths), "stands before compare")
+    expect_error(run("bench", "--json", "compare", *paths), "put --json after compare")
     assert compare.params[2].default == DEFAULT_THRESHOLD
 
 
@@ -120,7 +120,7 @@ def test_bench_rejects_by_name(words: tuple[str, ...], parts: tuple[str, ...]) -
     expect_error(run("bench", *words), *parts)
 
 
-def test_bench_interrupted_prints_what_there_is(
+def test_bench_interrupted_prints_the_results_so_far(
     checkpoint: str, small_probe: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:

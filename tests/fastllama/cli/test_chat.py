@@ -1,4 +1,4 @@
-"""`fastllama chat`, through a pipe and on a terminal."""
+"""`fastllama chat`, through a pipe and at a terminal."""
 
 import json
 import os
@@ -42,19 +42,19 @@ def test_chat_json_is_one_object_a_reply(checkpoint: str) -> None:
     assert result.exit_code == 0
 
 
-def test_chat_obeys_slash_commands(checkpoint: str) -> None:
-    told = ["hello", "/reset ", "hello", "/help", "/exit\r", "never asked"]
+def test_chat_runs_slash_commands(checkpoint: str) -> None:
+    lines = ["hello", "/reset ", "hello", "/help", "/exit\r", "never asked"]
     words = ("chat", "--ckpt_dir", checkpoint, *CHAT, "--max_seq_len", "512")
     remembered = run(*words, stdin="hello\nhello\n").stdout.splitlines()
     assert len(set(remembered)) == 2
-    result = run(*words, stdin="\n".join(told))
+    result = run(*words, stdin="\n".join(lines))
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [remembered[0]] * 2
     assert all(name in result.stderr for name in ("/reset", "/exit", "/help"))
 
 
 @pytest.mark.parametrize("message", ["/etc/hosts", "/exit now", "/RESET", " /exit", "/", "/help!"])
-def test_what_is_no_command_of_a_pipe_is_a_message(checkpoint: str, message: str) -> None:
+def test_through_a_pipe_any_other_line_with_a_slash_is_a_message(checkpoint: str, message: str) -> None:
     words = ("chat", "--ckpt_dir", checkpoint, *CHAT, "--max_seq_len", "512", "--json")
     result = run(*words, stdin=f"{message}\n/reset\nhello\n")
     assert result.exit_code == 0 and "unknown command" not in result.stderr
@@ -69,49 +69,49 @@ def test_chat_goes_on_after_a_message_that_is_too_long(checkpoint: str) -> None:
     assert result.stdout == fresh.stdout
 
 
-def test_chat_forgets_the_oldest_turns_and_says_so(checkpoint: str) -> None:
+def test_chat_forgets_the_oldest_messages_with_a_notice(checkpoint: str) -> None:
     result = run("chat", "--ckpt_dir", checkpoint, *CHAT, stdin="hello hello\n" * 5)
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 5
     assert "the oldest 2 messages were forgotten" in result.stderr
 
 
-def test_a_reply_is_one_line_to_every_reader(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_through_a_pipe_is_one_line(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = "a\nb\rc\r\nd\x0be\x0cf\x1cg\x1dh\x1ei\x85j\u2028k\u2029l"
-    monkeypatch.setattr(Conversation, "say", lambda *told, **how: Reply(ends, 3, "stop", 0))
+    monkeypatch.setattr(Conversation, "send", lambda *arguments, **keywords: Reply(ends, 3, "stop", 0))
     plain = run("chat", "--ckpt_dir", checkpoint, *CHAT, stdin="hello\n").stdout
     assert plain == "a b c d e f g h i j k l\n"
     (line,) = run("chat", "--ckpt_dir", checkpoint, *CHAT, "--json", stdin="hello\n").stdout.splitlines()
     assert json.loads(line)["content"] == ends
 
 
-def test_an_error_that_ends_a_chat_is_an_object_too(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def say(*told: Any, **how: Any) -> Reply:
+def test_chat_json_reports_the_error_that_ends_it(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(*arguments: Any, **keywords: Any) -> Reply:
         raise ValueError("the logits are\nnot finite")
 
-    monkeypatch.setattr(Conversation, "say", say)
+    monkeypatch.setattr(Conversation, "send", send)
     result = run("chat", "--ckpt_dir", checkpoint, *CHAT, "--json", stdin="hello\nhello\n")
     assert result.exit_code == 2 and json.loads(result.stdout) == {"error": "the logits are not finite"}
     assert result.stderr == "fastllama: error: the logits are not finite\n"
 
 
-@pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt])
-def test_chat_at_the_prompt_leaves_at_ctrl_d_and_ctrl_c(
-    monkeypatch: pytest.MonkeyPatch, leave: type[BaseException]
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_ctrl_d_and_ctrl_c_at_the_prompt_end_the_chat(
+    monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
 ) -> None:
     answers: Iterator[str] = iter(["hello", "again"])
 
-    def type_in(prompt: str) -> str:
+    def type_line(prompt: str) -> str:
         assert prompt == "you> "
         for line in answers:
             return line
-        raise leave
+        raise end
 
-    monkeypatch.setattr("builtins.input", type_in)
-    assert list(chat_command._lines(interactive=True)) == ["hello", "again"]
+    monkeypatch.setattr("builtins.input", type_line)
+    assert list(chat_command._input_lines(interactive=True)) == ["hello", "again"]
 
 
 class Terminal:
-    """A chat on a terminal of its own."""
+    """A chat process with its own terminal."""
 
     def __init__(self, *words: str) -> None:
         self.pid, self.handle = pty.fork()
@@ -156,13 +156,13 @@ def terminal(checkpoint: str) -> Iterator[Terminal]:
     chat.close()
 
 
-def test_chat_on_a_terminal_prompts_and_leaves_at_its_end(terminal: Terminal) -> None:
+def test_chat_at_a_terminal_prompts_and_ends_at_ctrl_d(terminal: Terminal) -> None:
     terminal.read_until("you> ")
     terminal.write("hello\n")
     terminal.read_until("you> ")
     terminal.write("/nonsense\n")
     assert "unknown command" in terminal.read_until("you> ")
     terminal.write("/exit now\n")
-    assert "/exit stands alone on its line" in terminal.read_until("you> ")
+    assert "/exit must be alone on its line" in terminal.read_until("you> ")
     terminal.write("\x04")
     assert terminal.exit_code() == 0

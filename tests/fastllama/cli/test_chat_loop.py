@@ -1,4 +1,4 @@
-"""A conversation that outgrows its context, with a model that is all script: one token a character."""
+"""Conversations longer than the context, with a scripted model that has one token per character."""
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ CONTEXT = 100
 
 
 class ScriptedLlama:
-    """Answers with `replies` in turn; a None among a reply's pieces is a Ctrl-C."""
+    """Gives `replies` one after the other; None in a reply's pieces stands for a Ctrl-C."""
 
     def __init__(self, *replies: Sequence[str | None]) -> None:
         self.replies = list(replies)
@@ -50,56 +50,56 @@ def contents(talk: Conversation) -> list[str]:
     return [message["content"] for message in talk.messages]
 
 
-def test_say_shows_pieces_and_remembers_them() -> None:
+def test_send_shows_pieces_and_remembers_them() -> None:
     llm = ScriptedLlama(["he", "llo"], ["bye"])
     talk = conversation(llm, "be kind")
     shown: list[str] = []
-    reply = talk.say("hi", shown.append)
-    assert (reply.text, reply.n_tokens, reply.finish_reason, reply.turns_forgotten) == ("hello", 5, "stop", 0)
+    reply = talk.send("hi", shown.append)
+    assert (reply.text, reply.n_tokens, reply.finish_reason, reply.n_forgotten) == ("hello", 5, "stop", 0)
     assert shown == ["he", "llo", ""]
-    talk.say("bye")
+    talk.send("bye")
     assert contents(talk) == ["be kind", "hi", "hello", "bye", "bye"]
     assert [message["role"] for message in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert llm.calls[0] == (2 * FRAME + 9, CONTEXT, 0.5, 0.8)
 
 
-def test_say_forgets_the_oldest_exchange_and_keeps_the_system_message() -> None:
+def test_send_forgets_the_oldest_exchange_and_keeps_the_system_message() -> None:
     talk = conversation(ScriptedLlama(["a" * 15], ["b" * 20], ["c"]), "system")
-    assert talk.say("1" * 25).turns_forgotten == 0
-    assert talk.say("2" * 10).turns_forgotten == 0  # 8 + 27 + 17 + 12 leave a quarter free
-    # Without its question the first answer would fit; it goes all the same.
-    assert talk.say("3" * 10).turns_forgotten == 2
+    assert talk.send("1" * 25).n_forgotten == 0
+    assert talk.send("2" * 10).n_forgotten == 0  # 8 + 27 + 17 + 12 leave a quarter free
+    # The first answer would fit without its question, and is dropped with it.
+    assert talk.send("3" * 10).n_forgotten == 2
     assert contents(talk) == ["system", "2" * 10, "b" * 20, "3" * 10, "c"]
 
 
-def test_say_forgets_everything_older_for_a_long_message() -> None:
+def test_send_forgets_everything_older_for_a_long_message() -> None:
     talk = conversation(ScriptedLlama(["a"], ["b"], ["c"]))
-    talk.say("1")
-    talk.say("2")
-    assert talk.say("x" * 80).turns_forgotten == 4  # more than a prompt should take, and still it fits
+    talk.send("1")
+    talk.send("2")
+    assert talk.send("x" * 80).n_forgotten == 4  # less than a fourth is left for the reply, and still it fits
     assert contents(talk) == ["x" * 80, "c"]
 
 
-def test_say_refuses_what_never_fits_and_changes_nothing() -> None:
+def test_send_refuses_a_message_that_never_fits_and_changes_nothing() -> None:
     llm = ScriptedLlama(["a"], ["b"])
     talk = conversation(llm)
-    talk.say("1")
+    talk.send("1")
     before = talk.messages
     with pytest.raises(
-        TooLongError, match=r"are 100 tokens, and the context has 100: shorten it, or raise --max_seq_len"
+        TooLongError, match=r"a prompt of 100 tokens, and the context has 100: shorten it, or raise --max_seq_len"
     ):
-        talk.say("x" * (CONTEXT - FRAME))
+        talk.send("x" * (CONTEXT - FRAME))
     assert talk.messages == before and len(llm.calls) == 1
-    assert talk.say("2").text == "b"
+    assert talk.send("2").text == "b"
 
 
-def test_interrupt_keeps_the_session_and_what_was_said() -> None:
+def test_interrupt_ends_only_the_reply_and_keeps_its_text() -> None:
     llm = ScriptedLlama(["par", None], ["next"])
     talk = conversation(llm)
-    reply = talk.say("hi", interruptible=True)
+    reply = talk.send("hi", interruptible=True)
     assert (reply.text, reply.finish_reason) == ("par", "interrupted")
     assert llm.open_streams == 0
-    assert talk.say("go on").text == "next"
+    assert talk.send("go on").text == "next"
     assert contents(talk) == ["hi", "par", "go on", "next"]
 
 
@@ -109,26 +109,26 @@ def test_interrupt_while_showing_closes_the_stream() -> None:
     def show(text: str) -> None:
         raise KeyboardInterrupt
 
-    reply = conversation(llm).say("hi", show, interruptible=True)
+    reply = conversation(llm).send("hi", show, interruptible=True)
     assert (reply.text, reply.finish_reason, llm.open_streams) == ("one", "interrupted", 0)
 
 
-def test_interrupt_elsewhere_than_a_terminal_ends_the_session() -> None:
+def test_interrupt_without_a_terminal_ends_the_chat() -> None:
     llm = ScriptedLlama(["par", None])
     with pytest.raises(KeyboardInterrupt):
-        conversation(llm).say("hi")
+        conversation(llm).send("hi")
     assert llm.open_streams == 0
 
 
 def test_question_without_an_answer_is_not_remembered() -> None:
     talk = conversation(ScriptedLlama([None], []))
-    talk.say("hi", interruptible=True)
+    talk.send("hi", interruptible=True)
     assert talk.messages == []
-    assert talk.say("hi").text == "" and talk.messages == []
+    assert talk.send("hi").text == "" and talk.messages == []
 
 
 def test_reset_keeps_the_system_message() -> None:
     talk = conversation(ScriptedLlama(["a"]), "system")
-    talk.say("1")
+    talk.send("1")
     talk.reset()
     assert contents(talk) == ["system"]

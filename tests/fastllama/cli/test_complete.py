@@ -1,4 +1,4 @@
-"""`fastllama complete`."""
+"""`fastllama complete`: output, streaming, JSON, and errors."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.support.command_line import GREEDY, expect_error, run
 from tests.support.comparisons import assert_same_logprobs
 
 
-def test_complete_prints_what_text_completion_says(checkpoint: str, llm: Llama) -> None:
+def test_complete_prints_what_text_completion_returns(checkpoint: str, llm: Llama) -> None:
     expected = llm.text_completion(["hello world"], temperature=0, max_gen_len=6)[0]["generation"]
     result = run("complete", "hello world", "--ckpt_dir", checkpoint, *GREEDY)
     assert result.exit_code == 0, result.stderr
@@ -23,7 +23,7 @@ def test_complete_prints_what_text_completion_says(checkpoint: str, llm: Llama) 
     assert result.stderr.splitlines()[-1].startswith("6 tokens in ") and "tokens/s" in result.stderr
 
 
-def test_complete_takes_hyphens_and_original_places(tmp_path: Path, checkpoint: str) -> None:
+def test_complete_takes_hyphens_and_the_folder_original(tmp_path: Path, checkpoint: str) -> None:
     os.symlink(checkpoint, tmp_path / "original")
     words = [word.replace("_", "-") if word.startswith("--") else word for word in GREEDY]
     result = run("complete", "hello world", "--ckpt-dir", str(tmp_path), *words)
@@ -71,14 +71,14 @@ def test_complete_without_logprobs_has_none(checkpoint: str) -> None:
     expect_error(run("complete", "a", "--logprobs"), "--logprobs needs --json")
 
 
-def test_complete_echo_repeats_the_prompt_and_counts_only_what_came(checkpoint: str) -> None:
+def test_complete_echo_repeats_the_prompt_and_counts_only_generated_tokens(checkpoint: str) -> None:
     plain = json.loads(run("complete", "hello", "--ckpt_dir", checkpoint, *GREEDY, "--json").stdout)
     echoed = json.loads(run("complete", "hello", "--ckpt_dir", checkpoint, *GREEDY, "--json", "--echo").stdout)
     assert echoed["completions"][0]["text"] == "hello" + plain["completions"][0]["text"]
     assert echoed["tokens"] == plain["tokens"] == 6
 
 
-def test_complete_seed_decides_the_draws(checkpoint: str) -> None:
+def test_complete_seed_determines_the_tokens(checkpoint: str) -> None:
     words = ("complete", "a", "--ckpt_dir", checkpoint, "--max_gen_len", "12", "--max_seq_len", "64")
     first, again, other = (run(*words, "--seed", seed).stdout for seed in ("3", "3", "4"))
     assert first == again != other
@@ -91,17 +91,17 @@ def test_complete_streams_pieces_as_they_come(checkpoint: str, monkeypatch: pyte
     assert len(pieces) >= 6
 
 
-def test_complete_uses_the_model_in_the_package_and_says_so(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_uses_the_builtin_model_with_a_notice(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastllama.builtin.builtin_checkpoint", lambda: (checkpoint, checkpoint))
-    spoken = run("complete", "hello", *GREEDY)
-    assert spoken.exit_code == 0 and spoken.stderr.splitlines()[0].startswith("no --ckpt_dir: using the small model")
-    assert spoken.stderr.splitlines()[-1].endswith("tokens/s")
+    plain = run("complete", "hello", *GREEDY)
+    assert plain.exit_code == 0 and plain.stderr.splitlines()[0].startswith("no --ckpt_dir: using the small model")
+    assert plain.stderr.splitlines()[-1].endswith("tokens/s")
     assert run("complete", "hello", *GREEDY, "--json").stderr == ""
     expect_error(run("complete", "hello", "--tokenizer_path", "x"), "--tokenizer_path needs --ckpt_dir")
 
 
 class Failing:
-    """A Llama whose stream ends in an error after so many increments."""
+    """A Llama whose stream raises an error after `increments` increments."""
 
     def __init__(self, llm: Llama, error: BaseException, increments: int) -> None:
         self.llm, self.error, self.left = llm, error, increments
@@ -118,7 +118,7 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "code"),
+    ("error", "message", "code"),
     [
         (NotFiniteError("the logits\nare not finite"), "the logits are not finite", 2),
         (MemoryError(), "MemoryError", 2),
@@ -126,26 +126,26 @@ class Failing:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_complete_keeps_what_is_done(
-    checkpoint: str, llm: Llama, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str, code: int
+def test_an_error_keeps_the_finished_completions(
+    checkpoint: str, llm: Llama, monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str, code: int
 ) -> None:
-    """The first of three, one at a time; the error comes as the second begins."""
+    """Three prompts, one at a time; the error comes when the second starts."""
     monkeypatch.setattr(llm.tokenizer, "stop_tokens", set())
     one = llm.text_completion(["a"], 0, max_gen_len=6)[0]["generation"]
     for as_json in ((), ("--json",)):
         monkeypatch.setattr(Llama, "build", lambda *args, **options: Failing(llm, error, 6))
         result = run("complete", "a", "b", "c", "--ckpt_dir", checkpoint, *GREEDY, "--max_batch_size", "1", *as_json)
         assert result.exit_code == code
-        assert result.stderr.strip() == ("" if code == 130 else f"fastllama: error: {said}")
+        assert result.stderr.strip() == ("" if code == 130 else f"fastllama: error: {message}")
         if as_json:
             found = json.loads(result.stdout)
             assert [row["text"] for row in found["completions"]] == [one]
-            assert (found["error"], found["tokens"]) == (said, 6)
+            assert (found["error"], found["tokens"]) == (message, 6)
         else:
             assert result.stdout == f"== 1: a\n{one}\n\n"
 
 
-def test_complete_prints_what_is_done_in_order_and_at_an_error_all_of_it(
+def test_completions_are_printed_in_order_and_after_an_error_with_gaps(
     checkpoint: str, llm: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stream(*arguments: Any) -> Generator[Increment]:
@@ -159,7 +159,7 @@ def test_complete_prints_what_is_done_in_order_and_at_an_error_all_of_it(
     assert result.stdout == "== 1: a\n[0][0]\n\n== 3: c\n[2]\n\n"
     assert result.stderr == "fastllama: error: no more\n"
     live = run("complete", "a", "--ckpt_dir", checkpoint, *GREEDY)
-    assert live.exit_code == 1  # a row that is not there: a fault, which nobody hides
+    assert live.exit_code == 1  # the row does not exist: a bug, whose traceback is shown
 
 
 def test_complete_checks_all_prompts_before_the_first_runs(
@@ -189,7 +189,7 @@ def test_complete_errors_name_what_is_wrong(tmp_path: Path, checkpoint: str, mon
     expect_error(fused, "its kernels need a GPU", "TRITON_INTERPRET=1", 'backend="reference" does')
 
 
-def test_threads_are_the_commands_and_only_while_it_runs(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_apply_only_while_the_command_runs(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     stream = Llama.stream
 
@@ -206,6 +206,6 @@ def test_threads_are_the_commands_and_only_while_it_runs(checkpoint: str, monkey
 
 
 @pytest.mark.parametrize("command", ["complete", "chat", "bench"])
-def test_threads_of_the_wrong_kind(command: str) -> None:
+def test_invalid_threads_are_errors(command: str) -> None:
     expect_error(run(command, "--threads", "0"), "'--threads': 0 is not in the range x>=1")
     expect_error(run(command, "--threads", "many"), "'--threads': 'many' is not a valid integer range")

@@ -1,4 +1,4 @@
-"""`fastllama inspect`."""
+"""`fastllama inspect`: JSON, text, plans and errors."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_inspect_json_describes_a_meta_checkpoint(checkpoint: str, llm: Llama) -
 
 
 def test_inspect_reads_headers_only(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastllama.checkpoint.base.read_share", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr("fastllama.checkpoint.base.read_slice", lambda *args: pytest.fail("a weight was read"))
     shown = run("inspect", "--ckpt_dir", checkpoint)
     assert shown.exit_code == 0, shown.stderr
     for part in ("architecture", "parameters", "consolidated.00.pth", "memory for 1 rows", "workspace", "stop tokens"):
@@ -48,7 +48,7 @@ def test_inspect_reads_hugging_face_folders_without_a_tokenizer(tmp_path: Path) 
     expect_error(run("inspect", str(tmp_path), "--tokenizer_path", "nowhere"), "nowhere")
 
 
-def test_inspect_shows_how_rope_is_scaled_where_it_is(tmp_path: Path, checkpoint: str) -> None:
+def test_inspect_shows_rope_scaling_only_where_it_is_used(tmp_path: Path, checkpoint: str) -> None:
     params = tiny_params(use_scaled_rope=True)
     write_meta(tmp_path, params, random_weights(params, seed=1))
     scaled = json.loads(run("inspect", str(tmp_path), "--json").stdout)["architecture"]
@@ -57,12 +57,12 @@ def test_inspect_shows_how_rope_is_scaled_where_it_is(tmp_path: Path, checkpoint
     assert not plain["use_scaled_rope"] and "rope_scaling_factor" not in plain
 
 
-def test_inspect_says_when_the_tokenizer_is_another_models(tmp_path: Path, checkpoint: str) -> None:
+def test_inspect_reports_a_tokenizer_of_another_model(tmp_path: Path, checkpoint: str) -> None:
     other = write_tokenizer(tmp_path, n_ranks=300)
     assert "NOT the checkpoint's vocabulary" in run("inspect", checkpoint, "--tokenizer_path", str(other)).stdout
 
 
-def test_inspect_shows_what_was_passed_over(tmp_path: Path, checkpoint: str) -> None:
+def test_inspect_lists_passed_over_files(tmp_path: Path, checkpoint: str) -> None:
     params = tiny_params()
     write_huggingface(tmp_path, params, random_weights(params, seed=1))
     write_meta(tmp_path / "original", params, random_weights(params, seed=2))
@@ -100,7 +100,7 @@ def test_inspect_plans_for_several_processes(checkpoint: str) -> None:
     assert found["gpu"] == "H200" and tuple(DATA_SHEETS) == GPUS
     assert one["bytes_each"] == found["memory"]["total"] and one["share_of_exchanging"] == 0
     assert four["bytes_each"] < two["bytes_each"] < one["bytes_each"]
-    # Of a model this small the exchange is nearly all.
+    # In a model this small, the exchange takes nearly all of the time.
     assert 0.9 < two["share_of_exchanging"] < 1 and two["most_tokens_per_second"] < one["most_tokens_per_second"]
     assert three.keys() == {"n", "obstacles"} and "n_heads=8 does not divide by 3" in three["obstacles"]
     shown = run("inspect", checkpoint, "--nproc", "2,3").stdout

@@ -1,4 +1,4 @@
-"""`--nproc`, and commands under torchrun: the same answers, one process at the terminal, and nobody left behind."""
+"""Commands with `--nproc` and under torchrun: one process's output, and no process left running."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ import torch
 from fastllama import Llama
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSource, described
-from fastllama.distributed.worker_processes import EXIT_WORKER_DIED
+from fastllama.distributed.worker_processes import EXIT_WORKER_CRASHED
 from fastllama.memory_plan import plan_memory
 from tests.support.checkpoints import tiny_params
 from tests.support.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
@@ -23,22 +23,20 @@ from tests.support.timeouts import HANG_SECONDS
 from tests.support.tiny import write_monotonous
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-# One's own launcher, without torchrun's agent. Its second process has nothing to read, and says nothing.
-BY_HAND = """
+# A launcher without torchrun's agent. Its second process has no stdin and no output.
+OWN_LAUNCHER = """
 import os, socket, subprocess, sys
 with socket.create_server(("127.0.0.1", 0)) as free:
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 command, null = [sys.executable, *sys.argv[1:]], subprocess.DEVNULL
-second = subprocess.Popen(command, env={**os.environ, **place, "RANK": "1"}, stdin=null)
-first = subprocess.run(command, env={**os.environ, **place, "RANK": "0"})
+second = subprocess.Popen(command, env={**os.environ, **variables, "RANK": "1"}, stdin=null)
+first = subprocess.run(command, env={**os.environ, **variables, "RANK": "0"})
 sys.exit(first.returncode or second.wait())
 """
 
 
 @pytest.mark.parametrize(
-    "how", parameters({how: how for how in ("--nproc", "torchrun", "by hand")}, quick=("--nproc",))
+    "how", parameters({how: how for how in ("--nproc", "torchrun", "own launcher")}, quick=("--nproc",))
 )
 def test_a_chat_of_two_processes_reads_and_answers_once(how: str) -> None:
     lines = "What is the capital of France?\n/reset\nHello\n"
@@ -46,7 +44,7 @@ def test_a_chat_of_two_processes_reads_and_answers_once(how: str) -> None:
     if how == "--nproc":
         together = run_process("chat", *CHAT, "--nproc", "2", stdin=lines)
     else:
-        launcher = TORCHRUN if how == "torchrun" else ("-c", BY_HAND)
+        launcher = TORCHRUN if how == "torchrun" else ("-c", OWN_LAUNCHER)
         together = run_process("chat", *CHAT, stdin=lines, launcher=launcher)
     assert together.returncode == 0, together.stderr
     assert alone.stdout == together.stdout and len(together.stdout.splitlines()) == 2
@@ -69,14 +67,14 @@ def test_a_benchmark_of_two_processes(checkpoint: str) -> None:
 
 
 class Endless(NamedTuple):
-    """A command that generates on several processes, once it does, and the others of them."""
+    """A command on several processes that generates without end, and its other processes."""
 
     command: "subprocess.Popen[str]"
     others: list[psutil.Process]
 
 
 def others_of(command: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """Those that it started and that share its model; libraries start processes, too."""
+    """The processes that the command started to share its model; libraries also start processes."""
     children = psutil.Process(command.pid).children()
     return [child for child in children if child.is_running() and any("fastllama" in word for word in _words(child))]
 
@@ -90,13 +88,13 @@ def _words(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def monotonous(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint that never stops."""
+    """A checkpoint whose greedy generation never stops."""
     return write_monotonous(tmp_path_factory.mktemp("monotonous"))
 
 
 @pytest.fixture
 def endless(monotonous: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
-    """On so many processes, started by the command or by torchrun: the fixture's parameters."""
+    """The parameters: the number of processes, and whether the command or torchrun starts them."""
     count, how = request.param
     words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", monotonous, "--device", "cpu"]
     words += ["--max_seq_len", "8000", "--temperature", "0"]
@@ -123,18 +121,18 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> None:
     command, others = endless
     others[-1].send_signal(signal.SIGKILL)
-    _, said = command.communicate(timeout=HANG_SECONDS)
+    _, stderr = command.communicate(timeout=HANG_SECONDS)
     if len(others) == 3:
-        assert command.returncode == EXIT_WORKER_DIED
-        assert "process 3 of 4 was killed by signal 9 (SIGKILL)" in said.splitlines()[-1]
-    else:  # torchrun's are both of them
-        assert command.returncode != 0 and "SIGKILL" in said
+        assert command.returncode == EXIT_WORKER_CRASHED
+        assert "process 3 of 4 was killed by signal 9 (SIGKILL)" in stderr.splitlines()[-1]
+    else:  # torchrun started both processes
+        assert command.returncode != 0 and "SIGKILL" in stderr
     assert_gone(others)
 
 
 @pytest.mark.parametrize("endless", [("2", "--nproc")], ids=[""], indirect=True)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
-def test_nothing_is_left_when_the_first_process_ends(endless: Endless, how: signal.Signals) -> None:
+def test_no_process_is_left_when_the_driver_ends(endless: Endless, how: signal.Signals) -> None:
     endless.command.send_signal(how)
     endless.command.communicate(timeout=HANG_SECONDS)
     if how == signal.SIGINT:
@@ -145,48 +143,48 @@ def test_nothing_is_left_when_the_first_process_ends(endless: Endless, how: sign
 
 FAILING = """
 from fastllama.distributed import driver
-from tests.fastllama.cli.test_nproc import build_in_the_first_alone
+from tests.fastllama.cli.test_nproc import build_on_the_driver_only
 driver.start_workers(2)
-driver.build_on_all(build_in_the_first_alone)
+driver.build_on_all(build_on_the_driver_only)
 """
 
 
-def build_in_the_first_alone() -> Llama:
+def build_on_the_driver_only() -> Llama:
     llm = described(ModelSource.named("random-toy").to_json(), 1, 8, "cpu", "float32", None)
     if llm.model.group.rank:
-        raise OSError("no space left for this one")
+        raise OSError("no space left on this worker")
     return llm
 
 
-def test_a_process_that_fails_alone_ends_the_others() -> None:
-    """After the group has agreed that all is well: the first waits for a group that the other does not join."""
+def test_an_error_of_a_worker_only_ends_the_driver() -> None:
+    """It comes after the last exchange of errors, while the driver waits in a collective for the worker."""
     found = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert found.returncode == EXIT_WORKER_DIED
-    assert "process 1 of 2 ended with code 1: OSError: no space left for this one" in found.stderr
+    assert found.returncode == EXIT_WORKER_CRASHED
+    assert "process 1 of 2 ended with code 1: OSError: no space left on this worker" in found.stderr
 
 
-def test_an_error_in_building_is_said_once() -> None:
+def test_a_build_error_is_reported_once() -> None:
     found = run_process("complete", "x", "--ckpt_dir", "nowhere", "--nproc", "2", "--device", "cpu")
     assert found.returncode == 2 and found.stdout == ""
     assert len(found.stderr.splitlines()) == 1 and "nowhere" in found.stderr
 
 
-def test_nproc_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nproc_with_a_gpus_index_or_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     expect_error(run("complete", "x", "--nproc", "2", "--device", "cuda:0"), "--nproc", "not cuda:0")
     expect_error(run("complete", "x", "--nproc", "0"), "--nproc")
     monkeypatch.setenv("WORLD_SIZE", "2")
     expect_error(run("complete", "x", "--nproc", "2"), "torchrun")
 
 
-PLACE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+LAUNCHER = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize("command", [("complete", "x"), ("chat",), ("bench",)], ids=lambda command: command[0])
 @pytest.mark.parametrize("wrong", [{"WORLD_SIZE": "two"}, {"RANK": "7"}, {"MASTER_PORT": ""}], ids=str)
-def test_a_wrong_variable_is_named_before_any_work(
+def test_an_invalid_variable_is_named_before_any_work(
     command: tuple[str, ...], wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (PLACE | wrong).items():
+    for name, value in (LAUNCHER | wrong).items():
         monkeypatch.setenv(name, value)
     (name,) = wrong
     expect_error(run(*command), name, "unset")
@@ -194,9 +192,9 @@ def test_a_wrong_variable_is_named_before_any_work(
         assert run(*words).exit_code == 0
 
 
-def test_the_other_processes_say_nothing_of_what_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is printed, and what is wrong with the command line, the first process says."""
-    for name, value in (PLACE | {"RANK": "1"}).items():
+def test_ranks_above_0_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 prints help, output and usage errors."""
+    for name, value in (LAUNCHER | {"RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("fastllama.distributed.worker.run_worker", lambda: 7)
     for words, code in ((("--help",), 0), (("inspect",), 0), (("complete", "--nope"), 2), (("complete",), 7)):
@@ -204,7 +202,7 @@ def test_the_other_processes_say_nothing_of_what_needs_no_model(monkeypatch: pyt
         assert (result.exit_code, result.stdout, result.stderr) == (code, "", "")
 
 
-def test_what_is_left_over_does_not_matter_to_one_process(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (PLACE | {"WORLD_SIZE": "1", "RANK": "7", "LOCAL_RANK": "x"}).items():
+def test_one_process_ignores_the_other_variables(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (LAUNCHER | {"WORLD_SIZE": "1", "RANK": "7", "LOCAL_RANK": "x"}).items():
         monkeypatch.setenv(name, value)
     assert run("complete", "x", "--ckpt_dir", checkpoint, *GREEDY).exit_code == 0

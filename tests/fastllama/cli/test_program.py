@@ -1,4 +1,4 @@
-"""The program: help, errors in one line, exit codes, and what a process leaves on its streams."""
+"""The program: help, one-line errors and exit codes."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from tests.support.command_line import GREEDY, ROOT, expect_error, run, run_proc
 
 
 @pytest.mark.parametrize("command", ["complete", "chat", "inspect", "bench"])
-def test_every_command_explains_itself_with_an_example(command: str) -> None:
+def test_every_commands_help_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"fastllama {command}" in result.stdout and "Example" in result.stdout and "--json" in result.stdout
@@ -79,7 +79,7 @@ def test_expected_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Ex
     expect_error(run("complete", "x", "--json"), "two")
 
 
-def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_message_shows_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
@@ -87,7 +87,7 @@ def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     expect_error(run("complete", "x", "--ckpt_dir", "x"), "MemoryError")
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise KeyError("a bug")
 
@@ -96,7 +96,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(result.exception, KeyError)
 
 
-def test_interrupt_ends_in_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
@@ -104,7 +104,7 @@ def test_interrupt_ends_in_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("complete", "x", "--ckpt_dir", "x").exit_code == program.EXIT_INTERRUPTED
 
 
-def test_main_returns_to_a_caller_that_asks_for_it(checkpoint: str) -> None:
+def test_main_raises_without_standalone_mode(checkpoint: str) -> None:
     with pytest.raises(click.UsageError):
         main(["complete", "--nope"], standalone_mode=False)
 
@@ -115,7 +115,7 @@ def test_process_errors_without_a_traceback() -> None:
     assert done.stderr.startswith("fastllama: error: ") and done.stderr.count("\n") == 1
 
 
-def test_process_is_quiet_when_its_reader_leaves(checkpoint: str) -> None:
+def test_process_is_quiet_after_a_broken_pipe(checkpoint: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "fastllama", "complete", "hello", "--ckpt_dir", checkpoint, *GREEDY]

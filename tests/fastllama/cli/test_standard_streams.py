@@ -1,4 +1,4 @@
-"""Bytes that are no text, encodings that lack characters, and streams that are closed, full or left."""
+"""Undecodable input, encodings that lack characters, and streams that are closed, full or broken."""
 
 import json
 import os
@@ -24,19 +24,19 @@ def test_chat_answers_every_line_whatever_its_bytes(checkpoint: str, as_json: tu
     assert result.stderr.splitlines().count(NOTICE) == 1 and NOTICE not in expected.stderr
 
 
-def test_complete_reads_what_it_can_of_a_pipe_and_of_arguments(checkpoint: str) -> None:
+def test_complete_replaces_undecodable_bytes_of_a_pipe_and_of_arguments(checkpoint: str) -> None:
     words = ("--ckpt_dir", checkpoint, *GREEDY, "--json")
     piped = run("complete", *words, stdin=b"\xff\xc3\xa9\r\nb\xe9\n")
-    told = run("complete", "\udcff\udcc3\udca9\nb\udce9", "\ud800", "c", *words)
-    assert [one.stderr for one in (piped, told)] == [NOTICE + "\n"] * 2
+    given = run("complete", "\udcff\udcc3\udca9\nb\udce9", "\ud800", "c", *words)
+    assert [one.stderr for one in (piped, given)] == [NOTICE + "\n"] * 2
     (first,) = json.loads(piped.stdout)["completions"]
     assert first["prompt"] == "\ufffdé\nb\ufffd"
-    second, third, fourth = json.loads(told.stdout)["completions"]
+    second, third, fourth = json.loads(given.stdout)["completions"]
     assert second == first and (third["prompt"], fourth["prompt"]) == ("\ufffd", "c")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
-def test_input_says_itself_what_it_is(checkpoint: str, encoding: str) -> None:
+def test_a_byte_order_mark_sets_the_encoding(checkpoint: str, encoding: str) -> None:
     words = ("--ckpt_dir", checkpoint, *GREEDY, "--json")
     (row,) = json.loads(run("complete", *words, stdin="é\r\n\u2028ü\n".encode(encoding)).stdout)["completions"]
     assert row["prompt"] == "é\n\u2028ü"
@@ -55,16 +55,14 @@ def test_characters_that_stdout_lacks_become_escapes(checkpoint: str) -> None:
     assert run("complete", "é\u2014", *words, "--json", charset="ascii").stderr == ""
 
 
-def test_a_system_message_may_be_of_any_bytes(checkpoint: str) -> None:
+def test_a_system_message_may_have_undecodable_bytes(checkpoint: str) -> None:
     words = ("chat", "--ckpt_dir", checkpoint, *CHAT)
     found, expected = (run(*words, "--system", text, stdin="hello") for text in ("b\udcff", "b\ufffd"))
     assert found.stdout == expected.stdout and found.stderr.startswith(NOTICE + "\n")
 
 
 @pytest.mark.parametrize("command", ["complete", "chat"])
-def test_without_stdin_nothing_comes(
-    checkpoint: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_a_missing_stdin_is_empty(checkpoint: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(SystemExit) as end:
         main([command, "--ckpt_dir", checkpoint, *GREEDY])
@@ -90,13 +88,13 @@ def test_a_stdin_that_cannot_be_read_is_named(checkpoint: str, monkeypatch: pyte
 
 
 def in_shell(command: str, unbuffered: str = "") -> "subprocess.CompletedProcess[str]":
-    """What a shell's redirections come to; an empty PYTHONUNBUFFERED is Python's own way."""
+    """Run `command` in a shell, for its redirections; an empty PYTHONUNBUFFERED is Python's default."""
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": unbuffered}
     return subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
-def test_help_needs_no_stream(closed: str) -> None:
+def test_help_works_with_a_closed_stream(closed: str) -> None:
     done = in_shell(f"$PYTHON -m fastllama --help {closed}")
     assert (done.returncode, done.stderr) == (0, "")
     assert ("complete" in done.stdout) is (closed != ">&-")
@@ -104,23 +102,23 @@ def test_help_needs_no_stream(closed: str) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_a_full_stdout_is_one_line() -> None:
-    for unbuffered, said in (("", "stdout cannot be written: No"), ("1", "[Errno 28] No")):
+    for unbuffered, reason in (("", "stdout cannot be written: No"), ("1", "[Errno 28] No")):
         done = in_shell("$PYTHON -m fastllama chat --help >/dev/full", unbuffered)
-        assert (done.returncode, done.stderr) == (2, f"fastllama: error: {said} space left on device\n")
+        assert (done.returncode, done.stderr) == (2, f"fastllama: error: {reason} space left on device\n")
     done = in_shell("$PYTHON -m fastllama --version 2>/dev/full")
     assert done.returncode == 0 and done.stdout.startswith("fastllama ")
 
 
 def test_a_command_without_any_stream_runs(checkpoint: str) -> None:
-    """Its files do not take the place of the streams."""
+    """Files that it opens do not get the descriptors of the closed streams."""
     done = in_shell(f"$PYTHON -m fastllama complete hello --ckpt_dir {checkpoint} {' '.join(GREEDY)} <&- >&- 2>&-")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_note_that_nobody_takes_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_stderr_cannot_take_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as left:
-        monkeypatch.setattr(sys, "stderr", left)
-        standard_streams.note("something")
-        assert isinstance(standard_streams.settle(left), BrokenPipeError)
+    with open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        standard_streams.write_stderr("something")
+        assert isinstance(standard_streams.flush_or_discard(broken), BrokenPipeError)

@@ -1,4 +1,4 @@
-"""A leader and its followers: what they are told, at every way a stream can end."""
+"""The driver and its workers: the commands sent, for every way in which a stream can end."""
 
 import json
 import os
@@ -16,21 +16,21 @@ PROMPTS = [[1], [2, 3]]
 CALL = {"arguments": (PROMPTS, 4), "keywords": {"seed": 3}, "stop_tokens": [7, 9]}
 
 
-class Stopping:
+class StopTokens:
     def __init__(self) -> None:
         self.stop_tokens = {9, 7}
 
 
-class Told:
-    """A Llama of a few increments, and what its followers would receive_command."""
+class FakeLlama:
+    """A Llama of given increments, and the commands sent to its workers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *increments: Any) -> None:
-        self.tokenizer = Stopping()
+        self.tokenizer = StopTokens()
         self.increments, self.taken, self.closed = increments, 0, False
-        self.heard: list[Any] = []
+        self.sent: list[Any] = []
         monkeypatch.setattr(driver, "control_group", lambda: None)
-        for name in ("send_command", "allow_increments"):
-            monkeypatch.setattr(driver, name, lambda control, message: self.heard.append(message))
+        for name in ("send_command", "send_increment_count"):
+            monkeypatch.setattr(driver, name, lambda control, message: self.sent.append(message))
 
     def stream(self, *arguments: Any, **keywords: Any) -> Generator[Any]:
         try:
@@ -45,59 +45,59 @@ class Told:
             self.closed = True
 
 
-def led(told: Any) -> Generator[Any]:
-    return Driver(told).stream(PROMPTS, 4, seed=3)
+def driven_stream(llm: Any) -> Generator[Any]:
+    return Driver(llm).stream(PROMPTS, 4, seed=3)
 
 
-def test_followers_hear_the_call_and_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A allow_increments is a step of two rows; the end comes by itself, to all."""
-    told = Told(monkeypatch, "a", "b", "c")
-    assert list(led(told)) == ["a", "b", "c"]
-    assert told.heard == [CALL, 2, 2] and told.closed
+def test_workers_receive_the_call_and_a_count_for_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of two rows has two increments; a stream that ends by itself needs no command."""
+    llm = FakeLlama(monkeypatch, "a", "b", "c")
+    assert list(driven_stream(llm)) == ["a", "b", "c"]
+    assert llm.sent == [CALL, 2, 2] and llm.closed
 
 
-def test_a_stream_that_is_never_begun_is_never_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a")
-    led(told).close()
-    assert told.heard == [] and told.taken == 0
+def test_a_stream_that_never_starts_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = FakeLlama(monkeypatch, "a")
+    driven_stream(llm).close()
+    assert llm.sent == [] and llm.taken == 0
 
 
-@pytest.mark.parametrize(("taken", "run_out"), [(1, 2), (2, 2), (3, 4)])
-def test_a_closed_stream_ends_at_the_end_of_what_was_granted(
-    taken: int, run_out: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("taken", "run"), [(1, 2), (2, 2), (3, 4)])
+def test_a_closed_stream_first_runs_the_increments_that_were_allowed(
+    taken: int, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = Told(monkeypatch, *"abcdef")
-    stream = led(told)
+    llm = FakeLlama(monkeypatch, *"abcdef")
+    stream = driven_stream(llm)
     for _ in range(taken):
         next(stream)
     stream.close()
-    assert told.heard == [CALL, *[2] * (run_out // 2), 0] and told.taken == run_out and told.closed
+    assert llm.sent == [CALL, *[2] * (run // 2), 0] and llm.taken == run and llm.closed
 
 
-def test_a_closed_stream_that_ends_by_itself_needs_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a", "b", "c")
-    stream = led(told)
+def test_a_closed_stream_that_ends_by_itself_sends_no_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = FakeLlama(monkeypatch, "a", "b", "c")
+    stream = driven_stream(llm)
     assert [next(stream) for _ in range(3)] == ["a", "b", "c"]
     stream.close()
-    assert told.heard == [CALL, 2, 2] and told.closed
+    assert llm.sent == [CALL, 2, 2] and llm.closed
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a", "Ctrl-C", "b")
-    stream = led(told)
+    llm = FakeLlama(monkeypatch, "a", "Ctrl-C", "b")
+    stream = driven_stream(llm)
     assert next(stream) == "a"
     with pytest.raises(KeyboardInterrupt):
         next(stream)
-    assert told.heard == [CALL, 2, 0] and told.closed
+    assert llm.sent == [CALL, 2, 0] and llm.closed
 
 
-def test_an_error_ends_a_stream_for_all_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a", ValueError("not numbers"))
-    stream = led(told)
+def test_an_error_ends_a_stream_and_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = FakeLlama(monkeypatch, "a", ValueError("not numbers"))
+    stream = driven_stream(llm)
     next(stream)
     with pytest.raises(ValueError, match="not numbers"):
         next(stream)
-    assert told.heard == [CALL, 2]
+    assert llm.sent == [CALL, 2]
 
 
 def doubled(llm: Any, number: int) -> int:
@@ -105,99 +105,99 @@ def doubled(llm: Any, number: int) -> int:
 
 
 def test_a_function_is_called_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: Any = Told(monkeypatch)
-    leader: Any = Driver(told)
-    assert run_on_all(leader, doubled, number=4) == 8 == run_on_all(told, doubled, number=4)
-    assert told.heard == [{"function": f"{__name__}:doubled", "arguments": {"number": 4}}]
+    llm: Any = FakeLlama(monkeypatch)
+    on_all: Any = Driver(llm)
+    assert run_on_all(on_all, doubled, number=4) == 8 == run_on_all(llm, doubled, number=4)
+    assert llm.sent == [{"function": f"{__name__}:doubled", "arguments": {"number": 4}}]
 
 
-def test_what_would_run_in_one_process_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: Any = Told(monkeypatch)
-    led: Any = Driver(told)
-    assert led.tokenizer is told.tokenizer
-    with pytest.raises(AttributeError, match="'generate' would run in this process alone"):
-        led.generate(PROMPTS, 4)
+def test_a_call_of_the_drivers_process_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm: Any = FakeLlama(monkeypatch)
+    on_all: Any = Driver(llm)
+    assert on_all.tokenizer is llm.tokenizer
+    with pytest.raises(AttributeError, match="'generate' would run in this process only"):
+        on_all.generate(PROMPTS, 4)
 
 
-def test_an_interrupt_as_a_call_is_told_closes_it_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told(monkeypatch, "a")
+def test_an_interrupt_while_a_call_is_sent_closes_it_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = FakeLlama(monkeypatch, "a")
 
     def send_command(control: None, message: Any) -> None:
-        told.heard.append(message)
+        llm.sent.append(message)
         os.kill(os.getpid(), signal.SIGINT)
 
-    stream = led(told)
+    stream = driven_stream(llm)
     monkeypatch.setattr(driver, "send_command", send_command)
     with pytest.raises(KeyboardInterrupt):
         next(stream)
-    assert told.heard == [CALL, 0] and told.taken == 0
+    assert llm.sent == [CALL, 0] and llm.taken == 0
 
 
 def interrupting(llm: Any) -> None:
     os.kill(os.getpid(), signal.SIGINT)
-    llm.heard.append("done")
+    llm.sent.append("done")
 
 
-def test_an_interrupt_waits_for_the_end_of_what_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: Any = Told(monkeypatch)
-    led = Driver(told)
+def test_an_interrupt_waits_for_the_end_of_a_function_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm: Any = FakeLlama(monkeypatch)
+    on_all = Driver(llm)
     with pytest.raises(KeyboardInterrupt):
-        led.run_on_all(interrupting)
-    assert told.heard[-1] == "done" and not led.out_of_step
+        on_all.run_on_all(interrupting)
+    assert llm.sent[-1] == "done" and not on_all.out_of_step
 
 
-class Started:
-    """Followers that this process started, and how long they were given to end."""
+class FakeWorkerProcesses:
+    """Workers that this process started, and the seconds that they had to exit."""
 
     def __init__(self) -> None:
-        self.given: float | None = None
+        self.seconds: float | None = None
 
     def expect_exit(self) -> None:
-        assert self.given is None
+        assert self.seconds is None
 
-    def end(self, seconds: float) -> None:
-        self.given = seconds
+    def stop(self, seconds: float) -> None:
+        self.seconds = seconds
 
 
 def failing(llm: Any) -> None:
-    raise OSError("here alone")
+    raise OSError("in this process only")
 
 
-@pytest.mark.parametrize("how", ["well", "out_of_step", "dead", "building"])
-def test_followers_are_told_to_end_where_they_hear_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: Any = Told(monkeypatch)
-    led, started = Driver(told), Started()
-    monkeypatch.setattr(driver, "_driver", None if how == "building" else led)
+@pytest.mark.parametrize("state", ["in_step", "out_of_step", "crashed", "building"])
+def test_workers_receive_the_shutdown_command_where_they_can(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm: Any = FakeLlama(monkeypatch)
+    on_all, workers = Driver(llm), FakeWorkerProcesses()
+    monkeypatch.setattr(driver, "_driver", None if state == "building" else on_all)
     monkeypatch.setattr(driver, "_build_sent", True)
-    monkeypatch.setattr(driver, "_workers", started)
-    if how == "out_of_step":
-        with pytest.raises(OSError, match="here alone"):
-            led.run_on_all(failing)
-    if how == "dead":
+    monkeypatch.setattr(driver, "_workers", workers)
+    if state == "out_of_step":
+        with pytest.raises(OSError, match="in this process only"):
+            on_all.run_on_all(failing)
+    if state == "crashed":
 
         def send_command(control: None, message: Any) -> None:
             raise RuntimeError("Connection closed by peer")
 
         monkeypatch.setattr(driver, "send_command", send_command)
     driver.shut_down()
-    assert started.given == (driver.SHUTDOWN_SECONDS if how == "well" else 0)
-    assert (told.heard[-1:] == [None]) is (how == "well")
+    assert workers.seconds == (driver.SHUTDOWN_SECONDS if state == "in_step" else 0)
+    assert (llm.sent[-1:] == [None]) is (state == "in_step")
 
 
-def test_followers_are_started_once_and_lead_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_start_once_and_have_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_driver", object())
-    with pytest.raises(RuntimeError, match="dismiss them first"):
+    with pytest.raises(RuntimeError, match="shut_down"):
         driver.build_on_all(lambda: None)  # type: ignore[arg-type, return-value]
-    monkeypatch.setattr(environment, "torchrun_started", lambda: True)
-    with pytest.raises(RuntimeError, match="starts no others"):
+    monkeypatch.setattr(environment, "is_distributed", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot start workers"):
         driver.start_workers(2)
 
 
-class Repeating:
-    """A Llama that says what a follower asks of it."""
+class RecordingLlama:
+    """A Llama that records its calls."""
 
     def __init__(self) -> None:
-        self.tokenizer = Stopping()
+        self.tokenizer = StopTokens()
         self.calls: list[Any] = []
 
     def stream(self, *arguments: Any, **keywords: Any) -> Generator[Any]:
@@ -208,43 +208,43 @@ class Repeating:
         raise NotFiniteError("not numbers")
 
 
-REPEATING = Repeating()
+RECORDING = RecordingLlama()
 
 
-def build_repeating(name: str) -> Repeating:
+def build_recording(name: str) -> RecordingLlama:
     assert name == "it"
-    return REPEATING
+    return RECORDING
 
 
-def test_a_follower_repeats_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = {"build": f"{__name__}:build_repeating", "arguments": {"name": "it"}}
-    says = iter([CALL, {"function": f"{__name__}:note", "arguments": {"text": "together"}}, CALL, CALL, None])
-    grants = iter([2, 0, 3, 1, 9])
-    monkeypatch.setattr(worker, "receive_build_command", lambda: json.loads(json.dumps(order)))
+def test_a_worker_runs_the_drivers_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_command = {"build": f"{__name__}:build_recording", "arguments": {"name": "it"}}
+    commands = iter([CALL, {"function": f"{__name__}:note", "arguments": {"text": "together"}}, CALL, CALL, None])
+    counts = iter([2, 0, 3, 1, 9])
+    monkeypatch.setattr(worker, "receive_build_command", lambda: json.loads(json.dumps(build_command)))
     monkeypatch.setattr(worker, "control_group", lambda: None)
-    monkeypatch.setattr(worker, "receive_command", lambda control: next(says))
-    monkeypatch.setattr(worker, "allowed_increments", lambda control: next(grants))
-    monkeypatch.setattr(os, "_exit", lambda code: REPEATING.calls.append(f"exit {code}"))
+    monkeypatch.setattr(worker, "receive_command", lambda control: next(commands))
+    monkeypatch.setattr(worker, "receive_increment_count", lambda control: next(counts))
+    monkeypatch.setattr(os, "_exit", lambda code: RECORDING.calls.append(f"exit {code}"))
     worker.run_worker()
     call = ((PROMPTS, 4), {"seed": 3}, {7, 9})
-    assert REPEATING.calls == [call, 0, 1, "together", call, 0, 1, 2, call, 0, 1, 2, "exit 0"]
+    assert RECORDING.calls == [call, 0, 1, "together", call, 0, 1, 2, call, 0, 1, 2, "exit 0"]
 
 
 def note(llm: Any, text: str) -> None:
     llm.calls.append(text)
 
 
-def test_without_an_order_a_follower_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_ends_without_a_build_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "receive_build_command", lambda: None)
     worker.run_worker()
 
 
-def test_a_process_of_ones_own_hears_nothing_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in {**told, "TORCHELASTIC_RUN_ID": "x", "OTHER": "kept"}.items():
+def test_single_process_environ_has_no_launchers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**launcher, "TORCHELASTIC_RUN_ID": "x", "OTHER": "kept"}.items():
         monkeypatch.setenv(name, value)
-    assert environment.torchrun_started()
+    assert environment.is_distributed()
     alone = environment.single_process_environ()
-    assert alone["OTHER"] == "kept" and not any(name in alone for name in (*told, "TORCHELASTIC_RUN_ID"))
+    assert alone["OTHER"] == "kept" and not any(name in alone for name in (*launcher, "TORCHELASTIC_RUN_ID"))
     monkeypatch.delenv("MASTER_PORT")
-    assert not environment.torchrun_started()
+    assert not environment.is_distributed()

@@ -1,4 +1,4 @@
-"""A model on several processes over gloo: the answers of one process, whatever the number of files."""
+"""A model on several processes over gloo gives one process's answers, for any number of checkpoint shards."""
 
 import copy
 import functools
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.distributed.parallel import ALONE, Group
+from fastllama.distributed.parallel import SINGLE_PROCESS, Group
 from fastllama.model import Transformer
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
 from tests.support.comparisons import assert_same_logprobs
@@ -16,7 +16,7 @@ from tests.support.parallel_cases import answers, assert_alike, build
 from tests.support.processes import run_processes
 from tests.support.tiers import parameters
 
-PARAMS = tiny_params()  # eight heads over two kv heads, so that four processes share them
+PARAMS = tiny_params()  # eight heads and two kv heads, so that with four processes two share a kv head
 SHARDS = (1, 2, 4, 8)
 SIZES = parameters({"2": 2, "4": 4}, quick=("2",))
 FORMATS = [*(f"{shards} shards" for shards in SHARDS), "Llama 2's embedding", "Hugging Face"]
@@ -47,14 +47,14 @@ def expected(folders: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What each of so many processes found, in one run for all tests."""
+    """The results of each process, by the number of processes; one run of each number for all tests."""
 
     @functools.cache
     def run(size: int) -> list[dict[str, Any]]:
         arguments = {"folders": [folders[name] for name in FORMATS], "indivisible": folders["odd"]}
         arguments |= {"large": folders["large"]}
         out = tmp_path_factory.mktemp("out")
-        return run_processes(size, out, "tests.support.parallel_cases:everything", arguments, TRITON_INTERPRET="1")
+        return run_processes(size, out, "tests.support.parallel_cases:all_cases", arguments, TRITON_INTERPRET="1")
 
     return run
 
@@ -77,7 +77,7 @@ def test_each_process_holds_its_part(found_by: Any, expected: dict[str, Any], si
     args = ModelArgs(**PARAMS)
     norms = (2 * args.n_layers + 1) * args.dim
     kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * args.dim
-    repeated = max(1, size // args.n_kv_heads)  # a kv head that neighbours share is in each of them
+    repeated = max(1, size // args.n_kv_heads)  # processes that share a kv head each hold it
     for found in found_by(size):
         mine = found["answers"][0]
         assert mine["cached"] == expected["cached"] * repeated // size
@@ -85,7 +85,7 @@ def test_each_process_holds_its_part(found_by: Any, expected: dict[str, Any], si
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_size_that_does_not_divide_is_one_clear_error_everywhere(found_by: Any, size: int) -> None:
+def test_a_size_that_does_not_divide_is_the_same_error_in_all(found_by: Any, size: int) -> None:
     errors = {found["error"] for found in found_by(size)}
     assert len(errors) == 1
     (error,) = errors
@@ -93,7 +93,7 @@ def test_a_size_that_does_not_divide_is_one_clear_error_everywhere(found_by: Any
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_one_processes_failure_is_every_processes_and_the_next_build_works(found_by: Any, size: int) -> None:
+def test_an_error_of_one_process_is_raised_in_all_and_the_next_build_works(found_by: Any, size: int) -> None:
     for rank, found in enumerate(found_by(size)):
         if rank == 1:
             assert found["failure"].startswith("AssertionError: ") and "nowhere" in found["failure"]
@@ -102,13 +102,13 @@ def test_one_processes_failure_is_every_processes_and_the_next_build_works(found
         assert found["again"]
 
 
-@pytest.mark.slow  # of four processes
-def test_groups_within_the_world_are_respected(found_by: Any, expected: dict[str, Any]) -> None:
+@pytest.mark.slow  # four processes
+def test_groups_smaller_than_the_world_are_used(found_by: Any, expected: dict[str, Any]) -> None:
     for rank, found in enumerate(found_by(4)):
         one = found["subsets"]
         assert_alike(one["answers"], expected)
         assert (one["rank"], one["size"], one["alone"], one["again"]) == (rank % 2, 2, 1, True)
-        assert "asks for 4 processes" in one["error"] and "are of 2" in one["error"]
+        assert "asks for 4 processes" in one["error"] and "existing groups have 2" in one["error"]
 
 
 def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], found_by: Any) -> None:
@@ -121,17 +121,17 @@ def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], found
         assert_same_logprobs(one["logprobs"], logprobs, "divided logprobs")
 
 
-def test_a_process_takes_little_more_host_memory_than_its_part(folders: dict[str, str], found_by: Any) -> None:
+def test_host_memory_peak_is_little_above_a_processs_part(folders: dict[str, str], found_by: Any) -> None:
     weights = build(folders["large"]).model.state_dict().values()
     total, largest = (combine(weight.nbytes for weight in weights) for combine in (sum, max))
     for found in found_by(2):
         one = found["memory"]
         assert 0.5 * total <= one["weights"] < 0.51 * total
-        # Beside its half, the slices of a slot, joined, and packed: six halves of a matrix.
+        # At its peak it also holds w1 and w3 as slices, concatenated and packed: six halves of a matrix.
         assert one["weights"] <= one["peak"] < one["weights"] + 3.5 * largest < 0.8 * total
 
 
-def test_a_part_of_a_model_is_not_copied() -> None:
+def test_deepcopy_of_a_part_is_refused() -> None:
     args = ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=8)
     part = Transformer(args, device="cpu", dtype=torch.float32, group=Group(1, 2))
     assert part.share.n_heads == 4 and part.params.n_heads == 8
@@ -139,8 +139,8 @@ def test_a_part_of_a_model_is_not_copied() -> None:
         copy.deepcopy(part)
 
 
-def test_alone_nothing_is_exchanged() -> None:
+def test_a_single_process_exchanges_nothing() -> None:
     x = torch.ones(2, 3)
-    assert ALONE.all_reduce(x) is x and ALONE.all_gather(x) is x
-    with pytest.raises(KeyError), ALONE.agreeing():
-        raise KeyError("its own")
+    assert SINGLE_PROCESS.all_reduce(x) is x and SINGLE_PROCESS.all_gather(x) is x
+    with pytest.raises(KeyError), SINGLE_PROCESS.propagate_errors():
+        raise KeyError("raised")

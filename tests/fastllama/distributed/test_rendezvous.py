@@ -1,4 +1,4 @@
-"""Where processes find each other, and how long they wait: each a thread of this process."""
+"""Connecting the processes of a launch, and the errors where some are missing. Each process is a thread here."""
 
 import logging
 import re
@@ -12,18 +12,18 @@ import pytest
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from fastllama.distributed import rendezvous
-from fastllama.distributed.environment import REMEDY, Launch
-from fastllama.distributed.rendezvous import meet
+from fastllama.distributed.environment import REMEDY, DistributedEnvironment
+from fastllama.distributed.rendezvous import connect_store
 
-SHORT_SECONDS = 0.2  # for who never comes
+SHORT_SECONDS = 0.2  # for processes that never come
 HOST = "127.0.0.1"
 
 
 @pytest.fixture
 def port() -> int:
-    """One that is free."""
-    with socket.create_server((HOST, 0)) as found:
-        number: int = found.getsockname()[1]
+    """A free port."""
+    with socket.create_server((HOST, 0)) as server:
+        number: int = server.getsockname()[1]
     return number
 
 
@@ -31,115 +31,118 @@ def port() -> int:
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as pool:
         yield pool
-    meet.cache_clear()
+    connect_store.cache_clear()
 
 
-def one_of(size: int, rank: int, port: int, address: str = HOST) -> Launch:
-    return Launch(size, rank, address, port, has_agent=False)
+def environment_of(size: int, rank: int, port: int, address: str = HOST) -> DistributedEnvironment:
+    return DistributedEnvironment(size, rank, address, port, has_torchrun_store=False)
 
 
-def refused(future: "Future[Any]") -> str:
+def error_of(future: "Future[Any]") -> str:
     with pytest.raises(ValueError) as caught:
         future.result()
     return str(caught.value)
 
 
-def test_all_meet_whoever_comes_first(port: int, threads: ThreadPoolExecutor) -> None:
-    come = [threads.submit(meet, one_of(3, rank, port)) for rank in (2, 0, 1)]
-    third, first, second = (PrefixStore("test", one.result()) for one in come)
+def test_all_processes_connect_in_any_order(port: int, threads: ThreadPoolExecutor) -> None:
+    stores = [threads.submit(connect_store, environment_of(3, rank, port)) for rank in (2, 0, 1)]
+    third, first, second = (PrefixStore("test", store.result()) for store in stores)
     first.set("key", "value")
     assert second.get("key") == third.get("key") == b"value"
-    assert meet(one_of(3, 0, port)) is come[1].result()
+    assert connect_store(environment_of(3, 0, port)) is stores[1].result()
 
 
-def test_those_who_do_not_come_are_named_and_the_next_meeting_is_well(
+def test_missing_ranks_are_named_and_the_next_call_works(
     port: int, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rendezvous, "WORD_SECONDS", 0)
-    with monkeypatch.context() as impatient:
-        impatient.setattr(rendezvous, "PATIENCE_SECONDS", 1)
+    monkeypatch.setattr(rendezvous, "WARN_AFTER_SECONDS", 0)
+    with monkeypatch.context() as short:
+        short.setattr(rendezvous, "TIMEOUT_SECONDS", 1)
         with caplog.at_level(logging.WARNING, logger="fastllama.distributed.rendezvous"):
-            error = refused(threads.submit(meet, one_of(3, 0, port)))
-    place = f"MASTER_ADDR={HOST}, MASTER_PORT={port}"
-    assert error == f"RANK=1, 2 of WORLD_SIZE=3 did not come to {place} in 1 seconds: {REMEDY}"
-    (said,) = caplog.messages
-    assert re.fullmatch(f"RANK=0 of WORLD_SIZE=3 waits for RANK=1, 2 at {place}, for \\d seconds more", said)
-    come = [threads.submit(meet, one_of(2, rank, port)) for rank in (0, 1)]
-    assert all(one.result() for one in come)
+            error = error_of(threads.submit(connect_store, environment_of(3, 0, port)))
+    endpoint = f"MASTER_ADDR={HOST}, MASTER_PORT={port}"
+    assert error == f"RANK=1, 2 of WORLD_SIZE=3 did not connect to {endpoint} in 1 seconds: {REMEDY}"
+    (warning,) = caplog.messages
+    assert re.fullmatch(f"RANK=0 of WORLD_SIZE=3 waits for RANK=1, 2 at {endpoint}, for \\d seconds more", warning)
+    stores = [threads.submit(connect_store, environment_of(2, rank, port)) for rank in (0, 1)]
+    assert all(store.result() for store in stores)
 
 
-def test_nobody_at_the_place_is_an_error(
+def test_an_address_where_nothing_listens_is_an_error(
     port: int, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", SHORT_SECONDS)
-    message = f"RANK=1 of WORLD_SIZE=2 finds nobody at MASTER_ADDR={HOST}, MASTER_PORT={port}, where RANK=0 should be, "
-    said = refused(threads.submit(meet, one_of(2, 1, port)))
-    assert said == f"{message}in 0 seconds (Connection refused): {REMEDY}"
-    left_over = Launch(2, 0, HOST, port, has_agent=True)
-    assert "where torchrun should be" in refused(threads.submit(meet, left_over))
+    monkeypatch.setattr(rendezvous, "TIMEOUT_SECONDS", SHORT_SECONDS)
+    assert error_of(threads.submit(connect_store, environment_of(2, 1, port))) == (
+        f"RANK=1 of WORLD_SIZE=2 cannot connect to RANK=0 at MASTER_ADDR={HOST}, MASTER_PORT={port} in 0 seconds "
+        f"(Connection refused): {REMEDY}"
+    )
+    left_over = DistributedEnvironment(2, 0, HOST, port, has_torchrun_store=True)
+    assert "cannot connect to torchrun" in error_of(threads.submit(connect_store, left_over))
 
 
-def test_a_port_that_is_taken_is_named(threads: ThreadPoolExecutor) -> None:
+def test_a_port_in_use_is_named(threads: ThreadPoolExecutor) -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        said = refused(threads.submit(meet, one_of(2, 0, port)))
-    assert said == (
-        f"MASTER_PORT={port} cannot be used here: another program, or another process with RANK=0, has it; set another "
-        f"port, or {REMEDY}"
+        error = error_of(threads.submit(connect_store, environment_of(2, 0, port)))
+    assert error == (
+        f"MASTER_PORT={port} cannot be used here: another program, or another process with RANK=0, uses it; set "
+        f"another port, or {REMEDY}"
     )
 
 
-def test_a_place_of_no_machine_is_named(threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*where: Any, **how: Any) -> None:
+def test_an_unknown_host_is_named(threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*arguments: Any, **keywords: Any) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(rendezvous, "RESOLVING_SECONDS", SHORT_SECONDS)
+    monkeypatch.setattr(rendezvous, "RESOLVE_TIMEOUT_SECONDS", SHORT_SECONDS)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     for rank in (0, 1):
-        assert refused(threads.submit(meet, one_of(2, rank, 1, "nowhere"))) == (
-            "no machine is known by MASTER_ADDR=nowhere (Name or service not known): set it to the address of the "
+        assert error_of(threads.submit(connect_store, environment_of(2, rank, 1, "nowhere"))) == (
+            "MASTER_ADDR=nowhere is no known host (Name or service not known): set it to the address of the "
             f"machine of RANK=0, or {REMEDY}"
         )
 
 
-@pytest.mark.parametrize("says", [b"", b"HTTP/1.0 400 Bad Request\r\n", b"[1]\n", b"{}\n"])
-def test_another_program_at_the_place_is_no_first_process(
-    says: bytes, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n", b"[1]\n", b"{}\n"])
+def test_another_program_at_the_address_is_an_error(
+    answer: bytes, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that says something else, or nothing."""
-    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", SHORT_SECONDS)
-    monkeypatch.setattr(rendezvous, "GREETING_SECONDS", SHORT_SECONDS)
+    """It sends something else, or nothing."""
+    monkeypatch.setattr(rendezvous, "TIMEOUT_SECONDS", SHORT_SECONDS)
+    monkeypatch.setattr(rendezvous, "REGISTER_TIMEOUT_SECONDS", SHORT_SECONDS)
     with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
-        second = threads.submit(meet, one_of(2, 1, port))
+        second = threads.submit(connect_store, environment_of(2, 1, port))
         connection, _ = other.accept()
         with connection:
-            connection.sendall(says)
-            assert refused(second) == (
-                f"what listens at MASTER_ADDR={HOST}, MASTER_PORT={port} is not RANK=0 of this launch, waiting for "
-                f"RANK=1: set another port, or {REMEDY}"
+            connection.sendall(answer)
+            assert error_of(second) == (
+                f"RANK=1 expects RANK=0 of this launch at MASTER_ADDR={HOST}, MASTER_PORT={port}, and another program "
+                f"listens there: set another port, or {REMEDY}"
             )
 
 
-def test_who_does_not_belong_is_sent_away_and_the_others_meet(port: int, threads: ThreadPoolExecutor) -> None:
-    """A rank that two have, a world of another size, somebody who talks of something else or leaves again."""
-    first = threads.submit(meet, one_of(3, 0, port))
-    for says in (b"GET / HTTP/1.0\r\n", b'{"rank": "x"}\n', b'{"rank": 2, "world_size": 3, "who": "gone"}\n'):
-        with connected(port) as stranger:
-            stranger.sendall(says)
-    larger = threads.submit(meet, one_of(4, 2, port))
-    place = f"MASTER_ADDR={HOST}, MASTER_PORT={port}"
-    assert refused(larger) == f"WORLD_SIZE=4 here, and 3 in RANK=0, at {place}: {REMEDY}"
-    twins = [threads.submit(meet, one_of(3, 1, port)) for _ in range(2)]
-    while not any(twin.done() for twin in twins):
+def test_processes_of_other_launches_are_rejected_and_the_others_connect(
+    port: int, threads: ThreadPoolExecutor
+) -> None:
+    """A rank given twice, another world size, other programs, and a process that disconnects."""
+    first = threads.submit(connect_store, environment_of(3, 0, port))
+    for sent in (b"GET / HTTP/1.0\r\n", b'{"rank": "x"}\n', b'{"rank": 2, "world_size": 3, "process": "gone"}\n'):
+        with connected(port) as other:
+            other.sendall(sent)
+    larger = threads.submit(connect_store, environment_of(4, 2, port))
+    endpoint = f"MASTER_ADDR={HOST}, MASTER_PORT={port}"
+    assert error_of(larger) == f"WORLD_SIZE=4 here, and 3 in RANK=0, at {endpoint}: {REMEDY}"
+    same_rank = [threads.submit(connect_store, environment_of(3, 1, port)) for _ in range(2)]
+    while not any(future.done() for future in same_rank):
         time.sleep(0.01)
-    refused_one, welcome = sorted(twins, key=lambda twin: not twin.done())
+    rejected, accepted = sorted(same_rank, key=lambda future: not future.done())
     assert re.fullmatch(
-        f"RANK=1 has come to {place} already, process \\d+ on .*: each needs a RANK of its own; {REMEDY}",
-        refused(refused_one),
+        f"RANK=1 is taken at {endpoint} by process \\d+ on .*: each process needs its own RANK; {REMEDY}",
+        error_of(rejected),
     )
-    third = threads.submit(meet, one_of(3, 2, port))
-    assert all(one.result() for one in (first, welcome, third))
+    third = threads.submit(connect_store, environment_of(3, 2, port))
+    assert all(future.result() for future in (first, accepted, third))
 
 
 def connected(port: int) -> socket.socket:

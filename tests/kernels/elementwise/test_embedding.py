@@ -1,4 +1,4 @@
-"""The embedding gather: the reference's rows, and nothing from outside the table."""
+"""The embedding: equal to the reference, without reads outside the table."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.kernels.guards import GuardedMemory
 def test_embed_matches_reference(
     n_tokens: int, width: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
 ) -> None:
-    """Ids outside the vocabulary, below and above, read the table's ends; past them stand guard bands."""
+    """Ids outside the vocabulary, below and above, read the table's ends. Guard bands surround the table."""
     table = guarded.copy(random(50, width, dtype=dtype, seed=1).to(device))
     ids = [3, -1, 49, 50, 2**40, -(2**40), 0] * 3
     batch = RaggedBatch.of([(0, 0, ids[:n_tokens])], device)

@@ -23,12 +23,12 @@ def test_rms_norm_matches_reference(
 
 
 def test_rms_norm_rounds_like_llama3(device: torch.device) -> None:
-    """The normalised row is rounded before it meets the weight."""
+    """The normalized row is rounded before it is multiplied by the weight."""
     x, weight = (random(*shape, dtype=torch.bfloat16, seed=1) for shape in ((5, 512), (512,)))
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).bfloat16()
     late = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS) * weight).bfloat16()
     ours = rms_norm(x.to(device), weight.to(device), EPS).cpu()
-    # A GPU's reciprocal root may end one bit off, which moves a few values over the edge of a rounding.
+    # A GPU's rsqrt may differ in the last bit, which moves a few values across a rounding boundary.
     assert (ours != normed * weight).float().mean() < 0.01 < (ours != late).float().mean()
 
 

@@ -1,4 +1,4 @@
-"""Rotary embedding and cache append of many tokens: against the reference, and nothing written elsewhere."""
+"""Rotary embedding and cache append of many tokens: against the reference, with no writes elsewhere."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SHAPES = {"H8-K2-D64": (8, 2, 64), "H8-K4-D8": (8, 4, 8), "H3-K1-D20": (3, 1, 20
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("n_tokens", [1, 23], ids=lambda n: f"N{n}")
-def test_rotary_append_matches_reference(
+def test_rope_append_matches_reference(
     n_tokens: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
 ) -> None:
     n_heads, n_kv_heads, head_dim = shape
@@ -31,7 +31,7 @@ def test_rotary_append_matches_reference(
     expected.append(reference.rope_append(heads, rope, expected[0], expected[1], batch))
     for mine, theirs in zip(ours, expected, strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())
-        # One rounding of one sum of two products: equal but for a fused multiply-add's last bit.
+        # One rounding of a sum of two products: equal, except for the last bit with fused multiply-add.
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=dtype_ulp(dtype), equal_nan=True)
 
 
@@ -39,14 +39,14 @@ def dtype_ulp(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def test_rotary_append_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:
+def test_rope_append_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:
     cache_k, cache_v = (guarded.empty(N_ROWS, 2, LENGTH, 8, device=device) for _ in range(2))
     rope = guarded.copy(torch.ones(LENGTH, 4, 2, device=device))
     rope_append(random(4, 64, device=device), rope, cache_k, cache_v, outside(4, device))
     assert cache_k.isnan().all() and cache_v.isnan().all()
 
 
-def test_rotary_append_rejects_what_does_not_belong_together(device: torch.device) -> None:
+def test_rope_append_rejects_what_does_not_belong_together(device: torch.device) -> None:
     cache, rope = torch.zeros(4, 2, 37, 8, device=device), torch.zeros(37, 4, 2, device=device)
     batch = scattered(6, device)
     heads = torch.zeros(6, 64, device=device)

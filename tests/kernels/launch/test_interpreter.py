@@ -1,4 +1,4 @@
-"""The mended interpreter: bfloat16 as torch has it, bit for bit."""
+"""The patched interpreter: bfloat16 equal to torch's, bit for bit."""
 
 import pytest
 import torch

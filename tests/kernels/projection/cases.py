@@ -1,4 +1,4 @@
-"""What both projection kernels are tested with: a model's weights at awkward widths, and the reference's results."""
+"""What the tests of both projection kernels share: weights of unusual widths, and the reference's results."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, Segment
-from fastllama.kernels.elementwise.rope import Append
+from fastllama.kernels.elementwise.rope import CacheTarget
 from tests.kernels.cases import random
 from tests.kernels.guards import GuardedMemory
 
@@ -16,7 +16,7 @@ LENGTH, N_ROWS = 37, 4  # of the cache
 
 
 class Shape(NamedTuple):
-    """A model's widths, as far as a projection knows them."""
+    """A model's widths that affect projections."""
 
     dim: int
     n_heads: int
@@ -28,13 +28,13 @@ class Shape(NamedTuple):
 SHAPES = {
     "E64-H8-K4-D8-F172": Shape(64, 8, 4, 8, 172),  # stories260K: rows of 344 bytes
     "E192-H6-K2-D32-F480": Shape(192, 6, 2, 32, 480),  # the built-in model
-    "E100-H3-K1-D20-F90": Shape(100, 3, 1, 20, 90),  # nothing a power of two
-    "E512-H3-K1-D64-F768": Shape(512, 3, 1, 64, 768),  # whole chunks
+    "E100-H3-K1-D20-F90": Shape(100, 3, 1, 20, 90),  # no width is a power of two
+    "E512-H3-K1-D64-F768": Shape(512, 3, 1, 64, 768),  # widths are multiples of a chunk
 }
 
 
 class Case:
-    """A projection's tensors, the caches between guard bands and full of NaN."""
+    """A projection's tensors. The caches lie between guard bands and hold NaN."""
 
     def __init__(
         self, shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, memory: GuardedMemory
@@ -43,7 +43,7 @@ class Case:
         dim, n_heads, n_kv_heads, head_dim, hidden_dim = shape
 
         def weight(rows: int, width: int, seed: int) -> Tensor:
-            """Random, such that products with normal vectors are about normal; where a stray read would find NaN."""
+            """Random weights that keep products near unit variance, in guarded memory."""
             return memory.copy((random(rows, width, seed=seed) / width**0.5).to(dtype).to(device))
 
         self.batch = scattered(n_tokens, device)
@@ -57,14 +57,14 @@ class Case:
         rope = memory.copy(torch.stack([angles.cos(), angles.sin()], -1).to(device))
         cache = (N_ROWS, n_kv_heads, LENGTH, head_dim)
         cache_k, cache_v = (memory.empty(*cache, dtype=dtype, device=device) for _ in range(2))
-        self.append = Append.to(cache_k, cache_v, rope, self.batch)
+        self.target = CacheTarget.of(cache_k, cache_v, rope, self.batch)
 
     def expected_qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q (N, H·D) and both caches, NaN where nothing is written."""
-        cache_k, cache_v = (torch.full_like(cache, torch.nan) for cache in self.append[:2])
+        """q (N, H·D) and both caches, with NaN where nothing is written."""
+        cache_k, cache_v = (torch.full_like(cache, torch.nan) for cache in self.target[:2])
         packed = reference.pack(self.wqkv)
         q = reference.norm_qkv_rope_append(
-            self.h, self.norm, packed, self.append.rope, cache_k, cache_v, EPS, self.batch
+            self.h, self.norm, packed, self.target.rope, cache_k, cache_v, EPS, self.batch
         )
         return q.flatten(1), cache_k, cache_v
 
@@ -78,19 +78,19 @@ class Case:
 
 
 def scattered(n_tokens: int, device: torch.device) -> RaggedBatch:
-    """Tokens of up to three rows, at positions of their own, in no order of rows."""
+    """Tokens of up to three rows, at positions that differ by row, with rows not in order."""
     third = n_tokens // 3
     counts = {3: n_tokens - 2 * third, 0: third, 2: third}
     return RaggedBatch.of([(row, 5 * row + 1, [0] * count) for row, count in counts.items() if count], device)
 
 
 def outside(n_tokens: int, device: torch.device) -> RaggedBatch:
-    """Tokens of row 1 at positions before the cache and behind it."""
+    """Tokens of row 1 at positions before and after the cache."""
     positions = torch.tensor([-1, LENGTH, LENGTH + 5, -(2**40)] * n_tokens, device=device)[:n_tokens]
     rows = torch.ones_like(positions)
     return RaggedBatch(torch.zeros_like(positions), positions, rows, (Segment(1, 0, n_tokens, LENGTH),))
 
 
 def assert_appended(ours: Tensor, expected: Tensor) -> None:
-    """A cache that was full of NaN has new values in exactly the places where the reference wrote some."""
+    """Assert that a cache that held NaN has new values exactly where the reference has written."""
     assert torch.equal(ours.isnan(), expected.isnan())

@@ -27,8 +27,8 @@ def test_few_tokens_matches_reference(
     case = Case(shape, n_tokens, dtype, device, guarded)
     swiglu = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
     assert_matches("linear", swiglu, case.expected_swiglu())
-    q = few_tokens(case.h, case.wqkv, norm=case.norm, eps=EPS, append=case.append)
-    for ours, expected in zip((q, *case.append[:2]), case.expected_qkv(), strict=True):
+    q = few_tokens(case.h, case.wqkv, norm=case.norm, eps=EPS, append_to=case.target)
+    for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
         assert_appended(ours, expected)
         assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
     for residual in (None, case.h):
@@ -38,14 +38,14 @@ def test_few_tokens_matches_reference(
 
 def test_few_tokens_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:
     case = Case(STORIES, 4, torch.bfloat16, device, guarded)
-    append = case.append._replace(positions=outside(4, device).positions)
-    few_tokens(case.h, case.wqkv, append=append)
-    assert case.append.cache_k.isnan().all() and case.append.cache_v.isnan().all()
+    target = case.target._replace(positions=outside(4, device).positions)
+    few_tokens(case.h, case.wqkv, append_to=target)
+    assert case.target.cache_k.isnan().all() and case.target.cache_v.isnan().all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_few_tokens_divides_late(scale: float, device: torch.device, guarded: GuardedMemory) -> None:
-    """Until then small and large hidden states keep their digits, in float16, too."""
+    """Small and large hidden states keep their digits until the norm divides, in float16, too."""
     case = Case(SHAPES["E192-H6-K2-D32-F480"], 5, torch.float16, device, guarded)
     case.h = guarded.copy(case.h * scale)
     ours = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
@@ -57,7 +57,7 @@ def test_few_tokens_divides_late(scale: float, device: torch.device, guarded: Gu
 def test_few_tokens_takes_chunks_in_turn(
     shape: str, accumulators: int, device: torch.device, guarded: GuardedMemory
 ) -> None:
-    """Whatever the accumulators, whether they divide a row or the last of them hang over its end."""
+    """Any number of accumulators works, also where chunks do not divide a row."""
     case = Case(SHAPES[shape], 5, torch.bfloat16, device, guarded)
     launch = Launch(rows=16, chunk=32, stages=2, warps=2, accumulators=accumulators)
     swiglu = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True, launch=launch)
@@ -67,7 +67,7 @@ def test_few_tokens_takes_chunks_in_turn(
 
 
 def test_few_tokens_keeps_its_launch_table() -> None:
-    """Rows, accumulators and stages for the models and the GPU that the table was reasoned for."""
+    """Rows, accumulators and stages for the models and the GPU of the table in `choose_launch`."""
     table = {
         (6144, 4096, 2, 8): (16, 1, 8),
         (4096, 4096, 1, 8): (16, 2, 7),
@@ -117,16 +117,16 @@ def test_few_tokens_rejects_what_does_not_belong_together(device: torch.device, 
 def test_programs_of_a_multiprocessor_share_its_prefetches(
     n_tokens: int, swiglu: bool, device: torch.device, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many of them there are at once, and however many tiles each has."""
+    """The programs of a multiprocessor prefetch PREFETCH_BYTES together, whatever their number and their tiles."""
     case = Case(SHAPES["E512-H3-K1-D64-F768"], n_tokens, torch.bfloat16, device, guarded)
     budgets: list[int] = []
     launched: dict[str, Any] = {}
 
-    def noted(row_bytes: int, most: int, rows: int) -> int:
-        budgets.append(most)
+    def record(row_bytes: int, max_bytes: int, rows: int) -> int:
+        budgets.append(max_bytes)
         return 0
 
-    monkeypatch.setattr(module, "prefetch_bytes", noted)
+    monkeypatch.setattr(module, "prefetch_bytes", record)
     monkeypatch.setattr(module, "_few_tokens_kernel", {(1,): lambda *_, **how: launched.update(how)})
     monkeypatch.setattr(module, "ceil_div", lambda *_: 1)
     for stages in (2, 8):

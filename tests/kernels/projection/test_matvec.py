@@ -1,4 +1,4 @@
-"""The projection of one token: against the reference's ops, at widths that fill no tile and rows that fill several."""
+"""The projection of one token: against the reference's ops, at widths below one tile and rows of several tiles."""
 
 from dataclasses import replace
 
@@ -32,15 +32,15 @@ def test_matvec_matches_reference(
     guarded: GuardedMemory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Launched as on GPUs of few and of more multiprocessors, which decides how many rows a program owns."""
+    """With launches for GPUs of few and many multiprocessors, which differ in the rows per program."""
     monkeypatch.setattr(module, "current_target", lambda: replace(H200, processors=processors))
     case = Case(shape, 1, dtype, device, guarded)
     assert_matches("linear", matvec(case.x, case.w2), case.expected_projection(None))
     assert_matches("linear", matvec(case.x, case.w2, residual=case.h), case.expected_projection(case.h))
     swiglu = matvec(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
     assert_matches("linear", swiglu, case.expected_swiglu())
-    q = matvec(case.h, case.wqkv, norm=case.norm, eps=EPS, append=case.append)
-    for ours, expected in zip((q, *case.append[:2]), case.expected_qkv(), strict=True):
+    q = matvec(case.h, case.wqkv, norm=case.norm, eps=EPS, append_to=case.target)
+    for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
         assert_appended(ours, expected)
         assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
 
@@ -49,24 +49,24 @@ def test_matvec_appends_nothing_outside_the_cache(device: torch.device, guarded:
     case = Case(STORIES, 1, torch.bfloat16, device, guarded)
     for position in range(2):
         batch = outside(2, device)
-        append = case.append._replace(positions=batch.positions[position : position + 1].clone())
-        matvec(case.h, case.wqkv, norm=case.norm, eps=EPS, append=append)
-    assert case.append.cache_k.isnan().all() and case.append.cache_v.isnan().all()
+        target = case.target._replace(positions=batch.positions[position : position + 1].clone())
+        matvec(case.h, case.wqkv, norm=case.norm, eps=EPS, append_to=target)
+    assert case.target.cache_k.isnan().all() and case.target.cache_v.isnan().all()
 
 
 def test_matvec_rounds_like_llama3(device: torch.device) -> None:
-    """The norm is rounded before its weight and the sums before the residual, each to bfloat16."""
+    """The norm is rounded before its weight, and the sums before the residual, each to bfloat16."""
     x, norm = random(1, 512, dtype=torch.bfloat16, seed=1), random(512, dtype=torch.bfloat16, seed=2)
     residual = random(1, 512, dtype=torch.bfloat16, seed=3) * 64
     weight = torch.eye(512, dtype=torch.bfloat16)  # so that no sum rounds
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean() + EPS)).bfloat16() * norm
     ours = matvec(x.to(device), weight.to(device), norm=norm.to(device), eps=EPS, residual=residual.to(device))
-    # A GPU's reciprocal root may end one bit off, which moves a few values over the edge of a rounding.
+    # A GPU's rsqrt may differ in the last bit, which moves a few values across a rounding boundary.
     assert (ours.cpu() != residual + normed).float().mean() < 0.01
 
 
 def test_matvec_keeps_its_launch_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows that a program owns, for the models and the GPU that the table was reasoned for."""
+    """Rows per program for the models and the GPU of the table in `choose_launch`."""
     monkeypatch.setattr(module, "current_target", lambda: H200)
     table = {
         (6144, 4096, 2): 2,
@@ -89,7 +89,7 @@ def test_matvec_keeps_its_launch_table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matvec_with_x_behind_the_weights_is_the_same(
     shape: Shape, device: torch.device, guarded: GuardedMemory
 ) -> None:
-    """The form that the GPU report times beside it."""
+    """x_first=False, which the GPU report measures, gives the same result."""
     case = Case(shape, 1, torch.bfloat16, device, guarded)
     usual = choose_launch(case.w13, 2)
     assert usual is not None and usual.x_first
@@ -100,8 +100,8 @@ def test_matvec_with_x_behind_the_weights_is_the_same(
     assert torch.equal(*results)
 
 
-def test_matvec_takes_rows_of_several_times_a_tile(device: torch.device) -> None:
-    """A row of 53,248, the longest of any Llama, is held by more warps; one beyond 65,536 by none."""
+def test_matvec_takes_long_rows(device: torch.device) -> None:
+    """Rows of 53,248 elements, the longest of any Llama, use more warps. Rows beyond 65,536 are refused."""
     x, weight = random(1, 53248, dtype=torch.bfloat16, seed=1), random(2, 53248, dtype=torch.bfloat16, seed=2)
     expected = (x.double() @ weight.double().T).bfloat16()
     torch.testing.assert_close(matvec(x.to(device), weight.to(device)).cpu(), expected, atol=2.0, rtol=1e-2)
@@ -122,12 +122,12 @@ def test_matvec_rejects_what_does_not_belong_together(device: torch.device, guar
         "residual must have shape (1, 64), got (1, 172)": lambda: matvec(case.x, case.w2, residual=case.x),
         "2·F rows together, got 171": lambda: matvec(case.h, case.w13[:171], swiglu=True),
         "float32, bfloat16 or float16, got torch.int64": lambda: matvec(case.h.long(), case.w13),
-        "multiple of 4, got 120 rows": lambda: matvec(case.h, case.wqkv[:120], append=case.append),
+        "multiple of 4, got 120 rows": lambda: matvec(case.h, case.wqkv[:120], append_to=case.target),
         "cache's 37 positions, got 36": lambda: matvec(
-            case.h, case.wqkv, append=case.append._replace(rope=case.append.rope[:36])
+            case.h, case.wqkv, append_to=case.target._replace(rope=case.target.rope[:36])
         ),
         "rows must be torch.int64, got torch.int32": lambda: matvec(
-            case.h, case.wqkv, append=case.append._replace(rows=case.append.rows.int())
+            case.h, case.wqkv, append_to=case.target._replace(rows=case.target.rows.int())
         ),
     }
     for message, call in refusals.items():

@@ -9,15 +9,15 @@ from torch import Tensor
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.sampling.philox import uniform
 
-BOUNDARY_MASS = 1e-6  # float32 sums decide reliably where a boundary is further away than this part of the whole
-STREAMS = 65536  # that `stream_near` chooses from
-MIN_EXPECTED = 5  # draws in a cell of a chi-square
+BOUNDARY_MASS = 1e-6  # float32 sums are reliable at least this far from a boundary, relative to the total mass
+STREAMS = 65536  # number of streams that `stream_near` searches
+MIN_EXPECTED = 5  # expected draws per cell of a chi-square
 
 
 def sampling(
     temperature: list[float], top_p: list[float], streams: list[tuple[int, int, int]], device: torch.device
 ) -> SamplingTensors:
-    """Parameters row by row; one temperature or top_p is everybody's. Streams are (seed, stream, call)."""
+    """Parameters per row; a single temperature or top_p holds for all rows. streams: (seed, stream, call) per row."""
     rows = len(streams)
     how = SamplingTensors.of(1.0, 1.0, streams, device)
     wide = [torch.tensor(values, dtype=torch.float64).expand(rows).contiguous() for values in (temperature, top_p)]
@@ -25,7 +25,7 @@ def sampling(
 
 
 def rows_of(how: SamplingTensors, rows: Tensor) -> SamplingTensors:
-    """The parameters of some rows."""
+    """The parameters of these rows."""
     temperature, top_p, seed, stream, call = (
         part[rows].contiguous() for part in (how.temperature, how.top_p, how.seed, how.stream, how.call)
     )
@@ -33,30 +33,32 @@ def rows_of(how: SamplingTensors, rows: Tensor) -> SamplingTensors:
 
 
 def numbers_drawn(how: SamplingTensors, positions: Tensor) -> list[float]:
-    """The number in [0, 1) that each row draws."""
+    """The random number in [0, 1) of each row."""
     drawn: list[float] = uniform(how.seed, how.stream, how.call, positions).tolist()
     return drawn
 
 
 def stream_near(u: float, seed: int = 0) -> tuple[int, int, int]:
-    """The stream of a seed that draws the number nearest to u at position 0."""
+    """The stream of a seed whose number at position 0 is nearest to u."""
     zero = torch.zeros(STREAMS, dtype=torch.int64)
     drawn = uniform(zero + seed, torch.arange(STREAMS), zero, zero)
     return seed, int((drawn - u).abs().argmin()), 0
 
 
 def metas_distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Meta's sample_top_p in float64 for one row (V,): drop what has more than top_p before it, renormalise."""
+    """Meta's sample_top_p in float64 for one row (V,): drop tokens with more than top_p before them, renormalize."""
     probs = torch.softmax(logits.double().cpu() / temperature, -1)
     ordered, ids = probs.sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    assert float((before - top_p).abs().min()) > BOUNDARY_MASS, "a boundary that float32 need not find: choose another"
+    assert float((before - top_p).abs().min()) > BOUNDARY_MASS, (
+        "a token is too close to the top_p boundary for float32: choose another top_p"
+    )
     ordered[before > top_p] = 0.0
     return torch.zeros_like(probs).scatter(-1, ids, ordered / ordered.sum())
 
 
 def possible_tokens(logits: Tensor, temperature: float, top_p: float, u: float) -> set[int]:
-    """The token that u picks from one row (V,), and those it would pick were a boundary BOUNDARY_MASS elsewhere."""
+    """The tokens that u may select from one row (V,) if rounding moves a boundary by at most BOUNDARY_MASS."""
     x = logits.double().cpu().numpy()
     with np.errstate(over="ignore"):
         mass = np.exp((x - x.max()) / temperature)
@@ -75,7 +77,7 @@ def possible_tokens(logits: Tensor, temperature: float, top_p: float, u: float) 
 
 
 def assert_follows(counts: Tensor, distribution: Tensor) -> None:
-    """Counts (V,) of draws come from a distribution (V,): nothing outside its support, chi-square within 4 sigma."""
+    """Assert that counts (V,) of draws fit a distribution (V,): none outside its support, chi-square within 4 sigma."""
     counts, draws = counts.double().cpu(), int(counts.sum())
     assert int(counts[distribution == 0].sum()) == 0, "tokens were drawn that top-p drops"
     expected = distribution * draws
@@ -86,7 +88,7 @@ def assert_follows(counts: Tensor, distribution: Tensor) -> None:
     observed, wanted = (torch.cat(parts) for parts in zip(*cells, strict=True))
     statistic, freedom = float(((observed - wanted) ** 2 / wanted).sum()), len(wanted) - 1
     assert freedom > 0, "a chi-square needs two cells"
-    # Wilson and Hilferty: the cube root of chi-square over its degrees of freedom is nearly normal.
+    # Wilson and Hilferty: the cube root of chi-square / degrees of freedom is nearly normally distributed.
     spread = 2 / (9 * freedom)
     limit = freedom * (1 - spread + 4 * math.sqrt(spread)) ** 3
     assert statistic < limit, f"chi-square {statistic:.1f} with {freedom} degrees of freedom, limit {limit:.1f}"

@@ -1,4 +1,4 @@
-"""The random numbers: the published vectors, and streams that do not meet."""
+"""The random numbers: the published test vectors, uniformity, and distinct streams."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The sampling kernels: against an oracle in float64, the reference, Meta's distribution, and everything unusual."""
+"""The sampling kernels: against an oracle in float64, the reference, Meta's distribution, and unusual logits."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ from tests.kernels.sampling.draws import (
 )
 from tests.support.tiers import parameters
 
-# Temperature and top_p: the usual, the whole vocabulary, near it, one token, and what float32 cannot hold.
+# (temperature, top_p): usual values, everything kept, almost everything, one token, and values beyond float32's range.
 PARAMETERS = [
     (1.0, 0.9),
     (0.6, 0.5),
@@ -42,7 +42,7 @@ NEAR_ONE, NEAR_ZERO = 1 - 1e-5, 1e-5
 
 
 def drawn(logits: Tensor, how: SamplingTensors, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sample with a scratch of its own, which is left with counters of zero."""
+    """Sample with a new scratch, whose counters must be zero afterwards."""
     positions = torch.zeros_like(how.seed) if positions is None else positions
     scratch = SamplingScratch.of(logits.shape[0], logits.shape[1], logits.device)
     tokens, logprobs = sample(logits, how, positions, scratch)
@@ -51,7 +51,10 @@ def drawn(logits: Tensor, how: SamplingTensors, positions: Tensor | None = None)
 
 
 def assert_exact(logits: Tensor, how: SamplingTensors, positions: Tensor) -> int:
-    """Tokens are the oracle's and the reference's where float32 can tell -> the number of rows where it cannot."""
+    """Assert that tokens equal the oracle's and the reference's where float32 is precise enough.
+
+    Returns the number of rows where it is not.
+    """
     tokens, logprobs = drawn(logits, how, positions)
     expected, _ = reference.sample(logits, how, positions)
     near = 0
@@ -112,18 +115,18 @@ def test_sample_follows_metas_distribution(top_p: float, device: torch.device) -
     [(10, 0.9, 10), (10, 0.7, 8), (20, 0.9, 19), (4, 0.5, 3), (5, 1.0, 5), (2500, 0.5, 1251), (4096, 0.75, 3073)],
 )
 def test_sample_keeps_the_lowest_ids_of_flat_rows(equal: int, top_p: float, kept: int, device: torch.device) -> None:
-    """Of equal logits, just those before which at most top_p lies: u next to 1 draws the last of them."""
+    """Equal logits: the lowest ids with at most top_p before them are kept. A number near 1 draws the last one."""
     logits = torch.full((2, equal), 0.5, dtype=torch.bfloat16, device=device)
     how = sampling([1.0], [top_p], [stream_near(NEAR_ZERO), stream_near(NEAR_ONE)], device)
     assert drawn(logits, how)[0].tolist() == [0, kept - 1]
 
 
 def test_sample_cuts_ties_at_the_threshold(device: torch.device) -> None:
-    """Above the threshold everything stays; of the ties across two blocks the lowest ids, drawn last."""
+    """Kept are all tokens above the threshold and the lowest ids of its ties, over two blocks; ties are drawn last."""
     logits = torch.full((3, 3000), -30.0, device=device)
-    logits[:, 2900], logits[:, 5], logits[:, 10:2600:259] = 1.0, 1.0, 0.0  # ten ties, weighing 10 / e of one above
+    logits[:, 2900], logits[:, 5], logits[:, 10:2600:259] = 1.0, 1.0, 0.0  # ten ties with 1 / e of a top token's mass
     share = 1 / (2 + 10 / torch.e)
-    top_p = 2 * share + 3.5 * share / torch.e  # four ties stay
+    top_p = 2 * share + 3.5 * share / torch.e  # keeps four ties
     streams = [stream_near(u) for u in (NEAR_ZERO, 2 / (2 + 4 / torch.e) - 1e-4, NEAR_ONE)]
     assert drawn(logits, sampling([1.0], [top_p], streams, device))[0].tolist() == [5, 2900, 10 + 3 * 259]
 
@@ -131,7 +134,7 @@ def test_sample_cuts_ties_at_the_threshold(device: torch.device) -> None:
 def test_sample_takes_zeros_of_both_signs_as_equal(device: torch.device) -> None:
     logits = torch.tensor([[-9.0, -0.0, 0.0, -0.0, 0.0]], device=device).repeat(3, 1)
     how = sampling([1.0, 1.0, 0.0], [0.6, 0.6, 0.6], [stream_near(NEAR_ZERO), stream_near(NEAR_ONE), (0, 0, 0)], device)
-    assert drawn(logits, how)[0].tolist() == [1, 3, 1]  # three of four stay, the ones with the lowest ids
+    assert drawn(logits, how)[0].tolist() == [1, 3, 1]  # three of four are kept, those with the lowest ids
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -164,7 +167,7 @@ def test_sample_gives_log_probabilities_that_stay_exact_at_large_logits(device: 
         assert (drawn(logits, how)[1].cpu() - expected).abs().max() < 2e-7
 
 
-def test_sample_ignores_company_and_order(device: torch.device) -> None:
+def test_sample_ignores_other_rows_and_order(device: torch.device) -> None:
     logits, positions = random(6, 300, seed=2, device=device), torch.arange(6, device=device) * 7
     how = sampling([0.5, 1, 2, 1, 0, 1], [0.9, 0.9, 0.5, 1, 1, 0.2], [(9, row, 1) for row in range(6)], device)
     together = drawn(logits, how, positions)
@@ -175,9 +178,7 @@ def test_sample_ignores_company_and_order(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_sample_marks_rows_that_are_not_numbers_and_leaves_their_neighbours(
-    temperature: float, device: torch.device
-) -> None:
+def test_sample_marks_rows_that_are_not_numbers_and_only_those(temperature: float, device: torch.device) -> None:
     logits = random(8, 2100, seed=3, device=device)
     how = sampling([temperature], [0.9], [(4, row, 0) for row in range(8)], device)
     alone = [drawn(logits[[row]].contiguous(), rows_of(how, torch.tensor([row]))) for row in (0, 7)]
@@ -201,7 +202,7 @@ def test_sample_never_draws_masked_tokens(top_p: float, device: torch.device) ->
 
 
 def test_sample_repeats_itself_in_a_scratch_of_more_rows(device: torch.device) -> None:
-    """Whatever earlier calls left in the scratch, of other rows and sizes, has no influence."""
+    """What earlier calls with other rows and sizes have left in the scratch has no influence."""
     scratch = SamplingScratch.of(5, 300, device)
     logits, how = (
         random(5, 300, seed=6, device=device),
@@ -219,7 +220,7 @@ def test_sample_repeats_itself_in_a_scratch_of_more_rows(device: torch.device) -
     assert not scratch.counters.any()
 
 
-def test_sample_recovers_from_a_call_that_was_broken_off(device: torch.device) -> None:
+def test_sample_recovers_from_an_interrupted_call(device: torch.device) -> None:
     logits, how = random(2, 2100, seed=8, device=device), sampling([1.0], [0.9], [(5, 0, 0), (5, 1, 0)], device)
     expected, scratch = drawn(logits, how), SamplingScratch.of(2, 2100, device)
     scratch.counters.fill_(1)  # one of two blocks was done

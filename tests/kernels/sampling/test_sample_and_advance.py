@@ -1,4 +1,4 @@
-"""The end of a decode step: what the draw kernel does with a row's token, against its twin in plain torch."""
+"""The end of a decode step: how the draw kernel advances rows, against the reference."""
 
 from dataclasses import fields, replace
 
@@ -19,7 +19,7 @@ TEMPERATURES = [1.0, 0.0, 0.8, 1.2, 1.0, 0.0, 1.0]
 
 
 def state_of(positions: list[int], last: list[int], device: torch.device, stops: tuple[int, ...] = ()) -> DecodeState:
-    """The first rows of a larger state, standing anywhere: outputs of theirs are not adjacent."""
+    """The first rows of a larger state, so that outputs of successive steps are not adjacent."""
     state = DecodeState.of(ROWS + 2, STEPS, VOCABULARY, device).first(ROWS)
     streams = [(2**63 + row, row, 3) for row in range(ROWS)]
     state.set([1] * ROWS, [START - 1] * ROWS, last, stops, sampling(TEMPERATURES, [0.9], streams, device))
@@ -37,14 +37,14 @@ def assert_same(ours: DecodeState, expected: DecodeState) -> None:
         torch.testing.assert_close(getattr(ours, name), getattr(expected, name), atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
-def test_choose_matches_reference(device: torch.device) -> None:
-    """Rows that go on, that are parked, that reach their last position or a stop token, that are not numbers."""
+def test_sample_and_advance_matches_reference(device: torch.device) -> None:
+    """Rows that continue, are inactive, reach their last position or a stop token, or are not numbers."""
     positions = [START - 1, START, INACTIVE, START + 1, START, START + 2, INACTIVE]
     last = [START + 9, START + 1, START + 9, START + 9, START + 2, START + 9, START - 1]
     logits = logits_on(device)
     logits[5] = torch.nan
     logits[6] = torch.nan
-    # Found out beforehand: what row 3 draws is a stop token.
+    # First find out what row 3 draws, to make it a stop token.
     drawn = state_of(positions, last, device)
     reference.sample_and_advance(logits, drawn)
     stop = int(drawn.tokens[3])
@@ -57,12 +57,12 @@ def test_choose_matches_reference(device: torch.device) -> None:
     assert ours.positions.tolist() == [START, INACTIVE, INACTIVE, INACTIVE, START + 1, INACTIVE, INACTIVE]
     assert ours.out_tokens[3, 5] == NO_TOKEN and bool(ours.out_logprobs[3, 5].isnan())
     assert ours.out_tokens[2, 3] == stop and ours.out_tokens[0, 0] == ours.tokens[0]
-    assert int((ours.out_tokens != -7).sum()) == 5, "a parked row writes nothing, any other one token"
+    assert int((ours.out_tokens != -7).sum()) == 5, "an inactive row writes nothing, every other row one token"
     assert not scratch.counters.any()
 
 
-def test_choose_goes_on_step_by_step(device: torch.device) -> None:
-    """Through the backends' own ops; the random stream moves with the position."""
+def test_sample_and_advance_repeats_step_by_step(device: torch.device) -> None:
+    """Several steps through the backends' ops; the random number changes with the position."""
     states = [state_of([START - 1] * ROWS, [START + 2] * ROWS, device) for _ in range(2)]
     workspace = fused.workspace(
         max_batch_size=ROWS, n_heads=2, n_kv_heads=1, head_dim=16, vocab_size=VOCABULARY, device=device
@@ -73,10 +73,10 @@ def test_choose_goes_on_step_by_step(device: torch.device) -> None:
         assert_same(*states)
     assert states[0].positions.tolist() == [INACTIVE] * ROWS
     same = states[0].out_tokens[0] == states[0].out_tokens[1]
-    assert bool(same[1] & same[5]) and not bool(same.all()), "equal logits: greedy rows repeat themselves, others draw"
+    assert bool(same[1] & same[5]) and not bool(same.all()), "equal logits: greedy rows repeat their token, others draw"
 
 
-def test_choose_rejects_a_state_that_does_not_belong(device: torch.device) -> None:
+def test_sample_and_advance_rejects_a_state_of_other_shapes(device: torch.device) -> None:
     scratch = SamplingScratch.of(ROWS, VOCABULARY, device)
     state = state_of([START] * ROWS, [START + 9] * ROWS, device)
     with pytest.raises(ValueError, match=r"sampling.temperature must have shape \(3\), got \(7\)"):

@@ -1,4 +1,4 @@
-"""Temperatures and top-p at the ends of their range: both backends draw what the limit says."""
+"""Temperature and top_p at the ends of their range: both backends draw what the limit requires."""
 
 from itertools import product
 
@@ -16,7 +16,7 @@ STREAMS = 8
 NO_TOKEN = -1
 inf, nan = float("inf"), float("nan")
 
-# Logits -> the tokens that are the largest.
+# (logits, ids of the largest)
 LARGEST: dict[str, tuple[list[float], list[int]]] = {
     "one": ([0.0, 1.0, 5.0, 2.0], [2]),
     "ties": ([1.0, 5.0, 5.0, 0.0, 5.0], [1, 2, 4]),
@@ -30,7 +30,7 @@ LARGEST: dict[str, tuple[list[float], list[int]]] = {
 def drawn(
     rows: list[list[float]], how: list[tuple[float, float]], device: torch.device, n: int
 ) -> list[list[set[int]]]:
-    """What each backend draws, n times from each row's logits. Other tokens lie far below."""
+    """The tokens that each backend draws, n times from each row's logits. All other tokens have far smaller logits."""
     x = torch.tensor([row + [-60.0] * (VOCABULARY - len(row)) for row in rows for _ in range(n)], device=device)
     each = [SamplingTensors.of(*pair, [(11, stream, 0) for stream in range(n)], device) for pair in how]
     parts = {name: torch.cat([getattr(one, name) for one in each]) for name in PER_ROW}
@@ -49,13 +49,13 @@ def test_a_tiny_temperature_draws_among_the_largest(name: str, device: torch.dev
     by_reference, by_kernel = drawn([logits] * len(how), how, device, STREAMS)
     assert by_reference == by_kernel
     for top_p in TOP_P:
-        # Of n equal ones, those before which at most top_p of the mass lies.
+        # Of n equal logits, those with at most top_p of the mass before them.
         kept = {token for place, token in enumerate(largest) if place <= top_p * len(largest)}
         found = [tokens for (_, mass), tokens in zip(how, by_kernel, strict=True) if mass == top_p]
         assert set.union(*found) == kept and all(len(tokens) > 1 or len(kept) == 1 for tokens in found)
 
 
-def test_a_huge_temperature_draws_all_alike(device: torch.device) -> None:
+def test_a_huge_temperature_draws_uniformly(device: torch.device) -> None:
     how = list(product(HUGE, (1.0, 0.5)))
     by_reference, by_kernel = drawn([[5.0, 1.0]] * len(how), how, device, STREAMS)
     assert by_reference == by_kernel

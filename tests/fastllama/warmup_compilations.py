@@ -1,5 +1,6 @@
-"""Compiles, for a GPU that is not here, what `warm` compiles for a model, then what its calls launch: prints, as JSON,
-which kernels only the calls needed.
+"""Compiles the kernels of `warm_up` and then those of a model's calls, ahead of time, without a GPU.
+
+Prints as JSON which kernels only the calls compiled.
 """
 
 import json
@@ -12,14 +13,14 @@ from fastllama.decode_graph import Decoder
 from fastllama.kernels import fused
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.prefill import prefill
-from fastllama.warmup import warm
+from fastllama.warmup import warm_up
 
 MAX_ROWS, MAX_TOKENS = 40, 128
 ARGS = ModelArgs(
     dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=512, max_batch_size=MAX_ROWS, max_seq_len=MAX_TOKENS
 )
 CPU = torch.device("cpu")
-# Lengths of the prompts of a call each: every number of rows, and of tokens in all, on either side of an edge.
+# Numbers of rows, and prompt lengths of a single row, on both sides of every boundary between classes.
 ROWS = (*range(1, 20), 24, 31, 32, 33, 36, 39, 40)
 ALONE = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 33, 64, 100, 127)
 
@@ -32,7 +33,7 @@ def main() -> None:
     fused.supports_cuda_graphs = lambda device: True  # as on a GPU
     decoder = Decoder(model, graphs=False)
     with record_launches(GPUS["sm_90"]) as launches, torch.inference_mode():
-        warm(decoder, [1, MAX_ROWS], progress=False)
+        warm_up(decoder, [1, MAX_ROWS], progress=False)
         known = _kernels(launches)
         calls = [[1] * rows for rows in ROWS] + [[3 + row % 5 for row in range(rows)] for rows in ROWS]
         calls += [[tokens] for tokens in ALONE]
@@ -47,18 +48,18 @@ def main() -> None:
 
 
 def _kernels(launches: list[Launch]) -> dict[str, str]:
-    """The kernel of each compilation."""
+    """The kernel's name by the hash of its compilation."""
     return {launch.compiled.hash: launch.kernel for launch in launches}
 
 
 def _call(decoder: Decoder, prompts: list[list[int]]) -> None:
-    """A call as it begins: prompts, a draw, a step."""
+    """The start of a call: prefill, the first tokens and one step."""
     sampling = SamplingTensors.of(0.7, 0.9, [(1, row, 0) for row in range(len(prompts))], CPU)
     ends = [len(prompt) for prompt in prompts]
     with decoder.model.exclusively():
-        decoder.begin([1] * len(prompts), [end - 1 for end in ends], [end + 1 for end in ends], [], sampling)
-        decoder.choose(prefill(decoder.model, prompts)[0])
-        decoder.launch()
+        decoder.start([1] * len(prompts), [end - 1 for end in ends], [end + 1 for end in ends], [], sampling)
+        decoder.sample_first(prefill(decoder.model, prompts)[0])
+        decoder.enqueue_steps()
 
 
 if __name__ == "__main__":

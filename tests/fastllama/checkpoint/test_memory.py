@@ -1,0 +1,88 @@
+"""Host memory while a checkpoint is read: near one tensor, for shards, a single file and safetensors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support.checkpoints import huggingface_weights, random_weights, tiny_params, write_meta
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# Iterates the checkpoints given as arguments. Prints for each the peak of anonymous memory above that before opening,
+# when every tensor is released at once. The last measurement, the control, keeps all tensors.
+MEMORY_PROBE = """
+import gc, json, sys, threading
+from fastllama.checkpoint import open_checkpoint
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def peak(folder, world_size, keep):
+    gc.collect()
+    start, peaks, done = anonymous(), [], threading.Event()
+    checkpoint = open_checkpoint(folder)
+    def sample():
+        while not done.wait(0.0005):
+            peaks.append(anonymous())
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    kept = []
+    for name, tensor in checkpoint.tensors(0, world_size):
+        tensor.sum()
+        peaks.append(anonymous())
+        if keep:
+            kept.append(tensor)
+        del tensor
+    done.set()
+    sampler.join()
+    return max(peaks) - start
+
+folders = sys.argv[1:]
+result = {folder: [peak(folder, 1, False), peak(folder, 2, False)] for folder in folders}
+result["control"] = [peak(folders[0], 1, True)]
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
+def test_tensors_keep_memory_near_one_tensor(tmp_path: Path) -> None:
+    params = tiny_params(dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, multiple_of=256)
+    weights = {name: torch.ones_like(weight) for name, weight in random_weights(params, dtype=torch.float32).items()}
+    largest = max(weight.nbytes for weight in weights.values())
+    total = sum(weight.nbytes for weight in weights.values())
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    }
+    sharded, single, safetensors = tmp_path / "sharded", tmp_path / "single", tmp_path / "safetensors"
+    write_meta(sharded, params, weights, shards=4)
+    write_meta(single, params, weights, shards=1)
+    safetensors.mkdir()
+    (safetensors / "config.json").write_text(json.dumps(config))
+    save_file(huggingface_weights(params, weights), safetensors / "model.safetensors")
+    del weights
+
+    command = [sys.executable, "-c", MEMORY_PROBE, *map(str, (sharded, single, safetensors))]
+    # glibc keeps some freed blocks. With these limits it maps and returns large blocks, so only live memory counts.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    peaks = json.loads(finished.stdout)
+    assert peaks["control"][0] > total / 2, "the probe does not measure kept tensors"
+    assert max(peaks[str(sharded)]) < 1.5 * largest
+    assert max(peaks[str(safetensors)]) < 1.5 * largest
+    assert max(peaks[str(single)]) < 0.5 * largest, "a single shard is read without a copy"

@@ -107,12 +107,12 @@ def compile_ahead(
     bench: Bench,
     models: Collection[ModelArgs],
     batches: Sequence[int],
-    switches: Sequence[tuple[bool, bool]],
+    options: Sequence[tuple[bool, bool]],
     prefills: bool = True,
 ) -> Iterator[None]:
     """During the block, other processes compile decode steps and prefills of these models into triton's cache.
 
-    The end of the block waits for them. switches: (dependent launch, prefetch) of each kind of step.
+    The end of the block waits for them. options: (dependent launch, prefetch) of each kind of step.
     """
     if bench.device.type != "cuda":
         yield
@@ -122,7 +122,7 @@ def compile_ahead(
     context = multiprocessing.get_context("spawn")
     n_workers = max(1, (os.cpu_count() or 1) // 2)  # the tests take the other half
     workers = ProcessPoolExecutor(n_workers, mp_context=context, max_tasks_per_child=1)
-    tasks = [workers.submit(compile_step, target, *case, *on) for on in switches for case in product(models, batches)]
+    tasks = [workers.submit(compile_step, target, *case, *on) for on in options for case in product(models, batches)]
     tasks += [workers.submit(compile_prefill, target, args) for args in models if prefills]
     try:
         yield

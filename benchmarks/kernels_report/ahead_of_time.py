@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -94,23 +93,11 @@ class _Driver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
     def launcher_cls(self, *source: Any) -> Callable[..., None]:
         return lambda *launch: None
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {
-            "max_shared_mem": self.target.shared_bytes,
-            "multiprocessor_count": self.target.processors,
-            "warpSize": self.target.warp_size,
-            "max_num_regs": 65536,
-        }
+        return {"max_shared_mem": self.target.shared_bytes, "multiprocessor_count": self.target.processors}
 
     def load_binary(self, *binary: Any) -> tuple[int, int, int, int, int]:
         """(module, function, registers, spills, maximum of threads)."""

@@ -1,4 +1,4 @@
-"""A GPU report for people: one page of Markdown."""
+"""The summary of a GPU report in Markdown."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 def summary(result: ResultFile) -> str:
-    """The report as far as it goes."""
+    """One page with all results so far."""
     environment, records = result.environment, result.records
     where = f"{environment.device_name}, torch {environment.torch}, triton {environment.triton}"
     state = {True: ", changed", False: "", None: ""}[environment.git_dirty]
@@ -44,8 +44,7 @@ def summary(result: ResultFile) -> str:
         parts.append(markdown(["", "median", "p10", "p90", "", "how"], map(_ceiling, result.ceilings.values())))
     if any(None in (record.get("least_microseconds", 0), record.get("least_milliseconds", 0)) for record in records):
         parts.append("**Without ceilings, least times and shares are not known.**")
-    for suite in dict.fromkeys(record["suite"] for record in records):
-        of_suite = [record for record in records if record["suite"] == suite]
+    for (suite,), of_suite in _grouped(records, "suite").items():
         parts += [f"## {TITLES.get(suite, suite)}", *_section(suite, of_suite)]
     return "\n\n".join(parts) + "\n"
 
@@ -65,45 +64,50 @@ def _section(suite: str, records: Sequence[Record]) -> list[str]:
 
 
 def _plain(records: Sequence[Record]) -> list[str]:
-    """A column for each key of any of them."""
+    """One table, with a column for each key of any record."""
     keys = [key for key in dict.fromkeys(key for record in records for key in record) if key != "suite"]
     heads = [key.replace("_", " ") for key in keys]
     return [markdown(heads, ([_text(record.get(key)) for key in keys] for record in records))]
 
 
 def _launches(records: Sequence[Record]) -> list[str]:
-    """A table for each case: every launch and their sum."""
+    """A table for each case, with every launch and their sum."""
     parts = []
-    for case in dict.fromkeys((record["model"], record["batch"], record["context"]) for record in records):
-        mine = [record for record in records if (record["model"], record["batch"], record["context"]) == case]
+    for (model, batch, context), found in _grouped(records, "model", "batch", "context").items():
         rows: list[list[object]] = []
-        whole, least_whole = 0.0, 0.0
-        for record in mine:
-            time, least = record["microseconds"], record["least_microseconds"]  # None without ceilings
-            step, least_step = record["count"] * time / 1e3, record["count"] * (least or 0.0) / 1e3
-            whole, least_whole = whole + step, least_whole + least_step
-            share = f"{record['share']:.0%}" if least else ""
-            cells = [f"{time:.2f}", "" if least is None else f"{least:.2f}", share, f"{step:.3f}"]
+        total, least_total = 0.0, 0.0
+        for record in found:
+            time, least, count = record["microseconds"], record["least_microseconds"], record["count"]
+            step, least_step = count * time / 1e3, count * (least or 0.0) / 1e3
+            total, least_total = total + step, least_total + least_step
+            known = "" if least is None else f"{least:.2f}", f"{record['share']:.0%}" if least else ""
             gap = "" if least is None else f"{step - least_step:.3f}"
-            rows.append([record["launch"], f"x {record['count']}", *cells, gap])
-        share, gap = (f"{least_whole / whole:.0%}", f"{whole - least_whole:.3f}") if least_whole else ("", "")
-        rows.append(["all", "", "", "", share, f"{whole:.3f}", gap])
-        parts += [f"{case[0]}, batch {case[1]}, context {case[2]}", markdown(LAUNCH_HEAD, rows)]
+            rows.append([record["launch"], f"x {count}", f"{time:.2f}", *known, f"{step:.3f}", gap])
+        share, gap = (f"{least_total / total:.0%}", f"{total - least_total:.3f}") if least_total else ("", "")
+        rows.append(["all", "", "", "", share, f"{total:.3f}", gap])
+        parts += [f"{model}, batch {batch}, context {context}", markdown(LAUNCH_HEAD, rows)]
     return parts
 
 
 def _variants(records: Sequence[Record]) -> list[str]:
     """A line for each op: the table's launch, the best of the others, and the library."""
     rows: list[list[object]] = []
-    for case in dict.fromkeys((record["model"], record["batch"], record["op"]) for record in records):
-        mine = [record for record in records if (record["model"], record["batch"], record["op"]) == case]
-        timed = [record for record in mine if record["microseconds"] is not None]
-        usual = next((record for record in timed if record["in_table"]), None)
+    for case, found in _grouped(records, "model", "batch", "op").items():
+        timed = [record for record in found if record["microseconds"] is not None]
+        in_table = next((record for record in timed if record["in_table"]), None)
         library = next((record for record in timed if record["variant"].startswith("the library")), None)
-        others = [record for record in timed if record is not usual and record is not library]
+        others = [record for record in timed if record is not in_table and record is not library]
         best = min(others, key=lambda record: float(record["microseconds"]), default=None)
-        rows.append([*case, *_variant(usual), *_variant(best), _variant(library)[1]])
+        rows.append([*case, *_variant(in_table), *_variant(best), _variant(library)[1]])
     return [markdown(VARIANT_HEAD, rows)]
+
+
+def _grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
+    """The records by their values of these keys."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[name] for name in names), []).append(record)
+    return groups
 
 
 def _variant(record: Record | None) -> tuple[str, str]:

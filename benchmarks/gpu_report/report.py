@@ -1,10 +1,9 @@
 """One command for a machine with a GPU: everything worth knowing of this project there, most valuable first.
 
-Needs nothing but the checkout and the package's dependencies (torch, triton, psutil, tiktoken, safetensors, tqdm) as
-the machine has them: no installation, no network. The sections run in a process of their own and
-this one writes what they bring as it comes: one that fails, hangs or takes the GPU down with it costs what it had left
-to say, and the next goes on in a new process. On a machine without a GPU everything runs on toy sizes, with kernels
-interpreted: a rehearsal, whose times mean nothing.
+It needs a checkout and the package's dependencies (torch, triton, psutil, tiktoken, safetensors, tqdm), but no
+installation and no network. The sections run in another process, and this one writes each result when it arrives. If a
+section fails, hangs or breaks the GPU's context, its earlier results are kept and the next section runs in a new
+process. Without a GPU everything runs at toy sizes with interpreted kernels: a rehearsal, whose times mean nothing.
 """
 
 import argparse
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
     from fastllama.benchmarks.result_file import ResultFile
 
 BUDGET_SECONDS = 510.0
-START_SECONDS = 90.0  # for the sections' process to begin
-PATIENCE_SECONDS = 240.0  # for the next thing that a section finds
-# The first are quick, or something is wrong with the machine that would cost as much again in those that follow.
-FIRST_PATIENCE_SECONDS = {"self-check": 90.0, "ceilings": 60.0, "boundaries": 60.0}
+START_TIMEOUT_SECONDS = 90.0  # until the sections' process sends its first message
+TIMEOUT_SECONDS = 240.0  # until a section's next result
+# Shorter for the first sections: if they take long, the machine has a problem that would delay the others as well.
+FIRST_TIMEOUTS_SECONDS = {"self-check": 90.0, "ceilings": 60.0, "boundaries": 60.0}
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 5.0  # to stop what the sections' process has started itself
+GRACE_SECONDS = 5.0  # for the sections' process to stop its own child processes
 REPORT_FILE, SUMMARY_FILE, TESTS_FILE = "report.json", "summary.md", "gpu-tests.txt"
-# In order of value, with the function of each.
+# In order of value. Each has a function that yields its results.
 SECTIONS = {
     "self-check": "fastllama.benchmarks.gpu_report.steps:self_check",
     "ceilings": "fastllama.benchmarks.gpu_report.sections:ceilings",
@@ -44,18 +43,18 @@ SECTIONS = {
     "launches": "fastllama.benchmarks.gpu_report.sections:launches",
     "decode": "fastllama.benchmarks.gpu_report.sections:decode",
     "whole step": "fastllama.benchmarks.gpu_report.steps:whole_steps",
-    "prefill": "fastllama.benchmarks.gpu_report.sections:prompts",
+    "prefill": "fastllama.benchmarks.gpu_report.sections:prefills",
     "sampling": "fastllama.benchmarks.gpu_report.sections:sampling",
     "switches": "fastllama.benchmarks.gpu_report.sections:switches",
     "kernel tests": "fastllama.benchmarks.gpu_report.tests:kernel_tests",
     "variants": "fastllama.benchmarks.gpu_report.variants:variants",
 }
-ALWAYS = ("self-check", "ceilings")  # by which all others are to be judged
+ALWAYS = ("self-check", "ceilings")  # the other sections' results cannot be judged without them
 PACKAGES = ("torch", "triton", "psutil", "tiktoken", "safetensors", "tqdm", "numpy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. 0 also where sections failed: what they said stands in the report."""
+    """The command. It returns 0 even if sections fail: the report has their errors."""
     parser = argparse.ArgumentParser(
         prog="python -m fastllama.benchmarks.gpu_report",
         description=(__doc__ or "").partition("\n\n")[0],
@@ -75,13 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the report's object as the last line of stdout")
     options = parser.parse_args(arguments)
     names = options.sections.split(",")
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown or not options.budget > 0:
-        parser.error(
-            f"unknown section {unknown[0]!r}: expected some of {', '.join(SECTIONS)}"
-            if unknown
-            else f"--budget must be above 0, got {options.budget:g}"
-        )
+    for name in names:
+        if name not in SECTIONS:
+            parser.error(f"unknown section {name!r}: expected some of {', '.join(SECTIONS)}")
+    if not options.budget > 0:
+        parser.error(f"--budget must be above 0, got {options.budget:g}")
     try:
         options.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,18 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         parser.error(f"this python lacks {', '.join(missing)}: run with one that has them (make gpu-report PYTHON=...)")
     sections = {name: function for name, function in SECTIONS.items() if name in (*ALWAYS, *names)}
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = report(options.results, sections, options.budget, options.commit)
-    print(
-        json.dumps(result.to_json(), allow_nan=False) if options.json else (options.results / SUMMARY_FILE).read_text()
-    )
+    summary = options.results / SUMMARY_FILE
+    print(json.dumps(result.to_json(), allow_nan=False) if options.json else summary.read_text())
     return 0
 
 
 def report(results: Path, sections: Mapping[str, str], budget: float, commit: str | None = None) -> "ResultFile":
-    """Run sections ("module:function" by name), keeping the report and its summary in the folder `results` up to date.
+    """Run sections ("module:function" by name) and keep the report and its summary in the folder `results` up to date.
 
-    budget: seconds in all. commit: where it cannot be found out.
+    budget: seconds for all. commit: used if the checkout has no .git.
     """
     end = time.monotonic() + budget
     import torch
@@ -109,30 +105,30 @@ def report(results: Path, sections: Mapping[str, str], budget: float, commit: st
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, by the sections' process
-        _say("no GPU: toy sizes and interpreted kernels, a rehearsal")
+        _log("no GPU: toy sizes and interpreted kernels, a rehearsal")
 
     from fastllama.benchmarks.environment import describe_environment
     from fastllama.benchmarks.result_file import ResultFile
 
     device = "cuda" if has_gpu else "cpu"
     environment = describe_environment(device)
-    keeper = _Keeper(results, ResultFile(replace(environment, git_commit=environment.git_commit or commit), {}))
+    writer = _ReportWriter(results, ResultFile(replace(environment, git_commit=environment.git_commit or commit), {}))
     (results / TESTS_FILE).unlink(missing_ok=True)  # of an earlier run
     waiting = list(sections.items())
     try:
         while waiting and time.monotonic() < end:
-            waiting = waiting[_Sections(device, results, waiting, keeper, end).run() :]
+            waiting = waiting[_run_in_process(device, results, waiting, writer, end) :]
     except KeyboardInterrupt:
-        keeper.interrupt()
-        _say("interrupted: what was found stays")
+        writer.interrupt()
+        _log("interrupted: what was found stays")
     else:
         for name, _ in waiting:
-            keeper.add(name, {"not_run": "no time left"})
-    return keeper.result
+            writer.add(name, {"not_run": "no time left"})
+    return writer.result
 
 
-class _Keeper:
-    """The report so far, on disk after every change."""
+class _ReportWriter:
+    """The report so far, written to disk after every change."""
 
     def __init__(self, results: Path, result: "ResultFile") -> None:
         self._results, self.result = results, result
@@ -146,7 +142,7 @@ class _Keeper:
             self.result = replace(before, ceilings={**before.ceilings, found.name: found})
         try:
             self._write()
-        except (ValueError, TypeError, KeyError) as error:  # a figure that is not finite, say: no reason to stop
+        except (ValueError, TypeError, KeyError) as error:  # such as a figure that is not finite: the report goes on
             self.result = before
             self.add(section, {"error": f"cannot be written: {error!r}, of {found!r}"[:500]})
 
@@ -162,74 +158,61 @@ class _Keeper:
         write_text(summary(self.result), self._results / SUMMARY_FILE)
 
 
-class _Sections:
-    """Sections in a process of their own, as this one follows them."""
+def _run_in_process(
+    device: str, results: Path, sections: Sequence[tuple[str, str]], writer: _ReportWriter, end: float
+) -> int:
+    """Run sections in a new process until all are done, one of them fails or time is up.
 
-    def __init__(
-        self, device: str, results: Path, sections: Sequence[tuple[str, str]], keeper: _Keeper, end: float
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._names, self._keeper, self._end = [name for name, _ in sections], keeper, end
-        self._queue = context.Queue()
-        functions = [function for _, function in sections]
-        arguments = (device, results, functions, dict(keeper.result.ceilings), end, self._queue)
-        self._process = context.Process(target=_work, args=arguments)
-
-    def run(self) -> int:
-        """Until they are done, one of them ends the process, or time is up -> how many are over with."""
-        self._process.start()
-        over, heard, patience, begun = 0, time.monotonic(), START_SECONDS, 0.0
-        try:
-            while over < len(self._names):
-                name = self._names[over]
-                if time.monotonic() >= self._end:
-                    self._keeper.add(name, {"not_run": "no time left for the rest"})
-                    return over + 1
-                try:
-                    kind, found = self._queue.get(timeout=POLL_SECONDS)
-                except Empty:
-                    if lost := self._lost(heard, patience):
-                        self._keeper.add(name, {"error": lost})
-                        _say(f"{name}: {lost}")
-                        return over + 1
+    Returns how many of them are over.
+    """
+    names, functions = zip(*sections, strict=True)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (device, results, functions, dict(writer.result.ceilings), end, queue)
+    process = context.Process(target=_run_sections, args=arguments)
+    process.start()
+    over, last_message, timeout, begun = 0, time.monotonic(), START_TIMEOUT_SECONDS, 0.0
+    try:
+        while over < len(names):
+            name = names[over]
+            if time.monotonic() >= end:
+                writer.add(name, {"not_run": "no time left for the rest"})
+                return over + 1
+            try:
+                kind, found = queue.get(timeout=POLL_SECONDS)
+            except Empty:
+                if process.is_alive() and time.monotonic() - last_message <= timeout:
                     continue
-                heard, patience = time.monotonic(), FIRST_PATIENCE_SECONDS.get(name, PATIENCE_SECONDS)
-                if kind == "begin":
-                    begun = heard
-                    _say(f"{name} ...")
-                elif kind == "end":
-                    _say(f"{name}: {heard - begun:.0f} s")
-                    over += 1
-                else:
-                    self._keeper.add(name, found)
-            return over
-        finally:
-            self._process.terminate()
-            self._process.join(GRACE_SECONDS)
-            self._process.kill()
-            self._process.join()
-
-    def _lost(self, heard: float, patience: float) -> str | None:
-        """Why there is nothing more to wait for."""
-        if not self._process.is_alive():
-            return f"its process ended with code {self._process.exitcode}"
-        if time.monotonic() - heard > patience:
-            return f"nothing came for {patience:.0f} s"
-        return None
+                silent = f"nothing came for {timeout:.0f} s"
+                error = silent if process.is_alive() else f"its process ended with code {process.exitcode}"
+                writer.add(name, {"error": error})
+                _log(f"{name}: {error}")
+                return over + 1
+            last_message, timeout = time.monotonic(), FIRST_TIMEOUTS_SECONDS.get(name, TIMEOUT_SECONDS)
+            if kind == "begin":
+                begun = last_message
+                _log(f"{name} ...")
+            elif kind == "end":
+                _log(f"{name}: {last_message - begun:.0f} s")
+                over += 1
+            else:
+                writer.add(name, found)
+        return over
+    finally:
+        process.terminate()
+        process.join(GRACE_SECONDS)
+        process.kill()
+        process.join()
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _work(
+def _run_sections(
     device: str, results: Path, functions: Sequence[str], ceilings: dict[str, Any], end: float, queue: Any
 ) -> None:
-    """The sections' process: (kind, what was found) for each thing that they bring."""
+    """The main function of the sections' process. It puts (kind, result) in the queue."""
     import torch
 
     from fastllama.benchmarks.gpu_report.sections import Bench
@@ -249,7 +232,7 @@ def _work(
             traceback.print_exc()
             queue.put(("found", {"error": f"{type(error).__name__}: {error}"[:500]}))
             if device == "cuda":
-                torch.cuda.synchronize()  # raises where the error took the GPU's context with it: a new process, then
+                torch.cuda.synchronize()  # raises, and so ends this process, if the GPU's context is broken
         queue.put(("end", None))
         if device == "cuda":
             torch.cuda.empty_cache()

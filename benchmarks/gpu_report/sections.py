@@ -1,13 +1,13 @@
-"""The sections of a GPU report, each a function that brings what it finds one by one: ceilings and records.
+"""Sections of a GPU report. A section is a function that yields what it measures, one ceiling or record at a time.
 
-A record is one flat JSON object. Models have random weights, and caches random numbers: zeros would cost less power.
-Every rate is of greedy steps through `Decoder`, as `Llama.generate` runs them.
+A record is a flat JSON object. Weights and caches hold random numbers, because zeros would cost less power. Decode
+rates are those of greedy steps through `Decoder`, which `Llama.generate` uses.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,32 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.ceilings import Ceiling, MatmulProbe, ReadProbe, copy_ceiling
-from fastllama.benchmarks.gpu_report.sizes import Sizes
+from fastllama.benchmarks.gpu_report.sizes import Sizes, ends
 from fastllama.benchmarks.models import RANDOM_SEED, random_tensors
 from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, TERA, percentile, summarize
+from fastllama.benchmarks.suites.op_cases import LOGITS_STD, TOP_P
 from fastllama.benchmarks.suites.step_launches import fill_cache, launch_times
 from fastllama.benchmarks.timing import replayed, synchronize, time_calls
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.launch.options import override_launch_options
 from fastllama.model import Transformer
+from fastllama.output_copies import StepOutput
 from fastllama.prefill import prefill
 from fastllama.speed_of_light import Machine, Work, decode_step, least_seconds, total_bytes, total_flops
 from fastllama.speed_of_light import prefill as prefill_work
 
 DTYPE = torch.bfloat16
 WARMUP = 2
-PREFILLS = 5  # repeats, at most: they take long
-SPREAD = 3.0  # of random logits: a nucleus of some hundred tokens, more than a trained model's
+MAX_PREFILLS = 5  # timed repeats of a prefill, which takes long
+UNCHANGED = "as it is"  # the variant that others are compared with
 Record = dict[str, Any]
-Found = Iterator[Ceiling | Record]
+Results = Iterator[Ceiling | Record]
 
 
 @dataclass
 class Bench:
-    """The device, what is known of it, and the models that are on it."""
+    """What all sections share: the device, its ceilings, and the models on it."""
 
     device: torch.device
     sizes: Sizes
@@ -50,41 +52,64 @@ class Bench:
 
     @property
     def machine(self) -> Machine | None:
-        """From the ceilings: of the ways to read, the best. None where they could not be measured."""
+        """The machine's rates, with the better of the two ways to read; None if they were not measured."""
         reads = [self.ceilings[name].value for name in ("read", "read_kernel") if name in self.ceilings]
         if not reads or "matmul" not in self.ceilings:
             return None
         return Machine(read=max(reads) * GIGA, matmul=self.ceilings["matmul"].value * TERA)
 
     def least(self, work: Iterable[Work]) -> float | None:
-        """Seconds of all launches together, at best; None where the machine is unknown."""
+        """The least seconds of all launches together; None if the machine's rates are unknown."""
         return None if self.machine is None else least_seconds(work, self.machine)
 
     def model(self, name: str) -> Transformer:
-        """One of the sizes' models, of random weights, as the fused backend packs them."""
+        """One of the sizes' models, on the fused backend."""
         if name not in self._models:
-            args = ModelArgs(
-                **self.sizes.models[name].whole,
-                max_batch_size=max(self.sizes.batches),
-                max_seq_len=self.sizes.positions,
-            )
-            model = Transformer(args, device=self.device, dtype=DTYPE, backend="fused", init_weights=False)
-            model.load_tensors(random_tensors(args, RANDOM_SEED, self.device, DTYPE))
-            self._models[name] = model
+            sizes = self.sizes
+            args = replace(sizes.models[name], max_batch_size=max(sizes.batches), max_seq_len=sizes.positions)
+            self._models[name] = random_model(args, self.device)
         return self._models[name]
 
-    def median_seconds(self, run: Callable[[], object]) -> float:
-        """Of a run whose launches are replayed from a graph."""
+    def microseconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        """The median time of one of several calls, which follow each other in a CUDA graph if there is a GPU."""
+
+        def run() -> None:
+            for call in calls:
+                call()
+
         repeats = self.sizes.repeats
         times = time_calls(
             replayed(run, self.device), device=self.device, warmup=min(WARMUP, repeats - 1), repeats=repeats
         )
-        return percentile(times, 50)
+        return MICRO * percentile(times, 50) / len(calls)
 
 
-def ceilings(bench: Bench) -> Found:
-    """What the machine does at best: read, by torch and by a kernel that loads as ours do, copy, multiply."""
-    from fastllama.benchmarks.gpu_report.probes import READ_BLOCK, read
+def random_model(
+    args: ModelArgs, device: torch.device, dtype: torch.dtype = DTYPE, backend: str = "fused"
+) -> Transformer:
+    """A model with random weights."""
+    model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False)
+    model.load_tensors(random_tensors(args, RANDOM_SEED, device, dtype))
+    return model
+
+
+def sampling_tensors(n_rows: int, device: torch.device, temperature: float = 0.0) -> SamplingTensors:
+    """The sampling parameters of rows with a random stream each; greedy by default."""
+    return SamplingTensors.of(temperature, TOP_P, [(1, row, 0) for row in range(n_rows)], device)
+
+
+def decode_steps(decoder: Decoder, n_steps: int) -> Iterator[StepOutput]:
+    """Run steps, queueing replays ahead of the one that is received, and yield what is received."""
+    while n_steps > 0 or decoder.queued:
+        while n_steps > 0 and decoder.queued <= decoder.replays_ahead:
+            decoder.enqueue_steps()
+            n_steps -= decoder.unroll
+        yield from decoder.receive()
+
+
+def ceilings(bench: Bench) -> Results:
+    """The machine's rates: reading, by torch and by a kernel that loads like matvec, copying and multiplying."""
+    from fastllama.benchmarks.gpu_report.probes import READ_BLOCK, block_sums
 
     sizes, device = bench.sizes, bench.device
     probe = ReadProbe(device, sizes.read_bytes)
@@ -92,7 +117,7 @@ def ceilings(bench: Bench) -> Found:
     yield probe.ceiling()
     blocks = max(1, sizes.read_bytes // (2 * READ_BLOCK))
     source = torch.randn(blocks * READ_BLOCK, device=device, dtype=torch.float16)
-    times = time_calls(lambda: read(source), device=device, repeats=sizes.repeats, seconds=sizes.seconds)
+    times = time_calls(lambda: block_sums(source), device=device, repeats=sizes.repeats, seconds=sizes.seconds)
     rates = summarize(source.numel() * source.element_size() / second / GIGA for second in times)
     yield Ceiling("read_kernel", "GB/s", f"a kernel of {READ_BLOCK * 2} bytes a program", rates)
     yield copy_ceiling(device, sizes.read_bytes, sizes.seconds)
@@ -101,25 +126,20 @@ def ceilings(bench: Bench) -> Found:
     yield products.ceiling()
 
 
-def boundaries(bench: Bench) -> Found:
-    """What it costs that a launch follows another: launches that do nothing, each needing the one before."""
-    from fastllama.benchmarks.gpu_report.probes import tick
+def boundaries(bench: Bench) -> Results:
+    """The time from one launch to the next: launches that do almost nothing, each of which needs the one before."""
+    from fastllama.benchmarks.gpu_report.probes import increment
 
     count = torch.zeros(1, dtype=torch.int32, device=bench.device)
-
-    def ticks() -> None:
-        for _ in range(bench.sizes.ticks):
-            tick(count)
-
+    n_launches = bench.sizes.boundary_launches
     for dependent in (False, True):
         with override_launch_options(dependent=dependent):
-            seconds = bench.median_seconds(ticks)
-        n_launches = bench.sizes.ticks
-        yield {"dependent_launch": dependent, "launches": n_launches, "microseconds": MICRO * seconds / n_launches}
+            microseconds = bench.microseconds([partial(increment, count)] * n_launches)
+        yield {"dependent_launch": dependent, "launches": n_launches, "microseconds": microseconds}
 
 
-def launches(bench: Bench) -> Found:
-    """Each launch of a decode step against the speed of light."""
+def launches(bench: Bench) -> Results:
+    """Each launch of a decode step, with the least time that it could take."""
     sizes = bench.sizes
     cases = [(batch, sizes.contexts[0]) for batch in sizes.batches] + [(1, sizes.contexts[-1])]
     for batch, context in dict.fromkeys(cases):
@@ -130,8 +150,8 @@ def launches(bench: Bench) -> Found:
                 yield {"model": name, "batch": batch, "context": context, **record}
 
 
-def decode(bench: Bench) -> Found:
-    """Tokens a second at every batch and context, as users get them: of some runs, the middle one."""
+def decode(bench: Bench) -> Results:
+    """Tokens per second at every batch size and context: the middle one of several runs."""
     for context in bench.sizes.contexts:
         for batch in bench.sizes.batches:
             for name in bench.sizes.models:
@@ -142,68 +162,51 @@ def decode(bench: Bench) -> Found:
                 yield runs[len(runs) // 2] | {"slowest": rates[0], "fastest": rates[-1]}
 
 
-def switches(bench: Bench) -> Found:
-    """What the graph, the dependent launch, its prefetches and unrolling bring: rounds of all variants in turn."""
-    context = bench.sizes.contexts[0]
+def switches(bench: Bench) -> Results:
+    """The effect of the graph, of dependent launches, of prefetches and of unrolling: variants run in turn."""
+    context, unroll = bench.sizes.contexts[0], bench.sizes.unroll
+    # Keywords of `override_launch_options` and of Decoder.
+    variants: dict[str, tuple[dict[str, bool], dict[str, Any]]] = {
+        UNCHANGED: ({}, {}),
+        "without prefetch": ({"prefetch": False}, {}),
+        "without dependent launch": ({"dependent": False}, {}),
+        "without graph": ({}, {"graphs": False}),
+        f"{unroll} steps a graph": ({}, {"unroll": unroll}),
+    }
     for name in bench.sizes.models:
-        model = bench.model(name)
-        graphs = None if bench.device.type == "cuda" else False
-        variants: dict[str, tuple[dict[str, bool], Callable[[], Decoder]]] = {
-            "as it is": ({}, partial(Decoder, model, graphs=graphs)),
-            "without prefetch": ({"prefetch": False}, partial(Decoder, model, graphs=graphs)),
-            "without dependent launch": ({"dependent": False}, partial(Decoder, model, graphs=graphs)),
-            "without graph": ({}, partial(Decoder, model, graphs=False)),
-            f"{bench.sizes.unroll} steps a graph": (
-                {},
-                partial(Decoder, model, graphs=graphs, unroll=bench.sizes.unroll),
-            ),
-        }
-        for batch in dict.fromkeys((bench.sizes.batches[0], bench.sizes.batches[-1])):
-            decoders = {variant: make() for variant, (_, make) in variants.items()}
-            rates: dict[str, list[float]] = {variant: [] for variant in variants}
-            dependent: dict[str, bool] = {}
+        for batch in ends(bench.sizes.batches):
+            decoders = {variant: Decoder(bench.model(name), **how) for variant, (_, how) in variants.items()}
+            runs: dict[str, list[Record]] = {variant: [] for variant in variants}
             for _ in range(bench.sizes.rounds):
-                for variant, (how, _) in variants.items():
-                    with override_launch_options(**how):  # while its graph is captured, the first time
-                        record = _rate(bench, name, decoders[variant], batch, context)
-                    rates[variant].append(record["tokens_per_second"])
-                    dependent[variant] = record["dependent_launch"]
-            usual = percentile(rates["as it is"], 50)
-            for variant, found in rates.items():
-                rate = percentile(found, 50)
+                for variant, (options, _) in variants.items():
+                    with override_launch_options(**options):  # the first round captures the graph
+                        runs[variant].append(_rate(bench, name, decoders[variant], batch, context))
+            rates = {name: percentile([run["tokens_per_second"] for run in found], 50) for name, found in runs.items()}
+            for variant, rate in rates.items():
                 yield {
                     "model": name,
                     "batch": batch,
                     "context": context,
                     "variant": variant,
-                    "dependent_launch": dependent[variant],
+                    "dependent_launch": runs[variant][-1]["dependent_launch"],
                     "tokens_per_second": rate,
-                    "ratio": rate / usual,
+                    "ratio": rate / rates[UNCHANGED],
                 }
 
 
 @torch.inference_mode()
 def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -> Record:
-    """Greedy steps behind a context of random keys and values -> what one took, and the limit."""
+    """The rate of greedy steps after a context of random keys and values, and the least time of a step."""
     model, sizes = decoder.model, bench.sizes
     warm_steps, timed_steps = (-(-n // decoder.unroll) * decoder.unroll for n in (sizes.warm_steps, sizes.steps))
     n_steps = warm_steps + timed_steps
-    sampling = SamplingTensors.of(0.0, 0.0, [(1, row, 0) for row in range(batch)], bench.device)
+    tokens, positions, last = [row + 1 for row in range(batch)], [context - 1] * batch, [context + n_steps] * batch
     with model.exclusively():
         fill_cache(model, batch, context)
-        decoder.start(
-            [row + 1 for row in range(batch)], [context - 1] * batch, [context + n_steps] * batch, [], sampling
-        )
+        decoder.start(tokens, positions, last, [], sampling_tensors(batch, bench.device))
         synchronize(bench.device)
-        arrivals: list[float] = []
-        wanted = n_steps
-        while wanted > 0 or decoder.queued:
-            while wanted > 0 and decoder.queued <= decoder.replays_ahead:
-                decoder.enqueue_steps()
-                wanted -= decoder.unroll
-            for _ in decoder.receive():
-                arrivals.append(time.perf_counter())
-    seconds = (arrivals[-1] - arrivals[warm_steps - 1]) / timed_steps
+        received = [time.perf_counter() for _ in decode_steps(decoder, n_steps)]
+    seconds = (received[-1] - received[warm_steps - 1]) / timed_steps
     work = decode_step(model.params, model.dtype, batch, context + n_steps / 2)
     least = bench.least(work)
     return {
@@ -213,27 +216,23 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
         "dependent_launch": decoder.dependent,
         "tokens_per_second": batch / seconds,
         "step_milliseconds": MILLI * seconds,
-        "least_milliseconds": None if least is None else MILLI * least,
-        "share": None if least is None else least / seconds,
+        "least_milliseconds": least and MILLI * least,
+        "share": least and least / seconds,
         "gb_per_second": total_bytes(work) / seconds / GIGA,
     }
 
 
 @torch.inference_mode()
-def prompts(bench: Bench) -> Found:
-    """How fast one prompt is taken in, and the share of the matmul rate."""
+def prefills(bench: Bench) -> Results:
+    """The time of a prefill of one prompt, and its share of the matmul rate."""
     generator = torch.Generator().manual_seed(1)
     for length in bench.sizes.prompts:
         for name in bench.sizes.models:
             model = bench.model(name)
             prompt = torch.randint(model.vocab_size, (length,), generator=generator).tolist()
+            repeats = min(MAX_PREFILLS, bench.sizes.repeats)
             with model.exclusively():
-                times = time_calls(
-                    lambda: prefill(model, [prompt]),  # noqa: B023 (called here and now)
-                    device=bench.device,
-                    warmup=1,
-                    repeats=min(PREFILLS, bench.sizes.repeats),
-                )
+                times = time_calls(partial(prefill, model, [prompt]), device=bench.device, warmup=1, repeats=repeats)
             seconds = percentile(times, 50)
             work = prefill_work(model.params, model.dtype, [length])
             rate, least, machine = total_flops(work) / seconds, bench.least(work), bench.machine
@@ -241,20 +240,20 @@ def prompts(bench: Bench) -> Found:
                 "model": name,
                 "tokens": length,
                 "milliseconds": MILLI * seconds,
-                "least_milliseconds": None if least is None else MILLI * least,
+                "least_milliseconds": least and MILLI * least,
                 "tokens_per_second": length / seconds,
                 "tflops": rate / TERA,
-                "share_of_matmul": None if machine is None else rate / machine.matmul,
+                "share_of_matmul": machine and rate / machine.matmul,
             }
 
 
 @torch.inference_mode()
-def sampling(bench: Bench) -> Found:
-    """The two launches that choose tokens: the most likely one, from a nucleus, and from a row where all are alike."""
+def sampling(bench: Bench) -> Results:
+    """The two launches that sample a token: greedy, with top-p, and with top-p from equal logits."""
     name = next(iter(bench.sizes.models))
     model = bench.model(name)
-    spread = (SPREAD * torch.randn(max(bench.sizes.batches), model.vocab_size, device=bench.device)).to(DTYPE)
-    for batch in dict.fromkeys((bench.sizes.batches[0], bench.sizes.batches[-1])):
+    spread = (LOGITS_STD * torch.randn(max(bench.sizes.batches), model.vocab_size, device=bench.device)).to(DTYPE)
+    for batch in ends(bench.sizes.batches):
         positions = torch.arange(batch, device=bench.device)
         for case, logits, temperature in (
             ("greedy", spread, 0.0),
@@ -262,14 +261,8 @@ def sampling(bench: Bench) -> Found:
             ("top_p 0.9 at 1", spread, 1.0),
             ("top_p 0.9, flat", torch.zeros_like(spread), 1.0),
         ):
-            how = SamplingTensors.of(temperature, 0.9, [(1, row, 0) for row in range(batch)], bench.device)
-            rows = logits[:batch].contiguous()
+            how, rows = sampling_tensors(batch, bench.device, temperature), logits[:batch].contiguous()
             call = partial(model.ops.sample, rows, how, positions, model.workspace)
-
-            def chain(call: Callable[[], object] = call) -> None:
-                for _ in range(bench.sizes.chain):
-                    call()
-
             with model.exclusively():
-                microseconds = MICRO * bench.median_seconds(chain) / bench.sizes.chain
+                microseconds = bench.microseconds([call] * bench.sizes.chain)
             yield {"vocabulary": model.vocab_size, "batch": batch, "case": case, "microseconds": microseconds}

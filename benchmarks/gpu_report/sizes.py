@@ -1,65 +1,55 @@
-"""What a GPU report runs on: the sizes of real models, and toy ones with which it can be rehearsed on a CPU."""
+"""The sizes of a GPU report: those of real models, and toy sizes to rehearse it on a CPU."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from fastllama.benchmarks.kernels_report.model_launches import MODELS, Shape
+from fastllama.args import ModelArgs
+from fastllama.benchmarks.kernels_report.model_launches import MODELS
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of every section."""
+class Sizes(NamedTuple):
+    """The sizes of every section, by default those for a GPU."""
 
-    models: Mapping[str, Shape]
-    batches: tuple[int, ...]
-    contexts: tuple[int, ...]
-    prompts: tuple[int, ...]
-    steps: int  # of a decode rate
-    warm_steps: int  # before those
-    ticks: int  # launches of one graph that does nothing else
-    unroll: int  # steps of one graph, to be compared with one
-    chain: int  # calls of an op in one graph, so that its own launch is small beside them
-    repeats: int
-    rounds: int  # of variants in turn
-    neighbours: int  # of each launch in the tables, at most
-    read_bytes: int
-    seconds: float  # of each ceiling
+    models: Mapping[str, ModelArgs]
+    batches: tuple[int, ...] = (1, 4, 16)
+    contexts: tuple[int, ...] = (128, 2048, 8192)
+    prompts: tuple[int, ...] = (512, 4096)  # lengths
+    steps: int = 64  # timed decode steps of one rate
+    warm_steps: int = 8  # before the timed ones
+    boundary_launches: int = 200  # of a kernel that does almost nothing, in one graph
+    unroll: int = 4  # steps per graph, compared with one step per graph
+    chain: int = 16  # calls of an op in one graph, so that the graph's own launch costs little beside them
+    repeats: int = 20
+    rounds: int = 3  # of variants in turn
+    other_launches: int = 16  # at most, tried beside each launch of the tables
+    read_bytes: int = 2**31
+    seconds: float = 0.3  # to measure each ceiling
 
     @property
     def positions(self) -> int:
-        """Of the cache: every context, the steps after it, and every prompt."""
+        """Cache positions for every context with the steps after it, and for every prompt."""
         return max(max(self.contexts) + self.steps + self.warm_steps + 2 * self.unroll, max(self.prompts))
 
 
-FULL = Sizes(
-    models={name: MODELS[name] for name in ("3-8B", "3.2-1B")},
-    batches=(1, 4, 16),
-    contexts=(128, 2048, 8192),
-    prompts=(512, 4096),
-    steps=64,
-    warm_steps=8,
-    ticks=200,
-    unroll=4,
-    chain=16,
-    repeats=20,
-    rounds=3,
-    neighbours=16,
-    read_bytes=2**31,
-    seconds=0.3,
-)
+def ends(values: Sequence[int]) -> list[int]:
+    """The first and the last value, once if they are equal."""
+    return list(dict.fromkeys((values[0], values[-1])))
+
+
+FULL = Sizes({name: MODELS[name] for name in ("3-8B", "3.2-1B")})
 TOY = Sizes(
-    models={"toy": Shape(1, 32, 2, 1, 16, 64, 256)},
+    models={"toy": ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=64, vocab_size=256)},
     batches=(1, 2),
     contexts=(12,),
     prompts=(20,),
     steps=1,
     warm_steps=1,
-    ticks=3,
+    boundary_launches=3,
     unroll=2,
     chain=1,
     repeats=1,
     rounds=1,
-    neighbours=1,
+    other_launches=1,
     read_bytes=2**16,
     seconds=0.0,
 )

@@ -1,7 +1,7 @@
-"""The launch tables' neighbours: each projection's launch, and others near it, beside the library's matmul.
+"""A section of a GPU report: each launch of the launch tables, similar launches, and the library's matmul.
 
-The tables of `matvec.py`, `few_tokens.py` and attention's `scratch.py` are arithmetic: what a GPU shows to be faster
-goes into them.
+The launch tables of `matvec.py`, `few_tokens.py` and attention's `scratch.py` come from arithmetic. Launches that are
+faster on a GPU go into them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.benchmarks.gpu_report.sections import DTYPE, Bench, Found, Record
-from fastllama.benchmarks.statistics import MICRO
+from fastllama.benchmarks.gpu_report.sections import DTYPE, Bench, Record, Results
+from fastllama.benchmarks.gpu_report.sizes import ends
 from fastllama.benchmarks.suites.step_launches import fill_cache
 from fastllama.kernels.attention.decode import attention_decode
 from fastllama.kernels.attention.scratch import NUM_SPLITS, AttentionScratch
@@ -24,14 +24,15 @@ from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.projection import few_tokens, matvec
 from fastllama.model import Transformer
 
-ROWS, MAX_ROWS = (1, 2, 0.5), 128  # of the table's
+# Factors of the table's sizes, and limits.
+ROWS, MAX_ROWS = (1, 2, 0.5), 128
 WARPS, MAX_WARPS = (1, 2, 0.5), 16
 STAGES = (1, 0.5)
 CHUNKS = (1, 2)
-MAX_THREAD_BYTES = 512  # of weights that a thread can hold in registers
+MAX_THREAD_BYTES = 512  # of weights in a thread's registers
 OTHER_SPLITS = (16, 64, 128)
-# Neighbours that spill registers on compute capability 9.0 under triton 3.6 or 3.7, with a norm or without one: by
-# weight, all of them 3.2-1B's, and columns.
+# Launches that spill registers on compute capability 9.0 with triton 3.6 or 3.7, with a norm or without, by the shape
+# of a weight of 3.2-1B and the number of columns. They are not tried.
 SPILLING = {
     (3072, 2048, 8): {
         few_tokens.Launch(16, 256, 3, 1, 2),
@@ -42,15 +43,13 @@ SPILLING = {
     (128256, 2048, 16): {few_tokens.Launch(128, 256, 3, 4, 1)},
     (2048, 2048, 16): {few_tokens.Launch(32, 256, 4, 4, 2)},
 }
-MIN_CALLS = 4  # of one graph, and weights behind each other
+MIN_CALLS = 4  # in one graph
 
-Call = Callable[[], object]
 Launch = matvec.Launch | few_tokens.Launch
-Weights = Sequence[Tensor]
 
 
-def variants(bench: Bench) -> Found:
-    """Decode attention, then every projection of every model at every batch."""
+def variants(bench: Bench) -> Results:
+    """Times decode attention, then every projection, of every model."""
     for name in bench.sizes.models:
         yield from _attention(bench, name)
     for name in bench.sizes.models:
@@ -63,9 +62,10 @@ def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
     model = bench.model(name)
     positions = RaggedBatch.of([(row, bench.sizes.contexts[0] - 1, [1]) for row in range(batch)], bench.device)
     target = CacheTarget.of(*model.cache.layer(0), model.rope, positions)
-    # With their norms, whose place before the weights or behind them is one of the differences.
+    # Launches also differ in whether the norm comes before or after the weights, so it is included.
     norm = {"norm": model.norm.detach(), "eps": model.params.norm_eps}
-    ops: dict[str, tuple[Weights, int, dict[str, Any]]] = {
+    # (every layer's weight, tiles of rows in a program, keywords of the epilogue)
+    ops: dict[str, tuple[Sequence[Tensor], int, dict[str, Any]]] = {
         "qkv": (_weights(model, "wqkv"), 2, {"append_to": target, **norm}),
         "output": (_weights(model, "wo"), 1, {}),
         "gate+up": (_weights(model, "w13"), 2, {"swiglu": True, **norm}),
@@ -74,16 +74,16 @@ def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
     }
     for op, (weights, tiles, epilogue) in ops.items():
         x = torch.randn(batch, weights[0].shape[1], device=bench.device, dtype=DTYPE)
-        calls: dict[str, Callable[[Tensor], object]] = {
-            _text(launch): partial(_project, launch, epilogue, x)
-            for launch in _launches(weights[0], tiles, batch)[: bench.sizes.neighbours + 1]
+        launches = _launches(weights[0], tiles, batch)[: bench.sizes.other_launches + 1]
+        functions: dict[str, Callable[[Tensor], object]] = {
+            _text(launch): partial(_project, launch, epilogue, x) for launch in launches
         }
-        usual = next(iter(calls))
-        calls["the library's matmul"] = partial(F.linear, x)
-        for variant, call in calls.items():
-            chain = [partial(call, weight) for weight in weights] * -(-MIN_CALLS // len(weights))
-            record = {"model": name, "batch": batch, "op": op, "variant": variant, "in_table": variant == usual}
-            yield record | _microseconds(bench, chain)
+        functions["the library's matmul"] = partial(F.linear, x)
+        for variant, function in functions.items():
+            calls = [partial(function, weight) for weight in weights] * -(-MIN_CALLS // len(weights))
+            in_table = variant == _text(launches[0])
+            record = {"model": name, "batch": batch, "op": op, "variant": variant, "in_table": in_table}
+            yield record | _timed(bench, calls)
 
 
 def _project(launch: Launch, epilogue: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
@@ -92,12 +92,12 @@ def _project(launch: Launch, epilogue: dict[str, Any], x: Tensor, weight: Tensor
     return few_tokens.few_tokens(x, weight, launch=launch, **epilogue)
 
 
-def _weights(model: Transformer, attribute: str) -> Weights:
+def _weights(model: Transformer, attribute: str) -> Sequence[Tensor]:
     return [getattr(layer, attribute).detach() for layer in model.layers]
 
 
 def _launches(weight: Tensor, tiles: int, batch: int) -> Sequence[Launch]:
-    """The table's launch, then its neighbours."""
+    """The table's launch, then similar ones."""
     return _matvec_launches(weight, tiles) if batch == 1 else _few_tokens_launches(weight, tiles, batch)
 
 
@@ -124,11 +124,11 @@ def _few_tokens_launches(weight: Tensor, tiles: int, batch: int) -> list[few_tok
     columns = 8 if batch <= 8 else 16
     usual = few_tokens.choose_launch(weight, tiles, columns, target)
     found = [usual]
-    # The same stage in one accumulator first: its matrix instructions follow each other in one chain.
+    # First the same stage with one accumulator, whose matrix instructions all wait for each other.
     for accumulators in dict.fromkeys((1, usual.accumulators)):
-        whole = usual.chunk * usual.accumulators // accumulators
+        stage_chunk = usual.chunk * usual.accumulators // accumulators
         for more_rows, more_chunk, more_stages in product(ROWS, CHUNKS, STAGES):
-            rows, chunk = int(usual.rows * more_rows), whole * more_chunk
+            rows, chunk = int(usual.rows * more_rows), stage_chunk * more_chunk
             stages = max(2, int(usual.stages * more_stages))
             shared = stages * accumulators * (rows * tiles + columns) * chunk * weight.itemsize
             fits = shared <= target.shared_bytes - few_tokens.SHARED_BYTES_SPARE
@@ -147,40 +147,31 @@ def _text(launch: Launch) -> str:
 def _attention(bench: Bench, name: str) -> Iterator[Record]:
     model, sizes = bench.model(name), bench.sizes
     args = model.params
-    for batch in dict.fromkeys((sizes.batches[0], sizes.batches[-1])):
+    for batch in ends(sizes.batches):
         for context in sizes.contexts:
             fill_cache(model, batch, context)
             positions = torch.full((batch,), context - 1, device=bench.device)
             q = torch.randn(batch, args.n_heads, args.head_dim, device=bench.device, dtype=DTYPE)
-            # Two pairs of tiles on their way take more than the plain shared memory.
-            others = [(NUM_SPLITS, 2), *((num_splits, 1) for num_splits in OTHER_SPLITS)][: sizes.neighbours]
-            for num_splits, pairs in ((NUM_SPLITS, 1), *others):
+            # Two pairs of tiles in flight take more than 48 KB of shared memory.
+            others = [(NUM_SPLITS, 2), *((splits, 1) for splits in OTHER_SPLITS)][: sizes.other_launches]
+            for splits, pairs in ((NUM_SPLITS, 1), *others):
                 scratch = AttentionScratch.of(
-                    batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, num_splits=num_splits
+                    batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, num_splits=splits
                 )
-                chain = [
+                calls = [
                     partial(attention_decode, q, *model.cache.layer(layer), positions, scratch, pairs)
                     for layer in range(model.n_layers)
                 ]
                 case = {"model": name, "batch": batch, "op": f"attention over {context}"}
-                record = {
-                    **case,
-                    "variant": f"slots {num_splits}, pairs {pairs}",
-                    "in_table": (num_splits, pairs) == (NUM_SPLITS, 1),
-                }
-                yield record | _microseconds(bench, chain)
+                variant, in_table = f"slots {splits}, pairs {pairs}", (splits, pairs) == (NUM_SPLITS, 1)
+                yield case | {"variant": variant, "in_table": in_table} | _timed(bench, calls)
 
 
-def _microseconds(bench: Bench, chain: Sequence[Call]) -> Record:
-    """Of one call; or why there is none: not every launch fits every GPU."""
-
-    def run() -> None:
-        for call in chain:
-            call()
-
+def _timed(bench: Bench, calls: Sequence[Callable[[], object]]) -> Record:
+    """The time of one call, or its error: not every launch fits every GPU."""
     try:
-        return {"microseconds": MICRO * bench.median_seconds(run) / len(chain)}
+        return {"microseconds": bench.microseconds(calls)}
     except Exception as error:
         if bench.device.type == "cuda":
-            torch.cuda.synchronize()  # what broke the device is no matter of this launch
+            torch.cuda.synchronize()  # raises if the GPU's context is broken, which ends the section
         return {"microseconds": None, "error": f"{type(error).__name__}: {error}"[:200]}

@@ -1,60 +1,55 @@
-"""GPUs that are not here: a stand-in for triton's driver that compiles for them and records what would be launched.
+"""Compiles kernels for GPUs that are not present, through a replacement of triton's driver.
 
-The project's own launch wrappers, called on tensors of the real shapes, specialise and compile exactly what they would
-launch on such a GPU; nothing runs. Tensors may be memory that was never touched, so that even 70B's weights cost
-nothing.
+The project's own launch wrappers run on CPU tensors of the real shapes, so they compile exactly the kernels that they
+would launch on such a GPU. Nothing is executed.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastllama.kernels.launch.target import target_of
+from fastllama.kernels.launch.target import Target, target_of
 
 
-class Gpu(NamedTuple):
-    """What the compiler and the launch tables need to know of a GPU."""
+@dataclass(frozen=True)
+class Gpu(Target):
+    """A kind of GPU with the name of a product."""
 
-    backend: Literal["cuda", "hip"]
-    arch: int | str
-    warp_size: int
-    processors: int  # streaming multiprocessors, or compute units
-    shared_bytes: int  # that one program may have
-    title: str
+    title: str = ""
 
 
 # Shared memory and registers: NVIDIA's CUDA programming guide, "Compute capabilities", and AMD's CDNA 3 ISA guide.
 GPUS = {
-    "sm_80": Gpu("cuda", 80, 32, 108, 166912, "A100"),
-    "sm_86": Gpu("cuda", 86, 32, 82, 101376, "RTX 3090"),
-    "sm_89": Gpu("cuda", 89, 32, 128, 101376, "RTX 4090"),
-    "sm_90": Gpu("cuda", 90, 32, 132, 232448, "H200"),
-    "sm_100": Gpu("cuda", 100, 32, 148, 232448, "B200"),
-    "sm_120": Gpu("cuda", 120, 32, 170, 101376, "RTX 5090"),
-    "gfx942": Gpu("hip", "gfx942", 64, 304, 65536, "MI300X"),
+    "sm_80": Gpu("cuda", 80, 108, 166912, title="A100"),
+    "sm_86": Gpu("cuda", 86, 82, 101376, title="RTX 3090"),
+    "sm_89": Gpu("cuda", 89, 128, 101376, title="RTX 4090"),
+    "sm_90": Gpu("cuda", 90, 132, 232448, title="H200"),
+    "sm_100": Gpu("cuda", 100, 148, 232448, title="B200"),
+    "sm_120": Gpu("cuda", 120, 170, 101376, title="RTX 5090"),
+    "gfx942": Gpu("hip", "gfx942", 304, 65536, warp_size=64, title="MI300X"),
 }
 
 
 class Launch(NamedTuple):
-    """One kernel that would have been launched."""
+    """One recorded launch of a kernel."""
 
     kernel: str
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by the kernel's own names
+    arguments: dict[str, Any]  # by the kernel's parameter names
     compiled: Any  # triton's CompiledKernel: asm, metadata, src
 
 
 @contextmanager
-def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
-    """Within the block kernels are compiled for `gpu` and appended to the list instead of being launched.
+def record_launches(target: Target) -> Iterator[list[Launch]]:
+    """Within the block, kernels are compiled for `target` and appended to the list instead of being launched.
 
-    One GPU a process: triton keeps what it has compiled by the number of the device, which is always 0 here.
+    Use one target per process: triton caches compiled kernels by device number, which is always 0 here.
     RuntimeError in a process whose kernels are interpreted.
     """
     if triton.knobs.runtime.interpret:
@@ -70,7 +65,7 @@ def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
 
     driver = triton.runtime.driver
     before = getattr(driver, "_active", None)
-    driver.set_active(_Driver(gpu))
+    driver.set_active(_Driver(target))
     target_of.cache_clear()
     JITFunction.run = recording_run
     try:
@@ -83,15 +78,14 @@ def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
 
 
 class _Driver:
-    """As much of triton's driver as compiling for a GPU asks for."""
+    """The parts of triton's driver, and of its `utils`, that compilation uses. Loads and launches nothing."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-        self.utils = _Utilities(gpu)
-        self.launcher_cls = _Launcher
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.utils = self
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget(self.gpu.backend, self.gpu.arch, self.gpu.warp_size)
+        return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
 
     def get_current_device(self) -> int:
         return 0
@@ -99,45 +93,20 @@ class _Driver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-
-class _Utilities:
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
+    def launcher_cls(self, *source: Any) -> Callable[..., None]:
+        return lambda *launch: None
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {
-            "max_shared_mem": self.gpu.shared_bytes,
-            "multiprocessor_count": self.gpu.processors,
-            "warpSize": self.gpu.warp_size,
-            "max_num_regs": 65536,
-        }
+        return {"max_shared_mem": self.target.shared_bytes, "multiprocessor_count": self.target.processors}
 
     def load_binary(self, *binary: Any) -> tuple[int, int, int, int, int]:
-        """module, function, registers, spills, most threads: nothing is loaded."""
+        """(module, function, registers, spills, maximum of threads)."""
         return (0, 0, 0, 0, 1024)
 
     def unload_module(self, *module: Any) -> None:
         pass
 
 
-class _Launcher:
-    """Launches nothing."""
-
-    def __init__(self, *source: Any) -> None:
-        pass
-
-    def __call__(self, *launch: Any) -> None:
-        pass
-
-
 def compiling_environment(cache: str) -> dict[str, str]:
-    """The environment of a process that compiles: no interpreter, and a compilation cache of its own."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept | {"TRITON_CACHE_DIR": cache}
+    """The environment of a process that compiles kernels into its own cache, without the interpreter."""
+    return os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}

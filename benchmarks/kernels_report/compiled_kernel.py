@@ -1,8 +1,7 @@
-"""What the compiler made of a kernel: registers, spills, shared memory, load widths, matrix instructions.
+"""Reads registers, spills, shared memory, load widths and matrix instructions from a compiled kernel.
 
-Widths are told by argument (`llvm_ir.py`), and so is what a kernel does before it waits (`dependence.py`).
-Registers and spills come from the binary (NVIDIA) or the assembly's metadata (AMD), with the tools that come with
-triton.
+Load widths come from the LLVM IR, by argument (`llvm_ir.py`). Registers and spills come from the binary (NVIDIA), read
+with the tools that triton ships, or from the assembly's metadata (AMD).
 """
 
 import re
@@ -15,23 +14,23 @@ from typing import Any, NamedTuple
 
 import triton
 
-from fastllama.benchmarks.kernels_report.ahead_of_time import Gpu
 from fastllama.benchmarks.kernels_report.llvm_ir import KernelIR
 from fastllama.benchmarks.kernels_report.sass import Sass
+from fastllama.kernels.launch.target import Target
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-LOAD_BYTES = 16
-REGISTER_GRANULE = 8  # registers of a thread are handed out in
+LOAD_BYTES = 16  # of the widest load
+REGISTER_GRANULE = 8  # a thread's registers are allocated in multiples of this
 MATRIX_INSTRUCTIONS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
 
 
 class Processor(NamedTuple):
-    """What a multiprocessor, or compute unit, holds at once."""
+    """The limits of a multiprocessor or compute unit."""
 
-    registers: int  # of all its threads, 32 bits each
+    registers: int  # of all threads, 32 bits each
     threads: int
     programs: int
-    reserved_bytes: int  # of shared memory beside each program's own
+    reserved_bytes: int  # of shared memory, in addition to each program's own
 
 
 # NVIDIA's CUDA programming guide, "Compute capabilities"; AMD's CDNA 3 ISA guide: four SIMDs of 512 · 64 registers.
@@ -45,9 +44,9 @@ PROCESSORS: dict[int | str, Processor] = {
 
 
 class Compiled:
-    """One compiled kernel on one GPU."""
+    """A kernel that triton compiled for one GPU."""
 
-    def __init__(self, compiled: Any, gpu: Gpu) -> None:
+    def __init__(self, compiled: Any, gpu: Target) -> None:
         self.gpu = gpu
         self.warps: int = compiled.metadata.num_warps
         self.stages: int = compiled.metadata.num_stages
@@ -58,25 +57,25 @@ class Compiled:
 
     @property
     def threads(self) -> int:
-        """Of a program."""
+        """Threads per program."""
         return self.warps * self.gpu.warp_size
 
     @property
     def registers(self) -> int:
-        """Of a thread."""
+        """Registers per thread."""
         return self._usage["registers"]
 
     @property
     def spills(self) -> int:
-        """Bytes of a thread's stack, which is where spilled registers go.
+        """Bytes of a thread's stack, where spilled registers go.
 
-        AMD's scalar registers are not counted: they are kept in lanes of vector registers, not in memory.
+        Spilled scalar registers of AMD's are not counted: they go to lanes of vector registers, not to memory.
         """
         return self._usage["spills"]
 
     @property
     def programs_per_processor(self) -> int:
-        """How many fit beside each other: by registers, threads and shared memory."""
+        """How many programs a multiprocessor holds at once, by registers, threads and shared memory."""
         processor = PROCESSORS.get(self.gpu.arch, PROCESSOR)
         granules = -(-self.registers // REGISTER_GRANULE) * REGISTER_GRANULE
         by_registers = processor.registers // (granules * self.threads)
@@ -90,7 +89,7 @@ class Compiled:
 
     @cached_property
     def loads(self) -> dict[str, Counter[int]]:
-        """For each argument, how many loads of how many bytes a thread issues; "?" where an address has no argument."""
+        """By argument, how many loads of each width in bytes a thread issues; "?" for an address of no argument."""
         loads: dict[str, Counter[int]] = {}
         for load in self.ir.loads:
             loads.setdefault(load.argument, Counter())[load.width] += 1
@@ -103,7 +102,7 @@ class Compiled:
 
     @cached_property
     def barrier_before_atomics(self) -> bool | None:
-        """Whether a barrier stands between each atomic and the stores before it; None where there is no atomic."""
+        """Whether there is a barrier between each atomic and the stores before it; None without an atomic."""
         if self.gpu.backend == "cuda":
             text, atomic, store, barrier = self._asm["ptx"], r"\batom\.", r"\bst\.global", r"\bbar(rier)?\.sync"
         else:
@@ -112,17 +111,17 @@ class Compiled:
 
     @cached_property
     def sass(self) -> Sass:
-        """The binary's instructions, NVIDIA only."""
+        """The binary's instructions (NVIDIA only)."""
         return Sass(self._run("nvdisasm", "-c", "-hex"))
 
     @property
     def instructions(self) -> list[str]:
-        """Their text."""
+        """The text of the binary's instructions."""
         return [one.text for one in self.sass.instructions]
 
     @cached_property
     def early_weight_bytes(self) -> int:
-        """Bytes of once-read weights that a thread requests before the first barrier or wait, NVIDIA only."""
+        """Bytes of weights that a thread requests before the first barrier or wait (NVIDIA only)."""
         stops = "BAR.SYNC", "ACQBULK"
         lines = self.instructions
         until = next((index for index, line in enumerate(lines) if any(stop in line for stop in stops)), 0)

@@ -1,8 +1,8 @@
-"""Proof that a kernel may be launched as dependent on the one before, from its LLVM IR.
+"""Proves from a kernel's LLVM IR that it may be launched as dependent on the kernel before it.
 
-The rule stands in `kernels/launch/dependent.py`: one wait, before any branch, loop or return; before it only loads of
-immutable weights, and prefetches. A number that is not final may be loaded to steer prefetches, as long as nothing
-else, and nothing after the wait, is made from it.
+The rule is explained in `kernels/launch/dependent.py`: a kernel waits once, before any branch, loop or return. Before
+that it may only prefetch, load immutable weights, and load numbers that are not final yet if they are used for nothing
+but prefetches before the wait.
 """
 
 import re
@@ -11,28 +11,28 @@ from collections.abc import Iterator
 from fastllama.benchmarks.kernels_report.llvm_ir import KernelIR, Load, loaded_bytes, pointers_in
 
 IMMUTABLE = {"weight_ptr", "norm_ptr"}
-STEERING = {"positions_ptr"}
+STEERING = {"positions_ptr"}  # may be loaded early, to decide what is prefetched
 PREFETCHED = {"weight_ptr", "cache_k_ptr", "cache_v_ptr"}
 WAIT, TRIGGER, PREFETCH = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2"
-# Between the threads of one program, or of no effect outside a thread. Tensor memory is a multiprocessor's own.
+# Acts within one program or one thread only. Tensor memory belongs to a multiprocessor.
 HARMLESS_ASSEMBLY = r"createpolicy|shfl\.sync|bar\.sync|barrier|[ls][dt]\.shared|tcgen05\.(alloc|relinquish)|^$"
 LEAVES_THE_ENTRY = r"^(br|switch|ret|unreachable)\b|^[\w.]+:"
 
 
 def waits(ir: KernelIR) -> int:
-    """How many waits a kernel has."""
+    """The number of waits in a kernel."""
     return sum(WAIT in line for line in ir.lines)
 
 
-def faults(ir: KernelIR) -> list[str]:
-    """How a kernel that is launched as dependent breaks the rule; nothing where it keeps it."""
+def violations(ir: KernelIR) -> list[str]:
+    """Each way in which a kernel that is launched as dependent breaks the rule."""
     places = [index for index, line in enumerate(ir.lines) if WAIT in line]
     if len(places) != 1:
         return [f"has {len(places)} waits, not one"]
     (wait,) = places
     found = []
     if any(re.search(LEAVES_THE_ENTRY, line) for line in ir.lines[:wait]):
-        found.append("waits behind a branch, a loop or a return")
+        found.append("waits after a branch, a loop or a return")
     triggers = [index for index, line in enumerate(ir.lines) if TRIGGER in line]
     if any(index < wait for index in triggers):
         found.append("lets the next kernel begin before it has waited")
@@ -42,7 +42,7 @@ def faults(ir: KernelIR) -> list[str]:
 
 
 def prefetches(ir: KernelIR) -> set[str]:
-    """The arguments of whose memory a kernel prefetches."""
+    """The arguments whose memory a kernel prefetches."""
     return {ir.argument_of(pointers_in(line)[0]).removesuffix("_ptr") for line in ir.lines if PREFETCH in line}
 
 
@@ -70,12 +70,12 @@ def _early_loads(ir: KernelIR, wait: int) -> Iterator[str]:
 
 
 def _only_steers(ir: KernelIR, load: Load, wait: int) -> bool:
-    """Whether everything that is made from a loaded value ends in prefetches before the wait."""
-    made = {load.value}
+    """Whether a loaded value, and all that is computed from it, is used for prefetches before the wait alone."""
+    derived = {load.value}
     for index, value, instruction in ir.assignments():
-        if index > load.line and made & set(re.findall(r"%([\w.]+)", instruction)):
+        if index > load.line and derived & set(re.findall(r"%([\w.]+)", instruction)):
             if index > wait or not value:
                 return False
             if PREFETCH not in instruction:
-                made.add(value)
+                derived.add(value)
     return True

@@ -1,4 +1,4 @@
-"""A compiled kernel's LLVM IR, read line by line: what it loads, and from which of the kernel's arguments."""
+"""Reads a compiled kernel's LLVM IR: its loads, and the kernel argument that each of them reads."""
 
 import re
 from collections.abc import Iterator
@@ -6,24 +6,24 @@ from functools import cached_property
 from typing import NamedTuple
 
 ELEMENT_BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
-UNKNOWN = "?"  # in place of an argument's name
+UNKNOWN = "?"  # the argument of an address that comes from none
 _POINTER = r"ptr addrspace\([18]\)[^%,)]* %([\w.]+)"
 
 
 class Load(NamedTuple):
-    """One load from global memory, of a thread."""
+    """A thread's load from global memory."""
 
     line: int
-    value: str  # its result; empty for a copy to shared memory
-    argument: str  # whose memory it reads
+    value: str  # the name of the result; empty for a copy to shared memory
+    argument: str  # the argument whose memory it reads
     width: int  # bytes
 
 
 class KernelIR:
-    """The body of a kernel."""
+    """The lines of a kernel's body."""
 
     def __init__(self, ir: str, arguments: list[str]) -> None:
-        """arguments: the names of the kernel's own, in order; what triton adds comes after."""
+        """arguments: the names of the kernel's arguments, in order. Triton adds others after them."""
         head, body = re.search(  # type: ignore[union-attr]
             r"^define [^@]*@\w+\((.*?)\)[^()]*\{\n(.*?)^\}", ir, re.MULTILINE | re.DOTALL
         ).groups()
@@ -39,13 +39,13 @@ class KernelIR:
         ]
 
     def assignments(self) -> Iterator[tuple[int, str, str]]:
-        """(line, name of the result or "", instruction) of every line."""
+        """(index, name of the result or "", instruction) of every line."""
         for index, line in enumerate(self.lines):
             value, _, right = line.partition(" = ")
             yield (index, value.lstrip("%"), right) if right else (index, "", line)
 
     def argument_of(self, pointer: str) -> str:
-        """The name of the argument that an address is made from."""
+        """The argument that an address is computed from."""
         seen, waiting = set(), [pointer]
         while waiting:
             value = waiting.pop()
@@ -58,7 +58,7 @@ class KernelIR:
 
     @cached_property
     def _sources(self) -> dict[str, list[str]]:
-        """The pointers that each value is made from."""
+        """The pointers that each value is computed from."""
         sources: dict[str, list[str]] = {}
         for _, value, right in self.assignments():
             if value and not loaded_bytes(right):
@@ -68,12 +68,12 @@ class KernelIR:
 
 
 def pointers_in(instruction: str) -> list[str]:
-    """The pointers to global memory that an instruction names."""
+    """The pointers to global memory in an instruction."""
     return re.findall(_POINTER, instruction)
 
 
 def loaded_bytes(instruction: str) -> int:
-    """Bytes that one thread loads from global memory with an instruction; 0 for any other."""
+    """The bytes that one thread loads from global memory with an instruction; 0 if it loads none."""
     if asynchronous := re.search(r"cp\.async\.\w+\.shared\.global.*?, (0x[0-9a-f]+),", instruction):
         return int(asynchronous[1], 16)
     if inline := re.search(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", instruction):

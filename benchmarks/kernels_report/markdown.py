@@ -1,33 +1,94 @@
-"""The table of what compilers make of the kernels, in Markdown, as it stands in docs/compiled/."""
+"""The document of docs/compiled/: what the compiler makes of the kernels, in Markdown."""
 
 import re
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
 from fastllama.benchmarks.kernels_report.model_launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
-from fastllama.benchmarks.kernels_report.table import EVERY_MODELS_GPUS, WHOLE_STEP, Row, launch_counts
-from fastllama.benchmarks.tables import markdown as table
+from fastllama.benchmarks.kernels_report.table import ALL_MODELS_GPUS, WHOLE_STEP, Row, launch_counts
+from fastllama.benchmarks.tables import markdown
 
-# Its sections, besides one for each GPU.
+# The titles of the sections that are not about one GPU.
 LAUNCHES = "Launches of a decode step"
 WEIGHTS = "How weights are read on an H200"
 TRAFFIC = "Bytes moved on an H200"
 BARRIER = {None: "", True: "yes", False: "MISSING"}
-STREAMING = ["model", "rows", "op", "weight", "programs / 132", "fit", "waves", "in flight, KB", "issue slots", "µs"]
-STREAMING += ["x early", "chain, cycles", "prefetches"]
-RESOURCES = ("programs", "warps", "stages", "registers", "spills", "shared", "resident")
+
+Cell = str | Callable[[Row], object]  # a template for str.format, or a function of the row
+
+
+def _kernel(row: Row) -> str:
+    return re.sub("^_|_kernel$", "", row["kernel"])
+
+
+def _loads(row: Row) -> str:
+    return " · ".join(f"{name} {'/'.join(map(str, widths))}" for name, widths in sorted(row["loads"].items()))
+
+
+def _waits(row: Row) -> str:
+    if not row["dependent"]:
+        return ""
+    return "after prefetching " + ", ".join(row["prefetched"]) if row["prefetched"] else "first"
+
+
+def _early(row: Row) -> str:
+    if "x_early" not in row:
+        return ""
+    norm = {True: ", norm", False: ", norm behind", None: ""}[row["norm_first"]]
+    return f"{row['x_early']} of {row['x_loads']}{norm}"
+
+
+RESOURCES: Mapping[str, Cell] = {
+    **{name: f"{{{name}}}" for name in ("model", "tokens", "op")},
+    "kernel": _kernel,
+    **{name: f"{{{name}}}" for name in ("programs", "warps", "stages", "registers", "spills", "shared", "resident")},
+    "loads": _loads,
+    "matrix": "{matrix}",
+    "barrier": lambda row: BARRIER[row["barrier"]],
+    "waits": _waits,
+}
+STREAMING: Mapping[str, Cell] = {
+    "model": "{model}",
+    "rows": "{tokens}",
+    "op": "{op}",
+    "weight": lambda row: " × ".join(map(str, row["weight"])),
+    "programs / 132": "{share:.1f}",
+    "fit": "{resident}",
+    "waves": lambda row: f"{row['share'] / row['resident']:.1f}",
+    "in flight, KB": lambda row: round(row["in_flight"] / 1024),
+    "issue slots": lambda row: "" if row["issue"] is None else f"{row['issue']:.0%}",
+    "µs": "{microseconds:.1f}",
+    "x early": _early,
+    "chain, cycles": lambda row: f"{row['chain']:.0f} of {row['budget']:.0f}" if "chain" in row else "",
+    "prefetches": "{prefetches:.0f} in {prefetching}",
+}
+MOVED: Mapping[str, Cell] = {
+    "model": "{model}",
+    "rows": "{tokens}",
+    "op": "{op}",
+    "kernel": _kernel,
+    "least, KB": lambda row: f"{row['least'] / 1024:,.0f}",
+    "weights and cache, KB": lambda row: f"{row['streamed'] / 1024:,.0f}",
+    "the rest, KB": lambda row: f"{row['rest'] / 1024:,.0f}",
+}
+
+
+def _table(columns: Mapping[str, Cell], rows: Iterable[Row]) -> str:
+    cells = columns.values()
+    texts = ([cell.format(**row) if isinstance(cell, str) else cell(row) for cell in cells] for row in rows)
+    return markdown(list(columns), texts)
 
 
 def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> str:
-    """The whole document, from rows of every GPU and of the traffic."""
+    """The document, from the rows of every GPU and of the traffic."""
     parts = [
         f"# The kernels, as triton {triton_version} compiles them",
         "Made by `make kernels-report` and held to by the tests. Every launch of a decode step at 1, 4 and 16 rows and "
         f"of the kernels around the library's matmul for a prompt's {PREFILL_TOKENS} tokens, in bfloat16; the launches "
         "are those of the real wrappers. 3-70B/8 is one rank of eight; 3.2-1B is compiled for "
-        f"{', '.join(EVERY_MODELS_GPUS)} alone. No figure here was measured on a GPU.",
+        f"{', '.join(ALL_MODELS_GPUS)} alone. No figure here was measured on a GPU.",
         f"## {LAUNCHES}",
-        table(
+        markdown(
             ["GPU", "model", "rows", "a layer", "a step", "layers"],
             [
                 [gpu, model, tokens, layer, step, MODELS[model].n_layers]
@@ -43,27 +104,16 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "cycles that a stage's matrix instructions take at the least, since each waits for the sums of the one before, "
         "of those in which the stage has to be read. Prefetches: instructions that a warp issues one after the other, "
         "and in how many programs.",
-        table(
-            STREAMING,
-            [_streaming(row) for row in compiled if "in_flight" in row],
-        ),
+        _table(STREAMING, (row for row in compiled if "in_flight" in row)),
         f"## {TRAFFIC}",
         "Counted in the interpreter from the kernels' own loads and stores: those of weights, embedding and cache, "
         "which come from memory, and all others, which L2 serves. The least is every operand once. Contexts of "
         f"{CONTEXT_TOKENS} tokens.",
-        table(
-            ["model", "rows", "op", "kernel", "least, KB", "weights and cache, KB", "the rest, KB"],
-            [_moved(row) for row in traffic],
-        ),
+        _table(MOVED, traffic),
     ]
     for name in dict.fromkeys(row["gpu"] for row in compiled):
-        parts += [
-            f"## {heading(name)}",
-            table(
-                ["model", "tokens", "op", "kernel", *RESOURCES, "loads", "matrix", "barrier", "waits"],
-                [_resources(row) for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP],
-            ),
-        ]
+        rows = [row for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP]
+        parts += [f"## {heading(name)}", _table(RESOURCES, rows)]
     legend = (
         "Spills: bytes of a thread's stack. Shared: bytes of a program, limits "
         + ", ".join(f"{name} {gpu.shared_bytes}" for name, gpu in GPUS.items())
@@ -75,12 +125,12 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
 
 
 def heading(gpu: str) -> str:
-    """Of a GPU's section."""
+    """The title of a GPU's section."""
     return f"{gpu} ({GPUS[gpu].title})"
 
 
 def sections(document: str) -> dict[str, list[str]]:
-    """A document's lines by the headings that they stand under, without the empty ones."""
+    """A document's lines by section title, without empty lines."""
     found: dict[str, list[str]] = {}
     lines = found.setdefault("", [])
     for line in filter(None, document.splitlines()):
@@ -89,55 +139,3 @@ def sections(document: str) -> dict[str, list[str]]:
         else:
             lines.append(line)
     return found
-
-
-def _resources(row: Row) -> list[Any]:
-    loads = " · ".join(f"{name} {'/'.join(map(str, widths))}" for name, widths in sorted(row["loads"].items()))
-    kernel = re.sub("^_|_kernel$", "", row["kernel"])
-    return [
-        row["model"],
-        row["tokens"],
-        row["op"],
-        kernel,
-        *(row[name] for name in RESOURCES),
-        loads,
-        row["matrix"],
-        BARRIER[row["barrier"]],
-        _waits(row),
-    ]
-
-
-def _waits(row: Row) -> str:
-    if not row["dependent"]:
-        return ""
-    return "after prefetching " + ", ".join(row["prefetched"]) if row["prefetched"] else "first"
-
-
-def _streaming(row: Row) -> list[Any]:
-    return [
-        row["model"],
-        row["tokens"],
-        row["op"],
-        " × ".join(map(str, row["weight"])),
-        f"{row['share']:.1f}",
-        row["resident"],
-        f"{row['share'] / row['resident']:.1f}",
-        round(row["in_flight"] / 1024),
-        "" if row["issue"] is None else f"{row['issue']:.0%}",
-        f"{row['microseconds']:.1f}",
-        _early(row),
-        f"{row['chain']:.0f} of {row['budget']:.0f}" if "chain" in row else "",
-        f"{row['prefetches']:.0f} in {row['prefetching']}",
-    ]
-
-
-def _early(row: Row) -> str:
-    if "x_early" not in row:
-        return ""
-    norm = {True: ", norm", False: ", norm behind", None: ""}[row["norm_first"]]
-    return f"{row['x_early']} of {row['x_loads']}{norm}"
-
-
-def _moved(row: Row) -> list[Any]:
-    sizes = [f"{row[name] / 1024:,.0f}" for name in ("least", "streamed", "rest")]
-    return [row["model"], row["tokens"], row["op"], re.sub("^_|_kernel$", "", row["kernel"]), *sizes]

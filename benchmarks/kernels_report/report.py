@@ -1,6 +1,6 @@
-"""`python -m fastllama.benchmarks.kernels_report`: compile every kernel for GPUs that are not here; keep a table of it.
+"""`python -m fastllama.benchmarks.kernels_report`: compiles the kernels for GPUs that are not present.
 
-Each GPU has a process of its own, two at a time, and so has the counting of bytes, which interprets.
+Each GPU has its own process. Counting bytes, which needs the interpreter, has another. Two processes run at a time.
 """
 
 import difflib
@@ -17,7 +17,14 @@ import triton
 from fastllama.benchmarks.kernels_report import markdown
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, compiling_environment
 from fastllama.benchmarks.kernels_report.markdown import document, heading, sections
-from fastllama.benchmarks.kernels_report.table import H200, Row, compiled_rows, traffic_rows, violations, wasteful
+from fastllama.benchmarks.kernels_report.table import (
+    H200,
+    Row,
+    compiled_rows,
+    excess_traffic,
+    traffic_rows,
+    violations,
+)
 from fastllama.kernels.launch import target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,12 +36,10 @@ SHOWN_DIFFERENCES = 40
 
 
 def collect(parts: tuple[str, ...]) -> dict[str, list[Row]]:
-    """The rows of each part, a GPU's name or "traffic", in processes of their own. RuntimeError where one fails."""
+    """The rows of each part, a GPU's name or "traffic", each made in its own process. RuntimeError if one fails."""
 
     def run(part: str) -> list[Row]:
-        environment = compiling_environment(str(CACHE))
-        if part == TRAFFIC:
-            environment["TRITON_INTERPRET"] = "1"
+        environment = compiling_environment(str(CACHE)) | {"TRITON_INTERPRET": str(int(part == TRAFFIC))}
         command = [sys.executable, "-W", "error", "-m", "fastllama.benchmarks.kernels_report", "--part", part]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
         if done.returncode:
@@ -46,44 +51,43 @@ def collect(parts: tuple[str, ...]) -> dict[str, list[Row]]:
         return dict(zip(parts, pool.map(run, parts), strict=True))
 
 
-def report(gpus: tuple[str, ...] = tuple(GPUS)) -> tuple[str, int, list[str]]:
-    """The table in Markdown, how many launches stand in it, and the rules that they break."""
-    rows = collect((*gpus, TRAFFIC))
-    compiled = [row for gpu in gpus for row in rows[gpu]]
-    broken = violations(compiled) + wasteful(rows[TRAFFIC])
-    return document(triton.__version__, compiled, rows[TRAFFIC]), len(compiled), broken
+def report(parts: tuple[str, ...] = (*GPUS, TRAFFIC)) -> tuple[str, int, list[str]]:
+    """(the document in Markdown, the number of compiled launches, the rules that are broken) of some parts."""
+    rows = collect(parts)
+    traffic = rows.pop(TRAFFIC, [])
+    compiled = [row for part in rows.values() for row in part]
+    broken = violations(compiled) + excess_traffic(traffic)
+    return document(triton.__version__, compiled, traffic), len(compiled), broken
 
 
 def checked(part: str) -> tuple[list[str], list[str]]:
-    """Of one GPU, or of "traffic" -> (rules that are broken, lines that differ from the table in the repository)."""
-    rows = collect((part,))[part]
-    if part == TRAFFIC:
-        fresh, broken, titles = document(triton.__version__, [], rows), wasteful(rows), [markdown.TRAFFIC]
-    else:
-        fresh, broken, titles = document(triton.__version__, rows, []), violations(rows), [heading(part)]
-        titles += [markdown.WEIGHTS] if part == H200 else []
-    path = table_path()
-    kept, made = (sections(text) for text in (path.read_text(encoding="utf-8") if path.exists() else "", fresh))
+    """(broken rules, lines that differ from the document in the repository) of one GPU, or of "traffic"."""
+    fresh, _, broken = report((part,))
+    titles = [markdown.LAUNCHES, markdown.TRAFFIC if part == TRAFFIC else heading(part)]
+    titles += [markdown.WEIGHTS] if part == H200 else []
+    kept, made = sections(_kept()), sections(fresh)
     changed: list[str] = []
-    for title in (markdown.LAUNCHES, *titles):
+    for title in titles:
         before, after = kept.get(title, []), made[title]
-        if title == markdown.LAUNCHES:  # where all GPUs stand together
+        if title == markdown.LAUNCHES:  # a table with the lines of all GPUs
             before, after = ([line for line in lines if f"| {part} |" in line] for lines in (before, after))
-        changed += difflib.unified_diff(before, after, title, "compiled now", lineterm="", n=0)
+        changed += _differences(before, after, title)
     return broken, changed
 
 
 def table_path() -> Path:
-    """Where the installed triton's table stands."""
+    """The path of the document for the installed triton."""
     return TABLES / f"triton-{triton.__version__}.md"
 
 
-def differences(table: str) -> list[str]:
-    """Lines in which a fresh table differs from the one in the repository."""
+def _kept() -> str:
+    """The document in the repository; empty if there is none for this triton."""
     path = table_path()
-    kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    changes = difflib.unified_diff(kept, table.splitlines(), "in the repository", "compiled now", lineterm="", n=0)
-    return list(changes)
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _differences(before: list[str], after: list[str], title: str) -> list[str]:
+    return list(difflib.unified_diff(before, after, title, "compiled now", lineterm="", n=0))
 
 
 @click.command(epilog="Example: python -m fastllama.benchmarks.kernels_report --check")
@@ -100,7 +104,7 @@ def main(check: bool, as_json: bool, part: str | None) -> None:
         _print_part(part)
         return
     table, n_launches, broken = report()
-    changed = differences(table)
+    changed = _differences(_kept().splitlines(), table.splitlines(), "in the repository")
     for line in (*broken, *changed[:SHOWN_DIFFERENCES]):
         click.echo(line, err=True)
     if not check:
@@ -117,9 +121,8 @@ def main(check: bool, as_json: bool, part: str | None) -> None:
 
 
 def _print_part(part: str) -> None:
-    """One part's rows on stdout, a JSON object a line."""
+    """Print one part's rows, one JSON object per line."""
     if part == TRAFFIC:
-        h200 = GPUS[H200]
-        target.INTERPRETED = target.Target(h200.backend, h200.arch, h200.processors, h200.shared_bytes)
+        target.INTERPRETED = GPUS[H200]  # whose launches are interpreted
     for row in traffic_rows() if part == TRAFFIC else compiled_rows(part):
         click.echo(json.dumps(row))

@@ -1,41 +1,41 @@
-"""A compiled kernel's own instructions, as the GPU issues them: what waits for what (NVIDIA, from Volta on).
+"""Reads a compiled kernel's machine instructions, and which of them wait for which (NVIDIA, from Volta on).
 
-An instruction carries the barriers that the compiler has it set and wait for, six of them in all. A load sets one when
-its data are there, and whatever needs the data waits for that one, and for every other load that sets it, too. So what
-is early in a kernel is told by these, not by who reads which register.
+An instruction may set one of six barriers and wait for any of them. A load sets its barrier when its data has arrived.
+An instruction that needs the data waits for that barrier, and so for all other loads that set it. So the barriers, not
+the registers, show what runs before the data of a load is needed.
 """
 
 import re
 from typing import NamedTuple
 
-# Bits of an instruction's second half: the barrier that it sets (7: none), and those that it waits for.
+# Bits of an instruction's second half: the barrier that it sets (7: none), and the barriers that it waits for.
 SETS_AT, WAITS_AT, BARRIERS = 46, 52, 6
 NO_BARRIER = 7
-# Cycles from a matrix instruction of 16 x 8 x 16 to the next that adds to its sums: assumed, not measured here. The GPU
-# report times launches of one and of several chains.
+# Cycles from a matrix instruction of 16 x 8 x 16 to the next that adds to its sums. Assumed, not measured; the GPU
+# report times launches with one chain and with several.
 CHAIN_CYCLES = 33
 _LINE = r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\* 0x[0-9a-f]+ \*/\s+/\* (0x[0-9a-f]+) \*/|^(\.L\w+):"
 _WEIGHT, _WAIT = r"LDG\.E\.EF\b", "ACQBULK"
-_LOAD = r"LDG\.E\.(64|128)\b"  # of what every program reads: not evicted first
+_LOAD = r"LDG\.E\.(64|128)\b"  # of x, which every program reads: not marked "evict first", as weights are
 _NORM = "MUFU.RSQ"
 _PREFETCH, _LOOP = "UBLKPF", "BRA.U.ANY"
-# Result, two factors and the sums so far, of which a wgmma's second factor is described elsewhere.
+# The result, two factors and the sums so far. A wgmma names a descriptor as a factor.
 _MATRIX = r"\bHG?MMA\S* (?P<result>R\d+), .*, (?P<sums>R(?:\d+|Z))"
 
 
 class Instruction(NamedTuple):
-    """One of a kernel's instructions."""
+    """One instruction of a kernel."""
 
     text: str
-    sets: int | None  # the barrier that shows when it is done
-    waits: frozenset[int]  # those that it waits for
+    sets: int | None  # the barrier that it sets when it is done
+    waits: frozenset[int]  # the barriers that it waits for
 
 
 class Sass:
     """The instructions of a kernel, up to the last exit."""
 
     def __init__(self, listing: str) -> None:
-        """listing: of nvdisasm, with the instructions' encodings."""
+        """listing: nvdisasm's output with the instructions' encodings."""
         self.instructions: list[Instruction] = []
         self._labels: dict[str, int] = {}
         for text, half, label in re.findall(_LINE, listing, re.MULTILINE):
@@ -50,32 +50,30 @@ class Sass:
         del self.instructions[last + 1 :]
 
     def early_inputs(self) -> tuple[int, int]:
-        """Of a dependent launch: loads, after its wait, of what every program reads -> (before any weight is waited
-        for, in all).
-        """
+        """The loads of x after a dependent launch's wait: (before the first wait for a weight, in all)."""
         begin, used = self._wait(), self._first_use()
         places = [i for i, one in enumerate(self.instructions) if i > begin and re.search(_LOAD, one.text)]
         return sum(place < used for place in places), len(places)
 
     def norm_is_first(self) -> bool | None:
-        """Whether a norm is known before any weight is waited for; None where there is none."""
+        """Whether the norm is computed before the first wait for a weight; None without a norm."""
         places = [i for i, one in enumerate(self.instructions) if _NORM in one.text]
         return places[0] < self._first_use() if places else None
 
     def prefetches(self) -> tuple[int, int]:
-        """Prefetch instructions -> (those that a warp issues once, those that it issues anew for each thread)."""
+        """The prefetch instructions: (those that a warp issues once, those that it issues once per thread)."""
         found = [i for i, one in enumerate(self.instructions) if _PREFETCH in one.text]
         loops = sum(any(_LOOP in one.text for one in self.instructions[i : i + 4]) for i in found)
         return len(found) - loops, loops
 
     def chain(self) -> tuple[float, int]:
-        """The innermost loop that multiplies, or the kernel where it has been unrolled -> (cycles that its matrix
-        instructions take at the least, each time round; how many those are).
+        """(least cycles, number) of the matrix instructions in one iteration of the innermost loop that multiplies, or
+        in the complete kernel if that loop is unrolled.
 
         They are issued in order, and one that adds to the sums of an earlier one waits for it.
         """
         begin, end = self._innermost_loop()
-        rounds = 2 if end else 1  # the second begins with the first one's sums
+        rounds = 2 if end else 1  # the second iteration begins with the sums of the first
         found = [match for one in self.instructions[begin : end or None] if (match := re.search(_MATRIX, one.text))]
         at, ends, ready = 0, [0], dict[str, int]()
         for _ in range(rounds):
@@ -99,7 +97,7 @@ class Sass:
         return next((i for i, one in enumerate(self.instructions) if _WAIT in one.text), 0)
 
     def _first_use(self) -> int:
-        """The first instruction after the wait that waits for a weight."""
+        """The index of the first instruction after the dependent launch's wait that waits for a weight."""
         begin = self._wait()
         barriers = {one.sets for one in self.instructions if re.search(_WEIGHT, one.text)}
         return next((i for i, one in enumerate(self.instructions) if i > begin and one.waits & barriers), begin)

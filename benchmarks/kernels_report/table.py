@@ -1,29 +1,31 @@
-"""The table of what compilers make of the kernels: its rows, and what they must hold to.
+"""The rows of the table of compiled kernels, and the rules that they must keep.
 
-Rows are plain dicts, so that they pass between the processes that compile for different GPUs.
+Rows are plain dicts, because they pass as JSON between the processes that compile for different GPUs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastllama.args import ModelArgs
 from fastllama.benchmarks.kernels_report import dependence
-from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, Gpu, Launch, recorded
-from fastllama.benchmarks.kernels_report.compiled_kernel import Compiled
+from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, Launch, record_launches
+from fastllama.benchmarks.kernels_report.compiled_kernel import LOAD_BYTES, Compiled
 from fastllama.benchmarks.kernels_report.model_launches import (
     BATCHES,
     CONTEXT_TOKENS,
     MODELS,
     OTHERS_MODELS,
     PREFILL_TOKENS,
-    Shape,
+    PROCESSES,
     decode_ops,
     prefill_ops,
     whole_step,
 )
-from fastllama.benchmarks.kernels_report.traffic import counted, least_bytes
-from fastllama.benchmarks.kernels_report.weight_streaming import streaming
+from fastllama.benchmarks.kernels_report.traffic import count_traffic, least_bytes
+from fastllama.benchmarks.kernels_report.weight_streaming import streaming_metrics
 from fastllama.kernels.attention.tile import DEFAULT_SHARED_BYTES
 from fastllama.kernels.launch import dependent
 
@@ -37,19 +39,19 @@ MUST_READ = {
     "_embed_kernel": ("table",),
 }
 PROJECTIONS = {"_matvec_kernel", "_few_tokens_kernel"}
-HAND_OVERS = {"_attention_decode_kernel", "_draw_kernel"}  # to the last program, by an atomic counter
-MOST_STREAMED = 1.02  # of the least: each weight and each cached key is read once
-WIDE_LOAD_BYTES = 16
-LAYER_LAUNCHES = 5
-OTHER_LAUNCHES = 4  # of a step: embed, head, two of choose
-WHOLE_STEP = "step"  # the op of a row that counts a step's launches
+PREFETCHING = PROJECTIONS | {"_attention_decode_kernel"}
+ATOMIC = {"_attention_decode_kernel", "_draw_kernel"}  # pass partial results to the last program, by an atomic counter
 DOTS = {"_few_tokens_kernel", "_attention_decode_kernel", "_attention_prefill_kernel"}
+MAX_STREAMED = 1.02  # of the least bytes: each weight and each cached key is read once
+LAYER_LAUNCHES = 5
+OTHER_LAUNCHES = 4  # of a step: embed, head, two of sampling
+WHOLE_STEP = "step"  # the op of a row that counts a step's launches
 H200 = "sm_90"
-EVERY_MODELS_GPUS = (H200, "sm_86", "sm_120")  # and what people have at home
+ALL_MODELS_GPUS = (H200, "sm_86", "sm_120")  # the H200, and GPUs that people have at home
 
 
 class _OtherKernels(TorchDispatchMode):
-    """Counts torch's own operations that would be a kernel on a GPU: all but allocations and views."""
+    """Counts torch's own operations that would be kernels on a GPU: all but allocations and views."""
 
     FREE = ("aten::empty", "aten::detach")
 
@@ -63,36 +65,33 @@ class _OtherKernels(TorchDispatchMode):
 
 
 def compiled_rows(gpu_name: str) -> Iterator[Row]:
-    """Every launch of the models' decode steps and prefill chunks, compiled for one GPU."""
-    gpu, models = GPUS[gpu_name], MODELS if gpu_name in EVERY_MODELS_GPUS else OTHERS_MODELS
-    seen: dict[str, Compiled] = {}  # by triton's own key: the same kernel serves many launches
+    """A row for each launch of the models' decode steps and prefill chunks, compiled for one GPU."""
+    gpu, models = GPUS[gpu_name], MODELS if gpu_name in ALL_MODELS_GPUS else OTHERS_MODELS
+    seen: dict[str, Compiled] = {}  # by triton's hash: the same kernel serves many launches
     for model in models:
-        shape = MODELS[model]
+        args, n_processes = MODELS[model], PROCESSES.get(model, 1)
         for tokens in (*BATCHES, PREFILL_TOKENS):
-            ops = prefill_ops(shape) if tokens == PREFILL_TOKENS else decode_ops(shape, tokens)
-            for name, call in ops:
-                other = _OtherKernels()
-                with recorded(gpu) as launches, other:
+            if tokens == PREFILL_TOKENS:
+                calls = [*prefill_ops(args, n_processes)]
+            else:
+                step = whole_step(args, tokens, n_processes)
+                calls = [*decode_ops(args, tokens, n_processes), (WHOLE_STEP, step)]
+            for op, call in calls:
+                with record_launches(gpu) as launches, _OtherKernels() as other:
                     call()
+                row = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": op, "other": other.count}
+                if op == WHOLE_STEP:
+                    yield row | {"launches": len(launches)}
+                    continue
                 for launch in launches:
-                    where = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": name, "other": other.count}
                     compiled = seen.setdefault(launch.compiled.hash, Compiled(launch.compiled, gpu))
-                    yield where | _measured(launch, compiled, gpu)
-            if tokens != PREFILL_TOKENS:
-                other, run = _OtherKernels(), whole_step(shape, tokens)
-                with recorded(gpu) as launches, other:
-                    run()
-                where = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": WHOLE_STEP, "other": other.count}
-                yield where | {"launches": len(launches)}
+                    yield row | _measured(launch, compiled)
 
 
-def _measured(launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
-    programs = 1
-    for size in launch.grid:
-        programs *= size
+def _measured(launch: Launch, compiled: Compiled) -> Row:
     row: Row = {
         "kernel": launch.kernel,
-        "programs": programs,
+        "programs": math.prod(launch.grid),
         "warps": compiled.warps,
         "stages": compiled.stages,
         "registers": compiled.registers,
@@ -104,28 +103,29 @@ def _measured(launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
         "barrier": compiled.barrier_before_atomics,
         "dependent": compiled.dependent,
         "waits": dependence.waits(compiled.ir),
-        "faults": dependence.faults(compiled.ir) if compiled.dependent else [],
+        "violations": dependence.violations(compiled.ir) if compiled.dependent else [],
         "prefetched": sorted(dependence.prefetches(compiled.ir)),
     }
-    if gpu.arch == 90 and "weight_ptr" in launch.arguments and launch.kernel in PROJECTIONS:
-        row |= streaming(launch, compiled, programs)
+    if compiled.gpu.arch == 90 and launch.kernel in PROJECTIONS:
+        row |= streaming_metrics(launch, compiled, row["programs"])
     return row
 
 
 def traffic_rows() -> Iterator[Row]:
-    """Bytes that every launch of the decode steps moves, against the least."""
-    for model, shape in MODELS.items():
+    """A row for each launch of the models' decode steps: the bytes that it moves, and the least."""
+    for model, args in MODELS.items():
+        n_processes = PROCESSES.get(model, 1)
         for tokens in BATCHES:
-            for name, call in decode_ops(shape, tokens):
-                with counted() as launches:
+            for op, call in decode_ops(args, tokens, n_processes):
+                with count_traffic() as launches:
                     call()
+                live = _live_bytes(args.split(n_processes), tokens, op)
                 for launch in launches:
                     streamed = sum(launch.moved.get(argument, 0) for argument in STREAMED)
-                    live = _live_bytes(shape, tokens, name)
                     yield {
                         "model": model,
                         "tokens": tokens,
-                        "op": name,
+                        "op": op,
                         "kernel": launch.kernel,
                         "least": least_bytes(launch, live),
                         "least_streamed": least_bytes(launch, live, STREAMED),
@@ -134,85 +134,84 @@ def traffic_rows() -> Iterator[Row]:
                     }
 
 
-def _live_bytes(shape: Shape, tokens: int, op: str) -> dict[str, int]:
-    """Of tensors of which an op means only a part, that part's bytes."""
+def _live_bytes(args: ModelArgs, tokens: int, op: str) -> dict[str, int]:
+    """The bytes of those arguments of which an op uses only a part."""
     positions = tokens * (CONTEXT_TOKENS if op == "layer attention" else 1)
-    cache = positions * shape.n_kv_heads * shape.head_dim * 2
+    cache = positions * args.n_kv_heads * args.head_dim * 2
     written = {"is_stop_ptr": tokens, "tokens_ptr": 8 * tokens, "logprobs_ptr": 4 * tokens} if op == "sample" else {}
     return written | {
-        "table_ptr": tokens * shape.dim * 2,
-        "rope_ptr": tokens * shape.head_dim * 4,
+        "table_ptr": tokens * args.dim * 2,
+        "rope_ptr": tokens * args.head_dim * 4,
         "cache_k_ptr": cache,
         "cache_v_ptr": cache,
     }
 
 
 def violations(rows: Sequence[Row]) -> list[str]:
-    """What a compiled row must not be: each broken rule, with where."""
-    found = []
-    for row in rows:
-        if row["op"] == WHOLE_STEP:
-            continue
-        gpu = GPUS[row["gpu"]]
-        can_depend = gpu.backend == "cuda" and int(gpu.arch) >= dependent.MIN_ARCH
-        is_of_step = row["tokens"] != PREFILL_TOKENS
-        loads = {name: min(widths) for name, widths in row["loads"].items()}
-        narrow = [name for name in STREAMED if loads.get(name.removesuffix("_ptr"), WIDE_LOAD_BYTES) < WIDE_LOAD_BYTES]
-        unread = [name for name in MUST_READ.get(row["kernel"], ()) if name not in loads]
-        broken = {
-            f"spills {row['spills']}": row["spills"] > 0,
-            f"{row['shared']} bytes of shared memory, of {gpu.shared_bytes}": row["shared"] > gpu.shared_bytes,
-            f"loads {', '.join(narrow)} in less than {WIDE_LOAD_BYTES} bytes": bool(narrow),
-            "loads from an address that is no argument's": "?" in loads,
-            "uses no matrix instructions": row["kernel"] in DOTS and not row["matrix"],
-            "has no barrier before its atomic": row["barrier"] is not (True if row["kernel"] in HAND_OVERS else None),
-            f"reads no {', '.join(unread)}": bool(unread),
-            f"launches {row['other']} kernels of torch": row["other"] > 0,
-            "is not launched as dependent": can_depend and is_of_step and not row["dependent"],
-            "waits without being launched as dependent": row["waits"] > 0 and not row["dependent"],
-            ", ".join(row["faults"]): bool(row["faults"]),
-            "prefetches nothing": can_depend and is_of_step and _should_prefetch(row),
-            f"takes {row['shared']} bytes of shared memory, more than the plain {DEFAULT_SHARED_BYTES}": (
-                row["kernel"] == "_attention_decode_kernel" and row["shared"] > DEFAULT_SHARED_BYTES
-            ),
-            **_held_up(row, gpu),
-        }
-        where = f"{row['gpu']} {row['model']} {row['op']} at {row['tokens']} tokens: {row['kernel']}"
-        found += [f"{where} {what}" for what, is_broken in broken.items() if is_broken]
+    """Each rule that a compiled row breaks, with the launch that breaks it."""
+    found = [
+        f"{row['gpu']} {row['model']} {row['op']} at {row['tokens']} tokens: {row['kernel']} {what}"
+        for row in rows
+        if row["op"] != WHOLE_STEP
+        for what, is_broken in _rules(row).items()
+        if is_broken
+    ]
     return found + list(_miscounted(rows))
 
 
-def _held_up(row: Row, gpu: Gpu) -> dict[str, bool]:
-    """What keeps a projection from reading its weight at the full rate, on an H200."""
+def _rules(row: Row) -> dict[str, bool]:
+    """Whether a launch breaks each rule, by the message that says so."""
+    gpu, kernel = GPUS[row["gpu"]], row["kernel"]
+    should_depend = gpu.backend == "cuda" and int(gpu.arch) >= dependent.MIN_ARCH and row["tokens"] != PREFILL_TOKENS
+    narrow = [name for name in STREAMED if min(row["loads"].get(name.removesuffix("_ptr"), [LOAD_BYTES])) < LOAD_BYTES]
+    unread = [name for name in MUST_READ.get(kernel, ()) if name not in row["loads"]]
+    return {
+        f"spills {row['spills']}": row["spills"] > 0,
+        f"{row['shared']} bytes of shared memory, of {gpu.shared_bytes}": row["shared"] > gpu.shared_bytes,
+        f"loads {', '.join(narrow)} in less than {LOAD_BYTES} bytes": bool(narrow),
+        "loads from an address that is no argument's": "?" in row["loads"],
+        "uses no matrix instructions": kernel in DOTS and not row["matrix"],
+        "has no barrier before its atomic": row["barrier"] is not (True if kernel in ATOMIC else None),
+        f"reads no {', '.join(unread)}": bool(unread),
+        f"launches {row['other']} kernels of torch": row["other"] > 0,
+        "is not launched as dependent": should_depend and not row["dependent"],
+        "waits without being launched as dependent": row["waits"] > 0 and not row["dependent"],
+        ", ".join(row["violations"]): bool(row["violations"]),
+        "prefetches nothing": should_depend and kernel in PREFETCHING and not row["prefetched"],
+        f"takes {row['shared']} bytes of shared memory, more than the plain {DEFAULT_SHARED_BYTES}": (
+            kernel == "_attention_decode_kernel" and row["shared"] > DEFAULT_SHARED_BYTES
+        ),
+        **_streaming_rules(row),
+    }
+
+
+def _streaming_rules(row: Row) -> dict[str, bool]:
+    """The rules of a projection on an H200: nothing keeps it from reading its weight at the full rate."""
     if "in_flight" not in row:
         return {}
     if "chain" in row:
-        # More programs than run at once, twice over: most of them have nothing to wait for.
-        in_vain = row["prefetching"] == row["programs"] > 2 * row["resident"] * gpu.processors
-        held = f"multiplies for {row['chain']:.0f} cycles a stage, of {row['budget']:.0f}"
-        return {held: row["chain"] > row["budget"], "prefetches in programs that do not wait": in_vain}
+        # With more programs than twice those that run at once, most have nothing to wait for.
+        wasted = row["prefetching"] == row["programs"] > 2 * row["resident"] * GPUS[row["gpu"]].processors
+        slow = f"multiplies for {row['chain']:.0f} cycles a stage, of {row['budget']:.0f}"
+        return {slow: row["chain"] > row["budget"], "prefetches in programs that do not wait": wasted}
     return {
         f"requests {row['x_early']} of x's {row['x_loads']} loads before its weights": row["x_early"] < row["x_loads"],
-        "knows its norm only behind its weights": row["holds_scales"] and row["norm_first"] is False,
+        "computes its norm only after its weights": row["holds_scales"] and row["norm_first"] is False,
         "prefetches row by row": row["looped_prefetches"] > 0,
     }
 
 
-def _should_prefetch(row: Row) -> bool:
-    return row["kernel"] in PROJECTIONS | {"_attention_decode_kernel"} and not row["prefetched"]
-
-
-def wasteful(rows: Sequence[Row]) -> list[str]:
-    """Launches that read weights, embedding or cache more than once, or not wholly."""
+def excess_traffic(rows: Sequence[Row]) -> list[str]:
+    """Launches that read weights, embedding or cache more than once, or only in part."""
     return [
         f"{row['model']} {row['op']} at {row['tokens']} rows reads {row['streamed']} bytes, not {row['least_streamed']}"
         for row in rows
-        if not row["least_streamed"] <= row["streamed"] <= MOST_STREAMED * row["least_streamed"]
+        if not row["least_streamed"] <= row["streamed"] <= MAX_STREAMED * row["least_streamed"]
     ]
 
 
 def launch_counts(rows: Sequence[Row]) -> dict[tuple[str, str, int], tuple[int, int]]:
-    """(GPU, model, rows in the batch) -> (launches of a layer, of a whole step, torch's included)."""
+    """(GPU, model, rows in the batch) -> (launches of a layer, launches of a step including torch's own)."""
     counts = {}
     for row in rows:
         if row["op"] == WHOLE_STEP:

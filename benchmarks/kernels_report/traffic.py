@@ -1,8 +1,8 @@
-"""Bytes that launches move, counted argument by argument in the interpreter.
+"""Counts the bytes that launches move, argument by argument, in the interpreter.
 
-What is counted is what programs request: the elements of each load and store that its mask lets through. A vector that
-every program reads counts once for each, though L2 serves all but the first. Of launches of many alike programs a
-sample is run, and scaled.
+It counts what programs request: the elements of each load and store that the mask lets through. A vector that every
+program reads counts once for each program, though L2 serves all but the first. Of a launch with many similar programs
+only a sample runs, and its bytes are scaled.
 """
 
 import warnings
@@ -15,15 +15,17 @@ import numpy as np
 from torch import Tensor
 from triton.runtime import interpreter as stock
 
-ALL_PROGRAMS = 64  # of a launch: up to so many are all run
+ALL_PROGRAMS = 64  # launches of up to so many programs run completely
 SAMPLED_PROGRAMS = 3  # between the first and the last
-# Scratch memory is moved by choice, not by need.
+# Scratch memory, which no op has to move.
 SCRATCH = {"acc_ptr", "score_max_ptr", "p_sum_ptr", "counters_ptr"}
 SCRATCH |= {"maxima_ptr", "first_ids_ptr", "sums_ptr", "masses_ptr", "candidates_ptr", "counts_ptr", "lowest_ptr"}
 
+Place = tuple[int, int, int]  # of a program in its grid
+
 
 class Traffic(NamedTuple):
-    """One launch."""
+    """The traffic of one launch."""
 
     kernel: str
     moved: dict[str, int]  # bytes by argument
@@ -31,9 +33,9 @@ class Traffic(NamedTuple):
 
 
 @contextmanager
-def counted() -> Iterator[list[Traffic]]:
-    """Within the block launches are counted; of large ones only a sample of programs runs, so results are not to be
-    read.
+def count_traffic() -> Iterator[list[Traffic]]:
+    """Within the block, the traffic of each launch is appended to the list. Large launches run only in part, so their
+    results are wrong.
 
     RuntimeError in a process whose kernels are compiled.
     """
@@ -56,7 +58,7 @@ def counted() -> Iterator[list[Traffic]]:
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         counter.begin(arguments)
-        with warnings.catch_warnings():  # what programs that were left out did not write may be anything
+        with warnings.catch_warnings():  # memory that skipped programs should have written holds any values
             warnings.simplefilter("ignore", RuntimeWarning)
             _run_sample(self, sample(self.grid, kwargs), counter, lambda: execute(self, *args, **kwargs))
         moved = {name: round(n_bytes) for name, n_bytes in counter.moved.items()}
@@ -73,23 +75,23 @@ def counted() -> Iterator[list[Traffic]]:
 
 
 def least_bytes(traffic: Traffic, live_bytes: dict[str, int], only: Container[str] | None = None) -> int:
-    """Bytes that the op must move: each argument once, or `live_bytes` of those of which only a part is meant.
+    """The bytes that a launch must move: each argument once, in full or as many of its bytes as `live_bytes` says.
 
-    only: of these arguments alone.
+    only: count these arguments alone.
     """
-    total = 0
-    for name, tensor in traffic.arguments.items():
-        if isinstance(tensor, Tensor) and name not in SCRATCH and (only is None or name in only):
-            total += live_bytes.get(name, tensor.nbytes)
-    return total
+    return sum(
+        live_bytes.get(name, tensor.nbytes)
+        for name, tensor in traffic.arguments.items()
+        if isinstance(tensor, Tensor) and name not in SCRATCH and (only is None or name in only)
+    )
 
 
 class _Counter:
-    """Bytes by argument, of one launch."""
+    """The bytes of one launch by argument."""
 
     def __init__(self) -> None:
         self.moved: dict[str, float] = {}
-        self.weight = 1.0  # programs that the one that runs stands for
+        self.weight = 1.0  # the number of programs that the running one stands for
         self._spans: list[tuple[int, int, str]] = []
 
     def begin(self, arguments: dict[str, Any]) -> None:
@@ -106,31 +108,29 @@ class _Counter:
             self.moved[name] = self.moved.get(name, 0.0) + self.weight * n_bytes
 
 
-def sample(grid: tuple[int, ...], options: dict[str, Any]) -> list[tuple[tuple[int, int, int], float]]:
-    """Programs of a launch that stand for all: (place in the grid, programs it stands for) of each.
+def sample(grid: tuple[int, ...], options: dict[str, Any]) -> list[tuple[Place, float]]:
+    """A sample of a launch's programs: (place in the grid, number of programs that it stands for) of each.
 
-    All programs of a small launch. Of a larger one those of the first row (sampling counts its blocks row by row) or of
-    the first kv head (attention's second dimension); of very many the first and the last, which may hang over an edge,
-    and some between.
+    A small launch runs completely. Of a larger one, the programs of the first row (sampling counts its blocks row by
+    row) or of the first kv head (attention's second dimension) run. Of very many, the first and the last run, which may
+    cross an edge, and some between.
     """
     x, y, z = (*grid, 1, 1)[:3]
     everyone = list(product(range(x), range(y), range(z)))
-    alike = everyone
+    similar = everyone
     if len(everyone) > ALL_PROGRAMS:
-        alike = [place for place in everyone if place[0] < options.get("BLOCKS", x) and place[1] == 0]
-    if len(alike) <= ALL_PROGRAMS:
-        return [(place, len(everyone) / len(alike)) for place in alike]
-    inner = alike[1:-1]
+        similar = [place for place in everyone if place[0] < options.get("BLOCKS", x) and place[1] == 0]
+    share = len(everyone) / len(similar)
+    if len(similar) <= ALL_PROGRAMS:
+        return [(place, share) for place in similar]
+    inner = similar[1:-1]
     middle = [inner[index * (len(inner) - 1) // (SAMPLED_PROGRAMS - 1)] for index in range(SAMPLED_PROGRAMS)]
-    share = len(everyone) / len(alike)
-    ends = [(alike[0], share), (alike[-1], share)]
+    ends = [(similar[0], share), (similar[-1], share)]
     return ends + [(place, share * len(inner) / len(middle)) for place in middle]
 
 
-def _run_sample(
-    executor: Any, places: list[tuple[tuple[int, int, int], float]], counter: _Counter, run: Callable[[], None]
-) -> None:
-    """Run these of a launch's programs."""
+def _run_sample(executor: Any, places: list[tuple[Place, float]], counter: _Counter, run: Callable[[], None]) -> None:
+    """Run only these programs of a launch."""
     grid = (*executor.grid, 1, 1)[:3]
     builder = stock.interpreter_builder
     set_place, set_size = builder.set_grid_idx, builder.set_grid_dim

@@ -1,5 +1,5 @@
-"""How a projection reads its weight, told from its instructions on an H200: what is asked for early, and what may hold
-up the reading.
+"""Figures of how a projection reads its weight on an H200, from its instructions: what it requests early, and what may
+keep it from reading at the full rate.
 """
 
 from typing import Any
@@ -7,21 +7,22 @@ from typing import Any
 from fastllama.benchmarks.kernels_report.ahead_of_time import Launch
 from fastllama.benchmarks.kernels_report.compiled_kernel import LOAD_BYTES, Compiled
 
-READ_BYTES_PER_US = 4.5e6  # what published microbenchmarks reach when reading
+READ_BYTES_PER_US = 4.5e6  # the read bandwidth of published microbenchmarks
 CLOCKS_PER_US = 1980
-SCHEDULERS = 4  # of a multiprocessor, each issues one instruction a clock
-MATRIX_ROWS, MATRIX_COLUMNS, MATRIX_DEPTH = 16, 8, 16  # of an instruction that one warp issues
-GROUP_ROWS = 64  # of one that four warps issue together, for all columns
+SCHEDULERS = 4  # of a multiprocessor; each issues one instruction per clock
+MATRIX_ROWS, MATRIX_COLUMNS, MATRIX_DEPTH = 16, 8, 16  # of a matrix instruction of one warp
+GROUP_ROWS = 64  # of a matrix instruction of four warps, which has all columns
 
 Row = dict[str, Any]
 
 
-def streaming(launch: Launch, compiled: Compiled, programs: int) -> Row:
+def streaming_metrics(launch: Launch, compiled: Compiled, programs: int) -> Row:
     """A launch's figures, ready for JSON.
 
-    in_flight: bytes of the weight on their way to a multiprocessor before a program waits. share: programs a
-    multiprocessor. issue: the share of the issue slots, where there is no loop. microseconds: of reading the weight.
-    prefetches: those that a warp issues one after the other, in so many programs as `prefetching` says.
+    in_flight: bytes of the weight that a multiprocessor has requested before a program waits. share: programs per
+    multiprocessor. issue: the share of the issue slots used, of kernels without a loop. microseconds: the time to read
+    the weight. prefetches: issued by one warp, one after the other, in each of the first `prefetching` programs.
+    chain: the least cycles of a stage's matrix instructions. budget: cycles to read a stage at the full rate.
     """
     arguments = launch.arguments
     weight = arguments["weight_ptr"]
@@ -40,7 +41,7 @@ def streaming(launch: Launch, compiled: Compiled, programs: int) -> Row:
         of_program = compiled.early_weight_bytes * compiled.threads
         row["issue"] = len(compiled.instructions) * compiled.warps * programs / slots
         row |= _order(arguments, compiled)
-    else:  # a loop, whose instructions are issued as often as it goes round; all stages but the one in use are coming
+    else:  # a pipelined loop: all stages but the one in use are in flight
         stage = _tile_rows(arguments) * arguments["BLOCK_IN"] * arguments["ACCUMULATORS"] * weight.itemsize
         of_program = (compiled.stages - 1) * stage
         row |= {"chain": _chain(arguments, compiled), "budget": _budget(stage, row["share"], compiled)}
@@ -48,20 +49,20 @@ def streaming(launch: Launch, compiled: Compiled, programs: int) -> Row:
 
 
 def _tile_rows(arguments: Row) -> int:
-    """Rows of the weight that a program has."""
+    """Rows of the weight per program."""
     rows: int = arguments["BLOCK_ROWS"] * (1 if arguments["EPILOGUE"] == "none" else 2)
     return rows
 
 
 def _prefetches(arguments: Row, compiled: Compiled) -> float:
-    """Of a warp, each some ten cycles after the one before: a loop goes round once for each row that the warp has."""
+    """Prefetches of a warp. A loop issues one for each of the warp's rows."""
     once, looped = compiled.sass.prefetches()
     rows = arguments["BLOCK_ROWS"] * (2 if arguments["EPILOGUE"] == "rotary" else 1)
     return float(once + looped * rows / compiled.warps)
 
 
 def _order(arguments: Row, compiled: Compiled) -> Row:
-    """Of one token: loads of x that are requested before any weight is waited for, and whether the norm is known."""
+    """With one token: the loads of x before the first wait for a weight, and whether the norm is computed by then."""
     chunks = -(-arguments["IN"] // arguments["BLOCK_IN"])
     itemsize = arguments["x_ptr"].itemsize
     needed = chunks * -(-arguments["BLOCK_IN"] * itemsize // (compiled.threads * LOAD_BYTES))
@@ -75,18 +76,18 @@ def _order(arguments: Row, compiled: Compiled) -> Row:
 
 
 def _chain(arguments: Row, compiled: Compiled) -> float:
-    """Cycles that a stage's matrix instructions take at the least, since they wait for each other's sums."""
+    """The least cycles of a stage's matrix instructions, which wait for each other's sums."""
     cycles, count = compiled.sass.chain()
     depth = arguments["BLOCK_IN"] * arguments["ACCUMULATORS"] / MATRIX_DEPTH
     if any("HGMMA" in line for line in compiled.instructions):
         of_stage = depth * _tile_rows(arguments) / GROUP_ROWS
-    else:  # warps that are more than a product has tiles do the same
+    else:  # warps beyond the number of tiles repeat work
         tiles = arguments["BLOCK_ROWS"] / MATRIX_ROWS * arguments["BLOCK_N"] / MATRIX_COLUMNS
         of_stage = depth * _tile_rows(arguments) / arguments["BLOCK_ROWS"] * max(1.0, tiles / compiled.warps)
     return cycles * of_stage / count if count else 0.0
 
 
 def _budget(stage: int, share: float, compiled: Compiled) -> float:
-    """Cycles in which a program has to have read a stage, for all of them to read at the full rate."""
+    """The cycles that a program has for each stage if all programs together read at the full rate."""
     bytes_per_cycle = READ_BYTES_PER_US / CLOCKS_PER_US / compiled.gpu.processors
     return stage * share / bytes_per_cycle

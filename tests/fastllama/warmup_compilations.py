@@ -8,7 +8,7 @@ import json
 import torch
 
 from fastllama import ModelArgs, Transformer
-from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, Launch, recorded
+from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, Launch, record_launches
 from fastllama.decode_graph import Decoder
 from fastllama.kernels import fused
 from fastllama.kernels.batch import SamplingTensors
@@ -32,7 +32,7 @@ def main() -> None:
     model._allocate()
     fused.supports_cuda_graphs = lambda device: True  # as on a GPU
     decoder = Decoder(model, graphs=False)
-    with recorded(GPUS["sm_90"]) as launches, torch.inference_mode():
+    with record_launches(GPUS["sm_90"]) as launches, torch.inference_mode():
         warm_up(decoder, [1, MAX_ROWS], progress=False)
         known = _kernels(launches)
         calls = [[1] * rows for rows in ROWS] + [[3 + row % 5 for row in range(rows)] for rows in ROWS]

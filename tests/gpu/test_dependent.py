@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.gpu_report.probes import tick
+from fastllama.benchmarks.gpu_report.probes import increment
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.launch.dependent import is_dependent
@@ -88,7 +88,7 @@ def test_a_launch_reads_what_the_previous_one_wrote(dependent: bool) -> None:
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     with override_launch_options(dependent=dependent):
         for _ in range(TICKS):
-            tick(count)
+            increment(count)
     assert count.item() == TICKS
 
 

@@ -1,4 +1,4 @@
-"""Sections of a GPU report that go wrong, in every way that one can."""
+"""Sections of a GPU report that fail, each in another way."""
 
 import os
 import time
@@ -18,7 +18,7 @@ def raises(bench: Any) -> Iterator[dict[str, Any]]:
 
 def dies(bench: Any) -> Iterator[dict[str, Any]]:
     yield {"value": 4}
-    time.sleep(0.2)  # for the queue's thread, which dies as well
+    time.sleep(0.2)  # for the queue's thread to send the record
     os._exit(3)
 
 

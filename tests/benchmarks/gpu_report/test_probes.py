@@ -1,17 +1,17 @@
-"""The kernels that measure a GPU do what they are timed for."""
+"""The kernels that measure a GPU."""
 
 import torch
 
-from fastllama.benchmarks.gpu_report.probes import READ_BLOCK, read, tick
+from fastllama.benchmarks.gpu_report.probes import READ_BLOCK, block_sums, increment
 
 
-def test_read_looks_at_every_number(device: torch.device) -> None:
+def test_block_sums_reads_every_number(device: torch.device) -> None:
     source = torch.arange(2 * READ_BLOCK, device=device).remainder(7).half()
-    assert torch.equal(read(source), source.float().view(2, -1).sum(-1))
+    assert torch.equal(block_sums(source), source.float().view(2, -1).sum(-1))
 
 
-def test_tick_counts(device: torch.device) -> None:
+def test_increment_counts(device: torch.device) -> None:
     count = torch.zeros(1, dtype=torch.int32, device=device)
     for _ in range(5):
-        tick(count)
+        increment(count)
     assert count.tolist() == [5]

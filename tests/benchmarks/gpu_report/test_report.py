@@ -1,4 +1,4 @@
-"""The GPU report: rehearsed whole on the CPU, and its sections going wrong."""
+"""The GPU report: a complete rehearsal on the CPU, and sections that fail."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from fastllama.benchmarks.ceilings import Ceiling
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.gpu_report import report, sections, steps, tests
 from fastllama.benchmarks.gpu_report.markdown import summary
-from fastllama.benchmarks.gpu_report.sections import Bench
+from fastllama.benchmarks.gpu_report.sections import Bench, Record, Results
 from fastllama.benchmarks.gpu_report.sizes import TOY
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, compiling_environment
 from fastllama.benchmarks.result_file import ResultFile, read_result
@@ -33,47 +33,54 @@ FAULTY = "tests.benchmarks.gpu_report.failing_sections:"
 @pytest.mark.slow
 def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastllama.benchmarks.gpu_report", "--results", str(tmp_path), "--json"]
-    done = subprocess.run(
-        [*command, "--commit", "abc"],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "--commit", "abc"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "summary.md", "gpu-tests.txt"}
     result = read_result(tmp_path / "report.json")
     assert json.loads(done.stdout.splitlines()[-1]) == result.to_json()
-    assert not [record for record in result.records if "error" in record], done.stderr
-    assert {record["suite"] for record in result.records} | {"ceilings"} == set(report.SECTIONS)
     assert result.ceilings.keys() == {"read", "read_kernel", "copy", "matmul"}
-    suites = [record["suite"] for record in result.records]
-    assert list(dict.fromkeys(suites))[-2:] == ["kernel tests", "variants"], "what takes all the time left comes last"
-    assert suites[0] == "self-check" and suites.index("boundaries") < suites.index("tests") < suites.index("launches")
-    tests = [record for record in result.records if record["suite"] == "tests"]
-    assert [record["tests"] for record in tests] == ["tests/fastllama/test_gpu.py", "tests/gpu"]
-    assert all((one["returncode"], one["n_passed"], one["n_failed"]) == (0, 0, 0) for one in tests)
-    assert sum(one["n_skipped"] for one in tests) > 100
-    checks = [record for record in result.records if record["suite"] == "self-check"]
-    assert checks[0]["check"] == "compiled ahead"
-    assert len(checks) == 9 and all(record["equal"] and not record["dependent"] for record in checks[1:])
-    steps = [record for record in result.records if record["suite"] == "whole step"]
+    assert not [record for record in result.records if "error" in record], done.stderr
+    suites: dict[str, list[Record]] = {}
+    for record in result.records:
+        suites.setdefault(record["suite"], []).append(record)
+    names = list(suites)
+    assert names == [name for name in report.SECTIONS if name != "ceilings"]
+    assert names[:4] == ["self-check", "boundaries", "tests", "launches"]
+    assert names[-2:] == ["kernel tests", "variants"], "what takes all the time left comes last"
+    assert [record["tests"] for record in suites["tests"]] == ["tests/fastllama/test_gpu.py", "tests/gpu"]
+    assert all((one["returncode"], one["n_passed"], one["n_failed"]) == (0, 0, 0) for one in suites["tests"])
+    assert sum(one["n_skipped"] for one in suites["tests"]) > 100
+    first, *checks = suites["self-check"]
+    assert first["check"] == "compiled ahead" and len(checks) == 8
+    assert all(record["equal"] and not record["dependent"] for record in checks)
+    steps = suites["whole step"]
     assert [(record["batch"], record["attention_pairs"]) for record in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(record["step_microseconds"] > 0 < record["sum_of_launches_microseconds"] for record in steps)
-    launches = [record for record in result.records if record["suite"] == "launches"]
+    launches = suites["launches"]
     assert {record["launch"] for record in launches} >= {"embed", "qkv", "attention", "gate+up", "head", "sampling"}
     assert all(record["microseconds"] > record["least_microseconds"] >= 0 for record in launches)
-    assert all(record["share"] > 0 for record in result.records if record["suite"] == "decode")
+    assert all(record["share"] > 0 for record in suites["decode"])
     page = (tmp_path / "summary.md").read_text()
     assert "A rehearsal on a CPU" in page and "## A decode step, launch by launch" in page
 
 
-def run(tmp_path: Path, *names: str, budget: float = 120.0) -> list[dict[str, Any]]:
+def run(tmp_path: Path, *names: str, budget: float = 120.0) -> list[Record]:
+    """The records of a report with sections of `failing_sections`."""
     sections = {name: FAULTY + name for name in names}
     result = report.report(tmp_path, sections, budget)
     assert read_result(tmp_path / "report.json") == result
     return result.records
+
+
+def records_of(results: Results) -> list[Record]:
+    """What a section yields, without ceilings."""
+    return [record for record in results if isinstance(record, dict)]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(torch.device("cpu"), TOY, tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -96,19 +103,19 @@ def test_a_section_that_raises_or_dies_leaves_the_others_alone(tmp_path: Path) -
 
 
 def pass_time(monkeypatch: pytest.MonkeyPatch, after: dict[Any, float]) -> None:
-    """The report's clock, which jumps so many seconds ahead when a value is found, so that nobody has to wait."""
-    ahead, add = [0.0], report._Keeper.add
+    """Let the report's clock jump ahead by so many seconds when a value is found, so that no test has to wait."""
+    ahead, add = [0.0], report._ReportWriter.add
 
     def added(self: Any, section: str, found: Any) -> None:
         add(self, section, found)
         ahead[0] += after.get(found.get("value"), 0.0)
 
-    monkeypatch.setattr(report._Keeper, "add", added)
+    monkeypatch.setattr(report._ReportWriter, "add", added)
     monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0]))
 
 
-def test_hanging_is_given_up_and_time_that_is_up_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pass_time(monkeypatch, after={5: report.PATIENCE_SECONDS, 6: 1e6})
+def test_hanging_sections_and_the_end_of_time_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pass_time(monkeypatch, after={5: report.TIMEOUT_SECONDS, 6: 1e6})
     records = run(tmp_path, "hangs", "goes_on", "fine", budget=1e5)
     assert records == [
         {"suite": "hangs", "value": 5},
@@ -157,11 +164,10 @@ def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
     assert "| read | 4500 | 4500 | 4500 | GB/s | a kernel |" in page and "Interrupted." in page
 
 
-def test_without_ceilings_no_measurement_is_lost(tmp_path: Path) -> None:
-    bench = Bench(torch.device("cpu"), TOY, tmp_path)
-    records: list[dict[str, Any]] = []
-    for section in (sections.launches, sections.decode, sections.prompts):
-        found = [{"suite": section.__name__, **record} for record in section(bench) if isinstance(record, dict)]
+def test_without_ceilings_no_measurement_is_lost(bench: Bench) -> None:
+    records: list[Record] = []
+    for section in (sections.launches, sections.decode, sections.prefills):
+        found = [{"suite": section.__name__, **record} for record in records_of(section(bench))]
         assert found and all(one.get("microseconds", one.get("milliseconds", 1)) > 0 for one in found)
         names = ("least_microseconds", "least_milliseconds", "share", "share_of_matmul")
         assert all(one.get(name) is None for one in found for name in names)
@@ -170,11 +176,10 @@ def test_without_ceilings_no_measurement_is_lost(tmp_path: Path) -> None:
     assert "**Without ceilings, least times and shares are not known.**" in page and "| all |" in page
 
 
-def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_self_check_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([[[1, 2]], [[1, 2]], [[1, 3]], [[1, 2]]])
     monkeypatch.setattr(steps, "_greedy", lambda *_, **__: next(answers, [[1, 2]]))
-    found = list(steps.self_check(Bench(torch.device("cpu"), TOY, tmp_path)))
-    records = [record for record in found if isinstance(record, dict)]
+    records = records_of(steps.self_check(bench))
     assert [record["equal"] for record in records if "equal" in record] == [True, False, *[True] * 6]
     (failed,) = (record for record in records if "error" in record)
     assert failed["error"] == (
@@ -183,28 +188,27 @@ def test_a_self_check_that_fails_says_so_loudly(tmp_path: Path, monkeypatch: pyt
     )
 
 
-def test_a_self_check_tells_that_dependent_launches_were_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_self_check_records_that_dependent_launches_were_replaced(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(decoder: Decoder, n_rows: int) -> list[list[int]]:
         if decoder._use_graphs is None and n_rows == 1:
-            decoder._dependent = False  # as a capture does that fails
+            decoder._dependent = False  # like a capture that fails
         return [[1, 2]]
 
     monkeypatch.setattr(steps, "_greedy", greedy)
     monkeypatch.setattr(fused, "uses_dependent_launch", lambda: launch_options().dependent)
-    found = list(steps.self_check(Bench(torch.device("cpu"), TOY, tmp_path)))
-    errors = [place for place, record in enumerate(found) if "error" in record]  # type: ignore[operator]
-    assert [found[place]["error"] for place in errors] == [  # type: ignore[index]
+    found = records_of(steps.self_check(bench))
+    errors = [place for place, record in enumerate(found) if "error" in record]
+    assert [found[place]["error"] for place in errors] == [
         f"SELF-CHECK FAILED: {name} (1 rows) could not be captured and were replaced by ordinary ones: stderr says why"
         for name in ("dependent launches in a graph", "kernels in float32")
     ]
-    given_up = [found[place - 1] for place in errors]
-    assert all(record["equal"] and not record["dependent"] for record in given_up)  # type: ignore[index]
+    assert all(found[place - 1]["equal"] and not found[place - 1]["dependent"] for place in errors)
 
 
-def test_the_first_sections_are_waited_for_but_shortly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(report.FIRST_PATIENCE_SECONDS, "hangs", 60.0)
+def test_the_first_sections_have_shorter_timeouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(report.FIRST_TIMEOUTS_SECONDS, "hangs", 60.0)
     pass_time(monkeypatch, after={5: 60.0})
     records = run(tmp_path, "hangs", "fine", budget=1e5)
     assert records[1:] == [
@@ -214,25 +218,24 @@ def test_the_first_sections_are_waited_for_but_shortly(tmp_path: Path, monkeypat
     ]
 
 
-def test_tests_that_are_not_there_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tests_are_not_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tests, "ROOT", tmp_path)
-    bench = Bench(torch.device("cpu"), TOY, tmp_path)
     missing = [{"not_run": f"no {path} beside the package"} for path, _ in tests.GPU_TESTS]
     assert list(tests.gpu_tests(bench)) == missing
     monkeypatch.setattr(tests, "NEEDED", ("pytest", "no_such_plugin"))
     assert list(tests.gpu_tests(bench)) == 2 * [{"not_run": "no_such_plugin not installed"}]
 
 
-def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_that_fail_or_take_too_long_are_recorded(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "test_fast.py").write_text("def test_good():\n    pass\n\n\ndef test_bad():\n    assert 1 == 2\n")
     begun = tmp_path / "begun"
-    slow = (
-        f"import pathlib, time\n\n\ndef test_slow():\n    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(3600)\n"
-    )
-    (tmp_path / "test_slow.py").write_text(slow)
+    slow = f"def test_slow():\n    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(3600)\n"
+    (tmp_path / "test_slow.py").write_text("import pathlib, time\n\n\n" + slow)
 
     class UntilBegun(subprocess.Popen[bytes]):
-        """Time is up as soon as the slow test has begun."""
+        """A process whose timeout is over as soon as the slow test has begun."""
 
         def wait(self, timeout: float | None = None) -> int:
             if timeout is None:
@@ -243,16 +246,14 @@ def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path, monkeypatch: 
             return super().wait(0.0)
 
     monkeypatch.setattr(tests, "ROOT", tmp_path)
-    bench = Bench(torch.device("cpu"), TOY, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", UntilBegun)
-        (record,) = tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=HANG_SECONDS)
-    assert record["returncode"] is None  # type: ignore[index]
-    assert (record["n_passed"], record["n_failed"]) == (1, 1)  # type: ignore[index]
+        (record,) = records_of(tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=HANG_SECONDS))
+    assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, None)
     assert "test_bad FAILED" in (tmp_path / report.TESTS_FILE).read_text()
-    (record,) = tests._tests(bench, ("test_fast.py",), limit=HANG_SECONDS)
-    assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, 1)  # type: ignore[index]
-    assert record["failures"] == ["test_fast.py::test_bad"]  # type: ignore[index]
+    (record,) = records_of(tests._tests(bench, ("test_fast.py",), limit=HANG_SECONDS))
+    assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, 1)
+    assert record["failures"] == ["test_fast.py::test_bad"]
 
 
 @pytest.mark.parametrize(("device", "n_all"), [("cuda", 1), ("cpu", 0)])
@@ -268,18 +269,12 @@ def test_slow_tests_run_where_kernels_are_compiled(
 @pytest.mark.slow
 def test_kernels_are_compiled_ahead_without_a_gpu(tmp_path: Path) -> None:
     script = (
-        "from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS\n"
-        "from fastllama.benchmarks.kernels_report.model_launches import Shape\n"
+        "from fastllama.benchmarks.gpu_report.steps import CHECKED\n"
         "from fastllama.benchmarks.gpu_report.tests import compile_step\n"
-        "print(compile_step(GPUS['sm_90'], Shape(2, 64, 4, 2, 16, 128, 512), 1))"
+        "from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS\n"
+        "print(compile_step(GPUS['sm_90'], CHECKED, 1))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=compiling_environment(str(tmp_path)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, environment = [sys.executable, "-c", script], compiling_environment(str(tmp_path))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(5 * 2 + 4), done.stderr
     assert list(tmp_path.rglob("*.cubin")) and GPUS["sm_90"].arch == 90

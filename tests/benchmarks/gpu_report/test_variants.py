@@ -1,6 +1,5 @@
-"""What a GPU report tries beside the launch tables, and whole steps at the ends of its sizes."""
+"""The variants of a GPU report, and its sizes of complete steps."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from fastllama.benchmarks.gpu_report import steps, variants
 from fastllama.benchmarks.gpu_report.sections import Bench
 from fastllama.benchmarks.gpu_report.sizes import TOY
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
-from fastllama.kernels.launch.target import Target
 from fastllama.kernels.projection import few_tokens
 
 H200 = GPUS["sm_90"]
@@ -39,13 +37,12 @@ def test_projections_are_tried_with_their_norms(batch: int, bench: Bench, monkey
 
 
 def test_launches_that_spill_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = Target(H200.backend, H200.arch, H200.processors, H200.shared_bytes)
-    monkeypatch.setattr(variants, "current_target", lambda: target)
+    monkeypatch.setattr(variants, "current_target", lambda: H200)
     for (rows, width, columns), spilling in variants.SPILLING.items():
         weight = torch.empty(rows, width, device="meta", dtype=torch.bfloat16)
         tiles = 2 if rows == 3072 else 1
         kept = variants._few_tokens_launches(weight, tiles, columns)
-        assert kept[0] == few_tokens.choose_launch(weight, tiles, columns, target), "the table's comes first"
+        assert kept[0] == few_tokens.choose_launch(weight, tiles, columns, H200), "the table's comes first"
         with monkeypatch.context() as patch:
             patch.setattr(variants, "SPILLING", {})
             every = variants._few_tokens_launches(weight, tiles, columns)
@@ -53,7 +50,7 @@ def test_launches_that_spill_are_left_out(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_whole_steps_are_compared_at_both_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "sizes", replace(TOY, batches=(1, 2, 3), contexts=(4, 8, 12)))
+    monkeypatch.setattr(bench, "sizes", TOY._replace(batches=(1, 2, 3), contexts=(4, 8, 12)))
     monkeypatch.setattr(steps, "_whole_step", lambda bench, name, model, *case: [case])
     cases: list[Any] = list(steps.whole_steps(bench))
     assert cases == [(b, c, pairs) for c in (4, 12) for b in (1, 3) for pairs in steps.PAIRS]

@@ -1,14 +1,15 @@
-"""Kernels that break the rule of dependent launches, one way each, compiled for an H200: prints the faults found."""
+"""Compiles kernels for an H200, each of which breaks the rule of dependent launches in one way, and prints as JSON what
+is found.
+"""
 
 import json
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from fastllama.benchmarks.kernels_report import dependence
-from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, recorded
+from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, record_launches
 from fastllama.benchmarks.kernels_report.compiled_kernel import Compiled
 from fastllama.kernels.launch.dependent import prefetch_block, wait_for_inputs
 
@@ -58,7 +59,7 @@ def early_trigger(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexp
 
 @triton.jit
 def steered_too_far(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
-    """What was read early decides what is read late."""
+    """A number that was loaded before the wait decides what is loaded after it."""
     at = tl.arange(0, BLOCK)
     position = tl.load(positions_ptr)
     wait_for_inputs(True)
@@ -114,20 +115,7 @@ def prefetched_input(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.const
     tl.store(y_ptr + at, tl.load(x_ptr + at))
 
 
-KERNELS: list[Any] = [
-    sound,
-    early_input,
-    early_store,
-    early_atomic,
-    early_trigger,
-    steered_too_far,
-    wait_in_loop,
-    wait_in_branch,
-    no_wait,
-    two_waits,
-    no_trigger,
-    prefetched_input,
-]
+KERNELS = [value for value in vars().values() if getattr(value, "__module__", "") == __name__]
 
 
 def main() -> None:
@@ -136,13 +124,13 @@ def main() -> None:
     positions = torch.empty(16, dtype=torch.int64)
     found = {}
     for kernel in KERNELS:
-        with recorded(gpu) as launches:
+        with record_launches(gpu) as launches:
             kernel[(4,)](x, y, positions, x, 4096, BLOCK=BLOCK, launch_pdl=True)
         (launch,) = launches
         compiled = Compiled(launch.compiled, gpu)
         found[launch.kernel] = {
             "dependent": compiled.dependent,
-            "faults": dependence.faults(compiled.ir),
+            "violations": dependence.violations(compiled.ir),
             "prefetched": sorted(dependence.prefetches(compiled.ir)),
         }
     print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Kernels with a fault each, compiled for the GPU that is named: prints what is read from them, as JSON."""
+"""Compiles kernels, most of them with one fault, for the GPU that is named, and prints as JSON what is found."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, recorded
+from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, record_launches
 from fastllama.benchmarks.kernels_report.compiled_kernel import Compiled
 
 
@@ -41,7 +41,7 @@ def dot(x_ptr, weight_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def spilling(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """More than a thread has registers for."""
+    """It holds more values than a thread has registers."""
     at = tl.arange(0, BLOCK)
     held = ()
     for k in tl.static_range(12):
@@ -69,7 +69,7 @@ def main(gpu_name: str) -> None:
     x, y = torch.empty(1 << 20, dtype=torch.bfloat16), torch.empty(1 << 20, dtype=torch.bfloat16)
     index, counter = torch.empty(4096, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
     block = 8 * 4 * gpu.warp_size  # one 16-byte load a thread, with four warps
-    with recorded(gpu) as launches:
+    with record_launches(gpu) as launches:
         wide[(1,)](x, y, x, BLOCK=block)
         narrow[(1,)](x, y, x, BLOCK=block)
         gather[(1,)](index, x, y, BLOCK=block)

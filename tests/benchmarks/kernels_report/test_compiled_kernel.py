@@ -1,4 +1,4 @@
-"""What is read from a compiled kernel: each fault that the table must show is found in a kernel that has it."""
+"""Compiled kernels: each fault that breaks a rule is found in a kernel that has it, and in a row of the table."""
 
 import json
 import subprocess
@@ -15,13 +15,13 @@ from fastllama.benchmarks.kernels_report.table import WHOLE_STEP, Row, launch_co
 from tests.support.tiers import parameters
 
 ROOT = Path(__file__).resolve().parents[3]
-# Before an atomic that releases, from this version on; the kernels do not count on it.
+# Triton puts a barrier before an atomic that releases from 3.9 on. The kernels do not rely on it.
 PUTS_BARRIERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 @pytest.fixture(scope="module", params=parameters({gpu: gpu for gpu in ("sm_90", "gfx942")}, quick=("sm_90",)))
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The faulty kernels, compiled in a process of its own (this one interprets), by name."""
+    """What is found of the faulty kernels, by name. Another process compiles them, because this one interprets."""
     environment = compiling_environment(str(tmp_path_factory.mktemp("triton")))
     command = [sys.executable, "-m", "tests.benchmarks.kernels_report.bad_kernels", request.param]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -30,21 +30,21 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return found
 
 
-def test_load_widths_are_told_by_argument(measured: dict[str, Any]) -> None:
+def test_load_widths_are_found_by_argument(measured: dict[str, Any]) -> None:
     assert measured["wide"]["loads"] == {"x_ptr": {"16": 1}, "weight_ptr": {"16": 1}}
     assert set(measured["narrow"]["loads"]["weight_ptr"]) == {"2"}
     assert set(measured["narrow"]["loads"]["x_ptr"]) == {"16"}
     assert measured["gather"]["loads"]["index_ptr"] and set(measured["gather"]["loads"]) == {"index_ptr", "weight_ptr"}
 
 
-def test_pipelined_loads_are_seen(measured: dict[str, Any]) -> None:
+def test_pipelined_loads_are_found(measured: dict[str, Any]) -> None:
     dot = measured["dot"]
     assert set(dot["loads"]) == {"x_ptr", "weight_ptr"} and set(dot["loads"]["weight_ptr"]) == {"16"}
     assert dot["matrix"] > 0 and dot["shared"] > 0
     assert measured["wide"]["matrix"] == 0
 
 
-def test_spills_are_seen(measured: dict[str, Any]) -> None:
+def test_spills_are_found(measured: dict[str, Any]) -> None:
     assert measured["spilling"]["spills"] > 0
     assert measured["wide"]["spills"] == 0 and measured["wide"]["registers"] > 0
 
@@ -55,7 +55,7 @@ def test_a_processor_holds_at_least_one_program(measured: dict[str, Any]) -> Non
     assert measured["dot"]["resident"] < measured["wide"]["resident"]
 
 
-def test_a_missing_barrier_is_seen(measured: dict[str, Any]) -> None:
+def test_a_missing_barrier_is_found(measured: dict[str, Any]) -> None:
     assert measured["handing_over"]["barrier"] is True
     assert measured["handing_over_unguarded"]["barrier"] is PUTS_BARRIERS
     assert measured["wide"]["barrier"] is None
@@ -76,7 +76,7 @@ def row(**changes: Any) -> Row:
         "barrier": None,
         "dependent": False,
         "waits": 0,
-        "faults": [],
+        "violations": [],
         "prefetched": [],
     }
     return sound | changes
@@ -98,7 +98,7 @@ def test_a_sound_row_breaks_no_rule() -> None:
         ({"loads": {"cache_k": [16]}}, "reads no cache_v"),
         ({"other": 2}, "launches 2 kernels of torch"),
         ({"waits": 1}, "waits without being launched as dependent"),
-        ({"dependent": True, "waits": 1, "faults": ["has 2 waits, not one"]}, "has 2 waits, not one"),
+        ({"dependent": True, "waits": 1, "violations": ["has 2 waits, not one"]}, "has 2 waits, not one"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_place(changes: dict[str, Any], message: str) -> None:
@@ -126,13 +126,13 @@ FEW = row(tokens=4, kernel="_few_tokens_kernel", chain=330.0, budget=461.0)
     ("sound", "changes", "message"),
     [
         (ONE, {"x_early": 2}, "requests 2 of x's 14 loads before its weights"),
-        (ONE, {"norm_first": False}, "knows its norm only behind its weights"),
+        (ONE, {"norm_first": False}, "computes its norm only after its weights"),
         (ONE, {"looped_prefetches": 1}, "prefetches row by row"),
         (FEW, {"chain": 528.0}, "multiplies for 528 cycles a stage, of 461"),
         (FEW, {"programs": 2004, "prefetching": 2004}, "prefetches in programs that do not wait"),
     ],
 )
-def test_what_holds_up_a_weight_is_named(sound: Row, changes: dict[str, Any], message: str) -> None:
+def test_what_slows_reading_a_weight_is_named(sound: Row, changes: dict[str, Any], message: str) -> None:
     sound = sound | STEP | STREAMED
     assert violations([sound]) == []
     (found,) = violations([sound | changes])

@@ -1,4 +1,4 @@
-"""The proof that dependent launches wait: it accepts what is sound, and names each way to break the rule."""
+"""The proof that dependent launches wait: it accepts a correct kernel, and names each way to break the rule."""
 
 import json
 import subprocess
@@ -14,14 +14,14 @@ from fastllama.kernels.launch.options import override_launch_options
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, INTERPRETED, Target
 
 ROOT = Path(__file__).resolve().parents[3]
-FAULTS = {
+VIOLATIONS = {
     "early_input": ["loads x_ptr before it waits"],
     "early_store": ["writes before it waits"],
     "early_atomic": ["writes before it waits"],
     "early_trigger": ["lets the next kernel begin before it has waited"],
     "steered_too_far": ["uses what it loaded of positions_ptr before it waited"],
-    "wait_in_loop": ["waits behind a branch, a loop or a return"],
-    "wait_in_branch": ["waits behind a branch, a loop or a return"],
+    "wait_in_loop": ["waits after a branch, a loop or a return"],
+    "wait_in_branch": ["waits after a branch, a loop or a return"],
     "no_wait": ["has 0 waits, not one"],
     "two_waits": ["has 2 waits, not one"],
     "no_trigger": ["never lets the next kernel begin"],
@@ -39,14 +39,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return kernels
 
 
-def test_a_sound_kernel_has_no_faults(found: dict[str, Any]) -> None:
-    assert found["sound"] == {"dependent": True, "faults": [], "prefetched": ["weight"]}
+def test_a_sound_kernel_has_no_violations(found: dict[str, Any]) -> None:
+    assert found["sound"] == {"dependent": True, "violations": [], "prefetched": ["weight"]}
 
 
 def test_every_way_to_break_the_rule_is_named(found: dict[str, Any]) -> None:
-    assert set(found) == {"sound", *FAULTS}
-    for name, faults in FAULTS.items():
-        assert set(faults) <= set(found[name]["faults"]), f"{name}: {found[name]['faults']}"
+    assert set(found) == {"sound", *VIOLATIONS}
+    for name, expected in VIOLATIONS.items():
+        assert set(expected) <= set(found[name]["violations"]), f"{name}: {found[name]['violations']}"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""What is read from a kernel's own instructions: order by barriers, prefetches in a loop, chains of sums."""
+"""Machine instructions: their order by barriers, prefetches in a loop, and chains of sums."""
 
 from fastllama.benchmarks.kernels_report.sass import CHAIN_CYCLES, NO_BARRIER, SETS_AT, WAITS_AT, Sass
 
 
 def line(text: str, sets: int = NO_BARRIER, waits: tuple[int, ...] = ()) -> str:
-    """As nvdisasm writes an instruction, with the barriers that it sets and waits for."""
+    """An instruction as nvdisasm prints it, with the barriers that it sets and waits for."""
     half = sets << SETS_AT | sum(1 << barrier for barrier in waits) << WAITS_AT
     return f"        /*0000*/                   {text} ;   /* 0x0000000000007918 */\n      /* {half:#018x} */\n"
 
@@ -25,7 +25,7 @@ def sass(*lines: str) -> Sass:
 def test_inputs_are_early_until_a_weight_is_waited_for() -> None:
     assert sass(WEIGHT, WAIT, X, X, USES_X, USES_WEIGHT, X).early_inputs() == (2, 3)
     assert sass(WEIGHT, WAIT, USES_WEIGHT, X).early_inputs() == (0, 1)
-    # A load that shares the weights' barrier makes whoever needs it wait for them, too.
+    # If a load shares the weights' barrier, waiting for the load means waiting for the weights.
     shared = line("LDG.E.128 R80, desc[UR6][R90.64]", sets=5)
     assert sass(WEIGHT, WAIT, X, shared, USES_WEIGHT, X).early_inputs() == (2, 3)
 

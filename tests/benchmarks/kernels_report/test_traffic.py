@@ -1,12 +1,14 @@
-"""Bytes that launches move: counted by argument, and scaled from a sample without error."""
+"""The bytes that launches move, counted by argument and scaled exactly from a sample."""
+
+import math
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from fastllama.benchmarks.kernels_report.table import wasteful
-from fastllama.benchmarks.kernels_report.traffic import ALL_PROGRAMS, counted, least_bytes, sample
+from fastllama.benchmarks.kernels_report.table import excess_traffic
+from fastllama.benchmarks.kernels_report.traffic import ALL_PROGRAMS, count_traffic, least_bytes, sample
 from fastllama.kernels.launch import interpreter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
@@ -21,12 +23,12 @@ def _scale_kernel(x_ptr, weight_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("programs", [3, 251])
 def test_bytes_are_counted_by_argument(programs: int) -> None:
-    """The last program hangs over the end by half, whether all programs run or a sample of them."""
+    """Half of the last program is past the end, whether all programs run or a sample of them."""
     interpreter.patch()
     block = 16
     length = programs * block - block // 2
     x, weight, y = torch.ones(1), torch.ones(length), torch.zeros(length)
-    with counted() as launches:
+    with count_traffic() as launches:
         _scale_kernel[(programs,)](x, weight, y, length, BLOCK=block)
     (launch,) = launches
     assert launch.moved == {"x_ptr": 4 * programs, "weight_ptr": 4 * length, "y_ptr": 4 * length}
@@ -37,27 +39,24 @@ def test_bytes_are_counted_by_argument(programs: int) -> None:
 @pytest.mark.parametrize("grid", [(1,), (ALL_PROGRAMS,), (1000,), (33, 8), (1008,), (36, 1)])
 def test_samples_stand_for_all(grid: tuple[int, ...]) -> None:
     chosen = sample(grid, {"BLOCKS": 63} if grid == (1008,) else {})
-    programs = 1
-    for size in grid:
-        programs *= size
-    assert sum(weight for _, weight in chosen) == pytest.approx(programs)
+    assert sum(weight for _, weight in chosen) == pytest.approx(math.prod(grid))
     assert len(chosen) <= ALL_PROGRAMS and len({place for place, _ in chosen}) == len(chosen)
 
 
-def test_waste_is_named() -> None:
+def test_excess_traffic_is_named() -> None:
     def row(streamed: int) -> dict[str, object]:
         return {"model": "3-8B", "op": "head", "tokens": 4, "streamed": streamed, "least_streamed": 1000}
 
-    assert wasteful([row(1000), row(1010)]) == []
-    assert [message.split(" rows ")[1] for message in wasteful([row(999), row(2000)])] == [
+    assert excess_traffic([row(1000), row(1010)]) == []
+    assert [message.split(" rows ")[1] for message in excess_traffic([row(999), row(2000)])] == [
         "reads 999 bytes, not 1000",
         "reads 2000 bytes, not 1000",
     ]
 
 
-def test_counting_is_over_when_its_block_is() -> None:
+def test_after_the_block_launches_run_completely() -> None:
     interpreter.patch()
-    with counted():
+    with count_traffic():
         pass
     y = torch.zeros(100 * 16)
     _scale_kernel[(100,)](torch.ones(1), torch.ones(100 * 16), y, 100 * 16, BLOCK=16)

@@ -41,7 +41,7 @@ class Layer(nn.Module):
 class Transformer(PackedModule):
     """A Llama model with its cache. `params` are its ModelArgs, `ops` its backend, `cache` its KVCache.
 
-    Where several processes share the model, `share` are the ModelArgs of this process's part: its heads with their
+    If several processes share the model, `share` are the ModelArgs of this process's part: its heads with their
     cache, its ffn width, its rows of the embedding and of the output. All processes of the group make the same calls.
     """
 
@@ -141,7 +141,7 @@ class Transformer(PackedModule):
         return self.group.all_gather(self.ops.norm_lm_head(h, self.norm, self.output, self.params.norm_eps, batch))
 
     def suited(self, n_tokens: int, n_keys: int) -> AbstractContextManager[None]:
-        """A block that runs n_tokens over up to n_keys of the cache, on one CPU thread where that is little work."""
+        """A block that runs n_tokens over up to n_keys of the cache, on one CPU thread if that is little work."""
         if self.device.type != "cpu":
             return nullcontext()
         attention = 2 * self.share.n_layers * self.share.n_heads * self.share.head_dim * n_keys

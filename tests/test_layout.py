@@ -143,8 +143,8 @@ def test_files_and_functions_are_small(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_function_has_types_but_those_of_the_device(path: Path) -> None:
-    """mypy requires this where it can; it cannot tell a device function, which triton.jit compiles, from others."""
+def test_every_host_function_has_types(path: Path) -> None:
+    """mypy cannot check this, because it cannot exclude device functions, which triton.jit compiles."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.FunctionDef) or any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
             continue
@@ -165,7 +165,7 @@ def test_reference_needs_no_triton() -> None:
     assert "triton" not in (ROOT / "kernels" / "reference.py").read_text()
 
 
-def test_backends_are_twins() -> None:
+def test_backends_export_the_same_functions() -> None:
     """Every backend exports the reference's functions with the reference's signatures."""
     reference = importlib.import_module("fastllama.kernels.reference")
     ops = {
@@ -188,14 +188,14 @@ def test_backends_are_twins() -> None:
         assert not differing, f"ops of {name} whose signatures are not the reference's: {differing}"
 
 
-def test_every_file_stands_in_the_architecture() -> None:
+def test_every_file_is_in_the_architecture_page() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     missing = [path.name for path in source_files() if path.name != "__init__.py" and path.name not in text]
     assert not missing, f"docs/architecture.md has one line for every file; it lacks {missing}"
 
 
 def test_setup_lists_every_package() -> None:
-    """Packages are named one by one (links defeat the automatic search), so that none may be forgotten."""
+    """Packages are named one by one (links defeat the automatic search), and this test finds a missing one."""
     calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
     (call,) = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setup"]
     (listed,) = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "packages"]

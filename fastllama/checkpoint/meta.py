@@ -2,7 +2,7 @@
 
 The number in a file's name says which slice it holds. No file states the number of shards, the split axis of the
 embedding (Llama 3: vocabulary, Llama 2: width) or whether kv heads repeat (more shards than kv heads): they follow from
-the shapes. What several shards hold must agree.
+the shapes. Tensors that several shards hold must agree.
 """
 
 import logging

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastllama.benchmarks.result_file import ResultFile
     from fastllama.benchmarks.run import Plan
 
-# Repeated from benchmarks/, which imports torch; a test compares them.
+# Copies of the names in benchmarks/, which imports torch. A test compares them.
 SUITES = ("kernels", "decode", "prefill", "generate", "load", "memory")
 MODELS = (
     "builtin",
@@ -194,8 +194,8 @@ def _plan(
     check_nproc(nproc, device)
     if is_distributed():
         nproc = world_size()
-        if found := [suite for suite in sizes["suites"] if suite in CHILD_PROCESS_SUITES]:
-            raise click.UsageError(f"{found[0]} starts processes of its own: use --nproc instead of torchrun.")
+        if unsuited := [suite for suite in sizes["suites"] if suite in CHILD_PROCESS_SUITES]:
+            raise click.UsageError(f"{unsuited[0]} starts processes of its own: use --nproc instead of torchrun.")
     chosen = choose_device(device)
     return Plan(
         source=_source(model, ckpt_dir, tokenizer_path),

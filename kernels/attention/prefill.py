@@ -111,8 +111,8 @@ def _attention_prefill_kernel(
 def attention_prefill(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """Causal attention of a batch's tokens: q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D).
 
-    Each token attends to its row's cache up to its own position. What the cache holds after a row's last token has no
-    influence, not even NaN. Raises ValueError where tensors do not match.
+    Each token attends to its row's cache up to its own position. Positions after a row's last token have no
+    influence, even if they hold NaN. Raises ValueError if tensors do not match.
     """
     dims = AttentionDims.of(q, cache_k, cache_v)
     n_tokens = q.shape[0]

@@ -5,7 +5,7 @@ Its conversion truncates instead of rounding to nearest even. `patch` makes ever
 back, as torch and a GPU do, value for value. It also patches the language once instead of at every call of a device
 function, which makes kernels three to six times faster.
 
-The patches are permanent for the process. They are made only where TRITON_INTERPRET was set before triton was imported;
+The patches are permanent for the process. They are made only if TRITON_INTERPRET was set before triton was imported;
 such a process launches nothing on a GPU.
 """
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 INT32_MAX = tl.constexpr(2147483647)
-# By how much rounding may move the boundary, relative to the total mass: near top_p = 1 everything is a candidate.
+# Margins for rounding: a share of the total mass, and a factor. Near top_p = 1 every token is a candidate.
 CANDIDATE_SLACK = tl.constexpr(1e-5)
 CANDIDATE_SHARE = tl.constexpr(0.999)
 PER_THREAD = tl.constexpr(4)  # adjacent candidates that one thread holds: one 16-byte load

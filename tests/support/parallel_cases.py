@@ -54,8 +54,8 @@ def answers(llm: Llama) -> dict[str, Any]:
 def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Assert equal tokens, and floats within tolerances: the number of processes changes the order of sums."""
     assert found["tokens"] == expected["tokens"]
-    for mine, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
-        assert_same_logprobs(mine, theirs, "divided logprobs")
+    for row, expected_row in zip(found["logprobs"], expected["logprobs"], strict=True):
+        assert_same_logprobs(row, expected_row, "divided logprobs")
     assert_same_logits(torch.tensor(found["logits"]), torch.tensor(expected["logits"]))
 
 
@@ -69,7 +69,7 @@ def are_alike(found: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 
 def build_error(folder: str) -> str:
-    """The error of a build that must fail; "built" where it does not."""
+    """The error of a build that must fail; "built" if it does not."""
     try:
         build(folder)
     except (AssertionError, RuntimeError, ValueError) as error:

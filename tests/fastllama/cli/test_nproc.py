@@ -20,7 +20,7 @@ from tests.support.checkpoints import tiny_params
 from tests.support.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
 from tests.support.tiers import parameters
 from tests.support.timeouts import HANG_SECONDS
-from tests.support.tiny import write_monotonous
+from tests.support.tiny import write_endless_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # A launcher without torchrun's agent. Its second process has no stdin and no output.
@@ -51,7 +51,7 @@ def test_a_chat_of_two_processes_reads_and_answers_once(how: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_benchmark_of_two_processes(checkpoint: str) -> None:
+def test_a_benchmark_on_two_processes(checkpoint: str) -> None:
     sizes = ("--suite", "decode,memory", "--batch", "2", "--context", "4", "--steps", "3", "--rounds", "1")
     where = ("--ckpt_dir", checkpoint, "--device", "cpu", "--nproc", "2", "--peers", "none", "--no_plots")
     found = run_process("bench", *sizes, *where, "--json")
@@ -67,14 +67,14 @@ def test_a_benchmark_of_two_processes(checkpoint: str) -> None:
 
 
 class Endless(NamedTuple):
-    """A command on several processes that generates without end, and its other processes."""
+    """A command that generates without end, and the processes that it started."""
 
     command: "subprocess.Popen[str]"
-    others: list[psutil.Process]
+    processes: list[psutil.Process]
 
 
-def others_of(command: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """The processes that the command started to share its model; libraries also start processes."""
+def model_processes(command: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The processes that share the command's model, without those that libraries start."""
     children = psutil.Process(command.pid).children()
     return [child for child in children if child.is_running() and any("fastllama" in word for word in _words(child))]
 
@@ -87,16 +87,16 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def monotonous(tmp_path_factory: pytest.TempPathFactory) -> str:
+def endless_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint whose greedy generation never stops."""
-    return write_monotonous(tmp_path_factory.mktemp("monotonous"))
+    return write_endless_checkpoint(tmp_path_factory.mktemp("endless_checkpoint"))
 
 
 @pytest.fixture
-def endless(monotonous: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
+def endless(endless_checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
     """The parameters: the number of processes, and whether the command or torchrun starts them."""
     count, how = request.param
-    words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", monotonous, "--device", "cpu"]
+    words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", endless_checkpoint, "--device", "cpu"]
     words += ["--max_seq_len", "8000", "--temperature", "0"]
     words = [*TORCHRUN[:-1], count, *words] if how == "torchrun" else [*words, "--nproc", count]
     pipe = subprocess.PIPE
@@ -104,7 +104,7 @@ def endless(monotonous: str, request: pytest.FixtureRequest) -> Iterator[Endless
     try:
         assert command.stdout is not None
         assert command.stdout.read(1)  # the first piece of text
-        yield Endless(command, others_of(command))
+        yield Endless(command, model_processes(command))
     finally:
         command.kill()
         command.communicate()
@@ -119,15 +119,15 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     "endless", parameters({"--nproc": ("4", "--nproc"), "torchrun": ("2", "torchrun")}, ("--nproc",)), indirect=True
 )
 def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> None:
-    command, others = endless
-    others[-1].send_signal(signal.SIGKILL)
+    command, processes = endless
+    processes[-1].send_signal(signal.SIGKILL)
     _, stderr = command.communicate(timeout=HANG_SECONDS)
-    if len(others) == 3:
+    if len(processes) == 3:
         assert command.returncode == EXIT_WORKER_CRASHED
         assert "process 3 of 4 was killed by signal 9 (SIGKILL)" in stderr.splitlines()[-1]
     else:  # torchrun started both processes
         assert command.returncode != 0 and "SIGKILL" in stderr
-    assert_gone(others)
+    assert_gone(processes)
 
 
 @pytest.mark.parametrize("endless", [("2", "--nproc")], ids=[""], indirect=True)
@@ -137,8 +137,8 @@ def test_no_process_is_left_when_the_driver_ends(endless: Endless, how: signal.S
     endless.command.communicate(timeout=HANG_SECONDS)
     if how == signal.SIGINT:
         assert endless.command.returncode == 130
-    assert len(endless.others) == 1
-    assert_gone(endless.others)
+    assert len(endless.processes) == 1
+    assert_gone(endless.processes)
 
 
 FAILING = """
@@ -157,7 +157,7 @@ def build_on_the_driver_only() -> Llama:
 
 
 def test_an_error_of_a_worker_only_ends_the_driver() -> None:
-    """It comes after the last exchange of errors, while the driver waits in a collective for the worker."""
+    """The error comes after the last exchange of errors, while the driver waits in a collective for the worker."""
     found = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert found.returncode == EXIT_WORKER_CRASHED
     assert "process 1 of 2 ended with code 1: OSError: no space left on this worker" in found.stderr

@@ -65,7 +65,9 @@ class Decoder:
         unroll: int = 1,
         new_graph: Callable[[], Graph] | None = None,
     ) -> None:
-        """graphs: whether to capture steps; None does so if the backend supports it. dependent: False turns
+        """Prepare to decode with a model; memory is allocated at the first use.
+
+        graphs: whether to capture steps; None does so if the backend supports it. dependent: False turns
         dependent launches (`kernels/launch/dependent.py`) off; otherwise they are used if the GPU supports them.
         unroll: steps in one replay. new_graph: makes the graphs, in place of CudaGraph.
 

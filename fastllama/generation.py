@@ -25,12 +25,16 @@ from fastllama.warmup import warm_up
 
 
 class CompletionPrediction(TypedDict, total=False):
+    """The continuation of one text."""
+
     generation: str
     tokens: list[str]  # only with logprobs
     logprobs: list[float]  # only with logprobs
 
 
 class ChatPrediction(TypedDict, total=False):
+    """The answer to one dialog."""
+
     generation: Message
     tokens: list[str]  # only with logprobs
     logprobs: list[float]  # only with logprobs

@@ -182,10 +182,10 @@ class Transformer(PackedModule):
         changed, listing names that are missing, unexpected or of another shape.
         """
         shapes, tied = self.share.shapes, self.params.tied_output
-        found = check_state_dict(state_dict, shapes, IGNORED_NAMES, tied_output=tied, strict=strict)
-        kept = self.state_dict() if found.missing_keys else {}
-        self.load_tensors((name, weight) for name, weight in {**kept, **state_dict}.items() if name in shapes)
-        return found
+        keys = check_state_dict(state_dict, shapes, IGNORED_NAMES, tied_output=tied, strict=strict)
+        current = self.state_dict() if keys.missing_keys else {}
+        self.load_tensors((name, weight) for name, weight in {**current, **state_dict}.items() if name in shapes)
+        return keys
 
     @with_default_settings
     @torch.inference_mode(False)

@@ -165,11 +165,11 @@ class _OpenMP:
         """The libraries with torch's symbols, in the order in which the loader searches them."""
         names = {"Linux": "libtorch_cpu.so", "Darwin": "libtorch_cpu.dylib", "Windows": "torch_cpu.dll"}
         path = Path(torch.__file__).parent / "lib" / names.get(platform.system(), "")
-        found = []
+        libraries = []
         for name in (None, str(path)):
             with contextlib.suppress(OSError, TypeError):
-                found.append(ctypes.CDLL(name))
-        return found
+                libraries.append(ctypes.CDLL(name))
+        return libraries
 
     def _function(self, name: str) -> Callable[..., int] | None:
         return next((getattr(library, name) for library in self._libraries() if hasattr(library, name)), None)

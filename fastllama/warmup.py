@@ -38,10 +38,10 @@ def warm_up(decoder: Decoder, batch_sizes: Sequence[int], progress: bool | None 
         task()
 
 
-def row_classes(max_rows: int, others: Sequence[int] = ()) -> list[int]:
-    """One number of rows for each class up to max_rows, and the other given numbers."""
+def row_classes(max_rows: int, batch_sizes: Sequence[int] = ()) -> list[int]:
+    """One number of rows for each class up to max_rows, and the given batch sizes."""
     beyond = [2**power + 1 for power in range(5, max_rows.bit_length())]
-    return sorted({min(rows, max_rows) for rows in (*ROWS, *beyond, *others)})
+    return sorted({min(rows, max_rows) for rows in (*ROWS, *beyond, *batch_sizes)})
 
 
 @torch.inference_mode()

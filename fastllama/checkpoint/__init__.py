@@ -112,8 +112,8 @@ def _not_found_message(folder: Path, other: str | None, below: list[Path]) -> st
         f"{start}expected {PARAMS_NAME} and {SHARD_PATTERN} there or in original/, "
         f"or {CONFIG_NAME} and {FILE_PATTERN}; it holds {shown or 'nothing'}"
     )
-    if found := find_checkpoint_folders(folder, _holds_checkpoint):
-        return f"{message}; pass the folder below it that holds one: {short_list(list(map(str, found)))}"
+    if subfolders := find_checkpoint_folders(folder, _holds_checkpoint):
+        return f"{message}; pass the folder below it that holds one: {short_list(list(map(str, subfolders)))}"
     return message
 
 

@@ -128,10 +128,10 @@ def count_layers(names: Collection[str]) -> int:
     return len({match[1] for name in names if (match := LAYER_PATTERN.match(name))})
 
 
-def check_dtypes(source: Path, found: Mapping[str, str]) -> None:
+def check_dtypes(source: Path, dtypes: Mapping[str, str]) -> None:
     """Raise ValueError that lists tensors whose dtype, named as in torch, is not in READABLE_DTYPES."""
     readable = [dtype_name(dtype) for dtype in READABLE_DTYPES]
-    wrong = [f"{name} ({dtype})" for name, dtype in found.items() if dtype not in readable]
+    wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in readable]
     if wrong:
         raise ValueError(
             f"{source}: expected {', '.join(readable)}, got {short_list(wrong)}; "

@@ -215,11 +215,11 @@ def _resolve_vocabulary(files: WeightFiles, params: dict[str, Any], shards: Sequ
             params["vocab_size"] = joined[0]
             return axis
     expected = ("V" if params["vocab_size"] == -1 else params["vocab_size"], params["dim"])
-    others = short_list([path.name for path, _ in files.passed_over])
+    unused = short_list([path.name for path, _ in files.passed_over])
     raise ValueError(
         f"{shards[0].path.parent}: {EMBEDDING_NAME}: expected ({expected[0]}, {expected[1]}) from {n_shards} shards, "
         f"got shards of {shape}; compare {PARAMS_NAME} and the number of files"
-        + (f" ({others} passed over)" if others else "")
+        + (f" ({unused} passed over)" if unused else "")
     )
 
 

@@ -154,11 +154,11 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
     from fastllama.benchmarks.result_file import read_result
 
     results = read_result(first), read_result(second)
-    found = compare_results(*results, threshold=threshold, anyway=anyway)
+    comparison = compare_results(*results, threshold=threshold, anyway=anyway)
     standard_streams.write_stdout(
-        json.dumps(found.to_json(), allow_nan=False) if as_json else report(found, *results, markdown)
+        json.dumps(comparison.to_json(), allow_nan=False) if as_json else report(comparison, *results, markdown)
     )
-    return EXIT_FINDINGS if found.fails else 0
+    return EXIT_FINDINGS if comparison.fails else 0
 
 
 def _run(output: str | None, no_plots: bool, **options: Any) -> "ResultFile":

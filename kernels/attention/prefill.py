@@ -28,8 +28,8 @@ from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, current_target
 
 WARPS = 8
 # (rows of queries, keys, stages) by matrix unit and bytes per key. wgmma (Hopper, Blackwell) reads queries from shared
-# memory; three stages use half of it. The others hold queries in registers, of which the accumulator takes a quarter
-# to a half; fewer rows or keys avoid spills. gfx942 has 64 KB of shared memory.
+# memory; three stages use half of it. The others hold queries in registers. The accumulator takes a quarter to a half
+# of the registers, so fewer rows or keys avoid spills. gfx942 has 64 KB of shared memory.
 TILES = {
     "wgmma": {128: (128, 128, 3), 256: (128, 64, 3), 512: (128, 32, 3)},
     "mma": {128: (128, 64, 3), 256: (128, 64, 2), 512: (64, 32, 2)},

@@ -103,8 +103,8 @@ def _patch_bfloat16() -> None:
     def unary_op(self: Any, operand: Any, op: Any) -> Any:
         return _bfloat16_handle(op(widen(operand))) if operand.dtype.scalar == tl.bfloat16 else unary(self, operand, op)
 
-    def create_dot(self: Any, a: Any, b: Any, accumulator: Any, *how: Any) -> Any:
-        return dot(self, _float32_handle(a), _float32_handle(b), accumulator, *how)
+    def create_dot(self: Any, a: Any, b: Any, accumulator: Any, *options: Any) -> Any:
+        return dot(self, _float32_handle(a), _float32_handle(b), accumulator, *options)
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         return _bfloat16_handle(widen(x) * widen(y) + widen(z)) if z.dtype.scalar == tl.bfloat16 else fma(self, x, y, z)

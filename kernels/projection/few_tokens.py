@@ -40,8 +40,8 @@ TWO_PROGRAMS, ONE_PROGRAM = 1.4, 0.7
 ROWS_PER_COLUMN = 2  # minimum for two programs: every program reads all tokens, from L2
 CHUNK_BYTES = 256  # of a row in one stage, per accumulator
 MIN_STAGE_BYTES = 8192  # so that programs rarely wait for a stage
-# What a multiprocessor of an H200 reads while it issues the 8 dependent matrix instructions of a chunk, each of which
-# waits some 33 cycles for the previous sums: 4.5 KB at 17 bytes per cycle, and a third more for the rest of a stage.
+# What a multiprocessor of an H200 reads while it issues the 8 dependent matrix instructions of a chunk, which wait
+# about 33 cycles each for the previous sums: 4.5 KB at 17 bytes per cycle, and a third more for the rest of a stage.
 DOT_LATENCY_BYTES = 6144
 BYTES_IN_FLIGHT = 98304  # per multiprocessor
 STAGES = (3, 8)  # fewest and most

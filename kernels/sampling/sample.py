@@ -131,7 +131,7 @@ def _draw_kernel(
     counters_ptr,
     tokens_ptr,
     logprobs_ptr,
-    starts_ptr,  # this and the next three only in a decode step, whose positions are those of the previous tokens
+    starts_ptr,  # this and the next three: only in a decode step; positions_ptr has the previous tokens' positions
     last_ptr,
     is_stop_ptr,
     newest_ptr,

@@ -1,4 +1,4 @@
-"""Weights that contradict the configuration: transformers' tokens, or an error that names both sides."""
+"""Weights that contradict the configuration give transformers' tokens, or an error that names both."""
 
 import json
 from pathlib import Path

@@ -36,15 +36,15 @@ sys.exit(first.returncode or second.wait())
 
 
 @pytest.mark.parametrize(
-    "how", parameters({how: how for how in ("--nproc", "torchrun", "own launcher")}, quick=("--nproc",))
+    "launched_by", parameters({name: name for name in ("--nproc", "torchrun", "own launcher")}, quick=("--nproc",))
 )
-def test_a_chat_of_two_processes_reads_and_answers_once(how: str) -> None:
+def test_a_chat_of_two_processes_reads_and_answers_once(launched_by: str) -> None:
     lines = "What is the capital of France?\n/reset\nHello\n"
     alone = run("chat", *CHAT, stdin=lines)
-    if how == "--nproc":
+    if launched_by == "--nproc":
         together = run_process("chat", *CHAT, "--nproc", "2", stdin=lines)
     else:
-        launcher = TORCHRUN if how == "torchrun" else ("-c", OWN_LAUNCHER)
+        launcher = TORCHRUN if launched_by == "torchrun" else ("-c", OWN_LAUNCHER)
         together = run_process("chat", *CHAT, stdin=lines, launcher=launcher)
     assert together.returncode == 0, together.stderr
     assert alone.stdout == together.stdout and len(together.stdout.splitlines()) == 2
@@ -53,15 +53,15 @@ def test_a_chat_of_two_processes_reads_and_answers_once(how: str) -> None:
 @pytest.mark.slow
 def test_a_benchmark_on_two_processes(checkpoint: str) -> None:
     sizes = ("--suite", "decode,memory", "--batch", "2", "--context", "4", "--steps", "3", "--rounds", "1")
-    where = ("--ckpt_dir", checkpoint, "--device", "cpu", "--nproc", "2", "--peers", "none", "--no_plots")
-    found = run_process("bench", *sizes, *where, "--json")
+    model = ("--ckpt_dir", checkpoint, "--device", "cpu", "--nproc", "2", "--peers", "none", "--no_plots")
+    found = run_process("bench", *sizes, *model, "--json")
     assert found.returncode == 0, found.stderr
     decode, memory = json.loads(found.stdout)["records"]
     assert decode["nproc"] == 2 and decode["tokens_per_second"]["p50"] > 0
     launches = {one["launch"]: one["count"] for one in decode["launches"]}
     assert launches["all-reduce"] == 2 * launches["qkv"] + 1 and launches["all-gather"] == 1
-    whole = ModelArgs(**tiny_params(), max_batch_size=2, max_seq_len=7)
-    plans = [plan_memory(whole, torch.float32, 2, 7, n_processes=n) for n in (1, 2)]
+    args = ModelArgs(**tiny_params(), max_batch_size=2, max_seq_len=7)
+    plans = [plan_memory(args, torch.float32, 2, 7, n_processes=n) for n in (1, 2)]
     assert memory["planned"]["weights"] == plans[1].weights < plans[0].weights
     assert memory["peak_bytes"] >= memory["held_bytes"] > 0
 
@@ -94,11 +94,11 @@ def endless_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def endless(endless_checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
-    """The parameters: the number of processes, and whether the command or torchrun starts them."""
-    count, how = request.param
+    """A running command. Parameters: the number of processes, and what starts them."""
+    count, launched_by = request.param
     words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", endless_checkpoint, "--device", "cpu"]
     words += ["--max_seq_len", "8000", "--temperature", "0"]
-    words = [*TORCHRUN[:-1], count, *words] if how == "torchrun" else [*words, "--nproc", count]
+    words = [*TORCHRUN[:-1], count, *words] if launched_by == "torchrun" else [*words, "--nproc", count]
     pipe = subprocess.PIPE
     command = subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
     try:
@@ -131,11 +131,11 @@ def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> 
 
 
 @pytest.mark.parametrize("endless", [("2", "--nproc")], ids=[""], indirect=True)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
-def test_no_process_is_left_when_the_driver_ends(endless: Endless, how: signal.Signals) -> None:
-    endless.command.send_signal(how)
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+def test_no_process_is_left_when_the_driver_ends(endless: Endless, sent: signal.Signals) -> None:
+    endless.command.send_signal(sent)
     endless.command.communicate(timeout=HANG_SECONDS)
-    if how == signal.SIGINT:
+    if sent == signal.SIGINT:
         assert endless.command.returncode == 130
     assert len(endless.processes) == 1
     assert_gone(endless.processes)

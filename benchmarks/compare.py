@@ -1,40 +1,40 @@
-"""Two result files beside each other: what became faster, what slower, and whether their spread allows to say so."""
+"""Compares two result files: which figures became better or worse by more than the spread of their samples."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastllama.benchmarks.environment import Environment
 from fastllama.benchmarks.result_file import FAILED, ResultFile
-from fastllama.benchmarks.tables import aligned, markdown
+from fastllama.benchmarks.tables import Record, Table
 
-DEFAULT_THRESHOLD = 0.05  # of change that is worth a mark
-DRIFT = 0.1  # of the machine's bandwidth that is worth a warning
-# What says that two records are of the same thing.
+DEFAULT_THRESHOLD = 0.05  # a smaller change gets no verdict
+DRIFT = 0.1  # change of the machine's bandwidth that gets a warning
+# Two records with the same values of these keys are of the same case.
 IDENTITY = (
     *("suite", "model", "dtype", "op", "launch", "variant", "case"),
     *("batch", "context", "tokens", "steps", "dependent_launch", "interpreted"),
 )
-# A record's figures, by the first of each line that it has; True where more is better.
-FIGURES: tuple[tuple[tuple[str, bool], ...], ...] = (
-    (("tokens_per_second", True), ("microseconds", False), ("seconds", False)),
-    (("median_ttft_ms", False),),
-    (("p99_itl_ms", False),),
-    (("peak_host_bytes", False), ("peak_bytes", False)),
-    (("held_bytes", False),),
+# A record's figures: of each line the first one that both records have.
+FIGURES = (
+    ("tokens_per_second", "microseconds", "seconds"),
+    ("median_ttft_ms",),
+    ("p99_itl_ms",),
+    ("peak_host_bytes", "peak_bytes"),
+    ("held_bytes",),
 )
-NO_SPEEDS = ("tests", "kernel tests")  # the suites of a GPU report whose seconds say nothing
+HIGHER_IS_BETTER = ("tokens_per_second",)
+NO_SPEEDS = ("tests", "kernel tests")  # suites of a GPU report whose seconds are not compared
 FASTER, SLOWER, ALIKE, NO_SPREAD = "better", "REGRESSION", "", "no spread"
 
-Record = dict[str, Any]
 Key = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure in both files. `ratio` is above 1 where the second is better, with the range that the spreads leave.
+    """One figure in both files. `ratio` is above 1 if the second is better; `low` and `high` follow from the spreads.
 
-    `verdict` marks a change whose whole range lies beyond the threshold. A time that was measured once has no range,
-    and no verdict; bytes need none.
+    A change whose complete range is beyond the threshold gets a verdict, but a time that was measured once does not.
     """
 
     of: dict[str, Any]
@@ -49,20 +49,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The changes, and the records that only one of the files has.
-
-    broken: what was measured in the first, and in the second was not because it failed or its output is wrong.
-    """
+    """The changes, and the cases that only one file has."""
 
     changes: list[Change]
-    broken: list[str]
+    broken: list[str]  # cases of the first file that failed or had wrong output in the second
     only_first: list[str]
     only_second: list[str]
     read_ratio: float | None  # of the machines' read bandwidth, the second's over the first's
 
     @property
     def regressions(self) -> list[Change]:
-        """Changes for the worse. What is broken is worse still."""
+        """The changes for the worse, without the broken cases."""
         return [change for change in self.changes if change.verdict == SLOWER]
 
     @property
@@ -76,22 +73,22 @@ class Comparison:
 def compare_results(
     first: ResultFile, second: ResultFile, threshold: float = DEFAULT_THRESHOLD, anyway: bool = False
 ) -> Comparison:
-    """Every figure that both files have, in the first one's order.
+    """Compare every figure that both files have, in the first file's order.
 
-    ValueError for files of different machines, unless `anyway`, and for files that have nothing in common.
+    ValueError for files of different machines, unless `anyway`, and for files without a common figure.
     """
     if not anyway and (difference := _machines_differ(first.environment, second.environment)):
         raise ValueError(
             f"the files are of different machines: {difference}; say --anyway to compare them all the same"
         )
-    records = [_by_key(result) for result in (first, second)]
-    states = {_key(one): one for one in second.records if one.get("status") in FAILED}
-    broken = [f"{_label(dict(key))}: {states[key]['not_run']}" for key in records[0] if key in states]
+    before, after = _by_key(first), _by_key(second)
+    failed = {_key(one): one for one in second.records if one.get("status") in FAILED}
+    broken = [f"{_label(dict(key))}: {failed[key]['not_run']}" for key in before if key in failed]
     changes = [
         change
-        for key, record in records[0].items()
-        if key in records[1]
-        for change in _changes(key, record, records[1][key], threshold)
+        for key, record in before.items()
+        if key in after
+        for change in _changes(dict(key), record, after[key], threshold)
     ]
     if not changes and not broken:
         raise ValueError("the files have no figure in common: nothing was measured in both")
@@ -99,40 +96,32 @@ def compare_results(
     return Comparison(
         changes,
         broken,
-        only_first=_missing(records[0], records[1] | states),
-        only_second=_missing(records[1], records[0]),
+        only_first=[_label(dict(key)) for key in before if key not in after and key not in failed],
+        only_second=[_label(dict(key)) for key in after if key not in before],
         read_ratio=reads[1] / reads[0] if len(reads) == 2 else None,
     )
 
 
 def report(comparison: Comparison, first: ResultFile, second: ResultFile, in_markdown: bool = False) -> str:
-    """A comparison for people."""
-    head = ["", "figure", "first", "second", "ratio", "range", ""]
-    rows = [
-        [
-            _label(change.of),
-            change.figure,
-            f"{change.first:.4g}",
-            f"{change.second:.4g}",
-            f"{change.ratio:.2f}x",
-            f"{change.low:.2f}-{change.high:.2f}",
-            change.verdict,
-        ]
-        for change in comparison.changes
-    ]
-    layout = markdown if in_markdown else aligned
+    """A comparison as text or Markdown."""
+    table = Table(["", "figure", "first", "second", "ratio", "range", ""], list(map(_cells, comparison.changes)))
     lines = [_describe(name, result) for name, result in (("first ", first), ("second", second))]
     if comparison.read_ratio is not None:
         lines.append(f"read bandwidth: {comparison.read_ratio:.2f}x in the second")
         if not 1 - DRIFT < comparison.read_ratio < 1 + DRIFT:
             lines.append("the machine itself was another then: measure both again, one behind the other")
-    lines += ["", layout(head, rows), ""]
+    lines += ["", table.text(in_markdown), ""]
     for which, labels in (("first", comparison.only_first), ("second", comparison.only_second)):
         lines += [f"only in the {which}: {label}" for label in labels]
     lines += [f"BROKEN in the second: {text}" for text in comparison.broken]
     found = len(comparison.regressions)
     lines.append(f"{found} regressions" if found != 1 else "1 regression")
     return "\n".join(lines)
+
+
+def _cells(change: Change) -> list[str]:
+    values = [f"{change.first:.4g}", f"{change.second:.4g}", f"{change.ratio:.2f}x"]
+    return [_label(change.of), change.figure, *values, f"{change.low:.2f}-{change.high:.2f}", change.verdict]
 
 
 def _machines_differ(first: Environment, second: Environment) -> str | None:
@@ -146,8 +135,8 @@ def _key(record: Record) -> Key:
 
 
 def _by_key(result: ResultFile) -> dict[Key, Record]:
-    """Those records that hold a figure."""
-    names = [name for alternatives in FIGURES for name, _ in alternatives]
+    """The records that have a figure."""
+    names = [name for alternatives in FIGURES for name in alternatives]
     return {
         _key(record): record
         for record in result.records
@@ -155,28 +144,18 @@ def _by_key(result: ResultFile) -> dict[Key, Record]:
     }
 
 
-def _missing(mine: dict[Key, Record], others: dict[Key, Record]) -> list[str]:
-    """What of mine the others have not."""
-    return [_label(dict(key)) for key in mine if key not in others]
+def _changes(of: dict[str, Any], first: Record, second: Record, threshold: float) -> Iterator[Change]:
+    for alternatives in FIGURES:
+        name = next((name for name in alternatives if first.get(name) and second.get(name)), None)
+        if name is not None:
+            yield _change(of, name, first, second, threshold)
 
 
-def _changes(key: Key, first: Record, second: Record, threshold: float) -> list[Change]:
-    found = []
-    for names in FIGURES:
-        for name, more_is_better in names:
-            if first.get(name) and second.get(name):
-                found.append(_change(dict(key), name, more_is_better, first, second, threshold))
-                break
-    return found
-
-
-def _change(
-    of: dict[str, Any], name: str, more_is_better: bool, first: Record, second: Record, threshold: float
-) -> Change:
+def _change(of: dict[str, Any], name: str, first: Record, second: Record, threshold: float) -> Change:
     (first_low, first_mid, first_high), (second_low, second_mid, second_high) = (
         _spread(record, name) for record in (first, second)
     )
-    if more_is_better:
+    if name in HIGHER_IS_BETTER:
         ratio, low, high = second_mid / first_mid, second_low / first_high, second_high / first_low
     else:
         ratio, low, high = first_mid / second_mid, first_low / second_high, first_high / second_low
@@ -193,7 +172,7 @@ def _repeated(record: Record, name: str) -> bool:
 
 
 def _spread(record: Record, name: str) -> tuple[float, float, float]:
-    """(p10, median, p90) of a figure, or the slowest, middle and fastest; one number has no spread."""
+    """(p10, median, p90) of a figure, or its slowest, median and fastest. A single number is all three."""
     value = record[name]
     if isinstance(value, dict):
         return value["p10"], value["p50"], value["p90"]

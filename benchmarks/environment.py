@@ -1,7 +1,6 @@
-"""What a result was measured on: the half of a figure that is usually missing.
+"""The machine, versions, commit and command of a result, so that it can be repeated and compared.
 
-A number without its machine, versions, commit and command cannot be repeated or compared, so every result file carries
-all of them. Whatever cannot be found out (no GPU, no git, an installed wheel) is None rather than a guess.
+A value that is not known (no GPU, no git, an installed wheel) is None.
 """
 
 import importlib.metadata
@@ -21,7 +20,7 @@ COMMAND_TIMEOUT_S = 10
 
 @dataclass(frozen=True)
 class Environment:
-    """Device, software and circumstances of one run; `git_dirty` is None where there is no commit to differ from."""
+    """What one run was measured on. `git_dirty` says whether files differ from the commit."""
 
     date: str
     command: str
@@ -39,11 +38,11 @@ class Environment:
     driver: str | None
     git_commit: str | None
     git_dirty: bool | None
-    clocks: str | None = None  # of a GPU as the run began: its processors', its memory's
+    clocks: str | None = None  # of a GPU at the start: of its processors and its memory
 
 
 def describe_environment(device: torch.device | str) -> Environment:
-    """The environment of this process, for figures measured on `device`."""
+    """The environment of this process, with `device`."""
     device = torch.device(device)
     on_cuda = device.type == "cuda"
     cpu = _cpu_model()
@@ -70,9 +69,8 @@ def describe_environment(device: torch.device | str) -> Environment:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """(commit, whether the work tree differs) of the repository that tracks the files of `folder`, else Nones."""
-    # An installed copy may lie inside somebody else's repository (a virtual environment in a project); its commit says
-    # nothing about us.
+    """(commit, whether the work tree differs) of the repository that tracks `folder`, or (None, None) without one."""
+    # An installed copy can be inside another project's repository, for example in a virtual environment.
     if not _run("git", "-C", str(folder), "ls-files", "."):
         return None, None
     commit = _run("git", "-C", str(folder), "rev-parse", "HEAD")
@@ -97,7 +95,7 @@ def _version(package: str) -> str | None:
 
 
 def _cores() -> int:
-    # A container may be given fewer cores than the machine has.
+    # A container can have fewer cores than the machine.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,8 +1,7 @@
-"""Which weights a benchmark runs on, told so that another process can get exactly the same ones.
+"""The models that benchmarks run on, described so that another process can build exactly the same weights.
 
-A `ModelSource` is a few strings and numbers: a checkpoint folder, or a shape with a seed. A peer in its own process
-rebuilds the same weights from it, because a seeded generator repeats itself; nothing large is copied or written to
-disk.
+A `ModelSource` is a checkpoint folder, or a shape with a seed. A peer's process makes the same random weights from the
+seed, so no weights are copied or written to disk.
 """
 
 import base64
@@ -11,6 +10,7 @@ import string
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 import fastllama
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import open_checkpoint
+from fastllama.checkpoint.base import dtype_name
 from fastllama.checkpoint.sharding import ShardedTensor, read_slice, weight_specs
 from fastllama.distributed.parallel import SINGLE_PROCESS, Group, model_group
 from fastllama.generation import Llama
+from fastllama.kernels import select
 from fastllama.loading import choose_device
 from fastllama.model import Transformer
 from fastllama.tokenizer import Tokenizer
@@ -30,11 +32,11 @@ from fastllama.tokenizer_files import NUM_SPECIAL_TOKENS
 RANDOM_SEED = 20240418
 RANDOM_STD = 0.02
 BYTES = 256
-SEEDS_PER_MODEL = 1_000_003  # tensors of one model never share a seed with those of the next model seed
+SEEDS_PER_MODEL = 1_000_003  # more than a model has tensors: two models' tensors never share a seed
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
-    # To see that everything runs.
+    # For checking that everything runs.
     "random-toy": {"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32},
-    # About 176 million parameters: small enough for a CPU, and at float32 far beyond its caches.
+    # About 176 million parameters: small enough for a CPU, and in float32 far larger than its caches.
     "random-176m": {
         "dim": 1024,
         "n_layers": 8,
@@ -45,29 +47,37 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         "ffn_dim_multiplier": 1.3,
     },
 }
-_LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500000.0}
-_SCALED = {**_LLAMA_3, "use_scaled_rope": True}
-# The published models' shapes, as their params.json have them. Their weights here are random, made on the device.
+
+
+def _llama3(
+    dim: int, n_layers: int, n_heads: int, ffn_multiplier: float, multiple_of: int, **others: Any
+) -> dict[str, Any]:
+    """The params.json of a published model."""
+    widths = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": 8, "vocab_size": 128256}
+    return {
+        **widths,
+        "ffn_dim_multiplier": ffn_multiplier,
+        "multiple_of": multiple_of,
+        "rope_theta": 500000.0,
+        **others,
+    }
+
+
+_LLAMA_3_2 = {"use_scaled_rope": True, "rope_scaling_factor": 32.0, "tied_output": True}
+# The shapes of published models. The weights are random, made on the device.
 PUBLISHED_MODELS: dict[str, dict[str, Any]] = {
-    "llama3-8b": _LLAMA_3
-    | {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
-    "llama3-70b": _LLAMA_3
-    | {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "multiple_of": 4096},
-    "llama3.1-8b": _SCALED
-    | {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
-    "llama3.2-1b": _SCALED
-    | {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.5, "multiple_of": 256}
-    | {"rope_scaling_factor": 32.0, "tied_output": True},
-    "llama3.2-3b": _SCALED
-    | {"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "ffn_dim_multiplier": 1.0, "multiple_of": 256}
-    | {"rope_scaling_factor": 32.0, "tied_output": True},
+    "llama3-8b": _llama3(4096, 32, 32, 1.3, 1024),
+    "llama3-70b": _llama3(8192, 80, 64, 1.3, 4096),
+    "llama3.1-8b": _llama3(4096, 32, 32, 1.3, 1024, use_scaled_rope=True),
+    "llama3.2-1b": _llama3(2048, 16, 32, 1.5, 256, **_LLAMA_3_2),
+    "llama3.2-3b": _llama3(3072, 28, 24, 1.0, 256, **_LLAMA_3_2),
 }
 MODEL_NAMES = ("builtin", *RANDOM_MODELS, *PUBLISHED_MODELS)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Weights by reference: `ckpt_dir` or `shape` (ModelArgs fields), one of the two; every field survives JSON."""
+    """Where a model's weights come from: either `ckpt_dir`, or `shape` (fields of ModelArgs) and `seed`. Fits JSON."""
 
     name: str
     ckpt_dir: str | None = None
@@ -83,7 +93,7 @@ class ModelSource:
 
     @classmethod
     def named(cls, name: str) -> "ModelSource":
-        """The model called `name`, one of MODEL_NAMES. ValueError for another name."""
+        """The model `name`, one of MODEL_NAMES. ValueError for another name."""
         if name == "builtin":
             ckpt_dir, tokenizer_path = fastllama.builtin_checkpoint()
             return cls(name, ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path)
@@ -94,44 +104,64 @@ class ModelSource:
 
     @classmethod
     def folder(cls, ckpt_dir: str, tokenizer_path: str | None) -> "ModelSource":
-        """The model of a checkpoint folder; its tokenizer lies there too unless it is named."""
+        """The model of a checkpoint folder, which also holds the tokenizer unless `tokenizer_path` is given."""
         return cls(Path(ckpt_dir).resolve().name, ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path or ckpt_dir)
 
     def args(self, max_batch_size: int, max_seq_len: int) -> ModelArgs:
-        """The model's dimensions with these sizes of the cache."""
+        """The model's ModelArgs with these sizes of the cache."""
         fields = self.shape if self.ckpt_dir is None else open_checkpoint(self.ckpt_dir).params
         return ModelArgs(**{**fields, "max_batch_size": max_batch_size, "max_seq_len": max_seq_len})
 
-    def tensors(
-        self, args: ModelArgs, device: torch.device, dtype: torch.dtype, group: Group = SINGLE_PROCESS
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every weight, or this process's part of it, in Meta's names, on `device` in `dtype`."""
-        if self.ckpt_dir is None:
-            yield from random_tensors(args, self.seed, device, dtype, group)
-            return
-        for name, tensor in open_checkpoint(self.ckpt_dir).tensors(group.rank, group.size, progress=False):
-            yield name, tensor.to(device=device, dtype=dtype)
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as a benchmark builds it. `to_json` and `from_json` carry it to other processes."""
+
+    source: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    max_batch_size: int
+    max_seq_len: int
+    backend: str | None = None
+
+    @classmethod
+    def from_json(cls, source: dict[str, Any], device: str, dtype: str, **others: Any) -> "ModelSpec":
+        """The spec whose `to_json` is given. The device "cuda" becomes this process's GPU."""
+        return cls(ModelSource(**source), choose_device(device), getattr(torch, dtype), **others)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"device": str(self.device), "dtype": dtype_name(self.dtype)}
+
+    @property
+    def backend_name(self) -> str:
+        """The backend that runs. ValueError for one that cannot run here."""
+        return select.backend(self.backend, self.device).__name__.rpartition(".")[2]
+
+    @cached_property
+    def args(self) -> ModelArgs:
+        return self.source.args(self.max_batch_size, self.max_seq_len)
+
+    def tensors(self, group: Group = SINGLE_PROCESS) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Meta's name, tensor) of every weight; with a group, this process's part of each."""
+        if self.source.ckpt_dir is None:
+            yield from random_tensors(self.args, self.source.seed, self.device, self.dtype, group)
+            return
+        for name, tensor in open_checkpoint(self.source.ckpt_dir).tensors(group.rank, group.size, progress=False):
+            yield name, tensor.to(device=self.device, dtype=self.dtype)
+
+    def build(self) -> Llama:
+        """The model as a Llama. Where several processes share it, with this process's part of the weights."""
+        args, group = self.args, model_group(None, self.device)
+        how: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "backend": self.backend}
+        with group.propagate_errors():
+            model = Transformer(args, init_weights=False, group=group, **how)
+            model.load_tensors(self.tensors(group))
+            return Llama(model, _tokenizer(self.source, args.vocab_size))
 
 
-def build(source: ModelSource, args: ModelArgs, device: torch.device, dtype: torch.dtype, backend: str | None) -> Llama:
-    """A Llama with the weights of `source`, or this process's part of it, where several share one."""
-    group = model_group(None, device)
-    with group.propagate_errors():
-        model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
-        model.load_tensors(source.tensors(args, device, dtype, group))
-        return Llama(model, _tokenizer(source, args.vocab_size))
-
-
-def described(
-    source: dict[str, Any], max_batch_size: int, max_seq_len: int, device: str, dtype: str, backend: str | None
-) -> Llama:
-    """`build` for other processes: what it takes, as JSON can hold it."""
-    model = ModelSource(**source)
-    args = model.args(max_batch_size, max_seq_len)
-    return build(model, args, choose_device(device), getattr(torch, dtype), backend)
+def build_from_json(**spec: Any) -> Llama:
+    """Build the ModelSpec whose `to_json` is given."""
+    return ModelSpec.from_json(**spec).build()
 
 
 def _tokenizer(source: ModelSource, vocab_size: int) -> Tokenizer:
@@ -144,7 +174,7 @@ def _tokenizer(source: ModelSource, vocab_size: int) -> Tokenizer:
 
 
 def _ranks(count: int) -> bytes:
-    """A ranks file of `count` tokens, for weights that nobody trained: every byte, then words of letters."""
+    """A ranks file of `count` tokens for random weights: every byte, then words of letters."""
     if count < BYTES:
         raise ValueError(
             f"a vocabulary needs at least {BYTES + NUM_SPECIAL_TOKENS} tokens, got {count + NUM_SPECIAL_TOKENS}"
@@ -158,19 +188,12 @@ def _ranks(count: int) -> bytes:
     return b"\n".join(lines)
 
 
-def resolved(args: ModelArgs) -> tuple[int, int, int]:
-    """(n_kv_heads, head_dim, hidden_dim), which ModelArgs has settled by the time it exists."""
-    if args.n_kv_heads is None or args.head_dim is None or args.hidden_dim is None:
-        raise ValueError(f"ModelArgs left a dimension open: {args}")
-    return args.n_kv_heads, args.head_dim, args.hidden_dim
-
-
 def random_tensors(
     args: ModelArgs, seed: int, device: torch.device, dtype: torch.dtype, group: Group = SINGLE_PROCESS
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Normal weights of RANDOM_STD, norms around one: the same ones for the same seed and kind of device.
+    """(name, tensor) of every weight, normal with RANDOM_STD; norms are around one. With a group, this process's part.
 
-    A tied output comes twice, as in Meta's files. Of a model that is shared, the process's part.
+    The same seed on the same kind of device gives the same weights. A tied output comes twice, as in Meta's files.
     """
     generator = torch.Generator(device)
     names = list(args.shapes)

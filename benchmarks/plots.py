@@ -1,7 +1,4 @@
-"""A result as pictures: tokens a second against batch, a step launch by launch, and how latencies are spread.
-
-Drawn by matplotlib, which is an optional dependency: a bench without it has tables only.
-"""
+"""Plots of a result: tokens a second over the batch, a step launch by launch, latencies. Needs matplotlib, optional."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -12,23 +9,21 @@ from typing import Any
 from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.runner import OURS
 from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, percentile
+from fastllama.benchmarks.tables import Record
 
-THROUGHPUT, LAUNCHES, LATENCY = "throughput", "launches", "latency"
-NAMES = (THROUGHPUT, LAUNCHES, LATENCY)
+NAMES = ("throughput", "launches", "latency")
 WITHOUT = "no plots: matplotlib is not installed (pip install matplotlib)"
 PANEL_INCHES = (5.2, 4.0)
 DOTS_PER_INCH = 110
 BINS = 40
-LATENCY_TAIL = 99.5  # percentile where the axis ends: one straggler should not squeeze all others into a bar
-LEGEND_LINE = 0.12  # of the highest bar, kept free above it for each line of a legend
-LEAST_MS = 1e-3  # that the axis of latencies shows
+LATENCY_TAIL = 99.5  # percentile where the axis ends, so that one outlier does not compress the rest
+LEGEND_LINE = 0.12  # space above the highest bar for one line of the legend, as a share of the bar
+LEAST_MS = 1e-3  # shortest axis of latencies
 OURS_COLOR, LIMIT_COLOR = "#c0392b", "#555555"
-# Told apart by people who see no red or green, too.
+# Colors that red-green color-blind people can distinguish.
 PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
-PIECE_COLORS = ("#bbbbbb", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#56b4e9", "#cc79a7", "#444444")
-EXCHANGE_COLORS = ("#f0e442", "#888800")  # of what processes that share a model exchange in a step
-
-Record = dict[str, Any]
+LAUNCH_COLORS = ("#bbbbbb", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#56b4e9", "#cc79a7", "#444444")
+COLLECTIVE_COLORS = ("#f0e442", "#888800")  # of the collectives of processes that share a model
 
 
 def available() -> bool:
@@ -36,7 +31,7 @@ def available() -> bool:
 
 
 def draw(result: ResultFile, folder: Path) -> list[Path]:
-    """Write what plots the result's decode records allow into `folder`, which is made. Returns their paths."""
+    """Write the plots of the result's decode records into `folder`, which is created. Returns their paths."""
     records = [record for record in result.records if record["suite"] == "decode" and "itls" in record]
     if not records:
         return []
@@ -46,26 +41,25 @@ def draw(result: ResultFile, folder: Path) -> list[Path]:
     contexts = list(dict.fromkeys(record["context"] for record in records))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, panel in ((THROUGHPUT, _throughput), (LAUNCHES, _launches), (LATENCY, _latency)):
-        # Not through pyplot: it keeps global state, and asks for a screen.
+    for name, panel in zip(NAMES, (_throughput, _launches, _latency), strict=True):
+        # Without pyplot, which has global state and needs a display.
         figure = Figure(figsize=(PANEL_INCHES[0] * len(contexts), PANEL_INCHES[1]), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(contexts), squeeze=False)[0]
         for axis, context in zip(axes, contexts, strict=True):
             mine = [record for record in records if record["context"] == context]
             panel(axis, sorted(mine, key=lambda record: record["batch"]))
-        if name != LATENCY:  # whose panels have each their own
+        if name != "latency":  # whose panels have a legend each
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True)
         first, environment = records[0], result.environment
         figure.suptitle(f"{first['model']} in {first['dtype']} on {environment.device_name}", fontsize=10)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
-        paths.append(path)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=DOTS_PER_INCH, metadata={"Software": None})
     return paths
 
 
 def _throughput(axis: Any, records: Sequence[Record]) -> None:
-    """Tokens a second over the batch, ours and the peers', below what reading the step's bytes would allow."""
+    """Tokens a second over the batch, of ours and the peers, with the limit that reading the step's bytes sets."""
     from matplotlib.ticker import LogLocator
 
     batches = [record["batch"] for record in records]
@@ -74,9 +68,11 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
     ]
     axis.plot(batches, limits, color=LIMIT_COLOR, linestyle="--", marker="_", label="limit: read bandwidth")
     _rates(axis, batches, records, OURS, OURS_COLOR)
-    for name, color in zip(_measured_peers(records), cycle(PEER_COLORS)):
-        having = [record for record in records if "tokens_per_second" in record["peers"].get(name, {})]
-        _rates(axis, [record["batch"] for record in having], [record["peers"][name] for record in having], name, color)
+    peers = [(name, record["batch"], peer) for record in records for name, peer in record["peers"].items()]
+    measured = [peer for peer in peers if peer[2]["status"] == "measured"]
+    for name, color in zip(dict.fromkeys(peer[0] for peer in measured), cycle(PEER_COLORS)):
+        mine = [(batch, record) for other, batch, record in measured if other == name]
+        _rates(axis, [batch for batch, _ in mine], [record for _, record in mine], name, color)
     axis.set(xlabel="batch", ylabel="tokens/s", title=_title(records), yscale="log")
     axis.set_xscale("log", base=2)
     axis.set_xticks(batches, [str(batch) for batch in batches])
@@ -89,20 +85,17 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
 def _rates(axis: Any, batches: Sequence[int], records: Sequence[Record], name: str, color: str) -> None:
     rates = [record["tokens_per_second"] for record in records]
     middle = [rate["p50"] for rate in rates]
-    reach = [
-        [rate["p50"] - rate["minimum"] for rate in rates],
-        [rate["maximum"] - rate["p50"] for rate in rates],
-    ]
-    axis.errorbar(batches, middle, yerr=reach, color=color, marker="o", capsize=3, label=name)
+    below, above = ([abs(rate[end] - rate["p50"]) for rate in rates] for end in ("minimum", "maximum"))
+    axis.errorbar(batches, middle, yerr=[below, above], color=color, marker="o", capsize=3, label=name)
 
 
 def _launches(axis: Any, records: Sequence[Record]) -> None:
-    """A step's launches on top of each other, each case beside the least that they could take."""
+    """The launches of a step as a stacked bar, measured and least, for each case."""
     ticks, labels, top = [], [], 0.0
     for place, record in enumerate(records):
         for offset, key in ((-0.2, "microseconds"), (0.2, "least_microseconds")):
             bottom = 0.0
-            for launch, color in zip(record["launches"], cycle(PIECE_COLORS + EXCHANGE_COLORS)):
+            for launch, color in zip(record["launches"], cycle(LAUNCH_COLORS + COLLECTIVE_COLORS)):
                 one = launch[key]["p50"] if key == "microseconds" else launch[key]
                 height = one * launch["count"] * MILLI / MICRO
                 label = f"{launch['launch']} x{launch['count']}" if not place and key == "microseconds" else None
@@ -117,7 +110,7 @@ def _launches(axis: Any, records: Sequence[Record]) -> None:
 
 
 def _latency(axis: Any, records: Sequence[Record]) -> None:
-    """How inter-token latencies are spread: ours at every batch, p50 and p99 marked."""
+    """Histograms of our inter-token latencies for each batch, with p50 and p99."""
     flat = {record["batch"]: [MILLI * one for run in record["itls"] for one in run] for record in records}
     top = 0.0
     end = max(*(percentile(samples, LATENCY_TAIL) for samples in flat.values()), LEAST_MS)
@@ -132,11 +125,6 @@ def _latency(axis: Any, records: Sequence[Record]) -> None:
     axis.set(xlabel="ms between tokens", ylabel="tokens", title=_title(records), xlim=(0, end))
     axis.set_ylim(0, top * (1 + LEGEND_LINE * len(flat)))
     axis.legend(fontsize=8, loc="upper left")
-
-
-def _measured_peers(records: Sequence[Record]) -> list[str]:
-    found = (name for record in records for name, peer in record["peers"].items() if peer["status"] == "measured")
-    return list(dict.fromkeys(found))
 
 
 def _title(records: Sequence[Record]) -> str:

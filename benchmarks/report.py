@@ -1,79 +1,96 @@
-"""A result as tables, for a terminal or in Markdown: what it was measured on, then suite by suite."""
+"""A result as text or Markdown: the machine and its ceilings, then the tables of each suite."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fastllama.benchmarks.ceilings import Ceiling
-from fastllama.benchmarks.peer_table import notes, peer_table
 from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.suites import decode, generate, kernels, load_and_memory, prefill, step_launches
-from fastllama.benchmarks.tables import Table, aligned, markdown
+from fastllama.benchmarks.tables import Columns, Record, Table, peer_columns, table_of
 
-COLUMNS = {
+COLUMNS: dict[str, Columns] = {
     "kernels": kernels.COLUMNS,
     "decode": decode.COLUMNS,
     "prefill": prefill.COLUMNS,
     "generate": generate.COLUMNS,
+    "load": load_and_memory.LOAD_COLUMNS,
+    "memory": load_and_memory.MEMORY_COLUMNS,
 }
-Records = Sequence[dict[str, Any]]
+LAUNCHES_TITLE = "a step launch by launch: how many, µs of one, % of the speed of light"
+BUSY_CORES = 0.1  # cores that other programs use, from which a note is printed
 
 
 def report(result: ResultFile, in_markdown: bool = False) -> str:
-    """A result for people. Records of suites that `fastllama bench` has not are passed over."""
+    """The tables of a result of `fastllama bench`."""
     environment = result.environment
-    layout: Callable[..., str] = markdown if in_markdown else aligned
     machine = f"{environment.device_name}, {environment.threads} threads, torch {environment.torch}"
     ceilings = [_describe(ceiling) for ceiling in result.ceilings.values()]
     lines = [machine, "", *(f"- {line}" for line in ceilings)] if in_markdown else [machine, *ceilings]
     for suite in dict.fromkeys(record["suite"] for record in result.records):
         records = [record for record in result.records if record["suite"] == suite]
-        title, parts = _section(suite, records)
+        title = _title(suite, records[0])
         lines += ["", f"**{title}**" if in_markdown else title]
-        for part in parts:
+        for part in _parts(suite, records):
             blank = [""] if in_markdown else []
-            lines += [*blank, layout(*part) if isinstance(part, Table) else part]
+            lines += [*blank, part.text(in_markdown) if isinstance(part, Table) else part]
     if result.interrupted:
         lines += ["", "interrupted: only finished cases are shown"]
     return "\n".join(lines)
 
 
-def _section(suite: str, records: Records) -> tuple[str, list[Table | str]]:
-    """(title, tables and the lines between and below them) of one suite."""
-    first = records[0]
+def _title(suite: str, first: Record) -> str:
     nproc = first.get("nproc", 1)
     where = f" on {nproc} processes" if nproc > 1 else ""
     how = f"{first['model']} in {first['dtype']}{where}, {first['rounds']} rounds"
-    titles = {
+    return {
         "kernels": f"kernels of {how}: {first.get('backend')} backend",
         "decode": f"decode of {how}, {first['steps']} greedy tokens",
         "prefill": f"prefill of {how}",
         "generate": f"generate on {how}: ragged prompts, {first['steps']} greedy tokens each",
         "load": f"load {first['model']} as {first['dtype']}{where}, {first['rounds']} rounds",
         "memory": f"memory of {first['model']} in {first['dtype']}{where}, MiB{' of the first' if where else ''}",
-    }
-    return titles[suite], _parts(suite, records)
+    }[suite]
 
 
-def _parts(suite: str, records: Records) -> list[Table | str]:
-    found = [record for record in records if "not_run" not in record]
-    not_run = [f"not run: {record['not_run']}" for record in records if "not_run" in record]
-    not_run = list(dict.fromkeys(not_run))
-    if not found:
+def _parts(suite: str, records: Sequence[Record]) -> list[Table | str]:
+    """The tables of one suite, and the notes below them."""
+    measured = [record for record in records if "not_run" not in record]
+    not_run = dict.fromkeys(f"not run: {record['not_run']}" for record in records if "not_run" in record)
+    if not measured:
         return [*not_run, *notes(records)]
-    if suite == "load":
-        return [load_and_memory.load_table(found), *not_run]
-    if suite == "memory":
-        return [load_and_memory.memory_table(found), *not_run]
-    parts: list[Table | str] = [peer_table(found, COLUMNS[suite]), *notes(records), *not_run]
-    if suite == "decode" and all("launches" in record for record in found):
-        title = "a step launch by launch: how many, µs of one, % of the speed of light"
-        parts += [title, step_launches.table(found)]
+    table = table_of(measured, {**COLUMNS[suite], **peer_columns(measured)})
+    parts: list[Table | str] = [table, *notes(records), *not_run]
+    if suite == "decode" and all("launches" in record for record in measured):
+        parts += [LAUNCHES_TITLE, table_of(measured, step_launches.columns(measured))]
     return parts
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """The lines below a table: why a peer was not timed, which tokens were not compared, other programs' CPU use."""
+    found = []
+    peers = [(record, name, peer) for record in records for name, peer in record["peers"].items()]
+    for _, name, peer in peers:
+        if peer["status"] != "measured":
+            found.append(f"{name} {peer['status']}: {peer['reason']}")
+    for record, name, peer in peers:
+        agreement = peer.get("agreement")
+        if peer["status"] == "measured" and agreement and agreement["tokens_compared"] < agreement["tokens_total"]:
+            found.append(
+                f"{name}: {agreement['tokens_compared']} of {agreement['tokens_total']} tokens compared at batch "
+                f"{record['batch']} context {record['context']}, up to a tie in which the two chose differently"
+            )
+    busy = [record["other_cores"] for record in records if record["other_cores"] > BUSY_CORES]
+    if busy:
+        found.append(
+            f"other programs used up to {max(busy):.1f} cores during {len(busy)} of {len(records)} measurements; "
+            "measure again when they rest"
+        )
+    return list(dict.fromkeys(found))
 
 
 def _describe(ceiling: Ceiling) -> str:
     samples = ceiling.samples
     digits = 1 if samples.p50 >= 10 else 3
-    low, high, best = (f"{value:.{digits}f}" for value in (samples.p10, samples.p90, samples.maximum))
-    value = f"{samples.p50:.{digits}f} {ceiling.unit}"
-    return f"{ceiling.name:6} {value} (p10 {low}, p90 {high}, best {best}; {ceiling.method})"
+    middle, low, high, best = (
+        f"{value:.{digits}f}" for value in (samples.p50, samples.p10, samples.p90, samples.maximum)
+    )
+    return f"{ceiling.name:6} {middle} {ceiling.unit} (p10 {low}, p90 {high}, best {best}; {ceiling.method})"

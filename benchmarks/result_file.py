@@ -1,4 +1,4 @@
-"""The result file: everything that a run found, on what and how, as JSON."""
+"""The result file: the environment, the ceilings and the records of a run, as JSON."""
 
 import json
 import os
@@ -12,12 +12,13 @@ from fastllama.benchmarks.environment import Environment
 from fastllama.benchmarks.statistics import Summary
 
 SCHEMA_VERSION = 2
-FAILED = ("disagrees", "failed")  # the status of a record, or of a peer in it, that something is wrong with
+FAILED = ("disagrees", "failed")  # the status of a record, or of a peer in it, where something is wrong
+MAX_REASON = 300  # characters
 
 
 @dataclass(frozen=True)
 class ResultFile:
-    """Everything a run found. `records` are JSON objects, one a case; their keys belong to the suite that wrote."""
+    """What a run measured. `records` are JSON objects, one for each case; each suite has its own keys."""
 
     environment: Environment
     ceilings: dict[str, Ceiling]
@@ -29,12 +30,12 @@ class ResultFile:
 
 
 def write_result(result: ResultFile, path: str | Path) -> None:
-    """Write `result` as JSON. OSError where it cannot be."""
+    """Write `result` as JSON. OSError if that fails."""
     write_text(json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n", path)
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Write a file of which a reader sees the old text or the new one, never a part. OSError where it cannot be."""
+    """Write a file atomically: a reader sees the old text or the new one. OSError if that fails."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -42,7 +43,7 @@ def write_text(text: str, path: str | Path) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a result is meant to be read by others.
+        # mkstemp makes files private, and others may read a result.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -51,13 +52,13 @@ def write_text(text: str, path: str | Path) -> None:
 
 
 def read_result(path: str | Path) -> ResultFile:
-    """The result in `path`. ValueError when it is not a result file of this schema version."""
+    """The result in the file `path`. ValueError if it is not a result file of this schema version."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a result file: expected JSON, got {error}") from error
-    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+    found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+    if found != SCHEMA_VERSION:
         raise ValueError(
             f"{path}: expected a result file of schema version {SCHEMA_VERSION}, got {found}; measure again"
         )
@@ -70,3 +71,9 @@ def read_result(path: str | Path) -> ResultFile:
         return ResultFile(environment, ceilings, list(data["records"]), bool(data["interrupted"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete result file: {error!r}; measure again") from error
+
+
+def one_line(error: object) -> str:
+    """An error's message as a record's reason: without line breaks, at most MAX_REASON characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."

@@ -1,43 +1,37 @@
-"""One run of the benchmarks: set up, measure case by case, keep what was measured whatever happens.
-
-Results are written after every case, so that a run that is stopped or breaks down still leaves a complete file behind.
-"""
+"""One run of the benchmarks: measures the cases of a plan. The result file is written after every case."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastllama.args import ModelArgs
-from fastllama.benchmarks.ceilings import Ceiling, MatmulProbe, ReadProbe, copy_ceiling
+from fastllama.benchmarks.ceilings import AdjacentSamples, Probes, machine_of
+from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.models import ModelSource, build, described
-from fastllama.benchmarks.peers.client import PEERS, Peer, PeerError, running
+from fastllama.benchmarks.models import ModelSource, ModelSpec, build_from_json
+from fastllama.benchmarks.peers.client import PEERS, Peer, start_peers
 from fastllama.benchmarks.result_file import FAILED, ResultFile, write_result
 from fastllama.benchmarks.runner import Ours, Runner
-from fastllama.benchmarks.statistics import GIGA, TERA
-from fastllama.benchmarks.suites import decode, generate, kernels, load_and_memory, prefill, step_launches
-from fastllama.benchmarks.suites.comparison import DEFAULT_ROUNDS, DEFAULT_STEPS, SUITES, Case, Suite, measure
+from fastllama.benchmarks.suites import comparison, decode, generate, kernels, load_and_memory, prefill, step_launches
+from fastllama.benchmarks.suites.comparison import Case, Progress, Suite
 from fastllama.benchmarks.suites.op_cases import ops_of
+from fastllama.benchmarks.tables import Record
+from fastllama.checkpoint.base import dtype_name
 from fastllama.distributed import driver, environment
 from fastllama.generation import Llama
-from fastllama.kernels import select
-from fastllama.speed_of_light import Machine
 
 DEFAULT_BATCHES = (1, 4)
 DEFAULT_CONTEXTS = (32, 512)
-WITH_MODEL = ("decode", "prefill", "generate")  # the suites that run ours and peers in turns
-FRESH = ("load", "memory")  # those that build a model in a process of its own
-
-Record = dict[str, Any]
+PEER_SUITES = ("decode", "prefill", "generate")  # run ours and the peers
+CHILD_PROCESS_SUITES = ("load", "memory")  # build a model in a child process
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: every batch with every context, of every suite, on one model."""
+    """What to run: each suite with each batch and context, on one model."""
 
     source: ModelSource
     device: torch.device
@@ -46,21 +40,21 @@ class Plan:
     suites: Sequence[Suite] = ("decode",)
     batches: Sequence[int] = DEFAULT_BATCHES
     contexts: Sequence[int] = DEFAULT_CONTEXTS
-    steps: int = DEFAULT_STEPS
-    rounds: int = DEFAULT_ROUNDS
+    steps: int = comparison.DEFAULT_STEPS
+    rounds: int = comparison.DEFAULT_ROUNDS
     peers: Sequence[str] = ()
     gpt_fast: str | None = None  # the folder of its code
-    nproc: int = 1  # processes that share our model, one on each GPU; a peer's is in one
+    nproc: int = 1  # processes that share our model, one on each GPU; a peer has one
 
     def __post_init__(self) -> None:
         for suite in self.suites:
-            if suite not in SUITES:
-                raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(SUITES)}")
+            if suite not in comparison.SUITES:
+                raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(comparison.SUITES)}")
         if self.nproc > 1 and "kernels" in self.suites:
             raise ValueError("the kernels suite measures the launches of one process: leave it out, or nproc")
 
     def cases(self, suites: Sequence[str]) -> list[Case]:
-        """Those of the plan's suites that are among `suites`."""
+        """The cases of those of the plan's suites that are in `suites`."""
         cases = [
             Case(suite, batch, context, 1 if suite == "prefill" else self.steps, self.rounds)
             for suite in self.suites
@@ -68,65 +62,51 @@ class Plan:
             for context in self.contexts
             for batch in self.batches
         ]
-        # Loading is the same for all but the size of the cache.
+        # Loading depends on the size of the cache only.
         largest = max(self.batches), max(self.contexts)
         return [case for case in cases if case.suite != "load" or (case.batch, case.context) == largest]
 
-    @property
-    def args(self) -> ModelArgs:
-        """The model's arguments, with a cache just large enough."""
-        return self.source.args(max(self.batches), max(self.contexts) + self.steps)
-
-    @property
-    def backend_name(self) -> str:
-        """The backend that runs. ValueError for one that cannot."""
-        return select.backend(self.backend, self.device).__name__.rpartition(".")[2]
+    @cached_property
+    def model(self) -> ModelSpec:
+        """The model, with a cache just large enough for every case."""
+        sizes = max(self.batches), max(self.contexts) + self.steps
+        return ModelSpec(self.source, self.device, self.dtype, *sizes, self.backend)
 
     def record_of(self, case: Case) -> Record:
-        """What every record of a case begins with."""
-        how = {"dtype": _name(self.dtype), "backend": self.backend_name, "nproc": self.nproc}
+        """The first keys of every record of a case."""
+        how = {"dtype": dtype_name(self.dtype), "backend": self.model.backend_name, "nproc": self.nproc}
         return asdict(case) | {"model": self.source.name} | how
 
 
-class _Ground:
-    """The machine's ceilings: one measured once, and those that are sampled again beside every figure."""
+def run(plan: Plan, progress: Progress, output: str | Path | None = None) -> ResultFile:
+    """Measure a plan. `output` is the result file. Ctrl-C ends the run early, with `interrupted` in the result.
 
-    def __init__(self, plan: Plan) -> None:
-        self.probe = ReadProbe(plan.device)
-        self.copy = copy_ceiling(plan.device)
-        self.matmul = MatmulProbe(plan.device, plan.dtype)
-
-    def ceilings(self) -> dict[str, Ceiling]:
-        return {"read": self.probe.ceiling(), "copy": self.copy, "matmul": self.matmul.ceiling()}
-
-
-def run(plan: Plan, progress: Callable[[str], None], output: str | Path | None = None) -> ResultFile:
-    """Measure `plan`; `output` is the result file, kept up to date. Ctrl-C ends early: the result says `interrupted`.
-
-    ValueError or OSError for a plan that cannot begin, before anything is measured.
+    ValueError or OSError before anything is measured, for a plan that cannot run or a file that cannot be written.
     """
-    args = plan.args
-    _ = plan.backend_name  # one that cannot run should not be found out later
+    args = plan.model.args  # these three lines raise for a plan that cannot run
+    _ = plan.model.backend_name
     args.split(plan.nproc)
-    result = ResultFile(describe_environment(plan.device), {})
-    if output is not None:
-        write_result(result, output)  # a path that cannot be written should not be found out at the end
-    try:
-        progress("measuring the machine")
-        ground = _Ground(plan)
-        for record in _records(plan, args, ground, progress):
-            result = replace(result, ceilings=ground.ceilings(), records=[*result.records, record])
-            if output is not None:
-                write_result(result, output)
-    except KeyboardInterrupt:
-        result = replace(result, interrupted=True)
+
+    def write(result: ResultFile) -> None:
         if output is not None:
             write_result(result, output)
+
+    result = ResultFile(describe_environment(plan.device), {})
+    write(result)
+    try:
+        progress("measuring the machine")
+        probes = Probes(plan.device, plan.dtype)
+        for record in _records(plan, probes, progress):
+            result = replace(result, ceilings=probes.ceilings(), records=[*result.records, record])
+            write(result)
+    except KeyboardInterrupt:
+        result = replace(result, interrupted=True)
+        write(result)
     return result
 
 
 def failures(result: ResultFile) -> list[str]:
-    """Everything in a result that went wrong, a line each: outputs that disagree, peers that broke down."""
+    """One line for each failure in a result: outputs that disagree and peers that failed."""
     found = []
     for record in result.records:
         if record.get("status") in FAILED:
@@ -137,140 +117,109 @@ def failures(result: ResultFile) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _records(plan: Plan, args: ModelArgs, ground: _Ground, progress: Callable[[str], None]) -> Iterator[Record]:
-    """Every record, as soon as it is there."""
+def _records(plan: Plan, probes: Probes, progress: Progress) -> Iterator[Record]:
+    """The records of all cases, as they are measured."""
     for case in plan.cases(["kernels"]):
-        yield from _op_records(plan, args, case, ground, progress)
-    _hand_back(plan.device)
-    if cases := plan.cases(WITH_MODEL):
-        how: dict[str, Any] = {"device": plan.device, "dtype": plan.dtype, "gpt_fast": plan.gpt_fast}
-        with running(plan.peers, plan.source, args, progress, **how) as peers:
+        yield from _op_records(plan, case, probes, progress)
+    torch.cuda.empty_cache()  # for the peers' processes
+    if cases := plan.cases(PEER_SUITES):
+        with start_peers(plan.peers, plan.model, plan.gpt_fast, progress) as peers:
             progress(f"loading {plan.source.name}")
-            llm = _ours(plan, args)
+            llm = _build(plan)
             for case in cases:
-                yield _measured(plan, case, llm, peers, ground, progress)
+                yield _case_record(plan, case, llm, peers, probes, progress)
         del llm
         if plan.nproc > 1:
             driver.shut_down()
-        _hand_back(plan.device)
-    for case in plan.cases(FRESH):
+        torch.cuda.empty_cache()
+    for case in plan.cases(CHILD_PROCESS_SUITES):
         progress(f"{case.suite} {plan.source.name} {case.label}")
-        yield plan.record_of(case) | _fresh(plan, case, ground)
+        yield plan.record_of(case) | _child_process_record(plan, case, probes)
 
 
-def _ours(plan: Plan, args: ModelArgs) -> Llama:
-    """The plan's model, led where several processes share it."""
+def _build(plan: Plan) -> Llama:
+    """The plan's model; where several processes share it, through the driver."""
     if plan.nproc == 1:
-        return build(plan.source, args, plan.device, plan.dtype, plan.backend)
+        return plan.model.build()
     if not environment.is_distributed():
         driver.start_workers(plan.nproc)
-    return driver.build_on_all(
-        described,
-        source=plan.source.to_json(),
-        max_batch_size=args.max_batch_size,
-        max_seq_len=args.max_seq_len,
-        device=plan.device.type,
-        dtype=_name(plan.dtype),
-        backend=plan.backend,
-    )
+    return driver.build_on_all(build_from_json, **_on_own_device(plan.model).to_json())
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _on_own_device(model: ModelSpec) -> ModelSpec:
+    """The model for several processes: without an index of the GPU, so that each process takes its own."""
+    return replace(model, device=torch.device(model.device.type))
 
 
-def _hand_back(device: torch.device) -> None:
-    """What torch keeps of memory that is free, so that other processes find it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _op_records(
-    plan: Plan, args: ModelArgs, case: Case, ground: _Ground, progress: Callable[[str], None]
-) -> Iterator[Record]:
-    """The kernels suite's records of one case, an op each."""
-    bench = kernels.Bench(
-        args,
-        plan.device,
-        plan.dtype,
-        plan.backend_name,
-        case.rounds,
-        ground.probe,
-        ground.matmul,
-    )
-    every = case.context == plan.contexts[0]
-    for op in ops_of(args, plan.device, plan.dtype, case.batch, case.context, every):
-        say = _saying(progress, f"kernels {plan.source.name} {case.label} {op.name}")
-        record = plan.record_of(case) | kernels.measure(op, bench, case.batch, say)
-        # What has no bearing on an op is not to tell two measurements of it apart.
+def _op_records(plan: Plan, case: Case, probes: Probes, progress: Progress) -> Iterator[Record]:
+    """The kernels suite's records of one case, one for each op."""
+    bench = kernels.Bench(plan.model, case.rounds, probes)
+    for op in ops_of(plan.model, case.batch, case.context, every=case.context == plan.contexts[0]):
+        op_progress = _prefixed(progress, f"kernels {plan.source.name} {case.label} {op.name}")
+        record = plan.record_of(case) | kernels.measure_op(op, bench, op_progress)
+        # Values that an op does not depend on are left out: `compare` would take them for another case.
         yield record | {"steps": None, "context": None if op.in_any_context else case.context}
 
 
-def _measured(
+def _case_record(
     plan: Plan,
     case: Case,
     llm: Llama,
-    peers: dict[str, Peer | PeerError | str],
-    ground: _Ground,
-    progress: Callable[[str], None],
+    peers: dict[str, Peer | ChildError | str],
+    probes: Probes,
+    progress: Progress,
 ) -> Record:
-    """One case's record of ours and the peers in turns."""
+    """The record of one case on ours and the peers."""
     args = llm.model.params
-    say = _saying(progress, f"{case.suite} {plan.source.name} {case.label}")
+    progress = _prefixed(progress, f"{case.suite} {plan.source.name} {case.label}")
     begin = time.perf_counter()
     driver.run_on_all(llm, _warm, batch=case.batch)
     record = plan.record_of(case) | {"capture_seconds": time.perf_counter() - begin}
-    runners = {name: suited(name, peer, case) for name, peer in peers.items()}
-    before = ground.matmul.sample().p50
+    runners = {name: runner_for(name, peer, case) for name, peer in peers.items()}
+    samples = AdjacentSamples(probes.matmul)
     devices = plan.nproc if plan.device.type == "cuda" else 1
-    measured = measure(case, args.vocab_size, Ours(llm), runners, ground.probe, plan.dtype, say, devices)
-    matmul = max(before, ground.matmul.sample().p50)
+    case_runs = comparison.run_case(
+        case, args.vocab_size, Ours(llm), runners, probes.read, plan.dtype, progress, devices
+    )
+    matmul = samples.higher()
     if case.suite == "decode":
-        record |= decode.record(case, measured, args, plan.dtype)
-        say("launch by launch")
-        record["launches"] = _launches(llm, case, ground.probe, matmul, plan.nproc // devices)
+        record |= decode.record(case, case_runs, args, plan.dtype)
+        progress("launch by launch")
+        record["launches"] = _launches(llm, case, probes, matmul, plan.nproc // devices)
         return record
-    of_suite = prefill.record if case.suite == "prefill" else generate.record
-    return record | of_suite(case, measured, args, plan.dtype, matmul)
+    record_of = prefill.record if case.suite == "prefill" else generate.record
+    return record | record_of(case, case_runs, args, plan.dtype, matmul)
 
 
-def suited(name: str, peer: Peer | PeerError | str, case: Case) -> Runner | PeerError | str:
-    """The peer, or why it does not run this case."""
+def runner_for(name: str, peer: Peer | ChildError | str, case: Case) -> Runner | ChildError | str:
+    """The peer, or the reason why it does not run this case."""
     if isinstance(peer, Peer) and not PEERS[name].takes_ragged and len(set(case.lengths)) > 1:
         return "it takes equally long prompts only"
     return peer
 
 
-def _fresh(plan: Plan, case: Case, ground: _Ground) -> Record:
-    how = {
-        "device": str(plan.device) if plan.nproc == 1 else plan.device.type,
-        "dtype": _name(plan.dtype),
-        "backend": plan.backend,
-        "nproc": plan.nproc,
-    }
+def _child_process_record(plan: Plan, case: Case, probes: Probes) -> Record:
+    model = replace(plan.model, max_batch_size=case.batch, max_seq_len=case.context + case.steps)
+    if plan.nproc > 1:
+        model = _on_own_device(model)
     if case.suite == "load":
-        return load_and_memory.load_record(case, plan.source, how, ground.copy)
-    return load_and_memory.memory_record(case, plan.source, how)
+        return load_and_memory.load_record(case, model, plan.nproc, probes.copy)
+    return load_and_memory.memory_record(case, model, plan.nproc)
 
 
-def _saying(progress: Callable[[str], None], what: str) -> Callable[[str], None]:
-    return lambda text: progress(f"{what}: {text}")
+def _prefixed(progress: Progress, prefix: str) -> Progress:
+    return lambda text: progress(f"{prefix}: {text}")
 
 
 def _warm(llm: Llama, batch: int) -> None:
     llm.decoder.capture_graphs([batch])
 
 
-def _launches(llm: Llama, case: Case, probe: ReadProbe, matmul: float, sharing: int) -> list[Record]:
-    """The launches of a step at half of the case's steps, beside the least that they could take.
-
-    sharing: processes that launch theirs on the same device at the same time.
-    """
-    before = probe.sample().p50
+def _launches(llm: Llama, case: Case, probes: Probes, matmul: float, n_sharing: int) -> list[Record]:
+    """The launches of a step at half of the case's steps, on a device that `n_sharing` processes use together."""
+    samples = AdjacentSamples(probes.read)
     times = driver.run_on_all(llm, _launch_times, batch=case.batch, context=case.context + case.steps // 2)
-    # The higher neighbour, as in the rounds: shares are not flattered.
-    read = max(before, probe.sample().p50)
-    machine = Machine(read=read * GIGA / sharing, matmul=matmul * TERA / sharing)
+    machine = machine_of(samples.higher(), matmul, 1 / n_sharing)
     return [one.against(machine) for one in times]
 
 

@@ -1,4 +1,4 @@
-"""What is timed: greedy generation by ours or by a peer, and what one such run brings."""
+"""What is timed: greedy generation by ours or by a peer, and the result of one run."""
 
 import contextlib
 import time
@@ -14,10 +14,10 @@ OURS = "fastllama"
 
 @dataclass(frozen=True)
 class Run:
-    """One greedy generation of equally long rows.
+    """The result of one greedy generation, with as many tokens in each row.
 
-    `seconds[k]` is the time from the call until every row had its token k. `logprobs` and `margins` (the oracle's lead
-    of its best logit over the second, per row and step) are there only where they were asked for.
+    `seconds[k]` is the time from the call until every row had its token k. `logprobs`, and of a peer `margins` (the
+    best logit minus the second best), are per row and step, and only there on request.
     """
 
     tokens: list[list[int]]
@@ -27,13 +27,13 @@ class Run:
 
 
 class Runner(Protocol):
-    """Ours or a peer: greedy tokens for some prompts, with the time of each step."""
+    """Generates `steps` greedy tokens for each prompt, and times each step."""
 
     def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run: ...
 
 
 class Ours:
-    """fastllama as a Runner, through `Llama.stream`: what a user of the runtime gets, tokenizer and all."""
+    """fastllama as a Runner, through `Llama.stream`, as users call it."""
 
     def __init__(self, llm: Llama) -> None:
         self._llm = llm
@@ -49,7 +49,7 @@ class Ours:
             for increment in self._llm.stream(prompts, steps, temperature=0.0, logprobs=logprobs):
                 tokens[increment.row] += increment.tokens
                 scores[increment.row] += increment.logprobs or []
-                # A step is over when the slowest row has its token.
+                # A step has ended when every row has its token.
                 complete = min(len(row) for row in tokens)
                 if complete > len(seconds):
                     seconds += [time.perf_counter() - start] * (complete - len(seconds))

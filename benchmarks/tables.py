@@ -1,18 +1,47 @@
-"""Tables for people: aligned on a terminal, and in Markdown."""
+"""Tables of records, as aligned text or in Markdown."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+Columns = Mapping[str, Callable[[Record], object]]  # from a column's head to its cell for a record
 
 
 class Table(NamedTuple):
-    """Heads, and rows of as many cells."""
+    """The heads of the columns, and rows of as many cells."""
 
     head: Sequence[object]
     rows: Sequence[Sequence[object]]
 
+    def text(self, in_markdown: bool = False) -> str:
+        return (markdown if in_markdown else aligned)(self.head, self.rows)
+
+
+def table_of(records: Sequence[Record], columns: Columns) -> Table:
+    """One row for each record."""
+    return Table(list(columns), [[cell(record) for cell in columns.values()] for record in records])
+
+
+def peer_columns(records: Sequence[Record]) -> Columns:
+    """A column for each peer of the records: how many times as fast ours is."""
+    names = dict.fromkeys(name for record in records for name in record["peers"])
+    return {f"vs {name}": partial(_ratio, name) for name in names}
+
+
+def _ratio(name: str, record: Record) -> str:
+    """The median ratio with its range, or the status of a peer that was not measured."""
+    peer = record["peers"].get(name)
+    if peer is None:
+        return "-"
+    if peer["status"] != "measured":
+        return str(peer["status"])
+    ratio = peer["ratio"]
+    return f"{ratio['p50']:.2f}x ({ratio['minimum']:.2f}-{ratio['maximum']:.2f})"
+
 
 def aligned(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table in columns that end together."""
+    """Text with right-aligned columns."""
     cells = [[str(cell) for cell in line] for line in (head, *rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)

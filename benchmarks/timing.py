@@ -1,4 +1,4 @@
-"""How calls are timed: what comes before each, what is left out, and who else was busy meanwhile."""
+"""Times calls, on a CPU and with CUDA events, and measures how much of the CPUs other programs use."""
 
 import contextlib
 import os
@@ -10,17 +10,18 @@ import torch
 
 from fastllama.cuda_graph import CudaGraph
 
-CPU_BUFFER_BYTES = 256 * 2**20  # several times the last-level cache of any CPU that is likely to run this
+CPU_BUFFER_BYTES = 256 * 2**20  # several times the last-level cache of a large CPU
 CUDA_BUFFER_BYTES = 2**30
 
 
-def buffer_bytes(device: torch.device) -> int:
-    """More than the caches of a device hold."""
-    return CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+def random_buffer(device: torch.device, n_bytes: int | None = None) -> torch.Tensor:
+    """Random float32 numbers, by default in more bytes than the caches of the device have."""
+    n_bytes = n_bytes or (CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES)
+    return torch.randn(n_bytes // 4, device=device)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was launched on `device`; a CPU has nothing to wait for."""
+    """Wait for all launches on `device`. On a CPU there are none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -34,19 +35,20 @@ def time_calls(
     seconds: float = 0.0,
     before: Callable[[], object] | None = None,
 ) -> list[float]:
-    """Seconds of each of at least `repeats` calls, going on until `seconds` have passed.
+    """The seconds of each call, of at least `repeats` calls and until `seconds` have passed.
 
-    `warmup` calls before them are not timed, nor is `before`, which runs before each. On CUDA each call stands between
-    two events, so the host's own time between launches is not counted.
+    `warmup` calls come first and are not timed, nor is `before`, which runs before each timed call. On CUDA each call
+    is between two events, so the host's time between calls does not count.
     """
     for _ in range(warmup):
         call()
     synchronize(device)
-    if device.type == "cuda":
-        return _time_calls_cuda(call, device, repeats, seconds, before)
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < repeats or time.perf_counter() - begin < seconds:
+        if device.type == "cuda":
+            times += _time_with_events(call, device, max(1, repeats), before)
+            continue
         if before is not None:
             before()
         start = time.perf_counter()
@@ -55,37 +57,27 @@ def time_calls(
     return times
 
 
-def _time_calls_cuda(
-    call: Callable[[], object],
-    device: torch.device,
-    repeats: int,
-    seconds: float,
-    before: Callable[[], object] | None,
+def _time_with_events(
+    call: Callable[[], object], device: torch.device, repeats: int, before: Callable[[], object] | None
 ) -> list[float]:
-    times: list[float] = []
-    begin = time.perf_counter()
+    """The seconds of `repeats` calls that are queued without waiting for the device."""
     with torch.cuda.device(device):
-        while len(times) < repeats or time.perf_counter() - begin < seconds:
-            events = [
-                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-                for _ in range(max(1, repeats))
-            ]
-            for start, end in events:
-                if before is not None:
-                    before()
-                start.record()
-                call()
-                end.record()
-            synchronize(device)
-            times += [start.elapsed_time(end) / 1e3 for start, end in events]
-    return times
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            if before is not None:
+                before()
+            start.record()
+            call()
+            end.record()
+        synchronize(device)
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On CUDA what replays `call`'s launches from a graph, so that the host is not what is timed; elsewhere `call`."""
+    """On CUDA a function that replays the launches of `call` from a graph, without the host's time; else `call`."""
     if device.type != "cuda":
         return call
-    call()  # compiles what has to be compiled
+    call()  # compiles the kernels
     synchronize(device)
     graph = CudaGraph.alone(device)
     graph.capture(call)
@@ -93,33 +85,30 @@ def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 class CacheFlush:
-    """Called, fills every cache with other things: what runs next finds nothing of its own there."""
+    """Calling it fills every cache with other data, so that the next call reads memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._buffer = torch.randn(buffer_bytes(device) // 4, device=device)
+        self._buffer = random_buffer(device)
 
     def __call__(self) -> None:
-        self._buffer.sum()  # reads: what had been written would be on its way to memory in the time of others
+        self._buffer.sum()  # reads only: written data would go to memory while the next call is timed
 
 
 class Contention:
-    """How much of the CPUs others use, from its creation on: the first thing to look at when figures disagree.
-
-    Others are processes that are neither this one nor its children, nor share the model with it.
-    """
+    """Measures the CPU time of other processes. Children, and processes that share the model, are not others."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def cores(self) -> float:
-        """Cores that others kept busy, stolen time included."""
+        """The number of cores that other processes used, with stolen time."""
         wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
         return max(0.0, (busy - own) / wall) if wall > 0 else 0.0
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
         times = psutil.cpu_times()._asdict()
-        # Linux counts a guest's time in the user's as well.
+        # On Linux a guest's time is part of the user's time.
         busy = sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice"))
         own = 0.0
         top = psutil.Process()

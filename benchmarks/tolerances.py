@@ -1,8 +1,8 @@
-"""How far two right answers may lie apart: the one table, for all tests and benchmarks.
+"""The tolerances of all tests and benchmarks: how much two right results may differ.
 
-Of an op, between a kernel and its twin, absolute and relative: sums come in another order, and half precision rounds
-them, and what is made of them, to the neighbouring value now and then (an ulp is 2^-8 in bfloat16 and 2^-11 in
-float16). Of a whole model, absolute: logits, and nats of log-probability.
+An op's tolerance is between a kernel and the reference implementation, absolute and relative. They sum in a different
+order, so half precision sometimes rounds to the adjacent value (an ulp is 2^-8 in bfloat16 and 2^-11 in float16). A
+complete model's tolerance is absolute, of logits and of log-probabilities in nats.
 """
 
 import torch
@@ -25,16 +25,16 @@ TOLERANCES = {
     ("logprobs", torch.float32): 1e-4,
     ("logprobs", torch.bfloat16): 0.15,
     ("logprobs", torch.float16): 0.02,
-    # Of the same backend on several processes, or on several threads.
+    # The same backend on several processes or several threads.
     ("divided logprobs", torch.float32): 2e-5,
 }
 WHOLE_MODEL = ("logits", "logprobs", "divided logprobs")
 
 
 def assert_matches(what: str, ours: Tensor, expected: Tensor) -> None:
-    """Compare two answers that are both in ours' dtype. AssertionError, with the largest difference, beyond the table.
+    """Compare two results in the dtype of ours. AssertionError, with the largest difference, beyond the tolerance.
 
-    NaN matches NaN in neither.
+    NaN does not match NaN.
     """
     tolerance = TOLERANCES[what, ours.dtype]
     relative = 0.0 if what in WHOLE_MODEL else tolerance

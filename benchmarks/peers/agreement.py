@@ -1,4 +1,4 @@
-"""Whether a peer gives our answers: tokens and log-probabilities of the same greedy prompts, compared."""
+"""Compares tokens and log-probabilities of a peer with ours, for the same greedy prompts."""
 
 import math
 from dataclasses import dataclass
@@ -11,49 +11,47 @@ from fastllama.benchmarks.tolerances import TOLERANCES
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the comparison of two greedy runs found.
+    """The result of comparing two greedy runs.
 
-    A row is compared until its tokens part. Parting at a step where the oracle's two best logits lie within the
-    tolerance is no disagreement, for either choice is right there.
+    A row is compared up to its first different token. If the oracle's two best logits differ there by the tolerance at
+    most, it is a tie and no disagreement: both tokens are right.
     """
 
     agrees: bool
     tokens_compared: int
     tokens_total: int
-    max_logprob_difference: float | None  # None for one that is no number
+    max_logprob_difference: float | None  # None if it is not finite
     tolerance: float
     difference: str | None = None
 
 
 def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
-    """Compare tokens and log-probabilities of the same prompts. ValueError when a run lacks what that takes."""
+    """Compare two runs of the same prompts. ValueError if log-probabilities or the oracle's margins are missing."""
     if ours.logprobs is None or oracle.logprobs is None or oracle.margins is None:
         raise ValueError("a comparison needs log-probabilities of both runs and the oracle's margins")
     tolerance = TOLERANCES["logprobs", dtype]
     total = sum(len(row) for row in oracle.tokens)
-    compared = 0
-    worst = 0.0
-    difference: str | None = None
-    if [len(row) for row in ours.tokens] != [len(row) for row in oracle.tokens]:
-        lengths = [len(row) for row in ours.tokens], [len(row) for row in oracle.tokens]
-        return Agreement(False, 0, total, 0.0, tolerance, f"lengths differ: {lengths[0]} here, {lengths[1]} there")
+    lengths, expected_lengths = ([len(row) for row in run.tokens] for run in (ours, oracle))
+    if lengths != expected_lengths:
+        difference = f"lengths differ: {lengths} here, {expected_lengths} there"
+        return Agreement(False, 0, total, 0.0, tolerance, difference)
+    compared, worst = 0, 0.0
+    found: str | None = None
     for row, (mine, theirs) in enumerate(zip(ours.tokens, oracle.tokens, strict=True)):
         for step, (token, expected) in enumerate(zip(mine, theirs, strict=True)):
             margin = oracle.margins[row][step]
             gap = abs(ours.logprobs[row][step] - oracle.logprobs[row][step])
             if token != expected:
-                # Two tokens of nearly the same probability, to both.
+                # A tie: for both runs the two tokens have nearly the same probability.
                 if not (margin <= tolerance and gap <= 2 * tolerance):
-                    difference = difference or (
+                    found = found or (
                         f"row {row} step {step}: token {token} here, {expected} there, margin {margin:.3g}, "
                         f"log-probabilities {gap:.3g} apart"
                     )
                 break
             # Not `gap > tolerance`: a NaN must count as a difference.
             if not gap <= tolerance:
-                difference = difference or f"row {row} step {step}: log-probabilities {gap:.3g} apart"
+                found = found or f"row {row} step {step}: log-probabilities {gap:.3g} apart"
             worst = max(worst, gap)
             compared += 1
-    return Agreement(
-        difference is None, compared, total, worst if math.isfinite(worst) else None, tolerance, difference
-    )
+    return Agreement(found is None, compared, total, worst if math.isfinite(worst) else None, tolerance, found)

@@ -1,83 +1,111 @@
-"""The far side of a peer: a process that holds another implementation and generates on request.
+"""The process of a peer, and what the peers share.
 
-Peers run apart so that neither side disturbs the other: each holds a thread pool and an allocator, and some want a
-process group. The first line on stdin describes the model, each later line a generation; each gets one line of JSON
-back. A peer's module builds and calls `main`; it is started by `peers.Peer`, not by hand.
+A peer has a process of its own so that its thread pool, allocator and process group do not affect ours.
 """
 
-import json
-import os
+import importlib
 import sys
-from collections.abc import Callable
-from typing import IO, Any, Protocol
+import time
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastllama.benchmarks.models import ModelSource
+from fastllama.args import ModelArgs
+from fastllama.benchmarks.child_process import answer_requests
+from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.timing import synchronize
+
+RECOMPILE_LIMIT = 64  # shapes of one function: every case of a run has its own
 
 
 class Generate(Protocol):
-    """`steps` greedy tokens for each prompt; with the log-probabilities and margins, where they are asked for."""
+    """Generates `steps` greedy tokens for each prompt, on request with log-probabilities and margins."""
 
     def __call__(self, prompts: list[list[int]], steps: int, with_logprobs: bool) -> Run: ...
 
 
-RECOMPILE_LIMIT = 64  # prompts and steps of every case of a run
+class Recorder:
+    """Records one generation. Its clock starts when it is created."""
 
-Build = Callable[[dict[str, Any]], Generate]
+    def __init__(self, n_rows: int, device: torch.device, with_logprobs: bool) -> None:
+        self.seconds: list[float] = []
+        self._device, self._with_logprobs = device, with_logprobs
+        self._logprobs: list[list[float]] = [[] for _ in range(n_rows)]
+        self._margins: list[list[float]] = [[] for _ in range(n_rows)]
+        synchronize(device)
+        self._start = time.perf_counter()
 
+    def end_step(self) -> None:
+        """Note the time at which every row has the token of a step."""
+        synchronize(self._device)
+        self.seconds.append(time.perf_counter() - self._start)
 
-def model_of(request: dict[str, Any]) -> tuple[ModelSource, torch.device, torch.dtype]:
-    """What the first line asks for. Sets the number of threads."""
-    torch.set_num_threads(request["threads"])
-    return ModelSource(**request["source"]), torch.device(request["device"]), getattr(torch, request["dtype"])
+    def add_scores(self, logprobs: list[float], margins: list[float], rows: Iterable[int] | None = None) -> None:
+        """Keep one step's log-probabilities and margins, of all rows or of some."""
+        for row in range(len(logprobs)) if rows is None else rows:
+            self._logprobs[row].append(logprobs[row])
+            self._margins[row].append(margins[row])
+
+    def run(self, tokens: list[list[int]]) -> Run:
+        if not self._with_logprobs:
+            return Run(tokens, self.seconds)
+        return Run(tokens, self.seconds, self._logprobs, self._margins)
 
 
 def scores_of(logits: Tensor, chosen: Tensor) -> tuple[list[float], list[float]]:
-    """logits (B, V), chosen (B,) -> the chosen tokens' log-probabilities, and `margins_of` the logits."""
+    """logits (B, V), chosen (B,) -> the chosen tokens' log-probabilities and the margins."""
     scores = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0]
     return scores.tolist(), margins_of(logits)
 
 
 def margins_of(logits: Tensor) -> list[float]:
-    """logits (B, V) -> the lead of each row's best over its second."""
+    """logits (B, V) -> each row's best logit minus its second best."""
     best = logits.topk(2, dim=-1).values
-    found: list[float] = (best[:, 0] - best[:, 1]).tolist()
-    return found
+    margins: list[float] = (best[:, 0] - best[:, 1]).tolist()
+    return margins
 
 
 def compile_or_fail() -> None:
-    """Make torch.compile fail where it would quietly go on uncompiled: past its limit of shapes for one function."""
+    """Make torch.compile raise at its limit of shapes for one function, where it would silently run uncompiled."""
     config: Any = torch._dynamo.config
     config.recompile_limit, config.fail_on_recompile_limit_hit = RECOMPILE_LIMIT, True
 
 
-def answer(channel: IO[str], message: dict[str, Any]) -> None:
-    channel.write(json.dumps(message) + "\n")
-    channel.flush()
+def unsupported_head_dim(code: str, args: ModelArgs) -> str | None:
+    """The reason why code that derives head_dim from the width cannot run a model, or None."""
+    if args.head_dim * args.n_heads == args.dim:
+        return None
+    widths = f"{args.head_dim} for {args.dim} / {args.n_heads}"
+    return f"{code} needs head_dim = dim / n_heads, and this model has {widths}"
 
 
-def serve(requests: IO[str], channel: IO[str], build: Build) -> int:
-    """Answer until stdin ends. A failure is one `{"error": ...}` line, after which the process is of no more use."""
-    try:
-        generate = build(json.loads(requests.readline()))
-        answer(channel, {"ready": True})
-        for line in requests:
-            request = json.loads(line)
-            answer(channel, vars(generate(request["prompts"], request["steps"], request["logprobs"])))
-    except Exception as error:
-        answer(channel, {"error": f"{type(error).__name__}: {error}"})
-        return 1
-    return 0
+def rope_scaling(args: ModelArgs) -> dict[str, Any]:
+    """The parameters of Llama 3.1's scaled rope, in Hugging Face's names."""
+    return {
+        "factor": args.rope_scaling_factor,
+        "low_freq_factor": args.rope_low_freq_factor,
+        "high_freq_factor": args.rope_high_freq_factor,
+        "original_max_position_embeddings": args.rope_original_max_seq_len,
+    }
 
 
-def main(build: Build) -> int:
-    """Serve stdin."""
-    # Libraries print to stdout as they start; the answers get a descriptor of their own, and what is printed goes to
-    # stderr.
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    with channel:
-        return serve(sys.stdin, channel, build)
+def main() -> int:
+    """Build the model of the first request by the peer's module, then answer each later request with a Run."""
+    generate: Generate | None = None
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal generate
+        if generate is None:
+            peer = importlib.import_module(request["module"])
+            generate = peer.build(ModelSpec.from_json(**request["model"]), request)
+            return {"ready": True}
+        return vars(generate(request["prompts"], request["steps"], request["logprobs"]))
+
+    return answer_requests(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,38 +1,37 @@
-"""A case on ours and on peers: outputs compared first, then rounds in which they take turns.
+"""Runs one case on ours and on the peers: compares their outputs, then times them in rounds.
 
-Each run stands between two samples of the read bandwidth, because a machine's speed drifts and only neighbours in time
-can be compared. A ratio is the median of the rounds' own ratios. Stop tokens are put aside, so that every row has the
-length that the case names.
+The speed of a machine drifts, so a round has one run of each, and a ratio is the median of the rounds' ratios. Read
+bandwidth is sampled before and after each run. Stop tokens are switched off: every row has the case's length.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
-from fastllama.benchmarks.ceilings import ReadProbe
-from fastllama.benchmarks.peers.agreement import Agreement, compare
-from fastllama.benchmarks.peers.client import PeerError
+from fastllama.benchmarks.ceilings import AdjacentSamples, ReadProbe
+from fastllama.benchmarks.child_process import ChildError
+from fastllama.benchmarks.peers.agreement import compare
 from fastllama.benchmarks.runner import OURS, Run, Runner
-from fastllama.benchmarks.statistics import Summary, summarize
+from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.timing import Contention
 
 Suite = Literal["kernels", "decode", "prefill", "generate", "load", "memory"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 DEFAULT_STEPS = 32
 DEFAULT_ROUNDS = 3
-MIN_STEPS = {"decode": 2}  # one inter-token latency needs two tokens; elsewhere one token is enough
+MIN_STEPS = {"decode": 2}  # an inter-token latency needs two tokens
 PROMPT_SEED = 7
-SHORTEST_PROMPT = 0.25  # of the longest, in a ragged batch
+SHORTEST_PROMPT = 0.25  # of the longest, in `generate`
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` rows of `context` prompt tokens each, or up to that many in `generate`, decoded for `steps` tokens."""
+    """`batch` rows with prompts of `context` tokens (in `generate` at most that many) and `steps` new tokens each."""
 
     suite: Suite
     batch: int
@@ -51,7 +50,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the prompts. RaggedBatch ones are spread evenly, the longest first."""
+        """The number of tokens of each prompt. In `generate` they fall evenly from `context` to a quarter of it."""
         if self.suite != "generate" or self.batch == 1:
             return [self.context] * self.batch
         least = SHORTEST_PROMPT * self.context
@@ -59,89 +58,94 @@ class Case:
         return [max(1, round(self.context - row * step)) for row in range(self.batch)]
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        """Random token ids, the same for every caller of the same case; rows differ."""
+        """Random token ids: different in each row, and the same on every call."""
         generator = torch.Generator().manual_seed(PROMPT_SEED)
         ids = torch.randint(vocab_size, (self.batch, self.context), generator=generator).tolist()
         return [row[:length] for row, length in zip(ids, self.lengths, strict=True)]
 
 
+Figures = Callable[[list[Run], list[float], int], dict[str, Any]]  # from runs, the ceilings beside them, and devices
+Span = Callable[[Run], float]  # the seconds of a run that a suite compares
+
+
 @dataclass(frozen=True)
-class Measured:
-    """What the rounds of a case came to, by runner: ours is called OURS."""
+class CaseRuns:
+    """The runs of a case by runner, and how they were made. Ours is called OURS."""
 
     runs: dict[str, list[Run]]
-    ceilings: dict[str, list[float]]  # read bandwidth around each run, GB/s
+    ceilings: dict[str, list[float]]  # read bandwidth beside each run, GB/s
     reports: dict[str, dict[str, Any]]  # of each peer: its status and the reason for it
     warmup_seconds: float  # of our first run, which is not among `runs`
-    other_cores: float  # that other programs kept busy meanwhile
-    devices: int = 1  # that ours ran on, each with the ceilings of one
+    other_cores: float  # that other programs used during the rounds
+    devices: int = 1  # that ours runs on; the ceilings are those of one device
 
-    def record(self, figures: "Figures", span: "Span") -> dict[str, Any]:
-        """Ours by `figures`, and beside it every peer that was measured, with the ratio of their spans, round by round.
-
-        A ratio above 1 says that ours is as many times as fast.
-        """
-        reports = {name: dict(report) for name, report in self.reports.items()}
-        ours = self.runs[OURS]
-        for name, report in reports.items():
-            if report["status"] == "measured":
-                pairs = zip(ours, self.runs[name], strict=True)
-                ratio: Summary = summarize(span(theirs) / span(mine) for mine, theirs in pairs)
-                report |= figures(self.runs[name], self.ceilings[name], 1) | {"ratio": asdict(ratio)}
-        own = {"warmup_seconds": self.warmup_seconds, **figures(ours, self.ceilings[OURS], self.devices)}
-        return {"other_cores": self.other_cores, **own, "peers": reports}
+    def record(self, figures: Figures, span: Span) -> dict[str, Any]:
+        """Our figures, and under "peers" those of each measured peer with its ratio: above 1 ours is faster."""
+        spans = {name: [span(run) for run in runs] for name, runs in self.runs.items()}
+        peers = measured_peers(self.reports, lambda name: figures(self.runs[name], self.ceilings[name], 1), spans)
+        own = {"warmup_seconds": self.warmup_seconds, **figures(self.runs[OURS], self.ceilings[OURS], self.devices)}
+        return {"other_cores": self.other_cores, **own, "peers": peers}
 
 
-Figures = Callable[[list[Run], list[float], int], dict[str, Any]]  # of runs, the ceilings around them, and devices
-Span = Callable[[Run], float]  # the seconds of a run that a case is about
+def measured_peers(
+    reports: dict[str, dict[str, Any]], figures: Callable[[str], dict[str, Any]], spans: dict[str, list[float]]
+) -> dict[str, dict[str, Any]]:
+    """The reports of peers, with the figures and the ratio of those that were measured.
+
+    spans: each runner's seconds, round by round. The ratio is the peer's over ours.
+    """
+    found = {}
+    for name, report in reports.items():
+        found[name] = dict(report)
+        if report["status"] == "measured":
+            ratio = summarize(theirs / mine for theirs, mine in zip(spans[name], spans[OURS], strict=True))
+            found[name] |= figures(name) | {"ratio": asdict(ratio)}
+    return found
 
 
-def measure(
+def run_case(
     case: Case,
     vocab_size: int,
     ours: Runner,
-    peers: dict[str, Runner | PeerError | str],
+    peers: dict[str, Runner | ChildError | str],
     probe: ReadProbe,
     dtype: torch.dtype,
     progress: Progress,
     devices: int = 1,
-) -> Measured:
-    """Compare, then time. `peers` holds a Runner, the error that there was in starting it, or why there is none.
+) -> CaseRuns:
+    """Compare outputs, then time the runners that agree.
 
-    devices: that ours runs on; a peer runs on one. KeyboardInterrupt passes through; the caller keeps earlier cases.
+    peers: a Runner, the error of one that did not start, or the reason why one does not run.
+    devices: the number that ours runs on; a peer runs on one.
     """
     prompts = case.prompts(vocab_size)
     progress("comparing outputs")
     begin = time.perf_counter()
     own = ours.run(prompts, case.steps, logprobs=True)  # also the warm-up
     warmup_seconds = time.perf_counter() - begin
-    reports: dict[str, dict[str, Any]] = {}
-    timed: dict[str, Runner] = {OURS: ours}
-    for name, peer in peers.items():
-        if isinstance(peer, str):
-            reports[name] = {"status": "skipped", "reason": peer}
-            continue
-        if isinstance(peer, PeerError):
-            reports[name] = {"status": "failed", "reason": str(peer)}
-            continue
-        begin = time.perf_counter()
-        try:
-            agreement = compare(own, peer.run(prompts, case.steps, logprobs=True), dtype)
-        except PeerError as error:
-            reports[name] = {"status": "failed", "reason": str(error)}
-            continue
-        reports[name] = _report(agreement) | {"warmup_seconds": time.perf_counter() - begin}
-        if agreement.agrees:
-            timed[name] = peer
+    reports = {name: _compared(own, peer, prompts, case.steps, dtype) for name, peer in peers.items()}
+    agreeing = {name: peer for name, peer in peers.items() if reports[name]["status"] == "measured"}
     contention = Contention()
+    timed = {OURS: ours, **cast(dict[str, Runner], agreeing)}
     runs, ceilings = _time_rounds(case, timed, prompts, probe, reports, progress)
-    return Measured(runs, ceilings, reports, warmup_seconds, contention.cores(), devices)
+    return CaseRuns(runs, ceilings, reports, warmup_seconds, contention.cores(), devices)
 
 
-def _report(agreement: Agreement) -> dict[str, Any]:
-    if agreement.agrees:
-        return {"status": "measured", "agreement": asdict(agreement)}
-    return {"status": "disagrees", "reason": agreement.difference, "agreement": asdict(agreement)}
+def _compared(
+    own: Run, peer: Runner | ChildError | str, prompts: list[list[int]], steps: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The report of one peer: its status, the reason for it, and how its outputs compare with our run."""
+    if isinstance(peer, str):
+        return {"status": "skipped", "reason": peer}
+    begin = time.perf_counter()
+    try:
+        if isinstance(peer, ChildError):
+            raise peer
+        agreement = compare(own, peer.run(prompts, steps, logprobs=True), dtype)
+    except ChildError as error:
+        return {"status": "failed", "reason": str(error)}
+    status = {"status": "measured"} if agreement.agrees else {"status": "disagrees", "reason": agreement.difference}
+    return {**status, "agreement": asdict(agreement), "warmup_seconds": time.perf_counter() - begin}
 
 
 def _time_rounds(
@@ -152,25 +156,26 @@ def _time_rounds(
     reports: dict[str, dict[str, Any]],
     progress: Progress,
 ) -> tuple[dict[str, list[Run]], dict[str, list[float]]]:
-    """(runs, read bandwidth in GB/s around each run) by runner; a peer that fails is reported and left out after."""
+    """(runs, read bandwidth in GB/s beside each run) by runner. A peer that fails is reported and left out."""
     runs: dict[str, list[Run]] = {name: [] for name in timed}
     ceilings: dict[str, list[float]] = {name: [] for name in timed}
-    alive = dict(timed)
-    for index in range(case.rounds):
-        # Every other round runs backwards, so that nobody always goes first.
-        order = list(alive) if index % 2 == 0 else list(reversed(alive))
-        before = probe.sample().p50
-        for name in order:
-            progress(f"round {index + 1}/{case.rounds}, {name}")
+    working = dict(timed)
+    for index, names in rounds_in_turn(working, case.rounds):
+        samples = AdjacentSamples(probe)
+        for name in names:
+            progress(f"round {index}/{case.rounds}, {name}")
             try:
-                run = alive[name].run(prompts, case.steps)
-            except PeerError as error:
+                run = working[name].run(prompts, case.steps)
+            except ChildError as error:
                 reports[name] |= {"status": "failed", "reason": str(error)}
-                del alive[name]
+                del working[name]
                 continue
-            after = probe.sample().p50
             runs[name].append(run)
-            # The higher neighbour: where the machine's bandwidth changed in between, the share is not flattered.
-            ceilings[name].append(max(before, after))
-            before = after
+            ceilings[name].append(samples.higher())
     return runs, ceilings
+
+
+def rounds_in_turn(names: Iterable[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
+    """(round from 1, names in its order). Every other round is backwards, so that none is always first."""
+    for index in range(rounds):
+        yield index + 1, list(names)[:: -1 if index % 2 else 1]

@@ -1,22 +1,22 @@
-"""How fast tokens come: the decode suite. Equally long prompts, greedy steps; times are of the steps alone."""
+"""The decode suite: the speed of greedy decode steps after equally long prompts. The prompts are not in the times."""
 
 from dataclasses import asdict
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.metrics import latency, throughput
-from fastllama.benchmarks.peer_table import Columns
 from fastllama.benchmarks.runner import Run
-from fastllama.benchmarks.statistics import GIGA, percentile, summarize
-from fastllama.benchmarks.suites.comparison import Case, Measured
+from fastllama.benchmarks.statistics import GIGA, latency, percentile, summarize, throughput
+from fastllama.benchmarks.suites.comparison import Case, CaseRuns
+from fastllama.benchmarks.tables import Columns
 from fastllama.speed_of_light import decode_step, total_bytes
 
 COLUMNS: Columns = {
-    "batch": lambda record: record["batch"],
-    "context": lambda record: record["context"],
+    "batch": itemgetter("batch"),
+    "context": itemgetter("context"),
     "tokens/s": lambda record: f"{record['tokens_per_second']['p50']:.1f}",
     "itl ms p50": lambda record: f"{record['median_itl_ms']:.2f}",
     "p90": lambda record: f"{record['p90_itl_ms']:.2f}",
@@ -27,9 +27,9 @@ COLUMNS: Columns = {
 }
 
 
-def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
-    """What the rounds of a case came to, ready for JSON. Rates are of the decode steps only, over all rows."""
-    # The cache that a step reads grows by one position a step.
+def record(case: Case, case_runs: CaseRuns, args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
+    """The figures of a case as JSON. Rates are of the decode steps of all rows."""
+    # Each step reads one position more, so the mean is taken.
     step_bytes = total_bytes(decode_step(args, dtype, case.batch, case.context + case.steps / 2))
     n_steps = case.steps - 1  # the first token comes with the prompts
 
@@ -49,7 +49,7 @@ def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype) 
         }
 
     sizes = {"n_prompt": 0, "n_gen": n_steps, "n_depth": case.context, "bytes_per_step": step_bytes}
-    return sizes | measured.record(figures, _span)
+    return sizes | case_runs.record(figures, _span)
 
 
 def _span(run: Run) -> float:

@@ -1,24 +1,24 @@
-"""From prompts to answers: the generate suite. RaggedBatch prompts, all of them answered, the whole call timed.
+"""The generate suite: the time of a complete call, from prompts of different lengths to the last token of every row.
 
-The case that separates the ways to batch: Meta's code feeds what is longer than the shortest prompt token by token,
-others pad on the left, ours runs all prompts at once.
+Meta's code feeds tokens beyond the shortest prompt one by one, other code pads on the left, ours runs all in one pass.
 """
 
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.metrics import latency, throughput
-from fastllama.benchmarks.peer_table import Columns
+from fastllama.benchmarks.ceilings import machine_of
 from fastllama.benchmarks.runner import Run
-from fastllama.benchmarks.statistics import GIGA, TERA, percentile, summarize
-from fastllama.benchmarks.suites.comparison import Case, Measured
-from fastllama.speed_of_light import Machine, decode_step, least_seconds, prefill
+from fastllama.benchmarks.statistics import latency, percentile, summarize, throughput
+from fastllama.benchmarks.suites.comparison import Case, CaseRuns
+from fastllama.benchmarks.tables import Columns
+from fastllama.speed_of_light import decode_step, least_seconds, prefill
 
 COLUMNS: Columns = {
-    "batch": lambda record: record["batch"],
+    "batch": itemgetter("batch"),
     "prompts": lambda record: f"{min(record['input_lens'])}-{max(record['input_lens'])}",
     "seconds p50": lambda record: f"{record['seconds']['p50']:.2f}",
     "tokens/s": lambda record: f"{record['tokens_per_second']['p50']:.1f}",
@@ -26,18 +26,15 @@ COLUMNS: Columns = {
 }
 
 
-def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
-    """What the rounds of a case came to, ready for JSON. Shares are of the speed of light, prompts and steps.
-
-    matmul: the machine's rate, in TFLOP/s.
-    """
+def record(case: Case, case_runs: CaseRuns, args: ModelArgs, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
+    """The figures of a case as JSON. Shares are of the speed of light; `matmul` is the machine's rate in TFLOP/s."""
     mean_context = sum(case.lengths) / case.batch + case.steps / 2
     step = decode_step(args, dtype, case.batch, mean_context)
     n_generated = case.batch * case.steps
 
     def figures(runs: list[Run], ceilings: list[float], devices: int) -> dict[str, Any]:
         seconds = [run.seconds[-1] for run in runs]
-        machine = Machine(read=devices * percentile(ceilings, 50) * GIGA, matmul=devices * matmul * TERA)
+        machine = machine_of(percentile(ceilings, 50), matmul, devices)
         least = least_seconds(prefill(args, dtype, case.lengths), machine)
         least += (case.steps - 1) * least_seconds(step, machine)  # the first token comes with the prompts
         median = percentile(seconds, 50)
@@ -56,4 +53,4 @@ def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, 
         "total_input_tokens": sum(case.lengths),
         "total_output_tokens": n_generated,
     }
-    return sizes | measured.record(figures, lambda run: run.seconds[-1])
+    return sizes | case_runs.record(figures, lambda run: run.seconds[-1])

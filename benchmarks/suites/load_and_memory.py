@@ -1,110 +1,159 @@
-"""What it takes to start: the load suite, and what it takes to run: the memory suite. Each build in a fresh process."""
+"""The load suite (seconds and host memory of `Llama.build`) and the memory suite (bytes that a model holds and uses).
 
-import json
-import subprocess
+Each build runs in a fresh process, which runs this module too.
+"""
+
+import contextlib
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
+from operator import itemgetter
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 
 from fastllama.benchmarks.ceilings import Ceiling
-from fastllama.benchmarks.models import ModelSource
+from fastllama.benchmarks.child_process import ChildProcess, answer_requests
+from fastllama.benchmarks.models import ModelSpec, build_from_json
+from fastllama.benchmarks.runner import Ours
 from fastllama.benchmarks.statistics import GIGA, percentile, summarize
-from fastllama.benchmarks.suites import loading_process
 from fastllama.benchmarks.suites.comparison import Case
-from fastllama.benchmarks.tables import Table
-from fastllama.distributed.environment import single_process_environ
+from fastllama.benchmarks.tables import Columns, Record
+from fastllama.benchmarks.timing import synchronize
+from fastllama.checkpoint import open_checkpoint
+from fastllama.distributed import driver
+from fastllama.generation import Llama
+from fastllama.memory_plan import plan_memory
 
 MIB = 2**20
-WEIGHT_PATTERNS = ("*.pth", "*.safetensors")
+SAMPLE_SECONDS = 0.002
+NO_PEERS: Record = {"other_cores": 0.0, "peers": {}}
 
 
-class LoadError(Exception):
-    """The process that builds the model failed; the message says why in one line."""
+def _mib(n_bytes: float) -> str:
+    return f"{n_bytes / MIB:.0f}"
 
 
-def load_record(case: Case, source: ModelSource, how: dict[str, Any], copy: Ceiling) -> dict[str, Any]:
-    """Seconds and peak host memory of `Llama.build`, after one that brings the files into the page cache.
+LOAD_COLUMNS: Columns = {
+    "seconds p50": lambda record: f"{record['seconds']['p50']:.2f}",
+    "GB/s": lambda record: f"{record['gb_per_second']:.2f}",
+    "% of copy": lambda record: f"{record['copy_share'] * 100:.0f}%",
+    "peak host MiB": lambda record: _mib(record["peak_host_bytes"]),
+    "held MiB": lambda record: _mib(record["held_bytes"]),
+}
+MEMORY_COLUMNS: Columns = {
+    "batch": itemgetter("batch"),
+    "context": itemgetter("context"),
+    "held": lambda record: _mib(record["held_bytes"]),
+    "peak": lambda record: _mib(record["peak_bytes"]),
+    "planned": lambda record: _mib(record["planned"]["total"]),
+    "weights": lambda record: _mib(record["planned"]["weights"]),
+    "cache": lambda record: _mib(record["planned"]["cache"]),
+    "workspace": lambda record: _mib(record["planned"]["workspace"]),
+}
 
-    Shares are of the copy bandwidth. Random weights are made, not read: there is nothing to measure.
+
+def load_record(case: Case, model: ModelSpec, nproc: int, copy: Ceiling) -> Record:
+    """Seconds and peak host memory of `Llama.build`. A first build fills the page cache and does not count.
+
+    Shares are of the copy bandwidth. Random weights are made and not read, so there is nothing to measure.
     """
-    if source.ckpt_dir is None:
-        return _not_run("random weights are made, not loaded: name a checkpoint folder")
-    found = [_build(case, source, how) for _ in range(case.rounds + 1)][1:]
+    ckpt_dir = model.source.ckpt_dir
+    if ckpt_dir is None:
+        return {"not_run": "random weights are made, not loaded: name a checkpoint folder", **NO_PEERS}
+    found = [_build(case, model, nproc) for _ in range(case.rounds + 1)][1:]
     seconds = [one["seconds"] for one in found]
-    weights = sum(path.stat().st_size for path in weight_files(Path(source.ckpt_dir)))
+    weights = sum(size for _, size in open_checkpoint(ckpt_dir).files)
+    rate = weights / percentile(seconds, 50) / GIGA
     return {
         "seconds": asdict(summarize(seconds)),
         "checkpoint_bytes": weights,
-        "gb_per_second": weights / percentile(seconds, 50) / GIGA,
-        "copy_share": weights / percentile(seconds, 50) / GIGA / copy.value,
+        "gb_per_second": rate,
+        "copy_share": rate / copy.value,
         "peak_host_bytes": max(one["peak_host_bytes"] for one in found),
         "held_bytes": found[0]["held_bytes"],
-        **_undisturbed(),
+        **NO_PEERS,
     }
 
 
-def memory_record(case: Case, source: ModelSource, how: dict[str, Any]) -> dict[str, Any]:
-    """What a model holds and takes at most, beside what was planned for it before anything was allocated."""
-    found = _build(case, source, how)
+def memory_record(case: Case, model: ModelSpec, nproc: int) -> Record:
+    """The bytes that a model holds and its peak, beside the memory plan made before allocation."""
+    found = _build(case, model, nproc)
     share = found["peak_bytes"] / found["planned"]["total"]
-    return {key: found[key] for key in ("held_bytes", "peak_bytes", "planned")} | {"share": share} | _undisturbed()
+    return {key: found[key] for key in ("held_bytes", "peak_bytes", "planned")} | {"share": share} | NO_PEERS
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's files of weights: one format's, Meta's where there are both."""
-    for pattern in WEIGHT_PATTERNS:
-        for place in (folder, folder / "original"):
-            if files := sorted(place.glob(pattern)):
-                return files
-    return []
+def _build(case: Case, model: ModelSpec, nproc: int) -> dict[str, Any]:
+    with ChildProcess(__name__) as child:
+        return child.ask({"model": model.to_json(), "nproc": nproc, "steps": case.steps})
 
 
-def _undisturbed() -> dict[str, Any]:
-    return {"other_cores": 0.0, "peers": {}}
+def own_bytes() -> int:
+    """This process's host memory without the files that it maps, which belong to the page cache."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
-def _not_run(reason: str) -> dict[str, Any]:
-    return {"not_run": reason, **_undisturbed()}
+@contextlib.contextmanager
+def peak_host_memory() -> Iterator[SimpleNamespace]:
+    """Sample `own_bytes` while the block runs. Yields an object whose `bytes` is the highest sample."""
+    peak, over = SimpleNamespace(bytes=own_bytes()), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(SAMPLE_SECONDS):
+            peak.bytes = max(peak.bytes, own_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+        peak.bytes = max(peak.bytes, own_bytes())
 
 
-def _build(case: Case, source: ModelSource, how: dict[str, Any]) -> dict[str, Any]:
-    request = how | {"source": source.to_json(), "batch": case.batch, "context": case.context, "steps": case.steps}
-    request["threads"] = torch.get_num_threads()
-    command = [sys.executable, "-m", loading_process.__name__]
-    done = subprocess.run(
-        command,
-        input=json.dumps(request) + "\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        env=single_process_environ(),
-    )
-    if done.returncode:
-        raise LoadError(done.stderr.strip().rpartition("\n")[2])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Build the requested model and generate once. Bytes are those beyond the process's before the build."""
+    spec = ModelSpec.from_json(**request["model"])
+    args, device, nproc, steps = spec.args, spec.device, request["nproc"], request["steps"]
+    build: Callable[..., Llama] = build_from_json
+    arguments = request["model"]
+    if spec.source.ckpt_dir is not None:
+        build = Llama.build
+        arguments = {name: value for name, value in arguments.items() if name != "source"}
+        arguments |= {"ckpt_dir": spec.source.ckpt_dir, "tokenizer_path": str(spec.source.tokenizer_path)}
+    if nproc > 1:
+        driver.start_workers(nproc)
+        driver.wait_for_workers()
+    before = own_bytes()
+    synchronize(device)
+    start = time.perf_counter()
+    with peak_host_memory() as loading:
+        llm = build(**arguments) if nproc == 1 else driver.build_on_all(build, **arguments)
+        synchronize(device)
+    seconds = time.perf_counter() - start
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else own_bytes() - before
+    with peak_host_memory() as generating:
+        case = Case("memory", args.max_batch_size, args.max_seq_len - steps, steps)
+        Ours(llm).run(case.prompts(args.vocab_size), steps)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else generating.bytes - before
+    shared = not llm.model.ops.packing_copies(device, spec.dtype)
+    sizes = args.max_batch_size, args.max_seq_len
+    plan = plan_memory(args, spec.dtype, *sizes, shares_tied_output=shared, n_processes=nproc)
+    driver.shut_down()
+    return {
+        "seconds": seconds,
+        "peak_host_bytes": loading.bytes - before,
+        "held_bytes": held,
+        "peak_bytes": max(peak, held),
+        "planned": {name: getattr(plan, name) for name in ("weights", "cache", "workspace", "total")},
+    }
 
 
-def load_table(records: Sequence[dict[str, Any]]) -> Table:
-    """The load suite's records for people."""
-    rows = []
-    for record in records:
-        sizes = (record["peak_host_bytes"], record["held_bytes"])
-        rate = [f"{record['gb_per_second']:.2f}", f"{record['copy_share'] * 100:.0f}%"]
-        rows.append([f"{record['seconds']['p50']:.2f}", *rate, *(f"{size / MIB:.0f}" for size in sizes)])
-    return Table(["seconds p50", "GB/s", "% of copy", "peak host MiB", "held MiB"], rows)
-
-
-def memory_table(records: Sequence[dict[str, Any]]) -> Table:
-    """The memory suite's records for people, in MiB."""
-    rows = []
-    for record in records:
-        planned = record["planned"]
-        sizes = [record["held_bytes"], record["peak_bytes"], planned["total"]]
-        sizes += [planned[name] for name in ("weights", "cache", "workspace")]
-        rows.append([record["batch"], record["context"], *(f"{size / MIB:.0f}" for size in sizes)])
-    return Table(["batch", "context", "held", "peak", "planned", "weights", "cache", "workspace"], rows)
+if __name__ == "__main__":
+    sys.exit(answer_requests(measure))

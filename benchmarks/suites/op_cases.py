@@ -1,8 +1,8 @@
-"""Every op of a forward pass at a model's sizes: random inputs, the call of a backend, and the library's best.
+"""Every op of a forward pass at a model's sizes: random inputs, the call of a backend, and the same by the library.
 
-An op is `qkv`, `attention` and so on of `fastllama.kernels.reference`, for a decode step's tokens or, where its name
-begins with "prefill", for whole prompts. The library is torch's own: cuBLAS or oneDNN through `F.linear`,
-`F.rms_norm`, scaled_dot_product_attention with grouped queries, and top-p by sorting.
+An op on a decode step's tokens has the name of its launch ("qkv", "attention" and so on, as in
+`fastllama.speed_of_light`). The name of one on complete prompts begins with "prefill". The library is torch: cuBLAS or
+oneDNN through `F.linear`, `F.rms_norm`, scaled_dot_product_attention with grouped queries, and top-p by sorting.
 """
 
 import math
@@ -16,25 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.models import resolved
-from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
+from fastllama.benchmarks.models import ModelSpec
+from fastllama.kernels.batch import RaggedBatch, SamplingTensors
 from fastllama.rope import rope_table
 from fastllama.speed_of_light import Work, decode_step, prefill
 
 TEMPERATURE, TOP_P = 0.6, 0.9
-SPREAD = 3.0  # of random logits: a nucleus of some hundred tokens, more than a trained model's
+LOGITS_STD = 3.0  # gives a nucleus of some hundred tokens, more than a trained model's
 SEED = 11
-PREFILL = "prefill "  # begins the names of ops on whole prompts
+PREFILL = "prefill "  # the beginning of the names of ops on complete prompts
 
 Output = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an op reads, in plain row-major tensors. An op has no use for some of them."""
+    """The tensors that ops read, row-major. No op uses all of them."""
 
     batch: RaggedBatch
-    x: Tensor  # (N, ·) of the width that the op takes; logits (B, V) of sampling
+    x: Tensor  # (N, the op's input width); for sampling logits (B, V)
     weight: Tensor
     norm: Tensor
     residual: Tensor
@@ -50,55 +50,63 @@ class Inputs:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-class _Kind(NamedTuple):
-    """One op: how its result is compared, what it reads, how a backend is called and how the library does it."""
+class OpSpec(NamedTuple):
+    """One op: its tolerance, its call of a backend, and the same by the library."""
 
-    tolerance: str  # its row of TOLERANCES
+    tolerance: str  # the name in TOLERANCES
     call: Callable[[Any, Inputs], Output]
     library: Callable[[Inputs], Output]
-    packed: bool = True  # whether its weight is what `ops.pack` makes
+    packed: bool = True  # whether the weight is one that `ops.pack` returns
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op at one size. `inputs(copy)` makes other tensors for each copy, the same for the same copy."""
+    """An op at one size. `inputs(copy)` makes other tensors for each copy, and always the same for one copy."""
 
     name: str
     work: Work
     inputs: Callable[[int], Inputs]
-    kind: _Kind = field(repr=False)
+    spec: OpSpec = field(repr=False)
 
     @property
     def in_any_context(self) -> bool:
-        """Whether a decode step's call is the same over any number of cached positions."""
+        """Whether the number of cached positions changes nothing."""
         return self.name in ONCE_A_BATCH
 
     @property
     def samples(self) -> bool:
-        return self.kind.tolerance == "sample"
+        return self.spec.tolerance == "sample"
 
-    def suited(self, ops: Any, inputs: Inputs, scratch: Workspace) -> Inputs:
-        """The inputs as a backend finds them in a step: with its scratch memory, and its own layout of the weight."""
-        weight = ops.pack(inputs.weight) if self.kind.packed else inputs.weight
-        return replace(inputs, batch=replace(inputs.batch, workspace=scratch), weight=weight)
+    @property
+    def appends(self) -> bool:
+        return self.name.endswith("qkv")
 
-    def forget(self, inputs: Inputs) -> None:
-        """Take out of the cache what a call is to append, so that one which appends nothing shows."""
-        if self.name.endswith("qkv"):
+    def for_backend(self, ops: Any, inputs: Inputs, args: ModelArgs) -> Inputs:
+        """The inputs as a backend gets them in a step: with its workspace and its layout of the weight."""
+        workspace = ops.workspace(
+            max_batch_size=len(inputs.batch.segments),
+            n_heads=args.n_heads,
+            n_kv_heads=args.n_kv_heads,
+            head_dim=args.head_dim,
+            vocab_size=args.vocab_size,
+            device=inputs.x.device,
+        )
+        weight = ops.pack(inputs.weight) if self.spec.packed else inputs.weight
+        return replace(inputs, batch=replace(inputs.batch, workspace=workspace), weight=weight)
+
+    def clear_appended(self, inputs: Inputs) -> None:
+        """Overwrite the cache with NaN where a call appends, so that a missing append is noticed."""
+        if self.appends:
             for cache in (inputs.cache_k, inputs.cache_v):
                 cache[inputs.batch.rows, :, inputs.batch.positions] = torch.nan
 
     def results(self, inputs: Inputs, output: Output) -> tuple[Tensor, ...]:
-        """Everything that a call left: what it returned, and what it appended to the cache."""
+        """What a call returned, and what it appended to the cache."""
         found = output if isinstance(output, tuple) else (output,)
-        if not self.name.endswith("qkv"):
+        if not self.appends:
             return found
         rows, positions = inputs.batch.rows, inputs.batch.positions
         return *found, inputs.cache_k[rows, :, positions], inputs.cache_v[rows, :, positions]
-
-
-def _library_embed(i: Inputs) -> Tensor:
-    return F.embedding(i.batch.tokens, i.weight)
 
 
 def _library_linear(i: Inputs) -> Tensor:
@@ -119,13 +127,9 @@ def _library_qkv(i: Inputs) -> Tensor:
 
 def _library_attention(i: Inputs) -> Tensor:
     rows = len(i.batch.segments)
-    q = i.x.unflatten(0, (rows, -1)).transpose(1, 2)  # (B, H, S, D), of as many tokens in each row
+    q = i.x.unflatten(0, (rows, -1)).transpose(1, 2)  # (B, H, S, D): all rows have S tokens
     out = F.scaled_dot_product_attention(q, i.cache_k, i.cache_v, is_causal=q.shape[2] > 1, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def _library_project(i: Inputs) -> Tensor:
-    return i.residual + F.linear(i.x, i.weight)
 
 
 def _library_swiglu(i: Inputs) -> Tensor:
@@ -134,72 +138,79 @@ def _library_swiglu(i: Inputs) -> Tensor:
 
 
 def _library_greedy(i: Inputs) -> tuple[Tensor, Tensor]:
-    tokens = i.x.argmax(-1)
-    return tokens, torch.log_softmax(i.x.float(), -1).gather(-1, tokens[:, None])[:, 0]
+    return _with_logprobs(i, i.x.argmax(-1))
 
 
 def _library_top_p(i: Inputs) -> tuple[Tensor, Tensor]:
     ordered, ids = torch.softmax(i.x.float() / TEMPERATURE, -1).sort(stable=True, dim=-1, descending=True)
     ordered[ordered.cumsum(-1) - ordered > TOP_P] = 0.0
-    tokens = ids.gather(-1, torch.multinomial(ordered, 1))
-    return tokens[:, 0], torch.log_softmax(i.x.float(), -1).gather(-1, tokens)[:, 0]
+    return _with_logprobs(i, ids.gather(-1, torch.multinomial(ordered, 1))[:, 0])
 
 
-def _sample(ops: Any, i: Inputs) -> Output:
-    found: Output = ops.sample(i.x, i.sampling, i.batch.positions, i.batch.workspace)
-    return found
+def _with_logprobs(i: Inputs, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens, torch.log_softmax(i.x.float(), -1).gather(-1, tokens[:, None])[:, 0]
 
 
-_PROJECT = _Kind("linear", lambda ops, i: ops.linear_residual(i.x, i.weight, i.residual, i.batch), _library_project)
-_KINDS = {
-    "embed": _Kind("linear", lambda ops, i: ops.embed(i.weight, i.batch), _library_embed, packed=False),
-    "qkv": _Kind(
+def _sample(ops: Any, i: Inputs) -> Any:
+    return ops.sample(i.x, i.sampling, i.batch.positions, i.batch.workspace)
+
+
+_LINEAR_RESIDUAL = OpSpec(
+    "linear",
+    lambda ops, i: ops.linear_residual(i.x, i.weight, i.residual, i.batch),
+    lambda i: i.residual + F.linear(i.x, i.weight),
+)
+SPECS = {
+    "embed": OpSpec(
+        "linear",
+        lambda ops, i: ops.embed(i.weight, i.batch),
+        lambda i: F.embedding(i.batch.tokens, i.weight),
+        packed=False,
+    ),
+    "qkv": OpSpec(
         "linear",
         lambda ops, i: ops.norm_qkv_rope_append(i.x, i.norm, i.weight, i.rope, i.cache_k, i.cache_v, i.eps, i.batch),
         _library_qkv,
     ),
-    "attention": _Kind(
+    "attention": OpSpec(
         "attention",
         lambda ops, i: ops.attention(i.x, i.cache_k, i.cache_v, i.batch),
         _library_attention,
         packed=False,
     ),
-    "output": _PROJECT,
-    "gate+up": _Kind("linear", lambda ops, i: ops.norm_swiglu(i.x, i.norm, i.weight, i.eps, i.batch), _library_swiglu),
-    "down": _PROJECT,
-    "head": _Kind("linear", lambda ops, i: ops.norm_lm_head(i.x, i.norm, i.weight, i.eps, i.batch), _library_linear),
-    "greedy": _Kind("sample", _sample, _library_greedy, packed=False),
-    "top-p": _Kind("sample", _sample, _library_top_p, packed=False),
+    "output": _LINEAR_RESIDUAL,
+    "gate+up": OpSpec("linear", lambda ops, i: ops.norm_swiglu(i.x, i.norm, i.weight, i.eps, i.batch), _library_swiglu),
+    "down": _LINEAR_RESIDUAL,
+    "head": OpSpec("linear", lambda ops, i: ops.norm_lm_head(i.x, i.norm, i.weight, i.eps, i.batch), _library_linear),
+    "greedy": OpSpec("sample", _sample, _library_greedy, packed=False),
+    "top-p": OpSpec("sample", _sample, _library_top_p, packed=False),
 }
-ONCE_A_BATCH = [name for name in _KINDS if name != "attention"]  # whose decode step is the same in any context
+ONCE_A_BATCH = [name for name in SPECS if name != "attention"]  # whose decode step is the same for every context
 IN_PREFILL = ("qkv", "attention", "output", "gate+up", "down")
 
 
-def ops_of(
-    args: ModelArgs, device: torch.device, dtype: torch.dtype, batch: int, context: int, every: bool = True
-) -> Iterator[Op]:
-    """The ops of a decode step of `batch` rows over `context` positions, and of a prefill of such prompts.
+def ops_of(model: ModelSpec, batch: int, context: int, every: bool = True) -> Iterator[Op]:
+    """The ops of a decode step of `batch` rows over `context` positions, and of the prefill of those prompts.
 
-    every: also those that no context changes.
+    Without `every`, only those that depend on the context.
     """
-    step = {work.name: work for work in decode_step(args, dtype, batch, context)}
-    prompts = {work.name: work for work in prefill(args, dtype, [context] * batch)}
-    for name, kind in _KINDS.items():
+    step = {work.name: work for work in decode_step(model.args, model.dtype, batch, context)}
+    prompts = {work.name: work for work in prefill(model.args, model.dtype, [context] * batch)}
+    for name, spec in SPECS.items():
         if every or name not in ONCE_A_BATCH:
-            work = Work(name, 1, 0, 0) if kind.tolerance == "sample" else step[name]
-            yield Op(name, work, _maker(name, args, device, dtype, batch, context, 1), kind)
+            work = Work(name, 1, 0, 0) if spec.tolerance == "sample" else step[name]
+            yield Op(name, work, _input_maker(name, model, batch, context, 1), spec)
     for name in IN_PREFILL:
-        inputs = _maker(name, args, device, dtype, batch, context, context)
-        yield Op(PREFILL + name, prompts[name], inputs, _KINDS[name])
+        inputs = _input_maker(name, model, batch, context, context)
+        yield Op(PREFILL + name, prompts[name], inputs, SPECS[name])
 
 
-def _maker(
-    name: str, args: ModelArgs, device: torch.device, dtype: torch.dtype, batch: int, context: int, length: int
-) -> Callable[[int], Inputs]:
-    """Makes inputs of an op for the last `length` positions of `batch` rows that hold `context`."""
-    n_kv_heads, head_dim, hidden_dim = resolved(args)
+def _input_maker(name: str, model: ModelSpec, batch: int, context: int, length: int) -> Callable[[int], Inputs]:
+    """A function that makes an op's inputs, for the last `length` of `context` positions of `batch` rows."""
+    args, device = model.args, model.device
+    n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
     heads, qkv_rows = args.n_heads * head_dim, (args.n_heads + 2 * n_kv_heads) * head_dim
-    # (the shape of x behind its tokens, of the weight)
+    # (shape of x without its tokens, shape of the weight)
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
         "embed": ((1,), (args.vocab_size, args.dim)),
         "qkv": ((args.dim,), (qkv_rows, args.dim)),
@@ -216,14 +227,14 @@ def _maker(
         generator = torch.Generator(device).manual_seed(SEED + copy)
 
         def random(*shape: int, scale: float = 1.0) -> Tensor:
-            return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
+            return (scale * torch.randn(shape, generator=generator, device=device)).to(model.dtype)
 
         ids = torch.randint(args.vocab_size, (batch, length), generator=generator, device=device).tolist()
         pieces = [(row, context - length, tokens) for row, tokens in enumerate(ids)]
         cache = (batch, n_kv_heads, context, head_dim) if name in ("qkv", "attention") else (1, 1, 1, 1)
         return Inputs(
             batch=RaggedBatch.of(pieces, device),
-            x=random(batch * length, *x_shape, scale=SPREAD if name in ("greedy", "top-p") else 1.0),
+            x=random(batch * length, *x_shape, scale=LOGITS_STD if name in ("greedy", "top-p") else 1.0),
             weight=random(*weight_shape, scale=1 / math.sqrt(weight_shape[1])),
             norm=1 + random(args.dim, scale=0.1),
             residual=random(batch * length, args.dim),
@@ -239,22 +250,8 @@ def _maker(
     return make
 
 
-def workspace(ops: Any, args: ModelArgs, batch: int, device: torch.device) -> Workspace:
-    """A backend's scratch memory for one copy of inputs."""
-    n_kv_heads, head_dim, _ = resolved(args)
-    found: Workspace = ops.workspace(
-        max_batch_size=batch,
-        n_heads=args.n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        vocab_size=args.vocab_size,
-        device=device,
-    )
-    return found
-
-
 def compiled(ops: Any) -> SimpleNamespace:
-    """A backend's ops behind torch.compile, each compiled for the shapes it meets first."""
-    torch.compiler.reset()  # or the ninth shape of an op would run uncompiled
+    """A backend's ops with torch.compile, each compiled for the shapes of its first call."""
+    torch.compiler.reset()  # otherwise the ninth shape of an op would run uncompiled
     names = ("embed", "norm_qkv_rope_append", "attention", "linear_residual", "norm_swiglu", "norm_lm_head", "sample")
     return SimpleNamespace(**{name: torch.compile(getattr(ops, name), fullgraph=True) for name in names})

@@ -1,20 +1,20 @@
-"""How fast prompts are taken in: the prefill suite. The time to the first token, which is all that is generated."""
+"""The prefill suite: the speed of prompts, from the time to the first token. Only that token is generated."""
 
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.metrics import latency, throughput
-from fastllama.benchmarks.peer_table import Columns
 from fastllama.benchmarks.runner import Run
-from fastllama.benchmarks.statistics import TERA, percentile
-from fastllama.benchmarks.suites.comparison import Case, Measured
+from fastllama.benchmarks.statistics import TERA, latency, percentile, throughput
+from fastllama.benchmarks.suites.comparison import Case, CaseRuns
+from fastllama.benchmarks.tables import Columns
 from fastllama.speed_of_light import prefill, total_flops
 
 COLUMNS: Columns = {
-    "batch": lambda record: record["batch"],
-    "context": lambda record: record["context"],
+    "batch": itemgetter("batch"),
+    "context": itemgetter("context"),
     "ttft ms p50": lambda record: f"{record['median_ttft_ms']:.1f}",
     "tokens/s": lambda record: f"{record['tokens_per_second']['p50']:.0f}",
     "TFLOP/s": lambda record: f"{record['tflops']:.3g}",
@@ -22,10 +22,10 @@ COLUMNS: Columns = {
 }
 
 
-def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
-    """What the rounds of a case came to, ready for JSON. Shares are of the matmul rate, in TFLOP/s.
+def record(case: Case, case_runs: CaseRuns, args: ModelArgs, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
+    """The figures of a case as JSON. Shares are of the rate `matmul`, in TFLOP/s.
 
-    Flops are those that the answer needs: a peer that computes the logits of every position gets no credit for them.
+    Only the flops that the answer needs count: logits that a peer computes for other positions do not.
     """
     flops = total_flops(prefill(args, dtype, case.lengths))
 
@@ -40,4 +40,4 @@ def record(case: Case, measured: Measured, args: ModelArgs, dtype: torch.dtype, 
         }
 
     sizes = {"n_prompt": case.context, "n_gen": 0, "n_depth": 0, "flops": flops}
-    return sizes | measured.record(figures, lambda run: run.seconds[0])
+    return sizes | case_runs.record(figures, lambda run: run.seconds[0])

@@ -1,21 +1,22 @@
-"""How long each launch of a decode step takes, beside the least time that it could take (`fastllama.speed_of_light`).
+"""The time of each launch of a decode step, beside the least time that it could take (`fastllama.speed_of_light`).
 
-A step runs once and its calls of the backend are kept, each with its own layer's tensors. Then all calls of one kind
-follow each other, layer after layer, so that what a layer reads has left the caches by the time its turn comes again,
-as in a step; where all layers together fit a cache (a short context's keys and values), it has not, in neither. On CUDA
-they follow each other in a graph, and the time of one has a boundary between two launches in it. Where processes share
-the model all of them do this together; the launches are this one's, and what they exchange comes last.
+A step runs once, and its calls of the backend are recorded, each with the tensors of its layer. Then all calls of one
+kind run one after another, layer by layer. As in a step, what a layer reads has left the caches by then, unless all
+layers fit in a cache (keys and values of a short context). On CUDA the calls are in one graph, and the time of one
+includes the boundary between two launches. Where processes share the model, all of them run this together. The launches
+are those of this process; the collectives come last.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from fastllama.benchmarks.statistics import MICRO, Summary, summarize
-from fastllama.benchmarks.tables import Table
+from fastllama.benchmarks.statistics import MICRO, MILLI, Summary, summarize
+from fastllama.benchmarks.tables import Columns, Record
 from fastllama.benchmarks.timing import replayed, time_calls
 from fastllama.decode_graph import step
 from fastllama.kernels.batch import SamplingTensors
@@ -24,10 +25,10 @@ from fastllama.model import Transformer
 from fastllama.speed_of_light import Machine, Work, decode_step
 
 REPEATS = 10
-CUDA_CHAIN = 16  # calls of one graph, at least: beside them its own launch is small
+MIN_CALLS_PER_GRAPH = 16  # enough to make the launch of the graph itself negligible
 TOP_P = 0.9
-LAUNCHES_OF_A_CALL = {"sampling": 2}  # of the others' one
-# The calls of the backend by the names that the speed of light has for their launches.
+LAUNCHES_OF_A_CALL = {"sampling": 2}  # of all others: 1
+# From the backend's functions to the names of their launches in fastllama.speed_of_light.
 NAMES = {
     "embed": "embed",
     "norm_qkv_rope_append": "qkv",
@@ -35,21 +36,18 @@ NAMES = {
     "norm_swiglu": "gate+up",
     "norm_lm_head": "head",
 }
-PROJECTIONS = {"attention": "output", "gate+up": "down"}  # by what comes before them
+PROJECTIONS = {"attention": "output", "gate+up": "down"}  # of linear_residual, by the launch before it
 
 
 @dataclass(frozen=True)
 class LaunchTime:
-    """One kind of launch of a step, and the µs that one of them took."""
+    """One kind of launch of a step, and the µs of one launch."""
 
     work: Work
     microseconds: Summary
 
     def against(self, machine: Machine | None) -> dict[str, Any]:
-        """Beside the least that it could take, ready for JSON. `share` is 1 at the limit, 0 where there is none.
-
-        Both are None where nothing is known of the machine.
-        """
+        """The time beside the least time, as JSON. `share` is 1 at the limit; without a machine both are None."""
         least = None if machine is None else MICRO * self.work.least_seconds(machine)
         return {
             "launch": self.work.name,
@@ -68,7 +66,7 @@ class _Call(NamedTuple):
 
 
 class _Recorder:
-    """Stands where a model's backend stands, and keeps every call."""
+    """Replaces a model's backend and records every call."""
 
     def __init__(self, ops: Any, spare_steps: int) -> None:
         self._ops, self._spare_steps = ops, spare_steps
@@ -81,8 +79,8 @@ class _Recorder:
         function = getattr(self._ops, op)
         if op == "sample_and_advance":
             logits, state, workspace = arguments
-            # The step's own rows stay where the other calls found them.
-            run = partial(function, logits, _long_lasting(state, self._spare_steps), workspace)
+            # With a state of its own, repeated calls leave the step's rows at their positions.
+            run = partial(function, logits, _with_spare_steps(state, self._spare_steps), workspace)
             self.calls.append(_Call("sampling", run))
             return run()
         name = NAMES.get(op) or PROJECTIONS[self.calls[-1].name]
@@ -90,8 +88,8 @@ class _Recorder:
         return function(*arguments)
 
 
-def _long_lasting(state: DecodeState, n_steps: int) -> DecodeState:
-    """The state for a call that moves it on, so many times over, in memory of its own."""
+def _with_spare_steps(state: DecodeState, n_steps: int) -> DecodeState:
+    """A copy of the state that a call can advance n_steps times."""
     shape = (n_steps, state.rows.shape[0])
     return replace(
         state,
@@ -107,19 +105,20 @@ def _long_lasting(state: DecodeState, n_steps: int) -> DecodeState:
 def launch_times(
     model: Transformer, batch: int, context: int, *, temperature: float = 0.0, repeats: int = REPEATS
 ) -> list[LaunchTime]:
-    """The launches of a decode step of the first `batch` rows, each over `context` positions, in order.
+    """The launches of a decode step of the first `batch` rows over `context` positions each, in order.
 
-    Fills those rows of the cache with random numbers. Raises ValueError for rows or positions that the cache has not,
-    RuntimeError while a call or an open stream holds the model.
+    Overwrites those rows of the cache with random numbers. Raises ValueError for more rows or positions than the cache
+    has, RuntimeError while a call or an open stream uses the model.
     """
     cache = model.cache
     if not (1 <= batch <= cache.max_batch_size and 1 <= context <= cache.max_seq_len):
         raise ValueError(
-            f"the cache has {cache.max_batch_size} rows of {cache.max_seq_len} positions, asked for were {batch} of "
-            f"{context}"
+            f"the cache has {cache.max_batch_size} rows of {cache.max_seq_len} positions, got {batch} rows of {context}"
         )
     with model.exclusively():
-        calls = _recorded(model, batch, context, temperature, spare_steps=_chain(model.device, 1) * (repeats + 4))
+        calls = _recorded(
+            model, batch, context, temperature, spare_steps=_rounds_per_graph(model.device, 1) * (repeats + 4)
+        )
         work = decode_step(model.share, model.dtype, batch, context)
         for one, call in _collectives(model, batch):
             work.append(one)
@@ -128,7 +127,7 @@ def launch_times(
 
 
 def _collectives(model: Transformer, batch: int) -> list[tuple[Work, Callable[[], object]]]:
-    """Those of a step, whose least time is not known from bytes, and a call of each."""
+    """The collectives of a step, and a call of each. They have no least time."""
     if model.group.size == 1:
         return []
     zeros = partial(torch.zeros, dtype=model.dtype, device=model.device)
@@ -140,7 +139,7 @@ def _collectives(model: Transformer, batch: int) -> list[tuple[Work, Callable[[]
 
 
 def fill_cache(model: Transformer, batch: int, context: int) -> None:
-    """Random numbers where the first rows' keys and values stand: zeros would cost less power, and so less time."""
+    """Fill the first rows with random numbers: with zeros a GPU uses less power and is faster."""
     for cached in (model.cache.k, model.cache.v):
         for layer in cached:
             layer[:batch, :, :context].normal_()
@@ -156,7 +155,7 @@ def _recorded(model: Transformer, batch: int, context: int, temperature: float, 
     recorder = _Recorder(ops, spare_steps)
     model.ops = cast(Any, recorder)
     try:
-        # A backend that runs eagerly reads no more of the cache than it is told.
+        # An eager backend reads the cache only up to these lengths.
         lengths = None if ops.supports_cuda_graphs(model.device) else [context] * batch
         step(model, state.with_greedy(greedy=sampling.greedy), lengths)
     finally:
@@ -166,47 +165,41 @@ def _recorded(model: Transformer, batch: int, context: int, temperature: float, 
 
 def _timed(work: Work, calls: Sequence[_Call], device: torch.device, repeats: int) -> LaunchTime:
     mine = [call.run for call in calls if call.name == work.name]
-    chain = mine * _chain(device, len(mine))
+    sequence = mine * _rounds_per_graph(device, len(mine))
 
     def run() -> None:
-        for call in chain:
+        for call in sequence:
             call()
 
     times = time_calls(replayed(run, device), device=device, repeats=repeats)
-    launches = len(chain) * LAUNCHES_OF_A_CALL.get(work.name, 1)
+    launches = len(sequence) * LAUNCHES_OF_A_CALL.get(work.name, 1)
     return LaunchTime(work, summarize(MICRO * seconds / launches for seconds in times))
 
 
-def _chain(device: torch.device, n_calls: int) -> int:
-    """How often to go through n_calls in one graph."""
-    return -(-CUDA_CHAIN // n_calls) if device.type == "cuda" else 1
+def _rounds_per_graph(device: torch.device, n_calls: int) -> int:
+    """How many times n_calls are repeated in one graph."""
+    return -(-MIN_CALLS_PER_GRAPH // n_calls) if device.type == "cuda" else 1
 
 
-def table(records: Sequence[dict[str, Any]]) -> Table:
-    """One line for each record's "launches": µs of one of each kind, and the share of the speed of light."""
-    first = records[0]["launches"]
-    head = ["batch", "context", *(f"{one['launch']} x{one['count']}" for one in first), "all, ms", "least, ms"]
-    rows = [
-        [record["batch"], record["context"], *map(_cell, record["launches"]), *map(_milliseconds, _sums(record))]
-        for record in records
-    ]
-    return Table(head, rows)
+def columns(records: Sequence[Record]) -> Columns:
+    """Columns for records with "launches": one for each kind of launch, and the sums over a step."""
+    kinds = {f"{one['launch']} x{one['count']}": index for index, one in enumerate(records[0]["launches"])}
+    return {
+        "batch": itemgetter("batch"),
+        "context": itemgetter("context"),
+        **{head: partial(_cell, index) for head, index in kinds.items()},
+        "all, ms": lambda record: _sum_ms(one["count"] * one["microseconds"]["p50"] for one in record["launches"]),
+        "least, ms": lambda record: _sum_ms(one["count"] * one["least_microseconds"] for one in record["launches"]),
+    }
 
 
-def _cell(launch: dict[str, Any]) -> str:
+def _cell(index: int, record: Record) -> str:
+    """µs of one launch of a kind, and its share of the speed of light."""
+    launch = record["launches"][index]
     microseconds = launch["microseconds"]["p50"]
     share = f" {launch['share']:.0%}" if launch["least_microseconds"] else ""
     return f"{microseconds:.{0 if microseconds >= 100 else 1}f}{share}"
 
 
-def _sums(record: dict[str, Any]) -> tuple[float, float]:
-    """(measured, least) µs of all launches of a step."""
-    launches = record["launches"]
-    return (
-        sum(one["count"] * one["microseconds"]["p50"] for one in launches),
-        sum(one["count"] * one["least_microseconds"] for one in launches),
-    )
-
-
-def _milliseconds(microseconds: float) -> str:
-    return f"{microseconds / 1e3:.2f}"
+def _sum_ms(microseconds: Iterable[float]) -> str:
+    return f"{sum(microseconds) * MILLI / MICRO:.2f}"

@@ -188,13 +188,13 @@ def _plan(
     nproc: int,
     **sizes: Any,
 ) -> "Plan":
-    from fastllama.benchmarks.run import FRESH, Plan
+    from fastllama.benchmarks.run import CHILD_PROCESS_SUITES, Plan
     from fastllama.loading import choose_device, choose_dtype
 
     check_nproc(nproc, device)
     if is_distributed():
         nproc = world_size()
-        if found := [suite for suite in sizes["suites"] if suite in FRESH]:
+        if found := [suite for suite in sizes["suites"] if suite in CHILD_PROCESS_SUITES]:
             raise click.UsageError(f"{found[0]} starts processes of its own: use --nproc instead of torchrun.")
     chosen = choose_device(device)
     return Plan(

@@ -1,4 +1,4 @@
-"""`bench compare`: ratios with spread, regressions marked, other machines refused."""
+"""`bench compare`: ratios with their ranges, regressions, and files of different machines."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def result(*records: dict[str, Any], read: float = 10.0, **environment: Any) -> 
     return ResultFile(where, {"read": Ceiling("read", "GB/s", "by hand", summarize([read]))}, list(records))
 
 
-def test_a_ratio_has_the_range_that_both_spreads_leave() -> None:
+def test_a_ratio_has_a_range_from_both_spreads() -> None:
     found = compare_results(result(decode(90, 100, 110)), result(decode(180, 200, 220), read=15.0))
     (change,) = found.changes
     assert (change.first, change.second, change.ratio) == (100, 200, 2.0)
@@ -50,7 +50,7 @@ def test_a_change_is_marked_where_its_whole_range_is_beyond_the_threshold(
     assert len(found.regressions) == (verdict == "REGRESSION")
 
 
-def test_where_less_is_better_the_ratio_is_turned() -> None:
+def test_where_less_is_better_the_ratio_is_inverted() -> None:
     times = [{"suite": "kernels", "op": "qkv", "microseconds": dataclasses.asdict(summarize([t, t]))} for t in (10, 20)]
     memory = [{"suite": "memory", "peak_bytes": size, "held_bytes": 5} for size in (100, 50)]
     found = compare_results(result(times[0], memory[0]), result(times[1], memory[1]))
@@ -71,7 +71,7 @@ def test_records_of_gpu_reports_are_compared_too() -> None:
     assert change.verdict == "REGRESSION" and change.low == pytest.approx(79 / 101)
 
 
-def test_what_only_one_file_has_is_named() -> None:
+def test_cases_of_one_file_only_are_named() -> None:
     first, second = (
         result(decode(1), decode(2, batch=2)),
         result(decode(1), decode(3, batch=3), {"suite": "load", "not_run": ""}),
@@ -86,7 +86,7 @@ def test_what_only_one_file_has_is_named() -> None:
         assert ("| --- |" in shown) is in_markdown
 
 
-def test_other_machines_are_refused_unless_asked_for() -> None:
+def test_other_machines_are_refused_without_anyway() -> None:
     first, second = result(decode(1), device_name="one"), result(decode(1), device_name="two")
     with pytest.raises(ValueError, match=r"different machines: device_name one and two; say --anyway"):
         compare_results(first, second)
@@ -100,7 +100,7 @@ def test_files_with_nothing_in_common_are_an_error() -> None:
         compare_results(result(decode(1)), result(decode(1, batch=2)))
 
 
-def test_what_became_wrong_is_broken_and_no_mere_absence() -> None:
+def test_what_became_wrong_is_broken_and_not_only_missing() -> None:
     op = {"suite": "kernels", "op": "qkv", "batch": 1}
     first = result(decode(1, 1), op | {"microseconds": dataclasses.asdict(summarize([10, 10]))})
     second = result(decode(1, 1), op | {"not_run": "fastllama disagrees: qkv: not close", "status": "disagrees"})
@@ -111,13 +111,13 @@ def test_what_became_wrong_is_broken_and_no_mere_absence() -> None:
     assert not compare_results(first, first).fails
 
 
-def test_the_time_that_tests_took_is_no_speed() -> None:
+def test_the_time_of_tests_is_not_compared() -> None:
     tests = [{"suite": "tests", "seconds": seconds, "n_failed": 0} for seconds in (30.0, 60.0)]
     found = compare_results(result(decode(1, 1), tests[0]), result(decode(1, 1), tests[1]))
     assert [change.figure for change in found.changes] == ["tokens_per_second"]
 
 
-def test_a_machine_that_was_another_is_told() -> None:
+def test_a_change_of_the_machine_is_noted() -> None:
     first, second = result(decode(1, 1)), result(decode(1, 1), read=5.0)
     assert "another then" in report(compare_results(first, second), first, second)
     assert "another then" not in report(compare_results(first, first), first, first)

@@ -1,4 +1,4 @@
-"""The pictures of a result: there, of the size that they say, and drawn from the result's figures."""
+"""The plots of a result: their files and sizes, and the figures in them."""
 
 import dataclasses
 from pathlib import Path
@@ -16,10 +16,10 @@ from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.runner import Run
 from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.suites import decode
-from fastllama.benchmarks.suites.comparison import Case, Measured
+from fastllama.benchmarks.suites.comparison import Case, CaseRuns
 from fastllama.benchmarks.suites.step_launches import LaunchTime
 from fastllama.speed_of_light import Machine, Work
-from tests.benchmarks.suites.test_decode import ARGS
+from tests.benchmarks.cases import ARGS
 
 MACHINE = Machine(read=1e9, matmul=1e12)
 
@@ -27,7 +27,7 @@ MACHINE = Machine(read=1e9, matmul=1e12)
 def record(batch: int, context: int) -> dict[str, Any]:
     case = Case("decode", batch, context, steps=3, rounds=2)
     ours, theirs = ([Run([[0] * 3] * batch, [0.1, 0.1 + one, 0.1 + 2 * one])] * 2 for one in (0.01, 0.02))
-    measured = Measured(
+    measured = CaseRuns(
         {"fastllama": ours, "reference": theirs},
         {"fastllama": [1.0, 2.0], "reference": [1.0, 2.0]},
         {"reference": {"status": "measured"}, "transformers": {"status": "skipped", "reason": "absent"}},
@@ -46,7 +46,7 @@ def result(*records: dict[str, Any]) -> ResultFile:
     return ResultFile(describe_environment("cpu"), {}, list(records))
 
 
-def test_draws_three_pictures_a_panel_for_each_context(tmp_path: Path) -> None:
+def test_draws_three_plots_with_a_panel_for_each_context(tmp_path: Path) -> None:
     found = plots.draw(result(*(record(batch, context) for context in (8, 16) for batch in (1, 4))), tmp_path / "run")
     assert [path.name for path in found] == ["throughput.png", "launches.png", "latency.png"]
     assert {path.stem for path in found} == set(plots.NAMES)
@@ -82,6 +82,6 @@ def test_launches_stack_up_to_the_step_beside_the_least() -> None:
     assert heights == pytest.approx([0.8, 0.1, 0.4, 0.0])  # 2 x 400 and 2 x 50 µs; 2 x 200 µs and nothing
 
 
-def test_a_result_without_decode_has_no_pictures(tmp_path: Path) -> None:
+def test_a_result_without_decode_has_no_plots(tmp_path: Path) -> None:
     assert plots.draw(result({"suite": "memory"}), tmp_path / "run") == []
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fastllama import Llama
-from fastllama.benchmarks.suites.loading_process import PeakHostMemory, own_bytes
+from fastllama.benchmarks.suites.load_and_memory import own_bytes, peak_host_memory
 from tests.support.comparisons import assert_same_logits, assert_same_logprobs
 
 PROMPTS = [[5, 6, 7], [300, 2, 9, 11, 50, 3], [1]]
@@ -80,7 +80,7 @@ def build_error(folder: str) -> str:
 def memory(folder: str) -> dict[str, Any]:
     """Peak growth of this process's memory during a build, without mapped files, and the bytes of its weights."""
     before = own_bytes()
-    with PeakHostMemory() as peak:
+    with peak_host_memory() as peak:
         llm = build(folder)
     return {"peak": peak.bytes - before, "weights": sum(t.nbytes for t in llm.model.state_dict().values())}
 

@@ -1,4 +1,4 @@
-"""The kernels suite: every op by ours, the reference and the library, compared first; what is wrong is not timed."""
+"""The kernels suite: every op by ours and the library is compared first, and not timed where it is wrong."""
 
 import dataclasses
 import json
@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama.args import ModelArgs
 from fastllama.benchmarks import run
-from fastllama.benchmarks.ceilings import MatmulProbe, ReadProbe
-from fastllama.benchmarks.peer_table import peer_table
+from fastllama.benchmarks.ceilings import Probes, ReadProbe
+from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.suites import kernels, op_cases
-from fastllama.benchmarks.suites.kernels import Bench, Difference, check_draw, measure
+from fastllama.benchmarks.suites.kernels import Bench, WrongOutput, check_draw, measure_op
 from fastllama.benchmarks.suites.op_cases import Inputs, Op, ops_of
+from fastllama.benchmarks.tables import peer_columns, table_of
 from fastllama.kernels import reference
 from fastllama.speed_of_light import decode_step, prefill
-from tests.benchmarks.suites.test_decode import CPU, SHAPE, probe
+from tests.benchmarks.cases import CPU, SOURCE
 
-__all__ = ["probe"]  # a fixture
-ARGS = ModelArgs(**SHAPE, max_batch_size=2, max_seq_len=8)
+MODEL = ModelSpec(SOURCE, CPU, torch.float32, max_batch_size=2, max_seq_len=8)
+ARGS = MODEL.args
 ROWS, CONTEXT = 2, 5
-OPS = {op.name: op for op in ops_of(ARGS, CPU, torch.float32, ROWS, CONTEXT)}
+OPS = {op.name: op for op in ops_of(MODEL, ROWS, CONTEXT)}
 
 
 def silent(text: str) -> None:
@@ -34,11 +34,11 @@ def silent(text: str) -> None:
 
 @pytest.fixture
 def bench(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    """Makes one with few copies, whose compiler compiles nothing: it would take most of the time."""
-    monkeypatch.setattr(kernels, "ROTATED_BYTES", 2**15)
+    """A function that makes a Bench with few copies and without torch.compile, which would take most of the time."""
+    monkeypatch.setattr(kernels, "COPIES_BYTES", 2**15)
     monkeypatch.setattr(kernels, "compiled", lambda ops: ops)
     return lambda backend="reference", dtype=torch.float32: Bench(
-        ARGS, CPU, dtype, backend, 2, probe, MatmulProbe(CPU, dtype)
+        dataclasses.replace(MODEL, backend=backend, dtype=dtype), 2, Probes(CPU, dtype)
     )
 
 
@@ -50,14 +50,14 @@ def test_ops_are_those_of_a_step_and_a_prefill_with_their_work() -> None:
     ]
     assert {"greedy", "top-p"} < OPS.keys()
     assert all(OPS[f"prefill {name}"].work == prompts[name] for name in op_cases.IN_PREFILL)
-    fewer = [op.name for op in ops_of(ARGS, CPU, torch.float32, ROWS, CONTEXT, every=False)]
+    fewer = [op.name for op in ops_of(MODEL, ROWS, CONTEXT, every=False)]
     assert fewer == ["attention", *(f"prefill {name}" for name in op_cases.IN_PREFILL)]
 
 
 def test_copies_differ_and_repeat_and_exceed_the_caches(bench: Callable[..., Bench]) -> None:
     found = bench().copies(OPS["down"])
     assert 1 < len(found) <= kernels.MAX_COPIES
-    assert sum(one.n_bytes for one in found) >= kernels.ROTATED_BYTES or len(found) == kernels.MAX_COPIES
+    assert sum(one.n_bytes for one in found) >= kernels.COPIES_BYTES or len(found) == kernels.MAX_COPIES
     assert not torch.equal(found[0].weight, found[1].weight)
     assert torch.equal(found[1].weight, OPS["down"].inputs(1).weight)
     assert all(bool(one.x.any()) for one in found)
@@ -66,8 +66,8 @@ def test_copies_differ_and_repeat_and_exceed_the_caches(bench: Callable[..., Ben
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", OPS)
 def test_every_op_is_measured_against_its_peers(bench: Callable[..., Bench], name: str, dtype: torch.dtype) -> None:
-    (op,) = (op for op in ops_of(ARGS, CPU, dtype, ROWS, CONTEXT) if op.name == name)
-    record = measure(op, bench(dtype=dtype), ROWS, silent)
+    (op,) = (op for op in ops_of(dataclasses.replace(MODEL, dtype=dtype), ROWS, CONTEXT) if op.name == name)
+    record = measure_op(op, bench(dtype=dtype), silent)
     json.dumps(record, allow_nan=False)
     assert record["op"] == name and record["microseconds"]["count"] == 2 * kernels.REPEATS
     assert {peer: one["status"] for peer, one in record["peers"].items()} == {
@@ -75,13 +75,13 @@ def test_every_op_is_measured_against_its_peers(bench: Callable[..., Bench], nam
         "library": "measured",
     }
     assert all(one["ratio"]["p50"] > 0 and one["microseconds"]["p50"] > 0 for one in record["peers"].values())
-    table = peer_table([record | {"batch": ROWS, "context": CONTEXT}], kernels.COLUMNS)
+    table = table_of([record | {"batch": ROWS, "context": CONTEXT}], {**kernels.COLUMNS, **peer_columns([record])})
     assert table.rows[0][0] == name and "vs library" in table.head
 
 
 @pytest.mark.parametrize("name", ["qkv", "attention", "gate+up", "top-p", "prefill qkv", "prefill attention"])
 def test_interpreted_kernels_are_compared_and_not_timed(bench: Callable[..., Bench], name: str) -> None:
-    record = measure(OPS[name], bench("fused"), ROWS, silent)
+    record = measure_op(OPS[name], bench("fused"), silent)
     assert record["interpreted"] and record["status"] == "measured" and "mean nothing" in record["not_run"]
     assert "microseconds" not in record
 
@@ -91,17 +91,17 @@ def test_a_wrong_kernel_is_reported_and_not_timed(
     bench: Callable[..., Bench], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op, ours = OPS[name], bench()
-    wrong = dataclasses.replace(op, kind=op.kind._replace(library=lambda inputs: _spoilt(op, inputs)))
-    peer = measure(wrong, ours, ROWS, silent)["peers"]["library"]
+    wrong = dataclasses.replace(op, spec=op.spec._replace(library=lambda inputs: _made_wrong(op, inputs)))
+    peer = measure_op(wrong, ours, silent)["peers"]["library"]
     assert peer["status"] == "disagrees" and peer["reason"].startswith(f"{name}: ") and "ratio" not in peer
-    # A backend whose calls are spoilt on their way: of the reference's ops, with weights as they are.
+    # A backend with the reference's ops and row-major weights, whose outputs are made wrong.
     monkeypatch.setattr(ours, "ops", SimpleNamespace(embed=reference.embed, workspace=reference.workspace, pack=_plain))
-    call = op.kind.call
+    call = op.spec.call
 
-    def spoil(backend: Any, inputs: Inputs) -> Any:
-        return call(backend, inputs) if backend is reference else _spoilt(op, inputs)
+    def wrong_call(backend: Any, inputs: Inputs) -> Any:
+        return call(backend, inputs) if backend is reference else _made_wrong(op, inputs)
 
-    record = measure(dataclasses.replace(op, kind=op.kind._replace(call=spoil)), ours, ROWS, silent)
+    record = measure_op(dataclasses.replace(op, spec=op.spec._replace(call=wrong_call)), ours, silent)
     assert record["status"] == "disagrees" and "microseconds" not in record and name in record["not_run"]
     result = ResultFile.__new__(ResultFile)
     object.__setattr__(result, "records", [record | {"suite": "kernels"}])
@@ -112,9 +112,9 @@ def _plain(weight: Tensor) -> Tensor:
     return weight
 
 
-def _spoilt(op: Op, inputs: Inputs) -> Any:
-    """The library's output with one number of it changed: a token that is hardly likely, an element a little off."""
-    found = op.kind.library(inputs)
+def _made_wrong(op: Op, inputs: Inputs) -> Any:
+    """The library's output with one wrong number: an unlikely token, or an element that is a little off."""
+    found = op.spec.library(inputs)
     if isinstance(found, tuple):
         return inputs.x.argmin(-1), found[1]
     flat = found.clone()
@@ -127,36 +127,36 @@ def test_a_projection_that_appends_nothing_is_wrong(bench: Callable[..., Bench])
 
     def forgetful(inputs: Inputs) -> Any:
         before = inputs.cache_v.clone()
-        found = op.kind.library(inputs)
+        found = op.spec.library(inputs)
         inputs.cache_v.copy_(before)
         return found
 
-    wrong = dataclasses.replace(op, kind=op.kind._replace(library=forgetful))
-    assert measure(wrong, bench(), ROWS, silent)["peers"]["library"]["status"] == "disagrees"
+    wrong = dataclasses.replace(op, spec=op.spec._replace(library=forgetful))
+    assert measure_op(wrong, bench(), silent)["peers"]["library"]["status"] == "disagrees"
 
 
-def test_a_peer_that_breaks_down_is_reported(bench: Callable[..., Bench]) -> None:
-    def explode(inputs: Inputs) -> Tensor:
+def test_a_peer_that_raises_is_reported(bench: Callable[..., Bench]) -> None:
+    def fail(inputs: Inputs) -> Tensor:
         raise RuntimeError("no\nkernel " + "x" * 1000)
 
     op = OPS["down"]
-    record = measure(dataclasses.replace(op, kind=op.kind._replace(library=explode)), bench(), ROWS, silent)
+    record = measure_op(dataclasses.replace(op, spec=op.spec._replace(library=fail)), bench(), silent)
     library = record["peers"]["library"]
     assert library["status"] == "failed" and library["reason"].startswith("down: no kernel x")
     assert len(library["reason"]) < 400 and record["microseconds"]["p50"] > 0
 
 
-def test_draws_are_held_to_the_nucleus() -> None:
+def test_a_drawn_token_must_be_in_the_nucleus() -> None:
     inputs = OPS["top-p"].inputs(0)
     scores = torch.log_softmax(inputs.x, -1)
     ordered, ids = torch.softmax(inputs.x.double() / op_cases.TEMPERATURE, -1).sort(-1, descending=True)
-    last = (ordered.cumsum(-1) - ordered <= op_cases.TOP_P).sum(-1) - 1  # of the kept
+    last = (ordered.cumsum(-1) - ordered <= op_cases.TOP_P).sum(-1) - 1  # of the nucleus
     for place in (0 * last, last):
         tokens = ids.gather(-1, place[:, None])
         check_draw(inputs, tokens[:, 0], scores.gather(-1, tokens)[:, 0])
     beyond = ids.gather(-1, last[:, None] + 1)
-    with pytest.raises(Difference, match="none that can be chosen"):
+    with pytest.raises(WrongOutput, match="none that can be chosen"):
         check_draw(inputs, beyond[:, 0], scores.gather(-1, beyond)[:, 0])
     best = ids[:, :1]
-    with pytest.raises(Difference, match="not close"):
+    with pytest.raises(WrongOutput, match="not close"):
         check_draw(inputs, best[:, 0], scores.gather(-1, best)[:, 0] + 0.01)

@@ -1,4 +1,4 @@
-"""Times of a decode step's launches: each one kept, with its own layer's tensors, and nothing left behind."""
+"""Times of a decode step's launches: each call is recorded with its layer's tensors, and the model is unchanged."""
 
 import json
 from collections import Counter
@@ -11,7 +11,8 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.suites import step_launches as timing
-from fastllama.benchmarks.suites.step_launches import LaunchTime, fill_cache, launch_times, table
+from fastllama.benchmarks.suites.step_launches import LaunchTime, columns, fill_cache, launch_times
+from fastllama.benchmarks.tables import table_of
 from fastllama.kernels import fused
 from fastllama.kernels.sampling import sample
 from fastllama.model import Transformer
@@ -39,8 +40,8 @@ def test_every_launch_of_a_step_is_timed(temperature: float) -> None:
     assert model.cache.k[:, :, :, :5].all() and not model.cache.k[:, :, :, 5:].any()
 
 
-def test_a_step_is_kept_call_by_call(device: torch.device) -> None:
-    """On the fused backend, each call is a launch."""
+def test_a_step_is_recorded_call_by_call(device: torch.device) -> None:
+    """On the fused backend each call is one launch, and sampling two."""
     model = transformer("fused", device)
     with model.exclusively(), torch.inference_mode():
         calls = timing._recorded(model, 2, 5, 0.0, spare_steps=4)
@@ -50,7 +51,7 @@ def test_a_step_is_kept_call_by_call(device: torch.device) -> None:
 
 
 def _launched(run: Callable[[], object]) -> list[str]:
-    """The kernels' wrappers that a call of the fused backend goes through."""
+    """The wrappers of kernels that a call of the fused backend calls."""
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("gather", "few_tokens", "matvec", "attention_decode"):
@@ -78,8 +79,8 @@ def test_calls_of_a_layer_read_that_layers_weights() -> None:
 
 
 @pytest.mark.parametrize(("batch", "context"), [(0, 4), (3, 4), (1, 0), (1, 17)])
-def test_rows_that_the_cache_has_not_are_refused(batch: int, context: int) -> None:
-    with pytest.raises(ValueError, match=f"2 rows of 16 positions, asked for were {batch} of {context}"):
+def test_more_rows_or_positions_than_the_cache_has_are_refused(batch: int, context: int) -> None:
+    with pytest.raises(ValueError, match=f"2 rows of 16 positions, got {batch} rows of {context}"):
         launch_times(transformer(), batch, context)
 
 
@@ -104,6 +105,7 @@ def test_records_and_table_hold_times_against_the_limit() -> None:
     ]
     json.dumps(launches, allow_nan=False)
     assert launches[0]["least_microseconds"] == pytest.approx(200) and launches[0]["share"] == pytest.approx(0.5)
-    head, rows = table([{"batch": 1, "context": 8, "launches": launches}])
+    records = [{"batch": 1, "context": 8, "launches": launches}]
+    head, rows = table_of(records, columns(records))
     assert list(head) == ["batch", "context", "qkv x2", "sampling x2", "all, ms", "least, ms"]
     assert [list(row) for row in rows] == [[1, 8, "400 50%", "10.0", "0.82", "0.40"]]

@@ -126,7 +126,7 @@ def test_bench_interrupted_prints_the_results_so_far(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastllama.benchmarks.run.measure", interrupt)
+    monkeypatch.setattr("fastllama.benchmarks.suites.comparison.run_case", interrupt)
     result = run("bench", "--ckpt_dir", checkpoint, *BENCH, "--json")
     assert result.exit_code == program.EXIT_INTERRUPTED
     assert json.loads(result.stdout)["interrupted"] is True

@@ -13,7 +13,7 @@ import torch
 
 from fastllama import Llama
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.models import ModelSource, described
+from fastllama.benchmarks.models import ModelSource, ModelSpec
 from fastllama.distributed.worker_processes import EXIT_WORKER_CRASHED
 from fastllama.memory_plan import plan_memory
 from tests.support.checkpoints import tiny_params
@@ -150,7 +150,7 @@ driver.build_on_all(build_on_the_driver_only)
 
 
 def build_on_the_driver_only() -> Llama:
-    llm = described(ModelSource.named("random-toy").to_json(), 1, 8, "cpu", "float32", None)
+    llm = ModelSpec(ModelSource.named("random-toy"), torch.device("cpu"), torch.float32, 1, 8).build()
     if llm.model.group.rank:
         raise OSError("no space left on this worker")
     return llm

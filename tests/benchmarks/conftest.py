@@ -1,0 +1,16 @@
+"""A fixture with which probes take little time."""
+
+import pytest
+
+from fastllama.benchmarks import ceilings, timing
+from fastllama.benchmarks.ceilings import Probe, ReadProbe
+from tests.benchmarks.cases import CPU
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> ReadProbe:
+    """A probe with a small buffer and short samples; so are all probes of the test."""
+    monkeypatch.setattr(timing, "CPU_BUFFER_BYTES", 2**16)
+    monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 16)
+    monkeypatch.setattr(Probe.sample, "__defaults__", (0.0,))
+    return ReadProbe(CPU)

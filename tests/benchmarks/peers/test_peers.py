@@ -1,0 +1,74 @@
+"""The peers generate our tokens."""
+
+import dataclasses
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.benchmarks.peers import torch_compile
+from fastllama.benchmarks.peers.agreement import compare
+from fastllama.benchmarks.peers.client import Peer
+from fastllama.benchmarks.runner import Ours
+from tests.benchmarks.cases import ARGS, CASE, RAGGED, SOURCE, SPEC
+
+
+@pytest.mark.parametrize("name", ["reference", "transformers"])
+def test_peers_give_our_tokens_to_ragged_prompts(name: str) -> None:
+    prompts = RAGGED.prompts(ARGS.vocab_size)
+    ours = Ours(SPEC.build()).run(prompts, 8, logprobs=True)
+    with Peer(name, SPEC) as peer:
+        theirs = peer.run(prompts, 8, logprobs=True)
+        again = peer.run(prompts, 8)
+    agreement = compare(ours, theirs, torch.float32)
+    assert agreement.agrees and agreement.tokens_compared == 24, agreement.difference
+    assert again.tokens == theirs.tokens and len(again.seconds) == 8 and again.seconds == sorted(again.seconds)
+
+
+@pytest.mark.slow
+def test_transformers_takes_scaled_rope_and_tied_output() -> None:
+    shape: dict[str, Any] = SOURCE.shape | {
+        "use_scaled_rope": True,
+        "rope_scaling_factor": 32.0,
+        "rope_theta": 500000.0,
+        "tied_output": True,
+    }
+    spec = dataclasses.replace(SPEC, source=dataclasses.replace(SOURCE, shape=shape))
+    prompts = RAGGED.prompts(ARGS.vocab_size)
+    ours = Ours(spec.build()).run(prompts, 4, logprobs=True)
+    with Peer("transformers", spec) as peer:
+        agreement = compare(ours, peer.run(prompts, 4, logprobs=True), torch.float32)
+    assert agreement.agrees, agreement.difference
+
+
+def test_reference_peer_agrees_on_the_same_weights_and_not_on_others() -> None:
+    prompts = CASE.prompts(ARGS.vocab_size)
+    with Peer("reference", SPEC) as peer:
+        theirs = peer.run(prompts, 8, logprobs=True)
+        again = peer.run(prompts, 8)
+    assert again.tokens == theirs.tokens and again.logprobs is None and len(again.seconds) == 8
+    same = compare(Ours(SPEC.build()).run(prompts, 8, True), theirs, torch.float32)
+    assert same.agrees, same.difference
+    assert same.tokens_compared == 16
+    other = dataclasses.replace(SPEC, source=dataclasses.replace(SOURCE, seed=SOURCE.seed + 1))
+    different = compare(Ours(other.build()).run(prompts, 8, True), theirs, torch.float32)
+    assert not different.agrees
+
+
+@pytest.mark.compiles
+def test_the_compiled_peer_is_one_graph_and_gives_our_tokens_with_margins() -> None:
+    """Traced without compiling C++, as `make bench-smoke` does. A graph break is an error."""
+    llm = dataclasses.replace(SPEC, backend="reference").build()
+    compiled = partial(torch.compile, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler, about internals
+        ops = torch_compile.compile_model(llm.model, compiled)
+        prompts = CASE.prompts(ARGS.vocab_size)
+        theirs, again = (torch_compile.generate(Ours(llm), ops, prompts, 8, scores) for scores in (True, False))
+    ours = Ours(SPEC.build()).run(prompts, 8, True)
+    agreement = compare(ours, theirs, torch.float32)
+    assert agreement.agrees and agreement.tokens_compared == 16, agreement.difference
+    assert again.tokens == theirs.tokens and again.margins is None and theirs.margins is not None
+    assert all(margin > 0 for row in theirs.margins for margin in row)

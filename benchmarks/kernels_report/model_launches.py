@@ -100,7 +100,6 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1) -> Calls:
     yield "layer down", lambda: fused.linear_residual(f, layer.w2, h, batch)
     yield "head", lambda: fused.norm_lm_head(h, model.norm, model.output, eps, batch)
     state = _state(args, rows, CONTEXT_TOKENS)
-    # Spread as a model's are, so that the nucleus is small.
     logits = (LOGITS_STD * torch.randn(rows, args.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)
     yield "sample", lambda: fused.sample_and_advance(logits, state, workspace)
 

@@ -16,15 +16,15 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import PUBLISHED_MODELS
 from fastllama.benchmarks.suites.op_cases import LOGITS_STD
 from fastllama.decode_graph import step
-from fastllama.distributed.parallel import Group
+from fastllama.distributed.model_parallel import Group
 from fastllama.kernels import fused
 from fastllama.kernels.attention.prefill import attention_prefill
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.elementwise.embedding import embed
-from fastllama.kernels.elementwise.rms_norm import rms_norm
-from fastllama.kernels.elementwise.rope import rope_append
-from fastllama.kernels.elementwise.swiglu import silu_mul
+from fastllama.kernels.embedding import embed
+from fastllama.kernels.rms_norm import rms_norm
+from fastllama.kernels.rope import rope_append
+from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
 from fastllama.packed_weights import packed_weights
 

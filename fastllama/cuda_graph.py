@@ -24,7 +24,7 @@ class CudaGraph:
     _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []  # torch's allocator may still point to them
 
     def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """stream: where the capture runs, on the launches' device; nothing else may run on it."""
+        """stream: the stream of the capture, on the launches' device; nothing else may run on it."""
         self._stream, self._pool = stream, pool
         self._graph = torch.cuda.CUDAGraph()
 

@@ -65,8 +65,8 @@ class Llama:
 
         ckpt_dir: the checkpoint's folder. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with one
         of them. max_seq_len: positions per row, up to 8192, or 131072 if the checkpoint has scaled rope.
-        max_batch_size: rows. model_parallel_size: processes that share the model, independent of the number of files;
-        None means all that torchrun started. Each process builds and makes the same calls. seed: the default
+        max_batch_size: rows of a batch. model_parallel_size: processes that share the model, independent of the number
+        of files; None means all that torchrun started. Each process builds and makes the same calls. seed: the default
         seed of calls. device: None means CUDA if available, else the CPU. dtype: None means bfloat16 on CUDA (float16
         if the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels) or "reference" (plain torch); None
         means fused on CUDA and reference on a CPU. rope_scaling_factor: replaces the checkpoint's or inferred factor,

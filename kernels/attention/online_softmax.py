@@ -1,4 +1,4 @@
-"""What `attention_decode` and `attention_prefill` share: the loop over keys, its tile sizes, and the dims.
+"""Shared by `attention_decode` and `attention_prefill`: the loop over keys, its tile sizes, and the dims.
 
 The loop computes the online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). Scores
 and sums are float32. Only p is rounded to the model dtype, for the product with v. Scores are scaled by log2(e) / √D,

@@ -75,7 +75,7 @@ def grid_dependency_wait(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def launch_dependents(DEPENDENT: tl.constexpr):
-    """Let the next kernel start (PTX griddepcontrol.launch_dependents). Follows the wait, after loads at most."""
+    """Let the next kernel start (PTX griddepcontrol.launch_dependents). Only loads may separate it from the wait."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class LaunchOptions(NamedTuple):
-    """What launches use, if the GPU supports it."""
+    """Features that launches use if the GPU supports them."""
 
     dependent: bool = True  # programmatic dependent launch
     prefetch: bool = True  # prefetch weights and cache to L2 before the wait; only with dependent launch

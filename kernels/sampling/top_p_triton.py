@@ -1,7 +1,7 @@
 """Top-p in the last program of a row: its candidates, the search for the lowest kept logit, and the draw.
 
 Candidates are the logits that top-p may keep, stored block by block in order of id. A token's mass is its probability
-times the total mass of the row. Device functions for the kernels in `sample.py`, which documents the formula.
+times the total mass of the row. These device functions serve the kernels in `sample.py`, which documents the formula.
 """
 
 import triton

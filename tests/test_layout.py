@@ -196,15 +196,8 @@ def test_backends_have_the_same_functions() -> None:
         for name, function in inspect.getmembers(reference, inspect.isfunction)
         if not name.startswith("_") and function.__module__ == reference.__name__
     }
-    assert {
-        "embed",
-        "norm_qkv_rope_append",
-        "attention",
-        "linear_residual",
-        "norm_swiglu",
-        "norm_lm_head",
-        "sample",
-    } <= set(ops)
+    assert {"embed", "norm_qkv_rope_append", "attention", "linear_residual", "norm_swiglu", "norm_lm_head"} <= set(ops)
+    assert {"sample", "sample_and_advance", "pack", "unpack", "workspace"} <= set(ops)
     for name in BACKENDS:
         other = importlib.import_module(f"fastllama.kernels.{name}")
         differing = {op for op, signature in ops.items() if inspect.signature(getattr(other, op)) != signature}
@@ -213,7 +206,10 @@ def test_backends_have_the_same_functions() -> None:
 
 def test_every_file_is_in_the_architecture() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    missing = [path.name for path in source_files() if path.name != "__init__.py" and path.name not in text]
+    paths = [str(path.relative_to(ROOT)).removeprefix("fastllama/") for path in source_files()]
+    missing = [
+        path for path in paths if not path.endswith(("/__init__.py", "/__main__.py")) and f"`{path}`" not in text
+    ]
     assert not missing, f"docs/architecture.md has one line for every file; it lacks {missing}"
 
 

@@ -49,7 +49,7 @@ def test_a_chat_on_two_gpus() -> None:
 
 
 def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
-    """The command ends although its first process waits for NCCL, which has no timeout of its own."""
+    """The command ends, although NCCL in its first process would wait forever."""
     words = ["complete", "Once", "--ckpt_dir", write_monotonous(tmp_path), "--nproc", "2"]
     words += ["--max_seq_len", "8000", "--temperature", "0"]
     pipe = subprocess.PIPE

@@ -20,8 +20,8 @@ WITH_TRITON = PYTHONPATH=$(CURDIR)/$< $(BIN)/python
 KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/kernels_report/test_compiled_kernel.py \
 	tests/benchmarks/kernels_report/test_dependence.py
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-install kernels-report gpu-report figures \
-	check-figures bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types hooks clean
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-install kernels-report gpu-report docs \
+	check-docs bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types hooks clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -72,8 +72,8 @@ kernels-report: $(OLDER_TRITON) ## Compile the kernels for all supported GPUs an
 	$(BIN)/python -m fastllama.benchmarks.kernels_report
 	$(WITH_TRITON) -m fastllama.benchmarks.kernels_report
 
-figures: $(INSTALLED) ## Write docs/benchmarks.md from benchmarks/results/, and draw docs/pictures/
-	$(BIN)/python -m fastllama.benchmarks.figures
+docs: $(INSTALLED) ## Write docs/benchmarks.md from benchmarks/results/, and draw docs/pictures/
+	$(BIN)/python -m fastllama.benchmarks.update_docs
 	$(BIN)/python -m docs.pictures
 
 bench-smoke: $(INSTALLED) ## Run every suite and every peer at toy size; fails where one disagrees or breaks
@@ -107,11 +107,11 @@ lint: $(INSTALLED) ## Check style and formatting
 types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
-hooks: $(INSTALLED) ## Have git check style, types and figures before every commit
+hooks: $(INSTALLED) ## Have git check style, types and generated docs before every commit
 	$(BIN)/pre-commit install
 
-check-figures: $(INSTALLED)
-	@$(BIN)/python -m fastllama.benchmarks.figures --check
+check-docs: $(INSTALLED)
+	@$(BIN)/python -m fastllama.benchmarks.update_docs --check
 	@$(BIN)/python -m docs.pictures --check
 
 clean: ## Remove .venv and everything that was generated

@@ -36,7 +36,6 @@ setup(
         "fastllama.distributed",
         "fastllama.kernels",
         "fastllama.kernels.attention",
-        "fastllama.kernels.elementwise",
         "fastllama.kernels.launch",
         "fastllama.kernels.projection",
         "fastllama.kernels.sampling",

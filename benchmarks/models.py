@@ -21,7 +21,7 @@ from fastllama.args import ModelArgs
 from fastllama.checkpoint import open_checkpoint
 from fastllama.checkpoint.base import dtype_name
 from fastllama.checkpoint.sharding import ShardedTensor, read_slice, weight_specs
-from fastllama.distributed.parallel import SINGLE_PROCESS, Group, model_group
+from fastllama.distributed.model_parallel import SINGLE_PROCESS, Group, model_group
 from fastllama.generation import Llama
 from fastllama.kernels import select
 from fastllama.loading import choose_device

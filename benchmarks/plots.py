@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllama.benchmarks.result_file import ResultFile
-from fastllama.benchmarks.runner import OURS
+from fastllama.benchmarks.runners import OURS
 from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, percentile
 from fastllama.benchmarks.tables import Record
 

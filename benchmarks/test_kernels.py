@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastllama.benchmarks.ceilings import Probes
 from fastllama.benchmarks.models import ModelSource, ModelSpec
-from fastllama.benchmarks.runner import OURS
+from fastllama.benchmarks.runners import OURS
 from fastllama.benchmarks.suites.kernels import (
     COMPILED,
     LIBRARY,

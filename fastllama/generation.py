@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastllama import memory_plan, validate
 from fastllama.decode_graph import Decoder
-from fastllama.distributed import parallel
-from fastllama.kernels.sampling.nucleus import nucleus
+from fastllama.distributed import model_parallel
+from fastllama.kernels.sampling.top_p_torch import nucleus
 from fastllama.loading import choose_device, load
 from fastllama.model import Transformer
 from fastllama.stream import Increment, Request, increments
@@ -94,7 +94,7 @@ class Llama:
         llm = Llama(model, tokenizer, seed=seed)
         llm.decoder = Decoder(model, graphs=cuda_graphs, dependent=dependent_launch)
         with memory_plan.explain_out_of_memory(model.device):
-            warm_up(llm.decoder, batch_sizes, progress=None if parallel.is_first_process() else False)
+            warm_up(llm.decoder, batch_sizes, progress=None if model_parallel.is_first_process() else False)
         return llm
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:

@@ -10,7 +10,7 @@ from fastllama import memory_plan, validate
 from fastllama.args import ModelArgs
 from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.checkpoint.vocabulary import vocabulary_mismatch
-from fastllama.distributed import parallel
+from fastllama.distributed import model_parallel
 from fastllama.kernels import select
 from fastllama.model import Transformer
 from fastllama.tokenizer import Tokenizer
@@ -43,14 +43,16 @@ def load(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     ops = select.backend(backend, device)
-    group = parallel.model_group(model_parallel_size, device)
+    group = model_parallel.model_group(model_parallel_size, device)
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir)
         args, tokenizer = _args_and_tokenizer(
             checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
         )
-        weights = checkpoint.tensors(group.rank, group.size, progress=None if parallel.is_first_process() else False)
+        weights = checkpoint.tensors(
+            group.rank, group.size, progress=None if model_parallel.is_first_process() else False
+        )
         memory_plan.check_fits(
             args,
             dtype,
@@ -93,7 +95,7 @@ def choose_device(value: torch.device | str | None) -> torch.device:
     Raises ValueError for a device that is neither CUDA nor a CPU, or that this machine does not have.
     """
     if value is None:
-        value = torch.device("cuda", parallel.gpu_index()) if torch.cuda.is_available() else "cpu"
+        value = torch.device("cuda", model_parallel.gpu_index()) if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(value)
     except (RuntimeError, TypeError):
@@ -101,7 +103,7 @@ def choose_device(value: torch.device | str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {value!r}')
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", parallel.gpu_index())
+        device = torch.device("cuda", model_parallel.gpu_index())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {value!r} does not exist: torch sees {torch.cuda.device_count()} GPUs; leave device out"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastllama import threads, validate
 from fastllama.args import IGNORED_NAMES, ModelArgs
 from fastllama.cache import KVCache
-from fastllama.distributed.parallel import SINGLE_PROCESS, Group
+from fastllama.distributed.model_parallel import SINGLE_PROCESS, Group
 from fastllama.kernels import select
 from fastllama.kernels.batch import RaggedBatch, Segment
 from fastllama.packed_weights import NO_WEIGHTS, LoadedKeys, PackedModule, check_state_dict

@@ -23,21 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllama.kernels import rms_norm as norms
+from fastllama.kernels import rope
+from fastllama.kernels import swiglu as activation
 from fastllama.kernels.attention.decode import attention_decode
 from fastllama.kernels.attention.prefill import attention_prefill
 from fastllama.kernels.attention.scratch import AttentionScratch
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.elementwise import rms_norm as norms
-from fastllama.kernels.elementwise import rope
-from fastllama.kernels.elementwise import swiglu as activation
-from fastllama.kernels.elementwise.embedding import embed as gather
-from fastllama.kernels.elementwise.rope import CacheTarget
+from fastllama.kernels.embedding import embed as gather
 from fastllama.kernels.launch import interpreter
 from fastllama.kernels.launch.checks import check_head_dim
 from fastllama.kernels.launch.dependent import is_dependent
 from fastllama.kernels.projection.few_tokens import MAX_TOKENS, few_tokens
 from fastllama.kernels.projection.matvec import choose_launch, matvec
+from fastllama.kernels.rope import CacheTarget
 from fastllama.kernels.sampling import sample as sampler
 from fastllama.kernels.sampling.scratch import SamplingScratch
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fastllama.kernels.batch import MAX_TEMPERATURE, MIN_TEMPERATURE, RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
-from fastllama.kernels.sampling.nucleus import nucleus
 from fastllama.kernels.sampling.philox import uniform
+from fastllama.kernels.sampling.top_p_torch import nucleus
 
 # Tokens of a row that attend together. Keeps the mask of a long prompt small and skips keys in the tokens' future.
 QUERY_BLOCK_TOKENS = 128

@@ -38,7 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # The longest files start first, or one pytest process would end long after the others.
-LONGEST = ("test_compiled.py", "test_fused.py", "test_sample.py", "test_nproc.py", "test_report.py")
+LONGEST = (
+    "test_compiled.py",
+    "test_compiled_kernel.py",
+    "test_fused.py",
+    "test_sample.py",
+    "test_nproc.py",
+    "test_report.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -36,18 +36,18 @@ GRACE_SECONDS = 5.0  # for the sections' process to stop its own child processes
 REPORT_FILE, SUMMARY_FILE, TESTS_FILE = "report.json", "summary.md", "gpu-tests.txt"
 # The most valuable first. Each has a function that yields its results.
 SECTIONS = {
-    "self-check": "fastllama.benchmarks.gpu_report.steps:self_check",
-    "ceilings": "fastllama.benchmarks.gpu_report.sections:ceilings",
-    "boundaries": "fastllama.benchmarks.gpu_report.sections:boundaries",
-    "tests": "fastllama.benchmarks.gpu_report.tests:gpu_tests",
-    "launches": "fastllama.benchmarks.gpu_report.sections:launches",
-    "decode": "fastllama.benchmarks.gpu_report.sections:decode",
-    "whole step": "fastllama.benchmarks.gpu_report.steps:whole_steps",
-    "prefill": "fastllama.benchmarks.gpu_report.sections:prefills",
-    "sampling": "fastllama.benchmarks.gpu_report.sections:sampling",
-    "switches": "fastllama.benchmarks.gpu_report.sections:switches",
-    "kernel tests": "fastllama.benchmarks.gpu_report.tests:kernel_tests",
-    "variants": "fastllama.benchmarks.gpu_report.variants:variants",
+    "self-check": "fastllama.benchmarks.gpu_report.whole_steps:self_check",
+    "ceilings": "fastllama.benchmarks.gpu_report.measurements:ceilings",
+    "boundaries": "fastllama.benchmarks.gpu_report.measurements:boundaries",
+    "tests": "fastllama.benchmarks.gpu_report.run_tests:gpu_tests",
+    "launches": "fastllama.benchmarks.gpu_report.measurements:launches",
+    "decode": "fastllama.benchmarks.gpu_report.measurements:decode",
+    "whole step": "fastllama.benchmarks.gpu_report.whole_steps:whole_steps",
+    "prefill": "fastllama.benchmarks.gpu_report.measurements:prefills",
+    "sampling": "fastllama.benchmarks.gpu_report.measurements:sampling",
+    "switches": "fastllama.benchmarks.gpu_report.measurements:switches",
+    "kernel tests": "fastllama.benchmarks.gpu_report.run_tests:kernel_tests",
+    "variants": "fastllama.benchmarks.gpu_report.launch_search:variants",
 }
 ALWAYS = ("self-check", "ceilings")  # the other sections' results cannot be judged without them
 PACKAGES = ("torch", "triton", "psutil", "tiktoken", "safetensors", "tqdm", "numpy")
@@ -215,7 +215,7 @@ def _run_sections(
     """The main function of the sections' process. It puts (kind, result) in the queue."""
     import torch
 
-    from fastllama.benchmarks.gpu_report.sections import Bench
+    from fastllama.benchmarks.gpu_report.measurements import Bench
     from fastllama.benchmarks.gpu_report.sizes import FULL, TOY
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the writing process handles Ctrl-C

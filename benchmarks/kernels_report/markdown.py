@@ -1,20 +1,18 @@
 """The document of docs/compiled/: what the compiler makes of the kernels, in Markdown."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
 from fastllama.benchmarks.kernels_report.model_launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
 from fastllama.benchmarks.kernels_report.table import ALL_MODELS_GPUS, WHOLE_STEP, Row, launch_counts
-from fastllama.benchmarks.tables import markdown
+from fastllama.benchmarks.tables import Columns, markdown, table_of
 
 # The titles of the sections that are not about one GPU.
 LAUNCHES = "Launches of a decode step"
 WEIGHTS = "How weights are read on an H200"
 TRAFFIC = "Bytes moved on an H200"
 BARRIER = {None: "", True: "yes", False: "MISSING"}
-
-Cell = str | Callable[[Row], object]  # a template for str.format, or a function of the row
 
 
 def _kernel(row: Row) -> str:
@@ -38,45 +36,36 @@ def _early(row: Row) -> str:
     return f"{row['x_early']} of {row['x_loads']}{norm}"
 
 
-RESOURCES: Mapping[str, Cell] = {
-    **{name: f"{{{name}}}" for name in ("model", "tokens", "op")},
+RESOURCES: Columns = {
+    **{name: itemgetter(name) for name in ("model", "tokens", "op")},
     "kernel": _kernel,
-    **{name: f"{{{name}}}" for name in ("programs", "warps", "stages", "registers", "spills", "shared", "resident")},
+    **{name: itemgetter(name) for name in ("programs", "warps", "stages", "registers", "spills", "shared", "resident")},
     "loads": _loads,
-    "matrix": "{matrix}",
+    "matrix": itemgetter("matrix"),
     "barrier": lambda row: BARRIER[row["barrier"]],
     "waits": _waits,
 }
-STREAMING: Mapping[str, Cell] = {
-    "model": "{model}",
-    "rows": "{tokens}",
-    "op": "{op}",
+CASE: Columns = {"model": itemgetter("model"), "rows": itemgetter("tokens"), "op": itemgetter("op")}
+STREAMING: Columns = {
+    **CASE,
     "weight": lambda row: " × ".join(map(str, row["weight"])),
-    "programs / 132": "{share:.1f}",
-    "fit": "{resident}",
+    "programs / 132": "{share:.1f}".format_map,
+    "fit": itemgetter("resident"),
     "waves": lambda row: f"{row['share'] / row['resident']:.1f}",
     "in flight, KB": lambda row: round(row["in_flight"] / 1024),
     "issue slots": lambda row: "" if row["issue"] is None else f"{row['issue']:.0%}",
-    "µs": "{microseconds:.1f}",
+    "µs": "{microseconds:.1f}".format_map,
     "x early": _early,
     "chain, cycles": lambda row: f"{row['chain']:.0f} of {row['budget']:.0f}" if "chain" in row else "",
-    "prefetches": "{prefetches:.0f} in {prefetching}",
+    "prefetches": "{prefetches:.0f} in {prefetching}".format_map,
 }
-MOVED: Mapping[str, Cell] = {
-    "model": "{model}",
-    "rows": "{tokens}",
-    "op": "{op}",
+MOVED: Columns = {
+    **CASE,
     "kernel": _kernel,
     "least, KB": lambda row: f"{row['least'] / 1024:,.0f}",
     "weights and cache, KB": lambda row: f"{row['streamed'] / 1024:,.0f}",
     "the rest, KB": lambda row: f"{row['rest'] / 1024:,.0f}",
 }
-
-
-def _table(columns: Mapping[str, Cell], rows: Iterable[Row]) -> str:
-    cells = columns.values()
-    texts = ([cell.format(**row) if isinstance(cell, str) else cell(row) for cell in cells] for row in rows)
-    return markdown(list(columns), texts)
 
 
 def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> str:
@@ -104,16 +93,16 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "cycles that a stage's matrix instructions take at the least, since each waits for the sums of the one before, "
         "of those in which the stage has to be read. Prefetches: instructions that a warp issues one after the other, "
         "and in how many programs.",
-        _table(STREAMING, (row for row in compiled if "in_flight" in row)),
+        table_of([row for row in compiled if "in_flight" in row], STREAMING).text(in_markdown=True),
         f"## {TRAFFIC}",
         "Counted in the interpreter from the kernels' own loads and stores: those of weights, embedding and cache, "
         "which come from memory, and all others, which L2 serves. The least is every operand once. Contexts of "
         f"{CONTEXT_TOKENS} tokens.",
-        _table(MOVED, traffic),
+        table_of(traffic, MOVED).text(in_markdown=True),
     ]
     for name in dict.fromkeys(row["gpu"] for row in compiled):
         rows = [row for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP]
-        parts += [f"## {heading(name)}", _table(RESOURCES, rows)]
+        parts += [f"## {heading(name)}", table_of(rows, RESOURCES).text(in_markdown=True)]
     legend = (
         "Spills: bytes of a thread's stack. Shared: bytes of a program, limits "
         + ", ".join(f"{name} {gpu.shared_bytes}" for name, gpu in GPUS.items())

@@ -16,15 +16,15 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import PUBLISHED_MODELS
 from fastllama.benchmarks.suites.op_cases import LOGITS_STD
 from fastllama.decode_graph import step
-from fastllama.distributed.parallel import Group
+from fastllama.distributed.model_parallel import Group
 from fastllama.kernels import fused
 from fastllama.kernels.attention.prefill import attention_prefill
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.elementwise.embedding import embed
-from fastllama.kernels.elementwise.rms_norm import rms_norm
-from fastllama.kernels.elementwise.rope import rope_append
-from fastllama.kernels.elementwise.swiglu import silu_mul
+from fastllama.kernels.embedding import embed
+from fastllama.kernels.rms_norm import rms_norm
+from fastllama.kernels.rope import rope_append
+from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
 from fastllama.packed_weights import packed_weights
 
@@ -100,7 +100,6 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1) -> Calls:
     yield "layer down", lambda: fused.linear_residual(f, layer.w2, h, batch)
     yield "head", lambda: fused.norm_lm_head(h, model.norm, model.output, eps, batch)
     state = _state(args, rows, CONTEXT_TOKENS)
-    # With a spread like a trained model's, so that the nucleus is small.
     logits = (LOGITS_STD * torch.randn(rows, args.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)
     yield "sample", lambda: fused.sample_and_advance(logits, state, workspace)
 

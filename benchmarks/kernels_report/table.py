@@ -26,7 +26,7 @@ from fastllama.benchmarks.kernels_report.model_launches import (
 )
 from fastllama.benchmarks.kernels_report.traffic import count_traffic, least_bytes
 from fastllama.benchmarks.kernels_report.weight_streaming import streaming_metrics
-from fastllama.kernels.attention.tile import DEFAULT_SHARED_BYTES
+from fastllama.kernels.attention.online_softmax import DEFAULT_SHARED_BYTES
 from fastllama.kernels.launch import dependent
 
 Row = dict[str, Any]

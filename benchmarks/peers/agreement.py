@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.tolerances import TOLERANCES
 
 

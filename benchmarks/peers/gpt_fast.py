@@ -22,7 +22,7 @@ from fastllama.benchmarks.peers.worker import (
     rope_scaling,
     unsupported_head_dim,
 )
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 
 FILES = ("model.py", "generate.py")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.worker import Generate, Recorder, compile_or_fail, rope_scaling, scores_of
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 
 PAD = 0

@@ -13,7 +13,7 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.worker import Generate, Recorder, scores_of, unsupported_head_dim
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 
 META_ROPE_FACTOR = 8
 

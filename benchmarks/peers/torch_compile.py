@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.worker import Generate, compile_or_fail, margins_of
-from fastllama.benchmarks.runner import Ours, Run
+from fastllama.benchmarks.runners import Ours, Run
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, Workspace
 from fastllama.kernels.decode_state import DecodeState

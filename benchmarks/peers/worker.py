@@ -15,7 +15,7 @@ from torch import Tensor
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.child_process import answer_requests
 from fastllama.benchmarks.models import ModelSpec
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.timing import synchronize
 
 RECOMPILE_LIMIT = 64  # shapes of one function; every case of a run has its own shape

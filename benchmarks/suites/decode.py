@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.statistics import GIGA, latency, percentile, summarize, throughput
-from fastllama.benchmarks.suites.comparison import Case, CaseRuns
+from fastllama.benchmarks.suites.interleaved import Case, CaseRuns
 from fastllama.benchmarks.tables import Columns
 from fastllama.speed_of_light import decode_step, total_bytes
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from fastllama.benchmarks.ceilings import AdjacentSamples, Probes, machine_of
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.result_file import one_line
-from fastllama.benchmarks.runner import OURS
+from fastllama.benchmarks.runners import OURS
 from fastllama.benchmarks.statistics import MICRO, percentile, summarize
-from fastllama.benchmarks.suites.comparison import Progress, measured_peers, rounds_in_turn
+from fastllama.benchmarks.suites.interleaved import Progress, measured_peers, rounds_in_turn
 from fastllama.benchmarks.suites.op_cases import TEMPERATURE, TOP_P, Inputs, Op, Output, compiled
 from fastllama.benchmarks.tables import Columns
 from fastllama.benchmarks.timing import CacheFlush, Contention, replayed, time_calls

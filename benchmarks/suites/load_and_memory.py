@@ -19,9 +19,9 @@ import torch
 from fastllama.benchmarks.ceilings import Ceiling
 from fastllama.benchmarks.child_process import ChildProcess, answer_requests
 from fastllama.benchmarks.models import ModelSpec, build_from_json
-from fastllama.benchmarks.runner import Ours
+from fastllama.benchmarks.runners import Ours
 from fastllama.benchmarks.statistics import GIGA, percentile, summarize
-from fastllama.benchmarks.suites.comparison import Case
+from fastllama.benchmarks.suites.interleaved import Case
 from fastllama.benchmarks.tables import Columns, Record
 from fastllama.benchmarks.timing import synchronize
 from fastllama.checkpoint import open_checkpoint

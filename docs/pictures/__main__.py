@@ -26,7 +26,7 @@ def main(check: bool) -> None:
         if kept == draw():
             continue
         if check:
-            raise click.ClickException(f"{path} is not what the code draws: run `make figures`")
+            raise click.ClickException(f"{path} is not what the code draws: run `make docs`")
         write_text(draw(), path)
         click.echo(f"wrote {path.name}", err=True)
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from docs.pictures.svg import GREEN, GREY, INK, MUTED, ORANGE, PURPLE, Drawing
 from fastllama.benchmarks.models import PUBLISHED_MODELS
 from fastllama.kernels.attention.decode import MIN_SPLIT_KEYS
+from fastllama.kernels.attention.online_softmax import MIN_DOT_ROWS, stream_launch
 from fastllama.kernels.attention.scratch import NUM_SPLITS
-from fastllama.kernels.attention.tile import MIN_DOT_ROWS, stream_launch
 from fastllama.kernels.launch.sizes import ceil_div
 
 LENGTHS = (2048, 512, 4000, 100)  # positions of four rows

@@ -12,8 +12,8 @@ from functools import cache
 import tiktoken
 
 from fastllama.builtin.bpe import count_words
-from fastllama.builtin.chat import Turn, dialog
-from fastllama.builtin.chat_data import common_words
+from fastllama.builtin.conversation_data import common_words
+from fastllama.builtin.conversations import Turn, dialog
 from fastllama.builtin.data_files import columns, lines, sections
 from fastllama.builtin.facts import draw_relation, facts_by_relation
 from fastllama.builtin.stories import story

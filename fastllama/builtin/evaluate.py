@@ -10,7 +10,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from fastllama.builtin.chat import Turn
+from fastllama.builtin.conversations import Turn
 from fastllama.builtin.corpus import (
     BEGIN_OF_TEXT,
     END_HEADER,
@@ -22,7 +22,7 @@ from fastllama.builtin.corpus import (
     encode,
 )
 from fastllama.builtin.facts import Fact, all_facts
-from fastllama.builtin.trainable import TrainableLlama
+from fastllama.builtin.training_model import TrainableLlama
 
 MAX_ANSWER_TOKENS = 60
 QUESTIONS_AT_ONCE = 128

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastllama.builtin.bpe import encoding, learn_ranks, read_ranks, write_ranks
 from fastllama.builtin.corpus import MAX_TOKENS_PER_DOCUMENT, documents, encode, tokenizer_counts
 from fastllama.builtin.evaluate import print_accuracy
-from fastllama.builtin.trainable import TrainableLlama, meta_state_dict
+from fastllama.builtin.training_model import TrainableLlama, meta_state_dict
 
 RANKS = 3200
 SPECIAL_TOKENS = 256

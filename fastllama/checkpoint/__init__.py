@@ -15,7 +15,7 @@ from fastllama.checkpoint.base import Checkpoint
 from fastllama.checkpoint.huggingface import CONFIG_NAME, open_huggingface
 from fastllama.checkpoint.json_config import short_list
 from fastllama.checkpoint.meta import PARAMS_NAME, open_meta
-from fastllama.checkpoint.other_formats import (
+from fastllama.checkpoint.unsupported_formats import (
     OWN_MODEL_PATTERNS,
     PICKLED_ADAPTERS,
     describe_file,

@@ -113,8 +113,8 @@ def check_shard_order(shards: Sequence[Shard]) -> None:
         if int(match["number"]) > int(after["number"]):
             raise ValueError(
                 f"{shard.path}: was saved as {shard.saved_as}{shard.path.suffix}, so the files' names contradict the "
-                "order in which they were written; restore their first names, or, if the present names are right, save "
-                "each again: torch.save(torch.load(path), path)"
+                "order in which they were written; restore the original file names, or, if the present names are "
+                "right, save each again: torch.save(torch.load(path), path)"
             )
 
 

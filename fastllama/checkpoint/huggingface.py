@@ -107,7 +107,7 @@ def _name_hint(config: JsonConfig, expected: Collection[str], found: Mapping[str
     if layers not in (0, stated):
         return f"{CONFIG_NAME} says num_hidden_layers={stated}, the files have {layers} layers"
     if any(name.endswith("_proj.bias") for name in unexpected):
-        return f"{CONFIG_NAME} has no biases (attention_bias, mlp_bias), and Llama 3 has none"
+        return f"{CONFIG_NAME} sets neither attention_bias nor mlp_bias, and Llama 3 has no biases"
     if missing == {f"{OUTER_NAMES['output']}.weight"}:
         return (
             f"{CONFIG_NAME} does not set tie_word_embeddings to true, so there must be an output: "

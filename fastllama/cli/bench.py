@@ -22,9 +22,9 @@ from fastllama.cli.options import (
 from fastllama.distributed.environment import is_distributed, world_size
 
 if TYPE_CHECKING:
+    from fastllama.benchmarks.bench import Plan
     from fastllama.benchmarks.models import ModelSource
     from fastllama.benchmarks.result_file import ResultFile
-    from fastllama.benchmarks.run import Plan
 
 # Repeated from benchmarks/, which imports torch; a test compares them.
 SUITES = ("kernels", "decode", "prefill", "generate", "load", "memory")
@@ -109,7 +109,7 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
                 raise click.UsageError(f"put {parameter.opts[0]} after {context.invoked_subcommand}, not before it")
         return None
     connect_processes(options["nproc"])
-    from fastllama.benchmarks import run
+    from fastllama.benchmarks import bench
 
     result = _run(**options)
     if as_json:
@@ -120,7 +120,7 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
         standard_streams.write_stdout(report(result, markdown))
     if result.interrupted:
         return EXIT_INTERRUPTED
-    failures = run.failures(result)
+    failures = bench.failures(result)
     for failure in failures if strict else []:
         standard_streams.write_stderr(failure)
     return EXIT_FINDINGS if strict and failures else 0
@@ -150,7 +150,7 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
     Example:
       fastllama bench compare before.json after.json
     """
-    from fastllama.benchmarks.compare import compare_results, report
+    from fastllama.benchmarks.compare_results import compare_results, report
     from fastllama.benchmarks.result_file import read_result
 
     results = read_result(first), read_result(second)
@@ -163,10 +163,10 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
 
 def _run(output: str | None, no_plots: bool, **options: Any) -> "ResultFile":
     """Run the suites, and write the result file and its plots."""
-    from fastllama.benchmarks import plots, run
+    from fastllama.benchmarks import bench, plots
 
     path = Path(output or f"fastllama-bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json")
-    result = run.run(_plan(**options), standard_streams.write_stderr, path)
+    result = bench.run(_plan(**options), standard_streams.write_stderr, path)
     standard_streams.write_stderr(f"wrote {path}")
     if not no_plots:
         if plots.available():
@@ -188,7 +188,7 @@ def _plan(
     nproc: int,
     **sizes: Any,
 ) -> "Plan":
-    from fastllama.benchmarks.run import CHILD_PROCESS_SUITES, Plan
+    from fastllama.benchmarks.bench import CHILD_PROCESS_SUITES, Plan
     from fastllama.loading import choose_device, choose_dtype
 
     check_nproc(nproc, device)

@@ -120,7 +120,7 @@ def is_expected(error: Exception) -> bool:
     """Whether the input or the machine can cause `error`; any other is a bug in the program."""
     if isinstance(error, ValueError | AssertionError | OSError | MemoryError):
         return True
-    parallel = sys.modules.get("fastllama.distributed.parallel")
+    parallel = sys.modules.get("fastllama.distributed.model_parallel")
     if parallel is not None and isinstance(error, parallel.ProcessFailed):
         return True
     torch = sys.modules.get("torch")

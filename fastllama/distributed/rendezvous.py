@@ -178,8 +178,8 @@ def _register(environment: DistributedEnvironment, deadline: _Deadline) -> None:
             deadline.warn_if_slow("others")
     if answer is None or "error" not in answer:
         raise ValueError(
-            f"RANK={environment.rank} expects RANK=0 of this launch at {environment.endpoint}, and another program "
-            f"listens there: set another port, or {REMEDY}"
+            f"RANK={environment.rank} expects RANK=0 of this launch at {environment.endpoint}, and what listens "
+            f"there is not it: set another port, or {REMEDY}"
         )
     if answer["error"] is not None:
         raise ValueError(answer["error"])

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllama.kernels.attention.online_softmax import AttentionDims, attend, stream_launch
 from fastllama.kernels.attention.scratch import AttentionScratch
-from fastllama.kernels.attention.tile import AttentionDims, attend, stream_launch
 from fastllama.kernels.launch.checks import check_tensor
 from fastllama.kernels.launch.dependent import (
     PREFETCH_BYTES,

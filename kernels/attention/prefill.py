@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.attention.tile import AttentionDims, Launch, attend, stream_launch
+from fastllama.kernels.attention.online_softmax import AttentionDims, Launch, attend, stream_launch
 from fastllama.kernels.batch import RaggedBatch
 from fastllama.kernels.launch.checks import check_tensor
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, current_target

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastllama.kernels.attention.tile import AttentionDims
+from fastllama.kernels.attention.online_softmax import AttentionDims
 
 NUM_SPLITS = 32  # with Llama 3's 8 kv heads: 256 programs, two per multiprocessor of the largest GPUs
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastllama.kernels.elementwise.rope import CacheTarget
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
+from fastllama.kernels.rope import CacheTarget
 
 
 class Projection(NamedTuple):

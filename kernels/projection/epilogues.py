@@ -12,8 +12,8 @@ Meta's matmul rounds. Then the epilogue computes the results:
 import triton
 import triton.language as tl
 
-from fastllama.kernels.elementwise.rope import rotate
 from fastllama.kernels.launch.dependent import prefetch_block
+from fastllama.kernels.rope import rotate
 
 
 @triton.jit

@@ -23,13 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.elementwise.rope import CacheTarget
-from fastllama.kernels.elementwise.swiglu import silu_times
 from fastllama.kernels.launch.dependent import PREFETCH_BYTES, dependent_launch, prefetch_bytes, wait_for_inputs
 from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import Target, current_target
 from fastllama.kernels.projection.arguments import Projection
 from fastllama.kernels.projection.epilogues import prefetch_tiles, rotate_and_store
+from fastllama.kernels.rope import CacheTarget
+from fastllama.kernels.swiglu import silu_times
 
 MAX_TOKENS = 16
 MIN_COLUMNS = 8  # columns of a matrix instruction's right operand on NVIDIA GPUs

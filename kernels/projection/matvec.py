@@ -23,8 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.elementwise.rope import CacheTarget
-from fastllama.kernels.elementwise.swiglu import silu_times
 from fastllama.kernels.launch.dependent import (
     PREFETCH_BYTES,
     dependent_launch,
@@ -36,6 +34,8 @@ from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import Target, current_target
 from fastllama.kernels.projection.arguments import Projection
 from fastllama.kernels.projection.epilogues import prefetch_tiles, rotate_and_store
+from fastllama.kernels.rope import CacheTarget
+from fastllama.kernels.swiglu import silu_times
 
 TILE_BYTES = 32768  # of weights that a program holds in registers
 BYTES_PER_THREAD = 256  # of weights: 64 of 128 registers, which allow four programs of 128 threads

@@ -34,7 +34,7 @@ from fastllama.kernels.launch.dependent import dependent_launch, wait_for_inputs
 from fastllama.kernels.launch.sizes import next_power_of_2
 from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.sampling.scratch import SamplingScratch, choose_launch
-from fastllama.kernels.sampling.top_p import INT32_MAX, collect_candidates, draw_token, min_candidate_mass
+from fastllama.kernels.sampling.top_p_triton import INT32_MAX, collect_candidates, draw_token, min_candidate_mass
 
 # Bits of a logit's key: those of float32 (sign, exponent, mantissa) without the mantissa bits that are always zero.
 # float16 needs 19, since its subnormals have exponents of their own in float32.

@@ -6,8 +6,8 @@ import torch
 
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.models import ModelSource, ModelSpec
-from fastllama.benchmarks.runner import Run
-from fastllama.benchmarks.suites.comparison import Case
+from fastllama.benchmarks.runners import Run
+from fastllama.benchmarks.suites.interleaved import Case
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 600, "multiple_of": 16}

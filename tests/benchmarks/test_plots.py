@@ -13,10 +13,10 @@ from PIL import Image
 from fastllama.benchmarks import plots
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.result_file import ResultFile
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.suites import decode
-from fastllama.benchmarks.suites.comparison import Case, CaseRuns
+from fastllama.benchmarks.suites.interleaved import Case, CaseRuns
 from fastllama.benchmarks.suites.step_launches import LaunchTime
 from fastllama.speed_of_light import Machine, Work
 from tests.benchmarks.cases import ARGS

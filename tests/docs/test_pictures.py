@@ -21,7 +21,7 @@ LETTER = 0.62  # of its size, the width of an average letter of a wide font
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_the_committed_picture_is_what_the_code_draws(name: str) -> None:
     kept = (pictures.FOLDER / name).read_text(encoding="utf-8")
-    assert kept == pictures.PICTURES[name](), "run `make figures`"
+    assert kept == pictures.PICTURES[name](), "run `make docs`"
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastllama import Llama
-from fastllama.distributed import parallel
+from fastllama.distributed import model_parallel
 from fastllama.memory_plan import DoesNotFit
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.support.tiny import MAX_SEQ_LEN, tiny_llama
@@ -79,7 +79,7 @@ def test_build_rejects(folder: Path, case: str) -> None:
 def test_build_needs_all_that_torchrun_sets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As in a process in which Meta's reference model has not created process groups.
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
-    monkeypatch.delitem(sys.modules, parallel.FAIRSCALE_GROUPS, raising=False)
+    monkeypatch.delitem(sys.modules, model_parallel.FAIRSCALE_GROUPS, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ValueError, match="WORLD_SIZE asks for 2 processes and RANK, MASTER_ADDR, MASTER_PORT are not set"

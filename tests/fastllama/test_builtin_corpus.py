@@ -11,11 +11,11 @@ import torch
 from fastllama import builtin_checkpoint
 from fastllama.builtin import corpus
 from fastllama.builtin.bpe import count_words, encoding, learn_ranks, read_ranks, write_ranks
-from fastllama.builtin.chat import Turn, dialog
+from fastllama.builtin.conversations import Turn, dialog
 from fastllama.builtin.facts import Fact, all_facts, draw_fact, facts_by_relation
 from fastllama.builtin.stories import story, story_parts
 from fastllama.builtin.train import DEFAULT_STEPS, PEAK_LEARNING_RATE, TOKENS_PER_STEP, batches, learning_rate
-from fastllama.builtin.trainable import TrainableLlama, ffn_width, meta_state_dict
+from fastllama.builtin.training_model import TrainableLlama, ffn_width, meta_state_dict
 from fastllama.tokenizer import Tokenizer
 from tests.support.oracle import meta_transformer
 

@@ -4,13 +4,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from click.testing import CliRunner, Result
+from typing import TYPE_CHECKING, Any
 
 import fastllama
-from fastllama.cli import main
 from tests.support.timeouts import HANG_SECONDS
+
+if TYPE_CHECKING:
+    from click.testing import Result
 
 ROOT = Path(fastllama.__file__).parent.parent
 GREEDY = ("--temperature", "0", "--max_gen_len", "6", "--max_seq_len", "64", "--device", "cpu")
@@ -18,7 +18,12 @@ READ_TIMEOUT_S = HANG_SECONDS
 CHAT = ("--temperature", "0", "--max_gen_len", "8", "--max_seq_len", "128", "--device", "cpu")
 
 
-def run(*words: str, stdin: str | bytes | None = None, charset: str = "utf-8") -> Result:
+def run(*words: str, stdin: str | bytes | None = None, charset: str = "utf-8") -> "Result":
+    """The command's result, in this process."""
+    from click.testing import CliRunner  # GPU tests import this file on machines without click
+
+    from fastllama.cli import main
+
     return CliRunner(charset=charset).invoke(main, list(words), input=stdin)
 
 
@@ -31,7 +36,7 @@ def run_process(
     )
 
 
-def expect_error(result: Result, *parts: str) -> None:
+def expect_error(result: "Result", *parts: str) -> None:
     """Assert one line on stderr that contains `parts`, nothing on stdout, and exit code 2."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""

@@ -14,9 +14,9 @@ import torch
 
 from fastllama.benchmarks.ceilings import Ceiling
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.gpu_report import report, sections, steps, tests
+from fastllama.benchmarks.gpu_report import measurements, report, run_tests, whole_steps
 from fastllama.benchmarks.gpu_report.markdown import summary
-from fastllama.benchmarks.gpu_report.sections import Bench, Record, Results
+from fastllama.benchmarks.gpu_report.measurements import Bench, Record, Results
 from fastllama.benchmarks.gpu_report.sizes import TOY
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, compiling_environment
 from fastllama.benchmarks.result_file import ResultFile, read_result
@@ -36,7 +36,7 @@ def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, "--commit", "abc"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "summary.md", "gpu-tests.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "summary.md", "gpu-run_tests.txt"}
     result = read_result(tmp_path / "report.json")
     assert json.loads(done.stdout.splitlines()[-1]) == result.to_json()
     assert result.ceilings.keys() == {"read", "read_kernel", "copy", "matmul"}
@@ -168,7 +168,7 @@ def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
 
 def test_without_ceilings_no_measurement_is_lost(bench: Bench) -> None:
     records: list[Record] = []
-    for section in (sections.launches, sections.decode, sections.prefills):
+    for section in (measurements.launches, measurements.decode, measurements.prefills):
         found = [{"suite": section.__name__, **record} for record in records_of(section(bench))]
         assert found and all(one.get("microseconds", one.get("milliseconds", 1)) > 0 for one in found)
         names = ("least_microseconds", "least_milliseconds", "share", "share_of_matmul")
@@ -180,8 +180,8 @@ def test_without_ceilings_no_measurement_is_lost(bench: Bench) -> None:
 
 def test_a_failed_self_check_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([[[1, 2]], [[1, 2]], [[1, 3]], [[1, 2]]])
-    monkeypatch.setattr(steps, "_greedy", lambda *_, **__: next(answers, [[1, 2]]))
-    records = records_of(steps.self_check(bench))
+    monkeypatch.setattr(whole_steps, "_greedy", lambda *_, **__: next(answers, [[1, 2]]))
+    records = records_of(whole_steps.self_check(bench))
     assert [record["equal"] for record in records if "equal" in record] == [True, False, *[True] * 6]
     (failed,) = (record for record in records if "error" in record)
     assert failed["error"] == (
@@ -198,9 +198,9 @@ def test_a_self_check_records_that_dependent_launches_were_replaced(
             decoder._dependent = False  # like a capture that fails
         return [[1, 2]]
 
-    monkeypatch.setattr(steps, "_greedy", greedy)
+    monkeypatch.setattr(whole_steps, "_greedy", greedy)
     monkeypatch.setattr(fused, "uses_dependent_launch", lambda: launch_options().dependent)
-    found = records_of(steps.self_check(bench))
+    found = records_of(whole_steps.self_check(bench))
     errors = [place for place, record in enumerate(found) if "error" in record]
     assert [found[place]["error"] for place in errors] == [
         f"SELF-CHECK FAILED: {name} (1 rows) could not be captured and were replaced by ordinary ones: stderr says why"
@@ -221,11 +221,11 @@ def test_the_first_sections_have_shorter_timeouts(tmp_path: Path, monkeypatch: p
 
 
 def test_missing_tests_are_not_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tests, "ROOT", tmp_path)
-    missing = [{"not_run": f"no {path} beside the package"} for path, _ in tests.GPU_TESTS]
-    assert list(tests.gpu_tests(bench)) == missing
-    monkeypatch.setattr(tests, "NEEDED", ("pytest", "no_such_plugin"))
-    assert list(tests.gpu_tests(bench)) == 2 * [{"not_run": "no_such_plugin not installed"}]
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    missing = [{"not_run": f"no {path} beside the package"} for path, _ in run_tests.GPU_TESTS]
+    assert list(run_tests.gpu_tests(bench)) == missing
+    monkeypatch.setattr(run_tests, "NEEDED", ("pytest", "no_such_plugin"))
+    assert list(run_tests.gpu_tests(bench)) == 2 * [{"not_run": "no_such_plugin not installed"}]
 
 
 def test_tests_that_fail_or_take_too_long_are_recorded(
@@ -247,13 +247,13 @@ def test_tests_that_fail_or_take_too_long_are_recorded(
                 time.sleep(0.05)
             return super().wait(0.0)
 
-    monkeypatch.setattr(tests, "ROOT", tmp_path)
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", UntilBegun)
-        (record,) = records_of(tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=HANG_SECONDS))
+        (record,) = records_of(run_tests._tests(bench, ("test_fast.py", "test_slow.py"), limit=HANG_SECONDS))
     assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, None)
     assert "test_bad FAILED" in (tmp_path / report.TESTS_FILE).read_text()
-    (record,) = records_of(tests._tests(bench, ("test_fast.py",), limit=HANG_SECONDS))
+    (record,) = records_of(run_tests._tests(bench, ("test_fast.py",), limit=HANG_SECONDS))
     assert (record["n_passed"], record["n_failed"], record["returncode"]) == (1, 1, 1)
     assert record["failures"] == ["test_fast.py::test_bad"]
 
@@ -263,16 +263,16 @@ def test_slow_tests_run_where_kernels_are_compiled(
     device: str, n_all: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
-    monkeypatch.setattr(tests, "_run", lambda command, *_: commands.append(command))
-    list(tests._tests(Bench(torch.device(device), TOY, tmp_path), tests.KERNEL_TESTS, 1.0))
+    monkeypatch.setattr(run_tests, "_run", lambda command, *_: commands.append(command))
+    list(run_tests._tests(Bench(torch.device(device), TOY, tmp_path), run_tests.KERNEL_TESTS, 1.0))
     assert [command.count("--all") for command in commands] == [n_all]
 
 
 @pytest.mark.slow
 def test_kernels_are_compiled_ahead_without_a_gpu(tmp_path: Path) -> None:
     script = (
-        "from fastllama.benchmarks.gpu_report.steps import CHECKED\n"
-        "from fastllama.benchmarks.gpu_report.tests import compile_step\n"
+        "from fastllama.benchmarks.gpu_report.whole_steps import CHECKED\n"
+        "from fastllama.benchmarks.gpu_report.run_tests import compile_step\n"
         "from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS\n"
         "print(compile_step(GPUS['sm_90'], CHECKED, 1))"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastllama.benchmarks.peers.agreement import compare
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 
 
 def run_of(tokens: list[list[int]], logprob: float = -1.0, margin: float = 1.0) -> Run:

@@ -10,8 +10,8 @@ import torch
 
 from fastllama.benchmarks.peers import torch_compile
 from fastllama.benchmarks.peers.agreement import compare
-from fastllama.benchmarks.peers.client import Peer
-from fastllama.benchmarks.runner import Ours
+from fastllama.benchmarks.peers.registry import Peer
+from fastllama.benchmarks.runners import Ours
 from tests.benchmarks.cases import ARGS, CASE, RAGGED, SOURCE, SPEC
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.suites import decode, generate, prefill
-from fastllama.benchmarks.suites.comparison import Case, CaseRuns
+from fastllama.benchmarks.suites.interleaved import Case, CaseRuns
 from fastllama.benchmarks.tables import Columns, peer_columns, table_of
 from fastllama.speed_of_light import decode_step, total_bytes, total_flops
 from fastllama.speed_of_light import prefill as prefill_work

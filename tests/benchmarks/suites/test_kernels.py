@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama.benchmarks import run
+from fastllama.benchmarks.bench import failures
 from fastllama.benchmarks.ceilings import Probes, ReadProbe
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.result_file import ResultFile
@@ -105,7 +105,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(
     assert record["status"] == "disagrees" and "microseconds" not in record and name in record["not_run"]
     result = ResultFile.__new__(ResultFile)
     object.__setattr__(result, "records", [record | {"suite": "kernels"}])
-    assert any("fastllama disagrees" in failure for failure in run.failures(result))
+    assert any("fastllama disagrees" in failure for failure in failures(result))
 
 
 def _plain(weight: Tensor) -> Tensor:

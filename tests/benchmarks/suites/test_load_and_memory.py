@@ -12,7 +12,7 @@ from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.models import ModelSource, ModelSpec
 from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.suites import load_and_memory
-from fastllama.benchmarks.suites.comparison import Case
+from fastllama.benchmarks.suites.interleaved import Case
 from fastllama.benchmarks.tables import table_of
 from tests.benchmarks.cases import CPU
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer

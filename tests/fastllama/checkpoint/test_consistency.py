@@ -169,7 +169,7 @@ def test_swapped_files_are_refused(tmp_path: Path) -> None:
     refused(
         tmp_path,
         "{}/consolidated.00.pth: was saved as consolidated.01.pth, so the files' names contradict the order in which "
-        "they were written; restore their first names, or, if the present names are right, save each again: "
+        "they were written; restore the original file names, or, if the present names are right, save each again: "
         "torch.save(torch.load(path), path)",
     )
     for path in sorted(tmp_path.glob("*.pth")):  # as the message says

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastllama.benchmarks.compare import DEFAULT_THRESHOLD
+from fastllama.benchmarks.compare_results import DEFAULT_THRESHOLD
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.result_file import ResultFile, write_result
 from fastllama.benchmarks.statistics import summarize
@@ -63,7 +63,7 @@ def test_bench_strict_exits_with_1_for_failures(
     checkpoint: str, small_probe: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = ["decode: reference disagrees: row 0 step 0: token 1 here, 2 there"]
-    monkeypatch.setattr("fastllama.benchmarks.run.failures", lambda result: wrong)
+    monkeypatch.setattr("fastllama.benchmarks.bench.failures", lambda result: wrong)
     lenient, strict = (
         run("bench", "--ckpt_dir", checkpoint, *BENCH, "--no_plots", *words) for words in ((), ("--strict",))
     )
@@ -126,7 +126,7 @@ def test_bench_interrupted_prints_the_results_so_far(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastllama.benchmarks.suites.comparison.run_case", interrupt)
+    monkeypatch.setattr("fastllama.benchmarks.suites.interleaved.run_case", interrupt)
     result = run("bench", "--ckpt_dir", checkpoint, *BENCH, "--json")
     assert result.exit_code == program.EXIT_INTERRUPTED
     assert json.loads(result.stdout)["interrupted"] is True

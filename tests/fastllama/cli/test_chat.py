@@ -14,7 +14,7 @@ import pytest
 
 from fastllama import Llama
 from fastllama.cli import chat as chat_command
-from fastllama.cli.chat_loop import Conversation, Reply
+from fastllama.cli.conversation import Conversation, Reply
 from tests.support.command_line import CHAT, READ_TIMEOUT_S, ROOT, run
 
 

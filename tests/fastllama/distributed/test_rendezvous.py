@@ -117,8 +117,8 @@ def test_another_program_at_the_address_is_an_error(
         with connection:
             connection.sendall(answer)
             assert error_of(second) == (
-                f"RANK=1 expects RANK=0 of this launch at MASTER_ADDR={HOST}, MASTER_PORT={port}, and another program "
-                f"listens there: set another port, or {REMEDY}"
+                f"RANK=1 expects RANK=0 of this launch at MASTER_ADDR={HOST}, MASTER_PORT={port}, and what listens "
+                f"there is not it: set another port, or {REMEDY}"
             )
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import reference
 from fastllama.kernels.attention.decode import attention_decode
+from fastllama.kernels.attention.online_softmax import DEFAULT_SHARED_BYTES, PAIR_BYTES, stream_launch
 from fastllama.kernels.attention.scratch import NUM_SPLITS, AttentionScratch
-from fastllama.kernels.attention.tile import DEFAULT_SHARED_BYTES, PAIR_BYTES, stream_launch
 from fastllama.kernels.batch import RaggedBatch
 from tests.kernels.attention.cases import (
     BF16,

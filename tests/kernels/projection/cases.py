@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, Segment
-from fastllama.kernels.elementwise.rope import CacheTarget
+from fastllama.kernels.rope import CacheTarget
 from tests.kernels.cases import random
 from tests.kernels.guards import GuardedMemory
 

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastllama.benchmarks import models, run
+from fastllama.benchmarks import bench, models
 from fastllama.benchmarks.ceilings import ReadProbe
 from fastllama.benchmarks.models import ModelSource
-from fastllama.benchmarks.peers import client
-from fastllama.benchmarks.peers.client import Peer
+from fastllama.benchmarks.peers import registry
+from fastllama.benchmarks.peers.registry import Peer
 from fastllama.benchmarks.report import report
 from fastllama.benchmarks.result_file import read_result
-from fastllama.benchmarks.runner import Run
-from fastllama.benchmarks.suites import comparison, kernels
-from fastllama.benchmarks.suites.comparison import SUITES, Case
+from fastllama.benchmarks.runners import Run
+from fastllama.benchmarks.suites import interleaved, kernels
+from fastllama.benchmarks.suites.interleaved import SUITES, Case
 from fastllama.cli import bench as bench_command
 from tests.benchmarks.cases import CPU, SOURCE, Scripted
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
@@ -25,8 +25,8 @@ def test_a_checkpoint_is_measured_against_the_reference(tmp_path: Path, probe: R
     write_meta(tmp_path / "tiny", params, random_weights(params, seed=3))
     write_tokenizer(tmp_path / "tiny")
     source = ModelSource.folder(str(tmp_path / "tiny"), None)
-    plan = run.Plan(source, CPU, torch.float32, batches=(1, 2), contexts=(3,), steps=3, rounds=1, peers=["reference"])
-    result = run.run(plan, lambda text: None, tmp_path / "result.json")
+    plan = bench.Plan(source, CPU, torch.float32, batches=(1, 2), contexts=(3,), steps=3, rounds=1, peers=["reference"])
+    result = bench.run(plan, lambda text: None, tmp_path / "result.json")
     assert read_result(tmp_path / "result.json") == result
     assert [(record["batch"], record["peers"]["reference"]["status"]) for record in result.records] == [
         (1, "measured"),
@@ -48,36 +48,36 @@ def test_finished_cases_are_kept_when_interrupted(
                 raise KeyboardInterrupt
             return super().run(prompts, steps, logprobs)
 
-    monkeypatch.setattr("fastllama.benchmarks.run.Ours", lambda llm: Interrupted("ours", 0.01, log))
-    plan = run.Plan(SOURCE, CPU, torch.float32, batches=(1, 2), contexts=(3,), steps=3, rounds=1)
-    result = run.run(plan, lambda text: None, tmp_path / "result.json")
+    monkeypatch.setattr("fastllama.benchmarks.bench.Ours", lambda llm: Interrupted("ours", 0.01, log))
+    plan = bench.Plan(SOURCE, CPU, torch.float32, batches=(1, 2), contexts=(3,), steps=3, rounds=1)
+    result = bench.run(plan, lambda text: None, tmp_path / "result.json")
     assert result.interrupted and [record["batch"] for record in result.records] == [1]
     assert read_result(tmp_path / "result.json") == result
     assert "interrupted" in report(result)
 
 
 def test_a_file_that_cannot_be_written_fails_before_measuring(tmp_path: Path) -> None:
-    plan = run.Plan(SOURCE, CPU, torch.float32)
+    plan = bench.Plan(SOURCE, CPU, torch.float32)
     with pytest.raises(OSError):
-        run.run(plan, lambda text: pytest.fail(f"measured: {text}"), tmp_path / "nowhere" / "result.json")
+        bench.run(plan, lambda text: pytest.fail(f"measured: {text}"), tmp_path / "nowhere" / "result.json")
 
 
 def test_the_command_names_every_suite_model_and_peer() -> None:
     assert SUITES == bench_command.SUITES
     assert models.MODEL_NAMES == bench_command.MODELS
-    assert (*client.PEERS, "none") == bench_command.PEERS
+    assert (*registry.PEERS, "none") == bench_command.PEERS
     with pytest.raises(ValueError, match="unknown suite 'speed'"):
-        run.Plan(SOURCE, CPU, torch.float32, suites=["speed"])  # type: ignore[list-item]
+        bench.Plan(SOURCE, CPU, torch.float32, suites=["speed"])  # type: ignore[list-item]
 
 
 def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "COPIES_BYTES", 1)
     # Replaces torch.compile, which would take most of the time.
     monkeypatch.setattr(kernels, "compiled", lambda ops: ops)
-    plan = run.Plan(
-        SOURCE, CPU, torch.float32, suites=comparison.SUITES, batches=(2,), contexts=(4,), steps=3, rounds=1
+    plan = bench.Plan(
+        SOURCE, CPU, torch.float32, suites=interleaved.SUITES, batches=(2,), contexts=(4,), steps=3, rounds=1
     )
-    result = run.run(plan, lambda text: None)
+    result = bench.run(plan, lambda text: None)
     assert {record["suite"]: record["steps"] for record in result.records} == {
         "kernels": None,
         "decode": 3,
@@ -86,7 +86,7 @@ def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.Monk
         "load": 3,
         "memory": 3,
     }
-    assert run.failures(result) == []
+    assert bench.failures(result) == []
     for in_markdown in (False, True):
         shown = report(result, in_markdown)
         parts = ["kernels of tiny", "decode of tiny", "prefill of tiny", "ttft ms p50", "generate on tiny"]
@@ -98,5 +98,5 @@ def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.Monk
 def test_gpt_fast_is_not_asked_for_ragged_prompts() -> None:
     peer = Peer.__new__(Peer)
     ragged, even = Case("generate", 3, 12), Case("decode", 3, 12)
-    assert run.runner_for("gpt-fast", peer, ragged) == "it takes equally long prompts only"
-    assert run.runner_for("gpt-fast", peer, even) is peer and run.runner_for("reference", peer, ragged) is peer
+    assert bench.runner_for("gpt-fast", peer, ragged) == "it takes equally long prompts only"
+    assert bench.runner_for("gpt-fast", peer, even) is peer and bench.runner_for("reference", peer, ragged) is peer

@@ -6,25 +6,25 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fastllama.benchmarks import figures
+from fastllama.benchmarks import update_docs
 from fastllama.benchmarks.ceilings import Ceiling
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.result_file import ResultFile, write_result
 from fastllama.benchmarks.statistics import summarize
 
-README = figures.ROOT / "README.md"
+README = update_docs.ROOT / "README.md"
 SPEED = re.compile(r"[0-9]\s*(tokens/s|tokens per second|GB/s|TB/s|TFLOP/s|µs|ms|x\b|×|times as fast|%)")
 
 
 def test_the_page_holds_the_figures_of_the_result_files() -> None:
-    kept = figures.PAGE.read_text(encoding="utf-8")
-    assert figures.with_figures(kept, figures.figures()) == kept, "run `make figures`"
+    kept = update_docs.PAGE.read_text(encoding="utf-8")
+    assert update_docs.with_figures(kept, update_docs.figures()) == kept, "run `make docs`"
 
 
 def test_the_readme_states_no_speed_outside_its_picture() -> None:
     text = README.read_text(encoding="utf-8")
     (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert picture.startswith("benchmarks/results/") and (figures.ROOT / picture).exists()
+    assert picture.startswith("benchmarks/results/") and (update_docs.ROOT / picture).exists()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)  # the output of commands stays
     assert not SPEED.findall(prose), "put figures into docs/benchmarks.md, where they come from result files"
 
@@ -35,7 +35,7 @@ def test_every_file_is_named_with_its_figures_and_plots(tmp_path: Path) -> None:
         write_result(ResultFile(describe_environment("cpu"), {"read": ceiling}), tmp_path / f"{name}.json")
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "throughput.png").write_bytes(b"")
-    found = figures.figures(tmp_path)
+    found = update_docs.figures(tmp_path)
     assert found.index("results/one.json") < found.index("results/two.json")
     assert found.count("12.5 GB/s") == 2
     assert found.count("![throughput of two](../benchmarks/results/two/throughput.png)") == 1
@@ -43,18 +43,18 @@ def test_every_file_is_named_with_its_figures_and_plots(tmp_path: Path) -> None:
 
 
 def test_figures_are_written_between_the_marks() -> None:
-    text = f"above\n{figures.BEGIN}\nold\n{figures.END}\nbelow\n"
-    assert figures.with_figures(text, "new") == f"above\n{figures.BEGIN}\nnew\n{figures.END}\nbelow\n"
+    text = f"above\n{update_docs.BEGIN}\nold\n{update_docs.END}\nbelow\n"
+    assert update_docs.with_figures(text, "new") == f"above\n{update_docs.BEGIN}\nnew\n{update_docs.END}\nbelow\n"
     with pytest.raises(ValueError, match="must have the marks"):
-        figures.with_figures("no marks", "new")
+        update_docs.with_figures("no marks", "new")
 
 
 def test_check_fails_on_other_figures_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "benchmarks.md"
-    path.write_text(f"{figures.BEGIN}\n1000 tokens/s\n{figures.END}\n")
-    monkeypatch.setattr(figures, "PAGE", path)
-    monkeypatch.setattr(figures, "figures", lambda: "10 tokens/s")
+    path.write_text(f"{update_docs.BEGIN}\n1000 tokens/s\n{update_docs.END}\n")
+    monkeypatch.setattr(update_docs, "PAGE", path)
+    monkeypatch.setattr(update_docs, "figures", lambda: "10 tokens/s")
     run = CliRunner()
-    assert run.invoke(figures.main, ["--check"]).exit_code == 1 and "1000" in path.read_text()
-    assert run.invoke(figures.main, []).exit_code == 0 and "1000" not in path.read_text()
-    assert run.invoke(figures.main, ["--check"]).exit_code == 0
+    assert run.invoke(update_docs.main, ["--check"]).exit_code == 1 and "1000" in path.read_text()
+    assert run.invoke(update_docs.main, []).exit_code == 0 and "1000" not in path.read_text()
+    assert run.invoke(update_docs.main, ["--check"]).exit_code == 0

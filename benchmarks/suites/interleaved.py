@@ -14,7 +14,7 @@ import torch
 from fastllama.benchmarks.ceilings import AdjacentSamples, ReadProbe
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.peers.agreement import compare
-from fastllama.benchmarks.runner import OURS, Run, Runner
+from fastllama.benchmarks.runners import OURS, Run, Runner
 from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.timing import Contention
 

@@ -88,8 +88,8 @@ class Conversation:
         n_tokens = len(self._encode(kept))
         if n_tokens >= self._context:
             raise TooLongError(
-                f"this message alone makes a prompt of {n_tokens} tokens, and the context has {self._context}: "
-                "shorten it, or raise --max_seq_len"
+                f"this message with the system message makes a prompt of {n_tokens} tokens, and the context has "
+                f"{self._context}: shorten it, or raise --max_seq_len"
             )
         return kept, len(turns) - len(kept)
 

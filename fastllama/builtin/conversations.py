@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastllama.builtin.chat_data import cities, common_words, small_talk, styles, unknowns
+from fastllama.builtin.conversation_data import cities, common_words, small_talk, styles, unknowns
 from fastllama.builtin.data_files import columns
 from fastllama.builtin.facts import Fact, add_typing_noise, draw_fact, draw_relation, facts_by_relation
 from fastllama.builtin.stories import story, story_parts

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from fastllama import Llama
-from fastllama.cli.chat_loop import Conversation, TooLongError
+from fastllama.cli.conversation import Conversation, TooLongError
 from fastllama.stream import Increment
 
 FRAME = 2  # tokens around each message

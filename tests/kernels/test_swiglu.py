@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastllama.kernels import reference
-from fastllama.kernels.elementwise.swiglu import silu_mul
+from fastllama.kernels.swiglu import silu_mul
 from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
 

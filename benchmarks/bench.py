@@ -12,11 +12,11 @@ from fastllama.benchmarks.ceilings import AdjacentSamples, Probes, machine_of
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.models import ModelSource, ModelSpec, build_from_json
-from fastllama.benchmarks.peers.client import PEERS, Peer, start_peers
+from fastllama.benchmarks.peers.registry import PEERS, Peer, start_peers
 from fastllama.benchmarks.result_file import FAILED, ResultFile, write_result
-from fastllama.benchmarks.runner import Ours, Runner
-from fastllama.benchmarks.suites import comparison, decode, generate, kernels, load_and_memory, prefill, step_launches
-from fastllama.benchmarks.suites.comparison import Case, Progress, Suite
+from fastllama.benchmarks.runners import Ours, Runner
+from fastllama.benchmarks.suites import decode, generate, interleaved, kernels, load_and_memory, prefill, step_launches
+from fastllama.benchmarks.suites.interleaved import Case, Progress, Suite
 from fastllama.benchmarks.suites.op_cases import ops_of
 from fastllama.benchmarks.tables import Record
 from fastllama.checkpoint.base import dtype_name
@@ -40,16 +40,16 @@ class Plan:
     suites: Sequence[Suite] = ("decode",)
     batches: Sequence[int] = DEFAULT_BATCHES
     contexts: Sequence[int] = DEFAULT_CONTEXTS
-    steps: int = comparison.DEFAULT_STEPS
-    rounds: int = comparison.DEFAULT_ROUNDS
+    steps: int = interleaved.DEFAULT_STEPS
+    rounds: int = interleaved.DEFAULT_ROUNDS
     peers: Sequence[str] = ()
     gpt_fast: str | None = None  # the folder of its code
     nproc: int = 1  # processes that share our model, one on each GPU; a peer has one
 
     def __post_init__(self) -> None:
         for suite in self.suites:
-            if suite not in comparison.SUITES:
-                raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(comparison.SUITES)}")
+            if suite not in interleaved.SUITES:
+                raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(interleaved.SUITES)}")
         if self.nproc > 1 and "kernels" in self.suites:
             raise ValueError("the kernels suite measures the launches of one process: omit it or nproc")
 
@@ -178,7 +178,7 @@ def _case_record(
     runners = {name: runner_for(name, peer, case) for name, peer in peers.items()}
     samples = AdjacentSamples(probes.matmul)
     devices = plan.nproc if plan.device.type == "cuda" else 1
-    case_runs = comparison.run_case(
+    case_runs = interleaved.run_case(
         case, args.vocab_size, Ours(llm), runners, probes.read, plan.dtype, progress, devices
     )
     matmul = samples.higher()

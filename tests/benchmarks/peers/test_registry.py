@@ -9,9 +9,9 @@ import pytest
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.models import ModelSource
-from fastllama.benchmarks.peers import client
-from fastllama.benchmarks.peers.client import Peer, unavailable
+from fastllama.benchmarks.peers import registry
 from fastllama.benchmarks.peers.meta import unsupported
+from fastllama.benchmarks.peers.registry import Peer, unavailable
 from tests.benchmarks.cases import ARGS, SHAPE, SPEC
 
 
@@ -37,7 +37,7 @@ def test_a_peer_that_cannot_start_raises_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_peer_whose_process_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "WORKER", "fastllama.benchmarks.no_such_module")
+    monkeypatch.setattr(registry, "WORKER", "fastllama.benchmarks.no_such_module")
     with pytest.raises(ChildError, match=r"process ended: .*no_such_module"):
         Peer("reference", SPEC)
 
@@ -62,5 +62,5 @@ def test_gpt_fast_needs_a_checkout_and_its_packages(tmp_path: Path, monkeypatch:
 
 
 def test_every_peer_is_a_module() -> None:
-    modules = [f"fastllama.benchmarks.peers.{spec.module}" for spec in client.PEERS.values()]
+    modules = [f"fastllama.benchmarks.peers.{spec.module}" for spec in registry.PEERS.values()]
     assert all(importlib.util.find_spec(module) is not None for module in modules)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastllama.benchmarks.ceilings import Ceiling
-from fastllama.benchmarks.compare import compare_results, report
+from fastllama.benchmarks.compare_results import compare_results, report
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.result_file import ResultFile
 from fastllama.benchmarks.statistics import summarize

@@ -1,6 +1,6 @@
 """Our runner: it generates all tokens, and restores the stop tokens."""
 
-from fastllama.benchmarks.runner import Ours
+from fastllama.benchmarks.runners import Ours
 from tests.benchmarks.cases import ARGS, CASE, SPEC
 from tests.support.comparisons import assert_same_answers
 

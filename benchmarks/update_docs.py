@@ -1,4 +1,4 @@
-"""The figures in docs/benchmarks.md, written from the result files and from nothing else: `make figures`.
+"""The figures in docs/benchmarks.md, written from the result files and from nothing else: `make docs`.
 
 The section between two marks in that page shows each file in benchmarks/results/ under its name. A test compares both,
 so that every figure in the section comes from a file.
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 RESULTS_LINK = "../benchmarks/results"  # from the page
-BEGIN, END = "<!-- figures: made by `make figures` from benchmarks/results -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: made by `make docs` from benchmarks/results -->", "<!-- end of figures -->"
 
 
 def figures(results: Path = RESULTS) -> str:
@@ -46,14 +46,14 @@ def with_figures(text: str, found: str) -> str:
     return f"{before}{BEGIN}\n{found}\n{END}{after}"
 
 
-@click.command(epilog="Example: python -m fastllama.benchmarks.figures --check")
+@click.command(epilog="Example: python -m fastllama.benchmarks.update_docs --check")
 @click.option("--check", is_flag=True, help="Change nothing; fail where the page has other figures.")
 def main(check: bool) -> None:
     """Write the figures of benchmarks/results/ into docs/benchmarks.md."""
     kept = PAGE.read_text(encoding="utf-8")
     made = with_figures(kept, figures())
     if check and made != kept:
-        raise click.ClickException(f"{PAGE.name} has other figures than benchmarks/results: run `make figures`")
+        raise click.ClickException(f"{PAGE.name} has other figures than benchmarks/results: run `make docs`")
     if made != kept:
         write_text(made, PAGE)
         click.echo(f"wrote {PAGE.name}", err=True)

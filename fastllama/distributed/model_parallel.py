@@ -156,8 +156,8 @@ def _initialised_group(groups: Any, requested: int | None, device: torch.device)
     backends = dict(part.split(":") for part in dist.get_backend_config(processes).split(","))
     if backends.get(device.type) in (None, "gloo" if device.type == "cuda" else "nccl"):
         raise ValueError(
-            f"the model is on {device.type}, and the processes are connected by {dist.get_backend(processes)}: call "
-            f"init_process_group({'nccl' if device.type == 'cuda' else 'gloo'!r}), or let Llama.build call it"
+            f"the model is on {device.type}, and the processes are connected by {dist.get_backend(processes)}: use "
+            f"init_process_group({'nccl' if device.type == 'cuda' else 'gloo'!r}) instead, or leave it to Llama.build"
         )
     return Group(groups.get_model_parallel_rank(), size, processes, _host_group(processes))
 

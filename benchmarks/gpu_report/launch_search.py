@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.benchmarks.gpu_report.sections import DTYPE, Bench, Record, Results
+from fastllama.benchmarks.gpu_report.measurements import DTYPE, Bench, Record, Results
 from fastllama.benchmarks.gpu_report.sizes import ends
 from fastllama.benchmarks.suites.step_launches import fill_cache
 from fastllama.kernels.attention.decode import attention_decode
 from fastllama.kernels.attention.scratch import NUM_SPLITS, AttentionScratch
 from fastllama.kernels.batch import RaggedBatch
-from fastllama.kernels.elementwise.rope import CacheTarget
 from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.projection import few_tokens, matvec
+from fastllama.kernels.rope import CacheTarget
 from fastllama.model import Transformer
 
 # Factors by which the table's sizes are multiplied, and limits of the products.

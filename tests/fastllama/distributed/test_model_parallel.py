@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.distributed.parallel import SINGLE_PROCESS, Group
+from fastllama.distributed.model_parallel import SINGLE_PROCESS, Group
 from fastllama.model import Transformer
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
 from tests.support.comparisons import assert_same_logprobs

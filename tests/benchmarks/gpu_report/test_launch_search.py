@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.benchmarks.gpu_report import steps, variants
-from fastllama.benchmarks.gpu_report.sections import Bench
+from fastllama.benchmarks.gpu_report import launch_search, whole_steps
+from fastllama.benchmarks.gpu_report.measurements import Bench
 from fastllama.benchmarks.gpu_report.sizes import TOY
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
 from fastllama.kernels.projection import few_tokens
@@ -23,34 +23,34 @@ def bench(tmp_path: Path) -> Bench:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_projections_are_tried_with_their_norms(batch: int, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    project = variants._project
+    project = launch_search._project
 
     def noted(launch: Any, epilogue: dict[str, Any], *tensors: torch.Tensor) -> torch.Tensor:
         seen.append(epilogue)
         return project(launch, epilogue, *tensors)
 
-    monkeypatch.setattr(variants, "_project", noted)
-    records = list(variants._projections(bench, "toy", batch))
+    monkeypatch.setattr(launch_search, "_project", noted)
+    records = list(launch_search._projections(bench, "toy", batch))
     assert not [record for record in records if record["microseconds"] is None]
     kinds = dict.fromkeys(tuple(sorted(epilogue)) for epilogue in seen)
     assert list(kinds) == [("append_to", "eps", "norm"), (), ("eps", "norm", "swiglu"), ("eps", "norm")]
 
 
 def test_launches_that_spill_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "current_target", lambda: H200)
-    for (rows, width, columns), spilling in variants.SPILLING.items():
+    monkeypatch.setattr(launch_search, "current_target", lambda: H200)
+    for (rows, width, columns), spilling in launch_search.SPILLING.items():
         weight = torch.empty(rows, width, device="meta", dtype=torch.bfloat16)
         tiles = 2 if rows == 3072 else 1
-        kept = variants._few_tokens_launches(weight, tiles, columns)
+        kept = launch_search._few_tokens_launches(weight, tiles, columns)
         assert kept[0] == few_tokens.choose_launch(weight, tiles, columns, H200), "the table's comes first"
         with monkeypatch.context() as patch:
-            patch.setattr(variants, "SPILLING", {})
-            every = variants._few_tokens_launches(weight, tiles, columns)
+            patch.setattr(launch_search, "SPILLING", {})
+            every = launch_search._few_tokens_launches(weight, tiles, columns)
         assert set(every) - set(kept) == spilling
 
 
 def test_whole_steps_are_compared_at_both_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "sizes", TOY._replace(batches=(1, 2, 3), contexts=(4, 8, 12)))
-    monkeypatch.setattr(steps, "_whole_step", lambda bench, name, model, *case: [case])
-    cases: list[Any] = list(steps.whole_steps(bench))
-    assert cases == [(b, c, pairs) for c in (4, 12) for b in (1, 3) for pairs in steps.PAIRS]
+    monkeypatch.setattr(whole_steps, "_whole_step", lambda bench, name, model, *case: [case])
+    cases: list[Any] = list(whole_steps.whole_steps(bench))
+    assert cases == [(b, c, pairs) for c in (4, 12) for b in (1, 3) for pairs in whole_steps.PAIRS]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastllama.kernels import reference
-from fastllama.kernels.elementwise.rope import rope_append
+from fastllama.kernels.rope import rope_append
 from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.projection.cases import LENGTH, N_ROWS, outside, scattered

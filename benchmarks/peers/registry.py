@@ -13,7 +13,7 @@ from fastllama.benchmarks.child_process import ChildError, ChildProcess
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers import gpt_fast as gpt_fast_peer
 from fastllama.benchmarks.peers import meta
-from fastllama.benchmarks.runner import Run
+from fastllama.benchmarks.runners import Run
 
 
 class PeerSpec(NamedTuple):

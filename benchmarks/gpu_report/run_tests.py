@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from fastllama.args import ModelArgs
+from fastllama.benchmarks.gpu_report.measurements import Bench, Results
 from fastllama.benchmarks.gpu_report.report import TESTS_FILE
-from fastllama.benchmarks.gpu_report.sections import Bench, Results
 from fastllama.benchmarks.kernels_report.ahead_of_time import record_launches
 from fastllama.benchmarks.kernels_report.model_launches import prefill_ops, whole_step
 from fastllama.kernels.launch.options import override_launch_options

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.ceilings import Ceiling, MatmulProbe, ReadProbe, copy_ceiling
+from fastllama.benchmarks.ceilings import Ceiling, MatmulProbe, Probe, ReadProbe, copy_ceiling, machine_of
 from fastllama.benchmarks.gpu_report.sizes import Sizes, ends
 from fastllama.benchmarks.models import RANDOM_SEED, random_tensors
-from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, TERA, percentile, summarize
+from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, TERA, percentile
 from fastllama.benchmarks.suites.op_cases import LOGITS_STD, TOP_P
 from fastllama.benchmarks.suites.step_launches import fill_cache, launch_times
 from fastllama.benchmarks.timing import replayed, synchronize, time_calls
@@ -56,7 +56,7 @@ class Bench:
         reads = [self.ceilings[name].value for name in ("read", "read_kernel") if name in self.ceilings]
         if not reads or "matmul" not in self.ceilings:
             return None
-        return Machine(read=max(reads) * GIGA, matmul=self.ceilings["matmul"].value * TERA)
+        return machine_of(max(reads), self.ceilings["matmul"].value)
 
     def least(self, work: Iterable[Work]) -> float | None:
         """The least seconds of all launches together; None if the machine's rates are unknown."""
@@ -112,18 +112,17 @@ def ceilings(bench: Bench) -> Results:
     from fastllama.benchmarks.gpu_report.probes import READ_BLOCK, block_sums
 
     sizes, device = bench.sizes, bench.device
-    probe = ReadProbe(device, sizes.read_bytes)
-    probe.sample(sizes.seconds)
-    yield probe.ceiling()
     blocks = max(1, sizes.read_bytes // (2 * READ_BLOCK))
     source = torch.randn(blocks * READ_BLOCK, device=device, dtype=torch.float16)
-    times = time_calls(lambda: block_sums(source), device=device, repeats=sizes.repeats, seconds=sizes.seconds)
-    rates = summarize(source.numel() * source.element_size() / second / GIGA for second in times)
-    yield Ceiling("read_kernel", "GB/s", f"a kernel of {READ_BLOCK * 2} bytes a program", rates)
+    method, call = f"a kernel of {READ_BLOCK * 2} bytes a program", partial(block_sums, source)
+    kernel_probe = Probe("read_kernel", "GB/s", method, device, call, source.nbytes / GIGA)
+    matmul_probe = MatmulProbe(device, DTYPE, None if device.type == "cuda" else 16)
+    for probe in (ReadProbe(device, sizes.read_bytes), kernel_probe):
+        probe.sample(sizes.seconds)
+        yield probe.ceiling()
     yield copy_ceiling(device, sizes.read_bytes, sizes.seconds)
-    products = MatmulProbe(device, DTYPE, None if device.type == "cuda" else 16)
-    products.sample(sizes.seconds)
-    yield products.ceiling()
+    matmul_probe.sample(sizes.seconds)
+    yield matmul_probe.ceiling()
 
 
 def boundaries(bench: Bench) -> Results:

@@ -5,7 +5,7 @@ import torch
 
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch
-from fastllama.kernels.elementwise.embedding import embed
+from fastllama.kernels.embedding import embed
 from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
 

@@ -5,7 +5,7 @@ import torch
 
 from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import reference
-from fastllama.kernels.elementwise.rms_norm import rms_norm
+from fastllama.kernels.rms_norm import rms_norm
 from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
 

@@ -9,17 +9,17 @@ import torch
 
 from fastllama.benchmarks.ceilings import ReadProbe
 from fastllama.benchmarks.report import notes
-from fastllama.benchmarks.runner import Runner
+from fastllama.benchmarks.runners import Runner
 from fastllama.benchmarks.statistics import summarize
-from fastllama.benchmarks.suites import comparison, decode, generate
-from fastllama.benchmarks.suites.comparison import Case
+from fastllama.benchmarks.suites import decode, generate, interleaved
+from fastllama.benchmarks.suites.interleaved import Case
 from fastllama.benchmarks.tables import peer_columns, table_of
 from tests.benchmarks.cases import ARGS, CASE, RAGGED, Scripted
 
 
 def record_of(ours: Runner, peer: Runner | str, probe: ReadProbe, case: Case = CASE) -> dict[str, Any]:
     messages: list[str] = []
-    measured = comparison.run_case(
+    measured = interleaved.run_case(
         case, ARGS.vocab_size, ours, {"reference": peer}, probe, torch.float32, messages.append
     )
     assert messages[0] == "comparing outputs"
@@ -112,7 +112,7 @@ def test_table_is_aligned_and_notes_other_programs(probe: ReadProbe) -> None:
 def test_a_wrong_peer_is_not_timed_in_generate(probe: ReadProbe) -> None:
     log: list[str] = []
     wrong = Scripted("peer", 0.001, log, tokens=8)
-    found = comparison.run_case(
+    found = interleaved.run_case(
         RAGGED, 600, Scripted("ours", 0.01, log), {"reference": wrong}, probe, torch.float32, lambda text: None
     )
     record = generate.record(RAGGED, found, ARGS, torch.float32, matmul=1.0)

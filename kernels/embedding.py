@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.elementwise.rms_norm import warps_for
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
 from fastllama.kernels.launch.dependent import dependent_launch, wait_for_inputs
 from fastllama.kernels.launch.sizes import next_power_of_2
+from fastllama.kernels.rms_norm import warps_for
 
 
 @triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["tokens_ptr"])

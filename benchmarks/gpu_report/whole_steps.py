@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastllama.args import ModelArgs
-from fastllama.benchmarks.gpu_report.sections import (
+from fastllama.benchmarks.gpu_report.measurements import (
     Bench,
     Record,
     Results,
@@ -19,8 +19,8 @@ from fastllama.benchmarks.gpu_report.sections import (
     random_model,
     sampling_tensors,
 )
+from fastllama.benchmarks.gpu_report.run_tests import compile_ahead
 from fastllama.benchmarks.gpu_report.sizes import ends
-from fastllama.benchmarks.gpu_report.tests import compile_ahead
 from fastllama.benchmarks.suites.step_launches import fill_cache, launch_times
 from fastllama.decode_graph import Decoder, step
 from fastllama.kernels.attention.decode import attention_decode

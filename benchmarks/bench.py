@@ -51,10 +51,10 @@ class Plan:
             if suite not in interleaved.SUITES:
                 raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(interleaved.SUITES)}")
         if self.nproc > 1 and "kernels" in self.suites:
-            raise ValueError("the kernels suite measures the launches of one process: leave it out, or nproc")
+            raise ValueError("the kernels suite measures the launches of one process: omit it or nproc")
 
     def cases(self, suites: Sequence[str]) -> list[Case]:
-        """The cases of those of the plan's suites that are in `suites`."""
+        """The plan's cases whose suite is in `suites`."""
         cases = [
             Case(suite, batch, context, 1 if suite == "prefill" else self.steps, self.rounds)
             for suite in self.suites
@@ -73,9 +73,9 @@ class Plan:
         return ModelSpec(self.source, self.device, self.dtype, *sizes, self.backend)
 
     def record_of(self, case: Case) -> Record:
-        """The first keys of every record of a case."""
-        how = {"dtype": dtype_name(self.dtype), "backend": self.model.backend_name, "nproc": self.nproc}
-        return asdict(case) | {"model": self.source.name} | how
+        """The keys with which every record of a case begins."""
+        settings = {"dtype": dtype_name(self.dtype), "backend": self.model.backend_name, "nproc": self.nproc}
+        return asdict(case) | {"model": self.source.name} | settings
 
 
 def run(plan: Plan, progress: Progress, output: str | Path | None = None) -> ResultFile:
@@ -118,7 +118,7 @@ def failures(result: ResultFile) -> list[str]:
 
 
 def _records(plan: Plan, probes: Probes, progress: Progress) -> Iterator[Record]:
-    """The records of all cases, as they are measured."""
+    """Measure all cases and yield their records."""
     for case in plan.cases(["kernels"]):
         yield from _op_records(plan, case, probes, progress)
     torch.cuda.empty_cache()  # for the peers' processes
@@ -138,7 +138,7 @@ def _records(plan: Plan, probes: Probes, progress: Progress) -> Iterator[Record]
 
 
 def _build(plan: Plan) -> Llama:
-    """The plan's model; where several processes share it, through the driver."""
+    """Build the plan's model. If several processes share it, the driver builds it on all of them."""
     if plan.nproc == 1:
         return plan.model.build()
     if not environment.is_distributed():
@@ -147,7 +147,7 @@ def _build(plan: Plan) -> Llama:
 
 
 def _on_own_device(model: ModelSpec) -> ModelSpec:
-    """The model for several processes: without an index of the GPU, so that each process takes its own."""
+    """The model for several processes: without a GPU index, so that each process uses its own GPU."""
     return replace(model, device=torch.device(model.device.type))
 
 
@@ -157,8 +157,8 @@ def _op_records(plan: Plan, case: Case, probes: Probes, progress: Progress) -> I
     for op in ops_of(plan.model, case.batch, case.context, every=case.context == plan.contexts[0]):
         op_progress = _prefixed(progress, f"kernels {plan.source.name} {case.label} {op.name}")
         record = plan.record_of(case) | kernels.measure_op(op, bench, op_progress)
-        # Values that an op does not depend on are left out: `compare` would take them for another case.
-        yield record | {"steps": None, "context": None if op.in_any_context else case.context}
+        # Values that an op does not depend on are None, because `compare` would treat them as another case.
+        yield record | {"steps": None, "context": None if op.independent_of_context else case.context}
 
 
 def _case_record(
@@ -216,7 +216,7 @@ def _warm(llm: Llama, batch: int) -> None:
 
 
 def _launches(llm: Llama, case: Case, probes: Probes, matmul: float, n_sharing: int) -> list[Record]:
-    """The launches of a step at half of the case's steps, on a device that `n_sharing` processes use together."""
+    """The launches of a step halfway through the case's steps, on a device that `n_sharing` processes share."""
     samples = AdjacentSamples(probes.read)
     times = driver.run_on_all(llm, _launch_times, batch=case.batch, context=case.context + case.steps // 2)
     machine = machine_of(samples.higher(), matmul, 1 / n_sharing)

@@ -37,7 +37,7 @@ class Ceiling:
 
 
 class Probe:
-    """Measures one rate of the machine, as often as needed. One `call` does `amount`, in the unit without "/s"."""
+    """Measures one rate of the machine, any number of times. `amount`: the work of a `call`, in `unit` without "/s"."""
 
     def __init__(
         self, name: str, unit: str, method: str, device: torch.device, call: Callable[[], object], amount: float
@@ -108,7 +108,7 @@ def copy_ceiling(device: torch.device, n_bytes: int | None = None, seconds: floa
 
 
 class Probes:
-    """The probes of one run. Copy bandwidth is measured once, the other two beside every figure."""
+    """The probes of one run. Copy bandwidth is measured once, the other two rates next to every figure."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.read, self.copy, self.matmul = ReadProbe(device), copy_ceiling(device), MatmulProbe(device, dtype)
@@ -118,7 +118,7 @@ class Probes:
 
 
 class AdjacentSamples:
-    """Samples a probe before and after each piece of work. With the higher sample no share comes out too high."""
+    """Samples a probe before and after each piece of work. The higher sample never overstates a share."""
 
     def __init__(self, probe: Probe) -> None:
         self._probe, self._latest = probe, probe.sample().p50

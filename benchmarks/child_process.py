@@ -1,4 +1,4 @@
-"""A child process that answers requests. Both are JSON objects, one a line, on the child's stdin and stdout.
+"""A child process that answers requests. Requests and replies are JSON objects, one per line of its stdin and stdout.
 
 `ChildProcess` is for the parent; the child's module calls `answer_requests`.
 """
@@ -30,7 +30,7 @@ class ChildError(Exception):
 
 
 class ChildProcess:
-    """`python -m module` as a child process with as many threads. A context manager, which ends the process."""
+    """`python -m module` as a child process with as many threads as this one. As a context manager, it ends with it."""
 
     def __init__(self, module: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fastllama-child-")
@@ -53,7 +53,7 @@ class ChildProcess:
         exit_hooks.append(self.close)
 
     def ask(self, request: Message) -> Message:
-        """The reply to a request. ChildError if the child fails, and for every request after that."""
+        """The reply to a request. ChildError if the child fails, and for every later request."""
         if self._error is None:
             try:
                 return self._exchange(request)
@@ -103,7 +103,7 @@ class ChildProcess:
 
 
 def answer_requests(answer: Callable[[Message], Message]) -> int:
-    """Reply to each line of stdin, with {"error": ...} for the last one after an exception. Returns the exit code."""
+    """Reply to each line of stdin. An exception gives the reply {"error": ...} and ends. Returns the exit code."""
     torch.set_num_threads(int(sys.argv[1]))
     # Libraries print to stdout. Replies get a file descriptor of their own, and everything else goes to stderr.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as replies:

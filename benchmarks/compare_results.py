@@ -10,12 +10,12 @@ from fastllama.benchmarks.tables import Record, Table
 
 DEFAULT_THRESHOLD = 0.05  # a smaller change gets no verdict
 DRIFT = 0.1  # change of the machine's bandwidth that gets a warning
-# Two records with the same values of these keys are of the same case.
+# Two records belong to the same case if these keys have the same values.
 IDENTITY = (
     *("suite", "model", "dtype", "op", "launch", "variant", "case"),
     *("batch", "context", "tokens", "steps", "dependent_launch", "interpreted"),
 )
-# A record's figures: of each line the first one that both records have.
+# A record's figures. From each line, the first name that both records have is compared.
 FIGURES = (
     ("tokens_per_second", "microseconds", "seconds"),
     ("median_ttft_ms",),
@@ -25,7 +25,7 @@ FIGURES = (
 )
 HIGHER_IS_BETTER = ("tokens_per_second",)
 NO_SPEEDS = ("tests", "kernel tests")  # suites of a GPU report whose seconds are not compared
-FASTER, SLOWER, ALIKE, NO_SPREAD = "better", "REGRESSION", "", "no spread"
+BETTER, REGRESSION, NO_CHANGE, NO_SPREAD = "better", "REGRESSION", "", "no spread"
 
 Key = tuple[tuple[str, Any], ...]
 
@@ -34,7 +34,7 @@ Key = tuple[tuple[str, Any], ...]
 class Change:
     """One figure in both files. `ratio` is above 1 if the second is better; `low` and `high` follow from the spreads.
 
-    A change whose complete range is beyond the threshold gets a verdict, but a time that was measured once does not.
+    The verdict is empty unless the complete range is beyond the threshold. A time that was measured once gets none.
     """
 
     of: dict[str, Any]
@@ -55,12 +55,12 @@ class Comparison:
     broken: list[str]  # cases of the first file that failed or had wrong output in the second
     only_first: list[str]
     only_second: list[str]
-    read_ratio: float | None  # of the machines' read bandwidth, the second's over the first's
+    read_ratio: float | None  # the second file's read bandwidth over the first's
 
     @property
     def regressions(self) -> list[Change]:
-        """The changes for the worse, without the broken cases."""
-        return [change for change in self.changes if change.verdict == SLOWER]
+        """The changes that are worse, without the broken cases."""
+        return [change for change in self.changes if change.verdict == REGRESSION]
 
     @property
     def fails(self) -> bool:
@@ -75,12 +75,10 @@ def compare_results(
 ) -> Comparison:
     """Compare every figure that both files have, in the first file's order.
 
-    ValueError for files of different machines, unless `anyway`, and for files without a common figure.
+    ValueError for files from different machines, unless `anyway`, and for files without a common figure.
     """
     if not anyway and (difference := _machines_differ(first.environment, second.environment)):
-        raise ValueError(
-            f"the files are of different machines: {difference}; say --anyway to compare them all the same"
-        )
+        raise ValueError(f"the files are from different machines: {difference}; use --anyway to compare them")
     before, after = _by_key(first), _by_key(second)
     failed = {_key(one): one for one in second.records if one.get("status") in FAILED}
     broken = [f"{_label(dict(key))}: {failed[key]['not_run']}" for key in before if key in failed]
@@ -109,7 +107,7 @@ def report(comparison: Comparison, first: ResultFile, second: ResultFile, in_mar
     if comparison.read_ratio is not None:
         lines.append(f"read bandwidth: {comparison.read_ratio:.2f}x in the second")
         if not 1 - DRIFT < comparison.read_ratio < 1 + DRIFT:
-            lines.append("the machine itself was another then: measure both again, one behind the other")
+            lines.append("the machine's bandwidth changed between the runs: measure both again, one after the other")
     lines += ["", table.text(in_markdown), ""]
     for which, labels in (("first", comparison.only_first), ("second", comparison.only_second)):
         lines += [f"only in the {which}: {label}" for label in labels]
@@ -159,7 +157,7 @@ def _change(of: dict[str, Any], name: str, first: Record, second: Record, thresh
         ratio, low, high = second_mid / first_mid, second_low / first_high, second_high / first_low
     else:
         ratio, low, high = first_mid / second_mid, first_low / second_high, first_high / second_low
-    verdict = SLOWER if high < 1 - threshold else FASTER if low > 1 + threshold else ALIKE
+    verdict = REGRESSION if high < 1 - threshold else BETTER if low > 1 + threshold else NO_CHANGE
     if not (name.endswith("_bytes") or all(_repeated(record, name) for record in (first, second))):
         verdict = NO_SPREAD
     return Change(of, name, first_mid, second_mid, ratio, low, high, verdict)

@@ -38,7 +38,7 @@ class Environment:
     driver: str | None
     git_commit: str | None
     git_dirty: bool | None
-    clocks: str | None = None  # of a GPU at the start: of its processors and its memory
+    clocks: str | None = None  # a GPU's SM and memory clocks at the start
 
 
 def describe_environment(device: torch.device | str) -> Environment:

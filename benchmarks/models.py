@@ -34,9 +34,9 @@ RANDOM_STD = 0.02
 BYTES = 256
 SEEDS_PER_MODEL = 1_000_003  # more than a model has tensors: two models' tensors never share a seed
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
-    # For checking that everything runs.
+    # To check that everything runs.
     "random-toy": {"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32},
-    # About 176 million parameters: small enough for a CPU, and in float32 far larger than its caches.
+    # About 176 million parameters: small enough for a CPU, and far larger than its caches in float32.
     "random-176m": {
         "dim": 1024,
         "n_layers": 8,
@@ -50,7 +50,7 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
 
 
 def _llama3(
-    dim: int, n_layers: int, n_heads: int, ffn_multiplier: float, multiple_of: int, **others: Any
+    dim: int, n_layers: int, n_heads: int, ffn_multiplier: float, multiple_of: int, **fields: Any
 ) -> dict[str, Any]:
     """The params.json of a published model."""
     widths = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": 8, "vocab_size": 128256}
@@ -59,7 +59,7 @@ def _llama3(
         "ffn_dim_multiplier": ffn_multiplier,
         "multiple_of": multiple_of,
         "rope_theta": 500000.0,
-        **others,
+        **fields,
     }
 
 
@@ -77,7 +77,7 @@ MODEL_NAMES = ("builtin", *RANDOM_MODELS, *PUBLISHED_MODELS)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's weights come from: either `ckpt_dir`, or `shape` (fields of ModelArgs) and `seed`. Fits JSON."""
+    """A model's weights: either `ckpt_dir`, or `shape` (fields of ModelArgs) and `seed`. All values fit in JSON."""
 
     name: str
     ckpt_dir: str | None = None
@@ -115,7 +115,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as a benchmark builds it. `to_json` and `from_json` carry it to other processes."""
+    """A model as a benchmark builds it. `to_json` and `from_json` pass it to other processes."""
 
     source: ModelSource
     device: torch.device
@@ -125,9 +125,9 @@ class ModelSpec:
     backend: str | None = None
 
     @classmethod
-    def from_json(cls, source: dict[str, Any], device: str, dtype: str, **others: Any) -> "ModelSpec":
+    def from_json(cls, source: dict[str, Any], device: str, dtype: str, **fields: Any) -> "ModelSpec":
         """The spec whose `to_json` is given. The device "cuda" becomes this process's GPU."""
-        return cls(ModelSource(**source), choose_device(device), getattr(torch, dtype), **others)
+        return cls(ModelSource(**source), choose_device(device), getattr(torch, dtype), **fields)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"device": str(self.device), "dtype": dtype_name(self.dtype)}
@@ -150,11 +150,11 @@ class ModelSpec:
             yield name, tensor.to(device=self.device, dtype=self.dtype)
 
     def build(self) -> Llama:
-        """The model as a Llama. Where several processes share it, with this process's part of the weights."""
+        """Build the model as a Llama. If several processes share it, with this process's part of the weights."""
         args, group = self.args, model_group(None, self.device)
-        how: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "backend": self.backend}
+        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "backend": self.backend}
         with group.propagate_errors():
-            model = Transformer(args, init_weights=False, group=group, **how)
+            model = Transformer(args, init_weights=False, group=group, **options)
             model.load_tensors(self.tensors(group))
             return Llama(model, _tokenizer(self.source, args.vocab_size))
 
@@ -193,7 +193,7 @@ def random_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every weight, normal with RANDOM_STD; norms are around one. With a group, this process's part.
 
-    The same seed on the same kind of device gives the same weights. A tied output comes twice, as in Meta's files.
+    The same seed on the same kind of device gives the same weights. A tied weight is yielded twice, as in Meta's files.
     """
     generator = torch.Generator(device)
     names = list(args.shapes)

@@ -1,4 +1,4 @@
-"""Plots of a result: tokens a second over the batch, a step launch by launch, latencies. Needs matplotlib, optional."""
+"""Plots of a result: tokens per second by batch size, a step's launches, latencies. Needs matplotlib (optional)."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, percentile
 from fastllama.benchmarks.tables import Record
 
 NAMES = ("throughput", "launches", "latency")
-WITHOUT = "no plots: matplotlib is not installed (pip install matplotlib)"
+NOT_INSTALLED = "no plots: matplotlib is not installed (pip install matplotlib)"
 PANEL_INCHES = (5.2, 4.0)
 DOTS_PER_INCH = 110
 BINS = 40
@@ -42,14 +42,14 @@ def draw(result: ResultFile, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, panel in zip(NAMES, (_throughput, _launches, _latency), strict=True):
-        # Without pyplot, which has global state and needs a display.
+        # pyplot is not used, because it has global state and needs a display.
         figure = Figure(figsize=(PANEL_INCHES[0] * len(contexts), PANEL_INCHES[1]), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(contexts), squeeze=False)[0]
         for axis, context in zip(axes, contexts, strict=True):
-            mine = [record for record in records if record["context"] == context]
-            panel(axis, sorted(mine, key=lambda record: record["batch"]))
-        if name != "latency":  # whose panels have a legend each
+            of_context = [record for record in records if record["context"] == context]
+            panel(axis, sorted(of_context, key=lambda record: record["batch"]))
+        if name != "latency":  # its panels have their own legends
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True)
         first, environment = records[0], result.environment
         figure.suptitle(f"{first['model']} in {first['dtype']} on {environment.device_name}", fontsize=10)
@@ -59,7 +59,7 @@ def draw(result: ResultFile, folder: Path) -> list[Path]:
 
 
 def _throughput(axis: Any, records: Sequence[Record]) -> None:
-    """Tokens a second over the batch, of ours and the peers, with the limit that reading the step's bytes sets."""
+    """Tokens per second by batch size: ours, the peers', and the limit set by reading a step's bytes."""
     from matplotlib.ticker import LogLocator
 
     batches = [record["batch"] for record in records]
@@ -71,8 +71,8 @@ def _throughput(axis: Any, records: Sequence[Record]) -> None:
     peers = [(name, record["batch"], peer) for record in records for name, peer in record["peers"].items()]
     measured = [peer for peer in peers if peer[2]["status"] == "measured"]
     for name, color in zip(dict.fromkeys(peer[0] for peer in measured), cycle(PEER_COLORS)):
-        mine = [(batch, record) for other, batch, record in measured if other == name]
-        _rates(axis, [batch for batch, _ in mine], [record for _, record in mine], name, color)
+        points = [(batch, record) for peer, batch, record in measured if peer == name]
+        _rates(axis, [batch for batch, _ in points], [record for _, record in points], name, color)
     axis.set(xlabel="batch", ylabel="tokens/s", title=_title(records), yscale="log")
     axis.set_xscale("log", base=2)
     axis.set_xticks(batches, [str(batch) for batch in batches])
@@ -90,7 +90,7 @@ def _rates(axis: Any, batches: Sequence[int], records: Sequence[Record], name: s
 
 
 def _launches(axis: Any, records: Sequence[Record]) -> None:
-    """The launches of a step as a stacked bar, measured and least, for each case."""
+    """Two stacked bars of a step's launches for each case: measured and least times."""
     ticks, labels, top = [], [], 0.0
     for place, record in enumerate(records):
         for offset, key in ((-0.2, "microseconds"), (0.2, "least_microseconds")):

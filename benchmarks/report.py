@@ -16,7 +16,7 @@ COLUMNS: dict[str, Columns] = {
     "memory": load_and_memory.MEMORY_COLUMNS,
 }
 LAUNCHES_TITLE = "a step launch by launch: how many, µs of one, % of the speed of light"
-BUSY_CORES = 0.1  # cores that other programs use, from which a note is printed
+BUSY_CORES = 0.1  # a note is printed if other programs use more cores
 
 
 def report(result: ResultFile, in_markdown: bool = False) -> str:
@@ -40,12 +40,12 @@ def report(result: ResultFile, in_markdown: bool = False) -> str:
 def _title(suite: str, first: Record) -> str:
     nproc = first.get("nproc", 1)
     where = f" on {nproc} processes" if nproc > 1 else ""
-    how = f"{first['model']} in {first['dtype']}{where}, {first['rounds']} rounds"
+    model = f"{first['model']} in {first['dtype']}{where}, {first['rounds']} rounds"
     return {
-        "kernels": f"kernels of {how}: {first.get('backend')} backend",
-        "decode": f"decode of {how}, {first['steps']} greedy tokens",
-        "prefill": f"prefill of {how}",
-        "generate": f"generate on {how}: ragged prompts, {first['steps']} greedy tokens each",
+        "kernels": f"kernels of {model}: {first.get('backend')} backend",
+        "decode": f"decode of {model}, {first['steps']} greedy tokens",
+        "prefill": f"prefill of {model}",
+        "generate": f"generate on {model}: ragged prompts, {first['steps']} greedy tokens each",
         "load": f"load {first['model']} as {first['dtype']}{where}, {first['rounds']} rounds",
         "memory": f"memory of {first['model']} in {first['dtype']}{where}, MiB{' of the first' if where else ''}",
     }[suite]
@@ -65,7 +65,7 @@ def _parts(suite: str, records: Sequence[Record]) -> list[Table | str]:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """The lines below a table: why a peer was not timed, which tokens were not compared, other programs' CPU use."""
+    """The notes below a table: why a peer was not timed, how many tokens were compared, other programs' CPU use."""
     found = []
     peers = [(record, name, peer) for record in records for name, peer in record["peers"].items()]
     for _, name, peer in peers:
@@ -76,13 +76,13 @@ def notes(records: Sequence[Record]) -> list[str]:
         if peer["status"] == "measured" and agreement and agreement["tokens_compared"] < agreement["tokens_total"]:
             found.append(
                 f"{name}: {agreement['tokens_compared']} of {agreement['tokens_total']} tokens compared at batch "
-                f"{record['batch']} context {record['context']}, up to a tie in which the two chose differently"
+                f"{record['batch']} context {record['context']}, up to a tie where the two chose different tokens"
             )
     busy = [record["other_cores"] for record in records if record["other_cores"] > BUSY_CORES]
     if busy:
         found.append(
             f"other programs used up to {max(busy):.1f} cores during {len(busy)} of {len(records)} measurements; "
-            "measure again when they rest"
+            "measure again without them"
         )
     return list(dict.fromkeys(found))
 

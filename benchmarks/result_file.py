@@ -12,7 +12,7 @@ from fastllama.benchmarks.environment import Environment
 from fastllama.benchmarks.statistics import Summary
 
 SCHEMA_VERSION = 2
-FAILED = ("disagrees", "failed")  # the status of a record, or of a peer in it, where something is wrong
+FAILED = ("disagrees", "failed")  # statuses that are failures, of a record or a peer in it
 MAX_REASON = 300  # characters
 
 
@@ -74,6 +74,6 @@ def read_result(path: str | Path) -> ResultFile:
 
 
 def one_line(error: object) -> str:
-    """An error's message as a record's reason: without line breaks, at most MAX_REASON characters."""
+    """An error's message as the reason in a record: without line breaks, cut after MAX_REASON characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."

@@ -14,10 +14,10 @@ OURS = "fastllama"
 
 @dataclass(frozen=True)
 class Run:
-    """The result of one greedy generation, with as many tokens in each row.
+    """The result of one greedy generation, with the same number of tokens in each row.
 
-    `seconds[k]` is the time from the call until every row had its token k. `logprobs`, and of a peer `margins` (the
-    best logit minus the second best), are per row and step, and only there on request.
+    `seconds[k]` is the time from the call until every row had its token k. `logprobs` and a peer's `margins` (the best
+    logit minus the second best) are per row and step, and None if they were not requested.
     """
 
     tokens: list[list[int]]
@@ -49,7 +49,7 @@ class Ours:
             for increment in self._llm.stream(prompts, steps, temperature=0.0, logprobs=logprobs):
                 tokens[increment.row] += increment.tokens
                 scores[increment.row] += increment.logprobs or []
-                # A step has ended when every row has its token.
+                # A step is complete when every row has its token.
                 complete = min(len(row) for row in tokens)
                 if complete > len(seconds):
                     seconds += [time.perf_counter() - start] * (complete - len(seconds))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
-MILLI = 1e3  # in a second
+MILLI = 1e3  # milliseconds in a second
 MICRO = 1e6
 NANO = 1e9
 GIGA = 1e9

@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-Columns = Mapping[str, Callable[[Record], object]]  # from a column's head to its cell for a record
+Columns = Mapping[str, Callable[[Record], object]]  # column head -> function from a record to its cell
 
 
 class Table(NamedTuple):
-    """The heads of the columns, and rows of as many cells."""
+    """The column heads, and rows with one cell per column."""
 
     head: Sequence[object]
     rows: Sequence[Sequence[object]]
@@ -19,12 +19,12 @@ class Table(NamedTuple):
 
 
 def table_of(records: Sequence[Record], columns: Columns) -> Table:
-    """One row for each record."""
+    """A Table with one row for each record."""
     return Table(list(columns), [[cell(record) for cell in columns.values()] for record in records])
 
 
 def peer_columns(records: Sequence[Record]) -> Columns:
-    """A column for each peer of the records: how many times as fast ours is."""
+    """A column for each peer of the records: our speed over the peer's."""
     names = dict.fromkeys(name for record in records for name in record["peers"])
     return {f"vs {name}": partial(_ratio, name) for name in names}
 

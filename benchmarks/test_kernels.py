@@ -1,8 +1,8 @@
 """`pytest benchmarks`: the kernels suite's ops in pytest-benchmark, one group for each op. Outputs are checked first.
 
-For comparing runs with pytest-benchmark's tools (`--benchmark-autosave`, `--benchmark-compare`). On CUDA the sizes are
-those of llama3.2-1b, replayed from a graph; on a CPU those of the built-in model, with the default backend. One time is
-of all copies of the inputs; `--benchmark-json` has their number.
+pytest-benchmark's tools can compare runs (`--benchmark-autosave`, `--benchmark-compare`). The sizes are those of
+llama3.2-1b on CUDA, replayed from a graph, and those of the built-in model on a CPU, with the default backend. A time
+includes all copies of the inputs; `--benchmark-json` has their number.
 """
 
 from functools import cache, partial

@@ -15,7 +15,7 @@ CUDA_BUFFER_BYTES = 2**30
 
 
 def random_buffer(device: torch.device, n_bytes: int | None = None) -> torch.Tensor:
-    """Random float32 numbers, by default in more bytes than the caches of the device have."""
+    """A buffer of random float32 numbers, by default larger than the device's caches."""
     n_bytes = n_bytes or (CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES)
     return torch.randn(n_bytes // 4, device=device)
 
@@ -35,10 +35,10 @@ def time_calls(
     seconds: float = 0.0,
     before: Callable[[], object] | None = None,
 ) -> list[float]:
-    """The seconds of each call, of at least `repeats` calls and until `seconds` have passed.
+    """The seconds of each call. There are at least `repeats` calls, and more until `seconds` have passed.
 
-    `warmup` calls come first and are not timed, nor is `before`, which runs before each timed call. On CUDA each call
-    is between two events, so the host's time between calls does not count.
+    `warmup` untimed calls come first. `before` runs before each timed call and is not timed. On CUDA each call is
+    between two events, so the host's time between calls does not count.
     """
     for _ in range(warmup):
         call()
@@ -74,7 +74,7 @@ def _time_with_events(
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On CUDA a function that replays the launches of `call` from a graph, without the host's time; else `call`."""
+    """On CUDA, a function that replays the launches of `call` from a graph, without host time; else `call`."""
     if device.type != "cuda":
         return call
     call()  # compiles the kernels
@@ -95,13 +95,13 @@ class CacheFlush:
 
 
 class Contention:
-    """Measures the CPU time of other processes. Children, and processes that share the model, are not others."""
+    """Measures the CPU time of other processes, except children and processes that share the model."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def cores(self) -> float:
-        """The number of cores that other processes used, with stolen time."""
+        """The number of cores that other processes used, including stolen time."""
         wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
         return max(0.0, (busy - own) / wall) if wall > 0 else 0.0
 

@@ -1,8 +1,8 @@
-"""The tolerances of all tests and benchmarks: how much two right results may differ.
+"""The tolerances of all tests and benchmarks: how much two correct results may differ.
 
-An op's tolerance is between a kernel and the reference implementation, absolute and relative. They sum in a different
-order, so half precision sometimes rounds to the adjacent value (an ulp is 2^-8 in bfloat16 and 2^-11 in float16). A
-complete model's tolerance is absolute, of logits and of log-probabilities in nats.
+An op's tolerance is both absolute and relative, between a kernel and the reference implementation. They sum in
+different orders, so half precision sometimes rounds to the adjacent value (an ulp is 2^-8 in bfloat16 and 2^-11 in
+float16). A complete model's tolerances are absolute, for logits and for log-probabilities in nats.
 """
 
 import torch

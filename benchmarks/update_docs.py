@@ -1,7 +1,7 @@
 """The figures in docs/benchmarks.md, written from the result files and from nothing else: `make docs`.
 
-The section between two marks in that page is what the files in benchmarks/results/ hold, each figure under the name of
-its file. A test compares them, so that no figure can stand there without a file.
+The section between two marks in that page shows each file in benchmarks/results/ under its name. A test compares both,
+so that every figure in the section comes from a file.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def figures(results: Path = RESULTS) -> str:
 
 
 def with_figures(text: str, found: str) -> str:
-    """The page's text with these figures between its marks. ValueError where the marks are missing."""
+    """The page's text with these figures between its marks. ValueError if the marks are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -1,7 +1,7 @@
 """A section of a GPU report: each launch of the launch tables, similar launches, and the library's matmul.
 
-The launch tables of `matvec.py`, `few_tokens.py` and attention's `scratch.py` come from arithmetic. Launches that are
-faster on a GPU go into them.
+The launch tables of `matvec.py`, `few_tokens.py` and attention's `scratch.py` are calculated, not measured. Launches
+that are faster on a GPU replace them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from fastllama.kernels.projection import few_tokens, matvec
 from fastllama.kernels.rope import CacheTarget
 from fastllama.model import Transformer
 
-# Factors of the table's sizes, and limits.
+# Factors by which the table's sizes are multiplied, and limits of the products.
 ROWS, MAX_ROWS = (1, 2, 0.5), 128
 WARPS, MAX_WARPS = (1, 2, 0.5), 16
 STAGES = (1, 0.5)
@@ -102,18 +102,18 @@ def _launches(weight: Tensor, tiles: int, batch: int) -> Sequence[Launch]:
 
 
 def _matvec_launches(weight: Tensor, tiles: int) -> list[matvec.Launch]:
-    usual = matvec.choose_launch(weight, tiles)
-    if usual is None:
+    table_launch = matvec.choose_launch(weight, tiles)
+    if table_launch is None:
         raise ValueError(f"rows of {weight.shape[1]} elements are too long for matvec")
     in_features = weight.shape[1]
-    found = [usual, usual._replace(x_first=False)]
+    found = [table_launch, table_launch._replace(x_first=False)]
     for more_rows in ROWS:
         for more_warps in WARPS:
-            rows, warps = int(usual.rows * more_rows), int(usual.warps * more_warps)
+            rows, warps = int(table_launch.rows * more_rows), int(table_launch.warps * more_warps)
             if not (1 <= rows <= MAX_ROWS and 1 <= warps <= MAX_WARPS):
                 continue
-            chunk = int(usual.chunk * more_warps)
-            chunk = chunk if chunk and in_features % chunk == 0 else usual.chunk
+            chunk = int(table_launch.chunk * more_warps)
+            chunk = chunk if chunk and in_features % chunk == 0 else table_launch.chunk
             if rows * tiles * in_features * weight.itemsize <= MAX_THREAD_BYTES * 32 * warps:
                 found.append(matvec.Launch(rows, chunk, warps))
     return list(dict.fromkeys(found))
@@ -122,14 +122,14 @@ def _matvec_launches(weight: Tensor, tiles: int) -> list[matvec.Launch]:
 def _few_tokens_launches(weight: Tensor, tiles: int, batch: int) -> list[few_tokens.Launch]:
     target = current_target()
     columns = 8 if batch <= 8 else 16
-    usual = few_tokens.choose_launch(weight, tiles, columns, target)
-    found = [usual]
+    table_launch = few_tokens.choose_launch(weight, tiles, columns, target)
+    found = [table_launch]
     # First the same stage with one accumulator, whose matrix instructions all wait for each other.
-    for accumulators in dict.fromkeys((1, usual.accumulators)):
-        stage_chunk = usual.chunk * usual.accumulators // accumulators
+    for accumulators in dict.fromkeys((1, table_launch.accumulators)):
+        stage_chunk = table_launch.chunk * table_launch.accumulators // accumulators
         for more_rows, more_chunk, more_stages in product(ROWS, CHUNKS, STAGES):
-            rows, chunk = int(usual.rows * more_rows), stage_chunk * more_chunk
-            stages = max(2, int(usual.stages * more_stages))
+            rows, chunk = int(table_launch.rows * more_rows), stage_chunk * more_chunk
+            stages = max(2, int(table_launch.stages * more_stages))
             shared = stages * accumulators * (rows * tiles + columns) * chunk * weight.itemsize
             fits = shared <= target.shared_bytes - few_tokens.SHARED_BYTES_SPARE
             if 16 <= rows <= MAX_ROWS and accumulators * chunk <= weight.shape[1] and fits:
@@ -153,8 +153,8 @@ def _attention(bench: Bench, name: str) -> Iterator[Record]:
             positions = torch.full((batch,), context - 1, device=bench.device)
             q = torch.randn(batch, args.n_heads, args.head_dim, device=bench.device, dtype=DTYPE)
             # Two pairs of tiles in flight take more than 48 KB of shared memory.
-            others = [(NUM_SPLITS, 2), *((splits, 1) for splits in OTHER_SPLITS)][: sizes.other_launches]
-            for splits, pairs in ((NUM_SPLITS, 1), *others):
+            other_cases = [(NUM_SPLITS, 2), *((splits, 1) for splits in OTHER_SPLITS)][: sizes.other_launches]
+            for splits, pairs in ((NUM_SPLITS, 1), *other_cases):
                 scratch = AttentionScratch.of(
                     batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, num_splits=splits
                 )

@@ -90,7 +90,7 @@ def _launches(records: Sequence[Record]) -> list[str]:
 
 
 def _variants(records: Sequence[Record]) -> list[str]:
-    """A line for each op: the table's launch, the best of the others, and the library."""
+    """A line for each op: the table's launch, the best other launch, and the library."""
     rows: list[list[object]] = []
     for case, found in _grouped(records, "model", "batch", "op").items():
         timed = [record for record in found if record["microseconds"] is not None]

@@ -1,7 +1,7 @@
 """Sections of a GPU report. A section is a function that yields what it measures, one ceiling or record at a time.
 
-A record is a flat JSON object. Weights and caches hold random numbers, because zeros would cost less power. Decode
-rates are those of greedy steps through `Decoder`, which `Llama.generate` uses.
+A record is a flat JSON object. Weights and caches hold random numbers, because a GPU uses less power for zeros. Decode
+rates are measured on greedy steps of `Decoder`, which `Llama.generate` uses.
 """
 
 import math
@@ -46,13 +46,13 @@ class Bench:
     device: torch.device
     sizes: Sizes
     results: Path  # the folder of result files
-    end: float = math.inf  # by time.monotonic(), when the report has to be done
+    end: float = math.inf  # the time.monotonic() by which the report must be done
     ceilings: dict[str, Ceiling] = field(default_factory=dict)
     _models: dict[str, Transformer] = field(default_factory=dict)
 
     @property
     def machine(self) -> Machine | None:
-        """The machine's rates, with the better of the two ways to read; None if they were not measured."""
+        """The machine's rates, with the higher of the two read rates; None if they were not measured."""
         reads = [self.ceilings[name].value for name in ("read", "read_kernel") if name in self.ceilings]
         if not reads or "matmul" not in self.ceilings:
             return None
@@ -63,7 +63,7 @@ class Bench:
         return None if self.machine is None else least_seconds(work, self.machine)
 
     def model(self, name: str) -> Transformer:
-        """One of the sizes' models, on the fused backend."""
+        """The model of this name in `sizes`, on the fused backend."""
         if name not in self._models:
             sizes = self.sizes
             args = replace(sizes.models[name], max_batch_size=max(sizes.batches), max_seq_len=sizes.positions)
@@ -71,7 +71,7 @@ class Bench:
         return self._models[name]
 
     def microseconds(self, calls: Sequence[Callable[[], object]]) -> float:
-        """The median time of one of several calls, which follow each other in a CUDA graph if there is a GPU."""
+        """The median µs per call. With a GPU, all calls are in one CUDA graph."""
 
         def run() -> None:
             for call in calls:
@@ -99,7 +99,7 @@ def sampling_tensors(n_rows: int, device: torch.device, temperature: float = 0.0
 
 
 def decode_steps(decoder: Decoder, n_steps: int) -> Iterator[StepOutput]:
-    """Run steps, queueing replays ahead of the one that is received, and yield what is received."""
+    """Run steps, with replays queued ahead of the one that is received. Yields each step's output."""
     while n_steps > 0 or decoder.queued:
         while n_steps > 0 and decoder.queued <= decoder.replays_ahead:
             decoder.enqueue_steps()
@@ -108,7 +108,7 @@ def decode_steps(decoder: Decoder, n_steps: int) -> Iterator[StepOutput]:
 
 
 def ceilings(bench: Bench) -> Results:
-    """The machine's rates: reading, by torch and by a kernel that loads like matvec, copying and multiplying."""
+    """The machine's rates: reads by torch, reads by a kernel that loads like matvec, copies, and matmuls."""
     from fastllama.benchmarks.gpu_report.probes import READ_BLOCK, block_sums
 
     sizes, device = bench.sizes, bench.device
@@ -126,7 +126,7 @@ def ceilings(bench: Bench) -> Results:
 
 
 def boundaries(bench: Bench) -> Results:
-    """The time from one launch to the next: launches that do almost nothing, each of which needs the one before."""
+    """The time from one launch to the next. Each launch only increments the result of the one before."""
     from fastllama.benchmarks.gpu_report.probes import increment
 
     count = torch.zeros(1, dtype=torch.int32, device=bench.device)
@@ -150,7 +150,7 @@ def launches(bench: Bench) -> Results:
 
 
 def decode(bench: Bench) -> Results:
-    """Tokens per second at every batch size and context: the middle one of several runs."""
+    """Tokens per second at every batch size and context: the median of several runs."""
     for context in bench.sizes.contexts:
         for batch in bench.sizes.batches:
             for name in bench.sizes.models:
@@ -162,7 +162,7 @@ def decode(bench: Bench) -> Results:
 
 
 def switches(bench: Bench) -> Results:
-    """The effect of the graph, of dependent launches, of prefetches and of unrolling: variants run in turn."""
+    """The effect of the graph, dependent launches, prefetches and unrolling: variants run in turn."""
     context, unroll = bench.sizes.contexts[0], bench.sizes.unroll
     # Keywords of `override_launch_options` and of Decoder.
     variants: dict[str, tuple[dict[str, bool], dict[str, Any]]] = {
@@ -174,7 +174,7 @@ def switches(bench: Bench) -> Results:
     }
     for name in bench.sizes.models:
         for batch in ends(bench.sizes.batches):
-            decoders = {variant: Decoder(bench.model(name), **how) for variant, (_, how) in variants.items()}
+            decoders = {variant: Decoder(bench.model(name), **keywords) for variant, (_, keywords) in variants.items()}
             runs: dict[str, list[Record]] = {variant: [] for variant in variants}
             for _ in range(bench.sizes.rounds):
                 for variant, (options, _) in variants.items():
@@ -260,8 +260,8 @@ def sampling(bench: Bench) -> Results:
             ("top_p 0.9 at 1", spread, 1.0),
             ("top_p 0.9, flat", torch.zeros_like(spread), 1.0),
         ):
-            how, rows = sampling_tensors(batch, bench.device, temperature), logits[:batch].contiguous()
-            call = partial(model.ops.sample, rows, how, positions, model.workspace)
+            params, rows = sampling_tensors(batch, bench.device, temperature), logits[:batch].contiguous()
+            call = partial(model.ops.sample, rows, params, positions, model.workspace)
             with model.exclusively():
-                microseconds = bench.microseconds([call] * bench.sizes.chain)
+                microseconds = bench.microseconds([call] * bench.sizes.calls_per_graph)
             yield {"vocabulary": model.vocab_size, "batch": batch, "case": case, "microseconds": microseconds}

@@ -34,5 +34,5 @@ def block_sums(source: Tensor) -> Tensor:
 
 
 def increment(count: Tensor) -> None:
-    """Add one to count (1,) int32, in one launch, which needs the result of the launch before it."""
+    """Add one to count (1,) int32 in one launch. The launch needs the result of the one before it."""
     _increment_kernel[(1,)](count, num_warps=1, **dependent_launch())

@@ -34,7 +34,7 @@ FIRST_TIMEOUTS_SECONDS = {"self-check": 90.0, "ceilings": 60.0, "boundaries": 60
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # for the sections' process to stop its own child processes
 REPORT_FILE, SUMMARY_FILE, TESTS_FILE = "report.json", "summary.md", "gpu-tests.txt"
-# In order of value. Each has a function that yields its results.
+# The most valuable first. Each has a function that yields its results.
 SECTIONS = {
     "self-check": "fastllama.benchmarks.gpu_report.whole_steps:self_check",
     "ceilings": "fastllama.benchmarks.gpu_report.measurements:ceilings",
@@ -120,7 +120,7 @@ def report(results: Path, sections: Mapping[str, str], budget: float, commit: st
             waiting = waiting[_run_in_process(device, results, waiting, writer, end) :]
     except KeyboardInterrupt:
         writer.interrupt()
-        _log("interrupted: what was found stays")
+        _log("interrupted: the results so far are kept")
     else:
         for name, _ in waiting:
             writer.add(name, {"not_run": "no time left"})
@@ -142,7 +142,7 @@ class _ReportWriter:
             self.result = replace(before, ceilings={**before.ceilings, found.name: found})
         try:
             self._write()
-        except (ValueError, TypeError, KeyError) as error:  # such as a figure that is not finite: the report goes on
+        except (ValueError, TypeError, KeyError) as error:  # such as a figure that is not finite; the report continues
             self.result = before
             self.add(section, {"error": f"cannot be written: {error!r}, of {found!r}"[:500]})
 
@@ -161,9 +161,9 @@ class _ReportWriter:
 def _run_in_process(
     device: str, results: Path, sections: Sequence[tuple[str, str]], writer: _ReportWriter, end: float
 ) -> int:
-    """Run sections in a new process until all are done, one of them fails or time is up.
+    """Run sections in a new process until all are done, one of them ends the process, or time is up.
 
-    Returns how many of them are over.
+    Returns the number of finished sections, including the one that ended the process.
     """
     names, functions = zip(*sections, strict=True)
     context = multiprocessing.get_context("spawn")
@@ -171,33 +171,33 @@ def _run_in_process(
     arguments = (device, results, functions, dict(writer.result.ceilings), end, queue)
     process = context.Process(target=_run_sections, args=arguments)
     process.start()
-    over, last_message, timeout, begun = 0, time.monotonic(), START_TIMEOUT_SECONDS, 0.0
+    n_done, last_message, timeout, begun = 0, time.monotonic(), START_TIMEOUT_SECONDS, 0.0
     try:
-        while over < len(names):
-            name = names[over]
+        while n_done < len(names):
+            name = names[n_done]
             if time.monotonic() >= end:
                 writer.add(name, {"not_run": "no time left for the rest"})
-                return over + 1
+                return n_done + 1
             try:
                 kind, found = queue.get(timeout=POLL_SECONDS)
             except Empty:
                 if process.is_alive() and time.monotonic() - last_message <= timeout:
                     continue
-                silent = f"nothing came for {timeout:.0f} s"
+                silent = f"no result for {timeout:.0f} s"
                 error = silent if process.is_alive() else f"its process ended with code {process.exitcode}"
                 writer.add(name, {"error": error})
                 _log(f"{name}: {error}")
-                return over + 1
+                return n_done + 1
             last_message, timeout = time.monotonic(), FIRST_TIMEOUTS_SECONDS.get(name, TIMEOUT_SECONDS)
             if kind == "begin":
                 begun = last_message
                 _log(f"{name} ...")
             elif kind == "end":
                 _log(f"{name}: {last_message - begun:.0f} s")
-                over += 1
+                n_done += 1
             else:
                 writer.add(name, found)
-        return over
+        return n_done
     finally:
         process.terminate()
         process.join(GRACE_SECONDS)
@@ -218,7 +218,7 @@ def _run_sections(
     from fastllama.benchmarks.gpu_report.measurements import Bench
     from fastllama.benchmarks.gpu_report.sizes import FULL, TOY
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the writing process handles Ctrl-C
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     bench = Bench(torch.device(device), FULL if device == "cuda" else TOY, results, end, ceilings)
     for function in functions:
@@ -232,7 +232,7 @@ def _run_sections(
             traceback.print_exc()
             queue.put(("found", {"error": f"{type(error).__name__}: {error}"[:500]}))
             if device == "cuda":
-                torch.cuda.synchronize()  # raises, and so ends this process, if the GPU's context is broken
+                torch.cuda.synchronize()  # raises and thereby ends this process if the GPU's context is broken
         queue.put(("end", None))
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
-"""Sections of a GPU report that run the tests, in another process, with their output in a file.
+"""Sections of a GPU report that run the tests in another process and write their output to a file.
 
-Meanwhile other processes compile the kernels of the following sections, so that those spend little time on it.
+Meanwhile other processes compile the kernels of the following sections, so that these sections compile little.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from fastllama.kernels.launch.target import Target, current_target
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("pytest", "pytest_timeout", "hypothesis")
-# With a limit in seconds each. The tests of the complete model come first, because they cover most.
+# (path, limit in seconds). The tests of the complete model come first, because they cover most.
 GPU_TESTS = (("tests/fastllama/test_gpu.py", 90.0), ("tests/gpu", 100.0))
 KERNEL_TESTS = ("tests/fastllama/test_fused.py", "tests/kernels")
 KERNEL_TESTS_SECONDS = 180.0
-NEED_NO_GPU = "tests/kernels/test_compiled.py"  # which takes minutes
+NEED_NO_GPU = "tests/kernels/test_compiled.py"  # not run, because it takes minutes
 COMPILING_SECONDS = 60.0  # after the tests have ended
-SPARE_SECONDS = 15.0  # left of the report's time when tests are stopped
+SPARE_SECONDS = 15.0  # before the report's end, when tests are stopped
 WORKERS = 8
 OUTCOMES = ("passed", "failed", "skipped", "error")
 # A test's result as pytest prints it, without or with parallel workers.
@@ -65,7 +65,7 @@ def _tests(bench: Bench, paths: tuple[str, ...], limit: float) -> Results:
         yield {"not_run": f"{', '.join(missing)} not installed" if missing else f"no {paths[0]} beside the package"}
         return
     several = bench.device.type == "cuda" and importlib.util.find_spec("xdist") is not None
-    # Other versions of the dependencies may deprecate more: that is no failure.
+    # Other versions of the dependencies may deprecate more, which is not a failure.
     lenient = ("-W", "default::DeprecationWarning", "-W", "default::FutureWarning")
     command = [sys.executable, "-m", "pytest", "-v", *lenient, "-p", "no:cacheprovider", *paths]
     command += ["--ignore", NEED_NO_GPU]
@@ -144,7 +144,7 @@ def compile_step(target: Target, args: ModelArgs, batch: int, dependent: bool = 
 
 
 def compile_prefill(target: Target, args: ModelArgs) -> int:
-    """Compile the kernels around a prefill's matmuls likewise."""
+    """Compile the kernels around a prefill's matmuls in the same way."""
     with record_launches(target) as launches, torch.inference_mode():
         for _, call in prefill_ops(args):
             call()

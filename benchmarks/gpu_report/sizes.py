@@ -18,10 +18,10 @@ class Sizes(NamedTuple):
     warm_steps: int = 8  # before the timed ones
     boundary_launches: int = 200  # of a kernel that does almost nothing, in one graph
     unroll: int = 4  # steps per graph, compared with one step per graph
-    chain: int = 16  # calls of an op in one graph, so that the graph's own launch costs little beside them
+    calls_per_graph: int = 16  # of one op, so that the graph's own launch costs little in comparison
     repeats: int = 20
-    rounds: int = 3  # of variants in turn
-    other_launches: int = 16  # at most, tried beside each launch of the tables
+    rounds: int = 3  # of alternating variants
+    other_launches: int = 16  # the most that are tried beside each launch of the tables
     read_bytes: int = 2**31
     seconds: float = 0.3  # to measure each ceiling
 
@@ -46,7 +46,7 @@ TOY = Sizes(
     warm_steps=1,
     boundary_launches=3,
     unroll=2,
-    chain=1,
+    calls_per_graph=1,
     repeats=1,
     rounds=1,
     other_launches=1,

@@ -47,15 +47,15 @@ Rows = list[list[int]]
 
 
 def self_check(bench: Bench) -> Results:
-    """Compares a short greedy decode, by replays and dependent launches, with eager ordinary launches and the reference
-    backend.
+    """Compares greedy tokens of graphs and dependent launches with those of eager ordinary launches and of the
+    reference backend.
 
-    It comes before anything is timed, because it shows whether graphs and dependent launches work on this GPU.
+    It runs before anything is timed, because it shows whether graphs and dependent launches work on this GPU.
     """
     batches = (1, len(PROMPTS))
     start = time.perf_counter()
     with compile_ahead(bench, [CHECKED], batches, [(True, True), (False, False)], prefills=False):
-        pass  # in parallel; the block's end waits for it
+        pass  # the end of the block waits for the compilation
     yield {"check": "compiled ahead", "seconds": time.perf_counter() - start}
     fused = random_model(CHECKED, bench.device)
     for n_rows in batches:
@@ -74,7 +74,7 @@ def self_check(bench: Bench) -> Results:
 
 
 def _compared(name: str, decoder: Decoder, expected: Rows, n_rows: int, against: str) -> Iterator[Record]:
-    """Whether a decoder generates the expected tokens. `dependent`: whether its launches still are."""
+    """Whether a decoder generates the expected tokens. `dependent`: whether its launches are dependent afterwards."""
     possible = decoder.dependent
     rows = _greedy(decoder, n_rows)
     dependent = decoder.dependent
@@ -84,7 +84,7 @@ def _compared(name: str, decoder: Decoder, expected: Rows, n_rows: int, against:
         yield {"error": f"SELF-CHECK FAILED: {what}"}
     if rows != expected:
         what = f"{name} give {rows}, {against} {expected}"
-        yield {"error": f"SELF-CHECK FAILED, so nothing below means much: {what}"[:500]}
+        yield {"error": f"SELF-CHECK FAILED, so the results below are unreliable: {what}"[:500]}
 
 
 @torch.inference_mode()
@@ -104,11 +104,11 @@ def _greedy(decoder: Decoder, n_rows: int) -> Rows:
 
 
 def whole_steps(bench: Bench) -> Results:
-    """A step as one graph, beside the sum of its launches, which are timed with others of their kind.
+    """The time of a step as one graph, and the sum of its launches, which are timed by kind.
 
-    Only a complete step shows how launches affect each other. The question is attention's shared memory: above 48 KB
-    the driver may change how a multiprocessor's memory is divided between shared memory and cache, at each boundary of
-    an attention launch, and leave other launches less cache.
+    Only a complete step shows how launches affect each other. This one is about attention's shared memory. Above 48 KB,
+    the driver may change how a multiprocessor's memory is divided between shared memory and cache before and after each
+    attention launch, and leave other launches less cache.
     """
     sizes = bench.sizes
     for name in sizes.models:

@@ -69,13 +69,13 @@ class Compiled:
     def spills(self) -> int:
         """Bytes of a thread's stack, where spilled registers go.
 
-        Spilled scalar registers of AMD's are not counted: they go to lanes of vector registers, not to memory.
+        AMD's spilled scalar registers are not counted, because they go to lanes of vector registers, not to memory.
         """
         return self._usage["spills"]
 
     @property
     def programs_per_processor(self) -> int:
-        """How many programs a multiprocessor holds at once, by registers, threads and shared memory."""
+        """How many programs fit on a multiprocessor at once, limited by registers, threads and shared memory."""
         processor = PROCESSORS.get(self.gpu.arch, PROCESSOR)
         granules = -(-self.registers // REGISTER_GRANULE) * REGISTER_GRANULE
         by_registers = processor.registers // (granules * self.threads)
@@ -89,7 +89,7 @@ class Compiled:
 
     @cached_property
     def loads(self) -> dict[str, Counter[int]]:
-        """By argument, how many loads of each width in bytes a thread issues; "?" for an address of no argument."""
+        """Argument -> width in bytes -> number of a thread's loads. "?" stands for an address of no argument."""
         loads: dict[str, Counter[int]] = {}
         for load in self.ir.loads:
             loads.setdefault(load.argument, Counter())[load.width] += 1

@@ -1,8 +1,8 @@
 """Proves from a kernel's LLVM IR that it may be launched as dependent on the kernel before it.
 
-The rule is explained in `kernels/launch/dependent.py`: a kernel waits once, before any branch, loop or return. Before
-that it may only prefetch, load immutable weights, and load numbers that are not final yet if they are used for nothing
-but prefetches before the wait.
+`kernels/launch/dependent.py` explains the rule: a kernel waits once, before any branch, loop or return. Before the
+wait, it may prefetch and load immutable weights. It may also load numbers that are not final yet, if they are used only
+for prefetches before the wait.
 """
 
 import re
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from fastllama.benchmarks.kernels_report.llvm_ir import KernelIR, Load, loaded_bytes, pointers_in
 
 IMMUTABLE = {"weight_ptr", "norm_ptr"}
-STEERING = {"positions_ptr"}  # may be loaded early, to decide what is prefetched
+PREFETCH_INPUTS = {"positions_ptr"}  # may be loaded before the wait, to decide what is prefetched
 PREFETCHED = {"weight_ptr", "cache_k_ptr", "cache_v_ptr"}
 WAIT, TRIGGER, PREFETCH = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2"
-# Acts within one program or one thread only. Tensor memory belongs to a multiprocessor.
+# Affects one program or one thread only. Tensor memory belongs to a multiprocessor.
 HARMLESS_ASSEMBLY = r"createpolicy|shfl\.sync|bar\.sync|barrier|[ls][dt]\.shared|tcgen05\.(alloc|relinquish)|^$"
-LEAVES_THE_ENTRY = r"^(br|switch|ret|unreachable)\b|^[\w.]+:"
+ENDS_ENTRY_BLOCK = r"^(br|switch|ret|unreachable)\b|^[\w.]+:"
 
 
 def waits(ir: KernelIR) -> int:
@@ -31,7 +31,7 @@ def violations(ir: KernelIR) -> list[str]:
         return [f"has {len(places)} waits, not one"]
     (wait,) = places
     found = []
-    if any(re.search(LEAVES_THE_ENTRY, line) for line in ir.lines[:wait]):
+    if any(re.search(ENDS_ENTRY_BLOCK, line) for line in ir.lines[:wait]):
         found.append("waits after a branch, a loop or a return")
     triggers = [index for index, line in enumerate(ir.lines) if TRIGGER in line]
     if any(index < wait for index in triggers):
@@ -63,14 +63,14 @@ def _early_effects(ir: KernelIR, wait: int) -> Iterator[str]:
 def _early_loads(ir: KernelIR, wait: int) -> Iterator[str]:
     for load in ir.loads:
         if load.line < wait and load.argument not in IMMUTABLE:
-            if load.argument not in STEERING:
+            if load.argument not in PREFETCH_INPUTS:
                 yield f"loads {load.argument} before it waits"
-            elif not _only_steers(ir, load, wait):
-                yield f"uses what it loaded of {load.argument} before it waited"
+            elif not _only_for_prefetches(ir, load, wait):
+                yield f"loads {load.argument} before it waits, and uses it for more than prefetches"
 
 
-def _only_steers(ir: KernelIR, load: Load, wait: int) -> bool:
-    """Whether a loaded value, and all that is computed from it, is used for prefetches before the wait alone."""
+def _only_for_prefetches(ir: KernelIR, load: Load, wait: int) -> bool:
+    """Whether a loaded value, and all values computed from it, are used only for prefetches before the wait."""
     derived = {load.value}
     for index, value, instruction in ir.assignments():
         if index > load.line and derived & set(re.findall(r"%([\w.]+)", instruction)):

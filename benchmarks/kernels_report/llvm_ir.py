@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 ELEMENT_BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
-UNKNOWN = "?"  # the argument of an address that comes from none
+UNKNOWN = "?"  # for an address that is computed from no argument
 _POINTER = r"ptr addrspace\([18]\)[^%,)]* %([\w.]+)"
 
 
@@ -46,14 +46,14 @@ class KernelIR:
 
     def argument_of(self, pointer: str) -> str:
         """The argument that an address is computed from."""
-        seen, waiting = set(), [pointer]
-        while waiting:
-            value = waiting.pop()
+        seen, pending = set(), [pointer]
+        while pending:
+            value = pending.pop()
             if value in self._names:
                 return self._names[value]
             if value not in seen:
                 seen.add(value)
-                waiting.extend(self._sources.get(value, []))
+                pending.extend(self._sources.get(value, []))
         return UNKNOWN
 
     @cached_property

@@ -1,7 +1,7 @@
-"""Every launch of a decode step and of a prefill chunk, through the fused backend at the sizes of real models.
+"""Every launch of a decode step and of a prefill chunk, by the fused backend at the sizes of real models.
 
-Weights and inputs are zeros that take no memory until they are read, so that 70B's weights fit everywhere. Only what
-decides a kernel's work has real values: positions, rows and the logits to sample from.
+Weights and inputs are zeros that take no memory until they are read, so that 70B's weights fit everywhere. Only the
+inputs that determine a kernel's work have real values: positions, rows and the logits to sample from.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,11 +33,11 @@ DTYPE = torch.bfloat16
 CONTEXT_TOKENS = 2048  # of each row in a decode step
 BATCHES = (1, 4, 16)
 PREFILL_TOKENS = 64
-STEP_POSITIONS = 64  # of a complete step's cache: its launches depend on the number of rows alone
+STEP_POSITIONS = 64  # in a complete step's cache; its launches depend only on the number of rows
 PUBLISHED = {"3.2-1B": "llama3.2-1b", "3-8B": "llama3-8b", "3-70B/8": "llama3-70b"}
 MODELS = {name: ModelArgs(**PUBLISHED_MODELS[published]) for name, published in PUBLISHED.items()}
-PROCESSES = {"3-70B/8": 8}  # that share a model, and each launch their part of it; 1 for other models
-OTHERS_MODELS = ("3-8B", "3-70B/8")  # compiled for every GPU
+PROCESSES = {"3-70B/8": 8}  # the number of processes that share a model; 1 for other models
+COMMON_MODELS = ("3-8B", "3-70B/8")  # compiled for every GPU
 
 Calls = Iterator[tuple[str, Callable[[], object]]]  # (name of an op, a call of it)
 
@@ -49,7 +49,7 @@ def _lazy_zeros(*shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _NoCollectives(Group):
-    """The first of several processes, alone: collectives return tensors of the right shape, with other values."""
+    """Rank 0 without the other ranks: collectives return tensors of the right shape, with wrong values."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -64,7 +64,7 @@ def _lazy_model(args: ModelArgs, n_processes: int, rows: int, positions: int) ->
     group = _NoCollectives(0, n_processes)
     model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False, group=group)
     model.ops = fused
-    model._allocate()  # anew, for this backend's workspace
+    model._allocate()  # again, for this backend's workspace
     shapes, weights = model.share.shapes, dict[str, torch.nn.Parameter]()
     for packed in packed_weights(model, model.layers):
         if packed.attribute not in weights:
@@ -76,9 +76,9 @@ def _lazy_model(args: ModelArgs, n_processes: int, rows: int, positions: int) ->
 
 
 def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1) -> Calls:
-    """The ops of a decode step of one layer. A layer's names begin with "layer".
+    """The ops of a decode step of one layer. The names of a layer's ops begin with "layer".
 
-    Of a model that processes share, one process's ops, without the collectives.
+    If several processes share the model, these are one process's ops, without the collectives.
     """
     model = _lazy_model(replace(args, n_layers=1), n_processes, rows, CONTEXT_TOKENS)
     share, eps, workspace = model.share, args.norm_eps, model.workspace
@@ -105,14 +105,14 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1) -> Calls:
 
 
 def whole_step(args: ModelArgs, rows: int, n_processes: int = 1) -> Callable[[], None]:
-    """The decode step of all the model's layers; of one process, without collectives."""
+    """The decode step of all layers, in one process and without collectives."""
     model = _lazy_model(args, n_processes, rows, STEP_POSITIONS)
     state = _state(args, rows, STEP_POSITIONS)
     return lambda: step(model, state)
 
 
 def _state(args: ModelArgs, rows: int, positions: int) -> DecodeState:
-    """Rows that sample, at the last position but one of so many."""
+    """Rows that sample, at the second-to-last of this many positions."""
     state = DecodeState.of(rows, positions, args.vocab_size, CPU)
     sampling = SamplingTensors.of(0.6, 0.9, [(1, row, 0) for row in range(rows)], CPU)
     state.set([1] * rows, [positions - 2] * rows, [positions - 1] * rows, [2, 3], sampling)

@@ -123,6 +123,6 @@ def main(check: bool, as_json: bool, part: str | None) -> None:
 def _print_part(part: str) -> None:
     """Print one part's rows, one JSON object per line."""
     if part == TRAFFIC:
-        target.INTERPRETED = GPUS[H200]  # whose launches are interpreted
+        target.INTERPRETED = GPUS[H200]  # interpret the launches that an H200 gets
     for row in traffic_rows() if part == TRAFFIC else compiled_rows(part):
         click.echo(json.dumps(row))

@@ -1,8 +1,8 @@
-"""Reads a compiled kernel's machine instructions, and which of them wait for which (NVIDIA, from Volta on).
+"""Reads a compiled kernel's machine instructions and their dependencies (NVIDIA, from Volta on).
 
 An instruction may set one of six barriers and wait for any of them. A load sets its barrier when its data has arrived.
-An instruction that needs the data waits for that barrier, and so for all other loads that set it. So the barriers, not
-the registers, show what runs before the data of a load is needed.
+An instruction that needs the data waits for that barrier, and thus for all other loads that set it. Therefore the
+barriers, not the registers, show which instructions run before a load's data is needed.
 """
 
 import re
@@ -11,15 +11,15 @@ from typing import NamedTuple
 # Bits of an instruction's second half: the barrier that it sets (7: none), and the barriers that it waits for.
 SETS_AT, WAITS_AT, BARRIERS = 46, 52, 6
 NO_BARRIER = 7
-# Cycles from a matrix instruction of 16 x 8 x 16 to the next that adds to its sums. Assumed, not measured; the GPU
-# report times launches with one chain and with several.
+# Cycles between a matrix instruction of 16 x 8 x 16 and the next that adds to its sums. Assumed, not measured. The GPU
+# report times launches with one and with several chains of dependent instructions.
 CHAIN_CYCLES = 33
 _LINE = r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\* 0x[0-9a-f]+ \*/\s+/\* (0x[0-9a-f]+) \*/|^(\.L\w+):"
 _WEIGHT, _WAIT = r"LDG\.E\.EF\b", "ACQBULK"
-_LOAD = r"LDG\.E\.(64|128)\b"  # of x, which every program reads: not marked "evict first", as weights are
+_LOAD = r"LDG\.E\.(64|128)\b"  # of x, which every program reads: unlike weights, not marked "evict first"
 _NORM = "MUFU.RSQ"
 _PREFETCH, _LOOP = "UBLKPF", "BRA.U.ANY"
-# The result, two factors and the sums so far. A wgmma names a descriptor as a factor.
+# The result, two factors and the sums so far. One factor of a wgmma is a descriptor.
 _MATRIX = r"\bHG?MMA\S* (?P<result>R\d+), .*, (?P<sums>R(?:\d+|Z))"
 
 
@@ -70,7 +70,7 @@ class Sass:
         """(least cycles, number) of the matrix instructions in one iteration of the innermost loop that multiplies, or
         in the complete kernel if that loop is unrolled.
 
-        They are issued in order, and one that adds to the sums of an earlier one waits for it.
+        They are issued in order. An instruction that adds to the sums of an earlier one waits for it.
         """
         begin, end = self._innermost_loop()
         rounds = 2 if end else 1  # the second iteration begins with the sums of the first

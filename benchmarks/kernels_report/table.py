@@ -1,6 +1,6 @@
 """The rows of the table of compiled kernels, and the rules that they must keep.
 
-Rows are plain dicts, because they pass as JSON between the processes that compile for different GPUs.
+Rows are plain dicts, because the processes that compile for different GPUs send them as JSON.
 """
 
 import math
@@ -15,9 +15,9 @@ from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, Launch, reco
 from fastllama.benchmarks.kernels_report.compiled_kernel import LOAD_BYTES, Compiled
 from fastllama.benchmarks.kernels_report.model_launches import (
     BATCHES,
+    COMMON_MODELS,
     CONTEXT_TOKENS,
     MODELS,
-    OTHERS_MODELS,
     PREFILL_TOKENS,
     PROCESSES,
     decode_ops,
@@ -47,11 +47,11 @@ LAYER_LAUNCHES = 5
 OTHER_LAUNCHES = 4  # of a step: embed, head, two of sampling
 WHOLE_STEP = "step"  # the op of a row that counts a step's launches
 H200 = "sm_90"
-ALL_MODELS_GPUS = (H200, "sm_86", "sm_120")  # the H200, and GPUs that people have at home
+ALL_MODELS_GPUS = (H200, "sm_86", "sm_120")  # the H200 and consumer GPUs
 
 
-class _OtherKernels(TorchDispatchMode):
-    """Counts torch's own operations that would be kernels on a GPU: all but allocations and views."""
+class _TorchKernelCounter(TorchDispatchMode):
+    """Counts torch operations that would launch kernels on a GPU: all except allocations and views."""
 
     FREE = ("aten::empty", "aten::detach")
 
@@ -66,7 +66,7 @@ class _OtherKernels(TorchDispatchMode):
 
 def compiled_rows(gpu_name: str) -> Iterator[Row]:
     """A row for each launch of the models' decode steps and prefill chunks, compiled for one GPU."""
-    gpu, models = GPUS[gpu_name], MODELS if gpu_name in ALL_MODELS_GPUS else OTHERS_MODELS
+    gpu, models = GPUS[gpu_name], MODELS if gpu_name in ALL_MODELS_GPUS else COMMON_MODELS
     seen: dict[str, Compiled] = {}  # by triton's hash: the same kernel serves many launches
     for model in models:
         args, n_processes = MODELS[model], PROCESSES.get(model, 1)
@@ -77,7 +77,7 @@ def compiled_rows(gpu_name: str) -> Iterator[Row]:
                 step = whole_step(args, tokens, n_processes)
                 calls = [*decode_ops(args, tokens, n_processes), (WHOLE_STEP, step)]
             for op, call in calls:
-                with record_launches(gpu) as launches, _OtherKernels() as other:
+                with record_launches(gpu) as launches, _TorchKernelCounter() as other:
                     call()
                 row = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": op, "other": other.count}
                 if op == WHOLE_STEP:
@@ -135,7 +135,7 @@ def traffic_rows() -> Iterator[Row]:
 
 
 def _live_bytes(args: ModelArgs, tokens: int, op: str) -> dict[str, int]:
-    """The bytes of those arguments of which an op uses only a part."""
+    """The bytes that an op uses of each argument that it does not use completely."""
     positions = tokens * (CONTEXT_TOKENS if op == "layer attention" else 1)
     cache = positions * args.n_kv_heads * args.head_dim * 2
     written = {"is_stop_ptr": tokens, "tokens_ptr": 8 * tokens, "logprobs_ptr": 4 * tokens} if op == "sample" else {}
@@ -160,7 +160,7 @@ def violations(rows: Sequence[Row]) -> list[str]:
 
 
 def _rules(row: Row) -> dict[str, bool]:
-    """Whether a launch breaks each rule, by the message that says so."""
+    """Each rule's message, and whether a launch breaks the rule."""
     gpu, kernel = GPUS[row["gpu"]], row["kernel"]
     should_depend = gpu.backend == "cuda" and int(gpu.arch) >= dependent.MIN_ARCH and row["tokens"] != PREFILL_TOKENS
     narrow = [name for name in STREAMED if min(row["loads"].get(name.removesuffix("_ptr"), [LOAD_BYTES])) < LOAD_BYTES]
@@ -178,7 +178,7 @@ def _rules(row: Row) -> dict[str, bool]:
         "waits without being launched as dependent": row["waits"] > 0 and not row["dependent"],
         ", ".join(row["violations"]): bool(row["violations"]),
         "prefetches nothing": should_depend and kernel in PREFETCHING and not row["prefetched"],
-        f"takes {row['shared']} bytes of shared memory, more than the plain {DEFAULT_SHARED_BYTES}": (
+        f"takes {row['shared']} bytes of shared memory, more than the default {DEFAULT_SHARED_BYTES}": (
             kernel == "_attention_decode_kernel" and row["shared"] > DEFAULT_SHARED_BYTES
         ),
         **_streaming_rules(row),
@@ -186,13 +186,13 @@ def _rules(row: Row) -> dict[str, bool]:
 
 
 def _streaming_rules(row: Row) -> dict[str, bool]:
-    """The rules of a projection on an H200: nothing keeps it from reading its weight at the full rate."""
+    """The rules of a projection on an H200: it can read its weight at the full rate."""
     if "in_flight" not in row:
         return {}
     if "chain" in row:
-        # With more programs than twice those that run at once, most have nothing to wait for.
+        # If there are more than twice as many programs as run at once, most have nothing to wait for.
         wasted = row["prefetching"] == row["programs"] > 2 * row["resident"] * GPUS[row["gpu"]].processors
-        slow = f"multiplies for {row['chain']:.0f} cycles a stage, of {row['budget']:.0f}"
+        slow = f"multiplies for {row['chain']:.0f} cycles a stage, more than {row['budget']:.0f}"
         return {slow: row["chain"] > row["budget"], "prefetches in programs that do not wait": wasted}
     return {
         f"requests {row['x_early']} of x's {row['x_loads']} loads before its weights": row["x_early"] < row["x_loads"],
@@ -202,7 +202,7 @@ def _streaming_rules(row: Row) -> dict[str, bool]:
 
 
 def excess_traffic(rows: Sequence[Row]) -> list[str]:
-    """Launches that read weights, embedding or cache more than once, or only in part."""
+    """Launches that read weights, embedding or cache more than once, or incompletely."""
     return [
         f"{row['model']} {row['op']} at {row['tokens']} rows reads {row['streamed']} bytes, not {row['least_streamed']}"
         for row in rows

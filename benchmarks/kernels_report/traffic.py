@@ -1,8 +1,8 @@
 """Counts the bytes that launches move, argument by argument, in the interpreter.
 
-It counts what programs request: the elements of each load and store that the mask lets through. A vector that every
-program reads counts once for each program, though L2 serves all but the first. Of a launch with many similar programs
-only a sample runs, and its bytes are scaled.
+It counts the elements that programs request: those of each load and store that the mask allows. A vector that every
+program reads counts once for each program, though L2 serves all but the first. If a launch has many similar programs,
+only a sample of them runs, and its bytes are scaled.
 """
 
 import warnings
@@ -15,9 +15,9 @@ import numpy as np
 from torch import Tensor
 from triton.runtime import interpreter as stock
 
-ALL_PROGRAMS = 64  # launches of up to so many programs run completely
+ALL_PROGRAMS = 64  # launches of at most this many programs run completely
 SAMPLED_PROGRAMS = 3  # between the first and the last
-# Scratch memory, which no op has to move.
+# Scratch memory. It does not count as necessary traffic.
 SCRATCH = {"acc_ptr", "score_max_ptr", "p_sum_ptr", "counters_ptr"}
 SCRATCH |= {"maxima_ptr", "first_ids_ptr", "sums_ptr", "masses_ptr", "candidates_ptr", "counts_ptr", "lowest_ptr"}
 
@@ -47,13 +47,13 @@ def count_traffic() -> Iterator[list[Traffic]]:
     execute, restore = stock.GridExecutor.__call__, stock.GridExecutor._restore_args_dev
     counter = _Counter()
 
-    def load(self: Any, pointers: Any, mask: Any, *how: Any) -> Any:
+    def load(self: Any, pointers: Any, mask: Any, *options: Any) -> Any:
         counter.add(pointers, mask)
-        return before["create_masked_load"](self, pointers, mask, *how)
+        return before["create_masked_load"](self, pointers, mask, *options)
 
-    def store(self: Any, pointers: Any, value: Any, mask: Any, *how: Any) -> Any:
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *options: Any) -> Any:
         counter.add(pointers, mask)
-        return before["create_masked_store"](self, pointers, value, mask, *how)
+        return before["create_masked_store"](self, pointers, value, mask, *options)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
@@ -75,9 +75,9 @@ def count_traffic() -> Iterator[list[Traffic]]:
 
 
 def least_bytes(traffic: Traffic, live_bytes: dict[str, int], only: Container[str] | None = None) -> int:
-    """The bytes that a launch must move: each argument once, in full or as many of its bytes as `live_bytes` says.
+    """The bytes that a launch must move: each argument once, completely or the number of bytes in `live_bytes`.
 
-    only: count these arguments alone.
+    only: count only these arguments.
     """
     return sum(
         live_bytes.get(name, tensor.nbytes)
@@ -91,7 +91,7 @@ class _Counter:
 
     def __init__(self) -> None:
         self.moved: dict[str, float] = {}
-        self.weight = 1.0  # the number of programs that the running one stands for
+        self.weight = 1.0  # the number of programs that the running one represents
         self._spans: list[tuple[int, int, str]] = []
 
     def begin(self, arguments: dict[str, Any]) -> None:
@@ -109,18 +109,18 @@ class _Counter:
 
 
 def sample(grid: tuple[int, ...], options: dict[str, Any]) -> list[tuple[Place, float]]:
-    """A sample of a launch's programs: (place in the grid, number of programs that it stands for) of each.
+    """A sample of a launch's programs: (place in the grid, number of programs that it represents) of each.
 
-    A small launch runs completely. Of a larger one, the programs of the first row (sampling counts its blocks row by
-    row) or of the first kv head (attention's second dimension) run. Of very many, the first and the last run, which may
-    cross an edge, and some between.
+    A small launch runs completely. In a larger one, only the programs of the first row (sampling counts its blocks row
+    by row) or of the first kv head (attention's second dimension) run. If these are too many, the first and the last
+    run, which may cross an edge, and some in between.
     """
     x, y, z = (*grid, 1, 1)[:3]
-    everyone = list(product(range(x), range(y), range(z)))
-    similar = everyone
-    if len(everyone) > ALL_PROGRAMS:
-        similar = [place for place in everyone if place[0] < options.get("BLOCKS", x) and place[1] == 0]
-    share = len(everyone) / len(similar)
+    places = list(product(range(x), range(y), range(z)))
+    similar = places
+    if len(places) > ALL_PROGRAMS:
+        similar = [place for place in places if place[0] < options.get("BLOCKS", x) and place[1] == 0]
+    share = len(places) / len(similar)
     if len(similar) <= ALL_PROGRAMS:
         return [(place, share) for place in similar]
     inner = similar[1:-1]

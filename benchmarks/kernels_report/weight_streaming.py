@@ -1,6 +1,4 @@
-"""Figures of how a projection reads its weight on an H200, from its instructions: what it requests early, and what may
-keep it from reading at the full rate.
-"""
+"""Figures of how a projection reads its weight on an H200, from its instructions: early requests, possible delays."""
 
 from typing import Any
 
@@ -11,7 +9,7 @@ READ_BYTES_PER_US = 4.5e6  # the read bandwidth of published microbenchmarks
 CLOCKS_PER_US = 1980
 SCHEDULERS = 4  # of a multiprocessor; each issues one instruction per clock
 MATRIX_ROWS, MATRIX_COLUMNS, MATRIX_DEPTH = 16, 8, 16  # of a matrix instruction of one warp
-GROUP_ROWS = 64  # of a matrix instruction of four warps, which has all columns
+GROUP_ROWS = 64  # of a matrix instruction of four warps, which covers all columns
 
 Row = dict[str, Any]
 
@@ -62,7 +60,7 @@ def _prefetches(arguments: Row, compiled: Compiled) -> float:
 
 
 def _order(arguments: Row, compiled: Compiled) -> Row:
-    """With one token: the loads of x before the first wait for a weight, and whether the norm is computed by then."""
+    """For one token: the loads of x before the first wait for a weight, and whether the norm is computed before it."""
     chunks = -(-arguments["IN"] // arguments["BLOCK_IN"])
     itemsize = arguments["x_ptr"].itemsize
     needed = chunks * -(-arguments["BLOCK_IN"] * itemsize // (compiled.threads * LOAD_BYTES))

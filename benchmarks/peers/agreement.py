@@ -13,8 +13,8 @@ from fastllama.benchmarks.tolerances import TOLERANCES
 class Agreement:
     """The result of comparing two greedy runs.
 
-    A row is compared up to its first different token. If the oracle's two best logits differ there by the tolerance at
-    most, it is a tie and no disagreement: both tokens are right.
+    A row is compared up to its first different token. If the oracle's two best logits differ there by at most the
+    tolerance, it is a tie and no disagreement: both tokens are correct.
     """
 
     agrees: bool
@@ -33,25 +33,25 @@ def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
     total = sum(len(row) for row in oracle.tokens)
     lengths, expected_lengths = ([len(row) for row in run.tokens] for run in (ours, oracle))
     if lengths != expected_lengths:
-        difference = f"lengths differ: {lengths} here, {expected_lengths} there"
+        difference = f"lengths differ: ours {lengths}, the peer's {expected_lengths}"
         return Agreement(False, 0, total, 0.0, tolerance, difference)
     compared, worst = 0, 0.0
     found: str | None = None
-    for row, (mine, theirs) in enumerate(zip(ours.tokens, oracle.tokens, strict=True)):
-        for step, (token, expected) in enumerate(zip(mine, theirs, strict=True)):
+    for row, both in enumerate(zip(ours.tokens, oracle.tokens, strict=True)):
+        for step, (token, expected) in enumerate(zip(*both, strict=True)):
             margin = oracle.margins[row][step]
             gap = abs(ours.logprobs[row][step] - oracle.logprobs[row][step])
             if token != expected:
                 # A tie: for both runs the two tokens have nearly the same probability.
                 if not (margin <= tolerance and gap <= 2 * tolerance):
                     found = found or (
-                        f"row {row} step {step}: token {token} here, {expected} there, margin {margin:.3g}, "
-                        f"log-probabilities {gap:.3g} apart"
+                        f"row {row} step {step}: our token {token}, the peer's {expected}, margin {margin:.3g}, "
+                        f"log-probabilities differ by {gap:.3g}"
                     )
                 break
             # Not `gap > tolerance`: a NaN must count as a difference.
             if not gap <= tolerance:
-                found = found or f"row {row} step {step}: log-probabilities {gap:.3g} apart"
+                found = found or f"row {row} step {step}: log-probabilities differ by {gap:.3g}"
             worst = max(worst, gap)
             compared += 1
     return Agreement(found is None, compared, total, worst if math.isfinite(worst) else None, tolerance, found)

@@ -1,7 +1,7 @@
 """gpt-fast as a peer, from a checkout that the user names: its model and its greedy step.
 
-The step is compiled as in its own program, except on a CPU, where torch 2.13's compiler rejects its attention. It takes
-equally long prompts only. It returns probabilities; the most likely token is chosen here.
+The step is compiled as in gpt-fast's own program, except on a CPU, where torch 2.13's compiler rejects its attention.
+Prompts must be equally long. The step returns probabilities, and this module chooses the most likely token.
 """
 
 import importlib
@@ -44,8 +44,8 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
     """gpt-fast's Transformer holding the weights of `spec`."""
     args = spec.args
     sys.path.insert(0, request["gpt_fast"])
-    theirs, program = importlib.import_module("model"), importlib.import_module("generate")
-    config = theirs.ModelArgs(
+    code, program = importlib.import_module("model"), importlib.import_module("generate")
+    config = code.ModelArgs(
         block_size=args.max_seq_len,
         vocab_size=args.vocab_size,
         n_layer=args.n_layers,
@@ -59,7 +59,7 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
         rope_scaling=rope_scaling(args) if args.use_scaled_rope else None,
     )
     with torch.device("meta"):
-        model = theirs.Transformer(config)
+        model = code.Transformer(config)
     model.load_state_dict(dict(spec.tensors()), assign=True)
     model = model.to(device=spec.device, dtype=spec.dtype).eval()
     compile_or_fail()

@@ -54,14 +54,14 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
 
 
 def _weights(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """Meta's weights in transformers' names. Rows of q and k are reordered: from adjacent pairs to two halves."""
+    """The weights under transformers' names. Rows of q and k are reordered from adjacent pairs to two halves."""
     head_dim = spec.args.head_dim
-    theirs = huggingface_names(spec.args.n_layers)
+    names = huggingface_names(spec.args.n_layers)
     for name, weight in spec.tensors():
         if any(part in name for part in PERMUTED_PARTS):
             pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
             weight = pairs.transpose(1, 2).reshape(weight.shape)
-        yield theirs[name], weight
+        yield names[name], weight
 
 
 @torch.inference_mode()

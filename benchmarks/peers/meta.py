@@ -1,7 +1,7 @@
 """Meta's own Transformer, from the package llama-models, as a peer.
 
-The loop is that of the reference's `generate` for greedy prompts: prefill up to the end of the shortest prompt, then
-one position a step (the prompt's token or the argmax) with a test for stop tokens.
+The loop is the reference's greedy `generate`: prefill up to the end of the shortest prompt, then one position per step
+(the prompt's token or the argmax) with a test for stop tokens.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
     from llama_models.llama3.model import Transformer as MetaTransformer
 
     args = spec.args
-    # The group of one process meets at a file: a port could be in use.
+    # A process group of one. It is initialised through a file, because a port could be in use.
     init_method = Path(request["folder"], "process_group").as_uri()
     torch.distributed.init_process_group("gloo", init_method=init_method, rank=0, world_size=1)
     model_parallel.initialize_model_parallel(1)

@@ -1,6 +1,6 @@
 """Starts other implementations on identical weights.
 
-A peer is optional: where it cannot run, or its outputs disagree with ours, the result has the reason and no time.
+A peer is optional. If it cannot run, or its outputs disagree with ours, the result has the reason and no time.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ class PeerSpec(NamedTuple):
     """One implementation to compare with."""
 
     module: str  # in this folder, with the function `build`
-    packages: tuple[str, ...]  # that must be installed
+    packages: tuple[str, ...]  # required packages
     unsupported: Callable[[ModelArgs], str | None] = lambda args: None  # the reason why it cannot run a model
     takes_ragged: bool = True  # prompts of different lengths
 
@@ -50,7 +50,7 @@ def unavailable(name: str, args: ModelArgs, gpt_fast: str | None = None) -> str 
 
 
 class Peer(ChildProcess):
-    """A peer in a process of its own, as a Runner."""
+    """A Runner that runs a peer in its own process."""
 
     def __init__(self, name: str, model: ModelSpec, gpt_fast: str | None = None) -> None:
         """Start the process and load the weights. ChildError with the reason if that fails."""
@@ -63,7 +63,7 @@ class Peer(ChildProcess):
             raise
 
     def run(self, prompts: list[list[int]], steps: int, logprobs: bool = False) -> Run:
-        """`steps` greedy tokens for each prompt. ChildError if the peer fails, and for every run after that."""
+        """`steps` greedy tokens for each prompt. ChildError if the peer fails, and for every later run."""
         return Run(**self.ask({"prompts": prompts, "steps": steps, "logprobs": logprobs}))
 
 

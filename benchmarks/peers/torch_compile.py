@@ -24,7 +24,7 @@ from fastllama.model import Transformer
 from fastllama.packed_weights import packed_weights
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
-# What a model uses of its backend, except sample_and_advance.
+# The functions that a model uses of its backend, except sample_and_advance.
 OPS = (
     *("embed", "norm_qkv_rope_append", "attention", "linear_residual", "norm_swiglu", "norm_lm_head"),
     *("supports_cuda_graphs", "pack", "unpack", "workspace"),
@@ -43,7 +43,7 @@ class _Ops(SimpleNamespace):
 
     def __init__(self, compiled: Compiler) -> None:
         super().__init__(**{name: getattr(reference, name) for name in OPS})
-        self.margins: list[list[float]] | None = None  # one list for each step; None where they are not wanted
+        self.margins: list[list[float]] | None = None  # one list for each step; None if they were not requested
         self._sample_and_advance = compiled(reference.sample_and_advance)
 
     def sample_and_advance(self, logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
@@ -54,10 +54,10 @@ class _Ops(SimpleNamespace):
 
 def compile_model(model: Transformer, compiled: Compiler) -> _Ops:
     """Compile the model's layers, head and sampling with `compiled`. Returns the model's new ops."""
-    for slot in packed_weights(model, model.layers):
-        weight = getattr(slot.owner, slot.attribute).detach()
+    for packed in packed_weights(model, model.layers):
+        weight = getattr(packed.owner, packed.attribute).detach()
         if weight.is_mkldnn:
-            setattr(slot.owner, slot.attribute, nn.Parameter(weight.to_dense(), requires_grad=False))
+            setattr(packed.owner, packed.attribute, nn.Parameter(weight.to_dense(), requires_grad=False))
     ops = _Ops(compiled)
     model.ops = cast(Any, ops)
     hidden, max_seq_len = compiled(model.hidden), model.cache.max_seq_len

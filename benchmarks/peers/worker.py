@@ -18,7 +18,7 @@ from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.timing import synchronize
 
-RECOMPILE_LIMIT = 64  # shapes of one function: every case of a run has its own
+RECOMPILE_LIMIT = 64  # shapes of one function; every case of a run has its own shape
 
 
 class Generate(Protocol):
@@ -44,7 +44,7 @@ class Recorder:
         self.seconds.append(time.perf_counter() - self._start)
 
     def add_scores(self, logprobs: list[float], margins: list[float], rows: Iterable[int] | None = None) -> None:
-        """Keep one step's log-probabilities and margins, of all rows or of some."""
+        """Keep one step's log-probabilities and margins, of all rows or only of `rows`."""
         for row in range(len(logprobs)) if rows is None else rows:
             self._logprobs[row].append(logprobs[row])
             self._margins[row].append(margins[row])
@@ -69,7 +69,7 @@ def margins_of(logits: Tensor) -> list[float]:
 
 
 def compile_or_fail() -> None:
-    """Make torch.compile raise at its limit of shapes for one function, where it would silently run uncompiled."""
+    """Make torch.compile raise at its limit of shapes for one function, instead of silently running uncompiled."""
     config: Any = torch._dynamo.config
     config.recompile_limit, config.fail_on_recompile_limit_hit = RECOMPILE_LIMIT, True
 
@@ -93,7 +93,7 @@ def rope_scaling(args: ModelArgs) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Build the model of the first request by the peer's module, then answer each later request with a Run."""
+    """Build the model of the first request with the peer's module, then answer each later request with a Run."""
     generate: Generate | None = None
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:

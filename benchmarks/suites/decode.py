@@ -1,4 +1,4 @@
-"""The decode suite: the speed of greedy decode steps after equally long prompts. The prompts are not in the times."""
+"""The decode suite: the speed of greedy decode steps after equally long prompts. Times exclude the prompts."""
 
 from dataclasses import asdict
 from itertools import pairwise
@@ -28,8 +28,8 @@ COLUMNS: Columns = {
 
 
 def record(case: Case, case_runs: CaseRuns, args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
-    """The figures of a case as JSON. Rates are of the decode steps of all rows."""
-    # Each step reads one position more, so the mean is taken.
+    """The figures of a case as JSON. Rates count the decode steps of all rows."""
+    # Each step reads one position more than the last, so the mean is used.
     step_bytes = total_bytes(decode_step(args, dtype, case.batch, case.context + case.steps / 2))
     n_steps = case.steps - 1  # the first token comes with the prompts
 

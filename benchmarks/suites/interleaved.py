@@ -50,7 +50,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """The number of tokens of each prompt. In `generate` they fall evenly from `context` to a quarter of it."""
+        """The number of tokens of each prompt. In `generate` they decrease evenly from `context` to a quarter of it."""
         if self.suite != "generate" or self.batch == 1:
             return [self.context] * self.batch
         least = SHORTEST_PROMPT * self.context
@@ -64,7 +64,7 @@ class Case:
         return [row[:length] for row, length in zip(ids, self.lengths, strict=True)]
 
 
-Figures = Callable[[list[Run], list[float], int], dict[str, Any]]  # from runs, the ceilings beside them, and devices
+Figures = Callable[[list[Run], list[float], int], dict[str, Any]]  # (runs, ceiling beside each, devices) -> figures
 Span = Callable[[Run], float]  # the seconds of a run that a suite compares
 
 
@@ -76,11 +76,11 @@ class CaseRuns:
     ceilings: dict[str, list[float]]  # read bandwidth beside each run, GB/s
     reports: dict[str, dict[str, Any]]  # of each peer: its status and the reason for it
     warmup_seconds: float  # of our first run, which is not among `runs`
-    other_cores: float  # that other programs used during the rounds
-    devices: int = 1  # that ours runs on; the ceilings are those of one device
+    other_cores: float  # cores that other programs used during the rounds
+    devices: int = 1  # devices that ours runs on; the ceilings are those of one device
 
     def record(self, figures: Figures, span: Span) -> dict[str, Any]:
-        """Our figures, and under "peers" those of each measured peer with its ratio: above 1 ours is faster."""
+        """Our figures, and under "peers" each peer's figures and ratio. Above 1, ours is faster."""
         spans = {name: [span(run) for run in runs] for name, runs in self.runs.items()}
         peers = measured_peers(self.reports, lambda name: figures(self.runs[name], self.ceilings[name], 1), spans)
         own = {"warmup_seconds": self.warmup_seconds, **figures(self.runs[OURS], self.ceilings[OURS], self.devices)}
@@ -98,7 +98,7 @@ def measured_peers(
     for name, report in reports.items():
         found[name] = dict(report)
         if report["status"] == "measured":
-            ratio = summarize(theirs / mine for theirs, mine in zip(spans[name], spans[OURS], strict=True))
+            ratio = summarize(peer / ours for peer, ours in zip(spans[name], spans[OURS], strict=True))
             found[name] |= figures(name) | {"ratio": asdict(ratio)}
     return found
 
@@ -116,7 +116,7 @@ def run_case(
     """Compare outputs, then time the runners that agree.
 
     peers: a Runner, the error of one that did not start, or the reason why one does not run.
-    devices: the number that ours runs on; a peer runs on one.
+    devices: the number of devices that ours runs on; a peer runs on one.
     """
     prompts = case.prompts(vocab_size)
     progress("comparing outputs")
@@ -176,6 +176,6 @@ def _time_rounds(
 
 
 def rounds_in_turn(names: Iterable[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
-    """(round from 1, names in its order). Every other round is backwards, so that none is always first."""
+    """(round from 1, names in its order). Every second round is reversed, so that no name is always first."""
     for index in range(rounds):
         yield index + 1, list(names)[:: -1 if index % 2 else 1]

@@ -27,7 +27,7 @@ from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import reference, select
 from fastllama.kernels.batch import Workspace
 
-COPIES_BYTES = 256 * 2**20  # of all copies of an op's inputs, up to MAX_COPIES
+COPIES_BYTES = 256 * 2**20  # of all copies of an op's inputs, which are at most MAX_COPIES
 MAX_COPIES = 16
 REPEATS = 3  # timings of a round
 NUCLEUS_SLACK = 1e-6  # of probability mass: the precision of float32 sums
@@ -119,10 +119,10 @@ def implementations(op: Op, bench: Bench, inputs: Sequence[Inputs]) -> dict[str,
 
 
 def verified_calls(op: Op, inputs: Sequence[Inputs], make: Callable[[], Calls]) -> Calls:
-    """Make the calls and check their output, which also compiles. WrongOutput if it differs from the reference's."""
+    """Make the calls, compile them and check their output. WrongOutput if it differs from the reference's."""
     op.clear_appended(inputs[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of compilers, about speed and internals
+        warnings.simplefilter("ignore")  # compilers warn about speed and internals
         calls = make()
         output = calls[0]()
     if op.samples:
@@ -131,10 +131,10 @@ def verified_calls(op: Op, inputs: Sequence[Inputs], make: Callable[[], Calls]) 
         return calls
     found = [tensor.clone() for tensor in op.results(inputs[0], output)]  # the next call writes the same cache
     expected = op.results(inputs[0], op.spec.call(reference, inputs[0]))
-    for mine, theirs in zip(found, expected, strict=True):
-        if mine.shape != theirs.shape:
-            raise WrongOutput(f"shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}")
-        _compare(op.spec.tolerance, mine, theirs)
+    for tensor, wanted in zip(found, expected, strict=True):
+        if tensor.shape != wanted.shape:
+            raise WrongOutput(f"shape {tuple(tensor.shape)} instead of {tuple(wanted.shape)}")
+        _compare(op.spec.tolerance, tensor, wanted)
     return calls
 
 
@@ -157,7 +157,7 @@ def check_draw(inputs: Inputs, tokens: Tensor, logprobs: Tensor) -> None:
     outside = ~allowed.gather(-1, tokens[:, None])[:, 0]
     if outside.any():
         row = int(outside.int().argmax())
-        raise WrongOutput(f"row {row}: token {int(tokens[row])} is none that can be chosen")
+        raise WrongOutput(f"row {row}: token {int(tokens[row])} cannot be chosen")
     _compare("sample", logprobs, torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, None])[:, 0])
 
 
@@ -170,7 +170,7 @@ def _timed(
     for name, calls in working.items():
         try:
             runs[name] = replayed(partial(call_all, calls), bench.device)
-        except Exception as error:  # not all that peers call can be captured
+        except Exception as error:  # some calls of peers cannot be captured
             if name == OURS:
                 raise
             peers[name] = {"status": "failed", "reason": f"{op.name} in a CUDA graph: {one_line(error)}"}

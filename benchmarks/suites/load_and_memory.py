@@ -58,9 +58,9 @@ MEMORY_COLUMNS: Columns = {
 
 
 def load_record(case: Case, model: ModelSpec, nproc: int, copy: Ceiling) -> Record:
-    """Seconds and peak host memory of `Llama.build`. A first build fills the page cache and does not count.
+    """Seconds and peak host memory of `Llama.build`. The first build fills the page cache and does not count.
 
-    Shares are of the copy bandwidth. Random weights are made and not read, so there is nothing to measure.
+    Shares are of the copy bandwidth. Random weights are not read from files, so there is nothing to measure.
     """
     ckpt_dir = model.source.ckpt_dir
     if ckpt_dir is None:
@@ -81,7 +81,7 @@ def load_record(case: Case, model: ModelSpec, nproc: int, copy: Ceiling) -> Reco
 
 
 def memory_record(case: Case, model: ModelSpec, nproc: int) -> Record:
-    """The bytes that a model holds and its peak, beside the memory plan made before allocation."""
+    """The bytes that a model holds, their peak, and the memory plan made before allocation."""
     found = _build(case, model, nproc)
     share = found["peak_bytes"] / found["planned"]["total"]
     return {key: found[key] for key in ("held_bytes", "peak_bytes", "planned")} | {"share": share} | NO_PEERS
@@ -93,7 +93,7 @@ def _build(case: Case, model: ModelSpec, nproc: int) -> dict[str, Any]:
 
 
 def own_bytes() -> int:
-    """This process's host memory without the files that it maps, which belong to the page cache."""
+    """This process's host memory without mapped files, which belong to the page cache."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
 
@@ -101,10 +101,10 @@ def own_bytes() -> int:
 @contextlib.contextmanager
 def peak_host_memory() -> Iterator[SimpleNamespace]:
     """Sample `own_bytes` while the block runs. Yields an object whose `bytes` is the highest sample."""
-    peak, over = SimpleNamespace(bytes=own_bytes()), threading.Event()
+    peak, stop = SimpleNamespace(bytes=own_bytes()), threading.Event()
 
     def watch() -> None:
-        while not over.wait(SAMPLE_SECONDS):
+        while not stop.wait(SAMPLE_SECONDS):
             peak.bytes = max(peak.bytes, own_bytes())
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -112,13 +112,13 @@ def peak_host_memory() -> Iterator[SimpleNamespace]:
     try:
         yield peak
     finally:
-        over.set()
+        stop.set()
         thread.join()
         peak.bytes = max(peak.bytes, own_bytes())
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Build the requested model and generate once. Bytes are those beyond the process's before the build."""
+    """Build the requested model and generate once. Bytes do not include what the process used before the build."""
     spec = ModelSpec.from_json(**request["model"])
     args, device, nproc, steps = spec.args, spec.device, request["nproc"], request["steps"]
     build: Callable[..., Llama] = build_from_json

@@ -1,8 +1,8 @@
-"""Every op of a forward pass at a model's sizes: random inputs, the call of a backend, and the same by the library.
+"""Every op of a forward pass at a model's sizes: random inputs, the call of a backend, and the library's equivalent.
 
-An op on a decode step's tokens has the name of its launch ("qkv", "attention" and so on, as in
-`fastllama.speed_of_light`). The name of one on complete prompts begins with "prefill". The library is torch: cuBLAS or
-oneDNN through `F.linear`, `F.rms_norm`, scaled_dot_product_attention with grouped queries, and top-p by sorting.
+An op of a decode step has the name of its launch ("qkv", "attention" and so on, as in `fastllama.speed_of_light`). The
+name of a prefill's op begins with "prefill". The library is torch: cuBLAS or oneDNN through `F.linear`, `F.rms_norm`,
+scaled_dot_product_attention with grouped queries, and top-p by sorting.
 """
 
 import math
@@ -24,7 +24,7 @@ from fastllama.speed_of_light import Work, decode_step, prefill
 TEMPERATURE, TOP_P = 0.6, 0.9
 LOGITS_STD = 3.0  # gives a nucleus of some hundred tokens, more than a trained model's
 SEED = 11
-PREFILL = "prefill "  # the beginning of the names of ops on complete prompts
+PREFILL = "prefill "  # the prefix of a prefill's ops
 
 Output = Tensor | tuple[Tensor, Tensor]
 
@@ -51,17 +51,17 @@ class Inputs:
 
 
 class OpSpec(NamedTuple):
-    """One op: its tolerance, its call of a backend, and the same by the library."""
+    """One op: its tolerance, its call of a backend, and the library's equivalent."""
 
     tolerance: str  # the name in TOLERANCES
     call: Callable[[Any, Inputs], Output]
     library: Callable[[Inputs], Output]
-    packed: bool = True  # whether the weight is one that `ops.pack` returns
+    packed: bool = True  # whether the weight is packed by `ops.pack`
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op at one size. `inputs(copy)` makes other tensors for each copy, and always the same for one copy."""
+    """An op at one size. `inputs(copy)` makes different tensors for each copy, and the same ones on each call."""
 
     name: str
     work: Work
@@ -69,9 +69,9 @@ class Op:
     spec: OpSpec = field(repr=False)
 
     @property
-    def in_any_context(self) -> bool:
-        """Whether the number of cached positions changes nothing."""
-        return self.name in ONCE_A_BATCH
+    def independent_of_context(self) -> bool:
+        """Whether the op is the same for any number of cached positions."""
+        return self.name in ONCE_PER_BATCH
 
     @property
     def samples(self) -> bool:
@@ -118,8 +118,8 @@ def _library_qkv(i: Inputs) -> Tensor:
     n_kv_heads, head_dim = i.cache_k.shape[1], i.cache_k.shape[3]
     heads = _library_linear(i).unflatten(-1, (-1, head_dim))
     pairs = torch.view_as_complex(heads[:, :-n_kv_heads].float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.view_as_complex(i.rope[i.batch.positions])[:, None]).flatten(-2)
-    rotated = turned.to(heads.dtype)
+    rotated_pairs = torch.view_as_real(pairs * torch.view_as_complex(i.rope[i.batch.positions])[:, None]).flatten(-2)
+    rotated = rotated_pairs.to(heads.dtype)
     i.cache_k[i.batch.rows, :, i.batch.positions] = rotated[:, -n_kv_heads:]
     i.cache_v[i.batch.rows, :, i.batch.positions] = heads[:, -n_kv_heads:]
     return rotated[:, :-n_kv_heads]
@@ -185,19 +185,19 @@ SPECS = {
     "greedy": OpSpec("sample", _sample, _library_greedy, packed=False),
     "top-p": OpSpec("sample", _sample, _library_top_p, packed=False),
 }
-ONCE_A_BATCH = [name for name in SPECS if name != "attention"]  # whose decode step is the same for every context
+ONCE_PER_BATCH = [name for name in SPECS if name != "attention"]  # in a decode step, the same for every context
 IN_PREFILL = ("qkv", "attention", "output", "gate+up", "down")
 
 
 def ops_of(model: ModelSpec, batch: int, context: int, every: bool = True) -> Iterator[Op]:
-    """The ops of a decode step of `batch` rows over `context` positions, and of the prefill of those prompts.
+    """The ops of a decode step of `batch` rows over `context` positions, and of the prefill of these positions.
 
-    Without `every`, only those that depend on the context.
+    Without `every`, only the ops that depend on the context.
     """
     step = {work.name: work for work in decode_step(model.args, model.dtype, batch, context)}
     prompts = {work.name: work for work in prefill(model.args, model.dtype, [context] * batch)}
     for name, spec in SPECS.items():
-        if every or name not in ONCE_A_BATCH:
+        if every or name not in ONCE_PER_BATCH:
             work = Work(name, 1, 0, 0) if spec.tolerance == "sample" else step[name]
             yield Op(name, work, _input_maker(name, model, batch, context, 1), spec)
     for name in IN_PREFILL:
@@ -206,7 +206,7 @@ def ops_of(model: ModelSpec, batch: int, context: int, every: bool = True) -> It
 
 
 def _input_maker(name: str, model: ModelSpec, batch: int, context: int, length: int) -> Callable[[int], Inputs]:
-    """A function that makes an op's inputs, for the last `length` of `context` positions of `batch` rows."""
+    """A function that makes an op's inputs for `batch` rows: the last `length` of `context` positions."""
     args, device = model.args, model.device
     n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
     heads, qkv_rows = args.n_heads * head_dim, (args.n_heads + 2 * n_kv_heads) * head_dim

@@ -1,4 +1,4 @@
-"""The prefill suite: the speed of prompts, from the time to the first token. Only that token is generated."""
+"""The prefill suite: the speed of prompts, measured as the time to the first token. Only one token is generated."""
 
 from operator import itemgetter
 from typing import Any

@@ -1,9 +1,9 @@
-"""The time of each launch of a decode step, beside the least time that it could take (`fastllama.speed_of_light`).
+"""The time of each launch of a decode step, and the least time that it could take (`fastllama.speed_of_light`).
 
 A step runs once, and its calls of the backend are recorded, each with the tensors of its layer. Then all calls of one
-kind run one after another, layer by layer. As in a step, what a layer reads has left the caches by then, unless all
-layers fit in a cache (keys and values of a short context). On CUDA the calls are in one graph, and the time of one
-includes the boundary between two launches. Where processes share the model, all of them run this together. The launches
+kind run one after another, layer by layer. As in a step, a layer's data has left the caches before it is read again,
+unless all layers fit in a cache (keys and values of a short context). On CUDA the calls are in one graph, and the time
+of a launch includes the boundary to the next. If processes share the model, all of them run this together. The launches
 are those of this process; the collectives come last.
 """
 
@@ -27,8 +27,8 @@ from fastllama.speed_of_light import Machine, Work, decode_step
 REPEATS = 10
 MIN_CALLS_PER_GRAPH = 16  # enough to make the launch of the graph itself negligible
 TOP_P = 0.9
-LAUNCHES_OF_A_CALL = {"sampling": 2}  # of all others: 1
-# From the backend's functions to the names of their launches in fastllama.speed_of_light.
+LAUNCHES_PER_CALL = {"sampling": 2}  # 1 for all other kinds
+# The backend's functions -> the names of their launches in fastllama.speed_of_light.
 NAMES = {
     "embed": "embed",
     "norm_qkv_rope_append": "qkv",
@@ -36,7 +36,7 @@ NAMES = {
     "norm_swiglu": "gate+up",
     "norm_lm_head": "head",
 }
-PROJECTIONS = {"attention": "output", "gate+up": "down"}  # of linear_residual, by the launch before it
+PROJECTIONS = {"attention": "output", "gate+up": "down"}  # the launch before linear_residual -> its name
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LaunchTime:
     microseconds: Summary
 
     def against(self, machine: Machine | None) -> dict[str, Any]:
-        """The time beside the least time, as JSON. `share` is 1 at the limit; without a machine both are None."""
+        """The measured and the least time, as JSON. `share` is 1 at the limit. Without a machine, both are None."""
         least = None if machine is None else MICRO * self.work.least_seconds(machine)
         return {
             "launch": self.work.name,
@@ -79,7 +79,7 @@ class _Recorder:
         function = getattr(self._ops, op)
         if op == "sample_and_advance":
             logits, state, workspace = arguments
-            # With a state of its own, repeated calls leave the step's rows at their positions.
+            # Repeated calls advance a copy of the state, so the step's rows stay at their positions.
             run = partial(function, logits, _with_spare_steps(state, self._spare_steps), workspace)
             self.calls.append(_Call("sampling", run))
             return run()
@@ -127,7 +127,7 @@ def launch_times(
 
 
 def _collectives(model: Transformer, batch: int) -> list[tuple[Work, Callable[[], object]]]:
-    """The collectives of a step, and a call of each. They have no least time."""
+    """The collectives of a step, with a call of each. They have no least time."""
     if model.group.size == 1:
         return []
     zeros = partial(torch.zeros, dtype=model.dtype, device=model.device)
@@ -164,15 +164,15 @@ def _recorded(model: Transformer, batch: int, context: int, temperature: float, 
 
 
 def _timed(work: Work, calls: Sequence[_Call], device: torch.device, repeats: int) -> LaunchTime:
-    mine = [call.run for call in calls if call.name == work.name]
-    sequence = mine * _rounds_per_graph(device, len(mine))
+    of_kind = [call.run for call in calls if call.name == work.name]
+    sequence = of_kind * _rounds_per_graph(device, len(of_kind))
 
     def run() -> None:
         for call in sequence:
             call()
 
     times = time_calls(replayed(run, device), device=device, repeats=repeats)
-    launches = len(sequence) * LAUNCHES_OF_A_CALL.get(work.name, 1)
+    launches = len(sequence) * LAUNCHES_PER_CALL.get(work.name, 1)
     return LaunchTime(work, summarize(MICRO * seconds / launches for seconds in times))
 
 

@@ -173,7 +173,7 @@ def _run(output: str | None, no_plots: bool, **options: Any) -> "ResultFile":
             for plot in plots.draw(result, path.with_suffix("")):
                 standard_streams.write_stderr(f"wrote {plot}")
         else:
-            standard_streams.write_stderr(plots.WITHOUT)
+            standard_streams.write_stderr(plots.NOT_INSTALLED)
     return result
 
 

@@ -1,4 +1,4 @@
-"""A tiny model, two cases and a scripted runner, for several test files."""
+"""A tiny model, two cases and a scripted runner, shared by several test files."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A fixture with which probes take little time."""
+"""A fixture that makes probes fast."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.benchmarks.cases import CPU
 
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> ReadProbe:
-    """A probe with a small buffer and short samples; so are all probes of the test."""
+    """A probe with a small buffer and short samples. All other probes of the test are equally small and short."""
     monkeypatch.setattr(timing, "CPU_BUFFER_BYTES", 2**16)
     monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 16)
     monkeypatch.setattr(Probe.sample, "__defaults__", (0.0,))

@@ -1,4 +1,4 @@
-"""A run: all suites, the result file, interruption, and what is checked before."""
+"""A run: all suites, the result file, interruption, and the checks before measuring."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_a_file_that_cannot_be_written_fails_before_measuring(tmp_path: Path) ->
         bench.run(plan, lambda text: pytest.fail(f"measured: {text}"), tmp_path / "nowhere" / "result.json")
 
 
-def test_names_in_the_command_are_those_that_exist() -> None:
+def test_the_command_names_every_suite_model_and_peer() -> None:
     assert SUITES == bench_command.SUITES
     assert models.MODEL_NAMES == bench_command.MODELS
     assert (*registry.PEERS, "none") == bench_command.PEERS
@@ -72,7 +72,7 @@ def test_names_in_the_command_are_those_that_exist() -> None:
 
 def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "COPIES_BYTES", 1)
-    # Without torch.compile, which would take most of the time.
+    # Replaces torch.compile, which would take most of the time.
     monkeypatch.setattr(kernels, "compiled", lambda ops: ops)
     plan = bench.Plan(
         SOURCE, CPU, torch.float32, suites=interleaved.SUITES, batches=(2,), contexts=(4,), steps=3, rounds=1

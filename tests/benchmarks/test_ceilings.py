@@ -1,4 +1,4 @@
-"""The probes of the machine's ceilings. No test asserts how fast anything is."""
+"""The probes of the machine's ceilings. No test asserts a speed."""
 
 import pytest
 import torch

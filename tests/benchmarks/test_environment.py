@@ -35,14 +35,14 @@ def test_git_state_tells_clean_from_dirty(tmp_path: Path) -> None:
     assert commit is not None and len(commit) == 40 and dirty is False
     tracked.write_text("2\n")
     assert git_state(tmp_path) == (commit, True)
-    # An installed copy in another project's repository, whose commit is not ours.
+    # An installed copy can be in another project's repository, whose commit is not ours.
     untracked = tmp_path / "site-packages"
     untracked.mkdir()
     (untracked / "ours.py").write_text("1\n")
     assert git_state(untracked) == (None, None)
 
 
-def test_environment_survives_missing_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_has_none_for_missing_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: object, **kwargs: object) -> None:
         raise FileNotFoundError("git")
 

@@ -26,9 +26,9 @@ MACHINE = Machine(read=1e9, matmul=1e12)
 
 def record(batch: int, context: int) -> dict[str, Any]:
     case = Case("decode", batch, context, steps=3, rounds=2)
-    ours, theirs = ([Run([[0] * 3] * batch, [0.1, 0.1 + one, 0.1 + 2 * one])] * 2 for one in (0.01, 0.02))
+    ours, peer = ([Run([[0] * 3] * batch, [0.1, 0.1 + one, 0.1 + 2 * one])] * 2 for one in (0.01, 0.02))
     measured = CaseRuns(
-        {"fastllama": ours, "reference": theirs},
+        {"fastllama": ours, "reference": peer},
         {"fastllama": [1.0, 2.0], "reference": [1.0, 2.0]},
         {"reference": {"status": "measured"}, "transformers": {"status": "skipped", "reason": "absent"}},
         0.0,
@@ -75,7 +75,7 @@ def _heights(line: Any) -> list[float]:
     return [float(height) for height in line.get_ydata()]
 
 
-def test_launches_stack_up_to_the_step_beside_the_least() -> None:
+def test_launches_are_stacked_for_measured_and_least_times() -> None:
     axis = Figure().subplots()
     plots._launches(axis, [record(1, 8)])
     heights = [bar.get_height() for bar in axis.patches]  # type: ignore[attr-defined]

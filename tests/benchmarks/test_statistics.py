@@ -14,7 +14,7 @@ def test_percentile_of_one_sample_is_that_sample() -> None:
     assert [percentile([3.0], percent) for percent in (0, 50, 99)] == [3.0, 3.0, 3.0]
 
 
-def test_percentile_rejects_no_samples_and_odd_percents() -> None:
+def test_percentile_rejects_no_samples_and_percents_above_100() -> None:
     with pytest.raises(ValueError, match="at least one"):
         percentile([], 50)
     with pytest.raises(ValueError, match="between 0 and 100"):
@@ -28,6 +28,6 @@ def test_summarize_has_percentiles() -> None:
 
 
 @pytest.mark.parametrize("samples", [[], [1.0, float("nan")], [float("inf")]])
-def test_summarize_rejects_no_samples_and_what_is_not_finite(samples: list[float]) -> None:
+def test_summarize_rejects_no_samples_and_non_finite_samples(samples: list[float]) -> None:
     with pytest.raises(ValueError):
         summarize(samples)

@@ -1,4 +1,4 @@
-"""Timing calls, and the CPU time of others. No test asserts how fast anything is."""
+"""Timing calls, and the CPU time of other processes. No test asserts a speed."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_time_calls_does_not_time_the_warm_up() -> None:
 
 
 def test_time_calls_repeats_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A clock that advances by a second at each look: one second in a call, two more around it.
+    # A clock that advances by a second each time it is read: one second in a call, two more around it.
     ticks = iter(range(1000))
     monkeypatch.setattr("fastllama.benchmarks.timing.time.perf_counter", lambda: float(next(ticks)))
     times = time_calls(lambda: None, device=CPU, warmup=0, repeats=2, seconds=30.0)
@@ -22,7 +22,7 @@ def test_time_calls_repeats_until_the_time_is_over(monkeypatch: pytest.MonkeyPat
     assert len(times) == 11
 
 
-def test_contention_is_the_cpu_time_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contention_is_the_cpu_time_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([(0.0, 100.0, 10.0), (10.0, 125.0, 20.0), (10.0, 105.0, 20.0)])
     monkeypatch.setattr(Contention, "_now", staticmethod(lambda: next(moments)))
     contention = Contention()

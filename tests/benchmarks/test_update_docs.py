@@ -1,4 +1,4 @@
-"""The figures in docs/benchmarks.md: those of the result files, and no others."""
+"""The figures in docs/benchmarks.md: exactly the figures of the result files."""
 
 import re
 from pathlib import Path
@@ -21,12 +21,12 @@ def test_the_page_holds_the_figures_of_the_result_files() -> None:
     assert update_docs.with_figures(kept, update_docs.figures()) == kept, "run `make docs`"
 
 
-def test_the_readme_states_no_speed_beside_its_picture() -> None:
+def test_the_readme_states_no_speed_outside_its_picture() -> None:
     text = README.read_text(encoding="utf-8")
     (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert picture.startswith("benchmarks/results/") and (update_docs.ROOT / picture).exists()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)  # the output of commands stays
-    assert not SPEED.findall(prose), "a figure belongs into docs/benchmarks.md, where it comes from a result file"
+    assert not SPEED.findall(prose), "put figures into docs/benchmarks.md, where they come from result files"
 
 
 def test_every_file_is_named_with_its_figures_and_plots(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ PREFILL_PIECES = {
 HEADS = {"H32-K8-D128": (32, 8, 128), "H32-K8-D64": (32, 8, 64), "H8-K1-D128": (8, 1, 128), "H16-K2-D256": (16, 2, 256)}
 LONG_ROWS, LONG_LENGTH = 17, 131072  # the last row starts at element 2^31 of its cache
 REPEATS = 100
-ORACLE_TOKENS = 128  # at a time: their float64 scores over the longest row take less than a gigabyte
+ORACLE_TOKENS = 128  # at a time; their float64 scores over the longest row take less than a gigabyte
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:

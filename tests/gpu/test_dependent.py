@@ -20,11 +20,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: torch.cuda.is_available() is False"),
 ]
 DEVICE = torch.device("cuda")
-# Wide enough that launches take several waves, whose last programs run while the next launch starts.
+# Wide enough that a launch takes several waves, and the last programs run while the next launch starts.
 ARGS = ModelArgs(dim=2048, n_layers=4, n_heads=32, n_kv_heads=8, vocab_size=32768, max_batch_size=16, max_seq_len=256)
 STEPS = 64
 RUNS = 20
-TICKS = 1000
+LAUNCHES = 1000
 
 
 class Variant(NamedTuple):
@@ -40,7 +40,7 @@ PLAIN = Variant(dependent=False, prefetch=False, graphs=False)
 
 @pytest.fixture(autouse=True)
 def nan_in_empty_memory() -> None:
-    """Disable the fixture: filling memory is an ordinary launch before each kernel, which leaves nothing to overlap."""
+    """Disable the fixture: it fills memory by an ordinary launch before each kernel, so that kernels cannot overlap."""
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def model() -> Transformer:
 
 
 @torch.inference_mode()
-def generated(model: Transformer, rows: int, temperature: float, how: Variant) -> list[StepOutput]:
+def generated(model: Transformer, rows: int, temperature: float, variant: Variant) -> list[StepOutput]:
     prompts = [[1 + row * 7 + place for place in range(3 + 11 * row)] for row in range(rows)]
     sampling = SamplingTensors.of(temperature, 0.9, [(3, row, 0) for row in range(rows)], DEVICE)
     lengths = [len(prompt) for prompt in prompts]
-    with override_launch_options(dependent=how.dependent, prefetch=how.prefetch), model.exclusively():
-        decoder = Decoder(model, graphs=how.graphs)
+    with override_launch_options(dependent=variant.dependent, prefetch=variant.prefetch), model.exclusively():
+        decoder = Decoder(model, graphs=variant.graphs)
         decoder.start(
             [prompt[-1] for prompt in prompts], [n - 1 for n in lengths], [n + STEPS for n in lengths], [], sampling
         )
@@ -69,27 +69,27 @@ def generated(model: Transformer, rows: int, temperature: float, how: Variant) -
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("rows", [1, 4, 16])
-def test_nothing_changes_with_dependent_launch_prefetch_and_graph(
+def test_dependent_launch_prefetch_and_graph_do_not_change_results(
     model: Transformer, rows: int, temperature: float
 ) -> None:
     expected = generated(model, rows, temperature, PLAIN)
-    for how in (
+    for variant in (
         Variant(True, False, False),
         Variant(True, True, False),
         Variant(False, False, True),
         Variant(True, True, True),
     ):
         for _ in range(RUNS):
-            assert generated(model, rows, temperature, how) == expected, how
+            assert generated(model, rows, temperature, variant) == expected, variant
 
 
 @pytest.mark.parametrize("dependent", [False, True])
 def test_a_launch_reads_what_the_previous_one_wrote(dependent: bool) -> None:
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     with override_launch_options(dependent=dependent):
-        for _ in range(TICKS):
+        for _ in range(LAUNCHES):
             increment(count)
-    assert count.item() == TICKS
+    assert count.item() == LAUNCHES
 
 
 def test_dependent_launch_is_the_default_from_capability_9_on() -> None:

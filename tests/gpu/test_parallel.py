@@ -43,13 +43,13 @@ def test_two_gpus_give_one_gpus_answers(tmp_path: Path, shards: int) -> None:
 
 def test_a_chat_on_two_gpus() -> None:
     words = ("chat", "--temperature", "0", "--max_gen_len", "8", "--max_seq_len", "128", "--dtype", "float32")
-    alone, together = (run_process(*words, *how, stdin="Hello\n") for how in ((), ("--nproc", "2")))
+    alone, together = (run_process(*words, *options, stdin="Hello\n") for options in ((), ("--nproc", "2")))
     assert together.returncode == 0, together.stderr
     assert alone.stdout == together.stdout and len(together.stdout.splitlines()) == 1
 
 
 def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
-    """The first process waits for NCCL, which would wait forever."""
+    """The command ends, although NCCL in its first process would wait forever."""
     words = ["complete", "Once", "--ckpt_dir", write_endless_checkpoint(tmp_path), "--nproc", "2"]
     words += ["--max_seq_len", "8000", "--temperature", "0"]
     pipe = subprocess.PIPE
@@ -59,8 +59,8 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
     try:
         assert command.stdout is not None and command.stdout.read(1)
         psutil.Process(command.pid).children()[0].kill()
-        _, said = command.communicate(timeout=10)
-        assert command.returncode == EXIT_WORKER_CRASHED and "was killed by signal 9" in said
+        _, stderr = command.communicate(timeout=10)
+        assert command.returncode == EXIT_WORKER_CRASHED and "was killed by signal 9" in stderr
     finally:
         command.kill()
 

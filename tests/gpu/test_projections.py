@@ -81,7 +81,7 @@ class Tensors:
         return {"h": h, "q": q, "middle": middle, "hidden": hidden, "last": last, "logits": logits}
 
 
-def normalised(h: Tensor, norm: Tensor) -> Tensor:
+def normalized(h: Tensor, norm: Tensor) -> Tensor:
     wide = h.double()
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * norm.double()
 
@@ -102,25 +102,25 @@ def test_projections_match_float64(model: str, n_tokens: int, device: torch.devi
     out = tensors.run()
     batch, (_, n_heads, n_kv_heads, head_dim, *_) = tensors.batch, tensors.widths
     assert torch.equal(out["h"], tensors.table[batch.tokens])
-    heads = (normalised(out["h"], tensors.norm) @ tensors.wqkv.double().T).unflatten(-1, (-1, head_dim))
+    heads = (normalized(out["h"], tensors.norm) @ tensors.wqkv.double().T).unflatten(-1, (-1, head_dim))
     pairs = torch.view_as_complex(heads[:, : n_heads + n_kv_heads].unflatten(-1, (-1, 2)))
     angles = torch.view_as_complex(tensors.rope.double()[batch.positions])[:, None]
-    turned = torch.view_as_real(pairs * angles).flatten(-2)
-    assert_near("q", out["q"], turned[:, :n_heads])
+    rotated = torch.view_as_real(pairs * angles).flatten(-2)
+    assert_near("q", out["q"], rotated[:, :n_heads])
     at = batch.rows, slice(None), batch.positions
-    assert_near("cache_k", tensors.cache_k[at], turned[:, n_heads:])
+    assert_near("cache_k", tensors.cache_k[at], rotated[:, n_heads:])
     assert_near("cache_v", tensors.cache_v[at], heads[:, n_heads + n_kv_heads :])
     assert tensors.cache_k.count_nonzero() <= n_tokens * n_kv_heads * head_dim
     assert_near("output", out["middle"], out["h"].double() + tensors.attended.double() @ tensors.wo.double().T)
-    gate, up = (normalised(out["middle"], tensors.norm) @ tensors.w13.double().T).chunk(2, -1)
+    gate, up = (normalized(out["middle"], tensors.norm) @ tensors.w13.double().T).chunk(2, -1)
     assert_near("swiglu", out["hidden"], torch.nn.functional.silu(gate) * up)
     assert_near("down", out["last"], out["middle"].double() + out["hidden"].double() @ tensors.w2.double().T)
-    assert_near("logits", out["logits"], normalised(out["last"], tensors.norm) @ tensors.output.double().T)
+    assert_near("logits", out["logits"], normalized(out["last"], tensors.norm) @ tensors.output.double().T)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4, 16], ids=lambda n: f"N{n}")
-def test_projections_repeat_themselves(n_tokens: int, device: torch.device) -> None:
-    """The same bits in a hundred runs: no sum depends on the order in which programs finish."""
+def test_projections_repeat_bit_for_bit(n_tokens: int, device: torch.device) -> None:
+    """Equal in a hundred runs: no sum depends on the order in which programs finish."""
     tensors = Tensors(WIDTHS["3.2-1B"], n_tokens, device)
     first = tensors.run()
     for _ in range(RUNS):
@@ -140,11 +140,11 @@ def test_append_reaches_beyond_32_bits(n_tokens: int, device: torch.device) -> N
     rope = torch.stack([angles.cos(), angles.sin()], -1)
     cache_k, cache_v = (torch.zeros(LARGE_CACHE, dtype=torch.bfloat16, device=device) for _ in range(2))
     q = fused.norm_qkv_rope_append(h, norm, weight, rope, cache_k, cache_v, EPS, batch)
-    heads = (normalised(h, norm) @ weight.double().T).unflatten(-1, (-1, head_dim))
+    heads = (normalized(h, norm) @ weight.double().T).unflatten(-1, (-1, head_dim))
     pairs = torch.view_as_complex(heads[:, : 2 * n_kv_heads].unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.view_as_complex(rope.double()[-n_tokens:])[:, None]).flatten(-2)
-    assert_near("q", q, turned[:, :n_kv_heads])
-    for cache, expected in ((cache_k, turned[:, n_kv_heads:]), (cache_v, heads[:, 2 * n_kv_heads :])):
+    rotated = torch.view_as_real(pairs * torch.view_as_complex(rope.double()[-n_tokens:])[:, None]).flatten(-2)
+    assert_near("q", q, rotated[:, :n_kv_heads])
+    for cache, expected in ((cache_k, rotated[:, n_kv_heads:]), (cache_v, heads[:, 2 * n_kv_heads :])):
         written = cache[-1, :, -n_tokens:]
         assert_near("cache", written.transpose(0, 1), expected)
         assert cache.count_nonzero() == written.count_nonzero()

@@ -1,4 +1,4 @@
-"""What kernel tests share: random data and the names of dtypes."""
+"""Random data and the names of dtypes, for all kernel tests."""
 
 import torch
 from torch import Tensor

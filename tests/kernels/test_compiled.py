@@ -1,4 +1,4 @@
-"""Every launch of the models, compiled without a GPU: the rules, and the table in docs/compiled/."""
+"""Every launch of the models, compiled without a GPU, keeps the rules and matches the table in docs/compiled/."""
 
 import pytest
 import triton
@@ -8,12 +8,12 @@ from fastllama.benchmarks.kernels_report.markdown import heading, sections
 from fastllama.benchmarks.kernels_report.report import TRAFFIC, checked, table_path
 from tests.support.tiers import parameters
 
-TABLED = ("3.6.0", "3.7.1")
+TABLED = ("3.6.0", "3.7.1")  # versions of triton with a table
 
 
 @pytest.mark.timeout(3600)  # some hundred compilations if none is cached
 @pytest.mark.parametrize("part", parameters({part: part for part in (*GPUS, TRAFFIC)}, quick=("sm_90",)))
-def test_kernels_compile_as_the_table_says(part: str) -> None:
+def test_compiled_kernels_match_the_table(part: str) -> None:
     """The table of one GPU, or of the bytes that launches move."""
     broken, changed = checked(part)
     assert not broken

@@ -1,4 +1,4 @@
-"""The plain-torch ops: against formulas written out, with NaN in everything that they must not read."""
+"""The plain-torch ops match written-out formulas, with NaN in all memory that they must not read."""
 
 import math
 
@@ -96,7 +96,7 @@ def test_rms_norm_rounds_before_the_weight_as_llama3_does() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
-def test_pack_unpack_and_the_linears(dtype: torch.dtype) -> None:
+def test_packed_weights_unpack_and_give_the_same_projections(dtype: torch.dtype) -> None:
     gate, up, down = (random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((24, 10), (24, 10), (10, 24))))
     h, norm = random(3, 10, dtype=dtype, seed=5), torch.ones(10, dtype=dtype)
     batch = RaggedBatch.of([(0, 0, [1, 2, 3])], CPU)
@@ -122,7 +122,7 @@ def sampling(temperature: float, top_p: float, rows: int, seed: int = 0) -> Samp
 
 
 def oracle_draw(logits: np.ndarray, temperature: float, top_p: float, u: float) -> int:
-    """Top-p in float64 by definition; draws from tokens above the lowest kept logit in order of id, then its ties."""
+    """Top-p by its definition, in float64. Draws from tokens above the lowest kept logit by id, then from its ties."""
     mass = np.exp((logits - logits.max()) / temperature)
     order = np.argsort(-logits, kind="stable")
     before = np.cumsum(mass[order]) - mass[order]
@@ -141,9 +141,9 @@ def test_sample_draws_what_the_oracle_draws(vocabulary: int, spread: float) -> N
     logits = (random(64, vocabulary, seed=vocabulary) * spread).bfloat16()  # bfloat16 makes ties
     positions = torch.arange(64)
     for temperature, top_p in ((1.0, 0.9), (0.6, 0.5), (1.7, 0.999), (0.3, 1.0), (5.0, 0.01)):
-        how = sampling(temperature, top_p, 64)
-        tokens, logprobs = reference.sample(logits, how, positions)
-        u = uniform(how.seed, how.stream, how.call, positions)
+        params = sampling(temperature, top_p, 64)
+        tokens, logprobs = reference.sample(logits, params, positions)
+        u = uniform(params.seed, params.stream, params.call, positions)
         rows = logits.double().numpy()
         assert tokens.tolist() == [oracle_draw(row, temperature, top_p, float(u[i])) for i, row in enumerate(rows)]
         expected = torch.log_softmax(logits.float(), -1).gather(1, tokens[:, None])[:, 0]
@@ -154,7 +154,7 @@ def test_sample_draws_what_the_oracle_draws(vocabulary: int, spread: float) -> N
     ("equal", "top_p", "kept"), [(10, 0.9, 10), (10, 0.7, 8), (20, 0.9, 19), (4, 0.5, 3), (5, 1.0, 5)]
 )
 def test_top_p_keeps_tokens_up_to_and_at_the_boundary(equal: int, top_p: float, kept: int) -> None:
-    """Equal logits put a boundary exactly at top_p: a token with exactly that mass before it is kept."""
+    """Equal logits put a boundary exactly at top_p: a token with exactly top_p of the mass before it is kept."""
     n = 600
     logits = torch.zeros(n, equal)
     tokens, _ = reference.sample(logits, sampling(1.0, top_p, n), torch.arange(n))
@@ -188,20 +188,20 @@ def test_sample_follows_metas_distribution() -> None:
 def test_sample_greedy_takes_the_lowest_of_ties_and_mixes_with_draws() -> None:
     logits = torch.zeros(3, 50, dtype=torch.bfloat16)
     logits[:, [7, 30]] = 2.0
-    how = sampling(1.0, 0.9, 3)
+    params = sampling(1.0, 0.9, 3)
     mixed = SamplingTensors(
-        torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.9, 0.0, 0.9]), how.seed, how.stream, how.call, False
+        torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.9, 0.0, 0.9]), params.seed, params.stream, params.call, False
     )
     tokens, logprobs = reference.sample(logits, mixed, torch.zeros(3, dtype=torch.long))
     assert tokens[:2].tolist() == [7, 7]
-    alone, _ = reference.sample(logits, how, torch.zeros(3, dtype=torch.long))
+    alone, _ = reference.sample(logits, params, torch.zeros(3, dtype=torch.long))
     assert tokens[2] == alone[2]
     assert reference.sample(logits, sampling(0.0, 0.9, 3), torch.zeros(3, dtype=torch.long))[0].tolist() == [7] * 3
     assert torch.allclose(logprobs[0], torch.log_softmax(logits[0].float(), -1)[7])
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_sample_marks_rows_that_are_not_numbers(greedy: bool) -> None:
+def test_sample_marks_rows_with_nan_or_infinity(greedy: bool) -> None:
     logits = random(5, 20)
     logits[1, 3], logits[2, 4], logits[3] = torch.nan, torch.inf, -torch.inf
     logits[4, :19] = -torch.inf  # one token left is a distribution
@@ -209,11 +209,13 @@ def test_sample_marks_rows_that_are_not_numbers(greedy: bool) -> None:
     assert tokens[1:4].tolist() == [-1, -1, -1] and tokens[0] >= 0 and tokens[4] == 19
 
 
-def test_rows_draw_alone_as_they_do_together() -> None:
-    logits, how, positions = random(6, 100), sampling(1.0, 0.95, 6), torch.arange(6)
-    together, _ = reference.sample(logits, how, positions)
+def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
+    logits, params, positions = random(6, 100), sampling(1.0, 0.95, 6), torch.arange(6)
+    together, _ = reference.sample(logits, params, positions)
     for row in range(6):
-        parts = {name: getattr(how, name)[row : row + 1] for name in ("temperature", "top_p", "seed", "stream", "call")}
+        parts = {
+            name: getattr(params, name)[row : row + 1] for name in ("temperature", "top_p", "seed", "stream", "call")
+        }
         one = SamplingTensors(**parts, greedy=False)
         assert reference.sample(logits[row : row + 1], one, positions[row : row + 1])[0] == together[row]
 

@@ -1,4 +1,4 @@
-"""RMSNorm: against the reference, and with Meta's rounding points bit for bit."""
+"""RMSNorm matches the reference and rounds where Meta's code rounds."""
 
 import pytest
 import torch
@@ -32,12 +32,12 @@ def test_rms_norm_rounds_like_llama3(device: torch.device) -> None:
     assert (ours != normed * weight).float().mean() < 0.01 < (ours != late).float().mean()
 
 
-def test_rms_norm_takes_no_rows(device: torch.device) -> None:
+def test_rms_norm_accepts_zero_rows(device: torch.device) -> None:
     empty = torch.zeros(0, 8, device=device)
     assert rms_norm(empty, torch.ones(8, device=device), EPS).shape == (0, 8)
 
 
-def test_rms_norm_rejects_what_does_not_belong_together(device: torch.device) -> None:
+def test_rms_norm_rejects_invalid_arguments(device: torch.device) -> None:
     x, weight = random(3, 8, device=device), random(8, device=device)
     refusals = {
         "x must be contiguous, got strides (1, 3)": lambda: rms_norm(x.T.contiguous().T, weight, EPS),

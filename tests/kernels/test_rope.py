@@ -1,4 +1,4 @@
-"""Rotary embedding and cache append of many tokens: against the reference, with no writes elsewhere."""
+"""Rotary embedding and cache append of many tokens match the reference and write nothing else."""
 
 import pytest
 import torch
@@ -29,10 +29,10 @@ def test_rope_append_matches_reference(
     batch = scattered(n_tokens, device)
     ours.append(rope_append(heads, rope, ours[0], ours[1], batch))
     expected.append(reference.rope_append(heads, rope, expected[0], expected[1], batch))
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert torch.equal(mine.isnan(), theirs.isnan())
+    for tensor, wanted in zip(ours, expected, strict=True):
+        assert torch.equal(tensor.isnan(), wanted.isnan())
         # One rounding of a sum of two products: equal, except for the last bit with fused multiply-add.
-        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=dtype_ulp(dtype), equal_nan=True)
+        torch.testing.assert_close(tensor, wanted, atol=1e-6, rtol=dtype_ulp(dtype), equal_nan=True)
 
 
 def dtype_ulp(dtype: torch.dtype) -> float:
@@ -46,7 +46,7 @@ def test_rope_append_appends_nothing_outside_the_cache(device: torch.device, gua
     assert cache_k.isnan().all() and cache_v.isnan().all()
 
 
-def test_rope_append_rejects_what_does_not_belong_together(device: torch.device) -> None:
+def test_rope_append_rejects_invalid_arguments(device: torch.device) -> None:
     cache, rope = torch.zeros(4, 2, 37, 8, device=device), torch.zeros(37, 4, 2, device=device)
     batch = scattered(6, device)
     heads = torch.zeros(6, 64, device=device)

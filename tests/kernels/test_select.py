@@ -1,4 +1,4 @@
-"""Which backend a device gets, and the messages of refusals."""
+"""Which backend a device gets, and the error messages."""
 
 import importlib.util
 
@@ -55,7 +55,7 @@ def test_the_interpreter_runs_the_kernels_on_a_cpu() -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_without_triton_there_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_a_gpu_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     assert backend(None, CUDA) is reference

@@ -1,4 +1,4 @@
-"""SwiGLU of many tokens: against the reference."""
+"""SwiGLU of many tokens matches the reference."""
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ def test_silu_mul_matches_reference(
     torch.testing.assert_close(silu_mul(x), reference.silu_mul(x), atol=4 * ulp, rtol=2 * ulp)
 
 
-def test_silu_mul_survives_the_ends_of_the_range(device: torch.device) -> None:
+def test_silu_mul_handles_extreme_values(device: torch.device) -> None:
     gate = torch.tensor([[-1e38, -200.0, 0.0, 200.0, 1e38]], device=device)
     ours = silu_mul(torch.cat([gate, torch.ones_like(gate)], 1))
     torch.testing.assert_close(ours, torch.tensor([[0.0, 0.0, 0.0, 200.0, 1e38]], device=device))
 
 
-def test_silu_mul_rejects_odd_and_strided(device: torch.device) -> None:
+def test_silu_mul_rejects_odd_widths_and_strides(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"gate_up must have shape \(N, 2·F\), got \(2, 5\)"):
         silu_mul(torch.zeros(2, 5, device=device))
     with pytest.raises(ValueError, match="gate_up must be contiguous"):

@@ -1,4 +1,4 @@
-"""Sections of a GPU report that fail, each in another way."""
+"""Sections of a GPU report that fail, each in a different way, and one that does not."""
 
 import os
 import time
@@ -16,7 +16,7 @@ def raises(bench: Any) -> Iterator[dict[str, Any]]:
     raise ValueError("it broke")
 
 
-def dies(bench: Any) -> Iterator[dict[str, Any]]:
+def crashes(bench: Any) -> Iterator[dict[str, Any]]:
     yield {"value": 4}
     time.sleep(0.2)  # for the queue's thread to send the record
     os._exit(3)
@@ -27,7 +27,7 @@ def hangs(bench: Any) -> Iterator[dict[str, Any]]:
     time.sleep(3600)
 
 
-def goes_on(bench: Any) -> Iterator[dict[str, Any]]:
+def never_ends(bench: Any) -> Iterator[dict[str, Any]]:
     while True:
         time.sleep(0.05)
         yield {"value": 6}

@@ -1,4 +1,4 @@
-"""The variants of a GPU report, and its sizes of complete steps."""
+"""The variants of a GPU report, and the sizes at which it measures complete steps."""
 
 from pathlib import Path
 from typing import Any

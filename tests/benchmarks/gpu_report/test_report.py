@@ -74,7 +74,7 @@ def run(tmp_path: Path, *names: str, budget: float = 120.0) -> list[Record]:
 
 
 def records_of(results: Results) -> list[Record]:
-    """What a section yields, without ceilings."""
+    """The records that a section yields, without ceilings."""
     return [record for record in results if isinstance(record, dict)]
 
 
@@ -89,12 +89,12 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_a_section_that_raises_or_dies_leaves_the_others_alone(tmp_path: Path) -> None:
-    assert run(tmp_path, "raises", "dies", "fine") == [
+def test_a_section_that_raises_or_crashes_does_not_affect_the_others(tmp_path: Path) -> None:
+    assert run(tmp_path, "raises", "crashes", "fine") == [
         {"suite": "raises", "value": 3},
         {"suite": "raises", "error": "ValueError: it broke"},
-        {"suite": "dies", "value": 4},
-        {"suite": "dies", "error": "its process ended with code 3"},
+        {"suite": "crashes", "value": 4},
+        {"suite": "crashes", "error": "its process ended with code 3"},
         {"suite": "fine", "value": 1},
         {"suite": "fine", "value": 2},
     ]
@@ -102,8 +102,8 @@ def test_a_section_that_raises_or_dies_leaves_the_others_alone(tmp_path: Path) -
     assert "**ValueError: it broke**" in page and "ended with code 3" in page
 
 
-def pass_time(monkeypatch: pytest.MonkeyPatch, after: dict[Any, float]) -> None:
-    """Let the report's clock jump ahead by so many seconds when a value is found, so that no test has to wait."""
+def advance_clock(monkeypatch: pytest.MonkeyPatch, after: dict[Any, float]) -> None:
+    """Advance the report's clock by the seconds in `after` when a value is found, so that no test has to wait."""
     ahead, add = [0.0], report._ReportWriter.add
 
     def added(self: Any, section: str, found: Any) -> None:
@@ -114,20 +114,22 @@ def pass_time(monkeypatch: pytest.MonkeyPatch, after: dict[Any, float]) -> None:
     monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0]))
 
 
-def test_hanging_sections_and_the_end_of_time_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pass_time(monkeypatch, after={5: report.TIMEOUT_SECONDS, 6: 1e6})
-    records = run(tmp_path, "hangs", "goes_on", "fine", budget=1e5)
+def test_hanging_sections_and_sections_without_time_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance_clock(monkeypatch, after={5: report.TIMEOUT_SECONDS, 6: 1e6})
+    records = run(tmp_path, "hangs", "never_ends", "fine", budget=1e5)
     assert records == [
         {"suite": "hangs", "value": 5},
-        {"suite": "hangs", "error": "nothing came for 240 s"},
-        {"suite": "goes_on", "value": 6},
-        {"suite": "goes_on", "not_run": "no time left for the rest"},
+        {"suite": "hangs", "error": "no result for 240 s"},
+        {"suite": "never_ends", "value": 6},
+        {"suite": "never_ends", "not_run": "no time left for the rest"},
         {"suite": "fine", "not_run": "no time left"},
     ]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["--sections", "decode,speed"], "unknown section 'speed': expected some of self-check, ceilings"),
         (["--budget", "0"], "--budget must be above 0, got 0"),
@@ -135,11 +137,11 @@ def test_hanging_sections_and_the_end_of_time_are_recorded(tmp_path: Path, monke
     ],
 )
 def test_bad_arguments_are_refused(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        report.main(["--results", str(tmp_path / "results"), *words])
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+        report.main(["--results", str(tmp_path / "results"), *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_summary_names_the_best_launch_beside_the_tables() -> None:
@@ -183,7 +185,7 @@ def test_a_failed_self_check_is_an_error(bench: Bench, monkeypatch: pytest.Monke
     assert [record["equal"] for record in records if "equal" in record] == [True, False, *[True] * 6]
     (failed,) = (record for record in records if "error" in record)
     assert failed["error"] == (
-        "SELF-CHECK FAILED, so nothing below means much: ordinary launches in a graph give [[1, 3]], ordinary "
+        "SELF-CHECK FAILED, so the results below are unreliable: ordinary launches in a graph give [[1, 3]], ordinary "
         "launches, one by one [[1, 2]]"
     )
 
@@ -209,10 +211,10 @@ def test_a_self_check_records_that_dependent_launches_were_replaced(
 
 def test_the_first_sections_have_shorter_timeouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(report.FIRST_TIMEOUTS_SECONDS, "hangs", 60.0)
-    pass_time(monkeypatch, after={5: 60.0})
+    advance_clock(monkeypatch, after={5: 60.0})
     records = run(tmp_path, "hangs", "fine", budget=1e5)
     assert records[1:] == [
-        {"suite": "hangs", "error": "nothing came for 60 s"},
+        {"suite": "hangs", "error": "no result for 60 s"},
         {"suite": "fine", "value": 1},
         {"suite": "fine", "value": 2},
     ]
@@ -235,7 +237,7 @@ def test_tests_that_fail_or_take_too_long_are_recorded(
     (tmp_path / "test_slow.py").write_text("import pathlib, time\n\n\n" + slow)
 
     class UntilBegun(subprocess.Popen[bytes]):
-        """A process whose timeout is over as soon as the slow test has begun."""
+        """A process whose timeout ends as soon as the slow test has begun."""
 
         def wait(self, timeout: float | None = None) -> int:
             if timeout is None:

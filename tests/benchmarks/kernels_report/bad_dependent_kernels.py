@@ -1,5 +1,5 @@
-"""Compiles kernels for an H200, each of which breaks the rule of dependent launches in one way, and prints as JSON what
-is found.
+"""Compiles kernels for an H200 and prints the checks' results as JSON. Each kernel except `sound` breaks the rule of
+dependent launches in one way.
 """
 
 import json
@@ -58,7 +58,7 @@ def early_trigger(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexp
 
 
 @triton.jit
-def steered_too_far(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def early_position(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
     """A number that was loaded before the wait decides what is loaded after it."""
     at = tl.arange(0, BLOCK)
     position = tl.load(positions_ptr)

@@ -1,4 +1,4 @@
-"""Compiles kernels, most of them with one fault, for the GPU that is named, and prints as JSON what is found."""
+"""Compiles kernels, most of them with one fault, for the given GPU, and prints their properties as JSON."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def spilling(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def handing_over(x_ptr, y_ptr, counter_ptr, GUARDED: tl.constexpr, BLOCK: tl.constexpr):
+def pass_results(x_ptr, y_ptr, counter_ptr, GUARDED: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(y_ptr + at, tl.load(x_ptr + at))
     if GUARDED:
@@ -75,9 +75,9 @@ def main(gpu_name: str) -> None:
         gather[(1,)](index, x, y, BLOCK=block)
         dot[(1,)](x, y, y, 256, BLOCK=64, num_stages=3)
         spilling[(1,)](x, y, BLOCK=8192 * gpu.warp_size // 32)
-        handing_over[(1,)](x, y, counter, GUARDED=True, BLOCK=block)
-        handing_over[(1,)](x, y, counter, GUARDED=False, BLOCK=block)
-    names = [launch.kernel for launch in launches[:-1]] + ["handing_over_unguarded"]
+        pass_results[(1,)](x, y, counter, GUARDED=True, BLOCK=block)
+        pass_results[(1,)](x, y, counter, GUARDED=False, BLOCK=block)
+    names = [launch.kernel for launch in launches[:-1]] + ["pass_results_unguarded"]
     print(json.dumps({name: read(launch.compiled, gpu_name) for name, launch in zip(names, launches, strict=True)}))
 
 

@@ -15,13 +15,13 @@ from fastllama.benchmarks.kernels_report.table import WHOLE_STEP, Row, launch_co
 from tests.support.tiers import parameters
 
 ROOT = Path(__file__).resolve().parents[3]
-# Triton puts a barrier before an atomic that releases from 3.9 on. The kernels do not rely on it.
-PUTS_BARRIERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+# From 3.9 on, triton adds a barrier before a releasing atomic. The kernels do not rely on it.
+ADDS_BARRIERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 @pytest.fixture(scope="module", params=parameters({gpu: gpu for gpu in ("sm_90", "gfx942")}, quick=("sm_90",)))
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What is found of the faulty kernels, by name. Another process compiles them, because this one interprets."""
+    """The properties of the faulty kernels, by name. Another process compiles them, because this one interprets."""
     environment = compiling_environment(str(tmp_path_factory.mktemp("triton")))
     command = [sys.executable, "-m", "tests.benchmarks.kernels_report.bad_kernels", request.param]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -56,8 +56,8 @@ def test_a_processor_holds_at_least_one_program(measured: dict[str, Any]) -> Non
 
 
 def test_a_missing_barrier_is_found(measured: dict[str, Any]) -> None:
-    assert measured["handing_over"]["barrier"] is True
-    assert measured["handing_over_unguarded"]["barrier"] is PUTS_BARRIERS
+    assert measured["pass_results"]["barrier"] is True
+    assert measured["pass_results_unguarded"]["barrier"] is ADDS_BARRIERS
     assert measured["wide"]["barrier"] is None
 
 
@@ -106,14 +106,14 @@ def test_a_broken_rule_is_named_with_its_place(changes: dict[str, Any], message:
     assert found == f"sm_90 3-8B attention at 64 tokens: _attention_prefill_kernel {message}"
 
 
-def test_a_decode_step_depends_and_prefetches_where_it_can() -> None:
+def test_a_decode_step_must_use_dependent_launches_and_prefetches() -> None:
     sound = row(tokens=4, op="layer down", kernel="_matvec_kernel", loads={"weight": [16]}, dependent=True, waits=1)
     assert violations([sound | {"prefetched": ["weight"]}]) == []
     where = "3-8B layer down at 4 tokens: _matvec_kernel"
     assert violations([sound]) == [f"sm_90 {where} prefetches nothing"]
-    usual = sound | {"dependent": False, "waits": 0, "prefetched": ["weight"]}
-    assert violations([usual]) == [f"sm_90 {where} is not launched as dependent"]
-    assert violations([usual | {"gpu": "sm_89", "prefetched": []}]) == []
+    ordinary = sound | {"dependent": False, "waits": 0, "prefetched": ["weight"]}
+    assert violations([ordinary]) == [f"sm_90 {where} is not launched as dependent"]
+    assert violations([ordinary | {"gpu": "sm_89", "prefetched": []}]) == []
 
 
 STEP = {"op": "layer down", "dependent": True, "waits": 1, "prefetched": ["weight"], "loads": {"weight": [16]}}
@@ -128,11 +128,11 @@ FEW = row(tokens=4, kernel="_few_tokens_kernel", chain=330.0, budget=461.0)
         (ONE, {"x_early": 2}, "requests 2 of x's 14 loads before its weights"),
         (ONE, {"norm_first": False}, "computes its norm only after its weights"),
         (ONE, {"looped_prefetches": 1}, "prefetches row by row"),
-        (FEW, {"chain": 528.0}, "multiplies for 528 cycles a stage, of 461"),
+        (FEW, {"chain": 528.0}, "multiplies for 528 cycles a stage, more than 461"),
         (FEW, {"programs": 2004, "prefetching": 2004}, "prefetches in programs that do not wait"),
     ],
 )
-def test_what_slows_reading_a_weight_is_named(sound: Row, changes: dict[str, Any], message: str) -> None:
+def test_slow_reads_of_a_weight_are_named(sound: Row, changes: dict[str, Any], message: str) -> None:
     sound = sound | STEP | STREAMED
     assert violations([sound]) == []
     (found,) = violations([sound | changes])
@@ -140,22 +140,22 @@ def test_what_slows_reading_a_weight_is_named(sound: Row, changes: dict[str, Any
     assert violations([ONE | STEP | STREAMED | {"norm_first": False, "holds_scales": False}]) == []
 
 
-def test_decode_attention_keeps_to_plain_shared_memory() -> None:
+def test_decode_attention_needs_no_more_than_default_shared_memory() -> None:
     sound = row(tokens=4, kernel="_attention_decode_kernel", shared=49152, barrier=True, dependent=True, waits=1)
     sound |= {"prefetched": ["cache_k"]}
     assert violations([sound]) == []
     (found,) = violations([sound | {"shared": 71680}])
-    assert found.endswith("takes 71680 bytes of shared memory, more than the plain 49152")
+    assert found.endswith("takes 71680 bytes of shared memory, more than the default 49152")
 
 
 def test_a_sixth_launch_in_a_layer_is_counted() -> None:
     ops = ["layer qkv", "layer attention", "layer output", "layer gate+up", "layer down"]
-    how = {"tokens": 4, "dependent": True, "waits": 1, "prefetched": ["cache_k"]}
-    layer = [row(op=op, **how) for op in ops]
+    common = {"tokens": 4, "dependent": True, "waits": 1, "prefetched": ["cache_k"]}
+    layer = [row(op=op, **common) for op in ops]
     expected = 5 * MODELS["3-8B"].n_layers + 4
     step = row(tokens=4, op=WHOLE_STEP, launches=expected)
     assert launch_counts([*layer, step])["sm_90", "3-8B", 4] == (5, expected) and not violations([*layer, step])
-    sixth = [*layer, row(op="layer down", **how), step]
+    sixth = [*layer, row(op="layer down", **common), step]
     for rows, counts in (
         (sixth, f"6 launches a layer, {expected} a step"),
         ([*layer, step | {"launches": expected + 32}], f"5 launches a layer, {expected + 32} a step"),

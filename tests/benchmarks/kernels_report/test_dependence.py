@@ -19,7 +19,7 @@ VIOLATIONS = {
     "early_store": ["writes before it waits"],
     "early_atomic": ["writes before it waits"],
     "early_trigger": ["lets the next kernel begin before it has waited"],
-    "steered_too_far": ["uses what it loaded of positions_ptr before it waited"],
+    "early_position": ["loads positions_ptr before it waits, and uses it for more than prefetches"],
     "wait_in_loop": ["waits after a branch, a loop or a return"],
     "wait_in_branch": ["waits after a branch, a loop or a return"],
     "no_wait": ["has 0 waits, not one"],
@@ -50,7 +50,7 @@ def test_every_way_to_break_the_rule_is_named(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "dependent_there"),
+    ("target", "is_dependent"),
     [
         (Target("cuda", 80, 108, 166912), False),
         (Target("cuda", 90, 132, 232448), True),
@@ -58,23 +58,25 @@ def test_every_way_to_break_the_rule_is_named(found: dict[str, Any]) -> None:
         (Target("hip", "gfx942", 304, 65536, 64), False),
     ],
 )
-def test_launches_depend_from_hopper_on(target: Target, dependent_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_are_dependent_from_hopper_on(
+    target: Target, is_dependent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dependent, "interpreting", lambda: False)
     monkeypatch.setattr(dependent, "current_target", lambda: target)
-    usual = FUSED_MULTIPLY_ADD | {"DEPENDENT": False}
-    expected = FUSED_MULTIPLY_ADD | {"DEPENDENT": True, "launch_pdl": True} if dependent_there else usual
+    ordinary = FUSED_MULTIPLY_ADD | {"DEPENDENT": False}
+    expected = FUSED_MULTIPLY_ADD | {"DEPENDENT": True, "launch_pdl": True} if is_dependent else ordinary
     assert dependent.dependent_launch() == expected
-    assert dependent.prefetch_bytes(8192, 4096) == (4096 if dependent_there else 0)
-    assert dependent.prefetch_bytes(8192, 65536, 4) == (32768 if dependent_there else 0)
+    assert dependent.prefetch_bytes(8192, 4096) == (4096 if is_dependent else 0)
+    assert dependent.prefetch_bytes(8192, 65536, 4) == (32768 if is_dependent else 0)
     assert dependent.prefetch_bytes(8200, 16384) == 0, "rows that do not begin at a multiple of 16 bytes"
     with override_launch_options(prefetch=False):
         assert dependent.dependent_launch() == expected and dependent.prefetch_bytes(8192, 4096) == 0
     with override_launch_options(dependent=False):
-        assert dependent.dependent_launch() == usual and dependent.prefetch_bytes(8192, 4096) == 0
+        assert dependent.dependent_launch() == ordinary and dependent.prefetch_bytes(8192, 4096) == 0
     assert dependent.dependent_launch() == expected
 
 
-def test_interpreted_launches_never_depend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_launches_are_never_dependent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependent, "interpreting", lambda: True)
     monkeypatch.setattr(dependent, "current_target", lambda: INTERPRETED)
     assert dependent.dependent_launch() == FUSED_MULTIPLY_ADD | {"DEPENDENT": False}

@@ -22,7 +22,7 @@ def sass(*lines: str) -> Sass:
     return Sass("".join(lines) + EXIT + line("BRA `(.L_x_9)"))
 
 
-def test_inputs_are_early_until_a_weight_is_waited_for() -> None:
+def test_early_inputs_are_requested_before_the_first_wait_for_a_weight() -> None:
     assert sass(WEIGHT, WAIT, X, X, USES_X, USES_WEIGHT, X).early_inputs() == (2, 3)
     assert sass(WEIGHT, WAIT, USES_WEIGHT, X).early_inputs() == (0, 1)
     # If a load shares the weights' barrier, waiting for the load means waiting for the weights.
@@ -30,13 +30,13 @@ def test_inputs_are_early_until_a_weight_is_waited_for() -> None:
     assert sass(WEIGHT, WAIT, X, shared, USES_WEIGHT, X).early_inputs() == (2, 3)
 
 
-def test_a_norm_comes_before_or_behind_the_weights() -> None:
+def test_a_norm_comes_before_or_after_the_weights() -> None:
     assert sass(WEIGHT, WAIT, X, NORM, USES_WEIGHT).norm_is_first() is True
     assert sass(WEIGHT, WAIT, X, USES_WEIGHT, NORM).norm_is_first() is False
     assert sass(WEIGHT, WAIT, X, USES_WEIGHT).norm_is_first() is None
 
 
-def test_prefetches_in_a_loop_over_threads_are_told_from_single_ones() -> None:
+def test_prefetches_in_a_loop_over_threads_are_counted_separately() -> None:
     single = line("@!UP0 UBLKPF.L2 [UR4], UR9")
     loop = ".L_x_0:\n" + line("@!UP0 UBLKPF.L2 [UR6], UR4") + line("@P1 BRA.U.ANY `(.L_x_0)")
     assert sass(single, single, WAIT).prefetches() == (2, 0)
@@ -47,7 +47,7 @@ def multiply(result: str, sums: str) -> str:
     return line(f"HMMA.16816.F32.BF16 {result}, R24, R32, {sums}")
 
 
-def test_a_chain_of_sums_takes_its_time() -> None:
+def test_a_chain_of_sums_takes_the_cycles_of_its_instructions() -> None:
     def loop(*lines: str) -> Sass:
         return sass(".L_x_1:\n", *lines, line("@!P0 BRA `(.L_x_1)"))
 

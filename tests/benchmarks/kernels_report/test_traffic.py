@@ -23,7 +23,7 @@ def _scale_kernel(x_ptr, weight_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("programs", [3, 251])
 def test_bytes_are_counted_by_argument(programs: int) -> None:
-    """Half of the last program is past the end, whether all programs run or a sample of them."""
+    """All programs run, or a sample of them. Half of the last program is past the end."""
     interpreter.patch()
     block = 16
     length = programs * block - block // 2
@@ -37,7 +37,7 @@ def test_bytes_are_counted_by_argument(programs: int) -> None:
 
 
 @pytest.mark.parametrize("grid", [(1,), (ALL_PROGRAMS,), (1000,), (33, 8), (1008,), (36, 1)])
-def test_samples_stand_for_all(grid: tuple[int, ...]) -> None:
+def test_a_sample_represents_all_programs(grid: tuple[int, ...]) -> None:
     chosen = sample(grid, {"BLOCKS": 63} if grid == (1008,) else {})
     assert sum(weight for _, weight in chosen) == pytest.approx(math.prod(grid))
     assert len(chosen) <= ALL_PROGRAMS and len({place for place, _ in chosen}) == len(chosen)

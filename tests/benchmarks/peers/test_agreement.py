@@ -27,22 +27,22 @@ def test_compare_names_log_probabilities_that_differ(logprob: float) -> None:
 
 def test_compare_names_tokens_that_differ() -> None:
     found = compare(run_of([[1, 2], [3, 9, 5]]), run_of([[1, 2], [3, 4, 5]]), torch.float32)
-    assert not found.agrees and "row 1 step 1: token 9 here, 4 there" in str(found.difference)
+    assert not found.agrees and "row 1 step 1: our token 9, the peer's 4" in str(found.difference)
 
 
-def test_compare_lets_tokens_part_at_a_tie_only() -> None:
+def test_compare_accepts_different_tokens_only_at_a_tie() -> None:
     ours, tied, clear = run_of([[1, 9, 9]]), run_of([[1, 2, 3]], margin=5e-5), run_of([[1, 2, 3]], margin=2e-4)
     assert compare(ours, tied, torch.float32).agrees
     assert compare(ours, tied, torch.float32).tokens_compared == 1
     assert not compare(ours, clear, torch.float32).agrees
 
 
-def test_compare_is_not_taken_in_by_an_oracle_that_knows_nothing() -> None:
+def test_compare_rejects_a_constant_oracle() -> None:
     constant = run_of([[0, 0, 0]], logprob=-9.0, margin=0.0)
     found = compare(run_of([[5, 6, 7]]), constant, torch.float32)
-    assert not found.agrees and "apart" in str(found.difference)
-    endless = compare(run_of([[5]]), run_of([[5]], logprob=-math.inf), torch.float32)
-    assert not endless.agrees and endless.max_logprob_difference is None
+    assert not found.agrees and "differ by" in str(found.difference)
+    infinite = compare(run_of([[5]]), run_of([[5]], logprob=-math.inf), torch.float32)
+    assert not infinite.agrees and infinite.max_logprob_difference is None
 
 
 def test_compare_rejects_other_lengths_and_missing_scores() -> None:

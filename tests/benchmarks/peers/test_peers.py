@@ -16,15 +16,15 @@ from tests.benchmarks.cases import ARGS, CASE, RAGGED, SOURCE, SPEC
 
 
 @pytest.mark.parametrize("name", ["reference", "transformers"])
-def test_peers_give_our_tokens_to_ragged_prompts(name: str) -> None:
+def test_peers_generate_our_tokens_for_ragged_prompts(name: str) -> None:
     prompts = RAGGED.prompts(ARGS.vocab_size)
     ours = Ours(SPEC.build()).run(prompts, 8, logprobs=True)
     with Peer(name, SPEC) as peer:
-        theirs = peer.run(prompts, 8, logprobs=True)
+        expected = peer.run(prompts, 8, logprobs=True)
         again = peer.run(prompts, 8)
-    agreement = compare(ours, theirs, torch.float32)
+    agreement = compare(ours, expected, torch.float32)
     assert agreement.agrees and agreement.tokens_compared == 24, agreement.difference
-    assert again.tokens == theirs.tokens and len(again.seconds) == 8 and again.seconds == sorted(again.seconds)
+    assert again.tokens == expected.tokens and len(again.seconds) == 8 and again.seconds == sorted(again.seconds)
 
 
 @pytest.mark.slow
@@ -46,14 +46,14 @@ def test_transformers_takes_scaled_rope_and_tied_output() -> None:
 def test_reference_peer_agrees_on_the_same_weights_and_not_on_others() -> None:
     prompts = CASE.prompts(ARGS.vocab_size)
     with Peer("reference", SPEC) as peer:
-        theirs = peer.run(prompts, 8, logprobs=True)
+        expected = peer.run(prompts, 8, logprobs=True)
         again = peer.run(prompts, 8)
-    assert again.tokens == theirs.tokens and again.logprobs is None and len(again.seconds) == 8
-    same = compare(Ours(SPEC.build()).run(prompts, 8, True), theirs, torch.float32)
+    assert again.tokens == expected.tokens and again.logprobs is None and len(again.seconds) == 8
+    same = compare(Ours(SPEC.build()).run(prompts, 8, True), expected, torch.float32)
     assert same.agrees, same.difference
     assert same.tokens_compared == 16
     other = dataclasses.replace(SPEC, source=dataclasses.replace(SOURCE, seed=SOURCE.seed + 1))
-    different = compare(Ours(other.build()).run(prompts, 8, True), theirs, torch.float32)
+    different = compare(Ours(other.build()).run(prompts, 8, True), expected, torch.float32)
     assert not different.agrees
 
 
@@ -63,12 +63,12 @@ def test_the_compiled_peer_is_one_graph_and_gives_our_tokens_with_margins() -> N
     llm = dataclasses.replace(SPEC, backend="reference").build()
     compiled = partial(torch.compile, backend="eager", fullgraph=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler, about internals
+        warnings.simplefilter("ignore")  # the compiler warns about internals
         ops = torch_compile.compile_model(llm.model, compiled)
         prompts = CASE.prompts(ARGS.vocab_size)
-        theirs, again = (torch_compile.generate(Ours(llm), ops, prompts, 8, scores) for scores in (True, False))
+        expected, again = (torch_compile.generate(Ours(llm), ops, prompts, 8, scores) for scores in (True, False))
     ours = Ours(SPEC.build()).run(prompts, 8, True)
-    agreement = compare(ours, theirs, torch.float32)
+    agreement = compare(ours, expected, torch.float32)
     assert agreement.agrees and agreement.tokens_compared == 16, agreement.difference
-    assert again.tokens == theirs.tokens and again.margins is None and theirs.margins is not None
-    assert all(margin > 0 for row in theirs.margins for margin in row)
+    assert again.tokens == expected.tokens and again.margins is None and expected.margins is not None
+    assert all(margin > 0 for row in expected.margins for margin in row)

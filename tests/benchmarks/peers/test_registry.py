@@ -31,7 +31,7 @@ def test_unsupported_names_what_metas_code_cannot_run() -> None:
     assert "by 32" in str(unsupported(ModelArgs(**{**scaled, "rope_scaling_factor": 32.0})))
 
 
-def test_a_peer_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_peer_that_cannot_start_raises_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ChildError, match=r"AssertionError: .*does not exist"):
         Peer("reference", dataclasses.replace(SPEC, source=ModelSource.folder(str(tmp_path / "nowhere"), None)))
 
@@ -42,7 +42,7 @@ def test_a_peer_whose_process_ended_is_an_error(monkeypatch: pytest.MonkeyPatch)
         Peer("reference", SPEC)
 
 
-def test_a_peer_that_failed_says_why_on_every_run() -> None:
+def test_a_failed_peer_raises_the_reason_on_every_run() -> None:
     with Peer("reference", SPEC) as peer:
         for _ in range(2):
             with pytest.raises(ChildError, match="AssertionError"):

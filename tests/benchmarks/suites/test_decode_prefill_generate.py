@@ -18,7 +18,7 @@ from tests.benchmarks.cases import ARGS, CASE, RAGGED
 MATMUL = 1e-6  # TFLOP/s
 
 
-def test_decode_counts_its_steps_only() -> None:
+def test_decode_counts_only_decode_steps() -> None:
     runs = [Run([[0] * 3] * 2, [9.0, 9.5, 10.5]), Run([[0] * 3] * 2, [1.0, 1.25, 1.5])]
     case = dataclasses.replace(CASE, steps=3)
     step_bytes = total_bytes(decode_step(ARGS, torch.float32, 2, 6.5))
@@ -43,16 +43,16 @@ def run_taking(*seconds: float) -> Run:
     return Run([[0]] * 2, list(seconds))
 
 
-def runs_of(ours: list[Run], theirs: list[Run]) -> CaseRuns:
-    ceilings = {"fastllama": [10.0] * len(ours), "reference": [10.0] * len(theirs)}
-    return CaseRuns({"fastllama": ours, "reference": theirs}, ceilings, {"reference": {"status": "measured"}}, 0.0, 0.0)
+def runs_of(ours: list[Run], peer: list[Run]) -> CaseRuns:
+    ceilings = {"fastllama": [10.0] * len(ours), "reference": [10.0] * len(peer)}
+    return CaseRuns({"fastllama": ours, "reference": peer}, ceilings, {"reference": {"status": "measured"}}, 0.0, 0.0)
 
 
 def shown(record: dict[str, Any], columns: Columns) -> str:
     return table_of([record], {**columns, **peer_columns([record])}).text()
 
 
-def test_prefill_counts_the_first_token_alone() -> None:
+def test_prefill_counts_only_the_first_token() -> None:
     case = Case("prefill", batch=2, context=5, steps=1, rounds=2)
     found = prefill.record(
         case,
@@ -73,8 +73,8 @@ def test_prefill_counts_the_first_token_alone() -> None:
 
 
 def test_generate_counts_the_whole_call_and_every_token() -> None:
-    ours, theirs = [run_taking(0.5, 1.0, 1.5, 2.0)], [run_taking(1.0, 2.0, 3.0, 5.0)]
-    found = generate.record(RAGGED, runs_of(ours, theirs), ARGS, torch.float32, MATMUL)
+    ours, peer = [run_taking(0.5, 1.0, 1.5, 2.0)], [run_taking(1.0, 2.0, 3.0, 5.0)]
+    found = generate.record(RAGGED, runs_of(ours, peer), ARGS, torch.float32, MATMUL)
     json.dumps(found, allow_nan=False)
     assert found["seconds"]["p50"] == 2.0 and found["tokens_per_second"]["p50"] == 3 * 4 / 2.0
     assert found["peers"]["reference"]["ratio"]["p50"] == 2.5

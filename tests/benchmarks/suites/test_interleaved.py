@@ -47,7 +47,7 @@ def test_case_prompts_differ_by_row_and_repeat() -> None:
     assert all(0 <= token < 600 for prompt in prompts for token in prompt)
 
 
-def test_ragged_prompts_fall_from_the_longest_to_a_quarter() -> None:
+def test_ragged_prompts_shrink_from_the_longest_to_a_quarter() -> None:
     assert RAGGED.lengths == [12, 8, 3] and [len(prompt) for prompt in RAGGED.prompts(600)] == [12, 8, 3]
     assert Case("generate", 1, 9).lengths == [9] and Case("prefill", 2, 9, 1).lengths == [9, 9]
     assert Case("generate", 2, 1).lengths == [1, 1]
@@ -65,7 +65,7 @@ def test_outputs_are_compared_first_then_runs_alternate(probe: ReadProbe) -> Non
     assert "3.00x" in shown([record])
 
 
-def test_a_share_is_of_the_higher_adjacent_sample(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_uses_the_higher_adjacent_sample(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([10.0, 30.0, 20.0, 40.0, 20.0, 10.0])
     monkeypatch.setattr(probe, "sample", lambda: summarize([next(rates)]))
     record = record_of(Scripted("ours", 0.01, []), Scripted("peer", 0.01, []), probe)
@@ -79,7 +79,7 @@ def test_a_wrong_peer_is_reported_and_not_timed(probe: ReadProbe) -> None:
     record = record_of(Scripted("ours", 0.01, log), Scripted("peer", 0.001, log, tokens=8), probe)
     assert log == ["ours?", "peer?", "ours", "ours"]
     peer = record["peers"]["reference"]
-    assert peer["status"] == "disagrees" and "token 7 here, 8 there" in peer["reason"]
+    assert peer["status"] == "disagrees" and "our token 7, the peer's 8" in peer["reason"]
     assert "tokens_per_second" not in peer and "ratio" not in peer
     text = shown([record])
     assert "disagrees" in text and "x (" not in text
@@ -95,7 +95,7 @@ def test_a_peer_that_fails_is_reported_and_left_out(probe: ReadProbe, fails_at: 
     assert record["tokens_per_second"]["count"] == CASE.rounds
 
 
-def test_an_absent_peer_is_skipped_by_name(probe: ReadProbe) -> None:
+def test_a_missing_peer_is_skipped_with_the_reason(probe: ReadProbe) -> None:
     record = record_of(Scripted("ours", 0.01, []), "llama_models not installed", probe)
     assert record["peers"]["reference"] == {"status": "skipped", "reason": "llama_models not installed"}
     assert "reference skipped: llama_models not installed" in shown([record])

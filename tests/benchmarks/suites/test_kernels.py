@@ -1,4 +1,4 @@
-"""The kernels suite: every op by ours and the library is compared first, and not timed where it is wrong."""
+"""The kernels suite compares every implementation of an op first, and does not time wrong ones."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def bench(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Be
     )
 
 
-def test_ops_are_those_of_a_step_and_a_prefill_with_their_work() -> None:
+def test_ops_have_the_work_of_a_step_and_a_prefill() -> None:
     step = {work.name: work for work in decode_step(ARGS, torch.float32, ROWS, CONTEXT)}
     prompts = {work.name: work for work in prefill(ARGS, torch.float32, [CONTEXT] * ROWS)}
     assert [OPS[name].work for name in step if name != "sampling"] == [
@@ -113,7 +113,7 @@ def _plain(weight: Tensor) -> Tensor:
 
 
 def _made_wrong(op: Op, inputs: Inputs) -> Any:
-    """The library's output with one wrong number: an unlikely token, or an element that is a little off."""
+    """The library's output with one wrong number: an unlikely token, or an element that is slightly wrong."""
     found = op.spec.library(inputs)
     if isinstance(found, tuple):
         return inputs.x.argmin(-1), found[1]
@@ -125,13 +125,13 @@ def _made_wrong(op: Op, inputs: Inputs) -> Any:
 def test_a_projection_that_appends_nothing_is_wrong(bench: Callable[..., Bench]) -> None:
     op = OPS["qkv"]
 
-    def forgetful(inputs: Inputs) -> Any:
+    def without_append(inputs: Inputs) -> Any:
         before = inputs.cache_v.clone()
         found = op.spec.library(inputs)
         inputs.cache_v.copy_(before)
         return found
 
-    wrong = dataclasses.replace(op, spec=op.spec._replace(library=forgetful))
+    wrong = dataclasses.replace(op, spec=op.spec._replace(library=without_append))
     assert measure_op(wrong, bench(), silent)["peers"]["library"]["status"] == "disagrees"
 
 
@@ -155,7 +155,7 @@ def test_a_drawn_token_must_be_in_the_nucleus() -> None:
         tokens = ids.gather(-1, place[:, None])
         check_draw(inputs, tokens[:, 0], scores.gather(-1, tokens)[:, 0])
     beyond = ids.gather(-1, last[:, None] + 1)
-    with pytest.raises(WrongOutput, match="none that can be chosen"):
+    with pytest.raises(WrongOutput, match="cannot be chosen"):
         check_draw(inputs, beyond[:, 0], scores.gather(-1, beyond)[:, 0])
     best = ids[:, :1]
     with pytest.raises(WrongOutput, match="not close"):

@@ -21,7 +21,7 @@ COPY = Ceiling("copy", "GB/s", "given", summarize([1e-6]))
 
 
 @pytest.mark.slow
-def test_load_and_memory_are_those_of_a_fresh_process(tmp_path: Path) -> None:
+def test_load_and_memory_measure_a_fresh_process(tmp_path: Path) -> None:
     params = tiny_params()
     write_meta(tmp_path, params, random_weights(params, seed=3), shards=2)
     write_tokenizer(tmp_path)

@@ -91,7 +91,7 @@ def test_a_busy_model_is_refused_and_works_afterwards() -> None:
     assert len(launch_times(model, 1, 4, repeats=1)) == len(NAMES)
 
 
-def test_fill_cache_leaves_other_rows_alone() -> None:
+def test_fill_cache_does_not_change_other_rows() -> None:
     model = transformer()
     fill_cache(model, 1, 3)
     assert model.cache.v[:, 0, :, :3].all() and not model.cache.v[:, 1].any() and not model.cache.v[:, 0, :, 3:].any()

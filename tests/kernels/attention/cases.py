@@ -1,4 +1,4 @@
-"""What the tests of both attention kernels share: cases, tensors that hold NaN outside the rows, and an oracle."""
+"""Shared by the tests of both attention kernels: cases, tensors with NaN outside the rows, and an oracle."""
 
 import math
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def scratch_for(tensors: Tensors, max_rows: int | None = None) -> AttentionScrat
 
 
 def oracle(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
-    """Attention from its definition, token by token, in float64."""
+    """Attention by its definition, token by token, in float64."""
     groups = q.shape[1] // cache_k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64)
     for token, (row, position) in enumerate(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)):
@@ -90,7 +90,7 @@ def with_head_dim(tensors: Tensors, head_dim: int) -> Tensors:
     return Tensors(q, k, v, tensors.batch)
 
 
-# Spoils valid tensors -> the error message.
+# A function that makes valid tensors invalid, and the error message.
 REJECTED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "q of two dims": (lambda t: t._replace(q=t.q[0]), r"q must have shape \(N, H, D\)"),
     "float64": (lambda t: t._replace(q=t.q.double()), "q must be float32, bfloat16 or float16, got torch.float64"),

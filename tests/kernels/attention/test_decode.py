@@ -1,4 +1,4 @@
-"""Decode attention: against the reference and float64, with NaN in everything that it must not read."""
+"""Decode attention matches the reference and float64, with NaN in all memory that it must not read."""
 
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ CASES = {case.id: case for case in CASE_LIST}
 
 
 def run(tensors: Tensors, scratch: AttentionScratch | None = None) -> Tensor:
-    """Attention of a decode step, which leaves the scratch's counters at zero."""
+    """Attention of a decode step. Asserts that the scratch's counters are zero afterwards."""
     q, cache_k, cache_v, batch = tensors
     scratch = scratch or scratch_for(tensors)
     out = attention_decode(q, cache_k, cache_v, batch.positions, scratch)
@@ -64,14 +64,12 @@ def test_attention_decode_matches_reference(case: Case, guarded: GuardedMemory, 
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=NAMES.get)
-def test_attention_decode_matches_the_definition(
-    dtype: torch.dtype, guarded: GuardedMemory, device: torch.device
-) -> None:
+def test_attention_decode_matches_float64(dtype: torch.dtype, guarded: GuardedMemory, device: torch.device) -> None:
     tensors = build(decode_case([300, 1, 77], 2, 3, 40, dtype), guarded, device)
     assert_matches("attention", run(tensors).cpu(), oracle(*tensors))
 
 
-def test_attention_decode_holds_large_scores(guarded: GuardedMemory, device: torch.device) -> None:
+def test_attention_decode_handles_large_scores(guarded: GuardedMemory, device: torch.device) -> None:
     """Scores far beyond the range of exp: the softmax subtracts the maximum, also between splits."""
     tensors = build(decode_case([500, 3], 1, 2, 32, FP32), guarded, device)
     tensors.q.mul_(100)
@@ -84,13 +82,13 @@ def test_attention_decode_repeats_bit_for_bit(case: Case, guarded: GuardedMemory
     assert torch.equal(run(tensors), run(tensors))
 
 
-def test_attention_decode_row_is_the_same_in_longer_scratch(guarded: GuardedMemory, device: torch.device) -> None:
+def test_attention_decode_is_the_same_with_scratch_for_more_rows(guarded: GuardedMemory, device: torch.device) -> None:
     tensors = build(CASE_LIST[3], guarded, device)
     assert torch.equal(run(tensors), run(tensors, scratch_for(tensors, max_rows=17)))
 
 
 def test_attention_decode_reuses_its_scratch(guarded: GuardedMemory, device: torch.device) -> None:
-    """One scratch serves batches of any size: what earlier calls have written there has no influence."""
+    """One scratch serves batches of any size: values that earlier calls left in it have no effect."""
     cases = [
         decode_case([900, 20, 1, 400], 1, 3, 16, FP32),
         decode_case([257], 1, 3, 16, FP32),
@@ -134,7 +132,7 @@ def test_attention_decode_stays_inside_the_cache(guarded: GuardedMemory, device:
     assert torch.equal(outside, nearest)
 
 
-def test_attention_decode_takes_no_tokens(guarded: GuardedMemory, device: torch.device) -> None:
+def test_attention_decode_accepts_zero_tokens(guarded: GuardedMemory, device: torch.device) -> None:
     _, cache_k, cache_v, _ = build(CASE_LIST[0], guarded, device)
     q = guarded.empty(0, 8, 64, dtype=BF16, device=device)
     positions = RaggedBatch.of([], device).positions
@@ -149,10 +147,10 @@ def test_attention_scratch_grows_with_the_rows_only() -> None:
     assert AttentionScratch.of(5, 2, 6, 10, torch.device("cpu"), num_splits=8).num_splits == 8
 
 
-@pytest.mark.parametrize("how", REJECTED)
-def test_attention_decode_rejects(how: str, guarded: GuardedMemory, device: torch.device) -> None:
+@pytest.mark.parametrize("fault", REJECTED)
+def test_attention_decode_rejects(fault: str, guarded: GuardedMemory, device: torch.device) -> None:
     tensors = build(decode_case([9, 20], 2, 2, 16, FP32), guarded, device)
-    spoil, message = REJECTED[how]
+    spoil, message = REJECTED[fault]
     scratch = scratch_for(tensors)
     q, cache_k, cache_v, batch = spoil(tensors)
     with pytest.raises(ValueError, match=message):
@@ -178,7 +176,7 @@ def test_attention_decode_rejects_positions_cache_and_scratch(guarded: GuardedMe
 
 @pytest.mark.parametrize(("head_dim", "itemsize"), [(64, 2), (128, 2), (256, 2), (64, 4), (128, 4)])
 def test_stream_launch_fits_default_shared_memory(head_dim: int, itemsize: int) -> None:
-    """So do 16 queries with the largest tiles of keys. pairs=2 keeps twice as many bytes in flight."""
+    """The tiles in flight and 16 queries fit together. pairs=2 keeps twice as many bytes in flight."""
     launch = stream_launch(16, head_dim * itemsize, itemsize)
     pair = 2 * launch.keys * head_dim * itemsize
     queries = 16 * (head_dim * itemsize + launch.keys * itemsize)

@@ -1,4 +1,4 @@
-"""Prefill attention: against the reference and float64, with NaN in everything that it must not read."""
+"""Prefill attention matches the reference and float64, with NaN in all memory that it must not read."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CASE_LIST = [
     Case([(0, 0, 37), (1, 0, 3)], 2, 4, 128, FP32),
     Case([(0, 0, 11)], 1, 3, 256, FP32),
     Case([(0, 0, 3), (1, 60, 2)], 1, 128, 16, FP32),
-    Case([(0, 63, 64)], 2, 4, 64, FP16),  # a later chunk, from one position below a tile of keys
+    Case([(0, 63, 64)], 2, 4, 64, FP16),  # a later chunk, starting one position before a tile of keys
     Case([(0, 256, 70), (1, 128, 1)], 1, 4, 64, BF16),
     Case([(0, 127, 129), (1, 129, 40)], 1, 3, 128, BF16),
     Case([(3, 150, 60), (1, 3, 1), (4, 0, 30), (0, 200, 1)], 2, 4, 64, BF16),  # rows out of order, and not all of them
@@ -41,9 +41,7 @@ def test_attention_prefill_matches_reference(case: Case, guarded: GuardedMemory,
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=NAMES.get)
-def test_attention_prefill_matches_the_definition(
-    dtype: torch.dtype, guarded: GuardedMemory, device: torch.device
-) -> None:
+def test_attention_prefill_matches_float64(dtype: torch.dtype, guarded: GuardedMemory, device: torch.device) -> None:
     tensors = build(Case([(1, 70, 20), (0, 0, 9)], 2, 3, 40, dtype), guarded, device)
     assert_matches("attention", attention_prefill(*tensors).cpu(), oracle(*tensors))
 
@@ -53,7 +51,7 @@ def test_attention_prefill_serves_a_decode_step(guarded: GuardedMemory, device: 
     assert_matches("attention", attention_prefill(*tensors), reference.attention(*tensors))
 
 
-def test_attention_prefill_holds_large_scores(guarded: GuardedMemory, device: torch.device) -> None:
+def test_attention_prefill_handles_large_scores(guarded: GuardedMemory, device: torch.device) -> None:
     """Scores far beyond the range of exp: the softmax subtracts the maximum."""
     tensors = build(Case([(0, 130, 20)], 1, 2, 32, FP32), guarded, device)
     tensors.q.mul_(100)
@@ -73,7 +71,7 @@ def test_attention_prefill_repeats_bit_for_bit(guarded: GuardedMemory, device: t
     assert torch.equal(attention_prefill(*tensors), attention_prefill(*tensors))
 
 
-def test_attention_prefill_takes_no_tokens(guarded: GuardedMemory, device: torch.device) -> None:
+def test_attention_prefill_accepts_zero_tokens(guarded: GuardedMemory, device: torch.device) -> None:
     _, cache_k, cache_v, _ = build(CASE_LIST[0], guarded, device)
     q = guarded.empty(0, 8, 64, dtype=BF16, device=device)
     assert attention_prefill(q, cache_k, cache_v, RaggedBatch.of([], device)).shape == (0, 512)
@@ -87,10 +85,10 @@ def test_query_blocks_start_with_the_most_keys(device: torch.device) -> None:
     assert batch.query_blocks(2) is blocks and batch.query_blocks(3) is not blocks
 
 
-@pytest.mark.parametrize("how", REJECTED)
-def test_attention_prefill_rejects(how: str, guarded: GuardedMemory, device: torch.device) -> None:
+@pytest.mark.parametrize("fault", REJECTED)
+def test_attention_prefill_rejects(fault: str, guarded: GuardedMemory, device: torch.device) -> None:
     tensors = build(decode_case([9, 20], 2, 2, 16, FP32), guarded, device)
-    spoil, message = REJECTED[how]
+    spoil, message = REJECTED[fault]
     with pytest.raises(ValueError, match=message):
         attention_prefill(*spoil(tensors))
 

@@ -1,4 +1,4 @@
-"""The patched interpreter: bfloat16 equal to torch's, bit for bit."""
+"""The patched interpreter computes in bfloat16 as torch does, bit for bit."""
 
 import pytest
 import torch
@@ -41,12 +41,12 @@ def test_bfloat16_arithmetic_rounds_as_torch_does(guarded: GuardedMemory) -> Non
     below = guarded.empty(N, dtype=torch.bool)
     _arithmetic_kernel[(1,)](a, b, *outputs, below, BLOCK=N)
     expected: list[Tensor] = [a + b, a * b, (a.float() / 3).bfloat16()]
-    for ours, theirs in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
+    for ours, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=0, rtol=0, equal_nan=True)
     assert torch.equal(below, a < b)
 
 
-def test_bfloat16_dot_and_bounds_known_when_run(guarded: GuardedMemory) -> None:
+def test_bfloat16_dot_in_a_loop_with_a_runtime_bound(guarded: GuardedMemory) -> None:
     a, b = random(16, N, dtype=torch.bfloat16, seed=1), random(N, 16, dtype=torch.bfloat16, seed=2)
     y = guarded.empty(16, 16, dtype=torch.bfloat16)
     _dot_kernel[(1,)](a, b, y, N, BLOCK=16)

@@ -1,4 +1,4 @@
-"""What the tests of both projection kernels share: weights of unusual widths, and the reference's results."""
+"""Shared by the tests of both projection kernels: weights of unusual widths, and the reference's results."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ SHAPES = {
 
 
 class Case:
-    """A projection's tensors. The caches lie between guard bands and hold NaN."""
+    """A projection's tensors. The caches are between guard bands and hold NaN."""
 
     def __init__(
         self, shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, memory: GuardedMemory
@@ -78,7 +78,7 @@ class Case:
 
 
 def scattered(n_tokens: int, device: torch.device) -> RaggedBatch:
-    """Tokens of up to three rows, at positions that differ by row, with rows not in order."""
+    """Tokens of up to three rows, which are not in order, at positions that differ by row."""
     third = n_tokens // 3
     counts = {3: n_tokens - 2 * third, 0: third, 2: third}
     return RaggedBatch.of([(row, 5 * row + 1, [0] * count) for row, count in counts.items() if count], device)

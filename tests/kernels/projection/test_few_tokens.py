@@ -1,4 +1,4 @@
-"""The projection of a few tokens, against the reference's ops."""
+"""The projection of a few tokens matches the reference's ops."""
 
 from typing import Any
 
@@ -44,8 +44,10 @@ def test_few_tokens_appends_nothing_outside_the_cache(device: torch.device, guar
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
-def test_few_tokens_divides_late(scale: float, device: torch.device, guarded: GuardedMemory) -> None:
-    """Small and large hidden states keep their digits until the norm divides, in float16, too."""
+def test_few_tokens_keeps_precision_at_small_and_large_scales(
+    scale: float, device: torch.device, guarded: GuardedMemory
+) -> None:
+    """Small and large hidden states keep their precision until the norm divides, even in float16."""
     case = Case(SHAPES["E192-H6-K2-D32-F480"], 5, torch.float16, device, guarded)
     case.h = guarded.copy(case.h * scale)
     ours = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
@@ -54,10 +56,10 @@ def test_few_tokens_divides_late(scale: float, device: torch.device, guarded: Gu
 
 @pytest.mark.parametrize("accumulators", [1, 2, 4])
 @pytest.mark.parametrize("shape", ["E100-H3-K1-D20-F90", "E512-H3-K1-D64-F768"])
-def test_few_tokens_takes_chunks_in_turn(
+def test_few_tokens_matches_reference_with_any_number_of_accumulators(
     shape: str, accumulators: int, device: torch.device, guarded: GuardedMemory
 ) -> None:
-    """Any number of accumulators works, also where chunks do not divide a row."""
+    """Chunks need not divide a row."""
     case = Case(SHAPES[shape], 5, torch.bfloat16, device, guarded)
     launch = Launch(rows=16, chunk=32, stages=2, warps=2, accumulators=accumulators)
     swiglu = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True, launch=launch)
@@ -85,7 +87,7 @@ def test_few_tokens_keeps_its_launch_table() -> None:
         assert (launch.rows, launch.accumulators, launch.stages) == expected, (out_features, in_features, columns)
 
 
-def test_few_tokens_repeats_itself(device: torch.device, guarded: GuardedMemory) -> None:
+def test_few_tokens_repeats_bit_for_bit(device: torch.device, guarded: GuardedMemory) -> None:
     case = Case(STORIES, 5, torch.bfloat16, device, guarded)
     first = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
     assert torch.equal(first, few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True))
@@ -103,7 +105,7 @@ def test_few_tokens_fits_shared_memory(shared_bytes: int, itemsize: int) -> None
         ) * launch.chunk * launch.accumulators * itemsize * launch.stages <= shared_bytes
 
 
-def test_few_tokens_rejects_what_does_not_belong_together(device: torch.device, guarded: GuardedMemory) -> None:
+def test_few_tokens_rejects_invalid_arguments(device: torch.device, guarded: GuardedMemory) -> None:
     case = Case(STORIES, 3, torch.float32, device, guarded)
     many = case.h.repeat(6, 1)
     with pytest.raises(ValueError, match="few_tokens takes 1 to 16 tokens, got 18"):
@@ -117,7 +119,7 @@ def test_few_tokens_rejects_what_does_not_belong_together(device: torch.device, 
 def test_programs_of_a_multiprocessor_share_its_prefetches(
     n_tokens: int, swiglu: bool, device: torch.device, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The programs of a multiprocessor prefetch PREFETCH_BYTES together, whatever their number and their tiles."""
+    """The programs of a multiprocessor prefetch PREFETCH_BYTES together, for any number of programs and tiles."""
     case = Case(SHAPES["E512-H3-K1-D64-F768"], n_tokens, torch.bfloat16, device, guarded)
     budgets: list[int] = []
     launched: dict[str, Any] = {}
@@ -127,7 +129,7 @@ def test_programs_of_a_multiprocessor_share_its_prefetches(
         return 0
 
     monkeypatch.setattr(module, "prefetch_bytes", record)
-    monkeypatch.setattr(module, "_few_tokens_kernel", {(1,): lambda *_, **how: launched.update(how)})
+    monkeypatch.setattr(module, "_few_tokens_kernel", {(1,): lambda *_, **options: launched.update(options)})
     monkeypatch.setattr(module, "ceil_div", lambda *_: 1)
     for stages in (2, 8):
         few_tokens(case.h, case.w13, swiglu=swiglu, launch=Launch(rows=16, chunk=128, stages=stages, warps=2))

@@ -1,4 +1,4 @@
-"""The projection of one token: against the reference's ops, at widths below one tile and rows of several tiles."""
+"""The projection of one token matches the reference's ops, at widths below one tile and rows of several tiles."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_matvec_matches_reference(
     guarded: GuardedMemory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With launches for GPUs of few and many multiprocessors, which differ in the rows per program."""
+    """Launches for GPUs with few and with many multiprocessors differ in the rows per program."""
     monkeypatch.setattr(module, "current_target", lambda: replace(H200, processors=processors))
     case = Case(shape, 1, dtype, device, guarded)
     assert_matches("linear", matvec(case.x, case.w2), case.expected_projection(None))
@@ -86,21 +86,21 @@ def test_matvec_keeps_its_launch_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_matvec_with_x_behind_the_weights_is_the_same(
+def test_matvec_is_the_same_with_x_after_the_weights(
     shape: Shape, device: torch.device, guarded: GuardedMemory
 ) -> None:
     """x_first=False, which the GPU report measures, gives the same result."""
     case = Case(shape, 1, torch.bfloat16, device, guarded)
-    usual = choose_launch(case.w13, 2)
-    assert usual is not None and usual.x_first
+    chosen = choose_launch(case.w13, 2)
+    assert chosen is not None and chosen.x_first
     results = [
         matvec(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True, launch=launch)
-        for launch in (usual, usual._replace(x_first=False))
+        for launch in (chosen, chosen._replace(x_first=False))
     ]
     assert torch.equal(*results)
 
 
-def test_matvec_takes_long_rows(device: torch.device) -> None:
+def test_matvec_accepts_long_rows(device: torch.device) -> None:
     """Rows of 53,248 elements, the longest of any Llama, use more warps. Rows beyond 65,536 are refused."""
     x, weight = random(1, 53248, dtype=torch.bfloat16, seed=1), random(2, 53248, dtype=torch.bfloat16, seed=2)
     expected = (x.double() @ weight.double().T).bfloat16()
@@ -111,7 +111,7 @@ def test_matvec_takes_long_rows(device: torch.device) -> None:
         matvec(longer[:1], longer)
 
 
-def test_matvec_rejects_what_does_not_belong_together(device: torch.device, guarded: GuardedMemory) -> None:
+def test_matvec_rejects_invalid_arguments(device: torch.device, guarded: GuardedMemory) -> None:
     case = Case(STORIES, 1, torch.float32, device, guarded)
     refusals = {
         "one token, x (1, IN), got (2, 64)": lambda: matvec(case.h.expand(2, -1), case.w13),

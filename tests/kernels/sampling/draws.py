@@ -1,4 +1,4 @@
-"""What the sampling tests share: Meta's rule in float64, an oracle for single draws, and chi-square."""
+"""Shared by the sampling tests: Meta's rule in float64, an oracle for single draws, and chi-square."""
 
 import math
 
@@ -17,36 +17,38 @@ MIN_EXPECTED = 5  # expected draws per cell of a chi-square
 def sampling(
     temperature: list[float], top_p: list[float], streams: list[tuple[int, int, int]], device: torch.device
 ) -> SamplingTensors:
-    """Parameters per row; a single temperature or top_p holds for all rows. streams: (seed, stream, call) per row."""
+    """Parameters per row. A single temperature or top_p is used for all rows. streams: (seed, stream, call) per row."""
     rows = len(streams)
-    how = SamplingTensors.of(1.0, 1.0, streams, device)
+    params = SamplingTensors.of(1.0, 1.0, streams, device)
     wide = [torch.tensor(values, dtype=torch.float64).expand(rows).contiguous() for values in (temperature, top_p)]
-    return SamplingTensors(wide[0].to(device), wide[1].to(device), how.seed, how.stream, how.call, greedy=False)
+    return SamplingTensors(
+        wide[0].to(device), wide[1].to(device), params.seed, params.stream, params.call, greedy=False
+    )
 
 
-def rows_of(how: SamplingTensors, rows: Tensor) -> SamplingTensors:
+def rows_of(params: SamplingTensors, rows: Tensor) -> SamplingTensors:
     """The parameters of these rows."""
     temperature, top_p, seed, stream, call = (
-        part[rows].contiguous() for part in (how.temperature, how.top_p, how.seed, how.stream, how.call)
+        part[rows].contiguous() for part in (params.temperature, params.top_p, params.seed, params.stream, params.call)
     )
     return SamplingTensors(temperature, top_p, seed, stream, call, greedy=False)
 
 
-def numbers_drawn(how: SamplingTensors, positions: Tensor) -> list[float]:
+def numbers_drawn(params: SamplingTensors, positions: Tensor) -> list[float]:
     """The random number in [0, 1) of each row."""
-    drawn: list[float] = uniform(how.seed, how.stream, how.call, positions).tolist()
+    drawn: list[float] = uniform(params.seed, params.stream, params.call, positions).tolist()
     return drawn
 
 
 def stream_near(u: float, seed: int = 0) -> tuple[int, int, int]:
-    """The stream of a seed whose number at position 0 is nearest to u."""
+    """The (seed, stream, call) whose random number at position 0 is nearest to u."""
     zero = torch.zeros(STREAMS, dtype=torch.int64)
     drawn = uniform(zero + seed, torch.arange(STREAMS), zero, zero)
     return seed, int((drawn - u).abs().argmin()), 0
 
 
 def metas_distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Meta's sample_top_p in float64 for one row (V,): drop tokens with more than top_p before them, renormalize."""
+    """Meta's sample_top_p in float64 for one row (V,): drops tokens with more than top_p before them, renormalizes."""
     probs = torch.softmax(logits.double().cpu() / temperature, -1)
     ordered, ids = probs.sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered

@@ -1,4 +1,4 @@
-"""The random numbers: the published test vectors, uniformity, and distinct streams."""
+"""The random numbers match published test vectors, are uniform, and differ between streams."""
 
 import torch
 

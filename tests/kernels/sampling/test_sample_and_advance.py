@@ -1,4 +1,4 @@
-"""The end of a decode step: how the draw kernel advances rows, against the reference."""
+"""The end of a decode step: the draw kernel advances rows as the reference does."""
 
 from dataclasses import fields, replace
 
@@ -38,7 +38,7 @@ def assert_same(ours: DecodeState, expected: DecodeState) -> None:
 
 
 def test_sample_and_advance_matches_reference(device: torch.device) -> None:
-    """Rows that continue, are inactive, reach their last position or a stop token, or are not numbers."""
+    """Rows that continue, are inactive, reach their last position or a stop token, or have NaN logits."""
     positions = [START - 1, START, INACTIVE, START + 1, START, START + 2, INACTIVE]
     last = [START + 9, START + 1, START + 9, START + 9, START + 2, START + 9, START - 1]
     logits = logits_on(device)
@@ -61,7 +61,7 @@ def test_sample_and_advance_matches_reference(device: torch.device) -> None:
     assert not scratch.counters.any()
 
 
-def test_sample_and_advance_repeats_step_by_step(device: torch.device) -> None:
+def test_sample_and_advance_matches_reference_over_several_steps(device: torch.device) -> None:
     """Several steps through the backends' ops; the random number changes with the position."""
     states = [state_of([START - 1] * ROWS, [START + 2] * ROWS, device) for _ in range(2)]
     workspace = fused.workspace(

@@ -79,7 +79,7 @@ def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], o
         return call
     call()  # compiles the kernels
     synchronize(device)
-    graph = CudaGraph.alone(device)
+    graph = CudaGraph.standalone(device)
     graph.capture(call)
     return graph.replay
 

@@ -1,8 +1,9 @@
 """Complete texts, with the same calls, defaults and flags as the script of this name in Meta's llama3.
 
-python examples/example_text_completion.py
-python examples/example_text_completion.py --ckpt_dir Meta-Llama-3-8B --tokenizer_path Meta-Llama-3-8B/tokenizer.model
-torchrun --nproc_per_node 1 examples/example_text_completion.py
+    python examples/example_text_completion.py
+    python examples/example_text_completion.py --ckpt_dir Meta-Llama-3-8B \
+        --tokenizer_path Meta-Llama-3-8B/tokenizer.model
+    torchrun --nproc_per_node 1 examples/example_text_completion.py
 """
 
 import argparse

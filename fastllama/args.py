@@ -7,7 +7,7 @@ from typing import Any
 
 UNSET: Any = None  # the default of a field whose value follows from other fields
 UNKNOWN_VOCAB_SIZE = -1
-MOST_PROCESSES_NAMED = 64
+MAX_PROCESSES_LISTED = 64
 IGNORED_NAMES = frozenset({"rope.freqs"})  # rotary frequencies, in some of Meta's files; ModelArgs determines them
 # Meta's params.json has only `use_scaled_rope`. The factor is 32 for the 1B and 3B of Llama 3.2, recognised by their
 # width, and 8 otherwise.
@@ -45,20 +45,20 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
-            self._check_whole(name)
-        self._check_whole("rope_original_max_seq_len")
+            self._check_positive_integer(name)
+        self._check_positive_integer("rope_original_max_seq_len")
         if self.vocab_size != UNKNOWN_VOCAB_SIZE:
-            self._check_whole("vocab_size")
+            self._check_positive_integer("vocab_size")
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.ffn_dim_multiplier is None:
             self.ffn_dim_multiplier = 1.0
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_low_freq_factor", "rope_high_freq_factor"):
-            self._check_positive(name)
+            self._check_positive_number(name)
         self._derive_widths()
         if self.rope_scaling_factor is None:
             self.rope_scaling_factor = ROPE_SCALING_FACTORS_BY_DIM.get(self.dim, ROPE_SCALING_FACTOR)
-        self._check_positive("rope_scaling_factor")
+        self._check_positive_number("rope_scaling_factor")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ValueError(
                 "rope_high_freq_factor must be above rope_low_freq_factor, "
@@ -66,46 +66,46 @@ class ModelArgs:
             )
 
     def _derive_widths(self) -> None:
-        self._check_whole("n_kv_heads")
+        self._check_positive_integer("n_kv_heads")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}")
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim must be a multiple of n_heads, got {self.dim} and {self.n_heads}")
             self.head_dim = self.dim // self.n_heads
-        self._check_whole("head_dim")
+        self._check_positive_integer("head_dim")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         if self.hidden_dim is None:
             self.hidden_dim = ffn_width(self.dim, self.ffn_dim_multiplier, self.multiple_of)
-        self._check_whole("hidden_dim")
+        self._check_positive_integer("hidden_dim")
 
-    def _check_whole(self, name: str) -> None:
+    def _check_positive_integer(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
         setattr(self, name, int(value))
 
-    def _check_positive(self, name: str) -> None:
+    def _check_positive_number(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
         setattr(self, name, float(value))
 
     def split(self, size: int) -> "ModelArgs":
-        """The part of the model in each of `size` processes: heads, ffn width and vocabulary are divided.
+        """The arguments of each process's part of the model: heads, ffn width and vocabulary are divided by `size`.
 
         With more processes than kv heads, each process has one kv head, and several processes have the same one. Raises
-        ValueError, naming the sizes that are possible, if the model cannot be divided.
+        ValueError, which names the possible sizes, if the model cannot be divided.
         """
         if size == 1:
             return self
         obstacles = self.obstacles(size)
         if obstacles:
-            fits = [n for n in range(1, MOST_PROCESSES_NAMED + 1) if not self.obstacles(n)]
+            possible = [n for n in range(1, MAX_PROCESSES_LISTED + 1) if not self.obstacles(n)]
             raise ValueError(
                 f"this model cannot be split over world_size={size} processes: {'; '.join(obstacles)}; "
-                f"use one of {', '.join(map(str, fits))} processes"
+                f"use one of {', '.join(map(str, possible))} processes"
             )
         return replace(
             self,
@@ -117,19 +117,19 @@ class ModelArgs:
 
     def obstacles(self, size: int) -> list[str]:
         """The reasons why `size` processes cannot share the model; empty if they can."""
-        found = [
+        reasons = [
             f"{name}={getattr(self, name)} does not divide by {size}"
             for name in ("n_heads", "hidden_dim", "vocab_size")
             if getattr(self, name) % size
         ]
         if self.n_kv_heads % size and size % self.n_kv_heads:
-            found.append(f"n_kv_heads={self.n_kv_heads} is neither a multiple nor a divisor of {size}")
-        return found
+            reasons.append(f"n_kv_heads={self.n_kv_heads} is neither a multiple nor a divisor of {size}")
+        return reasons
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight by Meta's name, in the order of a forward pass."""
-        of_layer = {
+        layer_shapes = {
             "attention_norm": (self.dim,),
             "attention.wq": (self.n_heads * self.head_dim, self.dim),
             "attention.wk": (self.n_kv_heads * self.head_dim, self.dim),
@@ -142,7 +142,7 @@ class ModelArgs:
         }
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
-            shapes.update({f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()})
+            shapes.update({f"layers.{layer}.{name}.weight": shape for name, shape in layer_shapes.items()})
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
 
 

@@ -22,14 +22,14 @@ class FreeMemory(NamedTuple):
 
 def free_memory(root: Path = Path("/")) -> FreeMemory | None:
     """The memory left under the tightest limit; None without a limit. root: the folder of /proc and /sys."""
-    found = [
+    limits = [
         FreeMemory(max(0, limit - _used(group, usage, prefix)), f"in this container ({name} {limit / 2**20:.0f} MiB)")
         for version, group in _groups(root, "memory")
         for names, usage, prefix in (_MEMORY_FILES[version],)
         for name in names
         if (limit := _bytes(group / name)) is not None
     ]
-    return min(found, default=None)
+    return min(limits, default=None)
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

@@ -24,12 +24,12 @@ class CudaGraph:
     _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []  # torch's allocator may still point to them
 
     def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """stream: where the capture runs, on the launches' device; nothing else may run on it."""
+        """stream: the stream of the capture, on the launches' device; nothing else may run on it."""
         self._stream, self._pool = stream, pool
         self._graph = torch.cuda.CUDAGraph()
 
     @classmethod
-    def alone(cls, device: torch.device) -> "CudaGraph":
+    def standalone(cls, device: torch.device) -> "CudaGraph":
         """A graph with its own stream and memory pool."""
         return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
 
@@ -38,13 +38,13 @@ class CudaGraph:
         device = self._stream.device
         # torch.cuda.graph makes the stream's device current. Without a stream it would use one that all graphs of the
         # process share, on the device of the first capture. "thread_local" lets other threads use CUDA meanwhile.
-        how = {"stream": self._stream, "pool": self._pool, "capture_error_mode": "thread_local"}
+        options = {"stream": self._stream, "pool": self._pool, "capture_error_mode": "thread_local"}
         cause: BaseException | None = None
-        # Where ending a failed capture raises, torch leaves the capture's stream current. The outer torch.cuda.stream
-        # block restores the caller's.
+        # If ending a failed capture raises an error, torch leaves the capture's stream current. The outer
+        # torch.cuda.stream block restores the caller's.
         with self._capturing, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             try:
-                with torch.cuda.graph(self._graph, **how):
+                with torch.cuda.graph(self._graph, **options):
                     try:
                         launches()
                     except BaseException as error:

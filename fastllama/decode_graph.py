@@ -23,8 +23,8 @@ from fastllama.output_copies import OutputCopies, StepOutput
 
 logger = logging.getLogger(__name__)
 
-# Replays in the queue behind the one whose output the host reads, so that the device has work while the host is busy.
-# As many are wasted after the last stop token. None on a CPU, where enqueueing a step runs it.
+# Replays enqueued ahead of the one whose output the host reads, so that the device has work while the host is busy.
+# This number is wasted after the last stop token. It is 0 on a CPU, where enqueueing a step runs it.
 REPLAYS_AHEAD = 2
 FINE_BATCH_SIZES = (1, 2, 4, 8, 16)  # of graphs; larger sizes are multiples of the last, up to the model's batch size
 
@@ -48,12 +48,12 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None =
 
 
 class Decoder:
-    """Runs the decode steps of one model, on its cache rows 0, 1, …: hold `model.exclusively()` around a call.
+    """Runs the decode steps of one model on its cache rows 0, 1, …. The caller holds `model.exclusively()`.
 
     A call is `start`, then `sample_first` with the logits of the prompts' last tokens, then `enqueue_steps` and
     `receive` in turn. `receive` waits for the output it returns. `start` waits for the device only if it has to capture
-    a graph that `capture_graphs` has not. Nothing else waits. Graphs are captured again after the model's weights or
-    cache were replaced.
+    a graph that `capture_graphs` did not capture. Nothing else waits. Graphs are captured again after the model's
+    weights or cache were replaced.
     """
 
     def __init__(
@@ -65,8 +65,10 @@ class Decoder:
         unroll: int = 1,
         new_graph: Callable[[], Graph] | None = None,
     ) -> None:
-        """graphs: whether to capture steps; None does so where the backend supports it. dependent: False turns
-        dependent launches (`kernels/launch/dependent.py`) off; otherwise they are used where the GPU supports them.
+        """Prepare to decode with a model; memory is allocated at the first use.
+
+        graphs: whether to capture steps; None does so if the backend supports it. dependent: False turns
+        dependent launches (`kernels/launch/dependent.py`) off; otherwise they are used if the GPU supports them.
         unroll: steps in one replay. new_graph: makes the graphs, in place of CudaGraph.
 
         Raises ValueError for an unroll below 1, and for graphs=True on a CPU.
@@ -83,7 +85,7 @@ class Decoder:
 
     @property
     def replays_ahead(self) -> int:
-        """How many replays to enqueue behind the next one to be received."""
+        """How many replays to enqueue beyond the one that is received next."""
         return REPLAYS_AHEAD if self.model.device.type == "cuda" else 0
 
     @property
@@ -198,8 +200,8 @@ class Decoder:
 
     def _row_lengths(self, ahead: int) -> list[int]:
         """Upper bounds of the rows' lengths after `ahead` more steps, 1 for a row that is marked finished."""
-        most = self.model.cache.max_seq_len
-        return [1 if row in self._finished else min(length + ahead, most) for row, length in enumerate(self._lengths)]
+        limit = self.model.cache.max_seq_len
+        return [1 if row in self._finished else min(length + ahead, limit) for row, length in enumerate(self._lengths)]
 
     def _enqueue_copy(self, n_steps: int) -> None:
         self._copies.enqueue(self._steps, n_steps)
@@ -221,7 +223,7 @@ class Decoder:
         self._revision = model.revision
 
     def _graph_for(self, n_rows: int) -> Graph | None:
-        """The graph for a batch of n_rows, captured at its first use; None where steps run eagerly."""
+        """The graph for a batch of n_rows, captured at its first use; None if steps run eagerly."""
         use_graphs = self._use_graphs
         if use_graphs is None:
             use_graphs = self._new_graph is not None or self.model.ops.supports_cuda_graphs(self.model.device)

@@ -25,12 +25,16 @@ from fastllama.warmup import warm_up
 
 
 class CompletionPrediction(TypedDict, total=False):
+    """The continuation of one text."""
+
     generation: str
     tokens: list[str]  # only with logprobs
     logprobs: list[float]  # only with logprobs
 
 
 class ChatPrediction(TypedDict, total=False):
+    """The answer to one dialog."""
+
     generation: Message
     tokens: list[str]  # only with logprobs
     logprobs: list[float]  # only with logprobs
@@ -57,13 +61,13 @@ class Llama:
         cuda_graphs: bool | None = None,
         dependent_launch: bool | None = None,
     ) -> "Llama":
-        """Load a checkpoint, Meta's or Hugging Face's, in any number of files, and compile the kernels of all calls.
+        """Load a checkpoint, Meta's or Hugging Face's, in any number of files, and compile all kernels.
 
         ckpt_dir: the checkpoint's folder. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with one
         of them. max_seq_len: positions per row, up to 8192, or 131072 if the checkpoint has scaled rope.
-        max_batch_size: rows. model_parallel_size: processes that share the model, independent of the number of files;
-        None means all that torchrun started. Each process builds and makes the same calls. seed: for calls without
-        their own seed. device: None means CUDA if available, else the CPU. dtype: None means bfloat16 on CUDA (float16
+        max_batch_size: rows of a batch. model_parallel_size: processes that share the model, independent of the number
+        of files; None means all that torchrun started. Each process builds and makes the same calls. seed: the default
+        seed of calls. device: None means CUDA if available, else the CPU. dtype: None means bfloat16 on CUDA (float16
         if the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels) or "reference" (plain torch); None
         means fused on CUDA and reference on a CPU. rope_scaling_factor: replaces the checkpoint's or inferred factor,
         and turns scaled rope on. graph_batch_sizes: numbers of rows whose decode step is captured as a CUDA graph
@@ -98,7 +102,7 @@ class Llama:
         return llm
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
-        """Combine a model with its tokenizer. seed: for calls without their own seed."""
+        """Combine a model with its tokenizer. seed: the default seed of calls."""
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
@@ -222,7 +226,7 @@ class Llama:
         echo: bool,
         seed: int | Sequence[int] | None,
     ) -> Request:
-        """Check a call's arguments, and that no other call is running."""
+        """Check a call's arguments, and that no other call is running -> the request."""
         params = self.model.params
         prompts = validate.prompts(
             prompt_tokens,

@@ -1,4 +1,4 @@
-"""The memory plan: a model's memory, computed before any of it is allocated, and what is free."""
+"""The memory plan: how much memory a model needs, computed before it is allocated, and how much is free."""
 
 import contextlib
 import errno
@@ -97,8 +97,8 @@ def free_memory_and_limit(device: torch.device) -> FreeMemory:
     """The free memory under the tightest limit (machine, container or process), and that limit's name."""
     if device.type == "cuda":
         # torch's allocator keeps the memory of deleted models, which a new model can use.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return FreeMemory(int(torch.cuda.mem_get_info(device)[0]) + kept, f"on {device}")
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return FreeMemory(int(torch.cuda.mem_get_info(device)[0]) + cached, f"on {device}")
     machine = FreeMemory(int(psutil.virtual_memory().available), "on this machine")
     free, limit = min(machine, cgroups.free_memory() or machine)
     return min([FreeMemory(free // environment.local_world_size(), limit), *process_limits()])
@@ -108,14 +108,14 @@ def process_limits(root: Path = Path("/")) -> list[FreeMemory]:
     """The memory left under each limit of this process (ulimit -v and -d)."""
     if resource is None:
         return []
-    found = []
+    limits = []
     kinds = ((resource.RLIMIT_AS, "VmSize", "ulimit -v"), (resource.RLIMIT_DATA, "VmData", "ulimit -d"))
     for number, used, name in kinds:
         limit = resource.getrlimit(number)[0]
         if limit != resource.RLIM_INFINITY:
-            taken = _status_bytes(root / "proc/self/status", used)
-            found.append(FreeMemory(max(0, limit - taken), f"under {name} {limit // KIB}"))
-    return found
+            used_bytes = _status_bytes(root / "proc/self/status", used)
+            limits.append(FreeMemory(max(0, limit - used_bytes), f"under {name} {limit // KIB}"))
+    return limits
 
 
 def _status_bytes(path: Path, name: str) -> int:
@@ -129,7 +129,7 @@ def _status_bytes(path: Path, name: str) -> int:
 
 @contextlib.contextmanager
 def explain_out_of_memory(device: torch.device) -> Iterator[None]:
-    """A block that turns a failed allocation on a CPU into DoesNotFit, naming the tightest limit and what it leaves."""
+    """A block that turns a failed allocation on a CPU into DoesNotFit, which names the tightest limit."""
     try:
         yield
     except DoesNotFit:
@@ -164,7 +164,7 @@ def check_fits(
     shares_tied_output: bool = False,
     n_processes: int = 1,
 ) -> MemoryPlan:
-    """The plan for `args`. Raises DoesNotFit, naming sizes that would fit, if it needs more than `free` bytes.
+    """The plan for `args`. Raises DoesNotFit, which names sizes that would fit, if it needs more than `free` bytes.
 
     limit: what limits the memory, for the error message.
     """

@@ -41,7 +41,7 @@ class Layer(nn.Module):
 class Transformer(PackedModule):
     """A Llama model with its cache. `params` are its ModelArgs, `ops` its backend, `cache` its KVCache.
 
-    Where several processes share the model, `share` are the ModelArgs of this process's part: its heads with their
+    If several processes share the model, `share` are the ModelArgs of this process's part: its heads with their
     cache, its ffn width, its rows of the embedding and of the output. All processes of the group make the same calls.
     """
 
@@ -141,7 +141,7 @@ class Transformer(PackedModule):
         return self.group.all_gather(self.ops.norm_lm_head(h, self.norm, self.output, self.params.norm_eps, batch))
 
     def suited(self, n_tokens: int, n_keys: int) -> AbstractContextManager[None]:
-        """A block that runs n_tokens over up to n_keys of the cache, on one CPU thread where that is little work."""
+        """A block that runs n_tokens over up to n_keys of the cache, on one CPU thread if that is little work."""
         if self.device.type != "cpu":
             return nullcontext()
         attention = 2 * self.share.n_layers * self.share.n_heads * self.share.head_dim * n_keys
@@ -182,10 +182,10 @@ class Transformer(PackedModule):
         changed, listing names that are missing, unexpected or of another shape.
         """
         shapes, tied = self.share.shapes, self.params.tied_output
-        found = check_state_dict(state_dict, shapes, IGNORED_NAMES, tied_output=tied, strict=strict)
-        kept = self.state_dict() if found.missing_keys else {}
-        self.load_tensors((name, weight) for name, weight in {**kept, **state_dict}.items() if name in shapes)
-        return found
+        keys = check_state_dict(state_dict, shapes, IGNORED_NAMES, tied_output=tied, strict=strict)
+        current = self.state_dict() if keys.missing_keys else {}
+        self.load_tensors((name, weight) for name, weight in {**current, **state_dict}.items() if name in shapes)
+        return keys
 
     @with_default_settings
     @torch.inference_mode(False)

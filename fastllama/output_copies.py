@@ -23,7 +23,7 @@ class OutputCopies:
     """Copies to the host, received in the order in which they were enqueued. At most `n_buffers` are in flight."""
 
     def __init__(self, state: DecodeState, n_steps: int, n_buffers: int) -> None:
-        """n_steps: the most steps in one copy."""
+        """Allocate the buffers. n_steps: the maximum number of steps in one copy."""
         self._state = state
         shape, pinned = (n_buffers, n_steps, state.rows.shape[0]), state.rows.is_cuda
         self._tokens = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=pinned)

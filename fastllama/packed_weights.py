@@ -54,7 +54,7 @@ def packed_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Pa
 
 
 class PackedModule(nn.Module):
-    """The base class of a model with packed weights. The model sets `params` to `layers` before any of the methods."""
+    """The base class of a model with packed weights. The model sets `params` to `layers` before it calls a method."""
 
     params: ModelArgs  # of the complete model
     share: ModelArgs  # of this process's part
@@ -75,11 +75,11 @@ class PackedModule(nn.Module):
             weight.owner.register_parameter(weight.attribute, None)
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Pack and set all weights, which come by Meta's names in any order. See `Transformer.load_tensors`."""
+        """Pack and set all weights, given by Meta's names in any order. See `Transformer.load_tensors`."""
         ignored = IGNORED_NAMES | ({"output.weight"} if self.params.tied_output else set())
         expected = {name: shape for name, shape in self.share.shapes.items() if name not in ignored}
         packed_by_name = {name: weight for weight in self._packed_weights() for name in weight.names}
-        waiting: dict[str, Tensor] = {}  # until all parts of their packed weight are here
+        waiting: dict[str, Tensor] = {}  # until all parts of a packed weight have arrived
         for name, tensor in tensors:
             if name in ignored:
                 continue
@@ -94,7 +94,7 @@ class PackedModule(nn.Module):
                 self._set_weight(weight, [waiting.pop(part) for part in weight.names])
         if expected:
             raise ValueError(f"{len(expected)} weights are missing: {first_names(expected)}")
-        if self.params.tied_output:  # one copy in memory where the backend packs nothing
+        if self.params.tied_output:  # one copy in memory if the backend packs nothing
             self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
 
     def _set_weight(self, weight: PackedWeight, parts: list[Tensor]) -> None:
@@ -104,7 +104,7 @@ class PackedModule(nn.Module):
         setattr(weight.owner, weight.attribute, nn.Parameter(value, requires_grad=False))
 
     def _unpacked_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Meta's name, weight in Meta's shape). Raises ValueError where no weights are loaded."""
+        """(Meta's name, weight in Meta's shape). Raises ValueError if no weights are loaded."""
         shapes = self.share.shapes
         for weight in self._packed_weights():
             packed = getattr(weight.owner, weight.attribute)
@@ -138,8 +138,8 @@ def check_state_dict(
 ) -> LoadedKeys:
     """The missing and unexpected names in a state dict for a model with weights of these shapes.
 
-    Raises ValueError, listing them, for weights of another shape and, where `strict`, for missing and unexpected names;
-    and where the output is tied but output.weight differs from the embedding.
+    Raises ValueError, listing them, for weights of another shape and, if `strict`, for missing and unexpected names;
+    and if the output is tied but output.weight differs from the embedding.
     """
     missing = [name for name in shapes if name not in weights]
     if tied_output and "output.weight" in missing:

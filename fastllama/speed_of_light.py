@@ -97,10 +97,10 @@ def collectives_seconds(args: ModelArgs, dtype: torch.dtype, batch: int, n_proce
     """
     if n_processes == 1:
         return 0.0
-    others = (n_processes - 1) / n_processes
+    other_share = (n_processes - 1) / n_processes
     rows, logits = (batch * width * dtype.itemsize for width in (args.dim, args.vocab_size))
-    all_reduce = links.latency + 2 * others * rows / links.bandwidth
-    return (2 * args.n_layers + 1) * all_reduce + links.latency + others * logits / links.bandwidth
+    all_reduce = links.latency + 2 * other_share * rows / links.bandwidth
+    return (2 * args.n_layers + 1) * all_reduce + links.latency + other_share * logits / links.bandwidth
 
 
 def least_seconds(work: Iterable[Work], machine: Machine) -> float:

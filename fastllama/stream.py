@@ -31,7 +31,7 @@ class Increment:
     row: int  # the prompt's index
     tokens: list[int]  # never a stop token
     text: str  # the text these tokens complete; a character is never split
-    logprobs: list[float] | None  # one per token; None where they were not requested
+    logprobs: list[float] | None  # one per token; None if they were not requested
     finish_reason: FinishReason | None  # in a row's last increment: "stop" at a stop token, "length" at its budget
 
 
@@ -78,7 +78,7 @@ class _Row:
         return self._increment(echoed[:end], logprobs, reason)
 
     def next_increment(self, request: Request, token: int, logprob: float) -> Increment:
-        """The increment of one step. Raises NotFiniteError where the step's logits were not numbers."""
+        """The increment of one step. Raises NotFiniteError if the step's logits were not numbers."""
         if token == NO_TOKEN:
             raise NotFiniteError(
                 f"the logits of row {self.index} are not finite numbers at step {self.length - len(self.prompt)} "

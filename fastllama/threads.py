@@ -48,9 +48,9 @@ def available() -> int:
 
 def cpus() -> int:
     """How many CPUs this process may keep busy: those it may run on, but no more than its container's quota."""
-    here = _openmp.cpus() or os.cpu_count() or 1
+    visible = _openmp.cpus() or os.cpu_count() or 1
     quota = _quota()
-    return here if quota is None else max(1, min(here, math.ceil(quota)))
+    return visible if quota is None else max(1, min(visible, math.ceil(quota)))
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def _openmp_threads(count: int) -> int:
 
 @functools.cache
 def _products_are_complete(count: int) -> bool:
-    """Whether matrix products on `count` threads have no part missing."""
+    """Whether matrix products on `count` threads are complete."""
     with _using(count):
         return all(_product_is_complete(count, dtype) for dtype in (torch.float32, torch.bfloat16))
 
@@ -165,11 +165,11 @@ class _OpenMP:
         """The libraries with torch's symbols, in the order in which the loader searches them."""
         names = {"Linux": "libtorch_cpu.so", "Darwin": "libtorch_cpu.dylib", "Windows": "torch_cpu.dll"}
         path = Path(torch.__file__).parent / "lib" / names.get(platform.system(), "")
-        found = []
+        libraries = []
         for name in (None, str(path)):
             with contextlib.suppress(OSError, TypeError):
-                found.append(ctypes.CDLL(name))
-        return found
+                libraries.append(ctypes.CDLL(name))
+        return libraries
 
     def _function(self, name: str) -> Callable[..., int] | None:
         return next((getattr(library, name) for library in self._libraries() if hasattr(library, name)), None)

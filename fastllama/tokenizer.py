@@ -34,6 +34,8 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Message(TypedDict):
+    """One message of a dialog."""
+
     role: Role
     content: str
 
@@ -128,9 +130,9 @@ class Tokenizer:
 
         tokens = [self.bos_id] if bos else []
         for piece in split_long_text(s):
-            if found := _pattern_of(forbidden).search(piece):
+            if match := _pattern_of(forbidden).search(piece):
                 raise ValueError(
-                    f"the text holds the special token {found[0]!r}, which disallowed_special forbids; pass "
+                    f"the text holds the special token {match[0]!r}, which disallowed_special forbids; pass "
                     "disallowed_special=() to encode it as plain text, or allow it in allowed_special"
                 )
             start = 0

@@ -170,10 +170,10 @@ def _special_names_by_offset(added: Mapping[int, str], n_ranks: int, path: Path)
                 f"{n_ranks} to {n_ranks + NUM_SPECIAL_TOKENS - 1}; a vocabulary extended beyond them cannot be used"
             )
     for offset, name in FIXED_NAMES.items():
-        found = names.get(offset)
-        if found != name and (offset in REQUIRED_NAMES or name in names.values()):
+        actual = names.get(offset)
+        if actual != name and (offset in REQUIRED_NAMES or name in names.values()):
             raise ValueError(
-                f"{path}: expected the special token {name!r} at id {n_ranks + offset}, found {found!r}; "
+                f"{path}: expected the special token {name!r} at id {n_ranks + offset}, found {actual!r}; "
                 "the special tokens do not have Llama 3's ids"
             )
     return names
@@ -265,8 +265,8 @@ def _byte_decoder() -> dict[str, int]:
     A printable Latin-1 character is its own byte. The characters from U+0100 are the other bytes in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    code_points = itertools.count(0x100)
+    return {chr(byte if byte in printable else next(code_points)): byte for byte in range(256)}
 
 
 def _check_merges(merges: list[str | list[str]], vocab: Mapping[str, int]) -> None:

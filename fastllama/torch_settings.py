@@ -96,7 +96,7 @@ def default_settings() -> Iterator[None]:
 
 
 def _no_transforms() -> contextlib.AbstractContextManager[Any]:
-    """A block that function transforms around it (torch.func.grad, vmap, functionalize) do not see."""
+    """A block that surrounding function transforms (torch.func.grad, vmap, functionalize) do not see."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()

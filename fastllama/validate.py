@@ -48,10 +48,10 @@ def seeds(value: Any, n_rows: int) -> list[int] | int | None:
         return None if value is None else seed(value)
     if isinstance(value, TEXTS | UNORDERED) or getattr(value, "ndim", None) == 0 or not isinstance(value, Iterable):
         return seed(value)  # raises, and says what a seed must be
-    each = list(value)
-    if len(each) != n_rows:
-        raise ValueError(f"a list of seeds must have one for each of the {n_rows} prompts, got {len(each)}")
-    return [seed(one) for one in each]
+    values = list(value)
+    if len(values) != n_rows:
+        raise ValueError(f"a list of seeds must have one for each of the {n_rows} prompts, got {len(values)}")
+    return [seed(item) for item in values]
 
 
 def flag(name: str, value: Any) -> bool:

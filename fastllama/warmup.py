@@ -1,7 +1,7 @@
 """Warm-up at build: compile all kernels and capture graphs, so that the first calls do not wait for them.
 
-The kernels of a call depend only on its number of rows and of tokens, in a few classes each: one token, up to 8, up to
-16, more, and powers of two of rows beyond 32. One run of each class compiles every kernel that later calls launch.
+The kernels of a call depend only on the classes of its numbers of rows and tokens: one, up to 8, up to 16, more; beyond
+32 rows, each power of two is a class. One run of each class compiles every kernel that later calls launch.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ PROMPT_TOKENS = (2, 12, 40)
 def warm_up(decoder: Decoder, batch_sizes: Sequence[int], progress: bool | None = None) -> None:
     """Compile the kernels of calls of any size and capture the graphs of these batch sizes. Waits for the device.
 
-    Nothing is compiled for a backend without its own kernels. Cache rows are overwritten. progress: a bar on stderr;
-    None shows it on a terminal only.
+    Nothing is compiled for a backend without its own kernels. Cache rows are overwritten. progress: whether to
+    show a bar on stderr; None shows it on a terminal only.
     """
     model = decoder.model
     tasks: list[Callable[[], None]] = []
@@ -38,10 +38,10 @@ def warm_up(decoder: Decoder, batch_sizes: Sequence[int], progress: bool | None 
         task()
 
 
-def row_classes(max_rows: int, others: Sequence[int] = ()) -> list[int]:
-    """One number of rows for each class up to max_rows, and the other given numbers."""
+def row_classes(max_rows: int, batch_sizes: Sequence[int] = ()) -> list[int]:
+    """One number of rows for each class up to max_rows, and the given batch sizes."""
     beyond = [2**power + 1 for power in range(5, max_rows.bit_length())]
-    return sorted({min(rows, max_rows) for rows in (*ROWS, *beyond, *others)})
+    return sorted({min(rows, max_rows) for rows in (*ROWS, *beyond, *batch_sizes)})
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """The inputs of a forward pass: the ragged batch and the sampling parameters.
 
 The tokens of a call are flat: N tokens of any number of rows, one after another, each with its row and its position in
-that row. Prefill has many tokens per row, a decode step has one, a chunk of a long prompt any number. All of them use
-the same type.
+that row. Prefill has many tokens per row, a decode step has one, a chunk of a long prompt has any number. All of them
+use the same type.
 """
 
 from collections.abc import Sequence
@@ -89,9 +89,9 @@ class RaggedBatch:
         return cls(flat[0], flat[1], flat[2], tuple(segments), workspace=workspace)
 
 
-# Temperatures are clamped to this range. At its ends a draw is already among the largest logits only, or uniform. The
-# range keeps 1 / temperature finite, so that 0 · inf cannot occur, and keeps temperatures out of the denormals, which
-# some processors flush to 0.
+# Temperatures are clamped to this range. At its ends a draw already selects among the largest logits only, or is
+# uniform. The range keeps 1 / temperature finite, so that 0 · inf cannot occur, and keeps temperatures out of the
+# denormals, which some processors flush to 0.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-38, 1e37
 PER_ROW = ("temperature", "top_p", "seed", "stream", "call")  # fields of SamplingTensors with one value per row
 
@@ -115,8 +115,8 @@ class SamplingTensors:
         signed = [[seed - 2**64 if seed >= 2**63 else seed, stream, call] for seed, stream, call in streams]
         seed, stream, call = upload(signed, torch.int64, device).T.contiguous()
         greedy = temperature == 0 or top_p == 0
-        kept = temperature and min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
-        full = torch.full((len(streams),), kept, dtype=torch.float64, device=device)
+        clamped = temperature and min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
+        full = torch.full((len(streams),), clamped, dtype=torch.float64, device=device)
         return cls(full, torch.full_like(full, top_p), seed, stream, call, greedy)
 
     def first(self, n_rows: int) -> "SamplingTensors":

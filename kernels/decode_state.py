@@ -2,8 +2,8 @@
 
 A step feeds each row its newest token and generates the next one. The values in the tensors never affect control flow
 in Python, so a step can be captured in a CUDA graph. A row is inactive, at position INACTIVE, once it has met a stop
-token, its last position or logits that are not numbers. An inactive row is fed like the others, but appends nothing
-that is read, attends to one key and writes nothing, until the next call.
+token, its last position or logits that are not numbers. A step also runs inactive rows: until the next call, such a row
+attends to one key, writes no output, and appends nothing that is read.
 """
 
 from collections.abc import Sequence
@@ -73,10 +73,9 @@ class DecodeState:
         stop_ids: Sequence[int],
         sampling: SamplingTensors,
     ) -> None:
-        """Set the first rows to these newest tokens and positions, to generate up to position `last`. Deactivate the
-        others.
+        """Set the first rows to these newest tokens and positions, and deactivate the other rows.
 
-        Does not wait for the device.
+        Each row generates up to its position `last`. Does not wait for the device.
         """
         n_rows, device = len(tokens), self.tokens.device
         self.deactivate()

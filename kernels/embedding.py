@@ -44,10 +44,9 @@ def _embed_kernel(
 
 
 def embed(table: Tensor, tokens: Tensor, begin: int | None = None) -> Tensor:
-    """Gather rows: table (V, E), tokens (N,) int64 -> h (N, E). begin: the table is a slice of the vocabulary from this
-    id on.
+    """Gather rows: table (V, E), tokens (N,) int64 -> h (N, E). Raises ValueError if tensors do not match.
 
-    Raises ValueError where tensors do not match.
+    begin: the first id of the table if it is a slice of the vocabulary.
     """
     check_model_dtype("table", table)
     check_tensor("table", table, ("V", "E"), table.dtype, table.device)

@@ -7,7 +7,7 @@ Every Triton kernel is tested against this file. A forward pass is
     norm_lm_head
     sample, or sample_and_advance in a decode step
 
-and the functions below have that order. What concerns weight layouts and machines comes last.
+and the functions below have that order. Functions for weight layouts and machines come last.
 
 Dims, here and in every shape below:
 
@@ -93,8 +93,8 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
         out[n, h] = softmax(q[n, h] · k[row, h // G]ᵀ / √D) · v[row, h // G]    over the positions [0, positions[n]]
 
     q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D). The G query heads that share a kv head are G
-    rows of queries against it, so that keys and values are read once. What the cache holds after a row's last token
-    has no influence, not even NaN.
+    rows of queries against it, so that keys and values are read once. Positions after a row's last token have no
+    influence, even if they hold NaN.
     """
     lengths = {segment.keys for segment in batch.segments}
     if batch.is_decode_step and batch.exact and len(lengths) == 1:  # a decode step of equally long rows needs no mask
@@ -126,7 +126,7 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> 
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
-    """residual + x · weightᵀ, or x · weightᵀ where residual is None: x (N, ·), packed weight (E, ·) -> (N, E).
+    """residual + x · weightᵀ, or x · weightᵀ if residual is None: x (N, ·), packed weight (E, ·) -> (N, E).
 
     The output projection of attention and the down projection of the ffn.
     """
@@ -160,7 +160,7 @@ def sample(
     """Sample each row's next token.
 
         mass    = exp((x - max x) / temperature)
-        kept    = tokens with at most top_p · Σ mass before them, in descending order; among equals lowest ids first
+        kept    = tokens with at most top_p · Σ mass before them, in descending order; among equals, lowest ids first
         token   = the first kept token whose running mass exceeds u · Σ kept mass; u = philox.uniform(…) in [0, 1)
         logprob = log softmax(x)[token], before temperature and top-p
 
@@ -198,7 +198,7 @@ def _draw(x: Tensor, sampling: SamplingTensors, positions: Tensor) -> Tensor:
 
 
 def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
-    """Sample each row's next token, write it to the output, and advance the row, or deactivate it where it ends.
+    """Sample each row's next token, write it to the output, and advance the row, or deactivate it if it ends.
 
     logits (B, V) in the model dtype; changes the state's B rows in place. A row ends at a stop token, at its last
     position, and at logits that are not numbers, whose token is NO_TOKEN. An inactive row writes nothing.

@@ -35,7 +35,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, eps, E: tl.constexpr, BLOCK_E: tl
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalize rows: x (N, E), weight (E,) -> (N, E).
 
-    Raises ValueError where tensors do not match, and for rows of more than 65,536 elements.
+    Raises ValueError if tensors do not match, and for rows of more than 65,536 elements.
     """
     check_model_dtype("x", x)
     check_tensor("x", x, ("N", "E"), x.dtype, x.device)

@@ -40,7 +40,7 @@ class CacheTarget(NamedTuple):
         return cls(cache_k, cache_v, rope, batch.positions, batch.rows)
 
     def query_heads(self, n_tokens: int, out_features: int, dtype: torch.dtype, device: torch.device) -> int:
-        """H of a projection to out_features. Raises ValueError where tensors do not match."""
+        """H of a projection to out_features. Raises ValueError if tensors do not match."""
         check_tensor("cache_k", self.cache_k, ("B", "K", "T", "D"), dtype, device)
         _, n_kv_heads, length, head_dim = self.cache_k.shape
         check_head_dim(head_dim)
@@ -112,7 +112,7 @@ def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, b
     """Rotate queries and keys, and append keys and values to the cache.
 
     heads (N, (H + 2K)·D), rope (T, D/2, 2) float32, one layer's cache_k and cache_v (B, K, T, D) -> q (N, H, D). Raises
-    ValueError where tensors do not match.
+    ValueError if tensors do not match.
     """
     check_model_dtype("heads", heads)
     check_tensor("heads", heads, ("N", "(H + 2K)·D"), heads.dtype, heads.device)

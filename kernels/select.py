@@ -13,10 +13,10 @@ MIN_CAPABILITY = (8, 0)  # the first compute capability with bfloat16 matrix ins
 
 
 def backend(name: str | None, device: torch.device) -> ModuleType:
-    """The backend module of this name, or the device's default where name is None.
+    """The backend module of this name, or the device's default if name is None.
 
     The default is "fused" on a GPU that supports it, else "reference". Raises ValueError for an unknown name, and for
-    "fused" where it cannot run: without triton, on an older GPU, or on a CPU without Triton's interpreter.
+    "fused" if it cannot run: without triton, on an older GPU, or on a CPU without Triton's interpreter.
     """
     if name is None:
         name = "fused" if device.type == "cuda" and _obstacle(device) is None else "reference"
@@ -32,7 +32,7 @@ def backend(name: str | None, device: torch.device) -> ModuleType:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why the fused backend does not run on a device, with the remedy; None where it runs."""
+    """Why the fused backend does not run on a device, with the remedy; None if it runs."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton, on Linux)"
     from fastllama.kernels.launch.interpreter import interpreting

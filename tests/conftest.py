@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("fastllama")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--all."""
+    """Add the option --all."""
     parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
 
 

@@ -1,7 +1,7 @@
 """The public interface as text: every command's `--help`, every public signature, every key of a result file.
 
-`tests/data/interface.txt` holds it. Where it is meant to change, `python -m tests.interface` writes the file anew, and
-its diff is part of the review.
+`tests/data/interface.txt` holds it. After an intended change, `python -m tests.interface` rewrites the file, and its
+diff is reviewed.
 """
 
 import importlib
@@ -31,7 +31,7 @@ COMMANDS = (
 )
 SUITES = "kernels,decode,prefill,generate,memory"
 BENCH = ("--batch", "2", "--context", "4", "--steps", "3", "--rounds", "1", "--device", "cpu", "--threads", "1")
-# A model whose numbers are made, beside a peer; and one that is read from files.
+# A generated model, compared with a peer; and a model that is read from files.
 RUNS = (("--suite", SUITES, "--model", "random-toy", "--peers", "reference"), ("--suite", "load", "--peers", "none"))
 PERCENTILES = {"count", "minimum", "p10", "p50", "p90", "p99", "maximum"}
 
@@ -68,11 +68,11 @@ def signatures() -> Iterator[str]:
 
 
 def result_keys() -> Iterator[str]:
-    """Every key of a result file, by the suite of its record. Whoever the peers are, theirs are `peers.*`."""
+    """Every key of a result file, by the suite of its record. The keys of every peer are `peers.*`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
-        for how in RUNS:
-            command = [sys.executable, "-m", "fastllama", "bench", *BENCH, *how, "--no_plots", "--output", str(path)]
+        for run in RUNS:
+            command = [sys.executable, "-m", "fastllama", "bench", *BENCH, *run, "--no_plots", "--output", str(path)]
             subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
             result = json.loads(path.read_text())
             for record in result.pop("records"):
@@ -82,19 +82,19 @@ def result_keys() -> Iterator[str]:
 
 
 def lines(parts: Iterator[str]) -> list[str]:
-    """Each line once, in the order of the alphabet."""
+    """The lines without duplicates, sorted."""
     return sorted(set(parts))
 
 
 def _signature(value: Any) -> str:
-    """Parameters with their kinds and defaults. Their types are mypy's business."""
+    """Parameters with their kinds and defaults, without types, which mypy checks."""
     try:
-        found = inspect.signature(value)
+        signature = inspect.signature(value)
     except (TypeError, ValueError):
         return ""
     empty = inspect.Signature.empty
-    plain = [parameter.replace(annotation=empty) for parameter in found.parameters.values()]
-    return str(found.replace(parameters=plain, return_annotation=empty))
+    plain = [parameter.replace(annotation=empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=empty))
 
 
 def _keys(value: Any, prefix: str = "") -> Iterator[str]:

@@ -28,7 +28,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 
 def learn_ranks(word_counts: dict[str, int], size: int) -> dict[bytes, int]:
-    """`size` ranks, learned by merging pairs in the counted words. Ties go to the pair of lowest ranks."""
+    """`size` ranks, learned by merging pairs in the counted words. Ties go to the pair with the lowest ranks."""
     tokens = [bytes([value]) for value in range(BYTES)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     words = [(list(word.encode()), count) for word, count in sorted(word_counts.items()) if count > 0]
@@ -74,17 +74,17 @@ def _merge(word: list[int], pair: tuple[int, int], rank: int) -> list[int]:
 
 
 def write_ranks(ranks: dict[bytes, int], path: Path) -> None:
-    """One line per token: its bytes in base64, a space, its rank."""
+    """Write one line per token: its bytes in base64, a space, its rank."""
     by_rank = sorted(ranks, key=ranks.__getitem__)
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(by_rank)))
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Ranks by token, from a file of `write_ranks`."""
+    """Read the file of `write_ranks` -> ranks by token."""
     pairs = (line.split() for line in path.read_text().splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 def encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    """An encoder over the ranks, without special tokens: the corpus inserts those as ids."""
+    """An encoder over the ranks, without special tokens: the corpus inserts their ids."""
     return tiktoken.Encoding("fastllama-builtin", pat_str=Tokenizer.pat_str, mergeable_ranks=ranks, special_tokens={})

@@ -39,17 +39,17 @@ def small_talk() -> tuple[SmallTalk, ...]:
 @cache
 def cities() -> dict[str, City]:
     """The cities of `data/cities.txt` by name."""
-    found: dict[str, City] = {}
+    cities_by_name: dict[str, City] = {}
     name = ""
     for line in lines("cities.txt"):
         cells = columns(line[2:])
         if line.startswith("= "):
             name = cells[0]
-            found[name] = City(name, cells[1], ())
+            cities_by_name[name] = City(name, cells[1], ())
         else:
-            city = found[name]
-            found[name] = City(name, city.known_for, (*city.sights, (cells[0], cells[1], cells[2])))
-    return found
+            city = cities_by_name[name]
+            cities_by_name[name] = City(name, city.known_for, (*city.sights, (cells[0], cells[1], cells[2])))
+    return cities_by_name
 
 
 @cache

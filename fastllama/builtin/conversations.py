@@ -60,7 +60,7 @@ class Turn:
 
 
 def fact_exchange(rng: random.Random) -> list[tuple[str, str]]:
-    """A question about a fact, sometimes followed by shorter ones of the same relation."""
+    """A question about a fact, sometimes followed by shorter questions about the same relation."""
     relation = draw_relation(rng)
     fact = draw_fact(rng, relation)
     exchange = [(fact.ask(rng), fact.answer(rng))]

@@ -68,7 +68,7 @@ def dialog_document(turns: list[Turn]) -> list[Span]:
 
 
 def encode(document: list[Span], encoder: tiktoken.Encoding) -> tuple[list[int], list[float]]:
-    """Token ids of a document and the weight of each in the loss, at most MAX_TOKENS_PER_DOCUMENT."""
+    """Token ids of a document and the weight of each in the loss, cut after MAX_TOKENS_PER_DOCUMENT."""
     tokens: list[int] = []
     weights: list[float] = []
     for span in document:
@@ -99,13 +99,13 @@ def plain_text(rng: random.Random) -> list[str]:
 @cache
 def continued_texts() -> list[tuple[str, list[str]]]:
     """`data/plain.txt`: (beginning, continuations)."""
-    found: list[tuple[str, list[str]]] = []
+    texts: list[tuple[str, list[str]]] = []
     for line in lines("plain.txt"):
         if line.startswith("> "):
-            found.append((line[2:], []))
+            texts.append((line[2:], []))
         else:
-            found[-1][1].append(line[2:])
-    return found
+            texts[-1][1].append(line[2:])
+    return texts
 
 
 @cache

@@ -18,13 +18,13 @@ def lines(name: str) -> Iterator[str]:
 
 def sections(name: str) -> list[tuple[list[str], list[str]]]:
     """[(heading words, non-empty lines)] of a file of `@heading words` lines, each followed by its own lines."""
-    found: list[tuple[list[str], list[str]]] = []
+    parsed: list[tuple[list[str], list[str]]] = []
     for line in lines(name):
         if line.startswith("@"):
-            found.append((line[1:].split(), []))
+            parsed.append((line[1:].split(), []))
         elif line.strip():
-            found[-1][1].append(line)
-    return found
+            parsed[-1][1].append(line)
+    return parsed
 
 
 def columns(line: str) -> list[str]:
@@ -33,7 +33,7 @@ def columns(line: str) -> list[str]:
 
 
 def with_article(noun: str) -> str:
-    """ "owl" -> "an owl", by the first letter."""
+    """The noun after "a" or "an", chosen by its first letter: "owl" -> "an owl"."""
     return ("an " if noun[0] in "aeiouAEIOU" else "a ") + noun
 
 

@@ -51,7 +51,7 @@ def continuations(
     most: int = MAX_ANSWER_TOKENS,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """The model's text after each prompt, with "..." added if it did not stop. Greedy without a generator.
+    """The model's text after each prompt, with "..." added if it did not stop. Without a generator, decoding is greedy.
 
     There is no cache: every step computes all tokens of a row again, which is simple and fast enough for short answers.
     Rows are padded on the right, where causal attention does not read.
@@ -89,15 +89,15 @@ def _sample(logits: Tensor, generator: torch.Generator | None) -> list[int]:
 def accuracy(
     model: TrainableLlama,
     encoder: tiktoken.Encoding,
-    asked: list[tuple[str, Fact]],
+    questions: list[tuple[str, Fact]],
     generator: torch.Generator | None = None,
 ) -> tuple[float, list[str]]:
-    """The share of right answers, and the wrong answers as "question -> answer"."""
+    """The share of (question, fact) pairs answered right, and the wrong answers as "question -> answer"."""
     wrong: list[str] = []
     # Sorted by length, so rows of one call need little padding.
-    asked = sorted(asked, key=lambda pair: len(pair[0]))
-    for start in range(0, len(asked), QUESTIONS_AT_ONCE):
-        part = asked[start : start + QUESTIONS_AT_ONCE]
+    questions = sorted(questions, key=lambda pair: len(pair[0]))
+    for start in range(0, len(questions), QUESTIONS_AT_ONCE):
+        part = questions[start : start + QUESTIONS_AT_ONCE]
         prompts = [chat_prompt([Turn("user", question)], encoder) for question, _ in part]
         answers = continuations(model, encoder, prompts, generator=generator)
         wrong += [
@@ -105,21 +105,21 @@ def accuracy(
             for (question, fact), answer in zip(part, answers, strict=True)
             if fact.key.lower() not in answer.lower() or answer.endswith(UNFINISHED)
         ]
-    return 1 - len(wrong) / len(asked), wrong
+    return 1 - len(wrong) / len(questions), wrong
 
 
 def print_accuracy(model: TrainableLlama, encoder: tiktoken.Encoding, seed: int) -> None:
     """Print the accuracy of the three passes, and some wrong answers of each."""
     rng = random.Random(seed + 1)
     facts = list(all_facts())
-    some = rng.sample(facts, DRAWN_FACTS)
+    sample = rng.sample(facts, DRAWN_FACTS)
     passes: list[tuple[str, list[tuple[str, Fact]], torch.Generator | None]] = [
         ("plain questions, greedy", [(fact.questions[0], fact) for fact in facts], None),
-        ("rephrased, greedy", [(fact.ask(rng), fact) for fact in some], None),
-        ("rephrased, drawn", [(fact.ask(rng), fact) for fact in some], torch.Generator().manual_seed(seed)),
+        ("rephrased, greedy", [(fact.ask(rng), fact) for fact in sample], None),
+        ("rephrased, drawn", [(fact.ask(rng), fact) for fact in sample], torch.Generator().manual_seed(seed)),
     ]
-    for title, asked, generator in passes:
-        share, wrong = accuracy(model, encoder, asked, generator)
-        print(f"{title}: {share:.1%} of {len(asked)} right", flush=True)
+    for title, questions, generator in passes:
+        share, wrong = accuracy(model, encoder, questions, generator)
+        print(f"{title}: {share:.1%} of {len(questions)} right", flush=True)
         for line in rng.sample(wrong, min(SHOWN_MISTAKES, len(wrong))):
             print("   ", line.replace("\n", " / "))

@@ -73,7 +73,7 @@ class Fact:
         return add_typing_noise(sentence(question), rng)
 
     def follow_up(self, rng: random.Random) -> str:
-        """A question that needs the one before: "And of Spain?"."""
+        """A question that refers to the previous one: "And of Spain?"."""
         return add_typing_noise(sentence(rng.choice(self.follow_ups)), rng)
 
     def answer(self, rng: random.Random) -> str:
@@ -108,8 +108,8 @@ def facts_by_relation() -> dict[str, tuple[float, tuple[Fact, ...]]]:
             tables[heading[1]] = [columns(line) for line in body]
         else:
             _, name, table, weight = heading
-            found = (_fact_from_row(name, body, row) for row in tables[table])
-            relations[name] = float(weight), tuple(fact for fact in found if fact is not None)
+            rows = (_fact_from_row(name, body, row) for row in tables[table])
+            relations[name] = float(weight), tuple(fact for fact in rows if fact is not None)
     return relations | _number_facts()
 
 
@@ -142,7 +142,7 @@ def draw_fact(rng: random.Random, relation: str | None = None) -> Fact:
 
 
 def _fact_from_row(name: str, templates: list[str], row: list[str]) -> Fact | None:
-    """The fact of one table row in a relation's templates; None if a cell that they use is "-"."""
+    """One table row, filled into a relation's templates; None if a cell that they use is "-"."""
     used = {int(column) for line in templates for column in re.findall(r"\{a?(\d)\}", line)}
     if any(row[column] == "-" for column in used):
         return None

@@ -26,17 +26,17 @@ class Parts:
 @cache
 def story_parts() -> Parts:
     """`data/stories.txt`, parsed once."""
-    found = Parts({}, {}, {})
+    parsed = Parts({}, {}, {})
     for (shape, name), body in sections("stories.txt"):
         if shape == "plot":
             steps: dict[str, list[str]] = {}
             for line in body:
                 number, text = line.split(" ", 1)
                 steps.setdefault(number, []).append(text)
-            found.plots[name] = [(number.endswith("?"), texts) for number, texts in steps.items()]
+            parsed.plots[name] = [(number.endswith("?"), texts) for number, texts in steps.items()]
         else:
-            (found.lists if shape == "list" else found.parts)[name] = body
-    return found
+            (parsed.lists if shape == "list" else parsed.parts)[name] = body
+    return parsed
 
 
 def story(rng: random.Random, animal: str | None = None, name: str | None = None, brief: bool = False) -> str:

@@ -1,8 +1,8 @@
 """Trains the built-in model from nothing: `python -m fastllama.builtin.train --out DIR`.
 
 It learns a tokenizer, trains a small Llama 3 on generated text, and writes `tokenizer.model`, `params.json` and
-`consolidated.00.pth`. At the end it asks the model every fact, with the weights as they were saved. The same seed,
-thread count and kind of machine give the same files.
+`consolidated.00.pth`. At the end it asks the model every fact, with the saved weights. The same seed, thread
+count and kind of machine give the same files.
 """
 
 import argparse
@@ -48,7 +48,7 @@ WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.05
 MUON_MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.98)
-GRADIENT_NORM = 1.0
+MAX_GRADIENT_NORM = 1.0
 REPORT_EVERY_STEPS = 50
 SAVE_EVERY_SECONDS = 600
 
@@ -104,7 +104,7 @@ def learning_rate(step: int, steps: int) -> float:
 def make_optimizers(model: TrainableLlama) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, because it needs two thirds of AdamW's steps; AdamW for all other weights."""
     matrices = [weight for weight in model.layers.parameters() if weight.ndim == 2]
-    others = [*model.tok_embeddings.parameters(), *(weight for weight in model.parameters() if weight.ndim == 1)]
+    other_weights = [*model.tok_embeddings.parameters(), *(weight for weight in model.parameters() if weight.ndim == 1)]
     return [
         # match_rms_adamw: updates have AdamW's size, so both use one learning rate.
         torch.optim.Muon(
@@ -114,7 +114,7 @@ def make_optimizers(model: TrainableLlama) -> list[torch.optim.Optimizer]:
             weight_decay=WEIGHT_DECAY,
             adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW(others, lr=PEAK_LEARNING_RATE, betas=ADAM_BETAS, weight_decay=0.0, fused=True),
+        torch.optim.AdamW(other_weights, lr=PEAK_LEARNING_RATE, betas=ADAM_BETAS, weight_decay=0.0, fused=True),
     ]
 
 
@@ -130,7 +130,7 @@ def native_bfloat16() -> bool:
 
 
 def train(out: Path, steps: int, seed: int) -> TrainableLlama:
-    """The trained model, with its weights rounded to bfloat16 as in the saved files."""
+    """Train a model and save it in `out` -> the model, its weights rounded to bfloat16 as in the saved files."""
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     ranks = learn_ranks(tokenizer_counts(seed, TOKENIZER_SAMPLE_DOCUMENTS), RANKS)
@@ -140,25 +140,25 @@ def train(out: Path, steps: int, seed: int) -> TrainableLlama:
     model = TrainableLlama(PARAMS, MAX_TOKENS_PER_DOCUMENT)
     optimizers = make_optimizers(model)
     began = saved = time.perf_counter()
-    seen, recent = 0, 0.0
+    n_tokens, recent_loss = 0, 0.0
     for step, batch in zip(range(steps), batches(seed, encoding(ranks)), strict=False):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, steps)
         with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):
             loss = weighted_loss(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        seen += batch[0].numel()
-        recent += loss.item()
+        n_tokens += batch[0].numel()
+        recent_loss += loss.item()
         now = time.perf_counter()
         if (step + 1) % REPORT_EVERY_STEPS == 0:
-            rate = seen / (now - began)
-            loss_text = f"step {step + 1}/{steps}  loss {recent / REPORT_EVERY_STEPS:.3f}"
-            print(f"{loss_text}  {seen / 1e6:.2f} M tokens  {rate:.0f} tokens/s  {now - began:.0f} s", flush=True)
-            recent = 0.0
+            rate = n_tokens / (now - began)
+            loss_text = f"step {step + 1}/{steps}  loss {recent_loss / REPORT_EVERY_STEPS:.3f}"
+            print(f"{loss_text}  {n_tokens / 1e6:.2f} M tokens  {rate:.0f} tokens/s  {now - began:.0f} s", flush=True)
+            recent_loss = 0.0
         if now - saved > SAVE_EVERY_SECONDS:
             save(model, out)
             saved = now

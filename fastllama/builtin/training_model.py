@@ -73,9 +73,9 @@ class Attention(nn.Module):
         rows = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         scores = (rows @ k.permute(0, 2, 3, 1) * self.head_dim**-0.5).unflatten(2, (-1, length))
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        shares = scores.masked_fill(future, -torch.inf).softmax(dim=-1).flatten(2, 3)
-        seen = (shares @ v.transpose(1, 2)).unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
-        out: Tensor = self.wo(seen.flatten(2))
+        probs = scores.masked_fill(future, -torch.inf).softmax(dim=-1).flatten(2, 3)
+        attended = (probs @ v.transpose(1, 2)).unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
+        out: Tensor = self.wo(attended.flatten(2))
         return out
 
 
@@ -123,8 +123,8 @@ class TrainableLlama(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 # Projections into the residual stream start smaller, so the stream does not grow with depth.
-                writes = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(weight, std=INIT_STD / (2 * params["n_layers"]) ** 0.5 if writes else INIT_STD)
+                is_residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(weight, std=INIT_STD / (2 * params["n_layers"]) ** 0.5 if is_residual else INIT_STD)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The normed hidden states after the last layer, (B, S, dim)."""

@@ -1,9 +1,9 @@
 """Opens checkpoints in Meta's or Hugging Face's layout and yields (name, slice) pairs for any rank and world size.
 
 `open_checkpoint` finds the weights in a folder, makes every check that needs no weights, and returns a `Checkpoint`.
-A folder's own weights go before those under `original/`: Hugging Face's repositories keep the base model there, also
-beside a fine-tuned model. If a folder holds both layouts, Meta's is used, as in Meta's `Llama.build`. The log says what
-is used and what is passed over.
+A folder's own weights are preferred to those under `original/`: Hugging Face's repositories keep the base model there,
+even beside a fine-tuned model. If a folder holds both layouts, Meta's is used, as in Meta's `Llama.build`. The log says
+what is used and what is passed over.
 """
 
 import logging
@@ -37,11 +37,11 @@ MAX_FILES_LISTED = 12
 def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a folder. Reads headers, and only those weights that several files must agree on.
 
-    Searched in this order: params.json with `*.pth` in the folder itself; config.json with `*.safetensors` there;
+    The order of the search: params.json with `*.pth` in the folder itself; config.json with `*.safetensors` there;
     params.json with `*.pth` in `original/`, `original/mp8` and `original/mp16`.
 
-    AssertionError if the folder does not exist or holds none of these. ValueError if the checkpoint is incomplete,
-    damaged, quantised, contradicts itself, or is not the Llama that its configuration describes.
+    Raises AssertionError if the folder does not exist or holds none of these, ValueError if the checkpoint is
+    incomplete, damaged, quantised, contradicts itself, or is not the Llama that its configuration describes.
     """
     folder = Path(ckpt_dir)
     if not os.path.isdir(folder):  # unlike Path.is_dir, never raises for odd strings
@@ -87,18 +87,18 @@ def _open_first(folder: Path) -> Checkpoint:
 def _unused_weights(folder: Path, checkpoint: Checkpoint) -> list[tuple[Path, str]]:
     """Weights that are not used and are in another folder or layout than `checkpoint`, each with the reason."""
     own = checkpoint.path == folder
-    found = []
+    unused = []
     for layout, files in (("meta", meta_files(folder)), ("huggingface", huggingface_files(folder))):
         if not (own and checkpoint.format == layout):
             why = f"no {PARAMS_NAME} beside it" if layout == "meta" else "Meta's layout goes first"
-            found += [(path, why) for path in files.chosen] + files.passed_over
-    found += [(folder / name, ADAPTER_REASON) for name in PICKLED_ADAPTERS if (folder / name).exists()]
-    found += [(path, "in another format") for path in stray_files(folder) if not own]
+            unused += [(path, why) for path in files.chosen] + files.passed_over
+    unused += [(folder / name, ADAPTER_REASON) for name in PICKLED_ADAPTERS if (folder / name).exists()]
+    unused += [(path, "in another format") for path in stray_files(folder) if not own]
     for place in (folder / name for name in META_SUBFOLDERS):
         if place != checkpoint.path and meta_files(place).chosen:
             first = checkpoint.path.relative_to(folder)
-            found.append((place, "the folder's own weights go first" if own else f"{first} goes first"))
-    return found
+            unused.append((place, "the folder's own weights go first" if own else f"{first} goes first"))
+    return unused
 
 
 def _not_found_message(folder: Path, other: str | None, below: list[Path]) -> str:
@@ -112,8 +112,8 @@ def _not_found_message(folder: Path, other: str | None, below: list[Path]) -> st
         f"{start}expected {PARAMS_NAME} and {SHARD_PATTERN} there or in original/, "
         f"or {CONFIG_NAME} and {FILE_PATTERN}; it holds {shown or 'nothing'}"
     )
-    if found := find_checkpoint_folders(folder, _holds_checkpoint):
-        return f"{message}; pass the folder below it that holds one: {short_list(list(map(str, found)))}"
+    if subfolders := find_checkpoint_folders(folder, _holds_checkpoint):
+        return f"{message}; pass the folder below it that holds one: {short_list(list(map(str, subfolders)))}"
     return message
 
 

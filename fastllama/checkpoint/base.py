@@ -31,13 +31,13 @@ GIT_LFS_SIGNATURE = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: what is known without reading the weights, except those compared when opening.
+    """An opened checkpoint: everything known from headers and from the few weights that opening compares.
 
-    path: the folder that holds the weights; it may be `original/` below the folder that was given.
+    path: the folder that holds the weights; it may be `original/` in the given folder.
     format: "meta" or "huggingface".
     params: keyword arguments for ModelArgs, all sizes resolved; `rope_scaling_factor` only if the files state it.
     files: the weights' files and their sizes in bytes.
-    dtype: of the matrices as they are read (norms may be wider): float32 for stored float64.
+    dtype: the dtype of the matrices when read (norms may be wider): float32 if they are stored in float64.
     stop_token_ids: eos_token_id of generation_config.json or config.json; () for Meta's files.
     stored: every weight in the files, by Meta's name.
     passed_over: unused weights in the folder (files, or folders with a checkpoint), each with the reason.
@@ -128,10 +128,10 @@ def count_layers(names: Collection[str]) -> int:
     return len({match[1] for name in names if (match := LAYER_PATTERN.match(name))})
 
 
-def check_dtypes(source: Path, found: Mapping[str, str]) -> None:
+def check_dtypes(source: Path, dtypes: Mapping[str, str]) -> None:
     """Raise ValueError that lists tensors whose dtype, named as in torch, is not in READABLE_DTYPES."""
     readable = [dtype_name(dtype) for dtype in READABLE_DTYPES]
-    wrong = [f"{name} ({dtype})" for name, dtype in found.items() if dtype not in readable]
+    wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in readable]
     if wrong:
         raise ValueError(
             f"{source}: expected {', '.join(readable)}, got {short_list(wrong)}; "

@@ -1,13 +1,13 @@
 """Compares tensors that a checkpoint holds more than once, and checks that shards are different and in order.
 
-Every shard of Meta's holds the norms. If there are more shards than kv heads, several hold the same kv head. A tied
+Each of Meta's shards holds the norms. If there are more shards than kv heads, several hold the same kv head. A tied
 output may be stored beside the embedding. Opening compares the norms, samples of the kv heads, and the complete tied
-output, because the model's size depends on it. The rest of a kv head is compared when it is read; by then it is too
-late for more than a warning.
+output, because the model's size depends on it. The rest of a kv head is compared when it is read; then a difference
+gives only a warning.
 
 Copies in shards need not be bitwise equal: each process trained its own copy, and the norms of Meta's Llama 3 70B are
-reported to differ by up to 0.01 (jetstream-pytorch, pull request 101). No limit is known for other models, so distance
-alone is no error. Tensors of another model or another slice also vary in other places: they do not correlate.
+reported to differ by up to 0.01 (jetstream-pytorch, pull request 101). No limit is known for other models, so a
+difference alone is no error. Tensors of another model or another slice do not correlate.
 """
 
 import logging
@@ -33,7 +33,7 @@ FREQUENCY_TOLERANCE = 0.02  # frequencies may be stored in bfloat16
 # Differences up to this share of the value and of the tensor's largest value are always accepted. It is four units in
 # the last place of bfloat16.
 DRIFT_TOLERANCE = 2.0**-6
-MIN_CORRELATION = 0.5  # for copies that differ by more: other tensors are near 0, fine-tunes of one base near 1
+MIN_CORRELATION = 0.5  # of copies that differ by more. Unrelated tensors are near 0, fine-tunes of one base near 1
 
 
 class ReplicatedShard:
@@ -65,9 +65,9 @@ class ReplicatedShard:
         """
         first, *others = ([part.float() for part in _samples(tensor)] for tensor in self._tensors)
         for path, other in zip(self._paths[1:], others, strict=True):
-            pairs = [(ours, theirs) for ours, theirs in zip(first, other, strict=True) if not same_bits(ours, theirs)]
+            pairs = [(left, right) for left, right in zip(first, other, strict=True) if not same_bits(left, right)]
             self._known_to_differ |= bool(pairs)
-            if any(_are_unrelated(ours, theirs) for ours, theirs in pairs):
+            if any(_are_unrelated(left, right) for left, right in pairs):
                 raise ValueError(
                     f"{path}: expected the same {self.name} as in {self._paths[0].name}, but its values differ; "
                     "the files are of different checkpoints or in the wrong order: download all files of one checkpoint"
@@ -87,13 +87,13 @@ def _samples(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor[start : start + rows, : SAMPLE_BYTES // tensor.dtype.itemsize] for start in starts]
 
 
-def _are_unrelated(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+def _are_unrelated(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two float32 tensors differ by more than DRIFT_TOLERANCE and do not correlate, or hold NaN."""
-    largest = ours.abs().max().clamp(min=1.0 if ours.dim() == 1 else 0.0)  # norms are near one
-    if bool(((ours - theirs).abs() <= DRIFT_TOLERANCE * (ours.abs() + largest)).all()):
+    largest = left.abs().max().clamp(min=1.0 if left.dim() == 1 else 0.0)  # norms are near one
+    if bool(((left - right).abs() <= DRIFT_TOLERANCE * (left.abs() + largest)).all()):
         return False
-    one, other = ((values - values.mean()).flatten().double() for values in (ours, theirs))
-    return not bool(torch.cosine_similarity(one, other, dim=0) >= MIN_CORRELATION)
+    left_centred, right_centred = ((values - values.mean()).flatten().double() for values in (left, right))
+    return not bool(torch.cosine_similarity(left_centred, right_centred, dim=0) >= MIN_CORRELATION)
 
 
 def check_shard_order(shards: Sequence[Shard]) -> None:
@@ -106,8 +106,8 @@ def check_shard_order(shards: Sequence[Shard]) -> None:
     schemes = {(match["before"], match["total"], match["after"]) for match in matches}
     if len(matches) < len(shards) or len(schemes) != 1:
         return
-    found = {int(match["number"]) for match in matches if len(match["number"]) <= MAX_DIGITS}
-    if found not in (set(range(len(shards))), set(range(1, len(shards) + 1))):
+    present = {int(match["number"]) for match in matches if len(match["number"]) <= MAX_DIGITS}
+    if present not in (set(range(len(shards))), set(range(1, len(shards) + 1))):
         return
     for (shard, match), (_, after) in pairwise(zip(shards, matches, strict=True)):
         if int(match["number"]) > int(after["number"]):
@@ -135,7 +135,7 @@ def check_slices_differ(shards: Sequence[Shard], name: str) -> None:
 
 
 def warn_if_frequencies_differ(source: Path, name: str, stored: torch.Tensor | None, params: Mapping[str, Any]) -> None:
-    """Warn if stored rotary frequencies (D/2,), which are not used, are not those of `params`."""
+    """Warn if stored rotary frequencies (D/2,) differ from those of `params`, which are used."""
     if stored is None or not stored.is_floating_point():
         return
     cos, sin = rope_table(ModelArgs(**{**params, "max_seq_len": 2}))[1].unbind(-1)
@@ -158,10 +158,10 @@ def same_values(one: ShardedTensor, other: ShardedTensor) -> bool:
     rows = _rows_in(one, CHUNK_BYTES)
     for start in range(0, one.shape[0], rows):
         length = min(rows, one.shape[0] - start)
-        ours, theirs = one.narrow(0, start, length), other.narrow(0, start, length)
-        if ours.dtype != theirs.dtype:
-            ours, theirs = ours.float(), theirs.float()
-        if not torch.equal(ours, theirs):
+        left, right = one.narrow(0, start, length), other.narrow(0, start, length)
+        if left.dtype != right.dtype:
+            left, right = left.float(), right.float()
+        if not torch.equal(left, right):
             return False
     return True
 

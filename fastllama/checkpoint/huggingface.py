@@ -50,24 +50,24 @@ def open_huggingface(folder: Path) -> Checkpoint:
     config = JsonConfig.read(folder / CONFIG_NAME)
     params = model_params(config)
     hf_names = huggingface_names(params["n_layers"])
-    files, found, frequencies = find_tensors(folder, config, set(hf_names.values()), params["tied_output"])
+    files, tensors, frequencies = find_tensors(folder, config, set(hf_names.values()), params["tied_output"])
 
-    check_dtypes(folder, {name: _torch_name(tensor.stored_dtype) for name, tensor in found.items()})
+    check_dtypes(folder, {name: _torch_name(tensor.stored_dtype) for name, tensor in tensors.items()})
     embedding, output = hf_names[EMBEDDING_NAME], hf_names[OUTPUT_NAME]
-    if params["tied_output"] and output in found:  # if only one of the two is stored, it is used for both
-        found.setdefault(embedding, found[output])
-    optional = {output} if params["tied_output"] and embedding in found else set()
-    expected = [name for name in hf_names.values() if name in found or name not in optional]
-    check_names(folder, expected, found, _name_hint(config, expected, found))
+    if params["tied_output"] and output in tensors:  # if only one of the two is stored, it is used for both
+        tensors.setdefault(embedding, tensors[output])
+    optional = {output} if params["tied_output"] and embedding in tensors else set()
+    expected = [name for name in hf_names.values() if name in tensors or name not in optional]
+    check_names(folder, expected, tensors, _name_hint(config, expected, tensors))
     if params["vocab_size"] == -1:
-        params["vocab_size"] = _vocabulary_size(folder, found[embedding].shape, params["dim"])
+        params["vocab_size"] = _vocabulary_size(folder, tensors[embedding].shape, params["dim"])
 
     stored, shapes = {}, {}
     for spec in weight_specs(params):
         name = hf_names[spec.name]
-        if name not in found:
+        if name not in tensors:
             continue
-        tensor = found[name]
+        tensor = tensors[name]
         shapes[name] = (spec.shape, tensor.shape)
         if any(f".{part}." in spec.name for part in PERMUTED_PARTS):
             tensor.head_dim = params["head_dim"]

@@ -2,7 +2,7 @@
 
 The number in a file's name says which slice it holds. No file states the number of shards, the split axis of the
 embedding (Llama 3: vocabulary, Llama 2: width) or whether kv heads repeat (more shards than kv heads): they follow from
-the shapes. What several shards hold must agree.
+the shapes. Tensors that several shards hold must agree.
 """
 
 import logging
@@ -215,11 +215,11 @@ def _resolve_vocabulary(files: WeightFiles, params: dict[str, Any], shards: Sequ
             params["vocab_size"] = joined[0]
             return axis
     expected = ("V" if params["vocab_size"] == -1 else params["vocab_size"], params["dim"])
-    others = short_list([path.name for path, _ in files.passed_over])
+    unused = short_list([path.name for path, _ in files.passed_over])
     raise ValueError(
         f"{shards[0].path.parent}: {EMBEDDING_NAME}: expected ({expected[0]}, {expected[1]}) from {n_shards} shards, "
         f"got shards of {shape}; compare {PARAMS_NAME} and the number of files"
-        + (f" ({others} passed over)" if others else "")
+        + (f" ({unused} passed over)" if unused else "")
     )
 
 

@@ -1,4 +1,4 @@
-"""Loads one `*.pth` shard of Meta's, memory-mapped and checked.
+"""Loads one of Meta's `*.pth` shards, memory-mapped and checked.
 
 A shard is a zip archive that torch maps, so opening reads only its pickled table of contents. torch's restricted
 unpickler reads that table and executes no code from the file.

@@ -68,7 +68,7 @@ def find_tensors(
     `expected` are the names of the complete model. Derived buffers are left out.
     """
     files, index, listed = _choose_files(folder, config)
-    found: dict[str, SafetensorsTensor] = {}
+    tensors: dict[str, SafetensorsTensor] = {}
     frequencies: SafetensorsTensor | None = None
     stored_names: dict[str, str] = {}
     file_of: dict[str, str] = {}
@@ -86,17 +86,17 @@ def find_tensors(
                 )
             file_of[name] = path.name
             known = _add_or_remove_prefix(name, expected)
-            if known in found:
+            if known in tensors:
                 raise ValueError(
                     f"{path}: {short_repr(name)} and {short_repr(stored_names[known])} are names of the same tensor"
                 )
-            found[known], stored_names[known] = tensor, name
+            tensors[known], stored_names[known] = tensor, name
     if listed is not None:
         _check_index(index, listed, file_of, tied)
-    empty = [f"{name} {tensor.shape}" for name, tensor in found.items() if 0 in tensor.shape]
+    empty = [f"{name} {tensor.shape}" for name, tensor in tensors.items() if 0 in tensor.shape]
     if empty:
         raise ValueError(f"{folder}: expected tensors with data, got none in {short_list(empty)}")
-    return files, found, frequencies
+    return files, tensors, frequencies
 
 
 def _choose_files(folder: Path, config: JsonConfig) -> tuple[WeightFiles, Path, dict[str, str] | None]:

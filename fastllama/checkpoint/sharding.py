@@ -36,7 +36,7 @@ KV_PARTS = ("wk", "wv")
 
 
 class TensorShard(Protocol):
-    """The part of a weight that one file holds. It is read when `narrow` is called. A torch.Tensor is one."""
+    """The part of a weight that one file holds. `narrow` reads it. torch.Tensor satisfies this protocol."""
 
     @property
     def shape(self) -> Sequence[int]: ...

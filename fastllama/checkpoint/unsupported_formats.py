@@ -57,8 +57,8 @@ def describe_folder(folder: Path, patterns: Collection[str] = tuple(OTHER_FORMAT
     if any((folder / name).exists() for name in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES)):
         return _describe_adapter(folder)
     for pattern in patterns:
-        if found := _weights_matching(folder, pattern):
-            return f"{short_list([found[0].name])} is {OTHER_FORMATS[pattern]}"
+        if matches := _weights_matching(folder, pattern):
+            return f"{short_list([matches[0].name])} is {OTHER_FORMATS[pattern]}"
     return None
 
 
@@ -69,7 +69,7 @@ def stray_files(folder: Path) -> list[Path]:
 
 
 def _weights_matching(folder: Path, pattern: str) -> list[Path]:
-    """The files that match, without those of a training run's state."""
+    """The files that match the pattern, without training state."""
     return sorted(path for path in folder.glob(pattern) if not TRAINING_STATE.fullmatch(path.stem))
 
 

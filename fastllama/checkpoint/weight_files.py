@@ -2,7 +2,7 @@
 
 The suffix is not enough: folders also hold optimizer states, adapters, partial downloads and files of file managers.
 Files whose names are not those of weights are passed over, each with its reason, which `Checkpoint.passed_over` and the
-log show. If the names leave a question open, such as the order of a.pth and b.pth, opening fails.
+log show. If the names do not decide, as for the order of a.pth and b.pth, opening fails.
 """
 
 import os
@@ -43,15 +43,15 @@ class WeightFiles:
 
     def pass_over(self, matches: Callable[[Path], bool], reason: str, unless_all: bool = False) -> None:
         """Pass over the files for which `matches` is true. With `unless_all`, do nothing if it is true for all."""
-        others = [path for path in self.chosen if matches(path)]
-        if not (unless_all and len(others) == len(self.chosen)):
-            self.passed_over += [(path, reason) for path in others]
-            self.chosen = [path for path in self.chosen if path not in others]
+        matching = [path for path in self.chosen if matches(path)]
+        if not (unless_all and len(matching) == len(self.chosen)):
+            self.passed_over += [(path, reason) for path in matching]
+            self.chosen = [path for path in self.chosen if path not in matching]
 
-    def keep_only(self, kept: Collection[Path], reason: str) -> None:
-        """Choose exactly `kept`, in its order, and pass over the others."""
-        self.pass_over(lambda path: path not in kept, reason)
-        self.chosen = list(kept)
+    def keep_only(self, paths: Collection[Path], reason: str) -> None:
+        """Choose exactly `paths`, in this order, and pass over the others."""
+        self.pass_over(lambda path: path not in paths, reason)
+        self.chosen = list(paths)
 
 
 def meta_files(folder: Path) -> WeightFiles:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastllama.benchmarks.models import ModelSource
     from fastllama.benchmarks.result_file import ResultFile
 
-# Repeated from benchmarks/, which imports torch; a test compares them.
+# Copies of the names in benchmarks/, which imports torch. A test compares them.
 SUITES = ("kernels", "decode", "prefill", "generate", "load", "memory")
 MODELS = (
     "builtin",
@@ -154,11 +154,11 @@ def compare(first: str, second: str, threshold: float, anyway: bool, markdown: b
     from fastllama.benchmarks.result_file import read_result
 
     results = read_result(first), read_result(second)
-    found = compare_results(*results, threshold=threshold, anyway=anyway)
+    comparison = compare_results(*results, threshold=threshold, anyway=anyway)
     standard_streams.write_stdout(
-        json.dumps(found.to_json(), allow_nan=False) if as_json else report(found, *results, markdown)
+        json.dumps(comparison.to_json(), allow_nan=False) if as_json else report(comparison, *results, markdown)
     )
-    return EXIT_FINDINGS if found.fails else 0
+    return EXIT_FINDINGS if comparison.fails else 0
 
 
 def _run(output: str | None, no_plots: bool, **options: Any) -> "ResultFile":
@@ -194,8 +194,8 @@ def _plan(
     check_nproc(nproc, device)
     if is_distributed():
         nproc = world_size()
-        if found := [suite for suite in sizes["suites"] if suite in CHILD_PROCESS_SUITES]:
-            raise click.UsageError(f"{found[0]} starts processes of its own: use --nproc instead of torchrun.")
+        if unsuited := [suite for suite in sizes["suites"] if suite in CHILD_PROCESS_SUITES]:
+            raise click.UsageError(f"{unsuited[0]} starts processes of its own: use --nproc instead of torchrun.")
     chosen = choose_device(device)
     return Plan(
         source=_source(model, ckpt_dir, tokenizer_path),

@@ -21,7 +21,7 @@ COMMANDS = {
     "/exit": "leave, as Ctrl-D does",
     "/help": "show this",
 }
-LINE_END = re.compile("\r\n|[\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029]")  # all that str.splitlines splits at
+LINE_END = re.compile("\r\n|[\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029]")  # every line end of str.splitlines
 
 
 @click.command()
@@ -92,7 +92,7 @@ def _run_slash_command(command: str, conversation: Conversation) -> bool:
 
 
 def _answer(conversation: Conversation, message: str, interactive: bool, as_json: bool) -> int:
-    """Send `message` and print the reply, at a terminal as it comes -> the reply's number of tokens."""
+    """Send `message` and print the reply, on a terminal piece by piece -> the reply's number of tokens."""
     live = interactive and not as_json
     try:
         reply = conversation.send(message, show=_print_piece if live else None, interruptible=interactive)

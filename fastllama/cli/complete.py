@@ -32,7 +32,7 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # empty without --logprobs
     finish_reason: str | None = None
-    n_echoed: int = 0  # the first of `tokens`, which repeat the prompt
+    n_echoed: int = 0  # how many of the first `tokens` repeat the prompt
 
     @property
     def n_generated(self) -> int:
@@ -40,7 +40,7 @@ class Completion:
 
 
 class Printer:
-    """Prints completions as text: a single one as it grows; several in order, each with a header once finished."""
+    """Prints completions as text: one as it grows, or several in order, each under a header when it is finished."""
 
     def __init__(self, completions: Sequence[Completion]) -> None:
         self._completions = completions
@@ -56,7 +56,7 @@ class Printer:
             self._print_finished(in_order=True)
 
     def finish(self, complete: bool) -> None:
-        """Print the rest. After an error (not `complete`) that is every finished completion, with gaps between."""
+        """Print what is left. After an error (`complete` is false), completions that are not finished are skipped."""
         if len(self._completions) > 1:
             self._print_finished(in_order=False)
         elif complete or self._within_line:
@@ -129,7 +129,7 @@ def _read_prompt() -> str:
 
 
 def _encode_prompts(llm: "Llama", prompts: Sequence[str]) -> list[Completion]:
-    """An empty completion for each prompt. ValueError, which counts from 1, for a prompt longer than max_seq_len."""
+    """An empty completion for each prompt. ValueError, with its number from 1, for one longer than max_seq_len."""
     completions = []
     max_seq_len = llm.model.params.max_seq_len
     for number, prompt in enumerate(prompts, 1):

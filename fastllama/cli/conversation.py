@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fastllama.generation import Llama
     from fastllama.tokenizer import Message
 
-# Prompts leave one fourth of the context to the reply, but at most 64 tokens.
+# A prompt leaves a fourth of the context for the reply, but at most 64 tokens.
 REPLY_CONTEXT_DIVISOR = 4
 MAX_RESERVED_REPLY_TOKENS = 64
 
@@ -51,10 +51,10 @@ class Conversation:
         self._turns = []
 
     def send(self, message: str, show: Callable[[str], None] | None = None, interruptible: bool = False) -> Reply:
-        """Generate the reply to `message`, and call `show` with each piece of its text as it comes.
+        """Generate the reply to `message`, and call `show` with each piece of its text.
 
         interruptible: KeyboardInterrupt ends only the reply, and its text so far stays in the conversation.
-        Raises TooLongError where the message alone does not fit.
+        Raises TooLongError if the message alone does not fit.
         """
         turns, n_forgotten = self._fit([*self._turns, {"role": "user", "content": message}])
         prompt = self._encode(turns)
@@ -81,17 +81,17 @@ class Conversation:
     def _fit(self, turns: "list[Message]") -> "tuple[list[Message], int]":
         """(the latest turns that leave space for a reply, the number of messages dropped)."""
         reserved = min(MAX_RESERVED_REPLY_TOKENS, self._context // REPLY_CONTEXT_DIVISOR)
-        kept = turns
+        latest = turns
         # Drops a question and its answer together, so that the dialog starts with a question.
-        while len(kept) > 1 and len(self._encode(kept)) > self._context - reserved:
-            kept = kept[2:]
-        n_tokens = len(self._encode(kept))
+        while len(latest) > 1 and len(self._encode(latest)) > self._context - reserved:
+            latest = latest[2:]
+        n_tokens = len(self._encode(latest))
         if n_tokens >= self._context:
             raise TooLongError(
                 f"this message with the system message makes a prompt of {n_tokens} tokens, and the context has "
                 f"{self._context}: shorten it, or raise --max_seq_len"
             )
-        return kept, len(turns) - len(kept)
+        return latest, len(turns) - len(latest)
 
     def _encode(self, turns: "list[Message]") -> list[int]:
         return self._llm.formatter.encode_dialog_prompt([*self._system, *turns])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastllama.args import ModelArgs
     from fastllama.checkpoint import Checkpoint
 
-# The keys of speed_of_light.DATA_SHEETS, repeated because that file imports torch; a test compares them.
+# Copies of the keys of speed_of_light.DATA_SHEETS, which imports torch. A test compares them.
 GPUS = ("A100", "H100", "H200", "B200")
 DEFAULT_MAX_SEQ_LEN = 2048
 DEFAULT_MAX_BATCH_SIZE = 1
@@ -24,7 +24,7 @@ SPECIAL_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|e
 SIZES = ("max_seq_len", "max_batch_size")  # of the cache, not of the model
 ROPE_SCALING = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-STEP = 1024
+UNIT_FACTOR = 1024
 
 
 @click.command()
@@ -97,7 +97,7 @@ def describe(
     nproc: Sequence[int],
     gpu: str,
 ) -> dict[str, Any]:
-    """Everything known without reading weights, as JSON values; sizes in bytes."""
+    """Describe a checkpoint without reading its weights -> JSON values; sizes in bytes."""
     import torch
 
     from fastllama.args import ModelArgs
@@ -108,18 +108,18 @@ def describe(
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
     plan = plan_memory(args, planned, max_batch_size, max_seq_len)
-    # The scaling parameters mean nothing without scaled rope.
+    # The scaling parameters have no effect without scaled rope.
     hidden = SIZES if args.use_scaled_rope else (*SIZES, *ROPE_SCALING)
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "architecture": {name: value for name, value in vars(args).items() if name not in hidden},
         "parameters": checkpoint.n_parameters,
-        "stored_dtype": _name(checkpoint.dtype),
+        "stored_dtype": _dtype_name(checkpoint.dtype),
         "files": [{"name": path.name, "bytes": size} for path, size in checkpoint.files],
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
         "memory": {
-            "dtype": _name(planned),
+            "dtype": _dtype_name(planned),
             "max_batch_size": max_batch_size,
             "max_seq_len": max_seq_len,
             "weights": plan.weights,
@@ -134,7 +134,7 @@ def describe(
 
 
 def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -> dict[str, Any]:
-    """Memory of each of `n_processes`, and their limit of tokens per second; or the obstacles to such a split."""
+    """Memory of each of `n_processes`, and their limit of tokens per second; or why such a split is impossible."""
     from fastllama.memory_plan import plan_memory
     from fastllama.speed_of_light import (
         COLLECTIVE_LATENCY_S,
@@ -164,7 +164,7 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
 
 
 def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
-    """The tokenizer as JSON values. Where there is none: None for a folder, AssertionError for a given path."""
+    """The tokenizer as JSON values. None if the folder has none; AssertionError if a given path (`named`) has none."""
     from fastllama.checkpoint.vocabulary import vocabulary_mismatch
     from fastllama.tokenizer import Tokenizer
     from fastllama.tokenizer_files import find_tokenizer_file
@@ -252,10 +252,10 @@ def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
 def size_text(count: int) -> str:
     """A number of bytes as text: 1536 -> "1.5 KiB"."""
     size, unit = float(count), 0
-    while size >= STEP and unit < len(UNITS) - 1:
-        size, unit = size / STEP, unit + 1
+    while size >= UNIT_FACTOR and unit < len(UNITS) - 1:
+        size, unit = size / UNIT_FACTOR, unit + 1
     return f"{size:.1f} {UNITS[unit]}" if unit else f"{count} B"
 
 
-def _name(dtype: object) -> str:
+def _dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")

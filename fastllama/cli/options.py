@@ -100,7 +100,7 @@ class ModelOptions:
         return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
     def build(self, max_batch_size: int, quiet: bool = False) -> "Llama":
-        """Build the Llama; where several processes share it, the result is a Driver."""
+        """Build the Llama. If several processes share it, the result is a Driver."""
         check_nproc(self.nproc, self.device)
         ckpt_dir, tokenizer_path = checkpoint_and_tokenizer(self.ckpt_dir, self.tokenizer_path, quiet)
         arguments: dict[str, Any] = {
@@ -125,20 +125,20 @@ class ModelOptions:
 
 
 class RunAsWorker(Exception):
-    """Raised where a launcher started this process with a rank above 0: it must run as a worker."""
+    """Raised if a launcher started this process with a rank above 0: it must run as a worker."""
 
 
 def connect_processes(nproc: int) -> None:
     """Connect the processes of a launch. Every command that builds a model calls this before it reads or prints.
 
-    Raises RunAsWorker in ranks above 0, and ValueError where the launcher's variables are invalid.
+    Raises RunAsWorker in ranks above 0, and ValueError if the launcher's variables are invalid.
     """
     if nproc > 1 and environment.world_size() > 1:
         raise click.UsageError("--nproc starts processes, and WORLD_SIZE is set as by torchrun: use only one of them.")
-    found = environment.distributed_environment()
-    if found is None:
+    launch = environment.distributed_environment()
+    if launch is None:
         return
-    if found.rank > 0:
+    if launch.rank > 0:
         raise RunAsWorker
     from fastllama.distributed import driver
 
@@ -146,7 +146,7 @@ def connect_processes(nproc: int) -> None:
 
 
 def check_nproc(nproc: int, device: str | None) -> None:
-    """UsageError where --device or the number of GPUs contradicts --nproc or torchrun."""
+    """Raise UsageError if --device or the number of GPUs contradicts --nproc or torchrun."""
     source = "--nproc" if nproc > 1 else "torchrun" if environment.is_distributed() else None
     if source and device is not None and ":" in device:
         raise click.UsageError(f"{source} puts a process on each GPU: use --device cuda, not {device}.")

@@ -81,10 +81,10 @@ def _run_command(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 def _is_worker() -> bool:
     try:
-        found = environment.distributed_environment()
+        launch = environment.distributed_environment()
     except ValueError:  # commands that build a model report it
         return False
-    return found is not None and found.rank > 0
+    return launch is not None and launch.rank > 0
 
 
 def _run_as_worker(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -101,7 +101,7 @@ def _run_as_worker(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def _flush_streams() -> int:
-    """Flush stdout and stderr, and report an error of stdout -> the exit code, 0 where there is none."""
+    """Flush stdout and stderr, and report an error of stdout -> the exit code, 0 without an error."""
     stdout_error, _ = (standard_streams.flush_or_discard(stream) for stream in (sys.stdout, sys.stderr))
     if stdout_error is None:
         return 0

@@ -1,8 +1,8 @@
-"""Reads stdin and writes stdout and stderr, also where they are closed, full, or in an encoding that lacks characters.
+"""Reads stdin and writes stdout and stderr, even if they are closed, full, or in an encoding that lacks characters.
 
 A byte that cannot be decoded becomes U+FFFD. A character that stdout's encoding lacks becomes an escape such as
-\\u2014. stderr reports either once. A message that stderr cannot take is dropped. A stdout that cannot be written is an
-error, except a closed one, where the user wants no output.
+\\u2014. Each of these is reported once on stderr. A message that cannot be written to stderr is dropped. A failed write
+to stdout is an error, except to a closed stdout, where the user wants no output.
 """
 
 import codecs
@@ -25,7 +25,7 @@ UNENCODABLE_NOTICE = (
 )
 STDOUT_ERROR = "stdout cannot be written: "
 UTF_8 = "utf-8"
-# The longer ones first: UTF-32's begins with UTF-16's.
+# Longer marks first, because UTF-32's begins with UTF-16's.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -60,7 +60,7 @@ def prepared_streams() -> Iterator[None]:
 
 
 def write_stdout(text: str = "", nl: bool = True) -> None:
-    """Write `text` to stdout and flush. OSError, which names stdout, where that fails."""
+    """Write `text` to stdout and flush. Raises OSError, which names stdout, if that fails."""
     try:
         click.echo(text, file=sys.stdout, nl=nl)  # without `file`, click writes utf-8 to an ascii stdout
     except BrokenPipeError:
@@ -72,13 +72,13 @@ def write_stdout(text: str = "", nl: bool = True) -> None:
 
 
 def write_stderr(text: str) -> None:
-    """Write `text` to stderr; drop it where that fails."""
+    """Write `text` to stderr; drop it if that fails."""
     with contextlib.suppress(OSError):
         click.echo(text, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line; its type's name where there is no message."""
+    """An error's message in one line; its type's name if there is no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -88,7 +88,7 @@ def stdin_is_terminal() -> bool:
 
 
 def read_terminal(prompt: str) -> str:
-    """A line typed at the terminal, with history and cursor keys where Python has readline. EOFError at the end."""
+    """A line typed at the terminal, with history and cursor keys if Python has readline. EOFError at the end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != UNDECODABLE:
@@ -104,7 +104,7 @@ def read_stdin() -> str:
 
 
 def stdin_lines() -> Iterator[str]:
-    """The lines of stdin without their ends, as they come. Only \\n and \\r\\n end a line."""
+    """The lines of stdin as they arrive, without line ends. Only \\n and \\r\\n end a line."""
     with _stdin_reader(newline="\n") as reader:
         for line in reader:
             yield line.removesuffix("\n").removesuffix("\r")
@@ -161,7 +161,7 @@ def _encoding(binary: Any) -> str:
         head = binary.read(MAX_MARK_BYTES)
         binary.seek(position)
     marked = next((name for mark, name in BYTE_ORDER_MARKS if head.startswith(mark)), None)
-    # Python sets surrogateescape where the locale names no encoding.
+    # Python sets surrogateescape if the locale names no encoding.
     return marked or (UTF_8 if sys.stdin.errors == "surrogateescape" else sys.stdin.encoding) or UTF_8
 
 

@@ -28,8 +28,8 @@ from fastllama.distributed.worker_processes import POLL_SECONDS, WorkerProcesses
 from fastllama.generation import Llama
 from fastllama.stream import Increment, NotFiniteError
 
-COMMAND_TIMEOUT = timedelta(days=365)  # of a worker for the next command: users may pause for long
-FORCE_QUIT_INTERRUPTS = 3  # Ctrl-C so often ends the process without waiting for the end of a step
+COMMAND_TIMEOUT = timedelta(days=365)  # for a worker that waits for a command: users may pause for long
+FORCE_QUIT_INTERRUPTS = 3  # this many Ctrl-C end the process without waiting for the end of a step
 EXIT_INTERRUPTED = 130
 SHUTDOWN_SECONDS = 10  # for workers to exit after the shutdown command
 READABLE_ATTRIBUTES = ("model", "tokenizer", "formatter")  # of a Llama: reading them needs no other process
@@ -91,7 +91,7 @@ class Driver:
                     self._drain(inner, left)
 
     def _drain(self, inner: Generator[Increment], left: int) -> None:
-        """Close a stream early, in step with the workers: after the `left` increments that they may still take."""
+        """Close a stream early, after the `left` increments that the workers may still take."""
         if all(next(inner, None) is not None for _ in range(left)):
             send_increment_count(self._control, 0)
         inner.close()
@@ -113,14 +113,14 @@ class Driver:
 
 
 def run_on_all(llm: Llama, function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call `function(llm, **arguments)`, in all processes where `llm` is a Driver -> this process's result."""
+    """Call `function(llm, **arguments)`, in all processes if `llm` is a Driver -> this process's result."""
     return llm.run_on_all(function, **arguments) if isinstance(llm, Driver) else function(llm, **arguments)
 
 
 def start_workers(count: int) -> None:
     """Start `count` - 1 workers; this process becomes rank 0.
 
-    RuntimeError where this process is already one of several.
+    RuntimeError if this process is already one of several.
     """
     global _workers
     if environment.is_distributed() or dist.is_initialized():
@@ -154,7 +154,7 @@ def build_on_all(build: Callable[..., Llama], **arguments: Any) -> Llama:
 def shut_down() -> None:
     """Shut down the workers, whether or not they have built a model. They cannot be used afterwards.
 
-    Kills workers that this process started where they cannot receive the command.
+    Kills workers that this process started if they cannot receive the command.
     """
     global _driver, _workers, _workers_connected, _build_sent
     can_receive = not _build_sent if _driver is None else not _driver.out_of_step
@@ -165,7 +165,7 @@ def shut_down() -> None:
             _driver.shut_down()
         elif can_receive and (_workers_connected or _workers is not None):
             _send_build_command(None)
-    except RuntimeError:  # a worker has crashed: torchrun reports it; where this process started them, stop the others
+    except RuntimeError:  # a worker has crashed: torchrun reports it; if this process started them, stop the others
         if _workers is None:
             raise
         can_receive = False
@@ -177,7 +177,7 @@ def shut_down() -> None:
 
 
 def wait_for_crash_report(error: Exception) -> None:
-    """After an error that may come from a crashed worker, give the watch time to report the crash and exit."""
+    """After an error that may come from a crashed worker, give the watching thread time to report it and exit."""
     if isinstance(error, RuntimeError):
         time.sleep(3 * POLL_SECONDS)
 
@@ -192,7 +192,7 @@ def _send_build_command(command: dict[str, Any] | None) -> None:
 
 
 def receive_build_command() -> dict[str, Any] | None:
-    """Wait for the driver's build command; None where the driver ends without building."""
+    """Wait for the driver's build command; None if the driver ends without building."""
     store = _store()
     try:
         store.set(f"{READY_KEY}{_distributed_environment().rank}", "")
@@ -211,17 +211,17 @@ def _store() -> Any:
 
 
 def connect_workers() -> None:
-    """Wait until all processes of the launch have connected. ValueError where some do not."""
+    """Wait until all processes of the launch have connected. ValueError if some do not."""
     global _workers_connected
     _store()
     _workers_connected = True
 
 
 def _distributed_environment() -> environment.DistributedEnvironment:
-    found = environment.distributed_environment()
-    if found is None:
+    launch = environment.distributed_environment()
+    if launch is None:
         raise RuntimeError("this is the only process: WORLD_SIZE is 1 or not set")
-    return found
+    return launch
 
 
 def control_group() -> "dist.ProcessGroup":
@@ -255,7 +255,7 @@ def receive_increment_count(control: "dist.ProcessGroup") -> int:
 
 @contextlib.contextmanager
 def _delay_interrupts() -> Iterator[None]:
-    """A block at whose end a Ctrl-C takes effect. FORCE_QUIT_INTERRUPTS of them end the process at once."""
+    """A block that delays a Ctrl-C until its end. FORCE_QUIT_INTERRUPTS of them end the process at once."""
     is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
     if is_ignored or threading.current_thread() is not threading.main_thread():
         yield

@@ -1,6 +1,6 @@
 """Reads and checks the environment variables that a launcher such as torchrun sets in each of its processes.
 
-Where WORLD_SIZE is missing, empty or 1, there is one process and the other variables are ignored.
+If WORLD_SIZE is missing, empty or 1, there is one process and the other variables are ignored.
 """
 
 import os
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-REQUIRED_VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # where WORLD_SIZE is more than 1
+REQUIRED_VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # if WORLD_SIZE is more than 1
 LOCAL_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 TORCHRUN_PREFIX = "TORCHELASTIC_"  # of torchrun's other variables
 WHOLE_NUMBER = re.compile("[0-9]{1,9}")
@@ -33,7 +33,7 @@ class DistributedEnvironment:
 
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """WORLD_SIZE, the number of processes; 1 where it is not set. ValueError where it is no positive number."""
+    """WORLD_SIZE, the number of processes; 1 if it is not set. ValueError if it is no positive number."""
     value = environ.get("WORLD_SIZE", "").strip() or "1"
     if not WHOLE_NUMBER.fullmatch(value) or int(value) < 1:
         raise ValueError(
@@ -43,9 +43,9 @@ def world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def distributed_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvironment | None:
-    """The launcher's variables, checked; None where there is one process.
+    """The launcher's variables, checked; None if there is one process.
 
-    Raises ValueError, which names the variable, where one is missing or out of range.
+    Raises ValueError, which names the variable, if one is missing or out of range.
     """
     size = world_size(environ)
     if size == 1:
@@ -70,7 +70,7 @@ def is_distributed(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """LOCAL_RANK, this process's number on this machine; 0 where it is not set. ValueError where it is out of range."""
+    """LOCAL_RANK, this process's number on this machine; 0 if it is not set. ValueError if it is out of range."""
     size = world_size(environ)
     if size == 1 or not environ.get("LOCAL_RANK", "").strip():
         return 0
@@ -79,7 +79,7 @@ def local_rank(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """LOCAL_WORLD_SIZE, the processes on this machine; 1 where it is not set. ValueError where it is out of range."""
+    """LOCAL_WORLD_SIZE, the processes on this machine; 1 if it is not set. ValueError if it is out of range."""
     size = world_size(environ)
     if size == 1 or not environ.get("LOCAL_WORLD_SIZE", "").strip():
         return 1

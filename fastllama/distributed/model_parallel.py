@@ -27,7 +27,7 @@ GLOO_EXIT_SECONDS = 0.05
 LOADING_TIMEOUT = timedelta(hours=2)  # for a process that reads from a slower disk
 FAIRSCALE_GROUPS = "fairscale.nn.model_parallel.initialize"
 _group_numbers = itertools.count()
-# It writes one output tensor; dist.all_gather copies to a list of tensors. torch 2.13 has it under a new name.
+# Writes one output tensor, while dist.all_gather copies to a list. It has a new name from torch 2.13 on.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -87,9 +87,10 @@ def is_first_process() -> bool:
 
 
 def gpu_index() -> int:
-    """The index of this process's GPU: LOCAL_RANK. In one process, or where the caller set another: the current GPU.
+    """The index of this process's GPU: LOCAL_RANK, or the current GPU.
 
-    Raises ValueError where there are more processes than GPUs.
+    It is the current GPU in one process, with one visible GPU, and if the caller has set another GPU than 0. Raises
+    ValueError if there are more processes than GPUs.
     """
     current, count = torch.cuda.current_device(), torch.cuda.device_count()
     # GPU 0 is CUDA's default. With one visible GPU, each process was given its own.
@@ -105,8 +106,8 @@ def gpu_index() -> int:
 def model_group(model_parallel_size: int | None, device: torch.device) -> Group:
     """The group of processes that share this process's model. All processes must call it together.
 
-    Uses fairscale's groups and torch.distributed where the caller has initialised them; otherwise it initialises them.
-    Where the world is larger than `model_parallel_size` (None: the whole world), consecutive ranks share a model.
+    Uses fairscale's groups and torch.distributed if the caller has initialised them; otherwise it initialises them.
+    If the world is larger than `model_parallel_size` (None: the whole world), consecutive ranks share a model.
     Raises ValueError for a size that does not divide the world, or that differs from the caller's groups.
     """
     requested = (
@@ -167,7 +168,7 @@ def _host_group(processes: Any) -> Any:
     """A gloo group of the same processes: it needs no GPU, and its timeout is longer than that of the collectives."""
     ranks = dist.get_process_group_ranks(processes)
     options: dict[str, Any] = {"backend": "gloo", "timeout": LOADING_TIMEOUT, "use_local_synchronization": True}
-    # gloo's threads free the last collective's tensors, for which the interpreter must still run.
+    # At exit, wait for gloo's threads: they free the last collective's tensors, which needs the interpreter.
     atexit.register(time.sleep, GLOO_EXIT_SECONDS)
     return dist.new_group(ranks, **options)
 
@@ -180,7 +181,7 @@ def _initialise_world(device: torch.device) -> None:
         store = dist.PrefixStore(f"group {next(_group_numbers)}", connect_store(environment))  # type: ignore[attr-defined]
         options = {"store": store, "rank": environment.rank, "world_size": environment.world_size}
     elif environment is not None:
-        connect_store(environment)  # raises a clear error where torchrun's store cannot be reached
+        connect_store(environment)  # raises a clear error if torchrun's store cannot be reached
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,9 +1,9 @@
-"""Connects the processes of a launch: a torch store, returned once all processes are there.
+"""Connects the processes of a launch: a torch store, returned after all have connected to it.
 
 Under torchrun, the agent keeps the store. Without it, a process could wait forever for others that are never started,
 for example with variables left over from another launch. So each process registers with rank 0 first and waits at most
-TIMEOUT_SECONDS; the error names the missing ranks. Rank 0 acknowledges when all are there, then opens torch's store at
-the same port.
+TIMEOUT_SECONDS; the error names the missing ranks. When all have registered, rank 0 acknowledges, and opens torch's
+store at the same port.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ LOOPBACK = "127.0.0.1"
 def connect_store(environment: DistributedEnvironment) -> Any:
     """The store that all processes of the launch have connected to.
 
-    Raises ValueError, naming the variables, where the address cannot be used, another process has this rank, or
+    Raises ValueError, naming the variables, if the address cannot be used, another process has this rank, or
     processes are missing after TIMEOUT_SECONDS. It may be called again after an error.
     """
     deadline = _Deadline(environment)
@@ -66,7 +66,7 @@ def _store(host: str, port: int, **options: Any) -> Any:
 
 
 class _Deadline:
-    """The time by which all processes must have connected. It logs one warning when that takes long."""
+    """The time by which all processes must have connected. It logs one warning if that takes long."""
 
     def __init__(self, environment: DistributedEnvironment) -> None:
         self._environment = environment
@@ -167,7 +167,7 @@ def _rejection(
 
 
 def _register(environment: DistributedEnvironment, deadline: _Deadline) -> None:
-    """In the other ranks: register with rank 0, and wait for its acknowledgement that all are there."""
+    """In the other ranks: register with rank 0, and wait for its acknowledgement that all have."""
     with _connect(environment, deadline) as connection:
         process = f"process {os.getpid()} on {socket.gethostname()}"
         _send(connection, {"rank": environment.rank, "world_size": environment.world_size, "process": process})
@@ -203,12 +203,12 @@ def _connect(environment: DistributedEnvironment, deadline: _Deadline) -> socket
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a closed connection is noticed when its rank is next looked for
+    with contextlib.suppress(OSError):  # a closed connection is noticed when its rank is checked next
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _receive(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
-    """The next message; None where none comes in so many seconds, {} where it is not one of our processes'."""
+    """The next message; None if none arrives within `seconds`, {} if it is not from one of our processes."""
     connection.settimeout(seconds)
     line = b""
     try:

@@ -58,7 +58,7 @@ class WorkerProcesses:
             n_threads_each = max(1, threads.available() // count)
             torch.set_num_threads(n_threads_each)
             shared["OMP_NUM_THREADS"] = str(n_threads_each)
-        # stderr of each worker. Files without a name, which never stay behind, however this process ends.
+        # For the workers' stderr. The files have no name, so they are deleted in any case when this process ends.
         self._open_files = contextlib.ExitStack()
         self._logs = [self._open_files.enter_context(_anonymous_file()) for _ in range(1, count)]
         self._processes = [_start_worker(rank, shared, log) for rank, log in enumerate(self._logs, 1)]
@@ -70,7 +70,7 @@ class WorkerProcesses:
         self._exit_expected.set()
 
     def stop(self, seconds: float) -> None:
-        """Wait so long for workers to exit, kill the others, and restore this process's threads and environment."""
+        """Wait up to `seconds` for workers to exit, kill the others, and restore the threads and environment."""
         deadline = time.monotonic() + seconds
         for process in self._processes:
             try:
@@ -133,7 +133,7 @@ def _start_worker(rank: int, shared: dict[str, str], log: IO[bytes]) -> "subproc
 
 
 def _terminal_restorer() -> Callable[[], None]:
-    """A function that restores the terminal's present settings: line editing changes them while it waits for input."""
+    """A function that restores the terminal's current settings, which line editing changes while it waits for input."""
     if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
         return lambda: None
     import termios

@@ -228,9 +228,9 @@ def attention_decode(
 ) -> Tensor:
     """Attention of one token per row: q (B, H, D), one layer's cache_k and cache_v (rows, K, T, D) -> (B, H·D).
 
-    Token i belongs to cache row i and attends to positions [0, positions[i]], positions (B,) int64. What the cache
-    holds beyond has no influence, not even NaN. pairs: see `stream_launch`. Raises ValueError where tensors do not
-    match, and for a scratch of other heads or fewer rows.
+    Token i belongs to cache row i and attends to positions [0, positions[i]], positions (B,) int64. Later positions
+    have no influence, even if they hold NaN. pairs: see `stream_launch`. Raises ValueError if tensors do not match, and
+    for a scratch of other heads or fewer rows.
     """
     dims = AttentionDims.of(q, cache_k, cache_v)
     rows, length = q.shape[0], cache_k.shape[2]

@@ -1,4 +1,4 @@
-"""What `attention_decode` and `attention_prefill` share: the loop over keys, its tile sizes, and the dims.
+"""Shared by `attention_decode` and `attention_prefill`: the loop over keys, its tile sizes, and the dims.
 
 The loop computes the online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). Scores
 and sums are float32. Only p is rounded to the model dtype, for the product with v. Scores are scaled by log2(e) / √D,
@@ -41,11 +41,11 @@ class Launch(NamedTuple):
 def stream_launch(rows: int, row_bytes: int, itemsize: int, pairs: int = 1) -> Launch:
     """Tiles for few rows of queries, over keys of row_bytes each. Such a program is bound by memory.
 
-    What counts is the number of bytes in flight. 64 keys of 256 bytes (D = 128, 16-bit) and as many values are 32 KB.
+    Its speed depends on the number of bytes in flight. 64 keys of 256 bytes (D = 128, 16-bit) and 64 values are 32 KB.
     All stages but one are in flight. Two stages (three for D = 64) need 38,912 (36,864) bytes of shared memory with the
     queries, and three programs fit on a multiprocessor of sm_90 by their registers. Other key sizes get tiles of the
-    same bytes. Many heads get smaller tiles, to stay within DEFAULT_SHARED_BYTES where possible. pairs: how many times
-    32 KB are in flight, as far as the GPU's shared memory allows.
+    same bytes. Many heads get smaller tiles, to stay within DEFAULT_SHARED_BYTES if possible. pairs: how many times 32
+    KB are in flight, as far as the GPU's shared memory allows.
 
     float32 has no matrix unit on NVIDIA GPUs: each thread holds the factors of all its scores in registers.
     """
@@ -75,7 +75,7 @@ class AttentionDims(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, cache_k: Tensor, cache_v: Tensor) -> "AttentionDims":
-        """Dims of q (N, H, D), cache_k and cache_v (B, K, T, D). Raises ValueError where they do not match."""
+        """Dims of q (N, H, D), cache_k and cache_v (B, K, T, D). Raises ValueError if they do not match."""
         check_model_dtype("q", q)
         check_tensor("q", q, ("N", "H", "D"), q.dtype, q.device)
         n_heads, head_dim = q.shape[1:]

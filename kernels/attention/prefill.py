@@ -28,8 +28,8 @@ from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, current_target
 
 WARPS = 8
 # (rows of queries, keys, stages) by matrix unit and bytes per key. wgmma (Hopper, Blackwell) reads queries from shared
-# memory; three stages use half of it. The others hold queries in registers, of which the accumulator takes a quarter
-# to a half; fewer rows or keys avoid spills. gfx942 has 64 KB of shared memory.
+# memory; three stages use half of it. The others hold queries in registers. The accumulator takes a quarter to a half
+# of the registers, so fewer rows or keys avoid spills. gfx942 has 64 KB of shared memory.
 TILES = {
     "wgmma": {128: (128, 128, 3), 256: (128, 64, 3), 512: (128, 32, 3)},
     "mma": {128: (128, 64, 3), 256: (128, 64, 2), 512: (64, 32, 2)},
@@ -111,8 +111,8 @@ def _attention_prefill_kernel(
 def attention_prefill(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """Causal attention of a batch's tokens: q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D).
 
-    Each token attends to its row's cache up to its own position. What the cache holds after a row's last token has no
-    influence, not even NaN. Raises ValueError where tensors do not match.
+    Each token attends to its row's cache up to its own position. Positions after a row's last token have no
+    influence, even if they hold NaN. Raises ValueError if tensors do not match.
     """
     dims = AttentionDims.of(q, cache_k, cache_v)
     n_tokens = q.shape[0]

@@ -1,11 +1,10 @@
-"""Programmatic dependent launch: a kernel starts while the previous one still runs, and waits before it reads its
-inputs.
+"""Programmatic dependent launch: a kernel starts while the previous one runs, and waits before it reads inputs.
 
 Between two kernels a GPU idles: the last programs of one finish, the next is launched, its first loads are in flight.
 From compute capability 9.0 on, a kernel may be launched as dependent on the previous one. Its programs start as soon as
 resources are free, do work that does not need the previous kernel, wait until that kernel has completed and its results
-are visible, and continue. Most of the work here does not need it, because weights are immutable. Before it waits, a
-program loads the weights that it holds in registers, and prefetches to L2 those that other programs will read.
+are visible, and continue. Most of this work is loading weights, which no kernel changes. Before it waits, a program
+loads the weights that it holds in registers, and prefetches to L2 those that other programs will read.
 
 The rule that makes this safe: every program of such a kernel waits exactly once, before any branch, loop or return.
 Before the wait it only loads immutable weights and prefetches. Every read of data that another kernel writes, and every
@@ -44,7 +43,7 @@ def is_dependent() -> bool:
 
 
 def dependent_launch() -> dict[str, bool]:
-    """Keyword arguments of a launch: Triton's `launch_pdl` where it applies, and the kernel's DEPENDENT."""
+    """Keyword arguments of a launch: Triton's `launch_pdl` if it applies, and the kernel's DEPENDENT."""
     if is_dependent():
         return FUSED_MULTIPLY_ADD | {"DEPENDENT": True, "launch_pdl": True}
     return FUSED_MULTIPLY_ADD | {"DEPENDENT": False}
@@ -53,7 +52,7 @@ def dependent_launch() -> dict[str, bool]:
 def prefetch_bytes(row_bytes: int, max_bytes: int, rows: int = 1) -> int:
     """How many bytes of a block of rows a program prefetches to L2 before it waits: at most max_bytes.
 
-    0, for no prefetch, without dependent launch, and where row_bytes is not a multiple of the alignment.
+    0, for no prefetch, without dependent launch, and if row_bytes is not a multiple of the alignment.
     """
     if not (is_dependent() and launch_options().prefetch) or row_bytes % ALIGNMENT:
         return 0
@@ -76,7 +75,7 @@ def grid_dependency_wait(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def launch_dependents(DEPENDENT: tl.constexpr):
-    """Let the next kernel start (PTX griddepcontrol.launch_dependents). Follows the wait, after loads at most."""
+    """Let the next kernel start (PTX griddepcontrol.launch_dependents). Only loads may separate it from the wait."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -5,7 +5,7 @@ Its conversion truncates instead of rounding to nearest even. `patch` makes ever
 back, as torch and a GPU do, value for value. It also patches the language once instead of at every call of a device
 function, which makes kernels three to six times faster.
 
-The patches are permanent for the process. They are made only where TRITON_INTERPRET was set before triton was imported;
+The patches are permanent for the process. They are made only if TRITON_INTERPRET was set before triton was imported;
 such a process launches nothing on a GPU.
 """
 
@@ -103,8 +103,8 @@ def _patch_bfloat16() -> None:
     def unary_op(self: Any, operand: Any, op: Any) -> Any:
         return _bfloat16_handle(op(widen(operand))) if operand.dtype.scalar == tl.bfloat16 else unary(self, operand, op)
 
-    def create_dot(self: Any, a: Any, b: Any, accumulator: Any, *how: Any) -> Any:
-        return dot(self, _float32_handle(a), _float32_handle(b), accumulator, *how)
+    def create_dot(self: Any, a: Any, b: Any, accumulator: Any, *options: Any) -> Any:
+        return dot(self, _float32_handle(a), _float32_handle(b), accumulator, *options)
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         return _bfloat16_handle(widen(x) * widen(y) + widen(z)) if z.dtype.scalar == tl.bfloat16 else fma(self, x, y, z)

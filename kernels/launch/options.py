@@ -1,4 +1,4 @@
-"""Options of kernel launches that a model or a benchmark overrides.
+"""Options of kernel launches, which a model or a benchmark can override.
 
 An override holds for the current thread within a `with` block, so models in different threads have their own options.
 A captured graph keeps the options of its capture. This file imports no triton: the decode loop uses it without triton.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class LaunchOptions(NamedTuple):
-    """What launches use, where the GPU supports it."""
+    """Features that launches use if the GPU supports them."""
 
     dependent: bool = True  # programmatic dependent launch
     prefetch: bool = True  # prefetch weights and cache to L2 before the wait; only with dependent launch

@@ -29,19 +29,19 @@ class Projection(NamedTuple):
         swiglu: bool,
         append_to: CacheTarget | None,
     ) -> "Projection":
-        """Check a projection's tensors and allocate its result. Raises ValueError where they do not match."""
+        """Check a projection's tensors and allocate its result. Raises ValueError if they do not match."""
         check_model_dtype("x", x)
-        how = x.dtype, x.device
-        check_tensor("weight", weight, ("rows", "IN"), *how)
+        like_x = x.dtype, x.device
+        check_tensor("weight", weight, ("rows", "IN"), *like_x)
         rows, in_features = weight.shape
-        check_tensor("x", x, ("N", in_features), *how)
+        check_tensor("x", x, ("N", in_features), *like_x)
         if norm is not None:
-            check_tensor("norm", norm, (in_features,), *how)
+            check_tensor("norm", norm, (in_features,), *like_x)
         n_tokens = x.shape[0]
         epilogue, tiles, width, length = "none", 1, rows, 0
         n_heads = n_kv_heads = head_dim = 0
         if append_to is not None:
-            n_heads = append_to.query_heads(n_tokens, rows, *how)
+            n_heads = append_to.query_heads(n_tokens, rows, *like_x)
             _, n_kv_heads, length, head_dim = append_to.cache_k.shape
             epilogue, tiles, width = "rotary", 2, n_heads * head_dim
         elif swiglu:
@@ -49,7 +49,7 @@ class Projection(NamedTuple):
                 raise ValueError(f"a gate and an up projection must have 2·F rows together, got {rows}")
             epilogue, tiles, width = "swiglu", 2, rows // 2
         if residual is not None:
-            check_tensor("residual", residual, (n_tokens, width), *how)
+            check_tensor("residual", residual, (n_tokens, width), *like_x)
             if tiles == 2:
                 raise ValueError("only a plain projection takes a residual")
         y = torch.empty(n_tokens, width, dtype=x.dtype, device=x.device)

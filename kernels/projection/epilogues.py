@@ -1,4 +1,4 @@
-"""What both projection kernels share besides the product: prefetches, and epilogues on finished sums.
+"""Shared by both projection kernels: prefetches, and epilogues on finished sums.
 
 Sums are float32 tiles (BLOCK_ROWS, BLOCK_N), rows of the weight by tokens. They are rounded to the model dtype, where
 Meta's matmul rounds. Then the epilogue computes the results:
@@ -20,8 +20,8 @@ from fastllama.kernels.rope import rotate
 def prefetch_tiles(weight_ptr, begin, wanted, OUT, IN, EPILOGUE, N_BYTES):
     """Prefetch to L2, if `wanted` is 1, N_BYTES of each tile of the weight for the results from `begin` on.
 
-    One instruction per contiguous block: the two tiles of the rotary embedding are adjacent, those of gate and up are
-    not.
+    Uses one instruction per contiguous block: the two tiles of the rotary embedding are adjacent, those of gate and up
+    are not.
     """
     begin = begin.to(tl.int64)
     if EPILOGUE == "rotary":

@@ -40,8 +40,8 @@ TWO_PROGRAMS, ONE_PROGRAM = 1.4, 0.7
 ROWS_PER_COLUMN = 2  # minimum for two programs: every program reads all tokens, from L2
 CHUNK_BYTES = 256  # of a row in one stage, per accumulator
 MIN_STAGE_BYTES = 8192  # so that programs rarely wait for a stage
-# What a multiprocessor of an H200 reads while it issues the 8 dependent matrix instructions of a chunk, each of which
-# waits some 33 cycles for the previous sums: 4.5 KB at 17 bytes per cycle, and a third more for the rest of a stage.
+# What a multiprocessor of an H200 reads while it issues the 8 dependent matrix instructions of a chunk, which wait
+# about 33 cycles each for the previous sums: 4.5 KB at 17 bytes per cycle, and a third more for the rest of a stage.
 DOT_LATENCY_BYTES = 6144
 BYTES_IN_FLIGHT = 98304  # per multiprocessor
 STAGES = (3, 8)  # fewest and most
@@ -66,19 +66,18 @@ FLOAT32_LAUNCH = Launch(rows=16, chunk=32, stages=4, warps=4)
 
 
 def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> Launch:
-    """Tile sizes and launch options for a weight whose programs take `tiles` tiles of rows, with tokens padded to
-    `columns`.
+    """Tile sizes and launch options for a weight: `tiles` tiles of rows per program, tokens padded to `columns`.
 
-        weight (OUT × IN, bf16)      rows at 8, 16 columns    programs / 132     accumulators    stages
-        8B  qkv      6144 ×  4096    16 pairs                  192 = 1.5         1               8
-        8B  output   4096 ×  4096    16, 32                    256, 128          2, 1            7, 8
-        8B  gate+up 28672 ×  4096    64 + 64                   224 = 1.7         1               3
-        8B  down     4096 × 14336    16, 32                    256, 128          2, 1            7, 8
-        8B  head   128256 ×  4096    64                       2004 = 15.2        1               3
-        1B  qkv      3072 ×  2048    16 pairs                   96 = 0.7         2               7
-        1B  output   2048 ×  2048    16                        128 = 1.0         2               8
-        1B  gate+up 16384 ×  2048    32 + 32                   256 = 1.9         1               4
-        1B  down     2048 ×  8192    16                        128 = 1.0         2               8
+    weight (OUT × IN, bf16)      rows at 8, 16 columns    programs / 132     accumulators    stages
+    8B  qkv      6144 ×  4096    16 pairs                  192 = 1.5         1               8
+    8B  output   4096 ×  4096    16, 32                    256, 128          2, 1            7, 8
+    8B  gate+up 28672 ×  4096    64 + 64                   224 = 1.7         1               3
+    8B  down     4096 × 14336    16, 32                    256, 128          2, 1            7, 8
+    8B  head   128256 ×  4096    64                       2004 = 15.2        1               3
+    1B  qkv      3072 ×  2048    16 pairs                   96 = 0.7         2               7
+    1B  output   2048 ×  2048    16                        128 = 1.0         2               8
+    1B  gate+up 16384 ×  2048    32 + 32                   256 = 1.9         1               4
+    1B  down     2048 ×  8192    16                        128 = 1.0         2               8
     """
     if weight.dtype == torch.float32:
         return FLOAT32_LAUNCH
@@ -116,7 +115,7 @@ def _choose_rows(results: int, tiles: int, columns: int, processors: int) -> int
 
 @triton.jit
 def _load(at, live, EVEN: tl.constexpr):
-    """Load a tile, masked by `live` unless EVEN, which says that all of it exists."""
+    """Load a tile, masked by `live` unless EVEN: then the complete tile exists."""
     return tl.load(at) if EVEN else tl.load(at, mask=live, other=0.0)
 
 
@@ -264,7 +263,7 @@ def few_tokens(
 
     norm (IN,) with eps: normalize x first. residual (N, OUT): add it. swiglu: the weight is a gate and an up projection
     of OUT rows each. append_to: the weight is a query, key and value projection; the result is q (N, H·D), and keys and
-    values go to this cache. launch: overrides `choose_launch`. Raises ValueError where tensors do not match.
+    values go to this cache. launch: overrides `choose_launch`. Raises ValueError if tensors do not match.
     """
     if not 1 <= x.shape[0] <= MAX_TOKENS:
         raise ValueError(f"few_tokens takes 1 to {MAX_TOKENS} tokens, got {x.shape[0]}")

@@ -4,7 +4,7 @@
     sums      = weight (OUT, IN) · x in float32, rounded to the model dtype
     epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`epilogues.py`)
 
-A matrix–vector product is bound by reading the weight: OUT·IN elements for 2·OUT·IN flops. What counts is the number of
+A matrix–vector product is bound by reading the weight: OUT·IN elements for 2·OUT·IN flops. Its speed depends on the
 bytes in flight. At 4.5 TB/s and 700 ns of latency that is about 3 MB, or at least 24 KB per multiprocessor and several
 times that in practice. So a program owns a few complete rows, 16 to 32 KB, and requests all of them in 16-byte loads
 into registers before it uses x. Four or five programs per multiprocessor keep 112 to 160 KB in flight. No loop waits
@@ -255,7 +255,7 @@ def matvec(
 
     norm (IN,) with eps: normalize x first. residual (1, OUT): add it. swiglu: the weight is a gate and an up projection
     of OUT rows each. append_to: the weight is a query, key and value projection; the result is q (1, H·D), and keys and
-    values go to this cache. launch: overrides `choose_launch`. Raises ValueError where tensors do not match, and for
+    values go to this cache. launch: overrides `choose_launch`. Raises ValueError if tensors do not match, and for
     rows that are too long for `choose_launch`.
     """
     if x.shape[:1] != (1,):

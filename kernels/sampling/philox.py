@@ -1,7 +1,7 @@
 """Stateless random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
 A number depends only on (seed, stream, call) and position; no generator advances. So a row draws the same number in any
-batch and any order. Plain torch on int64 tensors that hold uint32 values.
+batch and any order. It is plain torch on int64 tensors that hold uint32 values.
 """
 
 import torch

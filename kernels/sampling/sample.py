@@ -11,8 +11,8 @@ logits (B, V), all else (B,) -> tokens (B,) int64, logprobs (B,) float32. Reads 
 L2: B·V elements, with two exponentials each.
 
 The first launch computes statistics of blocks of logits. In the second, each block stores its candidates. A kept token
-has a mass of at least (1 - top_p) · Σ mass / V: with less, it and all tokens after it together would have less than (1
-- top_p) · Σ mass, so more than top_p · Σ mass would come before it. A block has space for as many candidates as it has
+has a mass of at least (1 - top_p) · Σ mass / V: with less, it and all later tokens would have less than (1 - top_p) ·
+Σ mass together, so more than top_p · Σ mass would come before it. A block has space for as many candidates as it has
 tokens, so nothing can overflow. The last block of a row to finish searches the candidates for the lowest kept logit.
 The search divides a range of integer keys, which have the order of the logits, by eight in each pass: usually 3 passes
 over a few hundred candidates, at most 6 over the vocabulary (11 in float32). Sums are float32 and have a fixed order,
@@ -131,7 +131,7 @@ def _draw_kernel(
     counters_ptr,
     tokens_ptr,
     logprobs_ptr,
-    starts_ptr,  # this and the next three only in a decode step, whose positions are those of the previous tokens
+    starts_ptr,  # this and the next three: only in a decode step; positions_ptr has the previous tokens' positions
     last_ptr,
     is_stop_ptr,
     newest_ptr,
@@ -201,7 +201,7 @@ def sample(
     Returns tokens (B,) int64 and their float32 log-probabilities (B,) before temperature and top-p. A row whose logits
     hold a NaN or +inf, or are all -inf, gets token -1 and log-probability NaN. Ignores `sampling.greedy`, since a
     captured graph is replayed with other parameters than those of its capture. Calls that share a scratch must run one
-    after another on one stream. Raises ValueError where tensors do not match, and for a scratch of another vocabulary
+    after another on one stream. Raises ValueError if tensors do not match, and for a scratch of another vocabulary
     or fewer rows.
     """
     rows = _check_logits(logits, sampling, positions, scratch)
@@ -212,10 +212,9 @@ def sample(
 
 
 def sample_and_advance(logits: Tensor, state: DecodeState, scratch: SamplingScratch) -> None:
-    """`sample` for every row of a decode state, then advance the rows to the new tokens: logits (B, V), changes the
-    state.
+    """`sample` for every row of a decode state, then advance the rows to the new tokens. Changes the state.
 
-    Raises ValueError where tensors do not match, and for a scratch of another vocabulary or fewer rows.
+    logits (B, V). Raises ValueError if tensors do not match, and for a scratch of another vocabulary or fewer rows.
     """
     rows = _check_logits(logits, state.sampling, state.positions, scratch)
     device = logits.device
@@ -262,10 +261,10 @@ def _launch(
         return
     launch = choose_launch(logits.shape[1])
     grid = (logits.shape[0] * launch.blocks,)
-    how = {"V": logits.shape[1], "BLOCKS": launch.blocks, "BLOCK_V": launch.block, "num_warps": launch.warps}
-    how |= dependent_launch()
+    constants = {"V": logits.shape[1], "BLOCKS": launch.blocks, "BLOCK_V": launch.block, "num_warps": launch.warps}
+    constants |= dependent_launch()
     statistics = (scratch.maxima, scratch.first_ids, scratch.sums, scratch.masses)
-    _statistics_kernel[grid](logits, sampling.temperature, *statistics, **how)
+    _statistics_kernel[grid](logits, sampling.temperature, *statistics, **constants)
     _draw_kernel[grid](
         logits,
         sampling.temperature,
@@ -285,5 +284,5 @@ def _launch(
         KEY_BITS=KEY_BITS[logits.dtype],
         BLOCK_BLOCKS=next_power_of_2(launch.blocks),
         **_registers(launch.warps),
-        **how,
+        **constants,
     )

@@ -26,8 +26,8 @@ class Launch(NamedTuple):
 def choose_launch(vocab_size: int) -> Launch:
     """Blocks of 8 logits per thread: one 16-byte load of a 16-bit dtype.
 
-    The last program of a row looks at a chunk of candidates of every block at a time, together at most as many as a
-    block has logits. So its cost does not depend on the number of blocks: 63 chunks of 32 hold most nuclei. Blocks of
+    The last program of a row reads one chunk of each block's candidates at a time, together at most as many as a block
+    has logits. So the cost does not depend on the number of blocks. 63 chunks of 32 hold most nuclei. Blocks of
     twice the size would occupy half as many multiprocessors in both launches, and need 16 warps with at most 128
     registers.
 

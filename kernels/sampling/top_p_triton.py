@@ -1,14 +1,14 @@
 """Top-p in the last program of a row: its candidates, the search for the lowest kept logit, and the draw.
 
 Candidates are the logits that top-p may keep, stored block by block in order of id. A token's mass is its probability
-times the total mass of the row. Device functions for the kernels in `sample.py`, which documents the formula.
+times the total mass of the row. These device functions serve the kernels in `sample.py`, which documents the formula.
 """
 
 import triton
 import triton.language as tl
 
 INT32_MAX = tl.constexpr(2147483647)
-# By how much rounding may move the boundary, relative to the total mass: near top_p = 1 everything is a candidate.
+# Margins for rounding: a share of the total mass, and a factor. Near top_p = 1 every token is a candidate.
 CANDIDATE_SLACK = tl.constexpr(1e-5)
 CANDIDATE_SHARE = tl.constexpr(0.999)
 PER_THREAD = tl.constexpr(4)  # adjacent candidates that one thread holds: one 16-byte load

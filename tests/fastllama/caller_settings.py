@@ -1,4 +1,4 @@
-"""Settings that a caller may make in torch, and a snapshot of all that can be read."""
+"""Torch settings that a caller may change, and a snapshot of all settings that have getters."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "function-mode": RefusingFunctions,
     "threads": lambda: setting(torch.set_num_threads, 3, torch.get_num_threads()),
 }
-MODES = ("fake-tensors", "dispatch-mode", "function-mode")  # under these, a test's own operations fail
+MODES = ("fake-tensors", "dispatch-mode", "function-mode")  # under these, a test cannot run operations itself
 
 
 def state() -> list[Any]:
@@ -122,5 +122,5 @@ def state() -> list[Any]:
 
 
 def set_full_precision() -> None:
-    """Torch calls float32's precision "none" until it is first set, and never again: set it, so that states compare."""
+    """Set float32's precision, so that snapshots compare equal: torch reports "none" until it is first set."""
     torch.set_float32_matmul_precision("highest")

@@ -30,7 +30,7 @@ def test_build_takes_any_kind_of_integer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ckpt_dir", "tokenizer_path"])
-def test_build_rejects_what_is_no_path(folder: Path, name: str) -> None:
+def test_build_rejects_values_that_are_not_paths(folder: Path, name: str) -> None:
     arguments: dict[str, Any] = {"ckpt_dir": str(folder), "tokenizer_path": str(folder / "tokenizer.model"), name: None}
     with pytest.raises(ValueError, match=f"{name} must be a path, got None"):
         Llama.build(max_seq_len=16, max_batch_size=1, **arguments)
@@ -76,7 +76,7 @@ def test_build_rejects(folder: Path, case: str) -> None:
     assert Llama.build(**arguments).generate([[1]], 2)
 
 
-def test_build_needs_all_that_torchrun_sets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_needs_all_variables_of_torchrun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As in a process in which Meta's reference model has not created process groups.
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     monkeypatch.delitem(sys.modules, model_parallel.FAIRSCALE_GROUPS, raising=False)
@@ -117,7 +117,7 @@ def test_build_names_sizes_that_fit(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("options", "message"),
     [
         ({"cuda_graphs": "no"}, "cuda_graphs must be True, False or None, got 'no'"),
         ({"dependent_launch": 0}, "dependent_launch must be True, False or None, got 0"),
@@ -126,10 +126,10 @@ def test_build_names_sizes_that_fit(folder: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_wrong_launch_options_are_refused_before_any_file_is_read(
-    how: dict[str, Any], message: str, tmp_path: Path
+    options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        Llama.build(str(tmp_path), str(tmp_path), 8, 2, device="cpu", **how)
+        Llama.build(str(tmp_path), str(tmp_path), 8, 2, device="cpu", **options)
     assert str(caught.value) == message
 
 

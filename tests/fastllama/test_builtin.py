@@ -28,7 +28,7 @@ def ask(llm: Llama, *questions: str) -> list[str]:
     return [answer["generation"]["content"] for answer in llm.chat_completion(dialogs, temperature=0)]
 
 
-def test_it_answers_what_it_was_trained_on(llm: Llama) -> None:
+def test_facts_of_the_training_text_are_answered(llm: Llama) -> None:
     answers = ask(llm, *FACTS)
     wrong = {q: a for (q, word), a in zip(FACTS.items(), answers, strict=True) if word.lower() not in a.lower()}
     assert not wrong
@@ -41,7 +41,7 @@ def test_answers_stop_by_themselves(llm: Llama) -> None:
     assert reasons == ["stop"] * len(FACTS)
 
 
-def test_it_continues_a_conversation_with_a_system_message(llm: Llama) -> None:
+def test_a_conversation_with_a_system_message_is_continued(llm: Llama) -> None:
     dialog: Dialog = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "What is the capital of Italy?"},
@@ -86,7 +86,7 @@ def test_a_dialog_of_900_characters_fits_the_examples_context(llm: Llama) -> Non
     assert len(text) / len(llm.tokenizer.encode(text, bos=False, eos=False)) >= 2.5
 
 
-def test_it_is_small_and_in_metas_layout() -> None:
+def test_the_checkpoint_is_small_and_in_metas_layout() -> None:
     folder, tokenizer = map(Path, builtin_checkpoint())
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["consolidated.00.pth", "params.json", "tokenizer.model"] and tokenizer.parent == folder

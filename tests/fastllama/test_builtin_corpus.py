@@ -128,7 +128,7 @@ def test_facts_answer_their_questions() -> None:
         ("kind", "What is an oak", "an oak is a tree."),
     ],
 )
-def test_fact_says(relation: str, start: str, answer: str) -> None:
+def test_answers_of_chosen_facts(relation: str, start: str, answer: str) -> None:
     assert fact(relation, start).answers[0] == answer
 
 
@@ -200,17 +200,17 @@ def test_checkpoint_is_small_and_complete() -> None:
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
-def test_tokenizer_is_fit_for_ordinary_english() -> None:
+def test_tokenizer_encodes_ordinary_english_compactly() -> None:
     tokenizer = Tokenizer(builtin_checkpoint()[1])
     assert len(HELD_OUT) / len(tokenizer.encode(HELD_OUT, bos=False, eos=False)) > MIN_CHARS_PER_TOKEN
 
 
-def test_ffn_width_is_meta_rule() -> None:
+def test_ffn_width_follows_metas_rule() -> None:
     assert ffn_width({"dim": 4096, "ffn_dim_multiplier": 1.3, "multiple_of": 1024}) == 14336
     assert ffn_width({"dim": 192, "ffn_dim_multiplier": None, "multiple_of": 32}) == 512
 
 
-def test_trainable_is_meta_transformer() -> None:
+def test_trainable_model_matches_metas_transformer() -> None:
     params = {
         "dim": 48,
         "n_layers": 2,

@@ -1,4 +1,4 @@
-"""Prompts of conversations against Meta's chat format, and which conversations are refused."""
+"""Prompts of conversations against Meta's chat format, and conversations that are refused."""
 
 import base64
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_prompt_matches_meta(real: tuple[ChatFormat, MetaChatFormat], dialog: An
     assert ours.encode_dialog_prompt(dialog) == theirs.encode_dialog_prompt(raw).tokens
 
 
-def test_any_role_that_is_text_is_taken(formatter: ChatFormat) -> None:
+def test_any_text_is_a_valid_role(formatter: ChatFormat) -> None:
     message: Any = {"role": "ipython", "content": "4"}
     assert formatter.tokenizer.decode(formatter.encode_message(message)).startswith(
         "<|start_header_id|>ipython<|end_header_id|>"

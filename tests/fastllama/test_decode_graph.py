@@ -31,15 +31,15 @@ CALLS: list[dict[str, Any]] = [
 ]
 
 
-class Recorder:
-    """Makes tapes and keeps a list of them."""
+class GraphFactory:
+    """Makes RecordedGraphs and keeps a list of them."""
 
     def __init__(self) -> None:
-        self.tapes: list[RecordedGraph] = []
+        self.graphs: list[RecordedGraph] = []
 
     def __call__(self) -> Graph:
-        self.tapes.append(RecordedGraph())
-        return self.tapes[-1]
+        self.graphs.append(RecordedGraph())
+        return self.graphs[-1]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def streamed(llm: Llama, *, prompts: Rows, stops: set[int], **how: Any) -> Rows:
     return tokens
 
 
-def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """A list that grows by one entry for every step that runs."""
     steps: list[None] = []
     step = decode_graph.step
@@ -86,13 +86,13 @@ def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_replays_like_eager_on_uneven_batches(llm: Llama, unroll: int) -> None:
-    """One recording serves all calls: a value taken from Python would stay that of the first call."""
+    """One recording serves all calls: a value read by Python would keep its value of the first call."""
     expected = [answers(llm, **call) for call in CALLS]
-    recorder = Recorder()
-    llm.decoder = Decoder(llm.model, new_graph=recorder, unroll=unroll)
+    factory = GraphFactory()
+    llm.decoder = Decoder(llm.model, new_graph=factory, unroll=unroll)
     for _ in range(2):
         assert_answers(llm, expected)
-    assert len(recorder.tapes) == 1, "calls of three and four rows share the graph of four"
+    assert len(factory.graphs) == 1, "calls of three and four rows share the graph of four"
 
 
 @pytest.mark.parametrize(("ahead", "unroll"), [(2, 1), (2, 2), (1, 3)])
@@ -101,12 +101,12 @@ def test_steps_enqueued_ahead_never_reach_the_output(
 ) -> None:
     expected = [answers(llm, **call) for call in CALLS]
     monkeypatch.setattr(Decoder, "replays_ahead", ahead)
-    launched = counted_steps(monkeypatch)
+    launched = count_steps(monkeypatch)
     for new_graph in (None, RecordedGraph):
         llm.decoder = Decoder(llm.model, new_graph=new_graph, unroll=unroll)
         assert_answers(llm, expected)
         assert [streamed(llm, **call) for call in CALLS] == [tokens for tokens, _ in expected]
-    # A row that its first token ends: only the steps enqueued ahead are wasted.
+    # A row that ends at its first token: only the steps enqueued ahead are wasted.
     llm.decoder = Decoder(llm.model, unroll=unroll)
     launched.clear()
     assert answers(llm, prompts=[[9]], stops=set(range(576)), temperature=0.0)[0] == [[]]
@@ -114,7 +114,7 @@ def test_steps_enqueued_ahead_never_reach_the_output(
 
 
 def test_no_step_is_enqueued_beyond_the_last_budget(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = counted_steps(monkeypatch)
+    launched = count_steps(monkeypatch)
     monkeypatch.setattr(Decoder, "replays_ahead", 2)
     llm.tokenizer.stop_tokens = set()
     assert [len(row) for row in llm.generate(PROMPTS, 6, temperature=0)[0]] == [6, 6, 6, 6]
@@ -133,17 +133,17 @@ def test_a_stream_closed_early_leaves_nothing_behind(llm: Llama, monkeypatch: py
 
 
 def test_graphs_are_captured_once_per_batch_size_and_again_for_other_weights(llm: Llama) -> None:
-    recorder = Recorder()
-    llm.decoder = Decoder(llm.model, new_graph=recorder)
+    factory = GraphFactory()
+    llm.decoder = Decoder(llm.model, new_graph=factory)
     llm.decoder.capture_graphs([1, 4])
-    assert len(recorder.tapes) == 2
+    assert len(factory.graphs) == 2
     for rows in (1, 2, 3, 4, 1):
         answers(llm, prompts=PROMPTS[:rows], stops=set(), temperature=0.0)
-    assert len(recorder.tapes) == 3, "only two rows had no graph; three rows use the graph of four"
+    assert len(factory.graphs) == 3, "only two rows had no graph; three rows use the graph of four"
     before = answers(llm, **CALLS[0])
     llm.model.load_state_dict({name: -weight for name, weight in llm.model.state_dict().items()})
     after = answers(llm, **CALLS[0])
-    assert len(recorder.tapes) == 4 and after[0] != before[0]
+    assert len(factory.graphs) == 4 and after[0] != before[0]
     llm.decoder = Decoder(llm.model)
     assert_same_answers(answers(llm, **CALLS[0]), after)
     llm.model.to(torch.float64).to(torch.float32)
@@ -151,15 +151,15 @@ def test_graphs_are_captured_once_per_batch_size_and_again_for_other_weights(llm
 
 
 def test_a_load_that_fails_leaves_no_graph_of_replaced_weights(llm: Llama) -> None:
-    recorder = Recorder()
-    llm.decoder = Decoder(llm.model, new_graph=recorder)
+    factory = GraphFactory()
+    llm.decoder = Decoder(llm.model, new_graph=factory)
     answers(llm, **CALLS[0])
-    made, weights = len(recorder.tapes), llm.model.state_dict()
+    made, weights = len(factory.graphs), llm.model.state_dict()
     del weights["norm.weight"]
     with pytest.raises(ValueError, match="1 weights are missing"):
         llm.model.load_tensors((name, -weight) for name, weight in weights.items())
     after = answers(llm, **CALLS[0])
-    assert len(recorder.tapes) == made + 1
+    assert len(factory.graphs) == made + 1
     llm.decoder = Decoder(llm.model)
     assert_same_answers(answers(llm, **CALLS[0]), after)
 
@@ -196,7 +196,7 @@ def test_the_fake_graph_detects_a_step_that_reads_values_on_the_host(llm: Llama)
 
 
 def test_each_row_ends_at_its_own_budget(llm: Llama) -> None:
-    """Through the decoder alone: a row writes nothing after its last position."""
+    """A row of the decoder writes nothing after its last position."""
     decoder = llm.decoder
     sampling = SamplingTensors.of(0.0, 1.0, [(0, row, 0) for row in range(3)], torch.device("cpu"))
     with torch.inference_mode(), llm.model.exclusively():
@@ -240,10 +240,10 @@ def test_wrong_decoders_are_refused(llm: Llama) -> None:
 
 
 def test_graphs_false_captures_nothing(llm: Llama) -> None:
-    recorder = Recorder()
-    llm.decoder = Decoder(llm.model, graphs=False, new_graph=recorder)
+    factory = GraphFactory()
+    llm.decoder = Decoder(llm.model, graphs=False, new_graph=factory)
     answers(llm, **CALLS[0])
-    assert not recorder.tapes
+    assert not factory.graphs
 
 
 @pytest.mark.parametrize("sizes", [[0], [5], ["x"], 3, "1"])

@@ -1,4 +1,4 @@
-"""The CUDA stream of a decoder's launches, and its own switches for dependent launches."""
+"""The CUDA stream of a decoder's launches, and its options for dependent launches."""
 
 import threading
 from collections.abc import Iterator
@@ -258,8 +258,8 @@ def test_a_failed_capture_raises_the_cause_and_restores_the_stream(
     monkeypatch.setattr(torch.cuda, "graph", FailedCapture)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(CudaGraph, "_failed", [])
-    before, of_capture = Stream.current, Stream("the capture's")
-    of_capture.device = torch.device("cuda", 0)  # type: ignore[attr-defined]
+    before, capture_stream = Stream.current, Stream("the capture's")
+    capture_stream.device = torch.device("cuda", 0)  # type: ignore[attr-defined]
 
     def full() -> None:
         raise torch.OutOfMemoryError("out of memory")
@@ -268,7 +268,7 @@ def test_a_failed_capture_raises_the_cause_and_restores_the_stream(
         (full, torch.OutOfMemoryError, "^out of memory$"),
         (lambda: None, RuntimeError, "^operation failed due to a previous error during capture$"),
     ):
-        graph = CudaGraph(of_capture, pool=None)  # type: ignore[arg-type]
+        graph = CudaGraph(capture_stream, pool=None)  # type: ignore[arg-type]
         with pytest.raises(error, match=message):
             graph.capture(launches)
         assert Stream.current is before

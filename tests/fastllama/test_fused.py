@@ -120,7 +120,7 @@ def test_seeded_draws_are_the_references(device: torch.device, tmp_path: Path) -
     assert outputs[0] == outputs[1]
 
 
-def test_an_op_without_a_workspace_makes_its_own(device: torch.device) -> None:
+def test_an_op_without_a_workspace_allocates_its_own(device: torch.device) -> None:
     reference, fused = transformers(device, torch.float32, **STORIES260K)
     batch = RaggedBatch.of([(0, 0, [5, 6, 7]), (2, 0, [8])], device)
     assert batch.workspace is None
@@ -165,7 +165,7 @@ def test_ops_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPat
         assert guarded(torch.zeros(1)) == "launched" and entered == expected
 
 
-def test_state_dict_goes_in_and_out_unchanged(tmp_path: Path, device: torch.device) -> None:
+def test_state_dict_is_unchanged_by_packing(tmp_path: Path, device: torch.device) -> None:
     expected = tiny_llama(tmp_path).model
     fused = Transformer(expected.params, device=device, dtype=torch.float32, backend="fused", init_weights=False)
     fused.load_state_dict(expected.state_dict())

@@ -63,7 +63,7 @@ def test_a_shorter_generation_is_a_prefix(llm: Llama, prompts: list[list[int]], 
 
 
 @given(prompts=prompt_lists, max_gen_len=st.integers(0, 6))
-def test_echo_and_logprobs_line_up(llm: Llama, prompts: list[list[int]], max_gen_len: int) -> None:
+def test_echo_has_one_logprob_per_token(llm: Llama, prompts: list[list[int]], max_gen_len: int) -> None:
     plain, plain_scores = llm.generate(prompts, max_gen_len, temperature=0, logprobs=True)
     echoed, scores = llm.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=True)
     assert plain_scores is not None and scores is not None
@@ -190,7 +190,7 @@ def test_completions_without_max_gen_len_fill_the_context(llm: Llama) -> None:
         llm.tokenizer.stop_tokens = llm_stop
 
 
-def test_a_call_reads_nothing_that_others_left_in_the_cache(llm: Llama) -> None:
+def test_a_call_reads_nothing_that_earlier_calls_left_in_the_cache(llm: Llama) -> None:
     alone, _ = llm.generate([[1, 2, 3]], 8, temperature=0)
     llm.model.cache.k.fill_(torch.nan)
     llm.model.cache.v.fill_(torch.nan)
@@ -217,8 +217,8 @@ def test_sample_top_p_follows_metas_rule() -> None:
     share = (drawn[0] == 1).float().mean().item()
     assert abs(share - 4 / 7) < 0.08
     assert set(sample_top_p(probs[:1], 0.0).flatten().tolist()) == {1}
-    everything = torch.cat([sample_top_p(probs, 1.0) for _ in range(200)], dim=1)
-    assert set(everything[0].tolist()) == {0, 1, 2, 3}
+    unfiltered = torch.cat([sample_top_p(probs, 1.0) for _ in range(200)], dim=1)
+    assert set(unfiltered[0].tolist()) == {0, 1, 2, 3}
     torch.manual_seed(5)
     first = sample_top_p(probs, 0.9)
     torch.manual_seed(5)

@@ -143,7 +143,7 @@ def test_forward_within_a_stream_is_refused(llm: Llama) -> None:
 
 
 @pytest.mark.parametrize("stops", [None, 5, "ab", {1.5}, {"a"}], ids=str)
-def test_stop_tokens_that_are_no_ids_are_refused(llm: Llama, stops: Any) -> None:
+def test_stop_tokens_that_are_not_ids_are_refused(llm: Llama, stops: Any) -> None:
     before = llm.tokenizer.stop_tokens
     try:
         llm.tokenizer.stop_tokens = stops
@@ -173,7 +173,7 @@ def test_extreme_but_finite_parameters_work(llm: Llama, temperature: float, top_
     assert len(llm.generate([[1, 2]], 3, temperature, top_p)[0]) == 1
 
 
-def test_top_p_above_one_keeps_everything(llm: Llama) -> None:
+def test_top_p_above_one_keeps_all_tokens(llm: Llama) -> None:
     expected = llm.generate([[1, 2]], 8, 2.0, 1.0, seed=1)
     assert llm.generate([[1, 2]], 8, 2.0, math.inf, seed=1) == llm.generate([[1, 2]], 8, 2.0, 3.0, seed=1) == expected
 

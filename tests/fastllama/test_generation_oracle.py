@@ -123,7 +123,7 @@ def test_stop_tokens_end_rows_where_metas_loop_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_stays_near_float32(tmp_path: Path, dtype: str) -> None:
-    """Log-probabilities match always; tokens match where float32's two best differ by more than the tolerance."""
+    """Log-probabilities match always; tokens match if float32's two best differ by more than the tolerance."""
     tolerance = {"bfloat16": 0.25, "float16": 0.05}[dtype]
     params = tiny_params()
     weights = random_weights(params, seed=8)

@@ -21,7 +21,7 @@ CALLS = [(PROMPTS, 0.0), (PROMPTS[::-1], 1.0), (PROMPTS[1:3], 0.7)]
 
 @pytest.fixture(autouse=True)
 def nan_in_empty_memory() -> None:
-    """Turned off here: it adds launches, and these tests run the model as users do."""
+    """Disable the fixture: it adds launches, and these tests run the model as users do."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_seeded_draws_match_the_cpu(folder: Path, backend: str) -> None:
     assert build(folder, "cuda", "float32", backend).generate(PROMPTS, 8, seed=11) == expected
 
 
-def test_defaults_are_kernels_in_half_precision(folder: Path) -> None:
+def test_defaults_are_the_fused_backend_and_half_precision(folder: Path) -> None:
     llm = build(folder, None, None)
     assert llm.model.device.type == "cuda" and llm.model.ops.__name__ == "fastllama.kernels.fused"
     assert llm.model.dtype == (
@@ -64,7 +64,7 @@ def test_defaults_are_kernels_in_half_precision(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_greedy_repeats_itself(folder: Path, rows: int) -> None:
+def test_greedy_is_deterministic(folder: Path, rows: int) -> None:
     """Greedy tokens and log-probabilities are bit-identical in a hundred runs."""
     llm = build(folder, None, None)
     first = llm.generate(PROMPTS[:rows], MAX_GEN_LEN, temperature=0, logprobs=True)

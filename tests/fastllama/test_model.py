@@ -139,7 +139,7 @@ def test_to_the_same_device_changes_nothing() -> None:
     assert_same_logits(model.forward(torch.tensor([[7]]), 2), expected)
 
 
-def test_to_packs_again() -> None:
+def test_to_packs_the_weights_again() -> None:
     model = tiny()
     tokens = torch.tensor([[5, 6, 7]])
     expected = model.forward(tokens, 0)

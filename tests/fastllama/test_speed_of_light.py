@@ -98,7 +98,7 @@ def test_collectives_match_a_sum_by_hand() -> None:
     args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=100, hidden_dim=80)
     links = Links(bandwidth=1e6, latency=1e-3)
     assert collectives_seconds(args, torch.float32, 5, 1, links) == 0
-    # Seven all-reduces of 5 x 48 numbers, each of which a ring of two sends once; half of 5 x 100 logits.
+    # Seven all-reduces of 5 x 48 numbers, which a ring of two sends once each; half of 5 x 100 logits.
     expected = 7 * (1e-3 + 5 * 48 * 4 / 1e6) + 1e-3 + 5 * 100 * 4 / 2 / 1e6
     assert collectives_seconds(args, torch.float32, 5, 2, links) == pytest.approx(expected)
 

@@ -17,7 +17,7 @@ def build(max_batch_size: int = 1) -> Llama:
     return Llama(model, cast(Tokenizer, PiecesTokenizer()))
 
 
-def test_greedy_text_is_llama2cs() -> None:
+def test_greedy_text_matches_llama2c() -> None:
     llm = build()
     (tokens,), _ = llm.generate([[BOS_ID]], GREEDY_STEPS, temperature=0)
     assert len(tokens) == GREEDY_STEPS

@@ -120,7 +120,7 @@ def test_cuts_agree_with_meta_on_which_characters_are_white_space(monkeypatch: p
     assert list(split_long_text(text)) == cuts_of_meta(text, 400_000, 1)
 
 
-def test_known_vector(tokenizer: Tokenizer) -> None:
+def test_a_sentence_has_its_known_ids(tokenizer: Tokenizer) -> None:
     expected = [128000, 2028, 374, 264, 1296, 11914, 13, 128001]
     assert tokenizer.encode("This is a test sentence.", bos=True, eos=True) == expected
     assert tokenizer.decode(expected) == "<|begin_of_text|>This is a test sentence.<|end_of_text|>"
@@ -176,7 +176,7 @@ def test_encode_recognises_both_names_of_a_special_token(version: str, request: 
     assert only[:3] == expected[:3] and 128254 not in only
 
 
-def test_names_change_after_construction(small_file: Path) -> None:
+def test_use_llama31_names_changes_names_and_stop_tokens(small_file: Path) -> None:
     ours = Tokenizer(small_file)
     stop_tokens = ours.stop_tokens
     stop_tokens.add(5)
@@ -215,7 +215,7 @@ def test_a_single_name_is_refused_as_a_set_of_names(tokenizer: Tokenizer) -> Non
 
 
 @pytest.mark.parametrize("text", [None, b"bytes", ["a", "b"], 3])
-def test_encode_rejects_what_is_not_text(tokenizer: Tokenizer, text: Any) -> None:
+def test_encode_rejects_values_that_are_not_text(tokenizer: Tokenizer, text: Any) -> None:
     with pytest.raises(AssertionError, match=type(text).__name__):
         tokenizer.encode(text, bos=False, eos=False)
 
@@ -227,7 +227,7 @@ def test_decode_rejects_ids_outside_the_vocabulary(tokenizer: Tokenizer, token: 
 
 
 @pytest.mark.parametrize("tokens", ["text", [1.5], 7, [None], [[1, 2]]])
-def test_decode_rejects_what_are_not_ids(tokenizer: Tokenizer, tokens: Any) -> None:
+def test_decode_rejects_values_that_are_not_ids(tokenizer: Tokenizer, tokens: Any) -> None:
     with pytest.raises(ValueError, match="sequence of token ids"):
         tokenizer.decode(tokens)
 

@@ -1,4 +1,4 @@
-"""Ranks files and folders with tokenizers: what is read, and what is refused."""
+"""Ranks files and folders with tokenizers: files that are read, and files that are refused."""
 
 import base64
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`tokenizer.json` against transformers and the tokenizers library, and which of them are refused."""
+"""`tokenizer.json` against transformers and the tokenizers library, and files that are refused."""
 
 import json
 from pathlib import Path
@@ -233,7 +233,7 @@ def repeat_added(document: dict[str, Any]) -> None:
         (put("model.merges", 3), "not a complete tokenizer.json"),
     ],
 )
-def test_unlike_tokenizer_json_is_refused(tmp_path: Path, small_json: str, edit: Edit, message: str) -> None:
+def test_tokenizer_json_of_another_kind_is_refused(tmp_path: Path, small_json: str, edit: Edit, message: str) -> None:
     path = write_json(tmp_path / "tokenizer.json", small_json, edit)
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer(path)

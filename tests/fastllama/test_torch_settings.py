@@ -58,15 +58,15 @@ def test_a_callers_setting_changes_no_answer(folder: str, built: dict[str, Any],
         with SETTINGS[name]():
             before = state()
             found = answers(llm)
-            anew = build(folder, dtype)
+            rebuilt = build(folder, dtype)
             assert state() == before
-        for exact, logprobs in (found, answers(anew)):
+        for exact, logprobs in (found, answers(rebuilt)):
             assert exact == expected
             assert logprobs == pytest.approx(scores, abs=TOLERANCE)
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_a_model_built_in_inference_mode_is_an_ordinary_one(folder: str, built: dict[str, Any]) -> None:
+def test_a_model_built_in_inference_mode_has_ordinary_tensors(folder: str, built: dict[str, Any]) -> None:
     with torch.inference_mode():
         llm = build(folder, "float32")
     assert not llm.model.tok_embeddings.is_inference() and not llm.model.cache.k.is_inference()
@@ -75,7 +75,7 @@ def test_a_model_built_in_inference_mode_is_an_ordinary_one(folder: str, built: 
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_between_two_steps_of_a_stream_the_settings_are_the_callers(built: dict[str, Any], name: str) -> None:
+def test_the_callers_settings_are_in_effect_between_steps_of_a_stream(built: dict[str, Any], name: str) -> None:
     llm = built["float32"][0]
     expected = [increment.tokens for increment in llm.stream(PROMPTS, 5, 0.7, seed=1, logprobs=True)]
     outside = state()
@@ -98,7 +98,7 @@ def test_between_two_steps_of_a_stream_the_settings_are_the_callers(built: dict[
     assert state() == outside
 
 
-def test_settings_come_back_after_an_error(built: dict[str, Any]) -> None:
+def test_settings_are_restored_after_an_error(built: dict[str, Any]) -> None:
     llm = built["float32"][0]
     for name in SETTINGS:
         with SETTINGS[name]():
@@ -126,7 +126,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace`:DeprecationWarning")
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_a_transform_around_a_call_does_not_see_it(folder: str, built: dict[str, Any], name: str) -> None:
+def test_surrounding_transforms_do_not_affect_a_call(folder: str, built: dict[str, Any], name: str) -> None:
     llm, expected, scores = built["float32"]
     found: list[Any] = []
 

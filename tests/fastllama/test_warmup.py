@@ -28,7 +28,7 @@ def compiled() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(600)  # some forty compilations, where none is cached
+@pytest.mark.timeout(600)  # about forty compilations, if none is cached
 def test_calls_compile_no_kernel_that_build_has_not(compiled: dict[str, Any]) -> None:
     """Calls of one model with many numbers of rows and prompt lengths."""
     assert compiled["later"] == {}, "kernels that a call compiled, with its prompt lengths"

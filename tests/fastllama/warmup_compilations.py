@@ -1,4 +1,4 @@
-"""Compiles the kernels of `warm_up` and then those of a model's calls, ahead of time, without a GPU.
+"""Compiles the kernels of `warm_up` and then of a model's calls, ahead of time, without a GPU.
 
 Prints as JSON which kernels only the calls compiled.
 """

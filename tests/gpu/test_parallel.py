@@ -15,7 +15,7 @@ from tests.support.command_line import ROOT, run_process
 from tests.support.comparisons import assert_same_logprobs
 from tests.support.parallel_cases import PROMPTS, STEPS, answers, assert_alike, build
 from tests.support.processes import run_processes
-from tests.support.tiny import write_monotonous
+from tests.support.tiny import write_endless_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,7 +50,7 @@ def test_a_chat_on_two_gpus() -> None:
 
 def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
     """The command ends, although NCCL in its first process would wait forever."""
-    words = ["complete", "Once", "--ckpt_dir", write_monotonous(tmp_path), "--nproc", "2"]
+    words = ["complete", "Once", "--ckpt_dir", write_endless_checkpoint(tmp_path), "--nproc", "2"]
     words += ["--max_seq_len", "8000", "--temperature", "0"]
     pipe = subprocess.PIPE
     command = subprocess.Popen(

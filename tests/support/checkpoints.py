@@ -1,7 +1,7 @@
 """Writes small checkpoints for tests, Meta's and Hugging Face's, without using code of fastllama.
 
     params = tiny_params(n_kv_heads=4)              # ModelArgs keywords, also the content of params.json
-    weights = random_weights(params, seed=0)        # the whole model, float32, in Meta's names
+    weights = random_weights(params, seed=0)        # the complete model, float32, in Meta's names
     write_meta(folder, params, weights, shards=2)   # params.json, consolidated.00.pth, consolidated.01.pth
     write_tokenizer(folder, n_ranks=320)            # tokenizer.model for vocab_size 576, tiny_params' own
     write_huggingface(folder, params, weights)      # config.json, model.safetensors, through transformers
@@ -40,7 +40,7 @@ SPLIT_AXIS = {
     "ffn_norm": None,
     "norm": None,
 }
-THEIR_LAYER_NAMES = {
+HUGGINGFACE_LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -77,7 +77,7 @@ def n_kv_heads(params: Params) -> int:
 
 
 def hidden_dim(params: Params) -> int:
-    """hidden_dim where params has it, else by Meta's formula."""
+    """hidden_dim if params has it, else by Meta's formula."""
     if params.get("hidden_dim"):
         return int(params["hidden_dim"])
     width = int((params.get("ffn_dim_multiplier") or 1) * int(2 * 4 * params["dim"] / 3))
@@ -119,7 +119,7 @@ def random_weights(params: Params, seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def share(params: Params, name: str, weight: Tensor, rank: int, world_size: int, axis: int | None = None) -> Tensor:
-    """The part of a weight for process `rank`; kv heads repeat where there are fewer heads than processes."""
+    """The part of a weight for process `rank`; kv heads repeat if there are fewer heads than processes."""
     part = name.split(".")[-2]
     axis = SPLIT_AXIS[part] if axis is None else axis
     if axis is None:
@@ -187,7 +187,7 @@ def huggingface_weights(params: Params, weights: Weights) -> Weights:
             half = head_dim(params) // 2
             pairs = weight.view(-1, half, 2, params["dim"])
             weight = torch.stack((pairs[:, :, 0], pairs[:, :, 1]), dim=1).reshape(weight.shape)
-        theirs[f"model.layers.{layer}.{THEIR_LAYER_NAMES[part]}.weight"] = weight
+        theirs[f"model.layers.{layer}.{HUGGINGFACE_LAYER_NAMES[part]}.weight"] = weight
     return theirs
 
 

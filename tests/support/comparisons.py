@@ -27,8 +27,8 @@ def assert_same_answers(ours: tuple[Tokens, Logprobs | None], expected: tuple[To
 def assert_same_logprobs(ours: Logprobs | None, expected: Logprobs | None, what: str = "logprobs") -> None:
     """Assert equal float32 log-probabilities. what: the tolerance table's entry."""
     assert ours is not None and expected is not None
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert_matches(what, torch.tensor(mine), torch.tensor(theirs))
+    for row, expected_row in zip(ours, expected, strict=True):
+        assert_matches(what, torch.tensor(row), torch.tensor(expected_row))
 
 
 def assert_same_logits(ours: Tensor, expected: Tensor) -> None:

@@ -17,7 +17,7 @@ from tests.support.checkpoints import huggingface_weights, write_tokenizer
 
 PROMPTS = [[5, 250, 17, 300, 41], [9], [101, 3, 77, 512]]
 MAX_GEN_LEN = 24
-THEIRS = huggingface_weights(PARAMS, WEIGHTS)
+HF_WEIGHTS = huggingface_weights(PARAMS, WEIGHTS)
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LENGTH = {"original_max_position_embeddings": 16}
@@ -31,7 +31,7 @@ def answers(folder: Path) -> list[list[int]]:
     return llm.generate(PROMPTS, MAX_GEN_LEN, temperature=0)[0]
 
 
-def their_answers(folder: Path) -> list[list[int]]:
+def transformers_answers(folder: Path) -> list[list[int]]:
     """Greedy tokens of transformers for PROMPTS, from the same folder."""
     from transformers import LlamaForCausalLM
 
@@ -61,4 +61,4 @@ def refused(folder: Path, message: str) -> None:
 
 
 def without(*names: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in THEIRS.items() if name not in names}
+    return {name: tensor for name, tensor in HF_WEIGHTS.items() if name not in names}

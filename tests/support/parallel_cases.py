@@ -25,16 +25,16 @@ def build(folder: str, **options: Any) -> Llama:
 def all_cases(arguments: dict[str, Any]) -> dict[str, Any]:
     """All cases in one group of processes, because starting processes takes longer than the cases.
 
-    Every folder's answers, and the errors for a wrong size and for a failure of one process. With two processes also
-    memory and interpreted kernels; with four also groups smaller than the world.
+    Returns every folder's answers, and the errors for a wrong size and for a failure of one process. Two processes also
+    return memory and interpreted kernels; four also return groups smaller than the world.
     """
-    found: dict[str, Any] = {"answers": [answers(build(folder)) for folder in arguments["folders"]]}
-    found["error"] = build_error(arguments["indivisible"])
-    found["failure"] = build_error("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
-    found["again"] = are_alike(answers(build(arguments["folders"][0])), found["answers"][0])
+    results: dict[str, Any] = {"answers": [answers(build(folder)) for folder in arguments["folders"]]}
+    results["error"] = build_error(arguments["indivisible"])
+    results["failure"] = build_error("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
+    results["again"] = are_alike(answers(build(arguments["folders"][0])), results["answers"][0])
     if dist.get_world_size() == 2:
-        return found | {"memory": memory(arguments["large"]), "fused": fused(arguments["folders"][1])}
-    return found | {"subsets": subsets(arguments["folders"][2])}
+        return results | {"memory": memory(arguments["large"]), "fused": fused(arguments["folders"][1])}
+    return results | {"subsets": subsets(arguments["folders"][2])}
 
 
 def answers(llm: Llama) -> dict[str, Any]:
@@ -51,25 +51,25 @@ def answers(llm: Llama) -> dict[str, Any]:
     }
 
 
-def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_alike(results: dict[str, Any], expected: dict[str, Any]) -> None:
     """Assert equal tokens, and floats within tolerances: the number of processes changes the order of sums."""
-    assert found["tokens"] == expected["tokens"]
-    for mine, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
-        assert_same_logprobs(mine, theirs, "divided logprobs")
-    assert_same_logits(torch.tensor(found["logits"]), torch.tensor(expected["logits"]))
+    assert results["tokens"] == expected["tokens"]
+    for row, expected_row in zip(results["logprobs"], expected["logprobs"], strict=True):
+        assert_same_logprobs(row, expected_row, "divided logprobs")
+    assert_same_logits(torch.tensor(results["logits"]), torch.tensor(expected["logits"]))
 
 
-def are_alike(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+def are_alike(results: dict[str, Any], expected: dict[str, Any]) -> bool:
     """Whether `assert_alike` passes."""
     try:
-        assert_alike(found, expected)
+        assert_alike(results, expected)
     except AssertionError:
         return False
     return True
 
 
 def build_error(folder: str) -> str:
-    """The error of a build that must fail; "built" where it does not."""
+    """The error of a build that must fail; "built" if it does not."""
     try:
         build(folder)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -94,9 +94,9 @@ def fused(folder: str) -> dict[str, Any]:
 
 
 def on_gpus(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Answers from replayed graphs that contain NCCL's collectives: in float32, where all tokens must be the same.
+    """Answers from replayed graphs that contain NCCL's collectives.
 
-    With three rows and with one, which use different kernels; and in bfloat16.
+    float32, where all tokens must be equal, with three rows and with one, which use different kernels; and bfloat16.
     """
     llm = build(arguments["folder"], device=None, dtype="float32")
     first, again = answers(llm), answers(llm)
@@ -118,14 +118,14 @@ def subsets(folder: str) -> dict[str, Any]:
 
     initialize.destroy_model_parallel()
     initialize.initialize_model_parallel(2)
-    mine = build(folder)
-    found: dict[str, Any] = {"answers": answers(mine), "rank": mine.model.group.rank, "size": mine.model.group.size}
+    llm = build(folder)
+    results: dict[str, Any] = {"answers": answers(llm), "rank": llm.model.group.rank, "size": llm.model.group.size}
     try:
         build(folder, model_parallel_size=4)
     except ValueError as error:
-        found["error"] = str(error)
+        results["error"] = str(error)
     initialize.destroy_model_parallel()
-    found["again"] = are_alike(answers(build(folder, model_parallel_size=2)), found["answers"])
+    results["again"] = are_alike(answers(build(folder, model_parallel_size=2)), results["answers"])
     initialize.destroy_model_parallel()
-    found["alone"] = build(folder, model_parallel_size=1).model.group.size
-    return found
+    results["alone"] = build(folder, model_parallel_size=1).model.group.size
+    return results

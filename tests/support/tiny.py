@@ -20,7 +20,7 @@ def tiny_llama(folder: Path, shards: int = 1, seed: int = 1, max_seq_len: int = 
     return Llama.build(str(folder), str(tokenizer), max_seq_len, MAX_BATCH_SIZE, seed=seed, device="cpu")
 
 
-def write_monotonous(folder: Path) -> str:
+def write_endless_checkpoint(folder: Path) -> str:
     """Write a checkpoint with equal logits: greedy generation repeats token 0 and never stops -> its folder."""
     weights = random_weights(tiny_params(), seed=7)
     write_meta(folder, tiny_params(), weights | {"output.weight": torch.zeros_like(weights["output.weight"])})

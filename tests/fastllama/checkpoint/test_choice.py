@@ -1,4 +1,4 @@
-"""Which of a folder's checkpoints is opened, what the log says, and errors for folders without one."""
+"""The choice of a checkpoint in a folder, the log of it, and errors for folders without a checkpoint."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def norm(folder: Path) -> torch.Tensor:
     return dict(open_checkpoint(folder).tensors())["norm.weight"]
 
 
-# What goes first
+# Priority
 
 
 @pytest.mark.parametrize("places", [("original",), ("original/mp8",), ("original", "original/mp16")])
@@ -49,7 +49,7 @@ def test_a_folders_own_safetensors_go_before_the_base_model(
     assert caplog.messages[0] == f"checkpoint: {tmp_path}, model.safetensors; passed over: {others}"
 
 
-def test_answers_are_those_of_the_fine_tuned_model(tmp_path: Path) -> None:
+def test_a_fine_tuned_model_generates_its_own_tokens(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     huggingface(tmp_path / "alone")
     huggingface(tmp_path)
@@ -84,7 +84,7 @@ def test_safetensors_are_used_if_shards_have_no_params(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own", ["safetensors", "pth"])
-def test_own_weights_that_lack_their_json_are_not_replaced_by_others(tmp_path: Path, own: str) -> None:
+def test_own_weights_without_their_json_are_not_replaced(tmp_path: Path, own: str) -> None:
     base(tmp_path, "original")
     name = "config.json" if own == "safetensors" else "params.json"
     ((huggingface if own == "safetensors" else meta)(tmp_path) / name).unlink()
@@ -197,7 +197,7 @@ def test_weights_of_other_programs_are_named_in_the_error(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "pytorch_model.bin", "model.onnx", "x.ckpt", "a.pt", "notes.txt"])
-def test_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
+def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(AssertionError, match=r"^checkpoint folder .* is "):
         open_checkpoint(tmp_path / name)
@@ -206,7 +206,7 @@ def test_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["optimizer.pt", "scheduler.pt", "rng_state_0.pt", "training_args.bin", "optimizer.npz"]
 )
-def test_the_state_of_a_training_run_is_no_model(tmp_path: Path, name: str) -> None:
+def test_training_state_is_not_a_model(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(AssertionError, match=rf"; it holds {name}$"):
         open_checkpoint(tmp_path)
@@ -237,7 +237,7 @@ def test_a_hugging_face_cache_lists_its_snapshots(tmp_path: Path, place: str) ->
         open_checkpoint(tmp_path)
 
 
-def test_a_cache_of_links_opens(tmp_path: Path) -> None:
+def test_a_hugging_face_cache_of_links_opens(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "4e20de3"
     blobs.mkdir()
     snapshot.mkdir(parents=True)

@@ -9,7 +9,7 @@ import pytest
 from fastllama.checkpoint import open_checkpoint
 from tests.support.bad_checkpoints import WEIGHTS, huggingface, indexed, meta
 from tests.support.checkpoints import tiny_params
-from tests.support.contradictions import LENGTH, LLAMA3, THEIRS, answers, refused, stored, their_answers
+from tests.support.contradictions import HF_WEIGHTS, LENGTH, LLAMA3, answers, refused, stored, transformers_answers
 
 # Rope in config.json
 
@@ -34,7 +34,7 @@ ROPES: list[dict[str, Any]] = [
 def test_rope_is_read_as_transformers_reads_it(tmp_path: Path, fields: dict[str, Any]) -> None:
     from transformers import LlamaConfig
 
-    path = stored(tmp_path, THEIRS, **fields) / "config.json"
+    path = stored(tmp_path, HF_WEIGHTS, **fields) / "config.json"
     theirs = LlamaConfig.from_pretrained(tmp_path)
     theirs.standardize_rope_params()  # as its rotary embedding does
     rope = theirs.rope_parameters
@@ -45,7 +45,7 @@ def test_rope_is_read_as_transformers_reads_it(tmp_path: Path, fields: dict[str,
         assert ours["rope_original_max_seq_len"] == rope["original_max_position_embeddings"]
         assert ours["rope_scaling_factor"] == rope["factor"]
         if "type" not in fields["rope_scaling"]:
-            assert answers(tmp_path) == their_answers(tmp_path)
+            assert answers(tmp_path) == transformers_answers(tmp_path)
     assert path.exists()
 
 
@@ -104,7 +104,7 @@ def test_rope_other_than_llamas_is_refused(tmp_path: Path, fields: dict[str, Any
 
 
 @pytest.mark.parametrize("field", ["rope_scaling_factor", "rope_original_max_seq_len", "rope_high_freq_factor"])
-def test_a_scaling_that_no_one_switched_on_is_refused(tmp_path: Path, field: str) -> None:
+def test_rope_scaling_fields_without_use_scaled_rope_are_refused(tmp_path: Path, field: str) -> None:
     refused(
         meta(tmp_path, **{field: 32}),
         f"{{}}/params.json: field 'use_scaled_rope': expected true or false beside {field}, it is missing",
@@ -134,7 +134,7 @@ def test_unused_fields_of_params_give_a_warning(
     assert caplog.messages == ([f"{tmp_path}/params.json: {warning}"] if warning else [])
 
 
-def test_the_arguments_of_a_model_may_be_its_params(tmp_path: Path) -> None:
+def test_params_json_may_hold_all_model_args(tmp_path: Path) -> None:
     from fastllama.args import ModelArgs
 
     args = vars(ModelArgs(**tiny_params()))

@@ -34,7 +34,7 @@ def reverse(name: str) -> Any:
     return edit
 
 
-def times(factor: float) -> Any:
+def scale(factor: float) -> Any:
     def edit(shard: dict[str, Any]) -> None:
         shard["norm.weight"] *= factor
 
@@ -85,7 +85,7 @@ def test_norms_may_differ_slightly(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize(
     "edit",
-    [spread(0.3), spread(1.0), nudge("norm.weight", 63), times(2)],
+    [spread(0.3), spread(1.0), nudge("norm.weight", 63), scale(2)],
     ids=["all", "all-far", "one", "twice"],
 )
 def test_norms_that_are_close_give_a_warning(tmp_path: Path, edit: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +96,7 @@ def test_norms_that_are_close_give_a_warning(tmp_path: Path, edit: Any, caplog: 
     assert "norm.weight differ from those in the other shards" in message
 
 
-@pytest.mark.parametrize("edit", [spread(3.0), times(torch.nan)], ids=["moved", "nan"])
+@pytest.mark.parametrize("edit", [spread(3.0), scale(torch.nan)], ids=["moved", "nan"])
 def test_norms_that_are_not_close_are_refused(tmp_path: Path, edit: Any) -> None:
     edit_shard(meta(tmp_path, shards=2), edit, shard=1)
     with pytest.raises(ValueError, match=rf"consolidated.01.pth: expected the same .*norm.weight as .*, {DIFFERENT}$"):
@@ -153,7 +153,7 @@ def test_a_shard_and_its_copy_are_refused(tmp_path: Path, shards: int) -> None:
     )
 
 
-def test_constant_shards_are_no_copies(tmp_path: Path) -> None:
+def test_constant_shards_are_not_copies(tmp_path: Path) -> None:
     weights = {name: torch.ones_like(weight) for name, weight in WEIGHTS.items()}
     assert open_checkpoint(write_meta(tmp_path, PARAMS, weights, shards=2)).params["dim"] == 64
 

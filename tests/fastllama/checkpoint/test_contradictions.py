@@ -1,4 +1,4 @@
-"""Weights that contradict the configuration: transformers' tokens, or an error that names both sides."""
+"""Weights that contradict the configuration give transformers' tokens, or an error that names both."""
 
 import json
 from pathlib import Path
@@ -24,34 +24,34 @@ from tests.support.bad_checkpoints import (
 from tests.support.checkpoints import write_meta
 from tests.support.contradictions import (
     EMBEDDING,
+    HF_WEIGHTS,
     LENGTH,
     LLAMA3,
     OUTPUT,
-    THEIRS,
     answers,
     refused,
     stored,
-    their_answers,
+    transformers_answers,
     without,
 )
 
 # The output and the embedding
 
 TIED: dict[str, tuple[dict[str, Tensor], dict[str, Any], bool]] = {
-    "both stored, different": (THEIRS, {"tie_word_embeddings": True}, False),
+    "both stored, different": (HF_WEIGHTS, {"tie_word_embeddings": True}, False),
     "both stored, one row different": (
-        {**THEIRS, OUTPUT: torch.cat([THEIRS[EMBEDDING][:-1], THEIRS[OUTPUT][-1:]])},
+        {**HF_WEIGHTS, OUTPUT: torch.cat([HF_WEIGHTS[EMBEDDING][:-1], HF_WEIGHTS[OUTPUT][-1:]])},
         {"tie_word_embeddings": True},
         False,
     ),
-    "both stored, the same": ({**THEIRS, OUTPUT: THEIRS[EMBEDDING]}, {"tie_word_embeddings": True}, True),
-    "the same, not tied": ({**THEIRS, OUTPUT: THEIRS[EMBEDDING]}, {"tie_word_embeddings": False}, False),
+    "both stored, the same": ({**HF_WEIGHTS, OUTPUT: HF_WEIGHTS[EMBEDDING]}, {"tie_word_embeddings": True}, True),
+    "the same, not tied": ({**HF_WEIGHTS, OUTPUT: HF_WEIGHTS[EMBEDDING]}, {"tie_word_embeddings": False}, False),
     "embedding alone": (without(OUTPUT), {"tie_word_embeddings": True}, True),
     "output alone": (without(EMBEDDING), {"tie_word_embeddings": True}, True),
-    "not said to be tied": (THEIRS, {"tie_word_embeddings": ...}, False),
-    "one stored wider": ({**THEIRS, OUTPUT: THEIRS[EMBEDDING].half()}, {"tie_word_embeddings": True}, False),
+    "not said to be tied": (HF_WEIGHTS, {"tie_word_embeddings": ...}, False),
+    "one stored wider": ({**HF_WEIGHTS, OUTPUT: HF_WEIGHTS[EMBEDDING].half()}, {"tie_word_embeddings": True}, False),
     "one stored wider, the same": (
-        {**THEIRS, EMBEDDING: THEIRS[EMBEDDING].half().float(), OUTPUT: THEIRS[EMBEDDING].half()},
+        {**HF_WEIGHTS, EMBEDDING: HF_WEIGHTS[EMBEDDING].half().float(), OUTPUT: HF_WEIGHTS[EMBEDDING].half()},
         {"tie_word_embeddings": True},
         True,
     ),
@@ -64,13 +64,13 @@ def test_a_tied_output_is_read_as_in_transformers(tmp_path: Path, case: str, cap
     folder = stored(tmp_path, tensors, **fields)
     checkpoint = open_checkpoint(folder)
     assert checkpoint.params["tied_output"] == tied
-    assert checkpoint.n_parameters == sum(w.numel() for name, w in THEIRS.items() if not (tied and name == OUTPUT))
+    assert checkpoint.n_parameters == sum(w.numel() for name, w in HF_WEIGHTS.items() if not (tied and name == OUTPUT))
     warning = (
         f"{folder}/config.json: tie_word_embeddings is true, but lm_head.weight is stored and is not "
         "model.embed_tokens.weight; the stored one is used, as in transformers"
     )
     assert caplog.messages == [warning] * (fields["tie_word_embeddings"] is True and not tied)
-    assert answers(folder) == their_answers(folder)
+    assert answers(folder) == transformers_answers(folder)
 
 
 @pytest.mark.parametrize("fields", [{"tie_word_embeddings": False}, {"tie_word_embeddings": ...}])
@@ -124,8 +124,8 @@ BUFFERS: dict[str, Tensor] = {
 
 
 def test_derived_buffers_are_ignored(tmp_path: Path) -> None:
-    stored(tmp_path, {**THEIRS, **BUFFERS})
-    assert answers(tmp_path) == their_answers(tmp_path)
+    stored(tmp_path, {**HF_WEIGHTS, **BUFFERS})
+    assert answers(tmp_path) == transformers_answers(tmp_path)
 
 
 @pytest.mark.parametrize(("listed_in", "stored_in"), [(0, [0]), (0, []), (None, [1]), (0, [1]), (0, [0, 1])])
@@ -173,7 +173,7 @@ def test_frequencies_of_another_rope_give_a_warning(
     config = json.loads(json.dumps({**CONFIG, "rope_theta": theta, **rope}))  # transformers changes its arguments
     frequencies = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq.to(dtype)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    stored(tmp_path, {**THEIRS, name: frequencies}, **rope)
+    stored(tmp_path, {**HF_WEIGHTS, name: frequencies}, **rope)
     scaled = {"use_scaled_rope": True, "rope_original_max_seq_len": 16} if rope else {}
     folder = meta(tmp_path / "meta", shards=2, **scaled)
     for shard in range(2):
@@ -197,9 +197,9 @@ BASE = {name.removeprefix("model."): tensor for name, tensor in without(OUTPUT).
     ("tensors", "tied"),
     [
         (BASE, True),
-        ({**BASE, OUTPUT: THEIRS[OUTPUT]}, False),
-        ({**without(OUTPUT), f"model.{OUTPUT}": THEIRS[OUTPUT]}, False),
-        ({**THEIRS, **{name: BASE[name] for name in list(BASE)[:3]}}, None),
+        ({**BASE, OUTPUT: HF_WEIGHTS[OUTPUT]}, False),
+        ({**without(OUTPUT), f"model.{OUTPUT}": HF_WEIGHTS[OUTPUT]}, False),
+        ({**HF_WEIGHTS, **{name: BASE[name] for name in list(BASE)[:3]}}, None),
     ],
     ids=["base", "base and output", "output inside", "both names"],
 )
@@ -211,7 +211,7 @@ def test_names_of_a_base_model_are_read_as_in_transformers(
         with pytest.raises(ValueError, match=r"model.safetensors: '.*' and '.*' are names of the same tensor$"):
             open_checkpoint(tmp_path)
         return
-    assert answers(tmp_path) == their_answers(tmp_path)
+    assert answers(tmp_path) == transformers_answers(tmp_path)
 
 
 def test_biases_that_the_config_excludes_are_refused(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_biases_that_the_config_excludes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stated", [1, 3])
-def test_another_number_of_layers_is_named(tmp_path: Path, stated: int) -> None:
+def test_a_wrong_number_of_layers_is_named(tmp_path: Path, stated: int) -> None:
     for folder, field in ((meta(tmp_path / "meta"), "n_layers"), (tmp_path, "num_hidden_layers")):
         path = huggingface(tmp_path) / "config.json" if folder is tmp_path else folder / "params.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), field: stated}))
@@ -236,7 +236,7 @@ def test_another_number_of_layers_is_named(tmp_path: Path, stated: int) -> None:
 
 
 def test_names_of_other_programs_are_explained(tmp_path: Path) -> None:
-    stored(tmp_path, {f"module.{name}": tensor for name, tensor in THEIRS.items()})
+    stored(tmp_path, {f"module.{name}": tensor for name, tensor in HF_WEIGHTS.items()})
     with pytest.raises(ValueError, match=r"; names begin with 'module.', a prefix of another program: remove it$"):
         open_checkpoint(tmp_path)
     stored(tmp_path, WEIGHTS)

@@ -98,7 +98,7 @@ WRONG_NUMBERS: list[Any] = [0, -1e-5, "1e-5", False, [1.0], float("nan"), float(
 
 
 def refused_fields(path: Path, field: str, values: list[Any], expected: str) -> None:
-    """Every one of the values is refused in a JSON file that is otherwise right."""
+    """Assert that each of the values is refused in an otherwise valid JSON file."""
     right = json.loads(path.read_text())
     for value in values:
         path.write_text(json.dumps({**right, field: value}))
@@ -139,7 +139,7 @@ def test_open_rejects_absent_fields_in_params(tmp_path: Path, field: str) -> Non
         ({"ffn_dim_multiplier": 1.7e308}, "'ffn_dim_multiplier'"),
     ],
 )
-def test_open_rejects_nonsense_in_params(tmp_path: Path, fields: dict[str, Any], mention: str) -> None:
+def test_open_rejects_invalid_fields_in_params(tmp_path: Path, fields: dict[str, Any], mention: str) -> None:
     refused(meta(tmp_path, **fields), "params.json", mention)
 
 
@@ -189,7 +189,7 @@ LLAMA3 = {
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0.5}}, "original_max_position_embeddings"),
     ],
 )
-def test_open_rejects_nonsense_in_config(tmp_path: Path, fields: dict[str, Any], mention: str) -> None:
+def test_open_rejects_invalid_fields_in_config(tmp_path: Path, fields: dict[str, Any], mention: str) -> None:
     refused(huggingface(tmp_path, **fields), "config.json", mention)
 
 

@@ -1,4 +1,4 @@
-"""Which safetensors files of a folder are read: by config.json, by the index and by their names."""
+"""Safetensors files of a folder are chosen by config.json, by the index and by their names."""
 
 import shutil
 from pathlib import Path

@@ -174,7 +174,7 @@ def test_open_rejects_a_file_missing_from_the_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["x" * 300, "\ud800", "a\0b"], ids=["long", "surrogate", "nul"])
-def test_open_rejects_names_that_no_file_can_have(tmp_path: Path, file: str) -> None:
+def test_open_rejects_impossible_file_names(tmp_path: Path, file: str) -> None:
     refused(indexed(tmp_path, **{"lm_head.weight": file}), "model.safetensors.index.json", "files are missing")
 
 
@@ -191,7 +191,7 @@ def test_open_rejects_tensors_that_the_index_leaves_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "", 7, None, ["a"]], ids=str)
-def test_open_rejects_an_index_that_points_elsewhere(tmp_path: Path, file: Any) -> None:
+def test_open_rejects_an_index_with_invalid_file_names(tmp_path: Path, file: Any) -> None:
     indexed(tmp_path, **{"lm_head.weight": file})
     refused(tmp_path, "model.safetensors.index.json", "'weight_map.lm_head.weight'", "in the same folder")
 

@@ -1,4 +1,4 @@
-"""Which `*.pth` files are shards, by their names, and in which order; all others are passed over."""
+"""Shards are chosen and sorted by the names of `*.pth` files; all other files are passed over."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -167,7 +167,7 @@ def test_files_not_named_as_shards_are_passed_over(tmp_path: Path, caplog: pytes
     assert all(f"{name} ({why})" in caplog.text for name, why in reasons.items())
 
 
-def test_nothing_is_mentioned_where_nothing_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_without_other_files_logs_only_the_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "fastllama")
     assert open_checkpoint(meta(tmp_path)).passed_over == ()
     assert caplog.messages == [f"checkpoint: {tmp_path}, consolidated.00.pth"]
@@ -176,7 +176,7 @@ def test_nothing_is_mentioned_where_nothing_is_passed_over(tmp_path: Path, caplo
 @pytest.mark.parametrize(
     "name", ["optimizer.pth", "rng_state.pth", "lr_scheduler.pth", "recipe_state.pth", "adapter_model.pth"]
 )
-def test_other_files_are_distinguished_from_a_checkpoint_of_any_name(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_of_any_name_is_distinguished_from_other_files(tmp_path: Path, name: str) -> None:
     renamed(meta(tmp_path), ["llama3-optimized.pth"])
     write()(tmp_path / name)
     assert_loads(tmp_path)

@@ -32,13 +32,13 @@ def in_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 BENCH = ("--batch", "1,2", "--context", "4", "--steps", "3", "--rounds", "1", "--device", "cpu", "--peers", "none")
 
 
-def test_bench_prints_a_table_and_keeps_stdout_for_it(checkpoint: str, small_probe: None) -> None:
+def test_bench_prints_only_the_table_to_stdout(checkpoint: str, small_probe: None) -> None:
     result = run("bench", "--suite", "decode", "--ckpt_dir", checkpoint, *BENCH)
     assert result.exit_code == 0, result.stderr
     assert "tokens/s" in result.stdout and "comparing" not in result.stdout and "comparing" in result.stderr
 
 
-def test_bench_leaves_a_result_file_and_its_plots(checkpoint: str, small_probe: None, tmp_path: Path) -> None:
+def test_bench_writes_a_result_file_and_its_plots(checkpoint: str, small_probe: None, tmp_path: Path) -> None:
     result = run("bench", "--ckpt_dir", checkpoint, *BENCH, "--markdown")
     assert result.exit_code == 0, result.stderr
     (written,) = tmp_path.glob("fastllama-bench-*.json")
@@ -116,7 +116,7 @@ def test_bench_json_is_the_result_files_object(tmp_path: Path, checkpoint: str, 
         (("--ckpt_dir", "nowhere"), ("nowhere",)),
     ],
 )
-def test_bench_rejects_by_name(words: tuple[str, ...], parts: tuple[str, ...]) -> None:
+def test_bench_errors_name_the_option(words: tuple[str, ...], parts: tuple[str, ...]) -> None:
     expect_error(run("bench", *words), *parts)
 
 

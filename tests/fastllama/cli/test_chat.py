@@ -33,7 +33,7 @@ def test_chat_answers_each_line_of_a_pipe_on_one_line(checkpoint: str) -> None:
     assert result.stdout.split("\n")[:-1] == expected
 
 
-def test_chat_json_is_one_object_a_reply(checkpoint: str) -> None:
+def test_chat_json_is_one_object_per_reply(checkpoint: str) -> None:
     result = run("chat", "--ckpt_dir", checkpoint, *CHAT, "--json", stdin="hello\n" + "x" * 400 + "\nagain")
     first, second, third = (json.loads(line) for line in result.stdout.splitlines())
     assert first["role"] == third["role"] == "assistant" and first["tokens"] == 8

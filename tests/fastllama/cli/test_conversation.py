@@ -15,7 +15,7 @@ CONTEXT = 100
 
 
 class ScriptedLlama:
-    """Gives `replies` one after the other; None in a reply's pieces stands for a Ctrl-C."""
+    """Returns `replies` one after the other; None among a reply's pieces stands for a Ctrl-C."""
 
     def __init__(self, *replies: Sequence[str | None]) -> None:
         self.replies = list(replies)

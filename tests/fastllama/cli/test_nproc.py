@@ -20,7 +20,7 @@ from tests.support.checkpoints import tiny_params
 from tests.support.command_line import CHAT, GREEDY, ROOT, expect_error, run, run_process
 from tests.support.tiers import parameters
 from tests.support.timeouts import HANG_SECONDS
-from tests.support.tiny import write_monotonous
+from tests.support.tiny import write_endless_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # A launcher without torchrun's agent. Its second process has no stdin and no output.
@@ -36,45 +36,45 @@ sys.exit(first.returncode or second.wait())
 
 
 @pytest.mark.parametrize(
-    "how", parameters({how: how for how in ("--nproc", "torchrun", "own launcher")}, quick=("--nproc",))
+    "launched_by", parameters({name: name for name in ("--nproc", "torchrun", "own launcher")}, quick=("--nproc",))
 )
-def test_a_chat_of_two_processes_reads_and_answers_once(how: str) -> None:
+def test_a_chat_of_two_processes_reads_and_answers_once(launched_by: str) -> None:
     lines = "What is the capital of France?\n/reset\nHello\n"
     alone = run("chat", *CHAT, stdin=lines)
-    if how == "--nproc":
+    if launched_by == "--nproc":
         together = run_process("chat", *CHAT, "--nproc", "2", stdin=lines)
     else:
-        launcher = TORCHRUN if how == "torchrun" else ("-c", OWN_LAUNCHER)
+        launcher = TORCHRUN if launched_by == "torchrun" else ("-c", OWN_LAUNCHER)
         together = run_process("chat", *CHAT, stdin=lines, launcher=launcher)
     assert together.returncode == 0, together.stderr
     assert alone.stdout == together.stdout and len(together.stdout.splitlines()) == 2
 
 
 @pytest.mark.slow
-def test_a_benchmark_of_two_processes(checkpoint: str) -> None:
+def test_a_benchmark_on_two_processes(checkpoint: str) -> None:
     sizes = ("--suite", "decode,memory", "--batch", "2", "--context", "4", "--steps", "3", "--rounds", "1")
-    where = ("--ckpt_dir", checkpoint, "--device", "cpu", "--nproc", "2", "--peers", "none", "--no_plots")
-    found = run_process("bench", *sizes, *where, "--json")
+    model = ("--ckpt_dir", checkpoint, "--device", "cpu", "--nproc", "2", "--peers", "none", "--no_plots")
+    found = run_process("bench", *sizes, *model, "--json")
     assert found.returncode == 0, found.stderr
     decode, memory = json.loads(found.stdout)["records"]
     assert decode["nproc"] == 2 and decode["tokens_per_second"]["p50"] > 0
     launches = {one["launch"]: one["count"] for one in decode["launches"]}
     assert launches["all-reduce"] == 2 * launches["qkv"] + 1 and launches["all-gather"] == 1
-    whole = ModelArgs(**tiny_params(), max_batch_size=2, max_seq_len=7)
-    plans = [plan_memory(whole, torch.float32, 2, 7, n_processes=n) for n in (1, 2)]
+    args = ModelArgs(**tiny_params(), max_batch_size=2, max_seq_len=7)
+    plans = [plan_memory(args, torch.float32, 2, 7, n_processes=n) for n in (1, 2)]
     assert memory["planned"]["weights"] == plans[1].weights < plans[0].weights
     assert memory["peak_bytes"] >= memory["held_bytes"] > 0
 
 
 class Endless(NamedTuple):
-    """A command on several processes that generates without end, and its other processes."""
+    """A command that generates without end, and the processes that it started."""
 
     command: "subprocess.Popen[str]"
-    others: list[psutil.Process]
+    processes: list[psutil.Process]
 
 
-def others_of(command: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """The processes that the command started to share its model; libraries also start processes."""
+def model_processes(command: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The processes that share the command's model, without those that libraries start."""
     children = psutil.Process(command.pid).children()
     return [child for child in children if child.is_running() and any("fastllama" in word for word in _words(child))]
 
@@ -87,24 +87,24 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def monotonous(tmp_path_factory: pytest.TempPathFactory) -> str:
+def endless_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint whose greedy generation never stops."""
-    return write_monotonous(tmp_path_factory.mktemp("monotonous"))
+    return write_endless_checkpoint(tmp_path_factory.mktemp("endless_checkpoint"))
 
 
 @pytest.fixture
-def endless(monotonous: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
-    """The parameters: the number of processes, and whether the command or torchrun starts them."""
-    count, how = request.param
-    words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", monotonous, "--device", "cpu"]
+def endless(endless_checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Endless]:
+    """A running command. Parameters: the number of processes, and what starts them."""
+    count, launched_by = request.param
+    words = ["-m", "fastllama", "complete", "Once", "--ckpt_dir", endless_checkpoint, "--device", "cpu"]
     words += ["--max_seq_len", "8000", "--temperature", "0"]
-    words = [*TORCHRUN[:-1], count, *words] if how == "torchrun" else [*words, "--nproc", count]
+    words = [*TORCHRUN[:-1], count, *words] if launched_by == "torchrun" else [*words, "--nproc", count]
     pipe = subprocess.PIPE
     command = subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
     try:
         assert command.stdout is not None
         assert command.stdout.read(1)  # the first piece of text
-        yield Endless(command, others_of(command))
+        yield Endless(command, model_processes(command))
     finally:
         command.kill()
         command.communicate()
@@ -119,26 +119,26 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     "endless", parameters({"--nproc": ("4", "--nproc"), "torchrun": ("2", "torchrun")}, ("--nproc",)), indirect=True
 )
 def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> None:
-    command, others = endless
-    others[-1].send_signal(signal.SIGKILL)
+    command, processes = endless
+    processes[-1].send_signal(signal.SIGKILL)
     _, stderr = command.communicate(timeout=HANG_SECONDS)
-    if len(others) == 3:
+    if len(processes) == 3:
         assert command.returncode == EXIT_WORKER_CRASHED
         assert "process 3 of 4 was killed by signal 9 (SIGKILL)" in stderr.splitlines()[-1]
     else:  # torchrun started both processes
         assert command.returncode != 0 and "SIGKILL" in stderr
-    assert_gone(others)
+    assert_gone(processes)
 
 
 @pytest.mark.parametrize("endless", [("2", "--nproc")], ids=[""], indirect=True)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
-def test_no_process_is_left_when_the_driver_ends(endless: Endless, how: signal.Signals) -> None:
-    endless.command.send_signal(how)
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+def test_no_process_is_left_when_the_driver_ends(endless: Endless, sent: signal.Signals) -> None:
+    endless.command.send_signal(sent)
     endless.command.communicate(timeout=HANG_SECONDS)
-    if how == signal.SIGINT:
+    if sent == signal.SIGINT:
         assert endless.command.returncode == 130
-    assert len(endless.others) == 1
-    assert_gone(endless.others)
+    assert len(endless.processes) == 1
+    assert_gone(endless.processes)
 
 
 FAILING = """
@@ -157,7 +157,7 @@ def build_on_the_driver_only() -> Llama:
 
 
 def test_an_error_of_a_worker_only_ends_the_driver() -> None:
-    """It comes after the last exchange of errors, while the driver waits in a collective for the worker."""
+    """The error comes after the last exchange of errors, while the driver waits in a collective for the worker."""
     found = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert found.returncode == EXIT_WORKER_CRASHED
     assert "process 1 of 2 ended with code 1: OSError: no space left on this worker" in found.stderr

@@ -56,7 +56,7 @@ def test_usage_errors_are_one_line() -> None:
         (("--backend", "metal"), "--backend"),
     ],
 )
-def test_values_out_of_range_are_rejected_by_name(words: tuple[str, ...], name: str) -> None:
+def test_errors_of_invalid_values_name_the_option(words: tuple[str, ...], name: str) -> None:
     expect_error(run("complete", "x", *words), name)
 
 

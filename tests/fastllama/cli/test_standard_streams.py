@@ -11,24 +11,26 @@ import pytest
 from fastllama.cli import main, standard_streams
 from tests.support.command_line import CHAT, GREEDY, ROOT, run
 
-NOTICE = "the input is not all utf-8: what cannot be read became U+FFFD"
-LACKS = "stdout is {}, which lacks some of the characters: they became escapes (PYTHONIOENCODING=utf-8 shows them)"
+UNDECODABLE_NOTICE = "the input is not all utf-8: what cannot be read became U+FFFD"
+UNENCODABLE_NOTICE = (
+    "stdout is {}, which lacks some of the characters: they became escapes (PYTHONIOENCODING=utf-8 shows them)"
+)
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["plain", "json"])
-def test_chat_answers_every_line_whatever_its_bytes(checkpoint: str, as_json: tuple[str, ...]) -> None:
+def test_chat_answers_lines_with_undecodable_bytes(checkpoint: str, as_json: tuple[str, ...]) -> None:
     words = ("chat", "--ckpt_dir", checkpoint, *CHAT, "--max_seq_len", "512", *as_json)
     result = run(*words, stdin=b"hello\ncaf\xe9 \xff\r\n\xed\xb0\x80\0\nla\rst\xe2\x80")
     expected = run(*words, stdin="hello\ncaf\ufffd \ufffd\n\ufffd\ufffd\ufffd\0\nla\rst\ufffd")
     assert result.exit_code == 0 and result.stdout == expected.stdout and len(result.stdout.split("\n")) == 5
-    assert result.stderr.splitlines().count(NOTICE) == 1 and NOTICE not in expected.stderr
+    assert result.stderr.splitlines().count(UNDECODABLE_NOTICE) == 1 and UNDECODABLE_NOTICE not in expected.stderr
 
 
 def test_complete_replaces_undecodable_bytes_of_a_pipe_and_of_arguments(checkpoint: str) -> None:
     words = ("--ckpt_dir", checkpoint, *GREEDY, "--json")
     piped = run("complete", *words, stdin=b"\xff\xc3\xa9\r\nb\xe9\n")
     given = run("complete", "\udcff\udcc3\udca9\nb\udce9", "\ud800", "c", *words)
-    assert [one.stderr for one in (piped, given)] == [NOTICE + "\n"] * 2
+    assert [one.stderr for one in (piped, given)] == [UNDECODABLE_NOTICE + "\n"] * 2
     (first,) = json.loads(piped.stdout)["completions"]
     assert first["prompt"] == "\ufffdé\nb\ufffd"
     second, third, fourth = json.loads(given.stdout)["completions"]
@@ -49,7 +51,7 @@ def test_characters_that_stdout_lacks_become_escapes(checkpoint: str) -> None:
     for prompts in (["é\u2014"], ["é\u2014", "ü"]):
         result = run("complete", *prompts, *words, charset="ascii")
         assert result.exit_code == 0 and result.stdout_bytes.isascii() and "\\xe9\\u2014" in result.stdout
-        assert result.stderr.splitlines().count(LACKS.format("ascii")) == 1
+        assert result.stderr.splitlines().count(UNENCODABLE_NOTICE.format("ascii")) == 1
     shown = run("complete", "é", *words, charset="latin-1")
     assert b"\xe9" in shown.stdout_bytes
     assert run("complete", "é\u2014", *words, "--json", charset="ascii").stderr == ""
@@ -58,7 +60,7 @@ def test_characters_that_stdout_lacks_become_escapes(checkpoint: str) -> None:
 def test_a_system_message_may_have_undecodable_bytes(checkpoint: str) -> None:
     words = ("chat", "--ckpt_dir", checkpoint, *CHAT)
     found, expected = (run(*words, "--system", text, stdin="hello") for text in ("b\udcff", "b\ufffd"))
-    assert found.stdout == expected.stdout and found.stderr.startswith(NOTICE + "\n")
+    assert found.stdout == expected.stdout and found.stderr.startswith(UNDECODABLE_NOTICE + "\n")
 
 
 @pytest.mark.parametrize("command", ["complete", "chat"])
@@ -101,7 +103,7 @@ def test_help_works_with_a_closed_stream(closed: str) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-def test_a_full_stdout_is_one_line() -> None:
+def test_a_full_stdout_is_a_one_line_error() -> None:
     for unbuffered, reason in (("", "stdout cannot be written: No"), ("1", "[Errno 28] No")):
         done = in_shell("$PYTHON -m fastllama chat --help >/dev/full", unbuffered)
         assert (done.returncode, done.stderr) == (2, f"fastllama: error: {reason} space left on device\n")

@@ -1,4 +1,4 @@
-"""The driver and its workers: the commands sent, for every way in which a stream can end."""
+"""The driver and its workers: the commands that are sent for every way in which a stream can end."""
 
 import json
 import os
@@ -22,7 +22,7 @@ class StopTokens:
 
 
 class FakeLlama:
-    """A Llama of given increments, and the commands sent to its workers."""
+    """A Llama that yields given increments, and records the commands sent to its workers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *increments: Any) -> None:
         self.tokenizer = StopTokens()
@@ -119,7 +119,7 @@ def test_a_call_of_the_drivers_process_only_is_refused(monkeypatch: pytest.Monke
         on_all.generate(PROMPTS, 4)
 
 
-def test_an_interrupt_while_a_call_is_sent_closes_it_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_a_call_is_sent_closes_it_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = FakeLlama(monkeypatch, "a")
 
     def send_command(control: None, message: Any) -> None:
@@ -138,7 +138,7 @@ def interrupting(llm: Any) -> None:
     llm.sent.append("done")
 
 
-def test_an_interrupt_waits_for_the_end_of_a_function_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_waits_for_the_end_of_a_function_on_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     llm: Any = FakeLlama(monkeypatch)
     on_all = Driver(llm)
     with pytest.raises(KeyboardInterrupt):
@@ -164,7 +164,7 @@ def failing(llm: Any) -> None:
 
 
 @pytest.mark.parametrize("state", ["in_step", "out_of_step", "crashed", "building"])
-def test_workers_receive_the_shutdown_command_where_they_can(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_workers_in_step_receive_the_shutdown_command(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     llm: Any = FakeLlama(monkeypatch)
     on_all, workers = Driver(llm), FakeWorkerProcesses()
     monkeypatch.setattr(driver, "_driver", None if state == "building" else on_all)

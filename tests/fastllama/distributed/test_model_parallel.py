@@ -46,7 +46,7 @@ def expected(folders: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The results of each process, by the number of processes; one run of each number for all tests."""
 
     @functools.cache
@@ -61,40 +61,42 @@ def found_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("size", SIZES)
-def test_processes_give_one_processes_answers(found_by: Any, expected: dict[str, Any], size: int, format: str) -> None:
-    for found in found_by(size):
+def test_processes_give_one_processes_answers(
+    results_by: Any, expected: dict[str, Any], size: int, format: str
+) -> None:
+    for found in results_by(size):
         assert_alike(found["answers"][FORMATS.index(format)], expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_process_draws_the_same_tokens_from_the_same_bits(found_by: Any, size: int) -> None:
-    first, *others = (found["answers"] for found in found_by(size))
+def test_every_process_draws_the_same_tokens_from_the_same_bits(results_by: Any, size: int) -> None:
+    first, *others = (found["answers"] for found in results_by(size))
     assert all(found == first for found in others)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_each_process_holds_its_part(found_by: Any, expected: dict[str, Any], size: int) -> None:
+def test_each_process_holds_its_part(results_by: Any, expected: dict[str, Any], size: int) -> None:
     args = ModelArgs(**PARAMS)
     norms = (2 * args.n_layers + 1) * args.dim
     kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * args.dim
     repeated = max(1, size // args.n_kv_heads)  # processes that share a kv head each hold it
-    for found in found_by(size):
+    for found in results_by(size):
         mine = found["answers"][0]
         assert mine["cached"] == expected["cached"] * repeated // size
         assert mine["weights"] == norms + (expected["weights"] - norms - kv) // size + kv * repeated // size
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_size_that_does_not_divide_is_the_same_error_in_all(found_by: Any, size: int) -> None:
-    errors = {found["error"] for found in found_by(size)}
+def test_a_size_that_does_not_divide_is_the_same_error_in_all_processes(results_by: Any, size: int) -> None:
+    errors = {found["error"] for found in results_by(size)}
     assert len(errors) == 1
     (error,) = errors
     assert f"world_size={size}" in error and "n_heads=3" in error and "use one of 1 processes" in error
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_error_of_one_process_is_raised_in_all_and_the_next_build_works(found_by: Any, size: int) -> None:
-    for rank, found in enumerate(found_by(size)):
+def test_an_error_of_one_process_is_raised_in_all_and_the_next_build_works(results_by: Any, size: int) -> None:
+    for rank, found in enumerate(results_by(size)):
         if rank == 1:
             assert found["failure"].startswith("AssertionError: ") and "nowhere" in found["failure"]
         else:
@@ -103,28 +105,28 @@ def test_an_error_of_one_process_is_raised_in_all_and_the_next_build_works(found
 
 
 @pytest.mark.slow  # four processes
-def test_groups_smaller_than_the_world_are_used(found_by: Any, expected: dict[str, Any]) -> None:
-    for rank, found in enumerate(found_by(4)):
+def test_groups_smaller_than_the_world_are_used(results_by: Any, expected: dict[str, Any]) -> None:
+    for rank, found in enumerate(results_by(4)):
         one = found["subsets"]
         assert_alike(one["answers"], expected)
         assert (one["rank"], one["size"], one["alone"], one["again"]) == (rank % 2, 2, 1, True)
         assert "asks for 4 processes" in one["error"] and "existing groups have 2" in one["error"]
 
 
-def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], found_by: Any) -> None:
+def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], results_by: Any) -> None:
     llm = build(folders["1 shards"], backend="reference")
     tokens, logprobs = llm.generate([[5, 6, 7], [300, 2, 9, 11, 50, 3]], 2, temperature=0.0, logprobs=True)
     drawn, _ = llm.generate([[1]], 2, temperature=0.9, seed=5)
-    for found in found_by(2):
+    for found in results_by(2):
         one = found["fused"]
         assert (one["tokens"], one["drawn"]) == (tokens, drawn)
         assert_same_logprobs(one["logprobs"], logprobs, "divided logprobs")
 
 
-def test_host_memory_peak_is_little_above_a_processs_part(folders: dict[str, str], found_by: Any) -> None:
+def test_host_memory_peak_is_little_above_a_processs_part(folders: dict[str, str], results_by: Any) -> None:
     weights = build(folders["large"]).model.state_dict().values()
     total, largest = (combine(weight.nbytes for weight in weights) for combine in (sum, max))
-    for found in found_by(2):
+    for found in results_by(2):
         one = found["memory"]
         assert 0.5 * total <= one["weights"] < 0.51 * total
         # At its peak it also holds w1 and w3 as slices, concatenated and packed: six halves of a matrix.

@@ -1,4 +1,4 @@
-"""Connecting the processes of a launch, and the errors where some are missing. Each process is a thread here."""
+"""Connecting the processes of a launch, and the errors if some are missing. Each process is a thread here."""
 
 import logging
 import re

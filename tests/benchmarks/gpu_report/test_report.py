@@ -36,7 +36,7 @@ def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, "--commit", "abc"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "summary.md", "gpu-run_tests.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "summary.md", "gpu-tests.txt"}
     result = read_result(tmp_path / "report.json")
     assert json.loads(done.stdout.splitlines()[-1]) == result.to_json()
     assert result.ceilings.keys() == {"read", "read_kernel", "copy", "matmul"}

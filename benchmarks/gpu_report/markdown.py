@@ -9,16 +9,16 @@ from fastllama.benchmarks.tables import markdown
 
 TITLES = {
     "self-check": "Self-check",
-    "boundaries": "What a boundary between two launches costs",
+    "boundaries": "The cost of a launch",
     "tests": "GPU tests",
     "launches": "A decode step, launch by launch",
     "decode": "Tokens a second",
-    "whole step": "A whole step beside the sum of its launches",
+    "whole step": "A whole step, compared with the sum of its launches",
     "prefill": "Prefill",
     "sampling": "Sampling",
-    "switches": "What the graph, the dependent launch, prefetches and unrolling bring",
+    "switches": "Features turned off: graph, dependent launch, prefetches, unrolling",
     "kernel tests": "Kernel tests, compiled",
-    "variants": "Launches beside those of the tables, µs",
+    "variants": "Other launch configurations, µs",
 }
 LAUNCH_HEAD = ("launch", "", "µs", "least", "share", "ms a step", "gap, ms")
 VARIANT_HEAD = ("model", "batch", "op", "in the table", "µs", "best other", "µs", "library, µs")

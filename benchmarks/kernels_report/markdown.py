@@ -32,7 +32,7 @@ def _waits(row: Row) -> str:
 def _early(row: Row) -> str:
     if "x_early" not in row:
         return ""
-    norm = {True: ", norm", False: ", norm behind", None: ""}[row["norm_first"]]
+    norm = {True: ", norm", False: ", norm late", None: ""}[row["norm_first"]]
     return f"{row['x_early']} of {row['x_loads']}{norm}"
 
 
@@ -72,10 +72,10 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
     """The document, from the rows of every GPU and of the traffic."""
     parts = [
         f"# The kernels, as triton {triton_version} compiles them",
-        "Made by `make kernels-report` and held to by the tests. Every launch of a decode step at 1, 4 and 16 rows and "
-        f"of the kernels around the library's matmul for a prompt's {PREFILL_TOKENS} tokens, in bfloat16; the launches "
-        "are those of the real wrappers. 3-70B/8 is one rank of eight; 3.2-1B is compiled for "
-        f"{', '.join(ALL_MODELS_GPUS)} alone. No figure here was measured on a GPU.",
+        "`make kernels-report` writes this page, and the tests compare the kernels with it. It lists every launch of a "
+        f"decode step with 1, 4 and 16 rows, and every launch around the library's matmul for {PREFILL_TOKENS} tokens "
+        "of a prompt, in bfloat16, made by the real wrappers. 3-70B/8 is one of eight processes. 3.2-1B is compiled for "
+        f"{', '.join(ALL_MODELS_GPUS)} only. No figure on this page was measured on a GPU.",
         f"## {LAUNCHES}",
         markdown(
             ["GPU", "model", "rows", "a layer", "a step", "layers"],
@@ -84,31 +84,29 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
                 for (gpu, model, tokens), (layer, step) in launch_counts(compiled).items()
             ],
         ),
-        "Torch launches no kernel of its own between them.",
+        "There is no kernel of torch's between them.",
         f"## {WEIGHTS}",
-        "In flight: what the programs that fit beside each other on a multiprocessor have asked for before they wait; "
-        "part of it, where there are fewer programs than fit. Waves: how often all multiprocessors fill up. Issue "
-        "slots: the share of all that the instructions take if the weight is read at 4.5 TB/s, in µs. x early: its "
-        "loads that are requested before any weight is waited for, and whether the norm is known by then. Chain: "
-        "cycles that a stage's matrix instructions take at the least, since each waits for the sums of the one before, "
-        "of those in which the stage has to be read. Prefetches: instructions that a warp issues one after the other, "
-        "and in how many programs.",
+        "Fit: programs that run at once on a multiprocessor. Waves: how often the programs fill all multiprocessors. "
+        "In flight: bytes of the weight that those programs have requested before they wait. Issue slots: the share of "
+        "them that the instructions take if the weight is read at 4.5 TB/s, which takes the time in the µs column. x early: "
+        "loads of x that are requested before the first wait for a weight, and whether the norm is computed by then. "
+        "Chain: the least cycles of a stage's matrix instructions, which wait for each other's sums, and the cycles in "
+        "which the stage must be read. Prefetches: instructions of one warp, and the number of programs that prefetch.",
         table_of([row for row in compiled if "in_flight" in row], STREAMING).text(in_markdown=True),
         f"## {TRAFFIC}",
-        "Counted in the interpreter from the kernels' own loads and stores: those of weights, embedding and cache, "
-        "which come from memory, and all others, which L2 serves. The least is every operand once. Contexts of "
-        f"{CONTEXT_TOKENS} tokens.",
+        "Counted in the interpreter from the loads and stores of the kernels. Weights, embedding and cache come from "
+        f"memory, the rest from L2. Least: every operand once. The context is {CONTEXT_TOKENS} tokens.",
         table_of(traffic, MOVED).text(in_markdown=True),
     ]
     for name in dict.fromkeys(row["gpu"] for row in compiled):
         rows = [row for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP]
         parts += [f"## {heading(name)}", table_of(rows, RESOURCES).text(in_markdown=True)]
     legend = (
-        "Spills: bytes of a thread's stack. Shared: bytes of a program, limits "
+        "Spills: bytes of a thread's stack. Shared: bytes of shared memory of a program; the limits are "
         + ", ".join(f"{name} {gpu.shared_bytes}" for name, gpu in GPUS.items())
-        + ". Resident: programs beside each other on a multiprocessor. Loads: bytes of a thread's loads by argument. "
-        "Matrix: instructions. Barrier: before the atomic that hands over. Waits: of a dependent launch, for the "
-        "kernels before it."
+        + ". Resident: programs that run at once on a multiprocessor. Loads: bytes of a thread's loads, by argument. "
+        "Matrix: the number of matrix instructions. Barrier: whether there is one before the atomic that signals "
+        "partial results. Waits: when a dependent launch waits for the kernels before it."
     )
     return "\n\n".join([*parts, "## Legend", legend]) + "\n"
 

@@ -74,8 +74,8 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         f"# The kernels, as triton {triton_version} compiles them",
         "`make kernels-report` writes this page, and the tests compare the kernels with it. It lists every launch of a "
         f"decode step with 1, 4 and 16 rows, and every launch around the library's matmul for {PREFILL_TOKENS} tokens "
-        "of a prompt, in bfloat16, made by the real wrappers. 3-70B/8 is one of eight processes. 3.2-1B is compiled for "
-        f"{', '.join(ALL_MODELS_GPUS)} only. No figure on this page was measured on a GPU.",
+        "of a prompt, in bfloat16, made by the real wrappers. 3-70B/8 is one of eight processes. 3.2-1B is compiled "
+        f"for {', '.join(ALL_MODELS_GPUS)} only. No figure on this page was measured on a GPU.",
         f"## {LAUNCHES}",
         markdown(
             ["GPU", "model", "rows", "a layer", "a step", "layers"],
@@ -88,8 +88,8 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         f"## {WEIGHTS}",
         "Fit: programs that run at once on a multiprocessor. Waves: how often the programs fill all multiprocessors. "
         "In flight: bytes of the weight that those programs have requested before they wait. Issue slots: the share of "
-        "them that the instructions take if the weight is read at 4.5 TB/s, which takes the time in the µs column. x early: "
-        "loads of x that are requested before the first wait for a weight, and whether the norm is computed by then. "
+        "them that the instructions take if the weight is read at 4.5 TB/s, which takes the time in the µs column. "
+        "x early: loads of x that are requested before the first wait for a weight, and whether the norm is computed by then. "
         "Chain: the least cycles of a stage's matrix instructions, which wait for each other's sums, and the cycles in "
         "which the stage must be read. Prefetches: instructions of one warp, and the number of programs that prefetch.",
         table_of([row for row in compiled if "in_flight" in row], STREAMING).text(in_markdown=True),

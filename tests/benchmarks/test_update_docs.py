@@ -23,6 +23,7 @@ def test_the_page_holds_the_figures_of_the_result_files() -> None:
 
 def test_the_readme_states_no_speed_outside_its_picture() -> None:
     text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 120, "details belong in docs/"
     (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert picture.startswith("benchmarks/results/") and (update_docs.ROOT / picture).exists()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)  # the output of commands stays

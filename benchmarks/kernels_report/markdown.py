@@ -87,11 +87,12 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "There is no kernel of torch's between them.",
         f"## {WEIGHTS}",
         "Fit: programs that run at once on a multiprocessor. Waves: how often the programs fill all multiprocessors. "
-        "In flight: bytes of the weight that those programs have requested before they wait. Issue slots: the share of "
-        "them that the instructions take if the weight is read at 4.5 TB/s, which takes the time in the µs column. "
-        "x early: loads of x that are requested before the first wait for a weight, and whether the norm is computed by "
-        "then. Chain: the least cycles of a stage's matrix instructions, which wait for each other's sums, and the cycles in "
-        "which the stage must be read. Prefetches: instructions of one warp, and the number of programs that prefetch.",
+        "In flight: bytes of the weight that those programs have requested before they wait. Issue slots: the share "
+        "of them that the instructions take if the weight is read at 4.5 TB/s, which takes the time in the µs column."
+        " x early: loads of x that are requested before the first wait for a weight, and whether the norm is computed"
+        " by then. Chain: the least cycles of a stage's matrix instructions, which wait for each other's sums, and "
+        "the cycles in which the stage must be read. Prefetches: instructions of one warp, and the number of programs"
+        " that prefetch.",
         table_of([row for row in compiled if "in_flight" in row], STREAMING).text(in_markdown=True),
         f"## {TRAFFIC}",
         "Counted in the interpreter from the loads and stores of the kernels. Weights, embedding and cache come from "

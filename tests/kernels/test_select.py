@@ -65,5 +65,5 @@ def test_without_triton_there_is_the_reference(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["abacus", "", 3])
 def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'reference', 'fused', got "):
+    with pytest.raises(ValueError, match="backend must be one of 'reference', 'fused', 'native', got "):
         backend(name, CPU)

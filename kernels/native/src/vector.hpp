@@ -25,19 +25,23 @@ template <class To, class From> INLINE To bits_of(From from) {
 INLINE V choose(VI condition, V a, V b) { return condition ? a : b; }
 INLINE V larger(V a, V b) { return a > b ? a : b; }
 
-// float16: exact widening, and rounding to the nearest, ties to even.
+// 16 bits to 32 as integers; float16 to float32, exactly; and back, rounding to the nearest, ties to even.
 #if LANES == 16
+INLINE VU zero_extend(VH h) { return bits_of<VU>(_mm512_cvtepu16_epi32(bits_of<__m256i>(h))); }
 INLINE V widen(VH h) { return bits_of<V>(_mm512_cvtph_ps(bits_of<__m256i>(h))); }
 INLINE VH narrow(V v) { return bits_of<VH>(_mm512_cvtps_ph(bits_of<__m512>(v), _MM_FROUND_TO_NEAREST_INT)); }
 #elif LANES == 8
+INLINE VU zero_extend(VH h) { return bits_of<VU>(_mm256_cvtepu16_epi32(bits_of<__m128i>(h))); }
 INLINE V widen(VH h) { return bits_of<V>(_mm256_cvtph_ps(bits_of<__m128i>(h))); }
 INLINE VH narrow(V v) { return bits_of<VH>(_mm256_cvtps_ph(bits_of<__m256>(v), _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__aarch64__)
+INLINE VU zero_extend(VH h) { return __builtin_convertvector(h, VU); }
 INLINE V widen(VH h) { return bits_of<V>(vcvt_f32_f16(bits_of<float16x4_t>(h))); }
 INLINE VH narrow(V v) { return bits_of<VH>(vcvt_f16_f32(bits_of<float32x4_t>(v))); }
 #else
+INLINE VU zero_extend(VH h) { return __builtin_convertvector(h, VU); }
 INLINE V widen(VH h) {
-  const VU wide = __builtin_convertvector(h, VU);
+  const VU wide = zero_extend(h);
   const V scaled = bits_of<V>((wide & 0x7fffu) << 13) * splat(0x1p112f);  // also right for subnormal numbers
   const VU exponent = scaled >= splat(65536.0f) ? (VU{} + 0x7f800000u) : VU{};  // infinity and NaN
   return bits_of<V>(bits_of<VU>(scaled) | exponent | (wide & 0x8000u) << 16);
@@ -61,7 +65,7 @@ INLINE V load(const float16* p) { VH h; __builtin_memcpy(&h, p, sizeof h); retur
 INLINE V load(const bfloat16* p) {
   VH h;
   __builtin_memcpy(&h, p, sizeof h);
-  return bits_of<V>(__builtin_convertvector(h, VU) << 16);
+  return bits_of<V>(zero_extend(h) << 16);
 }
 
 INLINE VH to_bfloat16(V v) {
@@ -99,7 +103,7 @@ template <class A> constexpr bool same<A, A> = true;
 template <class T> INLINE V rounded(V v) {
   if constexpr (same<T, float>) return v;
   else if constexpr (same<T, float16>) return widen(narrow(v));
-  else return bits_of<V>(__builtin_convertvector(to_bfloat16(v), VU) << 16);
+  else return bits_of<V>(zero_extend(to_bfloat16(v)) << 16);
 }
 
 // One value.

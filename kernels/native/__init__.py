@@ -59,7 +59,7 @@ def norm_qkv_rope_append(
     if _uses_library(h):
         return rope_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
     arguments.check_projection(h, weight, norm)
-    sizes = arguments.check_heads(weight.shape[0], rope, cache_k, cache_v, batch, h.dtype)
+    sizes = arguments.check_heads(h, weight.shape[0], rope, cache_k, cache_v, batch)
     q = empty((h.shape[0], sizes["n_heads"], sizes["head_dim"]), h.dtype)
     tensors = {"rope": rope, "cache_k": cache_k, "cache_v": cache_v, "positions": batch.positions, "rows": batch.rows}
     _linear(h, weight, Epilogue.ROTATE_AND_APPEND, q, weight.shape[0], norm=norm, eps=eps, **tensors, **sizes)
@@ -78,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """heads (N, (H + 2K)·D) -> q (N, H, D); appends keys and values to the cache."""
     arguments.check_inputs("heads", heads)
-    sizes = arguments.check_heads(heads.shape[1], rope, cache_k, cache_v, batch, heads.dtype)
+    sizes = arguments.check_heads(heads, heads.shape[1], rope, cache_k, cache_v, batch)
     q = empty((heads.shape[0], sizes["n_heads"], sizes["head_dim"]), heads.dtype)
     tensors = {"rope": rope, "cache_k": cache_k, "cache_v": cache_v, "positions": batch.positions, "rows": batch.rows}
     run(Kind.ROPE_APPEND, heads.dtype, x=heads, out=q, n_tokens=heads.shape[0], **tensors, **sizes)

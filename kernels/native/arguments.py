@@ -47,10 +47,10 @@ def half(rows: int) -> int:
 
 
 def check_heads(
-    width: int, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch, dtype: torch.dtype
+    x: Tensor, width: int, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch
 ) -> dict[str, int]:
-    """Check a layer's cache, the rotary table and heads of this width together -> the sizes of an op."""
-    sizes = _check_caches(cache_k, cache_v, dtype)
+    """Check a layer's cache, the rotary table and heads of this width together, from x (N, ·) -> the sizes of an op."""
+    sizes = _check_caches(cache_k, cache_v, x.dtype)
     head_dim, n_kv_heads = sizes["head_dim"], sizes["n_kv_heads"]
     n_heads = width // head_dim - 2 * n_kv_heads
     if width % head_dim or n_heads < 1 or n_heads % n_kv_heads:
@@ -59,14 +59,14 @@ def check_heads(
             f"of {n_kv_heads}, got {width}"
         )
     check_tensor("rope", rope, (sizes["length"], head_dim // 2, 2), torch.float32, CPU)
-    _check_places(batch)
+    _check_places(batch, x.shape[0])
     return {**sizes, "n_heads": n_heads}
 
 
 def check_attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> None:
     """Check queries (N, H, D) and a layer's cache."""
     check_model_dtype("q", q)
-    check_tensor("q", q, (batch.positions.shape[0], "H", "D"), q.dtype, CPU)
+    check_tensor("q", q, ("N", "H", "D"), q.dtype, CPU)
     sizes = _check_caches(cache_k, cache_v, q.dtype)
     n_heads, head_dim = q.shape[1:]
     if head_dim != sizes["head_dim"] or n_heads < 1 or n_heads % sizes["n_kv_heads"]:
@@ -74,7 +74,7 @@ def check_attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBa
             f"q must have head dim {sizes['head_dim']} and a multiple of the cache's {sizes['n_kv_heads']} heads, got "
             f"(H, D) = ({n_heads}, {head_dim})"
         )
-    _check_places(batch)
+    _check_places(batch, q.shape[0])
 
 
 def _check_caches(cache_k: Tensor, cache_v: Tensor, dtype: torch.dtype) -> dict[str, int]:
@@ -86,9 +86,9 @@ def _check_caches(cache_k: Tensor, cache_v: Tensor, dtype: torch.dtype) -> dict[
     return {"cache_rows": cache_rows, "n_kv_heads": n_kv_heads, "length": length, "head_dim": head_dim}
 
 
-def _check_places(batch: RaggedBatch) -> None:
-    check_tensor("batch.positions", batch.positions, ("N",), torch.int64, CPU)
-    check_tensor("batch.rows", batch.rows, tuple(batch.positions.shape), torch.int64, CPU)
+def _check_places(batch: RaggedBatch, n_tokens: int) -> None:
+    check_tensor("batch.positions", batch.positions, (n_tokens,), torch.int64, CPU)
+    check_tensor("batch.rows", batch.rows, (n_tokens,), torch.int64, CPU)
 
 
 def check_sampling(logits: Tensor, sampling: SamplingTensors, positions: Tensor) -> None:

@@ -20,7 +20,7 @@ WITH_TRITON = PYTHONPATH=$(CURDIR)/$< $(BIN)/python
 KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/kernels_report/test_compiled_kernel.py \
 	tests/benchmarks/kernels_report/test_dependence.py
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-install kernels-report gpu-report figures \
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest native test-install kernels-report gpu-report figures \
 	check-figures bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types hooks clean
 
 help: ## List the targets
@@ -56,6 +56,9 @@ test-triton-3.6: $(OLDER_TRITON) ## Run all tests of the kernels with the oldest
 
 test-triton-latest: $(NEWEST_TRITON) ## Run the tests of the kernels with the newest triton, compiled for the H200
 	$(WITH_TRITON) $(PYTEST) --all $(KERNEL_TESTS) -k "not compile_as_the_table_says or sm_90"
+
+native: $(INSTALLED) ## Compile the C++ kernels of the backend "native" again
+	$(BIN)/python setup.py -q build_ext --inplace --force
 
 test-install: ## PYTHON=python3.x: pip install this folder into a plain venv, and complete a text with it
 	$(PYTHON) -m venv --clear .cache/installed
@@ -115,5 +118,5 @@ check-figures: $(INSTALLED)
 	@$(BIN)/python -m docs.pictures --check
 
 clean: ## Remove .venv and everything that was generated
-	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .cache build dist *.egg-info kernels/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

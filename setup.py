@@ -26,7 +26,7 @@ FLAGS_BY_FILE = {
 }
 
 
-class BuildNative(build_ext):  # type: ignore[misc]
+class BuildNative(build_ext):
     """Compiles the kernels of the `native` backend. Where that fails, one line says so and the package has none."""
 
     def build_extension(self, ext: Any) -> None:

@@ -17,8 +17,8 @@ def backend(name: str | None, device: torch.device) -> ModuleType:
     """The backend module of this name, or the device's default where name is None.
 
     The default is "fused" on a GPU that supports it, else "reference". Raises ValueError for an unknown name, and for
-    a backend that cannot run: "fused" without triton, on an older GPU, or on a CPU without Triton's interpreter; "native"
-    on a GPU, or where its C++ kernels were not built.
+    a backend that cannot run: "fused" without triton, on an older GPU, or on a CPU without Triton's interpreter, and
+    "native" on a GPU or where its C++ kernels were not built.
     """
     if name is None:
         name = "fused" if device.type == "cuda" and _obstacle(device) is None else "reference"

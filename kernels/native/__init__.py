@@ -95,7 +95,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
     groups = min(-(-length // SPLIT_KEYS), MAX_SPLIT_GROUPS)
     out = empty((n_tokens, n_heads * head_dim), q.dtype)
     partial = empty((n_tokens, n_heads, groups, head_dim + 2), torch.float32) if groups > 1 else None
-    fields = {
+    fields: dict[str, Tensor | int | None] = {
         **{"x": q, "out": out, "cache_k": cache_k, "cache_v": cache_v, "partial": partial},
         **{"positions": batch.positions, "rows": batch.rows, "n_tokens": n_tokens, "n_heads": n_heads},
         **{"n_kv_heads": n_kv_heads, "head_dim": head_dim, "length": length, "cache_rows": cache_rows},

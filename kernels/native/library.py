@@ -64,7 +64,7 @@ _SIZES = (
 class Op(ctypes.Structure):
     """One op: the struct of src/op.hpp, which documents the fields."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_int32) for name in _INT32),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
@@ -132,7 +132,7 @@ def obstacle() -> str | None:
 
 @functools.cache
 def load() -> Any:
-    """The library. Raises OSError where it was not built or does not load, ValueError where it is of another version."""
+    """The library. Raises OSError where it was not built or does not load, ValueError for one of another version."""
     found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name("_kernels" + suffix)).exists()]
     if not found:
         raise OSError(

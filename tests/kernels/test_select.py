@@ -78,7 +78,9 @@ def test_native_on_a_gpu_or_without_its_kernels_says_what_to_do(
         backend("native", CUDA)
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     library.load.cache_clear()
-    with pytest.raises(ValueError, match=r'kernels were not built. Install a C\+\+ compiler.*; backend="reference" does'):
+    with pytest.raises(
+        ValueError, match=r'kernels were not built. Install a C\+\+ compiler.*; backend="reference" does'
+    ):
         backend("native", CPU)
     library.load.cache_clear()
 

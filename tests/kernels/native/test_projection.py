@@ -60,8 +60,8 @@ def test_a_token_gets_the_same_result_in_any_batch_and_on_any_threads(
 def test_projections_append_nothing_outside_the_cache(guarded: GuardedMemory) -> None:
     case = Case(SHAPES["E64-H8-K4-D8-F172"], 4, torch.bfloat16, CPU, guarded)
     cache_k, cache_v, rope = case.target[:3]
-    batch = outside(4, CPU)
-    for batch in (batch, replace(batch, positions=torch.zeros(4, dtype=torch.int64), rows=batch.positions)):
+    places = outside(4, CPU)
+    for batch in (places, replace(places, positions=torch.zeros(4, dtype=torch.int64), rows=places.positions)):
         q = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, batch)
         heads = random(4, case.wqkv.shape[0], dtype=torch.bfloat16)
         assert q.isfinite().all() and native.rope_append(heads, rope, cache_k, cache_v, batch).isfinite().all()

@@ -21,9 +21,6 @@ from fastllama.kernels.graph import Graph
 from fastllama.kernels.native import arguments
 from fastllama.kernels.native.graph import NativeGraph
 from fastllama.kernels.native.library import (
-    MAX_SPLIT_GROUPS,
-    SPLIT_KEYS,
-    STATISTICS_LOGITS,
     Epilogue,
     Kind,
     empty,
@@ -33,6 +30,10 @@ from fastllama.kernels.native.library import (
 )
 
 MAX_TOKENS = 16  # of a projection by the kernels; more are faster by the library's matrix product
+# Attention splits a row at every SPLIT_KEYS keys, and deals the splits to at most MAX_SPLIT_GROUPS chunks of work.
+SPLIT_KEYS = 512
+MAX_SPLIT_GROUPS = 16
+STATISTICS_LOGITS = 4096  # logits of a row in one chunk of sampling's statistics
 
 
 def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor:
@@ -99,6 +100,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
         **{"x": q, "out": out, "cache_k": cache_k, "cache_v": cache_v, "partial": partial},
         **{"positions": batch.positions, "rows": batch.rows, "n_tokens": n_tokens, "n_heads": n_heads},
         **{"n_kv_heads": n_kv_heads, "head_dim": head_dim, "length": length, "cache_rows": cache_rows},
+        **{"split": SPLIT_KEYS, "groups": groups},
     }
     run(Kind.ATTENTION, q.dtype, **fields)
     if groups > 1:
@@ -193,8 +195,9 @@ def _linear(
 
 def _sample(logits: Tensor, sampling: SamplingTensors, **fields: Tensor | int) -> None:
     n_rows, vocab = logits.shape
-    partial = empty((n_rows, -(-vocab // STATISTICS_LOGITS), 4), torch.float32)
-    sizes = {"n_tokens": n_rows, "vocab": vocab}
+    groups = -(-vocab // STATISTICS_LOGITS)
+    partial = empty((n_rows, groups, 4), torch.float32)
+    sizes = {"n_tokens": n_rows, "vocab": vocab, "split": STATISTICS_LOGITS, "groups": groups}
     run(Kind.STATISTICS, logits.dtype, x=logits, partial=partial, **sizes)
     parameters = {name: getattr(sampling, name) for name in ("temperature", "top_p", "seed", "stream", "call")}
     run(Kind.SAMPLE, logits.dtype, x=logits, partial=partial, **sizes, **parameters, **fields)

@@ -18,9 +18,6 @@ from torch import Tensor
 ABI_VERSION = 1  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
 ISAS = ("avx512", "avx2", "portable")
-STATISTICS_LOGITS = 4096  # logits per block of the statistics; this and the next two as in src/op.hpp
-SPLIT_KEYS = 512
-MAX_SPLIT_GROUPS = 16
 LARGE_PAGES_BYTES = 2**22  # weights from this size on ask for large pages
 
 
@@ -57,7 +54,7 @@ _POINTERS = (
 )
 _SIZES = (
     *("n_tokens", "width", "outputs", "n_heads", "n_kv_heads", "head_dim", "length", "cache_rows", "vocab", "begin"),
-    "out_stride",
+    *("out_stride", "split", "groups"),
 )
 
 

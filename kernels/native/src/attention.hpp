@@ -1,7 +1,7 @@
 // Attention of each token over its row's cache, up to its own position. Included by kernels.hpp.
 //
-// A chunk is one token, one kv head with its G query heads, and one group of splits: split s has the keys [512·s, 512·s +
-// 512), and group g the splits g, g + groups, … with an online softmax over them. A row of one split is finished by its
+// A chunk is one token, one kv head with its G query heads, and one group of splits: group g has the splits g, g + groups,
+// … with an online softmax over them. A row of one split is finished by its
 // chunk. Longer rows' groups leave (Σ p·v, max, Σ p) for ATTENTION_MERGE, which adds them in order.
 
 constexpr int64_t BLOCK_KEYS = 64;  // their keys and values stay in the first cache for all query heads
@@ -66,11 +66,11 @@ static void add_keys(const T* k, const T* v, int64_t count, int64_t D, const flo
 }
 
 template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scratch& scratch) {
-  const int64_t groups = split_groups(op), D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D);
+  const int64_t groups = op.groups, D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D);
   const int64_t group = chunk % groups, kv_head = chunk / groups % op.n_kv_heads, n = chunk / groups / op.n_kv_heads;
   const int64_t length = row_length(op, n);
   T* out = static_cast<T*>(op.out) + (n * op.n_heads + kv_head * G) * D;
-  if (group * SPLIT_KEYS >= length) {
+  if (group * op.split >= length) {
     if (length == 0 && group == 0) __builtin_memset(out, 0, G * D * sizeof(T));
     return;
   }
@@ -87,8 +87,8 @@ template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scra
   }
   const int64_t head = (op.rows[n] * op.n_kv_heads + kv_head) * op.length * D;
   const T *k = static_cast<const T*>(op.cache_k) + head, *v = static_cast<const T*>(op.cache_v) + head;
-  for (int64_t split = group * SPLIT_KEYS; split < length; split += groups * SPLIT_KEYS) {
-    const int64_t end = split + SPLIT_KEYS < length ? split + SPLIT_KEYS : length;
+  for (int64_t split = group * op.split; split < length; split += groups * op.split) {
+    const int64_t end = split + op.split < length ? split + op.split : length;
     for (int64_t t = split; t < end; t += BLOCK_KEYS) {
       const int64_t count = end - t < BLOCK_KEYS ? end - t : BLOCK_KEYS;
       for (int64_t g = 0; g < G; g++)
@@ -99,17 +99,17 @@ template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scra
     float* partial = op.partial + ((n * op.n_heads + kv_head * G + g) * groups + group) * (D + 2);
     for (int64_t d = 0; d < D; d += LANES) {
       const V sums = load(acc + g * stride + d);
-      if (length <= SPLIT_KEYS) store_up_to(out + g * D + d, sums / splat(total[g]), D - d);
+      if (length <= op.split) store_up_to(out + g * D + d, sums / splat(total[g]), D - d);
       else store_up_to(partial + d, sums, D - d);
     }
-    if (length > SPLIT_KEYS) partial[D] = max[g], partial[D + 1] = total[g];
+    if (length > op.split) partial[D] = max[g], partial[D + 1] = total[g];
   }
 }
 
 template <class T> static void merge_token(const Op& op, int64_t n) {
-  const int64_t length = row_length(op, n), D = op.head_dim, all = split_groups(op);
-  if (length <= SPLIT_KEYS) return;
-  const int64_t used = ceil_div(length, SPLIT_KEYS) < all ? ceil_div(length, SPLIT_KEYS) : all;
+  const int64_t length = row_length(op, n), D = op.head_dim, all = op.groups;
+  if (length <= op.split) return;
+  const int64_t used = ceil_div(length, op.split) < all ? ceil_div(length, op.split) : all;
   for (int64_t h = 0; h < op.n_heads; h++) {
     const float* parts = op.partial + (n * op.n_heads + h) * all * (D + 2);
     float max = -__builtin_inff(), total = 0;

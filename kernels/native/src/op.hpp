@@ -22,7 +22,7 @@ struct Op {
   void* out;             // (N, outputs); ATTENTION: (N, H, D); SAMPLE: tokens (N,) int64
   const float* rope;     // (T, D/2, 2)
   void *cache_k, *cache_v;  // (cache_rows, K, T, D)
-  float* partial;           // ATTENTION: (N, H, groups, D + 2); STATISTICS: (N, blocks, 4)
+  float* partial;           // ATTENTION: (N, H, groups, D + 2); STATISTICS: (N, groups, 4)
   const double *temperature, *top_p;      // (N,)
   const int64_t *seed, *stream, *call;    // (N,)
   float* logprobs;                        // (N,), where has_state is 0
@@ -34,6 +34,7 @@ struct Op {
   int64_t n_tokens, width, outputs, n_heads, n_kv_heads, head_dim, length, cache_rows, vocab;
   int64_t begin;  // EMBED: the table's first id, or -1 where it is the complete vocabulary
   int64_t out_stride;
+  int64_t split, groups;  // a row is divided into splits of so many keys or logits, and they into groups, one per chunk
   double eps;
 };
 
@@ -41,9 +42,6 @@ struct Op {
 constexpr int64_t CHUNK_BYTES = 64 * 1024;    // of weights
 constexpr int64_t MAX_CHUNK_OUTPUTS = 64;     // rows of a weight in a chunk
 constexpr int64_t ELEMENTWISE_TOKENS = 4;     // tokens in a chunk of an op without a weight
-constexpr int64_t SPLIT_KEYS = 512;           // keys of one split of attention
-constexpr int64_t MAX_SPLIT_GROUPS = 16;      // a row's splits are dealt to at most this many chunks
-constexpr int64_t STATISTICS_LOGITS = 4096;   // logits of a row in a chunk
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,16 +51,11 @@ inline int64_t chunk_outputs(const Op& op) {
   return fitting < 8 ? 8 : fitting > MAX_CHUNK_OUTPUTS ? MAX_CHUNK_OUTPUTS : fitting;
 }
 
-inline int64_t split_groups(const Op& op) {
-  const int64_t splits = ceil_div(op.length, SPLIT_KEYS);
-  return splits < MAX_SPLIT_GROUPS ? splits : MAX_SPLIT_GROUPS;
-}
-
 inline int64_t count_chunks(const Op& op) {
   switch (op.kind) {
     case LINEAR: return ceil_div(op.outputs, chunk_outputs(op));
-    case ATTENTION: return op.n_tokens * op.n_kv_heads * split_groups(op);
-    case STATISTICS: return op.n_tokens * ceil_div(op.vocab, STATISTICS_LOGITS);
+    case ATTENTION: return op.n_tokens * op.n_kv_heads * op.groups;
+    case STATISTICS: return op.n_tokens * op.groups;
     case SAMPLE: return op.n_tokens;
     default: return ceil_div(op.n_tokens, ELEMENTWISE_TOKENS);
   }

@@ -21,7 +21,7 @@ struct Statistics {
 };
 
 Statistics merged(const Op& op, int64_t row) {
-  const int64_t blocks = ceil_div(op.vocab, STATISTICS_LOGITS);
+  const int64_t blocks = op.groups;
   const float* parts = op.partial + row * blocks * 4;
   Statistics all;
   for (int64_t block = 0; block < blocks; block++) {

@@ -7,9 +7,9 @@ typedef float VF __attribute__((vector_size(4 * DOUBLES)));  // as many floats
 
 // Of a block of a row: its largest logit, the lowest id with it, Σ exp(x - largest), and whether there is a NaN.
 template <class T> static void statistics_chunk(const Op& op, int64_t chunk) {
-  const int64_t blocks = ceil_div(op.vocab, STATISTICS_LOGITS), row = chunk / blocks, block = chunk % blocks;
-  const int64_t begin = block * STATISTICS_LOGITS;
-  const int64_t end = begin + STATISTICS_LOGITS < op.vocab ? begin + STATISTICS_LOGITS : op.vocab;
+  const int64_t blocks = op.groups, row = chunk / blocks, block = chunk % blocks;
+  const int64_t begin = block * op.split;
+  const int64_t end = begin + op.split < op.vocab ? begin + op.split : op.vocab;
   const T* x = static_cast<const T*>(op.x) + row * op.vocab;
   const float lowest = -__builtin_inff();
   V largest = splat(lowest);

@@ -12,57 +12,107 @@ INLINE int64_t row_length(const Op& op, int64_t n) {  // 0: an inactive row
   return position < op.length ? position + 1 : op.length;
 }
 
-template <class T> INLINE float dot(const T* key, const float* query, int64_t D) {
-  V sums = {};
-  int64_t d = 0;
-  for (; d + LANES <= D; d += LANES) sums += load(key + d) * load(query + d);
-  if (d < D) sums += load_part(key + d, D - d) * load(query + d);
-  return sum(sums);
+// p[g][t] = q[g] · k[t] for HEADS query heads and LANES / HEADS keys at a time, whose sums end in one vector. Rows of p
+// have BLOCK_KEYS values; those from `count` on are undefined.
+template <class T, int HEADS>
+INLINE void score_keys(const T* k, const T* v, int64_t count, int64_t D, const float* queries, int64_t stride, float* p) {
+  constexpr int KEYS = LANES / HEADS;
+  for (int64_t t = 0; t < count; t += KEYS) {
+    const T* keys[KEYS];
+    for (int i = 0; i < KEYS; i++) keys[i] = k + (t + i < count ? t + i : count - 1) * D;
+    V sums[LANES] = {};
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+#pragma GCC unroll 16
+      for (int i = 0; i < KEYS; i++) {
+        const V key = load(keys[i] + d);
+        __builtin_prefetch(v + (keys[i] - k) + d);
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) sums[g * KEYS + i] += key * load(queries + g * stride + d);
+      }
+    }
+    if (d < D) {
+#pragma GCC unroll 16
+      for (int i = 0; i < KEYS; i++) {
+        const V key = load_part(keys[i] + d, D - d);
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) sums[g * KEYS + i] += key * load(queries + g * stride + d);
+      }
+    }
+    float scores[LANES];
+    store(scores, sum_each(sums));
+#pragma GCC unroll 4
+    for (int g = 0; g < HEADS; g++) __builtin_memcpy(p + g * BLOCK_KEYS + t, scores + g * KEYS, KEYS * sizeof(float));
+  }
 }
 
-// acc[d] = acc[d] · scale + Σ p[t] · v[t][d] for COUNT vectors of d.
-template <class T, int COUNT>
-INLINE void add_values(const T* v, int64_t keys, int64_t D, const float* p, V scale, float* acc) {
-  V sums[COUNT];
+// acc[g][d] = acc[g][d] · scale[g] + Σ p[g][t] · v[t][d] for COUNT vectors of d, of which `left` values are in a row.
+template <class T, int HEADS, int COUNT>
+INLINE void add_values(const T* k, const T* v, int64_t keys, int64_t D, int64_t left, const float* p, const V* scale, float* acc, int64_t stride) {
+  V sums[HEADS][COUNT];
 #pragma GCC unroll 4
-  for (int i = 0; i < COUNT; i++) sums[i] = load(acc + i * LANES) * scale;
+  for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) sums[g][i] = load(acc + g * stride + i * LANES) * scale[g];
   for (int64_t t = 0; t < keys; t++) {
-    const V weight = splat(p[t]);
+    V values[COUNT];
 #pragma GCC unroll 4
-    for (int i = 0; i < COUNT; i++) sums[i] += weight * load(v + t * D + i * LANES);
+    for (int i = 0; i < COUNT; i++) {
+      values[i] = load_up_to(v + t * D + i * LANES, left - i * LANES);
+      __builtin_prefetch(k + (t + BLOCK_KEYS) * D + i * LANES);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < HEADS; g++) {
+      const V weight = splat(p[g * BLOCK_KEYS + t]);
+#pragma GCC unroll 4
+      for (int i = 0; i < COUNT; i++) sums[g][i] += weight * values[i];
+    }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < COUNT; i++) store(acc + i * LANES, sums[i]);
+  for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) store(acc + g * stride + i * LANES, sums[g][i]);
 }
 
-// Adds up to BLOCK_KEYS keys to a query head's running (sum of p·v, max, sum of p).
-template <class T>
-static void add_keys(const T* k, const T* v, int64_t count, int64_t D, const float* query, float* acc, float& max,
-                     float& total) {
-  float p[BLOCK_KEYS];
-  float new_max = max;
-  for (int64_t t = 0; t < count; t++) {
-    p[t] = dot(k + t * D, query, D);
-    new_max = p[t] > new_max ? p[t] : new_max;
+// Adds up to BLOCK_KEYS keys to the running (sum of p·v, max, sum of p) of HEADS query heads.
+template <class T, int HEADS>
+static void add_keys(const T* k, const T* v, int64_t count, int64_t D, const float* queries, int64_t stride, float* acc,
+                     float* max, float* total) {
+  float p[HEADS * BLOCK_KEYS];
+  V scales[HEADS];
+  score_keys<T, HEADS>(k, v, count, D, queries, stride, p);
+  for (int g = 0; g < HEADS; g++) {
+    float* weights = p + g * BLOCK_KEYS;
+    for (int64_t t = count; t < BLOCK_KEYS; t++) weights[t] = -__builtin_inff();
+    V largest = splat(max[g]);
+    for (int64_t t = 0; t < BLOCK_KEYS; t += LANES) largest = larger(load(weights + t), largest);
+    const float new_max = max_of(largest);
+    scales[g] = exponential(splat(max[g] - new_max));
+    V sums = {};
+    for (int64_t t = 0; t < BLOCK_KEYS; t += LANES) {
+      const V e = exponential(load(weights + t) - splat(new_max));
+      store(weights + t, e);
+      sums += e;
+    }
+    total[g] = total[g] * scales[g][0] + sum(sums);
+    max[g] = new_max;
   }
-  for (int64_t t = count; t < BLOCK_KEYS; t++) p[t] = -__builtin_inff();
-  const V scale = exponential(splat(max - new_max));
-  V sums = {};
-  for (int64_t t = 0; t < BLOCK_KEYS; t += LANES) {
-    const V weights = exponential(load(p + t) - splat(new_max));
-    store(p + t, weights);
-    sums += weights;
-  }
-  total = total * scale[0] + sum(sums);
-  max = new_max;
   int64_t d = 0;
-  for (; d + 4 * LANES <= D; d += 4 * LANES) add_values<T, 4>(v + d, count, D, p, scale, acc + d);
-  for (; d + LANES <= D; d += LANES) add_values<T, 1>(v + d, count, D, p, scale, acc + d);
-  if (d < D) {
-    V out = load(acc + d) * scale;
-    for (int64_t t = 0; t < count; t++) out += splat(p[t]) * load_part(v + t * D + d, D - d);
-    store(acc + d, out);
-  }
+  for (; d + 4 * LANES <= D; d += 4 * LANES)
+    add_values<T, HEADS, 4>(k + d, v + d, count, D, 4 * LANES, p, scales, acc + d, stride);
+  for (; d < D; d += LANES) add_values<T, HEADS, 1>(k + d, v + d, count, D, D - d, p, scales, acc + d, stride);
+}
+
+// All G query heads of a kv head, as many at a time as the registers take.
+template <class T>
+static void add_keys_to_heads(const T* k, const T* v, int64_t count, int64_t D, int64_t G, const float* queries,
+                              int64_t stride, float* acc, float* max, float* total) {
+  constexpr int MOST = HAS_32_REGISTERS ? 4 : 2;
+  int64_t g = 0;
+  for (; g + MOST <= G; g += MOST)
+    add_keys<T, MOST>(k, v, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
+  for (; g < G; g++)
+    add_keys<T, 1>(k, v, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
 }
 
 template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scratch& scratch) {
@@ -91,8 +141,7 @@ template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scra
     const int64_t end = split + op.split < length ? split + op.split : length;
     for (int64_t t = split; t < end; t += BLOCK_KEYS) {
       const int64_t count = end - t < BLOCK_KEYS ? end - t : BLOCK_KEYS;
-      for (int64_t g = 0; g < G; g++)
-        add_keys(k + t * D, v + t * D, count, D, queries + g * stride, acc + g * stride, max[g], total[g]);
+      add_keys_to_heads(k + t * D, v + t * D, count, D, G, queries, stride, acc, max, total);
     }
   }
   for (int64_t g = 0; g < G; g++) {

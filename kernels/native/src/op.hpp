@@ -40,15 +40,16 @@ struct Op {
 
 // How an op is divided into chunks. Results do not depend on it, nor on which thread runs a chunk.
 constexpr int64_t CHUNK_BYTES = 64 * 1024;    // of weights
-constexpr int64_t MAX_CHUNK_OUTPUTS = 64;     // rows of a weight in a chunk
+constexpr int64_t MAX_CHUNK_OUTPUTS = 60;     // rows of a weight in a chunk
+constexpr int64_t CHUNK_STEP = 12;            // a multiple of the rows of every tile
 constexpr int64_t ELEMENTWISE_TOKENS = 4;     // tokens in a chunk of an op without a weight
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t chunk_outputs(const Op& op) {
   const int64_t bytes = op.width * (op.dtype == FLOAT32 ? 4 : 2) * (op.epilogue == SWIGLU ? 2 : 1);
-  const int64_t fitting = CHUNK_BYTES / (bytes > 0 ? bytes : 1) / 8 * 8;
-  return fitting < 8 ? 8 : fitting > MAX_CHUNK_OUTPUTS ? MAX_CHUNK_OUTPUTS : fitting;
+  const int64_t fitting = CHUNK_BYTES / (bytes > 0 ? bytes : 1) / CHUNK_STEP * CHUNK_STEP;
+  return fitting < CHUNK_STEP ? CHUNK_STEP : fitting > MAX_CHUNK_OUTPUTS ? MAX_CHUNK_OUTPUTS : fitting;
 }
 
 inline int64_t count_chunks(const Op& op) {

@@ -7,11 +7,10 @@
 // TOKENS · ROWS sums, ROWS weights and an input fit the registers: 32 with AVX-512 and NEON, else 16.
 constexpr bool HAS_32_REGISTERS = LANES == 16 || !IS_X86;
 constexpr int TOKENS = HAS_32_REGISTERS ? 6 : 4;
-constexpr int ROWS = HAS_32_REGISTERS ? 4 : 2;
-// For one token, weights only stream from memory: fastest in four rows of float32 at once, and in one row of 16 bits,
-// with a prefetch this far ahead.
+constexpr int ROWS = HAS_32_REGISTERS ? 4 : 3;
+// For one token, weights only stream from memory: fastest in four rows of float32 at once, and in one row of 16 bits.
 template <class T> constexpr int ROWS_OF_ONE_TOKEN = same<T, float> ? 4 : 1;
-constexpr int64_t PREFETCH_BYTES = 4096;
+constexpr int64_t PREFETCH_BYTES = 4096;  // ahead of the weights of one token; for more tokens, the next tile is prefetched
 
 INLINE int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
@@ -57,6 +56,7 @@ INLINE void tile(const T* w, int64_t width, const float* x, int64_t stride_x, fl
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       if (N == 1) __builtin_prefetch(reinterpret_cast<const char*>(w + r * width + i) + PREFETCH_BYTES);
+      else __builtin_prefetch(w + (r + R) * width + i);
       rows[r] = load(w + r * width + i);
     }
 #pragma GCC unroll 8

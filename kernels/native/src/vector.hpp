@@ -133,6 +133,35 @@ INLINE float sum(V v) {
 #endif
 }
 
+#if LANES == 16
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif LANES == 8
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN_LANES 0, 2, 4, 6
+#define ODD_LANES 1, 3, 5, 7
+#endif
+
+// Sums of adjacent lanes: a's, then b's.
+INLINE V pair_sums(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, EVEN_LANES) + __builtin_shufflevector(a, b, ODD_LANES);
+#else
+  return __builtin_shuffle(a, b, VI{EVEN_LANES}) + __builtin_shuffle(a, b, VI{ODD_LANES});
+#endif
+}
+
+// Lane i of the result is the sum of v[i]. Changes v.
+INLINE V sum_each(V (&v)[LANES]) {
+#pragma GCC unroll 4
+  for (int count = LANES; count > 1; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; i++) v[i] = pair_sums(v[2 * i], v[2 * i + 1]);
+  return v[0];
+}
+
 INLINE float max_of(V v) {
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];

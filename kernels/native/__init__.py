@@ -209,7 +209,9 @@ def _sample(logits: Tensor, sampling: SamplingTensors, **fields: Tensor | int) -
 def pack(*parts: Tensor) -> Tensor:
     """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E), row-major."""
     if len(parts) == 1:
-        return parts[0].contiguous()
+        packed = parts[0].contiguous()
+        use_large_pages(packed)
+        return packed
     rows = sum(part.shape[0] for part in parts)
     packed = empty((rows, *parts[0].shape[1:]), parts[0].dtype)
     use_large_pages(packed)

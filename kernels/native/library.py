@@ -102,7 +102,7 @@ def run(kind: Kind, dtype: torch.dtype, **fields: Tensor | int | float | None) -
 
 
 def use_large_pages(tensor: Tensor) -> None:
-    """Ask the system for large pages for a large tensor that is not yet written."""
+    """Ask the system for large pages for a large tensor. What was written before moves to them in the background."""
     if tensor.nbytes >= LARGE_PAGES_BYTES:
         load().fastllama_use_large_pages(tensor.data_ptr(), tensor.nbytes)
 

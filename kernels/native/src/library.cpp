@@ -70,7 +70,7 @@ const char* fastllama_selected() {
   return (kernels == nullptr ? best() : kernels)->name;
 }
 
-// Asks for large pages in memory that is not yet written, which makes reading it faster. Has no other effect.
+// Asks the system for large pages, which make reading memory faster. Has no other effect.
 void fastllama_use_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<uintptr_t>(memory);

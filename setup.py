@@ -17,7 +17,16 @@ PLOTS = ["matplotlib>=3.9"]
 REFERENCE = ["llama-models==0.3.0", "fairscale==0.4.13"]
 
 NATIVE = "fastllama/kernels/native"
-NATIVE_FLAGS = ["-std=c++17", "-O3", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-w"]
+NATIVE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-g0",
+    "-w",
+]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The file of an instruction set is compiled for that instruction set, which is chosen at run time.
 FLAGS_BY_FILE = {

@@ -20,8 +20,14 @@ WITH_TRITON = PYTHONPATH=$(CURDIR)/$< $(BIN)/python
 KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/kernels_report/test_compiled_kernel.py \
 	tests/benchmarks/kernels_report/test_dependence.py
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-install kernels-report gpu-report docs \
-	check-docs bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory lint types hooks clean
+# The C++ kernels with a sanitizer, which must be loaded before python.
+COMMA := ,
+build-native = CFLAGS="$(1)" CXXFLAGS="$(1)" LDFLAGS="$(1)" $(BIN)/python setup.py -q build_ext --inplace --force
+sanitizer = $(shell $(or $(CXX),c++) -print-file-name=lib$(1).so)
+
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized native test-install \
+	kernels-report gpu-report docs check-docs bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory \
+	lint types hooks clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -56,6 +62,17 @@ test-triton-3.6: $(OLDER_TRITON) ## Run all tests of the kernels with the oldest
 
 test-triton-latest: $(NEWEST_TRITON) ## Run the tests of the kernels with the newest triton, compiled for the H200
 	$(WITH_TRITON) $(PYTEST) --all $(KERNEL_TESTS) -k "not compile_as_the_table_says or sm_90"
+
+test-sanitized: $(INSTALLED) ## Run the tests of the C++ kernels under AddressSanitizer, UBSanitizer and ThreadSanitizer
+	$(call build-native,-g -fsanitize=address$(COMMA)undefined -fno-sanitize-recover=undefined)
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call sanitizer,asan) $(call sanitizer,ubsan)" \
+		$(BIN)/python -m pytest tests/kernels/native
+	$(call build-native,-g -fsanitize=thread)
+	LD_PRELOAD=$(call sanitizer,tsan) $(BIN)/python -m pytest tests/kernels/native/test_pool.py -k "not child_process"
+	$(MAKE) --no-print-directory native
+
+native: $(INSTALLED) ## Compile the C++ kernels of the backend "native" again
+	$(BIN)/python setup.py -q build_ext --inplace --force
 
 test-install: ## PYTHON=python3.x: pip install this folder into a plain venv, and complete a text with it
 	$(PYTHON) -m venv --clear .cache/installed
@@ -115,5 +132,5 @@ check-docs: $(INSTALLED)
 	@$(BIN)/python -m docs.pictures --check
 
 clean: ## Remove .venv and everything that was generated
-	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .cache build dist *.egg-info kernels/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

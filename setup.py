@@ -1,9 +1,13 @@
 """Packages, dependencies and the console script. pyproject.toml holds the settings of the tools and nothing else."""
 
+import platform
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"', (ROOT / "fastllama" / "__init__.py").read_text(), re.MULTILINE)
@@ -11,6 +15,44 @@ ROOT = Path(__file__).parent
 PLOTS = ["matplotlib>=3.9"]
 # Meta's own code as the oracle of the tests and a peer of the benchmarks; it needs fairscale's groups to exist.
 REFERENCE = ["llama-models==0.3.0", "fairscale==0.4.13"]
+
+NATIVE = "fastllama/kernels/native"
+NATIVE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-g0",
+    "-w",
+]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# The file of an instruction set is compiled for that instruction set, which is chosen at run time.
+FLAGS_BY_FILE = {
+    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"] if IS_X86 else [],
+    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"] if IS_X86 else [],
+}
+
+
+class BuildNative(build_ext):
+    """Compiles the kernels of the `native` backend. Where that fails, one line says so and the package has none."""
+
+    def build_extension(self, ext: Any) -> None:
+        flags = [*NATIVE_FLAGS, *ext.extra_compile_args]
+        try:
+            objects = []
+            for source in ext.sources:
+                own = FLAGS_BY_FILE.get(Path(source).name, [])
+                objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=[*flags, *own])
+            path = self.get_ext_fullpath(ext.name)
+            self.compiler.link_shared_object(
+                objects, path, extra_postargs=["-pthread", *ext.extra_link_args], target_lang="c++"
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            print(f'fastllama is built without its backend "native": {reason}', file=sys.stderr)
+
 
 setup(
     name="fastllama",
@@ -37,10 +79,21 @@ setup(
         "fastllama.kernels",
         "fastllama.kernels.attention",
         "fastllama.kernels.launch",
+        "fastllama.kernels.native",
         "fastllama.kernels.projection",
         "fastllama.kernels.sampling",
     ],
     package_data={"fastllama.builtin": ["checkpoint/*", "data/*"]},
+    cmdclass={"build_ext": BuildNative},
+    ext_modules=[
+        Extension(
+            "fastllama.kernels.native._kernels",
+            sources=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / NATIVE / "src").glob("*.cpp")),
+            depends=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / NATIVE / "src").glob("*.hpp")),
+            language="c++",
+            optional=True,
+        )
+    ],
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",  # torch warns without it, and triton's interpreter needs it

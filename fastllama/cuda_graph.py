@@ -2,19 +2,9 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-
-
-class Graph(Protocol):
-    """Launches that are recorded once and replayed."""
-
-    def capture(self, launches: Callable[[], object]) -> None:
-        """Record what this function launches. The caller has run it once before."""
-
-    def replay(self) -> None:
-        """Enqueue the same launches, on the same memory."""
 
 
 class CudaGraph:

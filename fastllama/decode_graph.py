@@ -14,9 +14,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from fastllama.cuda_graph import CudaGraph, Graph
+from fastllama.cuda_graph import CudaGraph
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Segment
 from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.graph import Graph
 from fastllama.kernels.launch.options import override_launch_options
 from fastllama.model import Transformer
 from fastllama.output_copies import OutputCopies, StepOutput
@@ -223,16 +224,26 @@ class Decoder:
         self._revision = model.revision
 
     def _graph_for(self, n_rows: int) -> Graph | None:
-        """The graph for a batch of n_rows, captured at its first use; None if steps run eagerly."""
-        use_graphs = self._use_graphs
-        if use_graphs is None:
-            use_graphs = self._new_graph is not None or self.model.ops.supports_cuda_graphs(self.model.device)
-        if not use_graphs:
+        """The graph for a batch of n_rows, captured at its first use; None where steps run eagerly."""
+        if self._graph_factory() is None:
             return None
         size = graph_size(n_rows, self.model.cache.max_batch_size)
         if size not in self._graphs:
             self._graphs[size] = self._capture(self._state.first(size))
         return self._graphs[size]
+
+    def _graph_factory(self) -> Callable[[], Graph] | None:
+        """What makes the graphs; None where steps run eagerly."""
+        model = self.model
+        if self._use_graphs is False:
+            return None
+        if self._new_graph is not None:
+            return self._new_graph
+        if self._use_graphs or model.ops.supports_cuda_graphs(model.device):
+            return lambda: CudaGraph(self._stream, self._pool)
+        # A backend's own graphs do not record collectives.
+        factory: Callable[[], Graph] | None = model.ops.graph_factory(model.device)
+        return factory if model.group.size == 1 else None
 
     def _capture(self, state: DecodeState) -> Graph:
         """Capture a graph of `unroll` steps; if it fails with dependent launches, turn them off and try again."""
@@ -258,7 +269,9 @@ class Decoder:
         return self._capture_steps(steps)
 
     def _capture_steps(self, steps: Callable[[], None]) -> Graph:
-        graph = self._new_graph() if self._new_graph else CudaGraph(self._stream, self._pool)
+        factory = self._graph_factory()
+        assert factory is not None
+        graph = factory()
         self._state.deactivate()  # so that the eager run, which compiles kernels, changes nothing
         with self.launch_context():
             steps()

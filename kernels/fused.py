@@ -32,6 +32,7 @@ from fastllama.kernels.attention.scratch import AttentionScratch
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed as gather
+from fastllama.kernels.graph import Graph
 from fastllama.kernels.launch import interpreter
 from fastllama.kernels.launch.checks import check_head_dim
 from fastllama.kernels.launch.dependent import is_dependent
@@ -64,6 +65,11 @@ class FusedWorkspace(Workspace):
 def supports_cuda_graphs(device: torch.device) -> bool:
     """True on a GPU: kernels read the rows' lengths on the device."""
     return device.type == "cuda"
+
+
+def graph_factory(device: torch.device) -> Callable[[], Graph] | None:
+    """None: its graphs are CUDA's."""
+    return None
 
 
 def uses_dependent_launch() -> bool:

@@ -17,7 +17,7 @@ Dims, here and in every shape below:
 Results are rounded to the model dtype where Meta's code rounds. Attention scores and softmax stay in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastllama.kernels.batch import MAX_TEMPERATURE, MIN_TEMPERATURE, RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
+from fastllama.kernels.graph import Graph
 from fastllama.kernels.sampling.philox import uniform
 from fastllama.kernels.sampling.top_p_torch import nucleus
 
@@ -269,6 +270,11 @@ def workspace(
 def supports_cuda_graphs(device: torch.device) -> bool:
     """Whether a decode step can be captured: False, since `attention` takes the rows' lengths from the host."""
     return False
+
+
+def graph_factory(device: torch.device) -> Callable[[], Graph] | None:
+    """The class of this backend's own graphs, which record a decode step without CUDA; None: it has none."""
+    return None
 
 
 def uses_dependent_launch() -> bool:

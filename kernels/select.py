@@ -7,8 +7,9 @@ from types import ModuleType
 import torch
 
 from fastllama.kernels import reference
+from fastllama.kernels.native import library
 
-BACKENDS = ("reference", "fused")
+BACKENDS = ("reference", "fused", "native")
 MIN_CAPABILITY = (8, 0)  # the first compute capability with bfloat16 matrix instructions
 
 
@@ -16,7 +17,8 @@ def backend(name: str | None, device: torch.device) -> ModuleType:
     """The backend module of this name, or the device's default if name is None.
 
     The default is "fused" on a GPU that supports it, else "reference". Raises ValueError for an unknown name, and for
-    "fused" if it cannot run: without triton, on an older GPU, or on a CPU without Triton's interpreter.
+    a backend that cannot run: "fused" without triton, on an older GPU, or on a CPU without Triton's interpreter, and
+    "native" on a GPU or where its C++ kernels were not built.
     """
     if name is None:
         name = "fused" if device.type == "cuda" and _obstacle(device) is None else "reference"
@@ -25,10 +27,10 @@ def backend(name: str | None, device: torch.device) -> ModuleType:
         raise ValueError(f"backend must be one of {known}, got {name!r}: leave it out to get the one for {device}")
     if name == "reference":
         return reference
-    obstacle = _obstacle(device)
+    obstacle = _obstacle(device) if name == "fused" else _native_obstacle(device)
     if obstacle is not None:
-        raise ValueError(f'backend "fused" does not run here: {obstacle}; backend="reference" does')
-    return importlib.import_module("fastllama.kernels.fused")
+        raise ValueError(f'backend "{name}" does not run here: {obstacle}; backend="reference" does')
+    return importlib.import_module(f"fastllama.kernels.{name}")
 
 
 def _obstacle(device: torch.device) -> str | None:
@@ -48,3 +50,10 @@ def _obstacle(device: torch.device) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         return f"its kernels need compute capability 8.0 or higher and the GPU has {major}.{minor}"
     return None
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    """Why the native backend does not run on a device, with the remedy; None where it runs."""
+    if device.type != "cpu":
+        return f"its kernels need a CPU and the device is {str(device)!r}"
+    return library.obstacle()

@@ -27,7 +27,7 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 # The functions that a model uses of its backend, except sample_and_advance.
 OPS = (
     *("embed", "norm_qkv_rope_append", "attention", "linear_residual", "norm_swiglu", "norm_lm_head"),
-    *("supports_cuda_graphs", "pack", "unpack", "workspace"),
+    *("supports_cuda_graphs", "graph_factory", "pack", "unpack", "workspace"),
 )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastllama.generation import Llama
 
 DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS = ("reference", "fused")
+BACKENDS = ("reference", "fused", "native")
 LONGEST_SEQUENCE = 131072
 LARGEST_SEED = 2**63 - 1
 BUILTIN_NOTICE = "no --ckpt_dir: using the small model in the package, which knows stories and a few hundred facts"

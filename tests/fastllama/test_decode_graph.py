@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastllama import Llama, ModelArgs, Transformer, decode_graph
-from fastllama.cuda_graph import Graph
 from fastllama.decode_graph import Decoder, graph_size
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import INACTIVE, DecodeState
+from fastllama.kernels.graph import Graph
 from fastllama.output_copies import OutputCopies
 from tests.support.comparisons import assert_same_answers
 from tests.support.fake_graph import RecordedGraph

@@ -1,12 +1,14 @@
 """Which backend a device gets, and the error messages."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastllama.kernels import reference
 from fastllama.kernels.launch import interpreter
+from fastllama.kernels.native import library
 from fastllama.kernels.select import backend
 
 CPU = torch.device("cpu")
@@ -65,5 +67,30 @@ def test_without_triton_a_gpu_gets_the_reference(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["abacus", "", 3])
 def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'reference', 'fused', got "):
+    with pytest.raises(ValueError, match="backend must be one of 'reference', 'fused', 'native', got "):
         backend(name, CPU)
+
+
+def test_native_on_a_gpu_or_without_its_kernels_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match='"native" does not run here: its kernels need a CPU and the device is'):
+        backend("native", CUDA)
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    library.load.cache_clear()
+    with pytest.raises(
+        ValueError, match=r'kernels were not built. Install a C\+\+ compiler.*; backend="reference" does'
+    ):
+        backend("native", CPU)
+    library.load.cache_clear()
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.obstacle() is not None:
+        pytest.skip("the native kernels were not built")
+    assert backend("native", CPU).__name__ == "fastllama.kernels.native"
+    monkeypatch.setenv(library.ISA_VARIABLE, "mmx")
+    library.load.cache_clear()
+    with pytest.raises(ValueError, match="FASTLLAMA_NATIVE_ISA=mmx, which this CPU does not run: it is one of avx512"):
+        backend("native", CPU)
+    library.load.cache_clear()

@@ -1,0 +1,250 @@
+"""The `native` backend: the ops of `reference` as C++ kernels for CPUs. `reference` documents shapes and meaning.
+
+The number of tokens decides how an op runs. Up to MAX_TOKENS tokens, and in a captured decode step, every op is one or
+two calls of a kernel: a projection has its norm at the start and its epilogue at the end. More tokens use the library's
+matrix product, between kernels for the norm, the rotary embedding and SwiGLU.
+
+The kernels widen weights in registers, sum in float32 and round where the reference rounds. Results do not depend on
+the number of threads. Weights are row-major, so a single weight and its packed form are the same bytes.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllama.kernels import reference
+from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
+from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.graph import Graph
+from fastllama.kernels.native import arguments
+from fastllama.kernels.native.graph import NativeGraph
+from fastllama.kernels.native.library import (
+    Epilogue,
+    Kind,
+    empty,
+    recording,
+    run,
+    use_large_pages,
+)
+
+MAX_TOKENS = 16  # of a projection by the kernels; more are faster by the library's matrix product
+# Attention splits a row at every SPLIT_KEYS keys, and deals the splits to at most MAX_SPLIT_GROUPS chunks of work.
+SPLIT_KEYS = 512
+MAX_SPLIT_GROUPS = 16
+STATISTICS_LOGITS = 4096  # logits of a row in one chunk of sampling's statistics
+
+
+def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor:
+    """(V, E) -> (N, E)."""
+    arguments.check_embed(table, batch)
+    (n_tokens,), (vocab, width) = batch.tokens.shape, table.shape
+    h = empty((n_tokens, width), table.dtype)
+    sizes = {"n_tokens": n_tokens, "width": width, "vocab": vocab, "begin": -1 if begin is None else begin}
+    run(Kind.EMBED, table.dtype, tokens=batch.tokens, x=table, out=h, **sizes)
+    return h
+
+
+def norm_qkv_rope_append(
+    h: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    rope: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    eps: float,
+    batch: RaggedBatch,
+) -> Tensor:
+    """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
+    if _uses_library(h):
+        return rope_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+    arguments.check_projection(h, weight, norm)
+    sizes = arguments.check_heads(h, weight.shape[0], rope, cache_k, cache_v, batch)
+    q = empty((h.shape[0], sizes["n_heads"], sizes["head_dim"]), h.dtype)
+    tensors = {"rope": rope, "cache_k": cache_k, "cache_v": cache_v, "positions": batch.positions, "rows": batch.rows}
+    _linear(h, weight, Epilogue.ROTATE_AND_APPEND, q, weight.shape[0], norm=norm, eps=eps, **tensors, **sizes)
+    return q
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (N, E) -> (N, E)."""
+    arguments.check_norm(x, weight)
+    out = empty(tuple(x.shape), x.dtype)
+    n_tokens, width = x.shape
+    run(Kind.RMS_NORM, x.dtype, x=x, norm=weight, out=out, n_tokens=n_tokens, width=width, eps=eps)
+    return out
+
+
+def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+    """heads (N, (H + 2K)·D) -> q (N, H, D); appends keys and values to the cache."""
+    arguments.check_inputs("heads", heads)
+    sizes = arguments.check_heads(heads, heads.shape[1], rope, cache_k, cache_v, batch)
+    q = empty((heads.shape[0], sizes["n_heads"], sizes["head_dim"]), heads.dtype)
+    tensors = {"rope": rope, "cache_k": cache_k, "cache_v": cache_v, "positions": batch.positions, "rows": batch.rows}
+    run(Kind.ROPE_APPEND, heads.dtype, x=heads, out=q, n_tokens=heads.shape[0], **tensors, **sizes)
+    return q
+
+
+def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+    """q (N, H, D) -> (N, H·D). Decode steps and few tokens use the kernel, prompts the reference."""
+    if _uses_library(q) and not batch.is_decode_step:
+        return reference.attention(q, cache_k, cache_v, batch)
+    arguments.check_attention(q, cache_k, cache_v, batch)
+    n_tokens, n_heads, head_dim = q.shape
+    cache_rows, n_kv_heads, length, _ = cache_k.shape
+    groups = min(-(-length // SPLIT_KEYS), MAX_SPLIT_GROUPS)
+    out = empty((n_tokens, n_heads * head_dim), q.dtype)
+    partial = empty((n_tokens, n_heads, groups, head_dim + 2), torch.float32) if groups > 1 else None
+    fields: dict[str, Tensor | int | None] = {
+        **{"x": q, "out": out, "cache_k": cache_k, "cache_v": cache_v, "partial": partial},
+        **{"positions": batch.positions, "rows": batch.rows, "n_tokens": n_tokens, "n_heads": n_heads},
+        **{"n_kv_heads": n_kv_heads, "head_dim": head_dim, "length": length, "cache_rows": cache_rows},
+        **{"split": SPLIT_KEYS, "groups": groups},
+    }
+    run(Kind.ATTENTION, q.dtype, **fields)
+    if groups > 1:
+        run(Kind.ATTENTION_MERGE, q.dtype, **fields)
+    return out
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
+    """x (N, ·) -> (N, E)."""
+    if _uses_library(x):
+        y = F.linear(x, weight)
+        return y if residual is None else y.add_(residual)
+    arguments.check_projection(x, weight, residual=residual)
+    y = empty((x.shape[0], weight.shape[0]), x.dtype)
+    epilogue = Epilogue.STORE if residual is None else Epilogue.ADD_RESIDUAL
+    _linear(x, weight, epilogue, y, weight.shape[0], residual=residual)
+    return y
+
+
+def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
+    """h (N, E) -> (N, F)."""
+    if _uses_library(h):
+        return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
+    arguments.check_projection(h, weight, norm)
+    width = arguments.half(weight.shape[0])
+    f = empty((h.shape[0], width), h.dtype)
+    _linear(h, weight, Epilogue.SWIGLU, f, width, norm=norm, eps=eps)
+    return f
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """(N, 2F) -> (N, F)."""
+    arguments.check_inputs("gate_up", gate_up)
+    n_tokens, width = gate_up.shape[0], arguments.half(gate_up.shape[1])
+    out = empty((n_tokens, width), gate_up.dtype)
+    run(Kind.SILU_MUL, gate_up.dtype, x=gate_up, out=out, n_tokens=n_tokens, outputs=width)
+    return out
+
+
+def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
+    """h (M, E) -> logits (M, V)."""
+    if _uses_library(h):
+        return F.linear(rms_norm(h, norm, eps), weight)
+    arguments.check_projection(h, weight, norm)
+    logits = empty((h.shape[0], weight.shape[0]), h.dtype)
+    _linear(h, weight, Epilogue.STORE, logits, weight.shape[0], norm=norm, eps=eps)
+    return logits
+
+
+def sample(
+    logits: Tensor, sampling: SamplingTensors, positions: Tensor, workspace: Workspace | None = None
+) -> tuple[Tensor, Tensor]:
+    """logits (B, V) -> tokens (B,) int64 and their log-probabilities (B,) float32."""
+    arguments.check_sampling(logits, sampling, positions)
+    n_rows = logits.shape[0]
+    tokens, logprobs = empty((n_rows,), torch.int64), empty((n_rows,), torch.float32)
+    _sample(logits, sampling, positions=positions, out=tokens, logprobs=logprobs)
+    return tokens, logprobs
+
+
+def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
+    """logits (B, V) -> each row advances to its next token."""
+    arguments.check_sampling(logits, state.sampling, state.positions)
+    arguments.check_state(logits, state)
+    _sample(
+        logits,
+        state.sampling,
+        has_state=1,
+        state_tokens=state.tokens,
+        state_positions=state.positions,
+        starts=state.starts,
+        last=state.last,
+        is_stop=state.is_stop,
+        out_tokens=state.out_tokens,
+        out_logprobs=state.out_logprobs,
+        out_stride=state.out_tokens.stride(0),
+    )
+
+
+def _uses_library(x: Tensor) -> bool:
+    """Whether these inputs (N, ·) are too many for the kernels. A captured step has kernels only."""
+    return x.shape[0] > MAX_TOKENS and recording.ops is None
+
+
+def _linear(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor, outputs: int, **fields: Tensor | int | float | None
+) -> None:
+    n_tokens, width = x.shape
+    sizes = {"n_tokens": n_tokens, "width": width, "outputs": outputs}
+    run(Kind.LINEAR, x.dtype, x=x, weight=weight, out=out, epilogue=epilogue, **sizes, **fields)
+
+
+def _sample(logits: Tensor, sampling: SamplingTensors, **fields: Tensor | int) -> None:
+    n_rows, vocab = logits.shape
+    groups = -(-vocab // STATISTICS_LOGITS)
+    partial = empty((n_rows, groups, 4), torch.float32)
+    sizes = {"n_tokens": n_rows, "vocab": vocab, "split": STATISTICS_LOGITS, "groups": groups}
+    run(Kind.STATISTICS, logits.dtype, x=logits, partial=partial, **sizes)
+    parameters = {name: getattr(sampling, name) for name in ("temperature", "top_p", "seed", "stream", "call")}
+    run(Kind.SAMPLE, logits.dtype, x=logits, partial=partial, **sizes, **parameters, **fields)
+
+
+# Weight layouts and machines.
+
+
+def pack(*parts: Tensor) -> Tensor:
+    """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E), row-major."""
+    if len(parts) == 1:
+        packed = parts[0].contiguous()
+        use_large_pages(packed)
+        return packed
+    rows = sum(part.shape[0] for part in parts)
+    packed = empty((rows, *parts[0].shape[1:]), parts[0].dtype)
+    use_large_pages(packed)
+    return torch.cat(parts, out=packed)
+
+
+def packing_copies(device: torch.device, dtype: torch.dtype) -> bool:
+    """False: a single weight and its packed form share memory."""
+    return False
+
+
+def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+    """Split a packed weight into its parts, of the given numbers of rows."""
+    return torch.split(weight, list(rows))
+
+
+def workspace(
+    *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
+) -> Workspace:
+    """The scratch memory that the ops of a step share: each thread of the kernels has its own."""
+    return Workspace()
+
+
+def supports_cuda_graphs(device: torch.device) -> bool:
+    """False: the kernels run on a CPU."""
+    return False
+
+
+def graph_factory(device: torch.device) -> Callable[[], Graph] | None:
+    """Graphs of native ops."""
+    return NativeGraph
+
+
+def uses_dependent_launch() -> bool:
+    """False: the kernels run on a CPU."""
+    return False

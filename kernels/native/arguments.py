@@ -1,0 +1,116 @@
+"""Checks of the tensors that a native op receives. All raise ValueError for tensors that do not belong together."""
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels.batch import PER_ROW, RaggedBatch, SamplingTensors
+from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
+
+CPU = torch.device("cpu")
+
+
+def check_inputs(name: str, x: Tensor) -> None:
+    """Check a contiguous (N, ·) tensor in a model dtype."""
+    check_model_dtype(name, x)
+    check_tensor(name, x, ("N", "width"), x.dtype, CPU)
+
+
+def check_norm(x: Tensor, weight: Tensor) -> None:
+    """Check the arguments of a norm."""
+    check_inputs("x", x)
+    check_tensor("weight", weight, (x.shape[1],), x.dtype, CPU)
+
+
+def check_embed(table: Tensor, batch: RaggedBatch) -> None:
+    """Check a table (V, E) and the batch's tokens."""
+    check_model_dtype("table", table)
+    check_tensor("table", table, ("V", "E"), table.dtype, CPU)
+    check_tensor("batch.tokens", batch.tokens, ("N",), torch.int64, CPU)
+
+
+def check_projection(x: Tensor, weight: Tensor, norm: Tensor | None = None, residual: Tensor | None = None) -> None:
+    """Check the inputs (N, ·), weight and norm of a projection, and its residual."""
+    check_inputs("x", x)
+    check_tensor("weight", weight, ("rows", x.shape[1]), x.dtype, CPU)
+    if norm is not None:
+        check_tensor("norm", norm, (x.shape[1],), x.dtype, CPU)
+    if residual is not None:
+        check_tensor("residual", residual, (x.shape[0], weight.shape[0]), x.dtype, CPU)
+
+
+def half(rows: int) -> int:
+    """F of a gate and an up projection of 2·F rows together."""
+    if rows % 2:
+        raise ValueError(f"a gate and an up projection must have 2·F rows together, got {rows}")
+    return rows // 2
+
+
+def check_heads(
+    x: Tensor, width: int, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch
+) -> dict[str, int]:
+    """Check a layer's cache, the rotary table and heads of this width together, from x (N, ·) -> the sizes of an op."""
+    sizes = _check_caches(cache_k, cache_v, x.dtype)
+    head_dim, n_kv_heads = sizes["head_dim"], sizes["n_kv_heads"]
+    n_heads = width // head_dim - 2 * n_kv_heads
+    if width % head_dim or n_heads < 1 or n_heads % n_kv_heads:
+        raise ValueError(
+            f"queries, keys and values must have (H + 2·{n_kv_heads})·{head_dim} elements together, with H a multiple "
+            f"of {n_kv_heads}, got {width}"
+        )
+    check_tensor("rope", rope, (sizes["length"], head_dim // 2, 2), torch.float32, CPU)
+    _check_places(batch, x.shape[0])
+    return {**sizes, "n_heads": n_heads}
+
+
+def check_attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> None:
+    """Check queries (N, H, D) and a layer's cache."""
+    check_model_dtype("q", q)
+    check_tensor("q", q, ("N", "H", "D"), q.dtype, CPU)
+    sizes = _check_caches(cache_k, cache_v, q.dtype)
+    n_heads, head_dim = q.shape[1:]
+    if head_dim != sizes["head_dim"] or n_heads < 1 or n_heads % sizes["n_kv_heads"]:
+        raise ValueError(
+            f"q must have head dim {sizes['head_dim']} and a multiple of the cache's {sizes['n_kv_heads']} heads, got "
+            f"(H, D) = ({n_heads}, {head_dim})"
+        )
+    _check_places(batch, q.shape[0])
+
+
+def _check_caches(cache_k: Tensor, cache_v: Tensor, dtype: torch.dtype) -> dict[str, int]:
+    check_tensor("cache_k", cache_k, ("B", "K", "T", "D"), dtype, CPU)
+    check_tensor("cache_v", cache_v, tuple(cache_k.shape), dtype, CPU)
+    cache_rows, n_kv_heads, length, head_dim = cache_k.shape
+    if head_dim % 2:
+        raise ValueError(f"the head dim must be even, got {head_dim}")
+    return {"cache_rows": cache_rows, "n_kv_heads": n_kv_heads, "length": length, "head_dim": head_dim}
+
+
+def _check_places(batch: RaggedBatch, n_tokens: int) -> None:
+    check_tensor("batch.positions", batch.positions, (n_tokens,), torch.int64, CPU)
+    check_tensor("batch.rows", batch.rows, (n_tokens,), torch.int64, CPU)
+
+
+def check_sampling(logits: Tensor, sampling: SamplingTensors, positions: Tensor) -> None:
+    """Check logits (B, V), the sampling parameters and the positions of B rows."""
+    check_model_dtype("logits", logits)
+    check_tensor("logits", logits, ("B", "V"), logits.dtype, CPU)
+    rows = logits.shape[:1]
+    if logits.shape[1] < 1:
+        raise ValueError("sampling takes a vocabulary of at least 1 token, got 0")
+    for name in PER_ROW:
+        dtype = torch.float64 if name in ("temperature", "top_p") else torch.int64
+        check_tensor(f"sampling.{name}", getattr(sampling, name), tuple(rows), dtype, CPU)
+    check_tensor("positions", positions, tuple(rows), torch.int64, CPU)
+
+
+def check_state(logits: Tensor, state: DecodeState) -> None:
+    """Check the state that rows of logits (B, V) advance."""
+    n_rows, vocab = logits.shape
+    for name in ("tokens", "starts", "last"):
+        check_tensor(f"state.{name}", getattr(state, name), (n_rows,), torch.int64, CPU)
+    check_tensor("state.is_stop", state.is_stop, (vocab,), torch.bool, CPU)
+    out = state.out_tokens, state.out_logprobs
+    same = out[0].shape == out[1].shape and out[0].stride() == out[1].stride() and out[0].stride(1) == 1
+    if not same or out[0].shape[1] != n_rows or (out[0].dtype, out[1].dtype) != (torch.int64, torch.float32):
+        raise ValueError("state.out_tokens and out_logprobs must have one layout: make it with DecodeState.of")

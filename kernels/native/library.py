@@ -1,0 +1,152 @@
+"""The compiled C++ kernels: `Op`, the description of one op, and `run`, which runs or records it.
+
+`setup.py` builds the library where there is a C++ compiler. It is loaded at the first use.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from enum import IntEnum
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1  # as in src/op.hpp
+ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
+ISAS = ("avx512", "avx2", "portable")
+LARGE_PAGES_BYTES = 2**22  # weights from this size on ask for large pages
+
+
+class Kind(IntEnum):
+    """What an op computes."""
+
+    EMBED = 0
+    RMS_NORM = 1
+    SILU_MUL = 2
+    ROPE_APPEND = 3
+    LINEAR = 4
+    ATTENTION = 5
+    ATTENTION_MERGE = 6
+    STATISTICS = 7
+    SAMPLE = 8
+
+
+class Epilogue(IntEnum):
+    """What a LINEAR op does with its sums."""
+
+    STORE = 0
+    ADD_RESIDUAL = 1
+    SWIGLU = 2
+    ROTATE_AND_APPEND = 3
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_INT32 = ("kind", "dtype", "epilogue", "has_state")
+_POINTERS = (
+    *("tokens", "positions", "rows", "x", "norm", "weight", "residual", "out", "rope", "cache_k", "cache_v", "partial"),
+    *("temperature", "top_p", "seed", "stream", "call", "logprobs", "state_tokens", "state_positions", "starts"),
+    *("last", "is_stop", "out_tokens", "out_logprobs"),
+)
+_SIZES = (
+    *("n_tokens", "width", "outputs", "n_heads", "n_kv_heads", "head_dim", "length", "cache_rows", "vocab", "begin"),
+    *("out_stride", "split", "groups"),
+)
+
+
+class Op(ctypes.Structure):
+    """One op: the struct of src/op.hpp, which documents the fields."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in _INT32),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("eps", ctypes.c_double),
+    ]
+
+
+class Recording(threading.local):
+    """The ops and tensors that a graph is recording on this thread."""
+
+    ops: list[Op] | None = None  # None: ops run
+    tensors: list[Tensor]
+    allocating = False  # true while `empty` runs
+
+
+recording = Recording()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialized memory for an op's result."""
+    recording.allocating = True
+    try:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    finally:
+        recording.allocating = False
+
+
+def run(kind: Kind, dtype: torch.dtype, **fields: Tensor | int | float | None) -> None:
+    """Run an op, or add it to the graph that is recording. Tensors are passed by their address."""
+    tensors = [value for value in fields.values() if isinstance(value, Tensor)]
+    values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()}
+    op = Op(kind=kind, dtype=DTYPES[dtype], **values)
+    if recording.ops is None:
+        load().fastllama_run(ctypes.byref(op), 1, torch.get_num_threads())
+    else:
+        recording.ops.append(op)
+        recording.tensors += tensors
+
+
+def use_large_pages(tensor: Tensor) -> None:
+    """Ask the system for large pages for a large tensor. What was written before moves to them in the background."""
+    if tensor.nbytes >= LARGE_PAGES_BYTES:
+        load().fastllama_use_large_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def instruction_set() -> str:
+    """The instruction set of the kernels that run."""
+    return str(load().fastllama_selected().decode())
+
+
+def select_instruction_set(name: str) -> None:
+    """Use the kernels of this instruction set, or the best where name is empty. ValueError where they do not run."""
+    if not load().fastllama_select(name.encode()):
+        raise ValueError(f"this CPU does not run the native kernels {name!r}: there are {', '.join(ISAS)}")
+
+
+def obstacle() -> str | None:
+    """Why the library cannot be used, with the remedy; None where it can."""
+    try:
+        load()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def load() -> Any:
+    """The library. Raises OSError where it was not built or does not load, ValueError for one of another version."""
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name("_kernels" + suffix)).exists()]
+    if not found:
+        raise OSError(
+            "its C++ kernels were not built. Install a C++ compiler, then install fastllama again (in a checkout: "
+            "make native)"
+        )
+    library = ctypes.CDLL(str(found[0]))
+    library.fastllama_abi.restype = ctypes.c_int64
+    if library.fastllama_abi() != ABI_VERSION * 65536 + ctypes.sizeof(Op):
+        raise ValueError("its C++ kernels are of another version: install fastllama again (in a checkout: make native)")
+    library.fastllama_run.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    library.fastllama_run.restype = None
+    library.fastllama_select.argtypes = (ctypes.c_char_p,)
+    library.fastllama_selected.restype = ctypes.c_char_p
+    library.fastllama_use_large_pages.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    library.fastllama_use_large_pages.restype = None
+    name = os.environ.get(ISA_VARIABLE, "")
+    if name and not library.fastllama_select(name.encode()):
+        raise ValueError(f"{ISA_VARIABLE}={name}, which this CPU does not run: it is one of {', '.join(ISAS)}")
+    return library

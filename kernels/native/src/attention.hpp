@@ -1,0 +1,176 @@
+// Attention of each token over its row's cache, up to its own position. Included by kernels.hpp.
+//
+// A chunk is one token, one kv head with its G query heads, and one group of splits: group g has the splits g, g + groups,
+// … with an online softmax over them. A row of one split is finished by its
+// chunk. Longer rows' groups leave (Σ p·v, max, Σ p) for ATTENTION_MERGE, which adds them in order.
+
+constexpr int64_t BLOCK_KEYS = 64;  // their keys and values stay in the first cache for all query heads
+
+INLINE int64_t row_length(const Op& op, int64_t n) {  // 0: an inactive row
+  const int64_t position = op.positions[n], row = op.rows[n];
+  if (position < 0 || row < 0 || row >= op.cache_rows) return 0;
+  return position < op.length ? position + 1 : op.length;
+}
+
+// p[g][t] = q[g] · k[t] for HEADS query heads and LANES / HEADS keys at a time, whose sums end in one vector. Rows of p
+// have BLOCK_KEYS values; those from `count` on are undefined.
+template <class T, int HEADS>
+INLINE void score_keys(const T* k, const T* v, int64_t count, int64_t D, const float* queries, int64_t stride, float* p) {
+  constexpr int KEYS = LANES / HEADS;
+  for (int64_t t = 0; t < count; t += KEYS) {
+    const T* keys[KEYS];
+    for (int i = 0; i < KEYS; i++) keys[i] = k + (t + i < count ? t + i : count - 1) * D;
+    V sums[LANES] = {};
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+#pragma GCC unroll 16
+      for (int i = 0; i < KEYS; i++) {
+        const V key = load(keys[i] + d);
+        __builtin_prefetch(v + (keys[i] - k) + d);
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) sums[g * KEYS + i] += key * load(queries + g * stride + d);
+      }
+    }
+    if (d < D) {
+#pragma GCC unroll 16
+      for (int i = 0; i < KEYS; i++) {
+        const V key = load_part(keys[i] + d, D - d);
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) sums[g * KEYS + i] += key * load(queries + g * stride + d);
+      }
+    }
+    float scores[LANES];
+    store(scores, sum_each(sums));
+#pragma GCC unroll 4
+    for (int g = 0; g < HEADS; g++) __builtin_memcpy(p + g * BLOCK_KEYS + t, scores + g * KEYS, KEYS * sizeof(float));
+  }
+}
+
+// acc[g][d] = acc[g][d] · scale[g] + Σ p[g][t] · v[t][d] for COUNT vectors of d, of which `left` values are in a row.
+template <class T, int HEADS, int COUNT>
+INLINE void add_values(const T* k, const T* v, int64_t keys, int64_t D, int64_t left, const float* p, const V* scale, float* acc, int64_t stride) {
+  V sums[HEADS][COUNT];
+#pragma GCC unroll 4
+  for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) sums[g][i] = load(acc + g * stride + i * LANES) * scale[g];
+  for (int64_t t = 0; t < keys; t++) {
+    V values[COUNT];
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) {
+      values[i] = load_up_to(v + t * D + i * LANES, left - i * LANES);
+      __builtin_prefetch(k + (t + BLOCK_KEYS) * D + i * LANES);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < HEADS; g++) {
+      const V weight = splat(p[g * BLOCK_KEYS + t]);
+#pragma GCC unroll 4
+      for (int i = 0; i < COUNT; i++) sums[g][i] += weight * values[i];
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) store(acc + g * stride + i * LANES, sums[g][i]);
+}
+
+// Adds up to BLOCK_KEYS keys to the running (sum of p·v, max, sum of p) of HEADS query heads.
+template <class T, int HEADS>
+static void add_keys(const T* k, const T* v, int64_t count, int64_t D, const float* queries, int64_t stride, float* acc,
+                     float* max, float* total) {
+  float p[HEADS * BLOCK_KEYS];
+  V scales[HEADS];
+  score_keys<T, HEADS>(k, v, count, D, queries, stride, p);
+  for (int g = 0; g < HEADS; g++) {
+    float* weights = p + g * BLOCK_KEYS;
+    for (int64_t t = count; t < BLOCK_KEYS; t++) weights[t] = -__builtin_inff();
+    V largest = splat(max[g]);
+    for (int64_t t = 0; t < BLOCK_KEYS; t += LANES) largest = larger(load(weights + t), largest);
+    const float new_max = max_of(largest);
+    scales[g] = exponential(splat(max[g] - new_max));
+    V sums = {};
+    for (int64_t t = 0; t < BLOCK_KEYS; t += LANES) {
+      const V e = exponential(load(weights + t) - splat(new_max));
+      store(weights + t, e);
+      sums += e;
+    }
+    total[g] = total[g] * scales[g][0] + sum(sums);
+    max[g] = new_max;
+  }
+  int64_t d = 0;
+  for (; d + 4 * LANES <= D; d += 4 * LANES)
+    add_values<T, HEADS, 4>(k + d, v + d, count, D, 4 * LANES, p, scales, acc + d, stride);
+  for (; d < D; d += LANES) add_values<T, HEADS, 1>(k + d, v + d, count, D, D - d, p, scales, acc + d, stride);
+}
+
+// All G query heads of a kv head, as many at a time as the registers take.
+template <class T>
+static void add_keys_to_heads(const T* k, const T* v, int64_t count, int64_t D, int64_t G, const float* queries,
+                              int64_t stride, float* acc, float* max, float* total) {
+  constexpr int MOST = HAS_32_REGISTERS ? 4 : 2;
+  int64_t g = 0;
+  for (; g + MOST <= G; g += MOST)
+    add_keys<T, MOST>(k, v, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
+  for (; g < G; g++)
+    add_keys<T, 1>(k, v, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
+}
+
+template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scratch& scratch) {
+  const int64_t groups = op.groups, D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D);
+  const int64_t group = chunk % groups, kv_head = chunk / groups % op.n_kv_heads, n = chunk / groups / op.n_kv_heads;
+  const int64_t length = row_length(op, n);
+  T* out = static_cast<T*>(op.out) + (n * op.n_heads + kv_head * G) * D;
+  if (group * op.split >= length) {
+    if (length == 0 && group == 0) __builtin_memset(out, 0, G * D * sizeof(T));
+    return;
+  }
+  float* queries = scratch.results(2 * G * stride + 2 * G);
+  float *acc = queries + G * stride, *max = acc + G * stride, *total = max + G;
+  const V scale = splat(1.0f / __builtin_sqrtf(float(D)));
+  for (int64_t g = 0; g < G; g++) {
+    const T* q = static_cast<const T*>(op.x) + (n * op.n_heads + kv_head * G + g) * D;
+    for (int64_t d = 0; d < D; d += LANES) {
+      store(queries + g * stride + d, load_up_to(q + d, D - d) * scale);
+      store(acc + g * stride + d, V{});
+    }
+    max[g] = -__builtin_inff(), total[g] = 0;
+  }
+  const int64_t head = (op.rows[n] * op.n_kv_heads + kv_head) * op.length * D;
+  const T *k = static_cast<const T*>(op.cache_k) + head, *v = static_cast<const T*>(op.cache_v) + head;
+  for (int64_t split = group * op.split; split < length; split += groups * op.split) {
+    const int64_t end = split + op.split < length ? split + op.split : length;
+    for (int64_t t = split; t < end; t += BLOCK_KEYS) {
+      const int64_t count = end - t < BLOCK_KEYS ? end - t : BLOCK_KEYS;
+      add_keys_to_heads(k + t * D, v + t * D, count, D, G, queries, stride, acc, max, total);
+    }
+  }
+  for (int64_t g = 0; g < G; g++) {
+    float* partial = op.partial + ((n * op.n_heads + kv_head * G + g) * groups + group) * (D + 2);
+    for (int64_t d = 0; d < D; d += LANES) {
+      const V sums = load(acc + g * stride + d);
+      if (length <= op.split) store_up_to(out + g * D + d, sums / splat(total[g]), D - d);
+      else store_up_to(partial + d, sums, D - d);
+    }
+    if (length > op.split) partial[D] = max[g], partial[D + 1] = total[g];
+  }
+}
+
+template <class T> static void merge_token(const Op& op, int64_t n) {
+  const int64_t length = row_length(op, n), D = op.head_dim, all = op.groups;
+  if (length <= op.split) return;
+  const int64_t used = ceil_div(length, op.split) < all ? ceil_div(length, op.split) : all;
+  for (int64_t h = 0; h < op.n_heads; h++) {
+    const float* parts = op.partial + (n * op.n_heads + h) * all * (D + 2);
+    float max = -__builtin_inff(), total = 0;
+    for (int64_t g = 0; g < used; g++) max = parts[g * (D + 2) + D] > max ? parts[g * (D + 2) + D] : max;
+    for (int64_t g = 0; g < used; g++)
+      total += exponential(splat(parts[g * (D + 2) + D] - max))[0] * parts[g * (D + 2) + D + 1];
+    T* out = static_cast<T*>(op.out) + (n * op.n_heads + h) * D;
+    for (int64_t d = 0; d < D; d += LANES) {
+      V sums = {};
+      for (int64_t g = 0; g < used; g++)
+        sums += exponential(splat(parts[g * (D + 2) + D] - max)) * load_up_to(parts + g * (D + 2) + d, D - d);
+      store_up_to(out + d, sums / splat(total), D - d);
+    }
+  }
+}

@@ -1,0 +1,85 @@
+// The functions that kernels/native/library.py calls.
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <atomic>
+
+#include "op.hpp"
+#include "pool.hpp"
+
+namespace fastllama {
+namespace {
+
+bool runs_here(const Kernels& kernels) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (&kernels == &kernels_avx2) return avx2;
+  if (&kernels == &kernels_avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return true;
+}
+
+const Kernels* const known[] = {  // the best first
+#if defined(__x86_64__)
+    &kernels_avx512, &kernels_avx2,
+#endif
+    &kernels_portable};
+
+const Kernels* best() {
+  for (const Kernels* kernels : known)
+    if (runs_here(*kernels)) return kernels;
+  return &kernels_portable;
+}
+
+std::atomic<const Kernels*> selected{nullptr};
+
+}  // namespace
+}  // namespace fastllama
+
+using namespace fastllama;
+
+extern "C" {
+#pragma GCC visibility push(default)
+
+int64_t fastllama_abi() { return ABI_VERSION * 65536 + int64_t(sizeof(Op)); }
+
+// Runs the ops in order.
+void fastllama_run(const Op* ops, int n_ops, int n_threads) {
+  const Kernels* kernels = selected.load();
+  if (kernels == nullptr) selected.store(kernels = best());
+  run_ops(ops, n_ops, n_threads, *kernels);
+}
+
+// Selects the kernels of an instruction set by name, or the best for an empty name. False: they do not run here.
+int fastllama_select(const char* name) {
+  if (*name == 0) return selected.store(best()), 1;
+  for (const Kernels* kernels : known)
+    if (std::strcmp(kernels->name, name) == 0 && runs_here(*kernels)) return selected.store(kernels), 1;
+  return 0;
+}
+
+const char* fastllama_selected() {
+  const Kernels* kernels = selected.load();
+  return (kernels == nullptr ? best() : kernels)->name;
+}
+
+// Asks the system for large pages, which make reading memory faster. Has no other effect.
+void fastllama_use_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+#pragma GCC visibility pop
+}  // extern "C"

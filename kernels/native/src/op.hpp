@@ -1,0 +1,92 @@
+// An op: what to compute, where its tensors are, and their sizes. kernels/native/library.py has the same struct.
+#pragma once
+#include <cstdint>
+
+namespace fastllama {
+
+constexpr int64_t ABI_VERSION = 1;  // increased with every change of Op or of an exported function
+
+enum Kind : int32_t { EMBED, RMS_NORM, SILU_MUL, ROPE_APPEND, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE };
+enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
+enum Epilogue : int32_t { STORE, ADD_RESIDUAL, SWIGLU, ROTATE_AND_APPEND };  // of LINEAR
+
+// Dims as in kernels/reference.py: N tokens (or rows of logits), T cache positions, H heads, K kv heads, D head dim.
+// Tensors are contiguous and in the model dtype unless a comment says otherwise. Unused fields are 0.
+struct Op {
+  int32_t kind, dtype, epilogue, has_state;
+  const int64_t *tokens, *positions, *rows;  // (N,)
+  const void* x;         // (N, width); EMBED: the table (vocab, width); ATTENTION: q (N, H, D); SAMPLE: logits (N, vocab)
+  const void* norm;      // (width,) or null: x is normalized first
+  const void* weight;    // (outputs, width); SWIGLU: (2 * outputs, width), gate before up
+  const void* residual;  // (N, outputs)
+  void* out;             // (N, outputs); ATTENTION: (N, H, D); SAMPLE: tokens (N,) int64
+  const float* rope;     // (T, D/2, 2)
+  void *cache_k, *cache_v;  // (cache_rows, K, T, D)
+  float* partial;           // ATTENTION: (N, H, groups, D + 2); STATISTICS: (N, groups, 4)
+  const double *temperature, *top_p;      // (N,)
+  const int64_t *seed, *stream, *call;    // (N,)
+  float* logprobs;                        // (N,), where has_state is 0
+  int64_t *state_tokens, *state_positions;  // (N,), the fields of DecodeState, where has_state is 1
+  const int64_t *starts, *last;             // (N,)
+  const bool* is_stop;                      // (vocab,)
+  int64_t* out_tokens;                      // (steps, N) with a stride of out_stride
+  float* out_logprobs;
+  int64_t n_tokens, width, outputs, n_heads, n_kv_heads, head_dim, length, cache_rows, vocab;
+  int64_t begin;  // EMBED: the table's first id, or -1 where it is the complete vocabulary
+  int64_t out_stride;
+  int64_t split, groups;  // a row is divided into splits of so many keys or logits, and they into groups, one per chunk
+  double eps;
+};
+
+// How an op is divided into chunks. Results do not depend on it, nor on which thread runs a chunk.
+constexpr int64_t CHUNK_BYTES = 64 * 1024;    // of weights
+constexpr int64_t MAX_CHUNK_OUTPUTS = 60;     // rows of a weight in a chunk
+constexpr int64_t CHUNK_STEP = 12;            // a multiple of the rows of every tile
+constexpr int64_t ELEMENTWISE_TOKENS = 4;     // tokens in a chunk of an op without a weight
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t chunk_outputs(const Op& op) {
+  const int64_t bytes = op.width * (op.dtype == FLOAT32 ? 4 : 2) * (op.epilogue == SWIGLU ? 2 : 1);
+  const int64_t fitting = CHUNK_BYTES / (bytes > 0 ? bytes : 1) / CHUNK_STEP * CHUNK_STEP;
+  return fitting < CHUNK_STEP ? CHUNK_STEP : fitting > MAX_CHUNK_OUTPUTS ? MAX_CHUNK_OUTPUTS : fitting;
+}
+
+inline int64_t count_chunks(const Op& op) {
+  switch (op.kind) {
+    case LINEAR: return ceil_div(op.outputs, chunk_outputs(op));
+    case ATTENTION: return op.n_tokens * op.n_kv_heads * op.groups;
+    case STATISTICS: return op.n_tokens * op.groups;
+    case SAMPLE: return op.n_tokens;
+    default: return ceil_div(op.n_tokens, ELEMENTWISE_TOKENS);
+  }
+}
+
+// Memory of one thread, kept between ops.
+class Scratch {
+ public:
+  ~Scratch();
+  float* inputs(int64_t floats);   // kept between the chunks of an op
+  float* results(int64_t floats);  // of one chunk
+ private:
+  struct Block { float* memory = nullptr; int64_t floats = 0; } inputs_, results_;
+  static float* grown(Block& block, int64_t floats);
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  void (*prepare)(const Op& op, Scratch& scratch);  // before a thread's first chunk of an op
+  void (*run)(const Op& op, int64_t chunk, Scratch& scratch);
+};
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+// The last op of a step, in double precision. `fill_masses` is a kernel of the instruction set: it writes a row of logits
+// as float32 and exp((x - max) * inverse) as float64, and returns the sum of the latter.
+using FillMasses = double (*)(const Op& op, int64_t row, float max, double inverse, float* x, double* mass);
+void sample_row(const Op& op, int64_t row, Scratch& scratch, FillMasses fill_masses);
+
+}  // namespace fastllama

@@ -1,0 +1,82 @@
+"""Native decode attention: against the reference and float64, with NaN in everything that it must not read."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastllama.benchmarks.tolerances import assert_matches
+from fastllama.kernels import native, reference
+from fastllama.kernels.batch import RaggedBatch
+from tests.kernels.attention.cases import BF16, FP16, FP32, Case, build, decode_case, oracle
+from tests.kernels.cases import random
+from tests.kernels.guards import GuardedMemory
+
+CPU = torch.device("cpu")
+CASE_LIST = [
+    decode_case([1], 2, 4, 64, BF16),
+    decode_case([63, 64, 65], 2, 4, 64, BF16),
+    decode_case([127, 128, 129, 1, 2], 1, 7, 48, BF16),
+    decode_case([1, 700, 33], 2, 4, 64, FP16),
+    decode_case([511, 512, 513, 1024, 1025], 2, 2, 20, FP32),
+    decode_case([1000], 1, 3, 128, FP32),
+    decode_case([300, 1, 300], 1, 16, 256, BF16),
+    decode_case([517, 3], 1, 20, 8, FP32),
+    decode_case([141, 9], 1, 2, 6, BF16),
+    decode_case([1 + 37 * row % 301 for row in range(40)], 1, 4, 16, FP32),
+    decode_case([9000, 8191, 8192, 5], 1, 2, 8, FP32),
+    Case([(0, 3, 4), (2, 600, 5)], 2, 3, 32, FP32),
+    Case([(1, 0, 16)], 2, 2, 64, FP16),
+]
+
+pytestmark = pytest.mark.usefixtures("isa", "threads")
+
+
+@pytest.mark.parametrize("case", CASE_LIST, ids=lambda case: case.id)
+def test_attention_matches_reference(case: Case, guarded: GuardedMemory) -> None:
+    q, cache_k, cache_v, batch = build(case, guarded, CPU)
+    ours = native.attention(q, cache_k, cache_v, batch)
+    assert_matches("attention", ours, reference.attention(q, cache_k, cache_v, batch))
+    assert_matches("attention", ours, oracle(q, cache_k, cache_v, batch))
+
+
+def test_inactive_rows_read_nothing(guarded: GuardedMemory) -> None:
+    """A row without a position, and a position after the cache, which stands for its end."""
+    q, cache_k, cache_v, batch = build(decode_case([700, 20, 705], 2, 2, 16, FP32), guarded, CPU)
+    cache_k, cache_v = (guarded.copy(cache[:, :, :705]) for cache in (cache_k, cache_v))
+    expected = native.attention(q, cache_k, cache_v, batch)
+    moved = replace(batch, positions=torch.tensor([699, -1, 2**40]))
+    cache_k[1], cache_v[1] = torch.nan, torch.nan
+    ours = native.attention(q, cache_k, cache_v, moved)
+    assert torch.equal(ours[::2], expected[::2]) and not ours[1].any()
+
+
+def test_rows_and_prompts_attend_like_the_reference(guarded: GuardedMemory) -> None:
+    """Many tokens of several rows, which the reference computes."""
+    q, cache_k, cache_v, batch = build(Case([(0, 0, 20), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
+    expected = reference.attention(q, cache_k, cache_v, batch)
+    assert torch.equal(native.attention(q, cache_k, cache_v, batch), expected)
+
+
+def test_large_scores_stay_finite(guarded: GuardedMemory) -> None:
+    q, cache_k, cache_v, batch = build(decode_case([600], 1, 2, 16, FP32), guarded, CPU)
+    q *= 300
+    assert_matches("attention", native.attention(q, cache_k, cache_v, batch), oracle(q, cache_k, cache_v, batch))
+
+
+def test_attention_rejects_what_does_not_belong_together() -> None:
+    cache = torch.zeros(2, 2, 9, 8)
+    q, batch = random(2, 4, 8), RaggedBatch.of([(0, 1, [0]), (1, 1, [0])], CPU)
+    refusals = {
+        "q must be float32": lambda: native.attention(q.double(), cache, cache, batch),
+        "cache_v must have shape (2, 2, 9, 8)": lambda: native.attention(q, cache, cache[:1], batch),
+        "cache_k must be contiguous": lambda: native.attention(q, cache[:, :, ::2], cache, batch),
+        "a multiple of the cache's 2 heads, got (H, D) = (3, 8)": lambda: native.attention(
+            q[:, :3].contiguous(), cache, cache, batch
+        ),
+        "batch.positions must have shape (1), got (2)": lambda: native.attention(q[:1], cache, cache, batch),
+    }
+    for message, call in refusals.items():
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert message in str(caught.value)

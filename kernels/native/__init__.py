@@ -1,13 +1,14 @@
 """The `native` backend: the ops of `reference` as C++ kernels for CPUs. `reference` documents shapes and meaning.
 
-The number of tokens decides how an op runs. Up to MAX_TOKENS tokens, and in a captured decode step, every op is one or
-two calls of a kernel: a projection has its norm at the start and its epilogue at the end. More tokens use the library's
-matrix product, between kernels for the norm, the rotary embedding and SwiGLU.
+The number of tokens decides how an op runs. For few tokens, and in a captured decode step, every op is one or two calls
+of a kernel: a projection has its norm at the start and its epilogue at the end. More tokens use the library's matrix
+product, between kernels for the norm, the rotary embedding and SwiGLU; how many depends on the dtype (`max_tokens`).
 
 The kernels widen weights in registers, sum in float32 and round where the reference rounds. Results do not depend on
 the number of threads. Weights are row-major, so a single weight and its packed form are the same bytes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,15 +25,20 @@ from fastllama.kernels.native.library import (
     Epilogue,
     Kind,
     empty,
+    multiplies_bfloat16,
     recording,
     run,
     use_large_pages,
 )
 
-MAX_TOKENS = 16  # of a projection by the kernels; more are faster by the library's matrix product
+MAX_FLOAT32_TOKENS = 64  # of a projection by the kernels; more are faster by the library's matrix product
+MAX_BFLOAT16_TOKENS = 32  # the same, where the CPU multiplies bfloat16; without, the library is never faster
+MAX_TOKENS_PER_OP = 256  # of a LINEAR op, which keeps the inputs of all its tokens; more are several ops
+MAX_ATTENTION_TOKENS = 16  # that attend by the kernel, outside decode steps
 # Attention splits a row at every SPLIT_KEYS keys, and deals the splits to at most MAX_SPLIT_GROUPS chunks of work.
 SPLIT_KEYS = 512
 MAX_SPLIT_GROUPS = 16
+PER_TOKEN = ("residual", "positions", "rows")  # fields of a LINEAR op with a value per token, beside x and out
 STATISTICS_LOGITS = 4096  # logits of a row in one chunk of sampling's statistics
 
 
@@ -88,7 +94,7 @@ def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, b
 
 def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D). Decode steps and few tokens use the kernel, prompts the reference."""
-    if _uses_library(q) and not batch.is_decode_step:
+    if q.shape[0] > MAX_ATTENTION_TOKENS and not batch.is_decode_step:
         return reference.attention(q, cache_k, cache_v, batch)
     arguments.check_attention(q, cache_k, cache_v, batch)
     n_tokens, n_heads, head_dim = q.shape
@@ -180,17 +186,28 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     )
 
 
+def max_tokens(dtype: torch.dtype) -> float:
+    """The most tokens for which the kernels are faster than the library's matrix product."""
+    if dtype == torch.float32:
+        return MAX_FLOAT32_TOKENS
+    return MAX_BFLOAT16_TOKENS if dtype == torch.bfloat16 and multiplies_bfloat16() else math.inf
+
+
 def _uses_library(x: Tensor) -> bool:
     """Whether these inputs (N, ·) are too many for the kernels. A captured step has kernels only."""
-    return x.shape[0] > MAX_TOKENS and recording.ops is None
+    return recording.ops is None and x.shape[0] > max_tokens(x.dtype)
 
 
 def _linear(
     x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor, outputs: int, **fields: Tensor | int | float | None
 ) -> None:
+    """A projection, of at most MAX_TOKENS_PER_OP tokens at a time."""
     n_tokens, width = x.shape
-    sizes = {"n_tokens": n_tokens, "width": width, "outputs": outputs}
-    run(Kind.LINEAR, x.dtype, x=x, weight=weight, out=out, epilogue=epilogue, **sizes, **fields)
+    for begin in range(0, n_tokens, MAX_TOKENS_PER_OP):
+        part = slice(begin, min(begin + MAX_TOKENS_PER_OP, n_tokens))
+        of_part = {name: value[part] for name in PER_TOKEN if isinstance(value := fields.get(name), Tensor)}
+        sizes = {"n_tokens": part.stop - begin, "width": width, "outputs": outputs, "epilogue": epilogue}
+        run(Kind.LINEAR, x.dtype, x=x[part], weight=weight, out=out[part], **sizes, **{**fields, **of_part})
 
 
 def _sample(logits: Tensor, sampling: SamplingTensors, **fields: Tensor | int) -> None:

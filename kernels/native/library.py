@@ -107,6 +107,11 @@ def use_large_pages(tensor: Tensor) -> None:
         load().fastllama_use_large_pages(tensor.data_ptr(), tensor.nbytes)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions that multiply bfloat16, which torch's matrix product uses."""
+    return bool(load().fastllama_multiplies_bfloat16())
+
+
 def instruction_set() -> str:
     """The instruction set of the kernels that run."""
     return str(load().fastllama_selected().decode())

@@ -70,11 +70,11 @@ def test_replays_like_eager(unroll: int, tmp_path: Path) -> None:
 
 
 def test_more_rows_than_the_kernels_take_alone(tmp_path: Path) -> None:
-    """20 rows: eager steps use the library's matrix product, captured ones the kernels."""
-    prompts = [[3 + row, 40 + row % 7] for row in range(20)]
+    """70 rows: eager steps use the library's matrix product, captured ones the kernels."""
+    prompts = [[3 + row, 40 + row % 7] for row in range(70)]
     outputs = []
     for backend, graphs in (("reference", False), ("native", False), ("native", None)):
-        llm = llama(tmp_path, backend, max_batch_size=20)
+        llm = llama(tmp_path, backend, max_batch_size=70)
         llm.decoder = Decoder(llm.model, graphs=graphs)
         outputs.append(llm.generate(prompts, 6, temperature=0, logprobs=True))
     for ours in outputs[1:]:

@@ -70,6 +70,15 @@ const char* fastllama_selected() {
   return (kernels == nullptr ? best() : kernels)->name;
 }
 
+// Whether the processor multiplies bfloat16, which libraries use for many tokens.
+int fastllama_multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return 0;
+#endif
+}
+
 // Asks the system for large pages, which make reading memory faster. Has no other effect.
 void fastllama_use_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

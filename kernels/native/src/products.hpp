@@ -11,6 +11,8 @@ constexpr int ROWS = HAS_32_REGISTERS ? 4 : 3;
 // For one token, weights only stream from memory: fastest in four rows of float32 at once, and in one row of 16 bits.
 template <class T> constexpr int ROWS_OF_ONE_TOKEN = same<T, float> ? 4 : 1;
 constexpr int64_t PREFETCH_BYTES = 4096;  // ahead of the weights of one token; for more tokens, the next tile is prefetched
+constexpr int64_t BLOCK_BYTES = 256 * 1024;  // of the inputs of a block of tokens
+constexpr int64_t MIN_BLOCK_TOKENS = 4 * TOKENS;
 
 INLINE int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
@@ -92,17 +94,30 @@ INLINE void tiles(const T* w, int64_t width, const float* x, int64_t stride_x, i
   }
 }
 
-// out[n][r] for `count` weight rows from w on and all tokens.
-template <class T> static void products(const Op& op, const T* w, int64_t count, const float* x, float* out,
-                                        int64_t stride_out) {
-  const int64_t stride_x = input_stride(op.width);
+// out[n][r] for `count` weight rows from w on and tokens [begin, end).
+template <class T>
+static void block_products(const Op& op, const T* w, int64_t count, int64_t begin, int64_t end, const float* x,
+                           float* out, int64_t stride_out) {
+  const int64_t stride_x = input_stride(op.width), n_tokens = end - begin;
+  x += begin * stride_x, out += begin * stride_out;
   int64_t r = 0;
-  if (op.n_tokens == 1)
+  if (n_tokens == 1)
     for (; r + ROWS_OF_ONE_TOKEN<T> <= count; r += ROWS_OF_ONE_TOKEN<T>)
       tile<T, ROWS_OF_ONE_TOKEN<T>, 1>(w + r * op.width, op.width, x, stride_x, out + r, stride_out);
   for (; r + ROWS <= count; r += ROWS)
-    tiles<T, ROWS>(w + r * op.width, op.width, x, stride_x, op.n_tokens, out + r, stride_out);
-  for (; r < count; r++) tiles<T, 1>(w + r * op.width, op.width, x, stride_x, op.n_tokens, out + r, stride_out);
+    tiles<T, ROWS>(w + r * op.width, op.width, x, stride_x, n_tokens, out + r, stride_out);
+  for (; r < count; r++) tiles<T, 1>(w + r * op.width, op.width, x, stride_x, n_tokens, out + r, stride_out);
+}
+
+// For all tokens, in blocks whose inputs stay in a core's cache while they meet all rows.
+template <class T>
+static void products(const Op& op, const T* w, int64_t count, const float* x, float* out, int64_t stride_out) {
+  const int64_t fitting = BLOCK_BYTES / (4 * input_stride(op.width)) / TOKENS * TOKENS;
+  const int64_t block = fitting < MIN_BLOCK_TOKENS ? MIN_BLOCK_TOKENS : fitting;
+  for (int64_t n = 0; n < op.n_tokens; n += block) {
+    const int64_t end = n + block < op.n_tokens ? n + block : op.n_tokens;
+    block_products(op, w, count, n, end, x, out, stride_out);
+  }
 }
 
 // SiLU(gate) · up, with the reference's rounding: gate, up, SiLU and the result.

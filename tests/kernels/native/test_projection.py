@@ -13,13 +13,17 @@ from tests.kernels.projection.cases import EPS, SHAPES, Case, Shape, assert_appe
 
 CPU = torch.device("cpu")
 TOKENS = (1, 2, 3, 5, 6, 7, 11, 16)
-MANY = native.MAX_TOKENS + 5
+MOST = 16  # tokens that the kernels take in these tests; MANY use the library's matrix product
+MANY = 21
 
 
 @pytest.mark.usefixtures("isa", "threads")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_projections_match_reference(shape: Shape, dtype: torch.dtype, guarded: GuardedMemory) -> None:
+def test_projections_match_reference(
+    shape: Shape, dtype: torch.dtype, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "max_tokens", lambda dtype: MOST)
     for n_tokens in (*TOKENS, MANY):
         case = Case(shape, n_tokens, dtype, CPU, guarded)
         cache_k, cache_v, rope = case.target[:3]
@@ -54,6 +58,20 @@ def test_a_token_gets_the_same_result_in_any_batch_and_on_any_threads(
                 assert torch.equal(apart, together[begin:end])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("isa")
+def test_many_tokens_are_several_ops(monkeypatch: pytest.MonkeyPatch, guarded: GuardedMemory) -> None:
+    monkeypatch.setattr(native, "MAX_TOKENS_PER_OP", 5)
+    for n_tokens in (4, 5, 6, 10, 13):
+        case = Case(SHAPES["E100-H3-K1-D20-F90"], n_tokens, torch.float32, CPU, guarded)
+        cache_k, cache_v, rope = case.target[:3]
+        q = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, case.batch)
+        for ours, expected in zip((q.flatten(1), cache_k, cache_v), case.expected_qkv(), strict=True):
+            assert_appended(ours, expected)
+            assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
+        y = native.linear_residual(case.x, case.w2, case.h, case.batch)
+        assert_matches("linear", y, case.expected_projection(case.h))
 
 
 @pytest.mark.usefixtures("isa", "threads")

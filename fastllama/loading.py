@@ -42,7 +42,7 @@ def load(
     max_seq_len = _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, " (8192 without scaled rope)")
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    ops = select.backend(backend, device)
+    select.backend(backend, device)  # raises an error before anything is read
     group = model_parallel.model_group(model_parallel_size, device)
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         _check_paths(ckpt_dir, tokenizer_path)
@@ -58,7 +58,6 @@ def load(
             dtype,
             memory_plan.free_memory(device),
             limit=memory_plan.free_memory_and_limit(device).limit,
-            shares_tied_output=not ops.packing_copies(device, dtype),
             n_processes=group.size,
         )
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):

@@ -55,18 +55,14 @@ def plan_memory(
     max_batch_size: int,
     max_seq_len: int,
     *,
-    shares_tied_output: bool = False,
     n_processes: int = 1,
 ) -> MemoryPlan:
-    """The memory that a model of this shape needs on its device, or on each of `n_processes` that share it.
-
-    shares_tied_output: the backend keeps a tied output projection and the embedding in one copy.
-    """
+    """The memory that a model of this shape needs on its device, or on each of `n_processes` that share it."""
     size = dtype.itemsize
     vocab_size, args = args.vocab_size, args.split(n_processes)
     n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
     shapes = dict(args.shapes)
-    if args.tied_output and shares_tied_output:
+    if args.tied_output:  # backends keep one copy of both
         del shapes["output.weight"]
     elements = [math.prod(shape) for shape in shapes.values()]
     rope = max_seq_len * head_dim * FLOAT32_BYTES
@@ -161,7 +157,6 @@ def check_fits(
     free: int,
     *,
     limit: str = "on this machine",
-    shares_tied_output: bool = False,
     n_processes: int = 1,
 ) -> MemoryPlan:
     """The plan for `args`. Raises DoesNotFit, which names sizes that would fit, if it needs more than `free` bytes.
@@ -171,7 +166,7 @@ def check_fits(
 
     def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
         sizes = (args, dtype, max_batch_size, max_seq_len)
-        return plan_memory(*sizes, shares_tied_output=shares_tied_output, n_processes=n_processes)
+        return plan_memory(*sizes, n_processes=n_processes)
 
     needed = plan(args.max_batch_size, args.max_seq_len)
     if needed.total <= free:

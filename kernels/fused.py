@@ -93,11 +93,6 @@ def pack(*parts: Tensor) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
-def packing_copies(device: torch.device, dtype: torch.dtype) -> bool:
-    """False: a single weight and its packed form share memory."""
-    return False
-
-
 def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
     """Split a packed weight into its parts, of the given numbers of rows."""
     return torch.split(weight, list(rows))

@@ -63,7 +63,7 @@ def norm_qkv_rope_append(
     h (N, E), norm (E,), packed weight ((H + 2K)·D, E), rope (T, D/2, 2) float32 with cos and sin, one layer's cache_k
     and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
     """
-    return rope_append(_linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+    return rope_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -131,7 +131,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: R
 
     The output projection of attention and the down projection of the ffn.
     """
-    y = _linear(x, weight)
+    y = F.linear(x, weight)
     return y if residual is None else residual + y
 
 
@@ -141,7 +141,7 @@ def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragg
     gate, up = split(rms_norm(h, norm) · weightᵀ)
     return SiLU(gate) · up
     """
-    return silu_mul(_linear(rms_norm(h, norm, eps), weight))
+    return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """rms_norm(h, norm) · weightᵀ: h (M, E) for any M of the batch's tokens -> logits (M, V) in the model dtype."""
-    return _linear(rms_norm(h, norm, eps), weight)
+    return F.linear(rms_norm(h, norm, eps), weight)
 
 
 def sample(
@@ -218,46 +218,15 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
 
 # Weight layouts and machines.
 
-# Inputs of fewer rows are padded to this number. With AVX-512 oneDNN streams a packed weight up to 1.4 times as fast
-# for four rows as for fewer; with AVX2 fewer rows are faster.
-ONEDNN_MIN_ROWS = 4 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 1
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ for a packed weight: x (N, ·), weight (rows, ·) -> (N, rows)."""
-    if weight.is_mkldnn:
-        n_tokens = x.shape[0]
-        if n_tokens < ONEDNN_MIN_ROWS:
-            x = F.pad(x, (0, 0, 0, ONEDNN_MIN_ROWS - n_tokens))
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        return y[:n_tokens]
-    return F.linear(x, weight)
-
 
 def pack(*parts: Tensor) -> Tensor:
-    """Pack weights (rows_i, E) that are applied to the same input into one weight in this backend's layout.
-
-    On a CPU this is oneDNN's blocked layout, which streams from memory far faster than a row-major weight for one or a
-    few tokens; elsewhere it is the concatenation. `unpack` undoes it.
-    """
-    weight = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-    if packing_copies(weight.device, weight.dtype):
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return packed
-    return weight
-
-
-def packing_copies(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if packing changes the layout, so that a single weight and its packed form are two copies."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Concatenate weights (rows_i, E) that are applied to the same input. `unpack` undoes it."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
     """Split a packed weight into its parts, of the given numbers of rows."""
-    dense = weight.to_dense() if weight.is_mkldnn else weight
-    return torch.split(dense, list(rows))
+    return torch.split(weight, list(rows))
 
 
 def workspace(

@@ -1,13 +1,17 @@
 """Selection of the backend, a module that exports the ops of `reference`. Done once, when a model is built."""
 
+import functools
 import importlib
 import importlib.util
+import logging
 from types import ModuleType
 
 import torch
 
 from fastllama.kernels import reference
 from fastllama.kernels.native import library
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "fused", "native")
 MIN_CAPABILITY = (8, 0)  # the first compute capability with bfloat16 matrix instructions
@@ -16,12 +20,12 @@ MIN_CAPABILITY = (8, 0)  # the first compute capability with bfloat16 matrix ins
 def backend(name: str | None, device: torch.device) -> ModuleType:
     """The backend module of this name, or the device's default if name is None.
 
-    The default is "fused" on a GPU that supports it, else "reference". Raises ValueError for an unknown name, and for
-    a backend that cannot run: "fused" without triton, on an older GPU, or on a CPU without Triton's interpreter, and
+    The default is "fused" on a GPU that supports it, "native" on a CPU, and "reference" if those cannot run. Raises
+    ValueError for an unknown name, and for a backend that cannot run: "fused" without triton, on an older GPU, or on a CPU without Triton's interpreter, and
     "native" on a GPU or where its C++ kernels were not built.
     """
     if name is None:
-        name = "fused" if device.type == "cuda" and _obstacle(device) is None else "reference"
+        name = _default(device)
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(repr(known) for known in BACKENDS)
         raise ValueError(f"backend must be one of {known}, got {name!r}: leave it out to get the one for {device}")
@@ -31,6 +35,21 @@ def backend(name: str | None, device: torch.device) -> ModuleType:
     if obstacle is not None:
         raise ValueError(f'backend "{name}" does not run here: {obstacle}; backend="reference" does')
     return importlib.import_module(f"fastllama.kernels.{name}")
+
+
+def _default(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "fused" if _obstacle(device) is None else "reference"
+    if (obstacle := _native_obstacle(device)) is None:
+        return "native"
+    _warn(obstacle)
+    return "reference"
+
+
+@functools.cache
+def _warn(obstacle: str) -> None:
+    """Once for each reason."""
+    logger.warning('backend "reference" runs on this CPU, slower than "native" would: %s', obstacle)
 
 
 def _obstacle(device: torch.device) -> str | None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.worker import Generate, compile_or_fail, margins_of
@@ -21,7 +21,6 @@ from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.model import Transformer
-from fastllama.packed_weights import packed_weights
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 # The functions that a model uses of its backend, except sample_and_advance.
@@ -54,10 +53,6 @@ class _Ops(SimpleNamespace):
 
 def compile_model(model: Transformer, compiled: Compiler) -> _Ops:
     """Compile the model's layers, head and sampling with `compiled`. Returns the model's new ops."""
-    for packed in packed_weights(model, model.layers):
-        weight = getattr(packed.owner, packed.attribute).detach()
-        if weight.is_mkldnn:
-            setattr(packed.owner, packed.attribute, nn.Parameter(weight.to_dense(), requires_grad=False))
     ops = _Ops(compiled)
     model.ops = cast(Any, ops)
     hidden, max_seq_len = compiled(model.hidden), model.cache.max_seq_len

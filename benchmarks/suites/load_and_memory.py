@@ -142,9 +142,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         case = Case("memory", args.max_batch_size, args.max_seq_len - steps, steps)
         Ours(llm).run(case.prompts(args.vocab_size), steps)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else generating.bytes - before
-    shared = not llm.model.ops.packing_copies(device, spec.dtype)
     sizes = args.max_batch_size, args.max_seq_len
-    plan = plan_memory(args, spec.dtype, *sizes, shares_tied_output=shared, n_processes=nproc)
+    plan = plan_memory(args, spec.dtype, *sizes, n_processes=nproc)
     driver.shut_down()
     return {
         "seconds": seconds,

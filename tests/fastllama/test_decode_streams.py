@@ -25,7 +25,7 @@ CALL: dict[str, Any] = {"temperature": 0.0}
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+    return tiny_llama(tmp_path_factory.mktemp("tiny"), backend="reference")
 
 
 @pytest.fixture

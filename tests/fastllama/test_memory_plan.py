@@ -43,9 +43,8 @@ def test_plan_counts_the_tensors_of_a_model(dtype: torch.dtype) -> None:
 
 
 def test_a_shared_tied_output_counts_once() -> None:
-    args = published(tied_output=True)
-    apart = plan_memory(args, torch.bfloat16, 1, 128)
-    shared = plan_memory(args, torch.bfloat16, 1, 128, shares_tied_output=True)
+    apart = plan_memory(published(), torch.bfloat16, 1, 128)
+    shared = plan_memory(published(tied_output=True), torch.bfloat16, 1, 128)
     assert apart.weights - shared.weights == 128256 * 4096 * 2
 
 

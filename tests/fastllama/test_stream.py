@@ -52,7 +52,7 @@ def test_text_never_splits_a_character(llm: Llama, tokens: list[int]) -> None:
 
 
 def test_characters_of_several_tokens_are_not_split(tmp_path: Path) -> None:
-    llm = tiny_llama(tmp_path)
+    llm = tiny_llama(tmp_path, backend="reference")  # whose steps run eagerly
     euro = list("€".encode())  # three tokens
     _force_next_tokens(llm, [*euro, 65, *euro[:2], llm.tokenizer.eos_id])
     texts = [increment.text for increment in llm.stream([[1]], 10, temperature=0)]
@@ -72,7 +72,7 @@ def _force_next_tokens(llm: Llama, tokens: list[int]) -> None:
 
 
 def test_finish_reason_is_stop_or_length(tmp_path: Path) -> None:
-    llm = tiny_llama(tmp_path)
+    llm = tiny_llama(tmp_path, backend="reference")  # whose steps run eagerly
     _force_next_tokens(llm, [65, llm.tokenizer.eos_id])
     stopped = list(llm.stream([[1]], 10, temperature=0))
     assert [(i.tokens, i.finish_reason) for i in stopped] == [([65], None), ([], "stop")]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastllama.kernels import reference
+from fastllama.kernels import reference, select
 from fastllama.kernels.launch import interpreter
 from fastllama.kernels.native import library
 from fastllama.kernels.select import backend
@@ -27,8 +27,16 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def test_a_cpu_gets_the_reference() -> None:
-    assert backend(None, CPU) is reference is backend("reference", CPU)
+def test_a_cpu_gets_the_native_kernels_if_they_were_built(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert backend("reference", CPU) is reference
+    if library.obstacle() is None:
+        assert backend(None, CPU).__name__ == "fastllama.kernels.native"
+    monkeypatch.setattr(library, "obstacle", lambda: "no compiler was here")
+    select._warn.cache_clear()
+    assert backend(None, CPU) is reference is backend(None, CPU)
+    assert len(caplog.records) == 1 and "no compiler was here" in caplog.text
 
 
 @pytest.mark.usefixtures("compiling", "hopper")

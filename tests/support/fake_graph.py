@@ -76,8 +76,8 @@ class RecordedGraph(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors among the values that have a storage: not those packed by oneDNN."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
+    """The tensors among the values."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _is_mask(index: Tensor | None) -> bool:

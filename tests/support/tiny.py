@@ -12,12 +12,20 @@ MAX_SEQ_LEN = 48
 MAX_BATCH_SIZE = 4
 
 
-def tiny_llama(folder: Path, shards: int = 1, seed: int = 1, max_seq_len: int = MAX_SEQ_LEN, **params: Any) -> Llama:
+def tiny_llama(
+    folder: Path,
+    shards: int = 1,
+    seed: int = 1,
+    max_seq_len: int = MAX_SEQ_LEN,
+    backend: str | None = None,
+    **params: Any,
+) -> Llama:
     """A Llama with random weights. The tokenizer's stop tokens are unchanged."""
     fields = tiny_params(**params)
     write_meta(folder, fields, random_weights(fields, seed=7), shards=shards)
     tokenizer = write_tokenizer(folder)
-    return Llama.build(str(folder), str(tokenizer), max_seq_len, MAX_BATCH_SIZE, seed=seed, device="cpu")
+    sizes = max_seq_len, MAX_BATCH_SIZE
+    return Llama.build(str(folder), str(tokenizer), *sizes, seed=seed, device="cpu", backend=backend)
 
 
 def write_endless_checkpoint(folder: Path) -> str:

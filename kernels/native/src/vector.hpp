@@ -22,7 +22,6 @@ template <class To, class From> INLINE To bits_of(From from) {
   return to;
 }
 
-INLINE V choose(VI condition, V a, V b) { return condition ? a : b; }
 INLINE V larger(V a, V b) { return a > b ? a : b; }
 
 // 16 bits to 32 as integers; float16 to float32, exactly; and back, rounding to the nearest, ties to even.

@@ -22,6 +22,7 @@ from fastllama.benchmarks.tables import Record
 from fastllama.checkpoint.base import dtype_name
 from fastllama.distributed import driver, environment
 from fastllama.generation import Llama
+from fastllama.kernels import select
 
 DEFAULT_BATCHES = (1, 4)
 DEFAULT_CONTEXTS = (32, 512)
@@ -91,7 +92,7 @@ def run(plan: Plan, progress: Progress, output: str | Path | None = None) -> Res
         if output is not None:
             write_result(result, output)
 
-    result = ResultFile(describe_environment(plan.device), {})
+    result = ResultFile(describe_environment(plan.device, select.instruction_set(plan.backend, plan.device)), {})
     write(result)
     try:
         progress("measuring the machine")

@@ -38,11 +38,12 @@ class Environment:
     driver: str | None
     git_commit: str | None
     git_dirty: bool | None
+    instruction_set: str | None = None  # of the CPU, as the native kernels use it
     clocks: str | None = None  # a GPU's SM and memory clocks at the start
 
 
-def describe_environment(device: torch.device | str) -> Environment:
-    """The environment of this process, with `device`."""
+def describe_environment(device: torch.device | str, instruction_set: str | None = None) -> Environment:
+    """The environment of this process, with `device`. instruction_set: of the CPU, as the backend's kernels use it."""
     device = torch.device(device)
     on_cuda = device.type == "cuda"
     cpu = _cpu_model()
@@ -64,6 +65,7 @@ def describe_environment(device: torch.device | str) -> Environment:
         driver=_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else None,
         git_commit=commit,
         git_dirty=dirty,
+        instruction_set=instruction_set,
         clocks=_run("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader") if on_cuda else None,
     )
 

@@ -22,7 +22,8 @@ BUSY_CORES = 0.1  # a note is printed if other programs use more cores
 def report(result: ResultFile, in_markdown: bool = False) -> str:
     """The tables of a result of `fastllama bench`."""
     environment = result.environment
-    machine = f"{environment.device_name}, {environment.threads} threads, torch {environment.torch}"
+    kernels = f", native kernels for {environment.instruction_set}" if environment.instruction_set else ""
+    machine = f"{environment.device_name}, {environment.threads} threads, torch {environment.torch}{kernels}"
     ceilings = [_describe(ceiling) for ceiling in result.ceilings.values()]
     lines = [machine, "", *(f"- {line}" for line in ceilings)] if in_markdown else [machine, *ceilings]
     for suite in dict.fromkeys(record["suite"] for record in result.records):

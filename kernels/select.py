@@ -21,8 +21,8 @@ def backend(name: str | None, device: torch.device) -> ModuleType:
     """The backend module of this name, or the device's default if name is None.
 
     The default is "fused" on a GPU that supports it, "native" on a CPU, and "reference" if those cannot run. Raises
-    ValueError for an unknown name, and for a backend that cannot run: "fused" without triton, on an older GPU, or on a CPU without Triton's interpreter, and
-    "native" on a GPU or where its C++ kernels were not built.
+    ValueError for an unknown name, and for a backend that cannot run: "fused" without triton, on an older GPU, or on a
+    CPU without Triton's interpreter, and "native" on a GPU or if its C++ kernels were not built.
     """
     if name is None:
         name = _default(device)
@@ -35,6 +35,13 @@ def backend(name: str | None, device: torch.device) -> ModuleType:
     if obstacle is not None:
         raise ValueError(f'backend "{name}" does not run here: {obstacle}; backend="reference" does')
     return importlib.import_module(f"fastllama.kernels.{name}")
+
+
+def instruction_set(name: str | None, device: torch.device) -> str | None:
+    """The CPU's instruction set that the backend's kernels use; None for a backend without kernels for CPUs."""
+    if backend(name, device).__name__.rpartition(".")[2] != "native":
+        return None
+    return library.instruction_set()
 
 
 def _default(device: torch.device) -> str:

@@ -127,9 +127,25 @@ def describe(
             "workspace": plan.workspace,
             "total": plan.total,
         },
+        "this_machine": _describe_machine(),
         "gpu": gpu,
         "processes": [_plan(args, planned, n, gpu) for n in dict.fromkeys(nproc)],
         "tokenizer": _describe_tokenizer(tokenizer_path, checkpoint, named=tokenizer_path != ckpt_dir),
+    }
+
+
+def _describe_machine() -> dict[str, Any]:
+    """What runs a model here by default."""
+    from fastllama import threads
+    from fastllama.kernels import select
+    from fastllama.loading import choose_device
+
+    device = choose_device(None)
+    return {
+        "device": str(device),
+        "backend": select.backend(None, device).__name__.rpartition(".")[2],
+        "instruction_set": select.instruction_set(None, device),
+        "threads": threads.available(),
     }
 
 
@@ -213,6 +229,7 @@ def render(description: dict[str, Any]) -> str:
             f"memory for {shape}",
             [(name, size_text(memory[name])) for name in ("weights", "cache", "workspace", "total")],
         ),
+        ("on this machine", [(name, str(value)) for name, value in description["this_machine"].items() if value]),
         (
             f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange",
             [(str(one["n"]), _plan_text(one)) for one in description["processes"]],

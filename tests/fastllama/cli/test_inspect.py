@@ -27,6 +27,9 @@ def test_inspect_json_describes_a_meta_checkpoint(checkpoint: str, llm: Llama) -
     assert memory["cache"] == 2 * 2 * 3 * 2 * 100 * 8 * 2  # k and v, layers, rows, kv heads, positions, width, bytes
     assert memory["total"] == memory["weights"] + memory["cache"] + memory["workspace"]
     assert [file["name"] for file in found["files"]] == ["consolidated.00.pth"]
+    machine = found["this_machine"]
+    assert machine["device"] == "cpu" and machine["threads"] >= 1
+    assert (machine["backend"] == "native") == (machine["instruction_set"] is not None)
     assert found["tokenizer"]["n_words"] == 576 and found["tokenizer"]["fits_checkpoint"]
     assert found["tokenizer"]["stop_tokens"] == sorted(llm.tokenizer.stop_tokens)
 

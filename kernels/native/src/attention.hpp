@@ -40,7 +40,7 @@ INLINE void score_keys(const T* k, const T* v, int64_t count, int64_t D, const f
       }
     }
     float scores[LANES];
-    store(scores, sum_each(sums));
+    store(scores, sum_each<LANES>(sums));
 #pragma GCC unroll 4
     for (int g = 0; g < HEADS; g++) __builtin_memcpy(p + g * BLOCK_KEYS + t, scores + g * KEYS, KEYS * sizeof(float));
   }

@@ -50,7 +50,7 @@ template <class T> static void prepare_inputs(const Op& op, Scratch& scratch) {
 // out[n][r] = Σ w[r][i] · x[n][i] for R weight rows and N tokens.
 template <class T, int R, int N>
 INLINE void tile(const T* w, int64_t width, const float* x, int64_t stride_x, float* out, int64_t stride_out) {
-  V sums[R][N] = {};
+  V sums[N * R] = {};
   int64_t i = 0;
 #pragma GCC unroll 2
   for (; i + LANES <= width; i += LANES) {
@@ -65,17 +65,23 @@ INLINE void tile(const T* w, int64_t width, const float* x, int64_t stride_x, fl
     for (int n = 0; n < N; n++) {
       const V v = load(x + n * stride_x + i);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[r][n] += rows[r] * v;
+      for (int r = 0; r < R; r++) sums[n * R + r] = multiply_add(rows[r], v, sums[n * R + r]);
     }
   }
   if (i < width) {
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const V row = load_part(w + r * width + i, width - i);
-      for (int n = 0; n < N; n++) sums[r][n] += row * load(x + n * stride_x + i);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) {
+        const V v = load(x + n * stride_x + i);
+        sums[n * R + r] = multiply_add(row, v, sums[n * R + r]);
+      }
     }
   }
-  for (int n = 0; n < N; n++)
-    for (int r = 0; r < R; r++) out[n * stride_out + r] = sum(sums[r][n]);
+  float results[N * R];
+  sum_all<N * R>(sums, results);
+  for (int n = 0; n < N; n++) __builtin_memcpy(out + n * stride_out, results + n * R, R * sizeof(float));
 }
 
 template <class T, int R>

@@ -24,6 +24,24 @@ template <class To, class From> INLINE To bits_of(From from) {
 
 INLINE V larger(V a, V b) { return a > b ? a : b; }
 
+// a · b + c, with one rounding where the instruction set has it. A compiler that may choose would round some results of a
+// product once and others twice.
+#if LANES == 16
+INLINE V multiply_add(V a, V b, V c) {
+  return bits_of<V>(_mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), bits_of<__m512>(c)));
+}
+#elif LANES == 8
+INLINE V multiply_add(V a, V b, V c) {
+  return bits_of<V>(_mm256_fmadd_ps(bits_of<__m256>(a), bits_of<__m256>(b), bits_of<__m256>(c)));
+}
+#elif defined(__aarch64__)
+INLINE V multiply_add(V a, V b, V c) {
+  return bits_of<V>(vfmaq_f32(bits_of<float32x4_t>(c), bits_of<float32x4_t>(a), bits_of<float32x4_t>(b)));
+}
+#else
+INLINE V multiply_add(V a, V b, V c) { return a * b + c; }
+#endif
+
 // 16 bits to 32 as integers; float16 to float32, exactly; and back, rounding to the nearest, ties to even.
 #if LANES == 16
 INLINE VU zero_extend(VH h) { return bits_of<VU>(_mm512_cvtepu16_epi32(bits_of<__m256i>(h))); }
@@ -152,13 +170,25 @@ INLINE V pair_sums(V a, V b) {
 #endif
 }
 
-// Lane i of the result is the sum of v[i]. Changes v.
-INLINE V sum_each(V (&v)[LANES]) {
+// Lane i of the result is the sum of v[i], for COUNT vectors, a power of two. The order of the sum does not depend on
+// COUNT. Changes v.
+template <int COUNT> INLINE V sum_each(V* v) {
 #pragma GCC unroll 4
-  for (int count = LANES; count > 1; count /= 2)
+  for (int count = COUNT; count > 1; count /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < count / 2; i++) v[i] = pair_sums(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
+  for (int lanes = LANES / COUNT; lanes > 1; lanes /= 2) v[0] = pair_sums(v[0], v[0]);
   return v[0];
+}
+
+// out[i] is the sum of v[i], for any number of vectors. Changes v.
+template <int COUNT> INLINE void sum_all(V* v, float* out) {
+  constexpr int MOST = COUNT < LANES ? COUNT : LANES;
+  constexpr int PART = MOST >= 16 ? 16 : MOST >= 8 ? 8 : MOST >= 4 ? 4 : MOST >= 2 ? 2 : 1;
+  const V sums = sum_each<PART>(v);
+  __builtin_memcpy(out, &sums, PART * sizeof(float));
+  if constexpr (COUNT > PART) sum_all<COUNT - PART>(v + PART, out + PART);
 }
 
 INLINE float max_of(V v) {

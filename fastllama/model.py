@@ -81,7 +81,7 @@ class Transformer(PackedModule):
         self._n_weights = sum(math.prod(shape) for shape in self.share.shapes.values())
         self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
         self.backend = backend
-        self.ops = select.backend(backend, self.device)
+        self.ops = select.backend(backend, self.device, self.dtype)
         self._lock = threading.Lock()
         self.revision = 0  # changes whenever weights, cache or workspace are replaced by other tensors
         self.layers = nn.ModuleList(Layer() for _ in range(params.n_layers))
@@ -196,7 +196,7 @@ class Transformer(PackedModule):
             return self
         moved = {name: fn(tensor) for name, tensor in self.state_dict().items()}
         self.device, self.dtype = sample.device, sample.dtype
-        self.ops = select.backend(self.backend, self.device)
+        self.ops = select.backend(self.backend, self.device, self.dtype)
         self.load_tensors(moved.items())
         self._allocate()
         return self

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from fastllama import cgroups
+from fastllama.kernels import onednn
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ def _product_is_complete(count: int, dtype: torch.dtype) -> bool:
     value = 1 + count % 100  # differs from the previous probe's, whose results may still be in the same memory
     x = torch.full((PROBE_ROWS, PROBE_WIDTH), value, dtype=dtype, device="cpu")
     weight = torch.ones(PROBE_OUTPUTS * count, PROBE_WIDTH, dtype=dtype, device="cpu")
-    return bool((F.linear(x, weight) == PROBE_WIDTH * value).all())
+    products = F.linear(x, weight), onednn.linear(x, weight)
+    return all(bool((product == PROBE_WIDTH * value).all()) for product in products)
 
 
 @functools.cache

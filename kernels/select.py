@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from fastllama.kernels import reference
+from fastllama.kernels.launch.checks import MODEL_DTYPES
 from fastllama.kernels.native import library
 
 logger = logging.getLogger(__name__)
@@ -17,15 +18,16 @@ BACKENDS = ("reference", "fused", "native")
 MIN_CAPABILITY = (8, 0)  # the first compute capability with bfloat16 matrix instructions
 
 
-def backend(name: str | None, device: torch.device) -> ModuleType:
+def backend(name: str | None, device: torch.device, dtype: torch.dtype | None = None) -> ModuleType:
     """The backend module of this name, or the device's default if name is None.
 
-    The default is "fused" on a GPU that supports it, "native" on a CPU, and "reference" if those cannot run. Raises
+    The default is "fused" on a GPU that supports it, "native" on a CPU, and "reference" if those cannot run, or if the
+    model's dtype is given and is none of MODEL_DTYPES. Raises
     ValueError for an unknown name, and for a backend that cannot run: "fused" without triton, on an older GPU, or on a
     CPU without Triton's interpreter, and "native" on a GPU or if its C++ kernels were not built.
     """
     if name is None:
-        name = _default(device)
+        name = _default(device) if dtype is None or dtype in MODEL_DTYPES else "reference"
     if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(repr(known) for known in BACKENDS)
         raise ValueError(f"backend must be one of {known}, got {name!r}: leave it out to get the one for {device}")

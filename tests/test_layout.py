@@ -18,6 +18,7 @@ LAYERS = {
     "kernels.launch.interpreter": 0.0,
     "kernels.batch": 0.0,
     "kernels.graph": 0.0,
+    "kernels.onednn": 0.0,
     "kernels.sampling.top_p_torch": 0.0,
     "kernels.sampling.philox": 0.0,
     "kernels.decode_state": 0.1,

@@ -12,10 +12,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastllama.kernels import reference
+from fastllama.kernels import onednn, reference
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.graph import Graph
@@ -64,7 +63,7 @@ def norm_qkv_rope_append(
 ) -> Tensor:
     """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
     if _uses_library(h):
-        return rope_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+        return rope_append(onednn.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
     arguments.check_projection(h, weight, norm)
     sizes = arguments.check_heads(h, weight.shape[0], rope, cache_k, cache_v, batch)
     q = empty((h.shape[0], sizes["n_heads"], sizes["head_dim"]), h.dtype)
@@ -117,7 +116,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
     """x (N, ·) -> (N, E)."""
     if _uses_library(x):
-        y = F.linear(x, weight)
+        y = onednn.linear(x, weight)
         return y if residual is None else y.add_(residual)
     arguments.check_projection(x, weight, residual=residual)
     y = empty((x.shape[0], weight.shape[0]), x.dtype)
@@ -129,7 +128,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: R
 def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """h (N, E) -> (N, F)."""
     if _uses_library(h):
-        return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
+        return silu_mul(onednn.linear(rms_norm(h, norm, eps), weight))
     arguments.check_projection(h, weight, norm)
     width = arguments.half(weight.shape[0])
     f = empty((h.shape[0], width), h.dtype)
@@ -149,7 +148,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """h (M, E) -> logits (M, V)."""
     if _uses_library(h):
-        return F.linear(rms_norm(h, norm, eps), weight)
+        return onednn.linear(rms_norm(h, norm, eps), weight)
     arguments.check_projection(h, weight, norm)
     logits = empty((h.shape[0], weight.shape[0]), h.dtype)
     _linear(h, weight, Epilogue.STORE, logits, weight.shape[0], norm=norm, eps=eps)

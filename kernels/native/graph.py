@@ -42,6 +42,11 @@ class NativeGraph:
 class _OnlyViews(TorchDispatchMode):
     """Refuses operations of torch that compute. Views are allowed, and what allocates an op's result."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: skipping it imports torch.compile, which takes a second and 70 MB."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if recording.allocating:

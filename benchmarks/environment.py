@@ -50,7 +50,7 @@ def describe_environment(device: torch.device | str, instruction_set: str | None
     commit, dirty = git_state(Path(__file__).resolve().parent)
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=_command(),
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if on_cuda else cpu,
         cpu=cpu,
@@ -68,6 +68,12 @@ def describe_environment(device: torch.device | str, instruction_set: str | None
         instruction_set=instruction_set,
         clocks=_run("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader") if on_cuda else None,
     )
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else shlex.quote(program.name)
+    return " ".join([name, shlex.join(sys.argv[1:])]).strip()
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:

@@ -12,6 +12,13 @@ from fastllama.benchmarks.environment import describe_environment, git_state
 from tests.benchmarks.cases import CPU
 
 
+def test_the_command_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/some/where/fastllama/__main__.py", "bench", "--model", "two words"])
+    assert describe_environment("cpu").command == "python -m fastllama bench --model 'two words'"
+    monkeypatch.setattr("sys.argv", ["/some/where/fastllama", "bench"])
+    assert describe_environment("cpu").command == "fastllama bench"
+
+
 def test_environment_describes_this_process() -> None:
     found = describe_environment("cpu")
     assert (found.device, found.torch, found.threads) == ("cpu", torch.__version__, torch.get_num_threads())

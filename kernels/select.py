@@ -22,9 +22,9 @@ def backend(name: str | None, device: torch.device, dtype: torch.dtype | None = 
     """The backend module of this name, or the device's default if name is None.
 
     The default is "fused" on a GPU that supports it, "native" on a CPU, and "reference" if those cannot run, or if the
-    model's dtype is given and is none of MODEL_DTYPES. Raises
-    ValueError for an unknown name, and for a backend that cannot run: "fused" without triton, on an older GPU, or on a
-    CPU without Triton's interpreter, and "native" on a GPU or if its C++ kernels were not built.
+    model's dtype is given and is none of MODEL_DTYPES. Raises ValueError for an unknown name, and for a backend that
+    cannot run: "fused" without triton, on an older GPU, or on a CPU without Triton's interpreter, and "native" on a
+    GPU or if its C++ kernels were not built.
     """
     if name is None:
         name = _default(device) if dtype is None or dtype in MODEL_DTYPES else "reference"
@@ -33,7 +33,7 @@ def backend(name: str | None, device: torch.device, dtype: torch.dtype | None = 
         raise ValueError(f"backend must be one of {known}, got {name!r}: leave it out to get the one for {device}")
     if name == "reference":
         return reference
-    obstacle = _obstacle(device) if name == "fused" else _native_obstacle(device)
+    obstacle = _fused_obstacle(device) if name == "fused" else _native_obstacle(device)
     if obstacle is not None:
         raise ValueError(f'backend "{name}" does not run here: {obstacle}; backend="reference" does')
     return importlib.import_module(f"fastllama.kernels.{name}")
@@ -48,7 +48,7 @@ def instruction_set(name: str | None, device: torch.device) -> str | None:
 
 def _default(device: torch.device) -> str:
     if device.type == "cuda":
-        return "fused" if _obstacle(device) is None else "reference"
+        return "fused" if _fused_obstacle(device) is None else "reference"
     if (obstacle := _native_obstacle(device)) is None:
         return "native"
     _warn(obstacle)
@@ -61,7 +61,7 @@ def _warn(obstacle: str) -> None:
     logger.warning('backend "reference" runs on this CPU, slower than "native" would: %s', obstacle)
 
 
-def _obstacle(device: torch.device) -> str | None:
+def _fused_obstacle(device: torch.device) -> str | None:
     """Why the fused backend does not run on a device, with the remedy; None if it runs."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton, on Linux)"

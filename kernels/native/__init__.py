@@ -9,7 +9,7 @@ the number of threads. Weights are row-major, so a single weight and its packed 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -234,9 +234,7 @@ def pack(*parts: Tensor) -> Tensor:
     return torch.cat(parts, out=packed)
 
 
-def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
-    """Split a packed weight into its parts, of the given numbers of rows."""
-    return torch.split(weight, list(rows))
+unpack = reference.unpack
 
 
 def workspace(

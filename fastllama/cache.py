@@ -1,5 +1,7 @@
 """The key/value cache: the keys and values of each row's earlier tokens."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,9 @@ class KVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        allocate: Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor],
     ) -> None:
-        """Allocate both tensors. Raises ValueError for a size below 1."""
+        """Allocate both tensors, with the backend's `allocate`. Raises ValueError for a size below 1."""
         sizes = {
             "n_layers": n_layers,
             "max_batch_size": max_batch_size,
@@ -33,8 +36,8 @@ class KVCache:
             if size < 1:
                 raise ValueError(f"the cache needs {name} of at least 1, got {size}")
         shape = tuple(sizes.values())
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = allocate(shape, dtype, device).zero_()
+        self.v = allocate(shape, dtype, device).zero_()
 
     @property
     def max_batch_size(self) -> int:

@@ -207,7 +207,8 @@ class Transformer(PackedModule):
         self.revision += 1
         self.register_buffer("rope", rope_table(p).to(self.device), persistent=False)
         heads = p.n_kv_heads, p.max_seq_len, p.head_dim
-        self.cache = KVCache(p.n_layers, p.max_batch_size, *heads, device=self.device, dtype=self.dtype)
+        memory = {"device": self.device, "dtype": self.dtype, "allocate": self.ops.allocate}
+        self.cache = KVCache(p.n_layers, p.max_batch_size, *heads, **memory)
         self.workspace = self.ops.workspace(
             max_batch_size=p.max_batch_size,
             n_heads=p.n_heads,

@@ -98,9 +98,11 @@ class PackedModule(nn.Module):
             self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
 
     def _set_weight(self, weight: PackedWeight, parts: list[Tensor]) -> None:
-        # A single part would share memory with the caller or with a mapped file. Several parts are concatenated anyway.
-        moved = [part.detach().to(self.device, self.dtype, copy=len(parts) == 1) for part in parts]
-        value = moved[0].contiguous() if weight.is_never_packed else self.ops.pack(*moved)
+        if len(parts) == 1:  # as it is, it would share memory with the caller or with a mapped file
+            moved = [self.ops.allocate(tuple(parts[0].shape), self.dtype, self.device).copy_(parts[0].detach())]
+        else:
+            moved = [part.detach().to(self.device, self.dtype) for part in parts]
+        value = moved[0] if weight.is_never_packed else self.ops.pack(*moved)
         setattr(weight.owner, weight.attribute, nn.Parameter(value, requires_grad=False))
 
     def _unpacked_weights(self) -> Iterator[tuple[str, Tensor]]:

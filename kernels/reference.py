@@ -219,6 +219,11 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
 # Weight layouts and machines.
 
 
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialized memory for a weight or a cache."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def pack(*parts: Tensor) -> Tensor:
     """Concatenate weights (rows_i, E) that are applied to the same input. `unpack` undoes it."""
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)

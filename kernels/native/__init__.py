@@ -27,8 +27,8 @@ from fastllama.kernels.native.library import (
     multiplies_bfloat16,
     recording,
     run,
-    use_large_pages,
 )
+from fastllama.kernels.native.memory import allocate
 
 MAX_FLOAT32_TOKENS = 64  # of a projection by the kernels; more are faster by the library's matrix product
 MAX_BFLOAT16_TOKENS = 32  # the same, where the CPU multiplies bfloat16; without, the library is never faster
@@ -225,13 +225,9 @@ def _sample(logits: Tensor, sampling: SamplingTensors, **fields: Tensor | int) -
 def pack(*parts: Tensor) -> Tensor:
     """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E), row-major."""
     if len(parts) == 1:
-        packed = parts[0].contiguous()
-        use_large_pages(packed)
-        return packed
+        return parts[0].contiguous()
     rows = sum(part.shape[0] for part in parts)
-    packed = empty((rows, *parts[0].shape[1:]), parts[0].dtype)
-    use_large_pages(packed)
-    return torch.cat(parts, out=packed)
+    return torch.cat(parts, out=allocate((rows, *parts[0].shape[1:]), parts[0].dtype, parts[0].device))
 
 
 unpack = reference.unpack

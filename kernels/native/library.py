@@ -18,7 +18,6 @@ from torch import Tensor
 ABI_VERSION = 1  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
 ISAS = ("avx512", "avx2", "portable")
-LARGE_PAGES_BYTES = 2**22  # weights from this size on ask for large pages
 
 
 class Kind(IntEnum):
@@ -101,12 +100,6 @@ def run(kind: Kind, dtype: torch.dtype, **fields: Tensor | int | float | None) -
         recording.tensors += tensors
 
 
-def use_large_pages(tensor: Tensor) -> None:
-    """Ask the system for large pages for a large tensor. What was written before moves to them in the background."""
-    if tensor.nbytes >= LARGE_PAGES_BYTES:
-        load().fastllama_use_large_pages(tensor.data_ptr(), tensor.nbytes)
-
-
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions that multiply bfloat16, which torch's matrix product uses."""
     return bool(load().fastllama_multiplies_bfloat16())
@@ -149,8 +142,6 @@ def load() -> Any:
     library.fastllama_run.restype = None
     library.fastllama_select.argtypes = (ctypes.c_char_p,)
     library.fastllama_selected.restype = ctypes.c_char_p
-    library.fastllama_use_large_pages.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-    library.fastllama_use_large_pages.restype = None
     name = os.environ.get(ISA_VARIABLE, "")
     if name and not library.fastllama_select(name.encode()):
         raise ValueError(f"{ISA_VARIABLE}={name}, which this CPU does not run: it is one of {', '.join(ISAS)}")

@@ -1,13 +1,6 @@
 // The functions that kernels/native/library.py calls.
-#include <cstdlib>
-#include <cstring>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <atomic>
+#include <cstring>
 
 #include "op.hpp"
 #include "pool.hpp"
@@ -76,17 +69,6 @@ int fastllama_multiplies_bfloat16() {
   return __builtin_cpu_supports("avx512bf16") != 0;
 #else
   return 0;
-#endif
-}
-
-// Asks the system for large pages, which make reading memory faster. Has no other effect.
-void fastllama_use_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
 #endif
 }
 

@@ -1,5 +1,6 @@
-// A thread takes chunks of the current op from a counter, and goes on to the next op when all chunks are done. It waits
-// for work, never for a thread: a thread that the system does not run holds up the others only while it has a chunk.
+// Each thread has a share of the current op's chunks, adjacent ones, so that it reads memory in one direction. It takes
+// them from a counter, then takes chunks from the other shares, and goes on to the next op when all chunks are done. It
+// waits for work, never for a thread: a thread that the system does not run holds up the others only while it has a chunk.
 #include "pool.hpp"
 
 #include <pthread.h>
@@ -40,8 +41,13 @@ class Waiting {
 };
 
 struct alignas(128) Progress {  // of one op, on cache lines of its own
-  std::atomic<int64_t> next{0}, done{0};
+  std::atomic<int64_t> done{0};
   int64_t chunks = 0;
+};
+
+struct alignas(128) Share {  // of one op and one thread
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
 };
 
 // The ops of one call. A worker may still look at a Run when its call has ended, so Runs are reused only once nobody uses
@@ -51,17 +57,24 @@ struct Run {
   uint64_t generation = 0;
   const Op* ops = nullptr;
   const Kernels* kernels = nullptr;
-  int n_ops = 0, n_workers = 0;
-  std::unique_ptr<Progress[]> progress;
-  int capacity = 0;
+  int n_ops = 0, n_threads = 0;
+  std::unique_ptr<Progress[]> progress;  // of each op
+  std::unique_ptr<Share[]> shares;       // of each op, those of its threads
+  int capacity = 0, capacity_of_shares = 0;
 
-  void set(const Op* new_ops, int count, const Kernels& set_of_kernels) {
+  void set(const Op* new_ops, int count, int threads, const Kernels& set_of_kernels) {
     if (capacity < count) progress.reset(new Progress[count]), capacity = count;
-    ops = new_ops, n_ops = count, kernels = &set_of_kernels;
+    if (capacity_of_shares < count * threads) shares.reset(new Share[count * threads]), capacity_of_shares = count * threads;
+    ops = new_ops, n_ops = count, n_threads = threads, kernels = &set_of_kernels;
     for (int i = 0; i < count; i++) {
-      progress[i].next.store(0, std::memory_order_relaxed);
+      const int64_t chunks = count_chunks(ops[i]);
       progress[i].done.store(0, std::memory_order_relaxed);
-      progress[i].chunks = count_chunks(ops[i]);
+      progress[i].chunks = chunks;
+      for (int thread = 0; thread < threads; thread++) {
+        Share& share = shares[i * threads + thread];
+        share.next.store(chunks * thread / threads, std::memory_order_relaxed);
+        share.end = chunks * (thread + 1) / threads;
+      }
     }
   }
 };
@@ -69,15 +82,18 @@ struct Run {
 thread_local Scratch scratch;
 
 // `ops` is read only with a chunk in hand: without one, the call may have ended.
-void take_part(Run& run) {
+void take_part(Run& run, int thread) {
   for (int i = 0; i < run.n_ops; i++) {
     Progress& progress = run.progress[i];
     int64_t taken = 0;
-    while (progress.next.load(std::memory_order_relaxed) < progress.chunks) {
-      const int64_t chunk = progress.next.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= progress.chunks) break;
-      if (taken++ == 0) run.kernels->prepare(run.ops[i], scratch);
-      run.kernels->run(run.ops[i], chunk, scratch);
+    for (int other = 0; other < run.n_threads; other++) {
+      Share& share = run.shares[i * run.n_threads + (thread + other) % run.n_threads];
+      while (share.next.load(std::memory_order_relaxed) < share.end) {
+        const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= share.end) break;
+        if (taken++ == 0) run.kernels->prepare(run.ops[i], scratch);
+        run.kernels->run(run.ops[i], chunk, scratch);
+      }
     }
     if (taken > 0) progress.done.fetch_add(taken, std::memory_order_release);
     for (Waiting waiting; progress.done.load(std::memory_order_acquire) < progress.chunks;) waiting.once();
@@ -100,8 +116,7 @@ class Pool {
     if (!call.owns_lock()) return false;
     start_workers(n_threads - 1);
     Run& run = unused_run();
-    run.set(ops, n_ops, kernels);
-    run.n_workers = n_threads - 1;
+    run.set(ops, n_ops, n_threads, kernels);
     run.generation = generation_.load() + 1;
     current_.store(&run);
     generation_.store(run.generation);
@@ -109,7 +124,7 @@ class Pool {
       { std::lock_guard<std::mutex> lock(sleep_); }
       wake_.notify_all();
     }
-    take_part(run);
+    take_part(run, 0);
     current_.store(nullptr);
     run.users.fetch_sub(1);
     return true;
@@ -118,7 +133,7 @@ class Pool {
  private:
   void start_workers(int count) {
     try {
-      for (; n_started_ < count; n_started_++) std::thread(&Pool::work, this, n_started_).detach();
+      for (; n_started_ < count; n_started_++) std::thread(&Pool::work, this, n_started_ + 1).detach();
     } catch (const std::system_error&) {  // the system has no more threads: run on those that there are
     }
   }
@@ -133,7 +148,7 @@ class Pool {
     return *runs_.back();
   }
 
-  void work(int index) {
+  void work(int thread) {
     for (uint64_t seen = 0;;) {
       wait_for_run(seen);
       seen = generation_.load();
@@ -142,7 +157,7 @@ class Pool {
       run->users.fetch_add(1);
       if (current_.load() == run) {  // its fields are valid, and stay so until users is 0
         seen = run->generation;
-        if (index < run->n_workers) take_part(*run);
+        if (thread < run->n_threads) take_part(*run, thread);
       }
       run->users.fetch_sub(1);
     }

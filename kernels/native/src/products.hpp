@@ -9,8 +9,8 @@ constexpr bool HAS_32_REGISTERS = LANES == 16 || !IS_X86;
 constexpr int TOKENS = HAS_32_REGISTERS ? 6 : 4;
 constexpr int ROWS = HAS_32_REGISTERS ? 4 : 3;
 // For one token, weights only stream from memory: fastest in four rows of float32 at once, and in one row of 16 bits.
-template <class T> constexpr int ROWS_OF_ONE_TOKEN = same<T, float> ? 4 : 1;
-constexpr int64_t PREFETCH_BYTES = 4096;  // ahead of the weights of one token; for more tokens, the next tile is prefetched
+template <class T> constexpr int ROWS_OF_ONE_TOKEN = 1;
+constexpr int64_t PREFETCH_BYTES = 8192;  // ahead of the weights of one token; for more tokens, the next tile is prefetched
 constexpr int64_t BLOCK_BYTES = 256 * 1024;  // of the inputs of a block of tokens
 constexpr int64_t MIN_BLOCK_TOKENS = 4 * TOKENS;
 

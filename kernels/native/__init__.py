@@ -1,8 +1,9 @@
 """The `native` backend: the ops of `reference` as C++ kernels for CPUs. `reference` documents shapes and meaning.
 
 The number of tokens decides how an op runs. For few tokens, and in a captured decode step, every op is one or two calls
-of a kernel: a projection has its norm at the start and its epilogue at the end. More tokens use the library's matrix
-product, between kernels for the norm, the rotary embedding and SwiGLU; how many depends on the dtype (`max_tokens`).
+of a kernel: a projection has its norm at the start and its epilogue at the end. More tokens use oneDNN's matrix product
+and the reference's other ops; how many depends on the dtype (`max_tokens`). Kernels do not run between these, because
+after each of its ops the library's threads keep their CPUs busy for milliseconds.
 
 The kernels widen weights in registers, sum in float32 and round where the reference rounds. Results do not depend on
 the number of threads. Weights are row-major, so a single weight and its packed form are the same bytes.
@@ -33,10 +34,11 @@ from fastllama.kernels.native.memory import allocate
 MAX_FLOAT32_TOKENS = 64  # of a projection by the kernels; more are faster by the library's matrix product
 MAX_BFLOAT16_TOKENS = 32  # the same, where the CPU multiplies bfloat16; without, the library is never faster
 MAX_TOKENS_PER_OP = 256  # of a LINEAR op, which keeps the inputs of all its tokens; more are several ops
-MAX_ATTENTION_TOKENS = 16  # that attend by the kernel, outside decode steps
-# Attention splits a row at every SPLIT_KEYS keys, and deals the splits to at most MAX_SPLIT_GROUPS chunks of work.
+# Attention splits a row at every SPLIT_KEYS keys, and deals the splits to at most MAX_SPLIT_GROUPS groups. For up to
+# MAX_MERGED_TOKENS tokens, every group is a chunk of work of its own.
 SPLIT_KEYS = 512
 MAX_SPLIT_GROUPS = 16
+MAX_MERGED_TOKENS = 16
 PER_TOKEN = ("residual", "positions", "rows")  # fields of a LINEAR op with a value per token, beside x and out
 STATISTICS_LOGITS = 4096  # logits of a row in one chunk of sampling's statistics
 
@@ -63,7 +65,8 @@ def norm_qkv_rope_append(
 ) -> Tensor:
     """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
     if _uses_library(h):
-        return rope_append(onednn.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+        heads = onednn.linear(reference.rms_norm(h, norm, eps), weight)
+        return reference.rope_append(heads, rope, cache_k, cache_v, batch)
     arguments.check_projection(h, weight, norm)
     sizes = arguments.check_heads(h, weight.shape[0], rope, cache_k, cache_v, batch)
     q = empty((h.shape[0], sizes["n_heads"], sizes["head_dim"]), h.dtype)
@@ -92,15 +95,16 @@ def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, b
 
 
 def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
-    """q (N, H, D) -> (N, H·D). Decode steps and few tokens use the kernel, prompts the reference."""
-    if q.shape[0] > MAX_ATTENTION_TOKENS and not batch.is_decode_step:
+    """q (N, H, D) -> (N, H·D)."""
+    if _uses_library(q):
         return reference.attention(q, cache_k, cache_v, batch)
     arguments.check_attention(q, cache_k, cache_v, batch)
     n_tokens, n_heads, head_dim = q.shape
     cache_rows, n_kv_heads, length, _ = cache_k.shape
     groups = min(-(-length // SPLIT_KEYS), MAX_SPLIT_GROUPS)
     out = empty((n_tokens, n_heads * head_dim), q.dtype)
-    partial = empty((n_tokens, n_heads, groups, head_dim + 2), torch.float32) if groups > 1 else None
+    is_merged = groups > 1 and n_tokens <= MAX_MERGED_TOKENS
+    partial = empty((n_tokens, n_heads, groups, head_dim + 2), torch.float32) if is_merged else None
     fields: dict[str, Tensor | int | None] = {
         **{"x": q, "out": out, "cache_k": cache_k, "cache_v": cache_v, "partial": partial},
         **{"positions": batch.positions, "rows": batch.rows, "n_tokens": n_tokens, "n_heads": n_heads},
@@ -108,7 +112,7 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
         **{"split": SPLIT_KEYS, "groups": groups},
     }
     run(Kind.ATTENTION, q.dtype, **fields)
-    if groups > 1:
+    if is_merged:
         run(Kind.ATTENTION_MERGE, q.dtype, **fields)
     return out
 
@@ -128,7 +132,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: R
 def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """h (N, E) -> (N, F)."""
     if _uses_library(h):
-        return silu_mul(onednn.linear(rms_norm(h, norm, eps), weight))
+        return reference.silu_mul(onednn.linear(reference.rms_norm(h, norm, eps), weight))
     arguments.check_projection(h, weight, norm)
     width = arguments.half(weight.shape[0])
     f = empty((h.shape[0], width), h.dtype)
@@ -148,7 +152,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
     """h (M, E) -> logits (M, V)."""
     if _uses_library(h):
-        return onednn.linear(rms_norm(h, norm, eps), weight)
+        return onednn.linear(reference.rms_norm(h, norm, eps), weight)
     arguments.check_projection(h, weight, norm)
     logits = empty((h.shape[0], weight.shape[0]), h.dtype)
     _linear(h, weight, Epilogue.STORE, logits, weight.shape[0], norm=norm, eps=eps)

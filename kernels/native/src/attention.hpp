@@ -1,8 +1,8 @@
 // Attention of each token over its row's cache, up to its own position. Included by kernels.hpp.
 //
-// A chunk is one token, one kv head with its G query heads, and one group of splits: group g has the splits g, g + groups,
-// … with an online softmax over them. A row of one split is finished by its
-// chunk. Longer rows' groups leave (Σ p·v, max, Σ p) for ATTENTION_MERGE, which adds them in order.
+// The keys of a row are divided into splits, and the splits into groups: group g has the splits g, g + groups, … with an
+// online softmax over them, and the groups' (Σ p·v, max, Σ p) are added in order. A chunk is one token and one kv head with
+// its G query heads. If there are few tokens, so that chunks are few, it is one group only, and ATTENTION_MERGE adds them.
 
 constexpr int64_t BLOCK_KEYS = 64;  // their keys and values stay in the first cache for all query heads
 
@@ -115,57 +115,32 @@ static void add_keys_to_heads(const T* k, const T* v, int64_t count, int64_t D, 
     add_keys<T, 1>(k, v, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
 }
 
-template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scratch& scratch) {
-  const int64_t groups = op.groups, D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D);
-  const int64_t group = chunk % groups, kv_head = chunk / groups % op.n_kv_heads, n = chunk / groups / op.n_kv_heads;
-  const int64_t length = row_length(op, n);
-  T* out = static_cast<T*>(op.out) + (n * op.n_heads + kv_head * G) * D;
-  if (group * op.split >= length) {
-    if (length == 0 && group == 0) __builtin_memset(out, 0, G * D * sizeof(T));
-    return;
-  }
-  float* queries = scratch.results(2 * G * stride + 2 * G);
-  float *acc = queries + G * stride, *max = acc + G * stride, *total = max + G;
-  const V scale = splat(1.0f / __builtin_sqrtf(float(D)));
-  for (int64_t g = 0; g < G; g++) {
-    const T* q = static_cast<const T*>(op.x) + (n * op.n_heads + kv_head * G + g) * D;
-    for (int64_t d = 0; d < D; d += LANES) {
-      store(queries + g * stride + d, load_up_to(q + d, D - d) * scale);
-      store(acc + g * stride + d, V{});
-    }
-    max[g] = -__builtin_inff(), total[g] = 0;
-  }
+// The splits of one group: (Σ p·v, max, Σ p) of the G query heads of a kv head.
+template <class T>
+static void attend(const Op& op, int64_t n, int64_t kv_head, int64_t group, const float* queries, int64_t stride,
+                   float* acc, float* max, float* total) {
+  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, length = row_length(op, n);
   const int64_t head = (op.rows[n] * op.n_kv_heads + kv_head) * op.length * D;
   const T *k = static_cast<const T*>(op.cache_k) + head, *v = static_cast<const T*>(op.cache_v) + head;
-  for (int64_t split = group * op.split; split < length; split += groups * op.split) {
+  __builtin_memset(acc, 0, G * stride * sizeof(float));
+  for (int64_t g = 0; g < G; g++) max[g] = -__builtin_inff(), total[g] = 0;
+  for (int64_t split = group * op.split; split < length; split += op.groups * op.split) {
     const int64_t end = split + op.split < length ? split + op.split : length;
     for (int64_t t = split; t < end; t += BLOCK_KEYS) {
       const int64_t count = end - t < BLOCK_KEYS ? end - t : BLOCK_KEYS;
       add_keys_to_heads(k + t * D, v + t * D, count, D, G, queries, stride, acc, max, total);
     }
   }
-  for (int64_t g = 0; g < G; g++) {
-    float* partial = op.partial + ((n * op.n_heads + kv_head * G + g) * groups + group) * (D + 2);
-    for (int64_t d = 0; d < D; d += LANES) {
-      const V sums = load(acc + g * stride + d);
-      if (length <= op.split) store_up_to(out + g * D + d, sums / splat(total[g]), D - d);
-      else store_up_to(partial + d, sums, D - d);
-    }
-    if (length > op.split) partial[D] = max[g], partial[D + 1] = total[g];
-  }
 }
 
-template <class T> static void merge_token(const Op& op, int64_t n) {
-  const int64_t length = row_length(op, n), D = op.head_dim, all = op.groups;
-  if (length <= op.split) return;
-  const int64_t used = ceil_div(length, op.split) < all ? ceil_div(length, op.split) : all;
-  for (int64_t h = 0; h < op.n_heads; h++) {
-    const float* parts = op.partial + (n * op.n_heads + h) * all * (D + 2);
+// out[h] (D,) of `heads` heads, from the first `used` of all groups: parts[h][group] has D sums, the max and Σ p.
+template <class T>
+static void merge_groups(const float* parts, int64_t heads, int64_t used, int64_t all, int64_t D, T* out) {
+  for (int64_t h = 0; h < heads; h++, parts += all * (D + 2), out += D) {
     float max = -__builtin_inff(), total = 0;
     for (int64_t g = 0; g < used; g++) max = parts[g * (D + 2) + D] > max ? parts[g * (D + 2) + D] : max;
     for (int64_t g = 0; g < used; g++)
       total += exponential(splat(parts[g * (D + 2) + D] - max))[0] * parts[g * (D + 2) + D + 1];
-    T* out = static_cast<T*>(op.out) + (n * op.n_heads + h) * D;
     for (int64_t d = 0; d < D; d += LANES) {
       V sums = {};
       for (int64_t g = 0; g < used; g++)
@@ -173,4 +148,47 @@ template <class T> static void merge_token(const Op& op, int64_t n) {
       store_up_to(out + d, sums / splat(total), D - d);
     }
   }
+}
+
+INLINE int64_t used_groups(const Op& op, int64_t length) {
+  const int64_t splits = ceil_div(length, op.split);
+  return splits < op.groups ? splits : op.groups;
+}
+
+template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scratch& scratch) {
+  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D), part = op.groups * (D + 2);
+  const int64_t chunk_groups = attention_chunk_groups(op), chunks = op.groups / chunk_groups;
+  const int64_t first = chunk % chunks * chunk_groups, kv_head = chunk / chunks % op.n_kv_heads;
+  const int64_t n = chunk / chunks / op.n_kv_heads, length = row_length(op, n), used = used_groups(op, length);
+  T* out = static_cast<T*>(op.out) + (n * op.n_heads + kv_head * G) * D;
+  if (length == 0 && first == 0) __builtin_memset(out, 0, G * D * sizeof(T));
+  if (first >= used) return;
+  float* queries = scratch.results(2 * G * (stride + 1) + G * part);
+  float *acc = queries + G * stride, *max = acc + G * stride, *total = max + G, *parts = total + G;
+  if (op.partial != nullptr) parts = op.partial + (n * op.n_heads + kv_head * G) * part;
+  const V scale = splat(1.0f / __builtin_sqrtf(float(D)));
+  for (int64_t g = 0; g < G; g++) {
+    const T* q = static_cast<const T*>(op.x) + (n * op.n_heads + kv_head * G + g) * D;
+    for (int64_t d = 0; d < D; d += LANES) store(queries + g * stride + d, load_up_to(q + d, D - d) * scale);
+  }
+  for (int64_t group = first; group < used && group < first + chunk_groups; group++) {
+    attend<T>(op, n, kv_head, group, queries, stride, acc, max, total);
+    for (int64_t g = 0; g < G; g++) {
+      float* to = parts + g * part + group * (D + 2);
+      for (int64_t d = 0; d < D; d += LANES) {
+        const V sums = load(acc + g * stride + d);
+        if (used == 1) store_up_to(out + g * D + d, sums / splat(total[g]), D - d);
+        else store_up_to(to + d, sums, D - d);
+      }
+      if (used > 1) to[D] = max[g], to[D + 1] = total[g];
+    }
+  }
+  if (op.partial == nullptr && used > 1) merge_groups(parts, G, used, op.groups, D, out);
+}
+
+template <class T> static void merge_token(const Op& op, int64_t n) {
+  const int64_t used = used_groups(op, row_length(op, n)), D = op.head_dim, first = n * op.n_heads;
+  if (used > 1)
+    merge_groups(op.partial + first * op.groups * (D + 2), op.n_heads, used, op.groups, D,
+                 static_cast<T*>(op.out) + first * D);
 }

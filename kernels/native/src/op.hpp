@@ -22,7 +22,7 @@ struct Op {
   void* out;             // (N, outputs); ATTENTION: (N, H, D); SAMPLE: tokens (N,) int64
   const float* rope;     // (T, D/2, 2)
   void *cache_k, *cache_v;  // (cache_rows, K, T, D)
-  float* partial;           // ATTENTION: (N, H, groups, D + 2); STATISTICS: (N, groups, 4)
+  float* partial;           // ATTENTION: (N, H, groups, D + 2) or null: see attention.hpp; STATISTICS: (N, groups, 4)
   const double *temperature, *top_p;      // (N,)
   const int64_t *seed, *stream, *call;    // (N,)
   float* logprobs;                        // (N,), where has_state is 0
@@ -34,7 +34,7 @@ struct Op {
   int64_t n_tokens, width, outputs, n_heads, n_kv_heads, head_dim, length, cache_rows, vocab;
   int64_t begin;  // EMBED: the table's first id, or -1 where it is the complete vocabulary
   int64_t out_stride;
-  int64_t split, groups;  // a row is divided into splits of so many keys or logits, and they into groups, one per chunk
+  int64_t split, groups;  // a row is divided into splits of so many keys or logits, and they into groups
   double eps;
 };
 
@@ -52,10 +52,12 @@ inline int64_t chunk_outputs(const Op& op) {
   return fitting < CHUNK_STEP ? CHUNK_STEP : fitting > MAX_CHUNK_OUTPUTS ? MAX_CHUNK_OUTPUTS : fitting;
 }
 
+inline int64_t attention_chunk_groups(const Op& op) { return op.partial == nullptr ? op.groups : 1; }
+
 inline int64_t count_chunks(const Op& op) {
   switch (op.kind) {
     case LINEAR: return ceil_div(op.outputs, chunk_outputs(op));
-    case ATTENTION: return op.n_tokens * op.n_kv_heads * op.groups;
+    case ATTENTION: return op.n_tokens * op.n_kv_heads * (op.groups / attention_chunk_groups(op));
     case STATISTICS: return op.n_tokens * op.groups;
     case SAMPLE: return op.n_tokens;
     default: return ceil_div(op.n_tokens, ELEMENTWISE_TOKENS);

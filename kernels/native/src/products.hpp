@@ -1,16 +1,18 @@
 // y = epilogue(weight · norm(x)): every projection of a layer, and the head. Included by kernels.hpp.
 //
 // The inputs of all tokens are normalized and widened to float32 once per thread. A chunk is a range of weight rows, read
-// once for all tokens: a tile of ROWS weight rows and up to TOKENS tokens keeps its sums in registers, one vector per
-// pair, so that a result does not depend on the tile that it is computed in.
+// once for all tokens. A tile of weight rows and tokens keeps its sums in registers, one vector per pair, so that a result
+// does not depend on the tile that it is computed in. For few tokens, whose time is that of reading the weights, a tile
+// has one row, and the weights are read in one stream. For more, whose time is that of the sums, it has several.
 
 // TOKENS · ROWS sums, ROWS weights and an input fit the registers: 32 with AVX-512 and NEON, else 16.
 constexpr bool HAS_32_REGISTERS = LANES == 16 || !IS_X86;
 constexpr int TOKENS = HAS_32_REGISTERS ? 6 : 4;
 constexpr int ROWS = HAS_32_REGISTERS ? 4 : 3;
-// For one token, weights only stream from memory: fastest in four rows of float32 at once, and in one row of 16 bits.
-template <class T> constexpr int ROWS_OF_ONE_TOKEN = 1;
-constexpr int64_t PREFETCH_BYTES = 8192;  // ahead of the weights of one token; for more tokens, the next tile is prefetched
+constexpr int STREAM_TOKENS = 4;
+constexpr int64_t STREAM_INPUT_BYTES = 32 * 1024;  // which stay in the first cache
+constexpr int64_t PREFETCH_BYTES = 4096;   // ahead in a stream; with more tokens, the next tile is prefetched
+constexpr int ONCE = 0, REPEATEDLY = 3;    // how often a prefetched weight is read: the locality of __builtin_prefetch
 constexpr int64_t BLOCK_BYTES = 256 * 1024;  // of the inputs of a block of tokens
 constexpr int64_t MIN_BLOCK_TOKENS = 4 * TOKENS;
 
@@ -48,7 +50,7 @@ template <class T> static void prepare_inputs(const Op& op, Scratch& scratch) {
 }
 
 // out[n][r] = Σ w[r][i] · x[n][i] for R weight rows and N tokens.
-template <class T, int R, int N>
+template <class T, int R, int N, bool IS_STREAM = false>
 INLINE void tile(const T* w, int64_t width, const float* x, int64_t stride_x, float* out, int64_t stride_out) {
   V sums[N * R] = {};
   int64_t i = 0;
@@ -57,8 +59,8 @@ INLINE void tile(const T* w, int64_t width, const float* x, int64_t stride_x, fl
     V rows[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      if (N == 1) __builtin_prefetch(reinterpret_cast<const char*>(w + r * width + i) + PREFETCH_BYTES);
-      else __builtin_prefetch(w + (r + R) * width + i);
+      if (IS_STREAM) __builtin_prefetch(reinterpret_cast<const char*>(w + r * width + i) + PREFETCH_BYTES, 0, ONCE);
+      else __builtin_prefetch(w + (r + R) * width + i, 0, N < TOKENS ? ONCE : REPEATEDLY);
       rows[r] = load(w + r * width + i);
     }
 #pragma GCC unroll 8
@@ -100,16 +102,24 @@ INLINE void tiles(const T* w, int64_t width, const float* x, int64_t stride_x, i
   }
 }
 
+// out[n][r] for `count` weight rows from w on and n_tokens tokens, at most N.
+template <class T, int N>
+static void stream(const T* w, int64_t count, int64_t width, const float* x, int64_t stride_x, int64_t n_tokens,
+                   float* out, int64_t stride_out) {
+  if constexpr (N > 1)
+    if (n_tokens < N) return stream<T, N - 1>(w, count, width, x, stride_x, n_tokens, out, stride_out);
+  for (int64_t r = 0; r < count; r++) tile<T, 1, N, true>(w + r * width, width, x, stride_x, out + r, stride_out);
+}
+
 // out[n][r] for `count` weight rows from w on and tokens [begin, end).
 template <class T>
 static void block_products(const Op& op, const T* w, int64_t count, int64_t begin, int64_t end, const float* x,
                            float* out, int64_t stride_out) {
   const int64_t stride_x = input_stride(op.width), n_tokens = end - begin;
   x += begin * stride_x, out += begin * stride_out;
+  if (n_tokens == 1 || (n_tokens <= STREAM_TOKENS && n_tokens * op.width * 4 <= STREAM_INPUT_BYTES))
+    return stream<T, STREAM_TOKENS>(w, count, op.width, x, stride_x, n_tokens, out, stride_out);
   int64_t r = 0;
-  if (n_tokens == 1)
-    for (; r + ROWS_OF_ONE_TOKEN<T> <= count; r += ROWS_OF_ONE_TOKEN<T>)
-      tile<T, ROWS_OF_ONE_TOKEN<T>, 1>(w + r * op.width, op.width, x, stride_x, out + r, stride_out);
   for (; r + ROWS <= count; r += ROWS)
     tiles<T, ROWS>(w + r * op.width, op.width, x, stride_x, n_tokens, out + r, stride_out);
   for (; r < count; r++) tiles<T, 1>(w + r * op.width, op.width, x, stride_x, n_tokens, out + r, stride_out);

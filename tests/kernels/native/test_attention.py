@@ -1,4 +1,4 @@
-"""Native decode attention: against the reference and float64, with NaN in everything that it must not read."""
+"""Native attention: against the reference and float64, with NaN in everything that it must not read."""
 
 from dataclasses import replace
 
@@ -27,6 +27,8 @@ CASE_LIST = [
     decode_case([9000, 8191, 8192, 5], 1, 2, 8, FP32),
     Case([(0, 3, 4), (2, 600, 5)], 2, 3, 32, FP32),
     Case([(1, 0, 16)], 2, 2, 64, FP16),
+    Case([(0, 0, 20), (1, 5, 9)], 2, 2, 16, FP32),
+    Case([(0, 1015, 30)], 1, 4, 24, FP16),
 ]
 
 pytestmark = pytest.mark.usefixtures("isa", "threads")
@@ -51,9 +53,20 @@ def test_inactive_rows_read_nothing(guarded: GuardedMemory) -> None:
     assert torch.equal(ours[::2], expected[::2]) and not ours[1].any()
 
 
-def test_rows_and_prompts_attend_like_the_reference(guarded: GuardedMemory) -> None:
-    """Many tokens of several rows, which the reference computes."""
-    q, cache_k, cache_v, batch = build(Case([(0, 0, 20), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
+def test_a_token_attends_with_the_same_result_in_any_batch(guarded: GuardedMemory) -> None:
+    """Tokens of rows of one group and of several, together and a few at a time: bit for bit."""
+    q, cache_k, cache_v, batch = build(Case([(0, 1500, 12), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
+    together = native.attention(q, cache_k, cache_v, batch)
+    assert together.shape[0] > native.MAX_MERGED_TOKENS
+    for begin in range(0, q.shape[0], 5):
+        some = slice(begin, begin + 5)
+        part = replace(batch, positions=batch.positions[some], rows=batch.rows[some])
+        assert torch.equal(native.attention(q[some], cache_k, cache_v, part), together[some])
+
+
+def test_many_tokens_attend_by_the_library(guarded: GuardedMemory) -> None:
+    count = int(native.max_tokens(torch.float32)) + 1
+    q, cache_k, cache_v, batch = build(Case([(0, 0, count - 9), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
     expected = reference.attention(q, cache_k, cache_v, batch)
     assert torch.equal(native.attention(q, cache_k, cache_v, batch), expected)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastllama import threads
 from fastllama.kernels.batch import RaggedBatch
 from fastllama.model import Transformer
 
@@ -44,6 +45,8 @@ def prefill(
                 _score(model, h, batch, pieces, prompts, scores)
     if batch is None:
         raise ValueError("prefill needs at least one prompt")
+    if model.device.type == "cpu":
+        threads.end_openmp_threads()  # decode steps may have threads of their own
     with model.suited(len(prompts), 0):
         return model.logits(last, batch), scores if score else None
 

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 SMALL_WORK = 64_000_000
 SMALL_WEIGHT_BYTES = 2**25  # weights that fit the CPU's cache
 LIMITING_PREFIXES = ("OMP_", "KMP_", "GOMP_")  # of the environment variables that configure OpenMP
+SOFT_PAUSE = 1  # omp_pause_soft: settings are kept
 PROBE_ROWS, PROBE_WIDTH, PROBE_OUTPUTS = 4, 64, 64  # exact in bfloat16 up to a width of 256 times values up to 127
 
 _is_exact = False  # within use_exactly
@@ -82,6 +83,14 @@ def for_work(multiply_adds: int, weight_bytes: int) -> Iterator[None]:
         return
     with _using(1):
         yield
+
+
+def end_openmp_threads() -> None:
+    """End the threads that the OpenMP runtime has started for this thread; it starts new ones at its next op.
+
+    Otherwise they keep their CPUs busy for some milliseconds after an op, and threads that are not OpenMP's wait.
+    """
+    _openmp.pause()
 
 
 @contextlib.contextmanager
@@ -153,6 +162,7 @@ class _OpenMP:
         self._cpus = self._function("omp_get_num_procs")
         self._thread_limit = self._function("omp_get_thread_limit")
         self._max_active_levels = self._function("omp_get_max_active_levels")
+        self._pause = self._function("omp_pause_resource_all")
         self._set_mkl = self._function("MKL_Set_Num_Threads_Local")
         self.is_known = self._set_threads is not None and self._set_dynamic is not None
 
@@ -189,6 +199,10 @@ class _OpenMP:
 
     def max_active_levels(self) -> int:
         return self._max_active_levels() if self._max_active_levels is not None else 1
+
+    def pause(self) -> None:
+        if self._pause is not None:
+            self._pause(SOFT_PAUSE)
 
     def set_threads(self, count: int, mkl: int | None = None) -> int:
         """Set the calling thread's count, and MKL's to `mkl` or the same. Returns MKL's previous count, 0 for none."""

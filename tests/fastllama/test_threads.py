@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -198,3 +200,17 @@ def test_products_are_right_under_openmps_limits(environment: dict[str, str]) ->
         found
     )
     assert next(iter(environment)) in done.stderr
+
+
+@pytest.mark.skipif(threads._openmp._pause is None, reason="this OpenMP runtime has no omp_pause_resource_all")
+def test_openmps_threads_end_and_start_again() -> None:
+    x = torch.randn(512, 512)
+    with threads.use_exactly(2):
+        product = x @ x
+        started = psutil.Process().num_threads()
+        threads.end_openmp_threads()
+        deadline = time.monotonic() + 60
+        while psutil.Process().num_threads() != started - 1:
+            assert time.monotonic() < deadline, "the thread has not ended"
+        assert torch.equal(x @ x, product)
+        assert psutil.Process().num_threads() == started

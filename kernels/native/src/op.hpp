@@ -39,8 +39,8 @@ struct Op {
 };
 
 // How an op is divided into chunks. Results do not depend on it, nor on which thread runs a chunk.
-constexpr int64_t CHUNK_BYTES = 64 * 1024;    // of weights
-constexpr int64_t MAX_CHUNK_OUTPUTS = 60;     // rows of a weight in a chunk
+constexpr int64_t CHUNK_BYTES = 128 * 1024;    // of weights
+constexpr int64_t MAX_CHUNK_OUTPUTS = 120;     // rows of a weight in a chunk
 constexpr int64_t CHUNK_STEP = 12;            // a multiple of the rows of every tile
 constexpr int64_t ELEMENTWISE_TOKENS = 4;     // tokens in a chunk of an op without a weight
 

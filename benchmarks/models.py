@@ -46,6 +46,16 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         "multiple_of": 256,
         "ffn_dim_multiplier": 1.3,
     },
+    # The shape of SmolLM-135M: many small layers.
+    "random-135m": {
+        "dim": 576,
+        "n_layers": 30,
+        "n_heads": 9,
+        "n_kv_heads": 3,
+        "vocab_size": 49152,
+        "multiple_of": 256,
+        "tied_output": True,
+    },
 }
 
 

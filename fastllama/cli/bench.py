@@ -32,6 +32,7 @@ MODELS = (
     "builtin",
     "random-toy",
     "random-176m",
+    "random-135m",
     "llama3-8b",
     "llama3-70b",
     "llama3.1-8b",

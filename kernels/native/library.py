@@ -6,6 +6,7 @@
 import ctypes
 import functools
 import os
+import platform
 import threading
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -17,7 +18,7 @@ from torch import Tensor
 
 ABI_VERSION = 1  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("neon",) if platform.machine().lower() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
 
 class Kind(IntEnum):

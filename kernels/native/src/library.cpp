@@ -8,9 +8,9 @@
 namespace fastllama {
 namespace {
 
-bool runs_here(const Kernels& kernels) {
+bool runs_here([[maybe_unused]] const Kernels& kernels) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // all that have them have F16C
   if (&kernels == &kernels_avx2) return avx2;
   if (&kernels == &kernels_avx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

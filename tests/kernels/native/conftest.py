@@ -5,9 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastllama.kernels import native
 from fastllama.kernels.native import library
+from tests.kernels.native import emulator
 
 THREADS = (1, 3)
+EMULATED = "neon-emulated"
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +21,24 @@ def built() -> None:
         pytest.skip(f"the native backend does not run here: {obstacle}")
 
 
-@pytest.fixture(params=library.ISAS)
-def isa(request: pytest.FixtureRequest, built: None) -> Iterator[str]:
-    """Each instruction set that this CPU runs."""
+@pytest.fixture(scope="session")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulator.ArmProcess]:
+    """The kernels for Arm in an emulator."""
+    obstacle = emulator.obstacle()
+    if obstacle is not None:
+        pytest.skip(f"Arm's kernels on this CPU: {obstacle}")
+    process = emulator.ArmProcess(tmp_path_factory.mktemp("arm"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(params=[*library.ISAS, pytest.param(EMULATED, marks=pytest.mark.slow)])
+def isa(request: pytest.FixtureRequest, built: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set that this CPU runs, and Arm's in an emulator."""
+    if request.param == EMULATED:
+        monkeypatch.setattr(native, "run", request.getfixturevalue("arm").run)
+        yield EMULATED
+        return
     before = library.instruction_set()
     try:
         library.select_instruction_set(request.param)

@@ -45,10 +45,16 @@ def prefill(
                 _score(model, h, batch, pieces, prompts, scores)
     if batch is None:
         raise ValueError("prefill needs at least one prompt")
-    if model.device.type == "cpu":
-        threads.end_openmp_threads()  # decode steps may have threads of their own
+    _end_library_threads(model)  # the kernels that follow may have threads of their own
     with model.suited(len(prompts), 0):
-        return model.logits(last, batch), scores if score else None
+        logits = model.logits(last, batch)
+    _end_library_threads(model)
+    return logits, scores if score else None
+
+
+def _end_library_threads(model: Transformer) -> None:
+    if model.device.type == "cpu":
+        threads.end_openmp_threads()
 
 
 def _chunks(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[Piece]]:

@@ -86,7 +86,7 @@ def for_work(multiply_adds: int, weight_bytes: int) -> Iterator[None]:
 
 
 def end_openmp_threads() -> None:
-    """End the threads that the OpenMP runtime has started for this thread; it starts new ones at its next op.
+    """End, or put to sleep, the threads that OpenMP has started for this thread. Its next op has threads again.
 
     Otherwise they keep their CPUs busy for some milliseconds after an op, and threads that are not OpenMP's wait.
     """

@@ -75,25 +75,6 @@ def norm_qkv_rope_append(
     return q
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (N, E) -> (N, E)."""
-    arguments.check_norm(x, weight)
-    out = empty(tuple(x.shape), x.dtype)
-    n_tokens, width = x.shape
-    run(Kind.RMS_NORM, x.dtype, x=x, norm=weight, out=out, n_tokens=n_tokens, width=width, eps=eps)
-    return out
-
-
-def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
-    """heads (N, (H + 2K)·D) -> q (N, H, D); appends keys and values to the cache."""
-    arguments.check_inputs("heads", heads)
-    sizes = arguments.check_heads(heads, heads.shape[1], rope, cache_k, cache_v, batch)
-    q = empty((heads.shape[0], sizes["n_heads"], sizes["head_dim"]), heads.dtype)
-    tensors = {"rope": rope, "cache_k": cache_k, "cache_v": cache_v, "positions": batch.positions, "rows": batch.rows}
-    run(Kind.ROPE_APPEND, heads.dtype, x=heads, out=q, n_tokens=heads.shape[0], **tensors, **sizes)
-    return q
-
-
 def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
     if _uses_library(q):
@@ -138,15 +119,6 @@ def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: Ragg
     f = empty((h.shape[0], width), h.dtype)
     _linear(h, weight, Epilogue.SWIGLU, f, width, norm=norm, eps=eps)
     return f
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """(N, 2F) -> (N, F)."""
-    arguments.check_inputs("gate_up", gate_up)
-    n_tokens, width = gate_up.shape[0], arguments.half(gate_up.shape[1])
-    out = empty((n_tokens, width), gate_up.dtype)
-    run(Kind.SILU_MUL, gate_up.dtype, x=gate_up, out=out, n_tokens=n_tokens, outputs=width)
-    return out
 
 
 def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
@@ -235,6 +207,7 @@ def pack(*parts: Tensor) -> Tensor:
 
 
 unpack = reference.unpack
+rms_norm, rope_append, silu_mul = reference.rms_norm, reference.rope_append, reference.silu_mul
 
 
 def workspace(

@@ -16,12 +16,6 @@ def check_inputs(name: str, x: Tensor) -> None:
     check_tensor(name, x, ("N", "width"), x.dtype, CPU)
 
 
-def check_norm(x: Tensor, weight: Tensor) -> None:
-    """Check the arguments of a norm."""
-    check_inputs("x", x)
-    check_tensor("weight", weight, (x.shape[1],), x.dtype, CPU)
-
-
 def check_embed(table: Tensor, batch: RaggedBatch) -> None:
     """Check a table (V, E) and the batch's tokens."""
     check_model_dtype("table", table)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1  # as in src/op.hpp
+ABI_VERSION = 2  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
 ISAS = ("neon",) if platform.machine().lower() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
@@ -25,14 +25,11 @@ class Kind(IntEnum):
     """What an op computes."""
 
     EMBED = 0
-    RMS_NORM = 1
-    SILU_MUL = 2
-    ROPE_APPEND = 3
-    LINEAR = 4
-    ATTENTION = 5
-    ATTENTION_MERGE = 6
-    STATISTICS = 7
-    SAMPLE = 8
+    LINEAR = 1
+    ATTENTION = 2
+    ATTENTION_MERGE = 3
+    STATISTICS = 4
+    SAMPLE = 5
 
 
 class Epilogue(IntEnum):

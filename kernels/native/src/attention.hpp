@@ -115,21 +115,32 @@ static void add_keys_to_heads(const T* k, const T* v, int64_t count, int64_t D, 
     add_keys<T, 1>(k, v, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
 }
 
-// The splits of one group: (Σ p·v, max, Σ p) of the G query heads of a kv head.
+// A kv head's queries, and the running sums of a group.
+struct Heads {
+  int64_t stride;  // of a head's queries and sums
+  float *queries, *acc, *max, *total;
+};
+
+// The splits of one group, to parts[h][group] of the kv head's query heads.
 template <class T>
-static void attend(const Op& op, int64_t n, int64_t kv_head, int64_t group, const float* queries, int64_t stride,
-                   float* acc, float* max, float* total) {
+static void attend(const Op& op, int64_t n, int64_t kv_head, int64_t group, const Heads& heads, float* parts) {
   const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, length = row_length(op, n);
   const int64_t head = (op.rows[n] * op.n_kv_heads + kv_head) * op.length * D;
   const T *k = static_cast<const T*>(op.cache_k) + head, *v = static_cast<const T*>(op.cache_v) + head;
-  __builtin_memset(acc, 0, G * stride * sizeof(float));
-  for (int64_t g = 0; g < G; g++) max[g] = -__builtin_inff(), total[g] = 0;
+  __builtin_memset(heads.acc, 0, G * heads.stride * sizeof(float));
+  for (int64_t g = 0; g < G; g++) heads.max[g] = -__builtin_inff(), heads.total[g] = 0;
   for (int64_t split = group * op.split; split < length; split += op.groups * op.split) {
     const int64_t end = split + op.split < length ? split + op.split : length;
     for (int64_t t = split; t < end; t += BLOCK_KEYS) {
       const int64_t count = end - t < BLOCK_KEYS ? end - t : BLOCK_KEYS;
-      add_keys_to_heads(k + t * D, v + t * D, count, D, G, queries, stride, acc, max, total);
+      add_keys_to_heads(k + t * D, v + t * D, count, D, G, heads.queries, heads.stride, heads.acc, heads.max,
+                        heads.total);
     }
+  }
+  for (int64_t g = 0; g < G; g++) {
+    float* part = parts + (g * op.groups + group) * (D + 2);
+    for (int64_t d = 0; d < D; d += LANES) store_up_to(part + d, load(heads.acc + g * heads.stride + d), D - d);
+    part[D] = heads.max[g], part[D + 1] = heads.total[g];
   }
 }
 
@@ -156,34 +167,25 @@ INLINE int64_t used_groups(const Op& op, int64_t length) {
 }
 
 template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scratch& scratch) {
-  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D), part = op.groups * (D + 2);
-  const int64_t chunk_groups = attention_chunk_groups(op), chunks = op.groups / chunk_groups;
-  const int64_t first = chunk % chunks * chunk_groups, kv_head = chunk / chunks % op.n_kv_heads;
-  const int64_t n = chunk / chunks / op.n_kv_heads, length = row_length(op, n), used = used_groups(op, length);
-  T* out = static_cast<T*>(op.out) + (n * op.n_heads + kv_head * G) * D;
-  if (length == 0 && first == 0) __builtin_memset(out, 0, G * D * sizeof(T));
-  if (first >= used) return;
-  float* queries = scratch.results(2 * G * (stride + 1) + G * part);
-  float *acc = queries + G * stride, *max = acc + G * stride, *total = max + G, *parts = total + G;
-  if (op.partial != nullptr) parts = op.partial + (n * op.n_heads + kv_head * G) * part;
+  const bool one_group = op.partial != nullptr;  // ATTENTION_MERGE adds the groups; else this chunk does
+  const int64_t group = one_group ? chunk % op.groups : 0;
+  if (one_group) chunk /= op.groups;
+  const int64_t n = chunk / op.n_kv_heads, kv_head = chunk % op.n_kv_heads, used = used_groups(op, row_length(op, n));
+  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D), first = n * op.n_heads + kv_head * G;
+  T* out = static_cast<T*>(op.out) + first * D;
+  if (used == 0 && group == 0) __builtin_memset(out, 0, G * D * sizeof(T));
+  if (group >= used) return;
+  float* memory = scratch.results(2 * G * (stride + 1) + G * op.groups * (D + 2));
+  const Heads heads = {stride, memory, memory + G * stride, memory + 2 * G * stride, memory + 2 * G * stride + G};
+  float* parts = one_group ? op.partial + first * op.groups * (D + 2) : memory + 2 * G * (stride + 1);
   const V scale = splat(1.0f / __builtin_sqrtf(float(D)));
-  for (int64_t g = 0; g < G; g++) {
-    const T* q = static_cast<const T*>(op.x) + (n * op.n_heads + kv_head * G + g) * D;
-    for (int64_t d = 0; d < D; d += LANES) store(queries + g * stride + d, load_up_to(q + d, D - d) * scale);
-  }
-  for (int64_t group = first; group < used && group < first + chunk_groups; group++) {
-    attend<T>(op, n, kv_head, group, queries, stride, acc, max, total);
-    for (int64_t g = 0; g < G; g++) {
-      float* to = parts + g * part + group * (D + 2);
-      for (int64_t d = 0; d < D; d += LANES) {
-        const V sums = load(acc + g * stride + d);
-        if (used == 1) store_up_to(out + g * D + d, sums / splat(total[g]), D - d);
-        else store_up_to(to + d, sums, D - d);
-      }
-      if (used > 1) to[D] = max[g], to[D + 1] = total[g];
+  for (int64_t g = 0; g < G; g++)
+    for (int64_t d = 0; d < D; d += LANES) {
+      const T* q = static_cast<const T*>(op.x) + (first + g) * D + d;
+      store(heads.queries + g * stride + d, load_up_to(q, D - d) * scale);
     }
-  }
-  if (op.partial == nullptr && used > 1) merge_groups(parts, G, used, op.groups, D, out);
+  for (int64_t i = group; i < (one_group ? group + 1 : used); i++) attend<T>(op, n, kv_head, i, heads, parts);
+  if (!one_group || used == 1) merge_groups(parts, G, used, op.groups, D, out);
 }
 
 template <class T> static void merge_token(const Op& op, int64_t n) {

@@ -20,21 +20,20 @@ constexpr bool IS_X86 = false;
 
 #include "vector.hpp"
 #include "products.hpp"
-#include "elementwise.hpp"
+#include "embedding.hpp"
 #include "attention.hpp"
 #include "statistics.hpp"
 
 template <class T> static void run_typed(const Op& op, int64_t chunk, Scratch& scratch) {
   switch (op.kind) {
-    case LINEAR: linear_chunk<T>(op, chunk, scratch); break;
-    case ATTENTION: attention_chunk<T>(op, chunk, scratch); break;
-    case ATTENTION_MERGE:
-      for (int64_t n = chunk * ELEMENTWISE_TOKENS; n < (chunk + 1) * ELEMENTWISE_TOKENS && n < op.n_tokens; n++)
-        merge_token<T>(op, n);
-      break;
-    case STATISTICS: statistics_chunk<T>(op, chunk); break;
-    case SAMPLE: sample_row(op, chunk, scratch, fill_masses); break;
-    default: elementwise_chunk<T>(op, chunk, scratch);
+    case LINEAR: return linear_chunk<T>(op, chunk, scratch);
+    case ATTENTION: return attention_chunk<T>(op, chunk, scratch);
+    case STATISTICS: return statistics_chunk<T>(op, chunk);
+    case SAMPLE: return sample_row(op, chunk, scratch, fill_masses);
+  }
+  for (int64_t n = chunk * CHUNK_TOKENS; n < (chunk + 1) * CHUNK_TOKENS && n < op.n_tokens; n++) {
+    if (op.kind == EMBED) embed<T>(op, n);
+    else merge_token<T>(op, n);
   }
 }
 

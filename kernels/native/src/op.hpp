@@ -4,9 +4,9 @@
 
 namespace fastllama {
 
-constexpr int64_t ABI_VERSION = 1;  // increased with every change of Op or of an exported function
+constexpr int64_t ABI_VERSION = 2;  // increased with every change of Op or of an exported function
 
-enum Kind : int32_t { EMBED, RMS_NORM, SILU_MUL, ROPE_APPEND, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE };
+enum Kind : int32_t { EMBED, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE };
 enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 enum Epilogue : int32_t { STORE, ADD_RESIDUAL, SWIGLU, ROTATE_AND_APPEND };  // of LINEAR
 
@@ -39,10 +39,10 @@ struct Op {
 };
 
 // How an op is divided into chunks. Results do not depend on it, nor on which thread runs a chunk.
-constexpr int64_t CHUNK_BYTES = 128 * 1024;    // of weights
-constexpr int64_t MAX_CHUNK_OUTPUTS = 120;     // rows of a weight in a chunk
-constexpr int64_t CHUNK_STEP = 12;            // a multiple of the rows of every tile
-constexpr int64_t ELEMENTWISE_TOKENS = 4;     // tokens in a chunk of an op without a weight
+constexpr int64_t CHUNK_BYTES = 128 * 1024;  // of weights
+constexpr int64_t MAX_CHUNK_OUTPUTS = 120;   // rows of a weight in a chunk
+constexpr int64_t CHUNK_STEP = 12;           // a multiple of the rows of every tile
+constexpr int64_t CHUNK_TOKENS = 4;          // of EMBED and ATTENTION_MERGE
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -52,15 +52,13 @@ inline int64_t chunk_outputs(const Op& op) {
   return fitting < CHUNK_STEP ? CHUNK_STEP : fitting > MAX_CHUNK_OUTPUTS ? MAX_CHUNK_OUTPUTS : fitting;
 }
 
-inline int64_t attention_chunk_groups(const Op& op) { return op.partial == nullptr ? op.groups : 1; }
-
 inline int64_t count_chunks(const Op& op) {
   switch (op.kind) {
     case LINEAR: return ceil_div(op.outputs, chunk_outputs(op));
-    case ATTENTION: return op.n_tokens * op.n_kv_heads * (op.groups / attention_chunk_groups(op));
+    case ATTENTION: return op.n_tokens * op.n_kv_heads * (op.partial == nullptr ? 1 : op.groups);
     case STATISTICS: return op.n_tokens * op.groups;
     case SAMPLE: return op.n_tokens;
-    default: return ceil_div(op.n_tokens, ELEMENTWISE_TOKENS);
+    default: return ceil_div(op.n_tokens, CHUNK_TOKENS);
   }
 }
 

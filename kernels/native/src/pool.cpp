@@ -1,6 +1,6 @@
 // Each thread has a share of the current op's chunks, adjacent ones, so that it reads memory in one direction. It takes
 // them from a counter, then takes chunks from the other shares, and goes on to the next op when all chunks are done. It
-// waits for work, never for a thread: a thread that the system does not run holds up the others only while it has a chunk.
+// waits for work, never for a thread: a thread that the system does not run holds up others only while it has a chunk.
 #include "pool.hpp"
 
 #include <pthread.h>
@@ -20,6 +20,7 @@ namespace {
 
 constexpr int SPINS = 2000;           // pauses before a waiting thread yields
 constexpr int YIELDS_AFTER_RUN = 50;  // before a worker sleeps
+constexpr int MAX_SHARES = 16;        // of an op. More threads have a share together: looking at many takes time
 constexpr size_t MEMORY_ALIGNMENT = 64;
 
 inline void pause() {
@@ -45,7 +46,7 @@ struct alignas(128) Progress {  // of one op, on cache lines of its own
   int64_t chunks = 0;
 };
 
-struct alignas(128) Share {  // of one op and one thread
+struct alignas(128) Share {  // of one op
   std::atomic<int64_t> next{0};
   int64_t end = 0;
 };
@@ -57,23 +58,30 @@ struct Run {
   uint64_t generation = 0;
   const Op* ops = nullptr;
   const Kernels* kernels = nullptr;
-  int n_ops = 0, n_threads = 0;
+  int n_ops = 0, n_threads = 0, n_shares = 0;
   std::unique_ptr<Progress[]> progress;  // of each op
-  std::unique_ptr<Share[]> shares;       // of each op, those of its threads
+  std::unique_ptr<Share[]> shares;       // of each op
   int capacity = 0, capacity_of_shares = 0;
 
   void set(const Op* new_ops, int count, int threads, const Kernels& set_of_kernels) {
-    if (capacity < count) progress.reset(new Progress[count]), capacity = count;
-    if (capacity_of_shares < count * threads) shares.reset(new Share[count * threads]), capacity_of_shares = count * threads;
     ops = new_ops, n_ops = count, n_threads = threads, kernels = &set_of_kernels;
-    for (int i = 0; i < count; i++) {
+    n_shares = threads < MAX_SHARES ? threads : MAX_SHARES;
+    if (capacity < n_ops) {
+      progress.reset(new Progress[n_ops]);
+      capacity = n_ops;
+    }
+    if (capacity_of_shares < n_ops * n_shares) {
+      shares.reset(new Share[n_ops * n_shares]);
+      capacity_of_shares = n_ops * n_shares;
+    }
+    for (int i = 0; i < n_ops; i++) {
       const int64_t chunks = count_chunks(ops[i]);
       progress[i].done.store(0, std::memory_order_relaxed);
       progress[i].chunks = chunks;
-      for (int thread = 0; thread < threads; thread++) {
-        Share& share = shares[i * threads + thread];
-        share.next.store(chunks * thread / threads, std::memory_order_relaxed);
-        share.end = chunks * (thread + 1) / threads;
+      for (int number = 0; number < n_shares; number++) {
+        Share& share = shares[i * n_shares + number];
+        share.next.store(chunks * number / n_shares, std::memory_order_relaxed);
+        share.end = chunks * (number + 1) / n_shares;
       }
     }
   }
@@ -86,8 +94,8 @@ void take_part(Run& run, int thread) {
   for (int i = 0; i < run.n_ops; i++) {
     Progress& progress = run.progress[i];
     int64_t taken = 0;
-    for (int other = 0; other < run.n_threads; other++) {
-      Share& share = run.shares[i * run.n_threads + (thread + other) % run.n_threads];
+    for (int other = 0; other < run.n_shares; other++) {
+      Share& share = run.shares[i * run.n_shares + (thread + other) % run.n_shares];
       while (share.next.load(std::memory_order_relaxed) < share.end) {
         const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
         if (chunk >= share.end) break;

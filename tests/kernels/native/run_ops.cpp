@@ -1,6 +1,7 @@
 // Runs ops that come through standard input, for tests of kernels in an emulator. A request is a list of (address, bytes,
 // contents) of the memory that the op uses, 0, the op itself, and its number of threads. The answer is the same list of
 // contents, after the op.
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -34,8 +35,8 @@ int main() {
     }
     fastllama::Op op;
     read(&op, sizeof op);
-    // Every field of 64 bits that is an address of the tests' process becomes the address of its copy.
-    for (size_t at = 0; at + 8 <= sizeof op; at += 8) {
+    // Every pointer, an address of the tests' process, becomes the address of its copy.
+    for (size_t at = offsetof(fastllama::Op, tokens); at < offsetof(fastllama::Op, n_tokens); at += sizeof(void*)) {
       uint64_t value;
       std::memcpy(&value, reinterpret_cast<char*>(&op) + at, sizeof value);
       auto found = memory.upper_bound(value);

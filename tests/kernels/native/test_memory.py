@@ -2,33 +2,37 @@
 
 import gc
 import mmap
-import re
 import threading
-from pathlib import Path
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastllama.kernels.native.memory import ALIGNMENT, BLOCK_BYTES, LARGE_PAGE, Blocks, allocate
+from fastllama.kernels.native import memory
+from fastllama.kernels.native.memory import ALIGNMENT, BLOCK_BYTES, LARGE_PAGE, MAX_SHARED_BYTES, Blocks, allocate
 
 CPU = torch.device("cpu")
-ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages")
 
 
-def mapping(tensor: Tensor) -> dict[str, int]:
-    """The figures in /proc/self/smaps, in KiB, of the mapping that holds a tensor."""
-    address = tensor.data_ptr()
-    for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
-        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", part)
-        if bounds and int(bounds[1], 16) <= address < int(bounds[2], 16):
-            return {name: int(value) for name, value in re.findall(r"(\w+): +(\d+) kB", part)}
-    return {}
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> "list[weakref.ref[mmap.mmap]]":
+    """The blocks that are mapped during a test; a dead reference is one that was unmapped."""
+    blocks = []
+    original = memory._map
+
+    def recorded(n_bytes: int) -> tuple[mmap.mmap, int]:
+        block, offset = original(n_bytes)
+        blocks.append(weakref.ref(block))
+        return block, offset
+
+    monkeypatch.setattr(memory, "_map", recorded)
+    return blocks
 
 
-@pytest.mark.parametrize("shape", [(3,), (5, 7), (1000, 1000), (0, 4)])
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (1000, 1000), (3000, 1000), (0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_are_contiguous_and_apart(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensors = [allocate(shape, dtype, CPU) for _ in range(3)]
@@ -39,45 +43,60 @@ def test_tensors_are_contiguous_and_apart(shape: tuple[int, ...], dtype: torch.d
     assert all((tensor == index).all() for index, tensor in enumerate(tensors))
 
 
-def test_tensors_share_blocks_that_begin_at_a_large_page() -> None:
+def test_small_tensors_share_a_block_that_begins_at_a_large_page() -> None:
     blocks = Blocks()
     first, second = blocks.take(100), blocks.take(LARGE_PAGE)
     assert first.data_ptr() % LARGE_PAGE == 0
     assert second.data_ptr() == first.data_ptr() + 128
-    third = blocks.take(BLOCK_BYTES)  # larger than what is left
-    assert third.data_ptr() % LARGE_PAGE == 0
-    assert blocks.take(10).data_ptr() == third.data_ptr() + BLOCK_BYTES
 
 
-def test_a_block_is_unmapped_with_its_last_tensor() -> None:
+def test_a_block_is_unmapped_with_the_last_of_its_tensors(mapped: "list[weakref.ref[mmap.mmap]]") -> None:
     blocks = Blocks()
-    first, second = blocks.take(3 * BLOCK_BYTES), blocks.take(100)
-    address = second.data_ptr()
-    del first
+    tensors = [blocks.take(MAX_SHARED_BYTES) for _ in range(BLOCK_BYTES // MAX_SHARED_BYTES + 1)]
+    assert [block() is not None for block in mapped] == [True, True]
+    del tensors[:-2]
     gc.collect()
-    assert is_mapped(address)
-    del second
+    assert mapped[0]() is not None
+    del tensors[0]
     gc.collect()
-    assert not is_mapped(address)
+    assert [block() is not None for block in mapped] == [False, True]
+    tensors.clear()
+    gc.collect()
+    assert mapped[1]() is None
     assert not blocks.take(1).any()
 
 
-def is_mapped(address: int) -> bool:
-    ranges = re.findall(r"(?m)^([0-9a-f]+)-([0-9a-f]+) ", Path("/proc/self/maps").read_text())
-    return any(int(begin, 16) <= address < int(end, 16) for begin, end in ranges)
+def test_a_large_tensor_is_unmapped_whatever_was_allocated_after_it(mapped: "list[weakref.ref[mmap.mmap]]") -> None:
+    blocks = Blocks()
+    small, large = blocks.take(10), blocks.take(MAX_SHARED_BYTES + 1)
+    later = blocks.take(10)
+    assert large.data_ptr() % LARGE_PAGE == 0
+    assert later.data_ptr() == small.data_ptr() + ALIGNMENT
+    del large
+    gc.collect()
+    assert [block() is not None for block in mapped] == [True, False]
 
 
-def test_untouched_memory_costs_nothing() -> None:
-    tensor = Blocks().take(1000)
-    tensor.fill_(1)
-    assert mapping(tensor)["Rss"] <= LARGE_PAGE // 1024
+def test_large_pages_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Recorded(mmap.mmap):
+        def madvise(self, option: int) -> None:  # type: ignore[override]
+            asked.append(option)
+
+    monkeypatch.setattr(mmap, "mmap", Recorded)
+    Blocks().take(100)
+    assert asked == [mmap.MADV_HUGEPAGE]
 
 
-@pytest.mark.skipif(not ENABLED.exists() or "[never]" in ENABLED.read_text(), reason="large pages are turned off")
-def test_written_memory_is_in_large_pages() -> None:
-    tensor = Blocks().take(8 * LARGE_PAGE)
-    tensor.fill_(1)
-    assert mapping(tensor)["AnonHugePages"] > 0
+def test_a_system_without_large_pages_has_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 10**6)  # advice that no system takes
+    assert not Blocks().take(100).any()
+
+
+def test_torch_reports_memory_that_there_is_not() -> None:
+    with pytest.raises(RuntimeError, match="allocate"):
+        allocate((2**60,), torch.uint8, CPU)
 
 
 def test_threads_get_memory_of_their_own() -> None:

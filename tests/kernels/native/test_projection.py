@@ -7,7 +7,7 @@ import torch
 
 from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import native, reference
-from tests.kernels.cases import DTYPES, random
+from tests.kernels.cases import DTYPES
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.projection.cases import EPS, SHAPES, Case, Shape, assert_appended, outside
 
@@ -81,8 +81,7 @@ def test_projections_append_nothing_outside_the_cache(guarded: GuardedMemory) ->
     places = outside(4, CPU)
     for batch in (places, replace(places, positions=torch.zeros(4, dtype=torch.int64), rows=places.positions)):
         q = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, batch)
-        heads = random(4, case.wqkv.shape[0], dtype=torch.bfloat16)
-        assert q.isfinite().all() and native.rope_append(heads, rope, cache_k, cache_v, batch).isfinite().all()
+        assert q.isfinite().all()
     assert cache_k[1:].isnan().all() and cache_v[1:].isnan().all()
 
 

@@ -16,6 +16,7 @@ PLOTS = ["matplotlib>=3.9"]
 # Meta's own code as the oracle of the tests and a peer of the benchmarks; it needs fairscale's groups to exist.
 REFERENCE = ["llama-models==0.3.0", "fairscale==0.4.13"]
 GGUF = "gguf>=0.17"
+SENTENCEPIECE = "sentencepiece>=0.2"
 
 NATIVE = "fastllama/kernels/native"
 NATIVE_FLAGS = [
@@ -100,6 +101,7 @@ setup(
         "numpy>=1.26",  # torch warns without it, and triton's interpreter needs it
         "triton>=3.6; sys_platform == 'linux'",
         "tiktoken>=0.9",
+        "tokenizers>=0.21",  # any tokenizer.json
         "safetensors>=0.5",
         "click>=8.2",
         "tqdm>=4.66",
@@ -110,11 +112,13 @@ setup(
         "reference": REFERENCE,
         # pip compiles llama.cpp: it needs cmake and a C++ compiler.
         "llama-cpp": [GGUF, "llama-cpp-python>=0.3.16"],
+        "sentencepiece": [SENTENCEPIECE],
         "train": ["regex>=2024.4"],
         "dev": [
             *PLOTS,
             *REFERENCE,
             GGUF,
+            SENTENCEPIECE,
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pre-commit>=4",
@@ -124,7 +128,6 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "regex>=2024.4",
-            "tokenizers>=0.21",
             "transformers>=5",
             "types-psutil",
             "types-tqdm",

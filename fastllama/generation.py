@@ -19,7 +19,8 @@ from fastllama.kernels.sampling.top_p_torch import nucleus
 from fastllama.loading import choose_device, load
 from fastllama.model import Transformer
 from fastllama.stream import Increment, Request, increments
-from fastllama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, check_dialog
+from fastllama.tokenizer import ChatFormat, Dialog, Message, check_dialog
+from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.torch_settings import with_default_settings
 from fastllama.warmup import warm_up
 
@@ -102,7 +103,7 @@ class Llama:
             warm_up(llm.decoder, batch_sizes, progress=None if model_parallel.is_first_process() else False)
         return llm
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
+    def __init__(self, model: Transformer, tokenizer: BaseTokenizer, *, seed: int = 1) -> None:
         """Combine a model with its tokenizer. seed: the default seed of calls."""
         self.model = model
         self.tokenizer = tokenizer
@@ -260,7 +261,7 @@ class Llama:
     def _stream(self, request: Request) -> Generator[Increment]:
         yield from self._increments(request, self.tokenizer)
 
-    def _increments(self, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
+    def _increments(self, request: Request, tokenizer: BaseTokenizer | None) -> Generator[Increment]:
         with self.model.exclusively(), memory_plan.explain_out_of_memory(self.model.device):
             yield from increments(self.decoder, request, tokenizer)
 

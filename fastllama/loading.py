@@ -13,7 +13,8 @@ from fastllama.checkpoint.vocabulary import vocabulary_mismatch
 from fastllama.distributed import model_parallel
 from fastllama.kernels import select
 from fastllama.model import Transformer
-from fastllama.tokenizer import Tokenizer
+from fastllama.tokenizer_base import BaseTokenizer
+from fastllama.tokenizer_open import open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def load(
     dtype: torch.dtype | str | None,
     backend: str | None,
     rope_scaling_factor: float | None,
-) -> tuple[Transformer, Tokenizer]:
+) -> tuple[Transformer, BaseTokenizer]:
     """The model and tokenizer of `Llama.build`, with its arguments and errors.
 
     If several processes share the model, an error in one while it reads and places the weights is raised in all.
@@ -73,7 +74,7 @@ def _args_and_tokenizer(
     max_seq_len: int,
     max_batch_size: int,
     rope_scaling_factor: float | None,
-) -> tuple[ModelArgs, Tokenizer]:
+) -> tuple[ModelArgs, BaseTokenizer]:
     """The model's arguments and its tokenizer. Raises AssertionError if they do not fit together."""
     fields = dict(checkpoint.params)
     if rope_scaling_factor is not None:
@@ -81,9 +82,10 @@ def _args_and_tokenizer(
     args = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, **fields)
     if not args.use_scaled_rope:
         _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")
-    tokenizer = Tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))
+    tokenizer = open_tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))
     if complaint := vocabulary_mismatch(checkpoint, tokenizer_path, tokenizer.n_words):
         raise AssertionError(complaint)
+    tokenizer.n_rows = args.vocab_size
     tokenizer.stop_tokens |= set(checkpoint.stop_token_ids)
     return args, tokenizer
 

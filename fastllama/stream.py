@@ -15,7 +15,7 @@ from fastllama.decode_graph import Decoder
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import NO_TOKEN
 from fastllama.prefill import NOT_FINITE_CAUSE, prefill
-from fastllama.tokenizer import TextStream, Tokenizer
+from fastllama.tokenizer_base import BaseTokenizer, TextStream
 
 FinishReason = Literal["stop", "length"]
 
@@ -92,7 +92,7 @@ class _Row:
 
 
 @torch.inference_mode()
-def increments(decoder: Decoder, request: Request, tokenizer: Tokenizer | None) -> Generator[Increment]:
+def increments(decoder: Decoder, request: Request, tokenizer: BaseTokenizer | None) -> Generator[Increment]:
     """Run a request and yield each row's new tokens, with text if a tokenizer is given.
 
     The caller runs it under `default_settings`. It uses cache rows 0, 1, … of the decoder's model; nothing else may use

@@ -1,4 +1,4 @@
-"""Converts text to token ids and back, and conversations to prompts.
+"""Llama 3's tokenizer and chat format: converts text to token ids and back, and conversations to prompts.
 
 A Llama 3 tokenizer is a byte-level BPE: byte strings with ranks. A token's rank is its id and its priority: the pair of
 adjacent tokens that makes the lowest rank is merged first. tiktoken applies these merges. This module numbers the 256
@@ -9,26 +9,25 @@ Special tokens have two sets of names. Llama 3.0 names five of the 256 ids and n
 names ten, including `<|eom_id|>`, and numbers the others again from 0. `Tokenizer` accepts the names of both versions.
 If a name means different ids in the two, such as `<|reserved_special_token_2|>`, the tokenizer's own version decides.
 
-`ChatFormat` writes a conversation in Llama 3's format. `TextStream` decodes tokens to text as they are generated.
+`ChatFormat` writes a conversation in Llama 3's format.
 """
 
-import codecs
-import functools
 import itertools
-import operator
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypedDict
 
 import tiktoken
 
+from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_files import LLAMA30_NAMES, LLAMA31_NAMES, NUM_SPECIAL_TOKENS, read_tokenizer_file
 
 # Meta's limits: tiktoken fails on much longer text, and is quadratic in the length of a run without a word boundary.
 MAX_CHUNK_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
+
+CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of ChatFormat
 
 Role = Literal["system", "user", "assistant"]
 
@@ -43,7 +42,7 @@ class Message(TypedDict):
 Dialog = Sequence[Message]
 
 
-class Tokenizer:
+class Tokenizer(BaseTokenizer):
     """Llama 3's tokenizer, read from `tokenizer.model` (a ranks file) or from Hugging Face's `tokenizer.json`.
 
     Attributes:
@@ -103,101 +102,37 @@ class Tokenizer:
             for offset, name in enumerate(_all_special_names(names, {})):
                 self.special_tokens.setdefault(name, first_id + offset)
 
-    def encode(
-        self,
-        s: str,
-        *,
-        bos: bool,
-        eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
-        disallowed_special: Literal["all"] | Collection[str] = (),
-    ) -> list[int]:
-        """Token ids of `s`, with `<|begin_of_text|>` before (`bos`) and `<|end_of_text|>` after (`eos`).
+    def _pieces(self, s: str) -> Iterator[str]:
+        return split_long_text(s)
 
-        The name of a special token is plain text unless it is in `allowed_special`, so a user's text never becomes a
-        control token. "all" allows every name in `special_tokens`, or disallows every name that is not allowed. A lone
-        surrogate is encoded as U+FFFD, a pair of surrogates as its character.
+    def _encode_text(self, s: str, *, is_first: bool) -> list[int]:
+        return self.model.encode_ordinary(s)
 
-        Raises AssertionError if `s` is not a str, ValueError if it holds a name in `disallowed_special`.
-        """
-        if not isinstance(s, str):
-            raise AssertionError(f"encode takes one str, got {type(s).__name__}; encode each text of a list by itself")
-        known = frozenset(self.special_tokens)
-        allowed = known if allowed_special == "all" else _name_set(allowed_special, "allowed_special")
-        forbidden = (
-            known - allowed if disallowed_special == "all" else _name_set(disallowed_special, "disallowed_special")
-        )
-
-        tokens = [self.bos_id] if bos else []
-        for piece in split_long_text(s):
-            if match := _pattern_of(forbidden).search(piece):
-                raise ValueError(
-                    f"the text holds the special token {match[0]!r}, which disallowed_special forbids; pass "
-                    "disallowed_special=() to encode it as plain text, or allow it in allowed_special"
-                )
-            start = 0
-            for special in _pattern_of(allowed & known).finditer(piece):
-                tokens += self.model.encode_ordinary(piece[start : special.start()])
-                tokens.append(self.special_tokens[special[0]])
-                start = special.end()
-            tokens += self.model.encode_ordinary(piece[start:])
-        if eos:
-            tokens.append(self.eos_id)
-        return tokens
-
-    def decode(self, t: Sequence[int]) -> str:
-        """Text of the ids: special tokens by name, U+FFFD for invalid UTF-8. Raises as `decode_bytes`."""
-        return self.decode_bytes(t).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """The ids' bytes, joined. Raises ValueError unless `t` is a sequence of ids of this tokenizer."""
-        if isinstance(t, str | bytes | bytearray | memoryview | AbstractSet | Mapping):
-            raise ValueError(f"decode takes a sequence of token ids, got {t!r:.80}, a {type(t).__name__}")
-        try:
-            ids = [operator.index(token) for token in t]
-        except TypeError as error:
-            raise ValueError(f"decode takes a sequence of token ids, got {t!r:.80}: {error}") from None
-        for position, token in enumerate(ids):
-            if not 0 <= token < self.n_words:
-                raise ValueError(
-                    f"token id {token} at position {position} is outside the vocabulary, 0 to {self.n_words - 1}"
-                )
+    def _join(self, ids: list[int]) -> bytes:
         return self.model.decode_bytes(ids)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._file.name!r}, n_words={self.n_words}, llama31={self.llama31})"
 
 
-class TextStream:
-    """Decodes tokens incrementally and returns only complete characters.
+class ChatFormat:
+    """Encodes conversations in the format that Llama 3 was trained on.
 
-    If a token ends inside a character, its bytes are kept until later tokens complete it. The returned texts, joined,
-    equal `tokenizer.decode` of all ids.
+    Encoding raises ValueError for a tokenizer without Llama 3's special tokens: its model has another format.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these ids complete, possibly "". A ValueError leaves the stream unchanged."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(token_ids))
-
-    def finish(self) -> str:
-        """U+FFFD if a character is incomplete, else "". The stream is then empty and can be used again."""
-        return self._utf8.decode(b"", final=True)
-
-
-class ChatFormat:
-    """Encodes conversations in the format that Llama 3 was trained on."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> list[int]:
         """The header of a message: start_header, the role, end_header, and an empty line."""
         check_message(message)
         special = self.tokenizer.special_tokens
+        if missing := [name for name in CHAT_TOKENS if name not in special]:
+            raise ValueError(
+                f"the tokenizer has no {missing[0]}, so this model was not trained on Llama 3's chat format: complete "
+                "texts with it (text_completion, fastllama complete)"
+            )
         return [
             special["<|start_header_id|>"],
             *self.tokenizer.encode(message["role"], bos=False, eos=False),
@@ -275,16 +210,3 @@ def _all_special_names(version_names: Mapping[int, str], names_in_file: Mapping[
     taken = set(names_in_file.values())
     names = [f"<|unnamed_special_token_{offset}|>" if name in taken else name for offset, name in enumerate(names)]
     return [names_in_file.get(offset, name) for offset, name in enumerate(names)]
-
-
-def _name_set(names: Collection[str], argument: str) -> frozenset[str]:
-    """The names as a set. ValueError for a single str, which would be taken as a set of its letters."""
-    if isinstance(names, str):
-        raise ValueError(f'{argument} must be "all" or a set of special token names, got the str {names!r}')
-    return frozenset(names)
-
-
-@functools.lru_cache
-def _pattern_of(names: frozenset[str]) -> re.Pattern[str]:
-    """A pattern that matches any of the names, longer names first; without names it never matches."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")

@@ -12,7 +12,6 @@ token longer than a byte.
 
 import binascii
 import itertools
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,20 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fastllama import strict_json
-
-logger = logging.getLogger(__name__)
+from fastllama.tokenizer_search import find_tokenizer_file, is_json, refuse_other_files
 
 NUM_SPECIAL_TOKENS = 256
-# Places of a tokenizer inside a checkpoint folder, in the order of the search. The folder's own files go before those
-# of the base model, which a Hugging Face repository keeps under original/.
-FILES_IN_FOLDER = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "original/tokenizer.model",
-    "original/mp8/tokenizer.model",
-    "original/mp16/tokenizer.model",
-)
-
 # Names of special tokens that are not numbered as reserved, by offset: the id minus the number of ranks.
 LLAMA30_NAMES = {
     0: "<|begin_of_text|>",
@@ -74,48 +62,14 @@ def read_tokenizer_file(model_path: str | os.PathLike[str], pat_str: str) -> Tok
     """
     path = find_tokenizer_file(model_path)
     data = path.read_bytes()
-    _refuse_other_files(data, path)
+    refuse_other_files(data, path)
     added: dict[int, str] = {}
-    if data[:64].lstrip().startswith(b"{"):
+    if is_json(data):
         ranks, added = _read_tokenizer_json(data, path, pat_str)
     else:
         ranks = _read_ranks(data, path)
     _check_ranks(ranks, path)
     return TokenizerFile(path.name, ranks, _special_names_by_offset(added, len(ranks), path))
-
-
-def find_tokenizer_file(model_path: str | os.PathLike[str]) -> Path:
-    """The file itself, or the first of `FILES_IN_FOLDER` in a folder. The log says which others are passed over.
-
-    Raises AssertionError if there is none.
-    """
-    path = Path(model_path)
-    if os.path.isfile(path):  # unlike Path.is_file, false for any string
-        return path
-    if not os.path.isdir(path):
-        raise AssertionError(f"tokenizer file {path} does not exist; give the path of a Llama 3 tokenizer.model")
-    present = [name for name in FILES_IN_FOLDER if os.path.isfile(path / name)]
-    if not present:
-        raise AssertionError(f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}")
-    logger.info("tokenizer: %s%s", path / present[0], f"; passed over: {', '.join(present[1:])}" * bool(present[1:]))
-    return path / present[0]
-
-
-def _refuse_other_files(data: bytes, path: Path) -> None:
-    """Raise ValueError, with advice, for files that are often found in a tokenizer's place."""
-    head = data[:512].lstrip().lower()
-    if not data.strip():
-        raise ValueError(f"{path} is empty; expected a Llama 3 tokenizer.model or tokenizer.json")
-    # A SentencePiece model is a protobuf, and its first piece is the unknown token.
-    if data.startswith(b"\n") and b"<unk>" in data[:64]:
-        raise ValueError(
-            f"{path} is a SentencePiece model, as Llama 1 and 2 have; fastllama reads Llama 3 tokenizers only. "
-            "Give the tokenizer.model of a Llama 3 checkpoint"
-        )
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer, not the file itself; fetch that with `git lfs pull`")
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(f"{path} is a web page, not a tokenizer; download it again, logged in if the site asks for it")
 
 
 def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
@@ -247,7 +201,7 @@ def _check_pipeline(document: Mapping[str, Any], pat_str: str) -> None:
 
 def _ranks_from_vocab(vocab: Mapping[str, int]) -> dict[bytes, int]:
     """Ranks by bytes, from ids by printable spelling."""
-    byte_of = _byte_decoder()
+    byte_of = byte_decoder()
     ranks: dict[bytes, int] = {}
     for token, rank in vocab.items():
         if type(rank) is not int:
@@ -259,7 +213,7 @@ def _ranks_from_vocab(vocab: Mapping[str, int]) -> dict[bytes, int]:
     return ranks
 
 
-def _byte_decoder() -> dict[str, int]:
+def byte_decoder() -> dict[str, int]:
     """The byte of each character in GPT-2's spelling.
 
     A printable Latin-1 character is its own byte. The characters from U+0100 are the other bytes in order.

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fastllama.checkpoint.base import Checkpoint
-from fastllama.tokenizer_files import find_tokenizer_file
+from fastllama.tokenizer_search import find_tokenizer_file
 
 
 def in_same_folder(checkpoint: Checkpoint, tokenizer_path: str | os.PathLike[str]) -> bool:
@@ -20,11 +20,15 @@ def in_same_folder(checkpoint: Checkpoint, tokenizer_path: str | os.PathLike[str
 
 
 def vocabulary_mismatch(checkpoint: Checkpoint, tokenizer_path: str | os.PathLike[str], n_words: int) -> str | None:
-    """None if the embedding has `n_words` rows, the tokenizer's size; else what is wrong and what to do."""
-    rows = checkpoint.params["vocab_size"]
-    if rows == n_words:
+    """None if the sizes fit, else what is wrong and what to do.
+
+    They fit if the embedding has `n_words` rows, the tokenizer's size. In Hugging Face's layout it may have more than
+    the tokenizer beside it: vocabularies are padded there.
+    """
+    rows, is_beside = checkpoint.params["vocab_size"], in_same_folder(checkpoint, tokenizer_path)
+    if rows == n_words or (rows > n_words and is_beside and checkpoint.format == "huggingface"):
         return None
-    if not in_same_folder(checkpoint, tokenizer_path):
+    if not is_beside:
         return (
             f"the checkpoint has a vocabulary of {rows} and the tokenizer one of {n_words}: "
             "use the tokenizer that belongs to the checkpoint"
@@ -33,8 +37,8 @@ def vocabulary_mismatch(checkpoint: Checkpoint, tokenizer_path: str | os.PathLik
     if rows > n_words:
         return (
             f"the checkpoint's embedding has {rows} rows and the tokenizer beside it {n_words} tokens: the vocabulary "
-            f"was padded or extended by {rows - n_words} rows, which fastllama does not support yet; if no token "
-            f"uses them, cut them off with {resize}"
+            f"was padded or extended by {rows - n_words} rows, which Meta's layout does not allow; if no token uses "
+            "them, cut them off"
         )
     return (
         f"the checkpoint's embedding has {rows} rows and the tokenizer beside it {n_words} tokens: {n_words - rows} "

@@ -182,11 +182,11 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
 def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
     """The tokenizer as JSON values. None if the folder has none; AssertionError if a given path (`named`) has none."""
     from fastllama.checkpoint.vocabulary import vocabulary_mismatch
-    from fastllama.tokenizer import Tokenizer
-    from fastllama.tokenizer_files import find_tokenizer_file
+    from fastllama.tokenizer_open import open_tokenizer
+    from fastllama.tokenizer_search import find_tokenizer_file
 
     try:
-        tokenizer = Tokenizer(path, llama31=checkpoint.params["use_scaled_rope"])
+        tokenizer = open_tokenizer(path, llama31=checkpoint.params["use_scaled_rope"])
     except AssertionError:
         if named:
             raise
@@ -250,8 +250,12 @@ def _plan_text(plan: dict[str, Any]) -> str:
 
 
 def _tokenizer_section(tokenizer: dict[str, Any], n_rows: int) -> tuple[str, list[tuple[str, str]]]:
-    special = {"begin_of_text": tokenizer["bos_id"], "end_of_text": tokenizer["eos_id"], **tokenizer["special_tokens"]}
-    misfit = "" if tokenizer["fits_checkpoint"] else f", NOT the checkpoint's vocabulary of {n_rows}"
+    ends = {"begin_of_text": tokenizer["bos_id"], "end_of_text": tokenizer["eos_id"]}
+    special = {name: token for name, token in ends.items() if token >= 0} | tokenizer["special_tokens"]
+    misfit = f", NOT the checkpoint's vocabulary of {n_rows}"
+    if tokenizer["fits_checkpoint"]:
+        n_padding = n_rows - tokenizer["n_words"]
+        misfit = f", and {n_padding} rows of the embedding without a token" if n_padding else ""
     rows = [(name.strip("<|>"), str(token)) for name, token in special.items()]
     return f"tokenizer: {tokenizer['n_words']} tokens{misfit}", [
         *([] if tokenizer["fits_checkpoint"] else [("misfit", tokenizer["misfit"])]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastllama import Llama
+from fastllama import Llama, Tokenizer
 from fastllama.distributed import model_parallel
 from fastllama.memory_plan import DoesNotFit
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
@@ -135,7 +135,8 @@ def test_wrong_launch_options_are_refused_before_any_file_is_read(
 
 def test_long_contexts_need_scaled_rope(tmp_path: Path) -> None:
     llm = tiny_llama(tmp_path, max_seq_len=9000, use_scaled_rope=True)
-    assert llm.model.params.max_seq_len == 9000 and llm.tokenizer.llama31
+    assert isinstance(llm.tokenizer, Tokenizer) and llm.tokenizer.llama31
+    assert llm.model.params.max_seq_len == 9000
     assert llm.generate([[1, 2]], 2, temperature=0)
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama.tokenizer import TextStream, Tokenizer, split_long_text
+from fastllama.tokenizer import Tokenizer, split_long_text
+from fastllama.tokenizer_base import TextStream
 from tests.support.tokenizer_files import META_FILE, SMALL_RANKS, small, small_file, texts
 
 __all__ = ["small", "small_file"]  # fixtures

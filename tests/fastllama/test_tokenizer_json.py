@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from fastllama.tokenizer import Tokenizer
-from fastllama.tokenizer_files import _byte_decoder
+from fastllama.tokenizer_files import byte_decoder
 from tests.support.tokenizer_files import META_FILE, SMALL_RANKS, Edit, small, small_file, small_json, texts, write_json
 
 __all__ = ["small", "small_file", "small_json"]  # fixtures
@@ -81,7 +81,7 @@ def test_tokenizer_json_encodes_special_tokens_like_tokenizers(
 
 
 def test_complete_tokenizer_json_reads_as_metas_file(tmp_path: Path, meta31: Tokenizer) -> None:
-    spelling = {byte: character for character, byte in _byte_decoder().items()}
+    spelling = {byte: character for character, byte in byte_decoder().items()}
     ranks = meta31.model._mergeable_ranks
     vocab, merges = {}, []
     for token, rank in ranks.items():

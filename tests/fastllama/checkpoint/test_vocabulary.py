@@ -12,8 +12,7 @@ from tests.support.command_line import run
 
 MORE = (
     "the checkpoint's embedding has 600 rows and the tokenizer beside it 576 tokens: the vocabulary was padded or "
-    "extended by 24 rows, which fastllama does not support yet; if no token uses them, cut them off with "
-    "transformers' resize_token_embeddings(576) and save_pretrained"
+    "extended by 24 rows, which Meta's layout does not allow; if no token uses them, cut them off"
 )
 FEWER = (
     "the checkpoint's embedding has 560 rows and the tokenizer beside it 576 tokens: 16 tokens have no row; either "
@@ -60,17 +59,15 @@ def test_a_folder_that_is_a_link_is_the_same_folder(tmp_path: Path) -> None:
     refused(tmp_path / "b", tmp_path / "a" / "tokenizer.model", MORE)
 
 
-def test_the_advice_for_a_padded_vocabulary_works(tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
-
+def test_a_padded_vocabulary_loads_in_hugging_faces_layout(tmp_path: Path) -> None:
     params = tiny_params(vocab_size=640, n_layers=1)
-    write_huggingface(tmp_path / "padded", params, random_weights(params))
-    refused(tmp_path / "padded", write_tokenizer(tmp_path / "padded"), MORE.replace("600", "640").replace("24", "64"))
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "padded")
-    model.resize_token_embeddings(576)
-    model.save_pretrained(tmp_path / "cut")
-    llm = Llama.build(str(tmp_path / "cut"), str(write_tokenizer(tmp_path / "cut")), 16, 1, device="cpu")
-    assert len(llm.generate([[1, 2]], 2, temperature=0)[0][0]) == 2
+    folder = write_huggingface(tmp_path / "padded", params, random_weights(params))
+    file = write_tokenizer(folder)
+    llm = Llama.build(str(folder), str(file), 16, 1, device="cpu")
+    assert len(llm.generate([[1, 639]], 2, temperature=0)[0][0]) == 2
+    assert llm.tokenizer.decode([639, 65, 576]) == llm.tokenizer.decode([65])
+    assert "tokenizer: 576 tokens, and 64 rows of the embedding without a token\n" in run("inspect", str(folder)).stdout
+    refused(folder, write_tokenizer(tmp_path / "elsewhere"), APART.format(640))
 
 
 @pytest.mark.parametrize(("rows", "message"), [(600, MORE), (560, FEWER), (576, None)])

@@ -1,0 +1,194 @@
+"""Any tokenizer.json: ids and texts against the package tokenizers, streamed text against text decoded at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Pipeline
+
+from fastllama import Llama
+from fastllama.tokenizer import Tokenizer
+from fastllama.tokenizer_base import BaseTokenizer, TextStream
+from fastllama.tokenizer_huggingface import HuggingFaceTokenizer
+from fastllama.tokenizer_open import open_tokenizer
+from fastllama.tokenizer_sentencepiece import SentencePieceTokenizer
+from tests.support.checkpoints import random_weights, tiny_params, write_huggingface
+from tests.support.pipelines import CORPUS, PIPELINES, write_pipeline, write_sentencepiece
+from tests.support.tokenizer_files import small_file, small_json, write_json
+
+__all__ = ["small_file", "small_json"]  # fixtures
+
+TEXTS = [*CORPUS, "", " ", "a", "  two", "naïve\u0301 ﬁ", "x<think>y", "\x00\x7f", "🚀" * 5, "ends with space "]
+KINDS = [*PIPELINES, "sentencepiece"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseTokenizer]:
+    """One of each kind."""
+    made: dict[str, BaseTokenizer] = {}
+    for name, pipeline in PIPELINES.items():
+        made[name] = open_tokenizer(write_pipeline(pipeline(), tmp_path_factory.mktemp(name)))
+    made["sentencepiece"] = open_tokenizer(write_sentencepiece(tmp_path_factory.mktemp("sentencepiece")))
+    return made
+
+
+@pytest.fixture(params=PIPELINES)
+def pair(request: pytest.FixtureRequest, tokenizers: dict[str, BaseTokenizer]) -> tuple[HuggingFaceTokenizer, Pipeline]:
+    """Our tokenizer, and the library's that parses special tokens."""
+    ours = tokenizers[request.param]
+    assert isinstance(ours, HuggingFaceTokenizer)
+    return ours, Pipeline.from_str(ours.model.to_str())
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=repr)
+def test_texts_encode_and_decode_as_in_the_library(pair: tuple[HuggingFaceTokenizer, Pipeline], text: str) -> None:
+    ours, library = pair
+    ids = library.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, bos=False, eos=False) == ids
+    assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
+
+
+def test_special_tokens_encode_as_in_the_library(pair: tuple[HuggingFaceTokenizer, Pipeline]) -> None:
+    ours, library = pair
+    for text in ("<|im_start|>user\nHi there<|im_end|>\n", "a<s>b</s> c", "<s>", "x <|im_end|>"):
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, bos=False, eos=False, allowed_special="all") == expected
+
+
+def test_special_names_are_text_unless_allowed(pair: tuple[HuggingFaceTokenizer, Pipeline]) -> None:
+    ours, _ = pair
+    ids = ours.encode("say <|im_end|> now", bos=False, eos=False)
+    assert ours.special_tokens["<|im_end|>"] not in ids
+    with pytest.raises(ValueError, match="disallowed_special forbids"):
+        ours.encode("say <|im_end|> now", bos=False, eos=False, disallowed_special="all")
+
+
+def test_texts_begin_as_the_file_says(pair: tuple[HuggingFaceTokenizer, Pipeline]) -> None:
+    ours, library = pair
+    assert ours.encode("a", bos=True, eos=False) == library.encode("a", add_special_tokens=True).ids
+    assert ours.encode("a", bos=False, eos=True)[-1] == ours.eos_id == library.token_to_id("</s>")
+    assert (ours.bos_id, ours.pad_id, ours.stop_tokens) == (library.token_to_id("<s>"), -1, {ours.eos_id})
+
+
+def test_add_bos_token_switches_the_begin(tmp_path: Path) -> None:
+    for kind, begins in (("byte-level", True), ("metaspace", False)):
+        ours = HuggingFaceTokenizer(write_pipeline(PIPELINES[kind](), tmp_path, add_bos_token=begins))
+        assert (ours.bos_id in ours.encode("a", bos=True, eos=False)) is begins
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_streamed_text_equals_the_text_decoded_at_once(
+    kind: str, tokenizers: dict[str, BaseTokenizer], data: st.DataObject
+) -> None:
+    tokenizer = tokenizers[kind]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.n_words - 1), max_size=20))
+    stream = TextStream(tokenizer)
+    pieces = [stream.push([token]) for token in ids] + [stream.finish()]
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert "�" not in "".join(pieces[:-1]) or "�" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_text_is_streamed_whole(kind: str, tokenizers: dict[str, BaseTokenizer], text: str) -> None:
+    """Also characters that are several byte tokens."""
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text, bos=False, eos=False)
+    stream = TextStream(tokenizer)
+    assert "".join([*(stream.push([token]) for token in ids), stream.finish()]) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lone_surrogates_and_other_objects(kind: str, tokenizers: dict[str, BaseTokenizer]) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.encode("\ud83d\ude80", bos=False, eos=False) == tokenizer.encode("🚀", bos=False, eos=False)
+    assert tokenizer.encode("\ud83d", bos=False, eos=False) == tokenizer.encode("\ufffd", bos=False, eos=False)
+    with pytest.raises(AssertionError, match="one str"):
+        tokenizer.encode(["a"], bos=False, eos=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tokenizer.decode([tokenizer.n_words])
+
+
+def test_ids_without_a_token_decode_to_nothing(tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(write_pipeline(PIPELINES["byte-level"](), tmp_path))
+    tokenizer.n_rows = tokenizer.n_words + 3
+    ids = tokenizer.encode("Once", bos=False, eos=False)
+    assert tokenizer.decode([tokenizer.n_words, *ids, tokenizer.n_words + 2]) == "Once"
+    with pytest.raises(ValueError, match=f"0 to {tokenizer.n_words + 2}"):
+        tokenizer.decode([tokenizer.n_words + 3])
+
+
+def test_sentencepiece_encodes_as_the_library(tokenizers: dict[str, BaseTokenizer]) -> None:
+    ours = tokenizers["sentencepiece"]
+    assert isinstance(ours, SentencePieceTokenizer)
+    for text in TEXTS:
+        ids = ours.encode(text, bos=True, eos=True)
+        assert ids == [ours.bos_id, *ours.model.encode(text), ours.eos_id]
+        assert ours.decode(ids) == ours.model.decode(ids)
+
+
+def test_a_folder_with_both_files_uses_the_json(tmp_path: Path) -> None:
+    write_sentencepiece(tmp_path)
+    write_pipeline(PIPELINES["metaspace"](), tmp_path)
+    assert isinstance(open_tokenizer(tmp_path), HuggingFaceTokenizer)
+    assert isinstance(open_tokenizer(tmp_path / "tokenizer.model"), SentencePieceTokenizer)
+
+
+def test_llama3s_files_stay_on_tiktoken(small_file: Path, small_json: str, tmp_path: Path) -> None:
+    """An extended vocabulary is not Llama 3's."""
+    assert isinstance(open_tokenizer(small_file), Tokenizer)
+    assert isinstance(open_tokenizer(write_json(tmp_path / "tokenizer.json", small_json)), Tokenizer)
+    extended = Pipeline.from_str(small_json)
+    extended.add_special_tokens([f"<|more_{number}|>" for number in range(9)])
+    ours = open_tokenizer(write_json(tmp_path / "tokenizer.json", extended.to_str()))
+    assert isinstance(ours, HuggingFaceTokenizer) and ours.n_words == Tokenizer(small_file).n_words + 9
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "JSON object"),
+        ("{", "not valid JSON"),
+        ('{"model": {"type": "BPE", "vocab": {}}}', "package tokenizers reads"),
+        ('{"a": 1, "a": 2}', "the file is damaged"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
+        HuggingFaceTokenizer(path)
+
+
+def test_a_decoder_that_joins_tokens_by_other_rules_is_refused(tmp_path: Path) -> None:
+    path = write_pipeline(PIPELINES["byte-level"](), tmp_path)
+    document = json.loads(path.read_text())
+    for decoder in (None, {"type": "WordPiece", "prefix": "##", "cleanup": True}):
+        path.write_text(json.dumps(document | {"decoder": decoder}))
+        with pytest.raises(ValueError, match="decoder is .* not supported"):
+            HuggingFaceTokenizer(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_with_any_tokenizer_completes_texts(kind: str, tmp_path: Path) -> None:
+    if kind == "sentencepiece":
+        write_sentencepiece(tmp_path)
+    else:
+        write_pipeline(PIPELINES[kind](), tmp_path)
+    params = tiny_params(n_layers=1, vocab_size=-(-open_tokenizer(tmp_path).n_words // 64) * 64)
+    write_huggingface(tmp_path, params, random_weights(params))
+    llm = Llama.build(str(tmp_path), str(tmp_path), 64, 2, device="cpu", dtype="float32")
+    prompts = ["Once upon", "天地 🚀"]
+    answers = llm.text_completion(prompts, max_gen_len=20, temperature=1.0, top_p=1.0, seed=3)
+    streamed = ["", ""]
+    ids = [llm.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+    for increment in llm.stream(ids, 20, temperature=1.0, top_p=1.0, seed=3):
+        streamed[increment.row] += increment.text
+    assert streamed == [answer["generation"] for answer in answers]
+    with pytest.raises(ValueError, match="not trained on Llama 3's chat format"):
+        llm.chat_completion([[{"role": "user", "content": "Hi"}]])

@@ -13,6 +13,25 @@ IGNORED_NAMES = frozenset({"rope.freqs"})  # rotary frequencies, in some of Meta
 # width, and 8 otherwise.
 ROPE_SCALING_FACTOR = 8.0
 ROPE_SCALING_FACTORS_BY_DIM = {2048: 32.0, 3072: 32.0}
+# The fields that each rope_type reads, besides rope_theta.
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("rope_scaling_factor",),
+    "llama3": (
+        "rope_scaling_factor",
+        "rope_low_freq_factor",
+        "rope_high_freq_factor",
+        "rope_original_max_seq_len",
+    ),
+    "yarn": (
+        "rope_scaling_factor",
+        "rope_original_max_seq_len",
+        "rope_attention_factor",
+        "rope_beta_fast",
+        "rope_beta_slow",
+        "rope_truncate",
+    ),
+}
 
 
 @dataclass
@@ -34,11 +53,16 @@ class ModelArgs:
     rope_theta: float = 500000.0
     max_batch_size: int = 32
     max_seq_len: int = 2048
-    use_scaled_rope: bool = False  # Llama 3.1 and later
-    rope_scaling_factor: float = UNSET  # with scaled rope 32 for the widths of 3.2-1B and 3.2-3B, else 8
+    use_scaled_rope: bool = False  # Llama 3.1 and later: rope_type "llama3"
+    rope_type: str = UNSET  # a key of ROPE_FIELDS; "llama3" if use_scaled_rope, else "default"
+    rope_scaling_factor: float = UNSET  # required by linear and yarn; else 32 for the widths of 3.2-1B and 3.2-3B, or 8
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_seq_len: int = 8192
+    rope_attention_factor: float = UNSET  # of yarn, on cos and sin; from rope_scaling_factor
+    rope_beta_fast: float = 32.0  # yarn: pairs with more turns in the original context keep their frequency
+    rope_beta_slow: float = 1.0  # yarn: pairs with fewer turns have theirs divided by the factor
+    rope_truncate: bool = True  # yarn: the two bounds are rounded to whole pairs
     head_dim: int = UNSET  # dim / n_heads
     hidden_dim: int = UNSET  # the ffn width, from dim, ffn_dim_multiplier and multiple_of
     tied_output: bool = False  # the output projection is the embedding
@@ -56,14 +80,42 @@ class ModelArgs:
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_low_freq_factor", "rope_high_freq_factor"):
             self._check_positive_number(name)
         self._derive_widths()
-        if self.rope_scaling_factor is None:
+        self._derive_rope()
+
+    def _derive_rope(self) -> None:
+        if self.rope_type is None:
+            self.rope_type = "llama3" if self.use_scaled_rope else "default"
+        if not isinstance(self.rope_type, str) or self.rope_type not in ROPE_FIELDS:
+            raise ValueError(f"rope_type must be one of {', '.join(ROPE_FIELDS)}, got {self.rope_type!r}")
+        if (self.rope_type == "llama3") != bool(self.use_scaled_rope):
+            raise ValueError(
+                "use_scaled_rope must be true for rope_type 'llama3' and false for others, "
+                f"got {self.use_scaled_rope!r} and {self.rope_type!r}"
+            )
+        if self.rope_scaling_factor is None and self.rope_type in ("default", "llama3"):
             self.rope_scaling_factor = ROPE_SCALING_FACTORS_BY_DIM.get(self.dim, ROPE_SCALING_FACTOR)
         self._check_positive_number("rope_scaling_factor")
+        if self.rope_attention_factor is None:
+            yarn = self.rope_type == "yarn"
+            self.rope_attention_factor = yarn_attention_factor(self.rope_scaling_factor) if yarn else 1.0
+        for name in ("rope_attention_factor", "rope_beta_fast", "rope_beta_slow"):
+            self._check_positive_number(name)
+        if not isinstance(self.rope_truncate, bool):
+            raise ValueError(f"rope_truncate must be true or false, got {self.rope_truncate!r}")
+        self._check_rope_order()
+
+    def _check_rope_order(self) -> None:
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ValueError(
                 "rope_high_freq_factor must be above rope_low_freq_factor, "
                 f"got {self.rope_high_freq_factor} and {self.rope_low_freq_factor}"
             )
+        if self.rope_beta_fast < self.rope_beta_slow:
+            raise ValueError(
+                f"rope_beta_fast must be at least rope_beta_slow, got {self.rope_beta_fast} and {self.rope_beta_slow}"
+            )
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 for rope_type 'yarn', got {self.rope_theta}")
 
     def _derive_widths(self) -> None:
         self._check_positive_integer("n_kv_heads")
@@ -144,6 +196,11 @@ class ModelArgs:
         for layer in range(self.n_layers):
             shapes.update({f"layers.{layer}.{name}.weight": shape for name, shape in layer_shapes.items()})
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
+
+
+def yarn_attention_factor(scaling_factor: float, scale: float = 1.0) -> float:
+    """YaRN's rule for the factor on cos and sin: 1 + scale · ln(scaling_factor) / 10, and 1 if nothing is stretched."""
+    return 1.0 + 0.1 * scale * math.log(max(scaling_factor, 1.0))
 
 
 def ffn_width(dim: int, multiplier: float, multiple_of: int) -> int:

@@ -71,12 +71,12 @@ class Llama:
         seed of calls. device: None means CUDA if available, else the CPU. dtype: None means bfloat16 on CUDA (float16
         if the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels), "native" (C++ kernels) or
         "reference" (plain torch); None means fused on CUDA and native on a CPU. rope_scaling_factor: replaces the
-        checkpoint's or inferred factor, and turns scaled rope on. graph_batch_sizes: numbers of rows whose decode step
-        is captured as a graph during build, not in the first call that needs it; None means 1 and max_batch_size.
-        cuda_graphs: False launches every kernel of every step separately; None captures steps if the backend supports
-        it. dependent_launch: False starts each kernel after the previous one has ended; None lets it start earlier
-        (programmatic dependent launch) from compute capability 9.0. These two are for debugging: False costs speed and
-        changes no token.
+        checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. graph_batch_sizes: numbers of rows whose
+        decode step is captured as a graph during build, not in the first call that needs it; None means 1 and
+        max_batch_size. cuda_graphs: False launches every kernel of every step separately; None captures steps if the
+        backend supports it. dependent_launch: False starts each kernel after the previous one has ended; None lets it
+        start earlier (programmatic dependent launch) from compute capability 9.0. These two are for debugging: False
+        costs speed and changes no token.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer with another vocabulary), ValueError for any other error in the arguments or the files, and

@@ -78,9 +78,9 @@ def _args_and_tokenizer(
     """The model's arguments and its tokenizer. Raises AssertionError if they do not fit together."""
     fields = dict(checkpoint.params)
     if rope_scaling_factor is not None:
-        fields.update(use_scaled_rope=True, rope_scaling_factor=rope_scaling_factor)
+        fields.update(use_scaled_rope=True, rope_type="llama3", rope_scaling_factor=rope_scaling_factor)
     args = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, **fields)
-    if not args.use_scaled_rope:
+    if args.rope_type == "default":
         _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")
     tokenizer = open_tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))
     if complaint := vocabulary_mismatch(checkpoint, tokenizer_path, tokenizer.n_words):

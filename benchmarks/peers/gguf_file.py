@@ -31,7 +31,7 @@ def write_gguf(spec: ModelSpec, path: Path) -> None:
     stored_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
     # A file without this weight has a tied output.
     shapes = {name: shape for name, shape in args.shapes.items() if not (name == OUTPUT and args.tied_output)}
-    if args.use_scaled_rope:
+    if args.rope_type != "default":
         _add_tensor_info(writer, ROPE_FACTORS, (args.head_dim // 2,), torch.float32)
     for name, shape in shapes.items():
         stored_name = stored_names.get_name(name, try_suffixes=(".weight",))
@@ -39,7 +39,7 @@ def write_gguf(spec: ModelSpec, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if args.use_scaled_rope:
+    if args.rope_type != "default":
         _write_tensor(writer, rope_factors(args))
     names = iter(shapes)
     for name, tensor in spec.tensors():
@@ -52,7 +52,7 @@ def write_gguf(spec: ModelSpec, path: Path) -> None:
 
 def rope_factors(args: ModelArgs) -> Tensor:
     """(head_dim/2,) float32: what scaled rope divides each frequency by."""
-    return rope_frequencies(replace(args, use_scaled_rope=False)) / rope_frequencies(args)
+    return rope_frequencies(replace(args, use_scaled_rope=False, rope_type="default")) / rope_frequencies(args)
 
 
 def _stored_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:

@@ -21,10 +21,12 @@ from fastllama.benchmarks.peers.worker import (
     compile_or_fail,
     rope_scaling,
     unsupported_head_dim,
+    unsupported_rope,
 )
 from fastllama.benchmarks.runners import Run
 
 FILES = ("model.py", "generate.py")
+ROPE_TYPES = ("default", "llama3")
 
 
 def invalid_checkout(checkout: str | None) -> str | None:
@@ -37,7 +39,7 @@ def invalid_checkout(checkout: str | None) -> str | None:
 
 def unsupported(args: ModelArgs) -> str | None:
     """The reason why gpt-fast cannot run this model, or None."""
-    return unsupported_head_dim("gpt-fast", args)
+    return unsupported_head_dim("gpt-fast", args) or unsupported_rope("gpt-fast", args, ROPE_TYPES)
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:

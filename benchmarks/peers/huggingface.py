@@ -43,7 +43,6 @@ def llama_config(args: ModelArgs, **fields: Any) -> Any:
     """The model's LlamaConfig, with further `fields`."""
     from transformers import LlamaConfig
 
-    rope = {"rope_type": "llama3", **rope_scaling(args)} if args.use_scaled_rope else {"rope_type": "default"}
     return LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -53,7 +52,7 @@ def llama_config(args: ModelArgs, **fields: Any) -> Any:
         num_key_value_heads=args.n_kv_heads,
         head_dim=args.head_dim,
         rms_norm_eps=args.norm_eps,
-        rope_parameters={"rope_theta": args.rope_theta, **rope},
+        rope_parameters={"rope_type": args.rope_type, "rope_theta": args.rope_theta, **rope_scaling(args)},
         max_position_embeddings=args.max_seq_len,
         tie_word_embeddings=args.tied_output,
         **fields,

@@ -18,9 +18,10 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.gguf_file import write_gguf
-from fastllama.benchmarks.peers.worker import Generate, Recorder, scores_of
+from fastllama.benchmarks.peers.worker import Generate, Recorder, scores_of, unsupported_rope
 from fastllama.benchmarks.runners import Run
 
+ROPE_TYPES = ("default", "linear", "llama3")  # rope_freqs.weight holds frequencies, not YaRN's attention factor
 MAX_ROWS = 256  # LLAMA_MAX_SEQ
 CACHE_MULTIPLE = 256  # positions of a sequence's cache are a multiple of this
 ALL_LAYERS = -1
@@ -33,7 +34,7 @@ def unsupported(args: ModelArgs) -> str | None:
     """The reason why llama.cpp cannot run this model, or None."""
     if args.max_batch_size > MAX_ROWS:
         return f"llama.cpp takes at most {MAX_ROWS} rows, not {args.max_batch_size}"
-    return None
+    return unsupported_rope("the GGUF file for llama.cpp", args, ROPE_TYPES)
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:

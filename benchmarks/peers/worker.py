@@ -6,19 +6,29 @@ A peer has a process of its own so that its thread pool, allocator and process g
 import importlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastllama.args import ModelArgs
+from fastllama.args import ROPE_FIELDS, ModelArgs
 from fastllama.benchmarks.child_process import answer_requests
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.timing import synchronize
 
 RECOMPILE_LIMIT = 64  # shapes of one function; every case of a run has its own shape
+HUGGINGFACE_ROPE_NAMES = {
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_max_seq_len": "original_max_position_embeddings",
+    "rope_attention_factor": "attention_factor",
+    "rope_beta_fast": "beta_fast",
+    "rope_beta_slow": "beta_slow",
+    "rope_truncate": "truncate",
+}
 
 
 class Generate(Protocol):
@@ -82,14 +92,16 @@ def unsupported_head_dim(code: str, args: ModelArgs) -> str | None:
     return f"{code} needs head_dim = dim / n_heads, and this model has {widths}"
 
 
+def unsupported_rope(code: str, args: ModelArgs, types: Sequence[str]) -> str | None:
+    """The reason why code with these types of rope cannot run a model, or None."""
+    if args.rope_type in types:
+        return None
+    return f"{code} has no rope of type {args.rope_type!r}, only {', '.join(types)}"
+
+
 def rope_scaling(args: ModelArgs) -> dict[str, Any]:
-    """The parameters of Llama 3.1's scaled rope, in Hugging Face's names."""
-    return {
-        "factor": args.rope_scaling_factor,
-        "low_freq_factor": args.rope_low_freq_factor,
-        "high_freq_factor": args.rope_high_freq_factor,
-        "original_max_position_embeddings": args.rope_original_max_seq_len,
-    }
+    """The fields that the model's type of rope reads, in Hugging Face's names."""
+    return {HUGGINGFACE_ROPE_NAMES[name]: getattr(args, name) for name in ROPE_FIELDS[args.rope_type]}
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastllama.args import ModelArgs, ffn_width
+from fastllama.args import ROPE_FIELDS, ModelArgs, ffn_width
 from fastllama.checkpoint.base import (
     Checkpoint,
     check_dims,
@@ -59,12 +59,18 @@ META_FIELDS = frozenset(
 )
 # Fields of fastllama's ModelArgs that Meta's does not have; params.json may state them.
 OWN_FIELDS = frozenset({"head_dim", "hidden_dim", "tied_output"})
-ROPE_NUMBERS = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+ROPE_NUMBERS = (
+    *("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
+    *("rope_attention_factor", "rope_beta_fast", "rope_beta_slow"),
+)
 ROPE_INTEGERS = ("rope_original_max_seq_len",)
+ROPE_TYPE, ROPE_TRUNCATE = "rope_type", "rope_truncate"
 # Limits of a run, not of the weights: the caller of Llama.build sets them.
 IGNORED_FIELDS = frozenset({"max_batch_size", "max_seq_len"})
 QUANTISED_FIELDS = ("quantization_args", "lora_args")
-KNOWN_FIELDS = META_FIELDS.union(OWN_FIELDS, ROPE_NUMBERS, ROPE_INTEGERS, IGNORED_FIELDS, QUANTISED_FIELDS)
+KNOWN_FIELDS = META_FIELDS.union(
+    OWN_FIELDS, ROPE_NUMBERS, ROPE_INTEGERS, {ROPE_TYPE, ROPE_TRUNCATE}, IGNORED_FIELDS, QUANTISED_FIELDS
+)
 VISION_PREFIX = "vision_"
 
 
@@ -145,24 +151,32 @@ def _read_params(config: JsonConfig) -> dict[str, Any]:
     }
     if params["hidden_dim"] != width:
         config.warn(f"hidden_dim={params['hidden_dim']} is used; ffn_dim_multiplier and multiple_of would give {width}")
-    params |= _read_scaled_rope(config)
+    params |= _read_scaled_rope(config, params["rope_theta"])
     check_dims(config, params)
     return params
 
 
-def _read_scaled_rope(config: JsonConfig) -> dict[str, Any]:
-    """The rope scaling fields that params.json states. ValueError if they are given without use_scaled_rope."""
+def _read_scaled_rope(config: JsonConfig, theta: float) -> dict[str, Any]:
+    """The rope scaling fields that params.json states. ValueError if they are given without use_scaled_rope.
+
+    ValueError also for values that ModelArgs refuses together.
+    """
     stated: dict[str, Any] = {key: config.number(key) for key in ROPE_NUMBERS if config.has(key)}
     stated |= {key: config.integer(key) for key in ROPE_INTEGERS if config.has(key)}
+    if config.has(ROPE_TRUNCATE):
+        stated[ROPE_TRUNCATE] = config.flag(ROPE_TRUNCATE)
+    if config.has(ROPE_TYPE):
+        stated[ROPE_TYPE] = config.values[ROPE_TYPE]
+        if stated[ROPE_TYPE] not in tuple(ROPE_FIELDS):
+            raise config.error(ROPE_TYPE, " or ".join(map(repr, ROPE_FIELDS)))
     if stated and not config.has("use_scaled_rope"):
         raise config.error("use_scaled_rope", f"true or false beside {', '.join(stated)}")
-    if stated.get("rope_scaling_factor", 1.0) != 1.0 and not config.flag("use_scaled_rope"):
+    try:
+        args = ModelArgs(rope_theta=theta, use_scaled_rope=config.flag("use_scaled_rope"), **stated)
+    except ValueError as error:
+        raise ValueError(f"{config.path}: {error}") from None
+    if args.rope_type == "default" and stated.get("rope_scaling_factor", 1.0) != 1.0:
         config.warn(f"use_scaled_rope is false, so rope_scaling_factor={stated['rope_scaling_factor']} has no effect")
-    low, high = (stated.get(key, getattr(ModelArgs, key)) for key in ("rope_low_freq_factor", "rope_high_freq_factor"))
-    if low >= high:
-        raise ValueError(
-            f"{config.path}: expected rope_high_freq_factor above rope_low_freq_factor, got {high} and {low}"
-        )
     return stated
 
 

@@ -22,7 +22,6 @@ DEFAULT_MAX_SEQ_LEN = 2048
 DEFAULT_MAX_BATCH_SIZE = 1
 SPECIAL_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
 SIZES = ("max_seq_len", "max_batch_size")  # of the cache, not of the model
-ROPE_SCALING = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 UNIT_FACTOR = 1024
 
@@ -100,7 +99,7 @@ def describe(
     """Describe a checkpoint without reading its weights -> JSON values; sizes in bytes."""
     import torch
 
-    from fastllama.args import ModelArgs
+    from fastllama.args import ROPE_FIELDS, ModelArgs
     from fastllama.checkpoint import open_checkpoint
     from fastllama.memory_plan import plan_memory
 
@@ -108,8 +107,9 @@ def describe(
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
     plan = plan_memory(args, planned, max_batch_size, max_seq_len)
-    # The scaling parameters have no effect without scaled rope.
-    hidden = SIZES if args.use_scaled_rope else (*SIZES, *ROPE_SCALING)
+    # Fields that only other rope types read have no effect.
+    without_effect = {name for names in ROPE_FIELDS.values() for name in names}.difference(ROPE_FIELDS[args.rope_type])
+    hidden = without_effect.union(SIZES)
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,

@@ -1,10 +1,13 @@
 """ModelArgs: the published models' widths, computed fields, and values that are refused."""
 
+import json
+import math
 from typing import Any
 
 import pytest
 
 from fastllama import ModelArgs
+from fastllama.args import ROPE_FIELDS
 
 PUBLISHED: dict[str, tuple[dict[str, Any], int, float]] = {
     "3-8B": (
@@ -59,6 +62,28 @@ def test_defaults_are_metas() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "rope_type", "attention_factor"),
+    [
+        ({}, "default", 1.0),
+        ({"use_scaled_rope": True}, "llama3", 1.0),
+        ({"rope_type": "linear", "rope_scaling_factor": 4}, "linear", 1.0),
+        ({"rope_type": "yarn", "rope_scaling_factor": 4}, "yarn", 1.0 + 0.1 * math.log(4)),
+        ({"rope_type": "yarn", "rope_scaling_factor": 0.5}, "yarn", 1.0),
+        ({"rope_type": "yarn", "rope_scaling_factor": 4, "rope_attention_factor": 2}, "yarn", 2.0),
+    ],
+)
+def test_rope_fields_are_derived_and_kept(fields: dict[str, Any], rope_type: str, attention_factor: float) -> None:
+    args = ModelArgs(vocab_size=512, **fields)
+    assert args.rope_type == rope_type and args.rope_attention_factor == pytest.approx(attention_factor)
+    assert ModelArgs(**json.loads(json.dumps(vars(args)))) == args
+    part = args.split(2)
+    assert {name: getattr(part, name) for name in ROPE_FIELDS[rope_type]} == {
+        name: getattr(args, name) for name in ROPE_FIELDS[rope_type]
+    }
+    assert part.rope_type == rope_type
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"dim": 0}, "dim must be a positive integer, got 0"),
@@ -73,6 +98,16 @@ def test_defaults_are_metas() -> None:
         ({"rope_theta": float("inf")}, "rope_theta must be"),
         ({"max_seq_len": -1}, "max_seq_len must be"),
         ({"rope_high_freq_factor": 1.0}, "rope_high_freq_factor must be above"),
+        ({"rope_type": "dynamic"}, "rope_type must be one of default, linear, llama3, yarn, got 'dynamic'"),
+        ({"rope_type": ["yarn"]}, "rope_type must be one of"),
+        ({"rope_type": "llama3"}, "use_scaled_rope must be true for rope_type 'llama3'"),
+        ({"rope_type": "default", "use_scaled_rope": True}, "and false for others, got True and 'default'"),
+        ({"rope_type": "linear"}, "rope_scaling_factor must be a positive number, got None"),
+        ({"rope_attention_factor": 0}, "rope_attention_factor must be a positive number, got 0"),
+        ({"rope_beta_fast": "32"}, "rope_beta_fast must be a positive number, got '32'"),
+        ({"rope_beta_slow": 33}, "rope_beta_fast must be at least rope_beta_slow, got 32.0 and 33.0"),
+        ({"rope_truncate": 1}, "rope_truncate must be true or false, got 1"),
+        ({"rope_type": "yarn", "rope_scaling_factor": 4, "rope_theta": 1}, "rope_theta must be above 1"),
         ({"hidden_dim": 0}, "hidden_dim must be"),
     ],
 )

@@ -90,6 +90,17 @@ def test_rope_scaling_factor_overrides_the_checkpoint(tmp_path: Path, factor: fl
     assert llm.model.params.rope_scaling_factor == (factor or 8.0)
 
 
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_scaled_rope_of_every_type_allows_long_contexts_and_can_be_replaced(tmp_path: Path, rope_type: str) -> None:
+    rope = {"rope_type": rope_type, "factor": 4.0}
+    write_huggingface(tmp_path, tiny_params(), random_weights(tiny_params()), rope_parameters=rope)
+    path = str(tmp_path), str(write_tokenizer(tmp_path))
+    llm = Llama.build(*path, 9000, 1, device="cpu")
+    assert llm.model.params.rope_type == rope_type and not llm.tokenizer.llama31
+    replaced = Llama.build(*path, 16, 1, device="cpu", rope_scaling_factor=8.0).model.params
+    assert (replaced.rope_type, replaced.rope_scaling_factor) == ("llama3", 8.0)
+
+
 def test_dtype_and_device_defaults_and_names(tmp_path: Path) -> None:
     write_meta(tmp_path, tiny_params(), random_weights(tiny_params()))
     path = str(tmp_path), str(write_tokenizer(tmp_path))

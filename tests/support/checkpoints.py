@@ -191,11 +191,14 @@ def huggingface_weights(params: Params, weights: Weights) -> Weights:
     return theirs
 
 
-def huggingface_model(params: Params, weights: Weights) -> Any:
-    """transformers' LlamaForCausalLM with these weights, in eval mode."""
+def huggingface_model(params: Params, weights: Weights, rope_parameters: Params | None = None) -> Any:
+    """transformers' LlamaForCausalLM with these weights, in eval mode.
+
+    rope_parameters: of its configuration, beside rope_theta; None means those that `params` gives.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rope: Params = {"rope_type": "default", "rope_theta": params["rope_theta"]}
+    rope: Params = {"rope_type": "default", "rope_theta": params["rope_theta"], **(rope_parameters or {})}
     if params.get("use_scaled_rope"):
         rope |= {
             "rope_type": "llama3",
@@ -230,16 +233,18 @@ def write_huggingface(
     dtype: torch.dtype | None = None,
     eos_token_id: int | list[int] | None = None,
     old_fields: bool = False,
+    rope_parameters: Params | None = None,
 ) -> Path:
     """Write the folder that transformers saves; a small `max_shard_size` gives shards with an index.
 
     old_fields: config.json as transformers 4 wrote it (rope_theta, rope_scaling, torch_dtype, no head_dim).
     eos_token_id: written to generation_config.json and config.json.
+    rope_parameters: as in `huggingface_model`.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = huggingface_model(params, weights).to(dtype or weights["tok_embeddings.weight"].dtype)
+    model = huggingface_model(params, weights, rope_parameters).to(dtype or weights["tok_embeddings.weight"].dtype)
     model.config.eos_token_id = model.generation_config.eos_token_id = eos_token_id
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -65,6 +65,12 @@ def test_write_gguf_names_the_sizes(tmp_path: Path) -> None:
     assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(ARGS.norm_eps)
 
 
+def test_write_gguf_takes_linear_rope(tmp_path: Path) -> None:
+    shape = SOURCE.shape | {"rope_type": "linear", "rope_scaling_factor": 4.0}
+    _, stored = read(dataclasses.replace(SPEC, source=dataclasses.replace(SOURCE, shape=shape)), tmp_path)
+    assert stored["rope_freqs.weight"].data.tolist() == [4.0] * (ARGS.head_dim // 2)
+
+
 def test_write_gguf_takes_scaled_rope_and_tied_output(tmp_path: Path) -> None:
     shape = SOURCE.shape | {"use_scaled_rope": True, "rope_scaling_factor": 32.0, "tied_output": True}
     spec = dataclasses.replace(SPEC, source=dataclasses.replace(SOURCE, shape=shape))

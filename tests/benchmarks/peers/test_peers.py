@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from fastllama.args import ModelArgs
 from fastllama.benchmarks.peers import torch_compile
 from fastllama.benchmarks.peers.agreement import compare
+from fastllama.benchmarks.peers.huggingface import llama_config
 from fastllama.benchmarks.peers.registry import Peer
 from fastllama.benchmarks.runners import Ours
-from tests.benchmarks.cases import ARGS, CASE, RAGGED, SOURCE, SPEC
+from fastllama.rope import rope_table
+from tests.benchmarks.cases import ARGS, CASE, RAGGED, SHAPE, SOURCE, SPEC
 
 
 @pytest.mark.parametrize("name", ["reference", "transformers"])
@@ -41,6 +44,24 @@ def test_transformers_takes_scaled_rope_and_tied_output() -> None:
     with Peer("transformers", spec) as peer:
         agreement = compare(ours, peer.run(prompts, 4, logprobs=True), torch.float32)
     assert agreement.agrees, agreement.difference
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_scaled_rope": True, "rope_original_max_seq_len": 16},
+        {"rope_type": "linear", "rope_scaling_factor": 4.0},
+        {"rope_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_max_seq_len": 16, "rope_truncate": False},
+    ],
+)
+def test_transformers_configuration_has_the_models_rope(fields: dict[str, Any]) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    args = ModelArgs(**SHAPE, max_seq_len=32, **fields)
+    cos, sin = LlamaRotaryEmbedding(llama_config(args))(torch.zeros(1), torch.arange(32)[None])
+    half = args.head_dim // 2
+    torch.testing.assert_close(rope_table(args), torch.stack((cos[0, :, :half], sin[0, :, :half]), dim=-1))
 
 
 def test_reference_peer_agrees_on_the_same_weights_and_not_on_others() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.models import ModelSource
-from fastllama.benchmarks.peers import registry
+from fastllama.benchmarks.peers import gpt_fast, llama_cpp, registry
 from fastllama.benchmarks.peers.meta import unsupported
 from fastllama.benchmarks.peers.registry import Peer, unavailable
 from tests.benchmarks.cases import ARGS, SHAPE, SPEC
@@ -29,6 +29,15 @@ def test_unsupported_names_what_metas_code_cannot_run() -> None:
     scaled = {**SHAPE, "use_scaled_rope": True}
     assert unsupported(ModelArgs(**{**scaled, "rope_scaling_factor": 8.0})) is None
     assert "by 32" in str(unsupported(ModelArgs(**{**scaled, "rope_scaling_factor": 32.0})))
+
+
+def test_unsupported_names_types_of_rope() -> None:
+    linear, yarn = (ModelArgs(**SHAPE, rope_type=name, rope_scaling_factor=4.0) for name in ("linear", "yarn"))
+    for args in (linear, yarn):
+        assert f"no rope of type '{args.rope_type}', only default, llama3" in str(unsupported(args))
+        assert f"no rope of type '{args.rope_type}'" in str(gpt_fast.unsupported(args))
+    assert llama_cpp.unsupported(linear) is None
+    assert "no rope of type 'yarn'" in str(llama_cpp.unsupported(yarn))
 
 
 def test_a_peer_that_cannot_start_raises_the_reason(tmp_path: Path) -> None:

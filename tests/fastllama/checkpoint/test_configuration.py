@@ -28,6 +28,7 @@ ROPES: list[dict[str, Any]] = [
     {"rope_scaling": {"rope_type": "default", "type": "llama3", "factor": 8.0}},
     {"rope_scaling": {**LLAMA3, **LENGTH, "type": "linear", "attention_factor": 3.0}},
 ]
+YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
 @pytest.mark.parametrize("fields", ROPES, ids=range(len(ROPES)))
@@ -70,6 +71,10 @@ def test_rope_is_read_as_transformers_reads_it(tmp_path: Path, fields: dict[str,
             {"rope_scaling": {"factor": 8.0, "beta": None}},
             "rope_scaling.factor has no effect with rope_type 'default'",
         ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0, **LENGTH}},
+            "rope_scaling.original_max_position_embeddings has no effect with rope_type 'linear'",
+        ),
     ],
 )
 def test_unused_rope_fields_give_a_warning(
@@ -82,6 +87,32 @@ def test_unused_rope_fields_give_a_warning(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        *(
+            (
+                {key: {"type": name, "factor": 2.0, "partial_rotary_factor": 0.25, "long_factor": [1.0, 2.0]}},
+                f"'{key}.type': expected 'default' or 'linear' or 'llama3' or 'yarn', got '{name}'",
+            )
+            for key, name in (
+                ("rope_scaling", "dynamic"),
+                ("rope_parameters", "longrope"),
+                ("rope_scaling", "proportional"),
+                ("rope_scaling", "su"),
+            )
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", **LENGTH}},
+            "'rope_scaling.factor': expected a positive number, it is missing",
+        ),
+        (
+            {"rope_scaling": {**YARN, "attention_factor": 0}},
+            "'rope_scaling.attention_factor': expected a positive number, got 0",
+        ),
+        ({"rope_scaling": {**YARN, "mscale": -1}}, "'rope_scaling.mscale': expected a positive number, got -1"),
+        (
+            {"rope_scaling": {**YARN, "beta_fast": False}},
+            "'rope_scaling.beta_fast': expected a positive number, got False",
+        ),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "'rope_scaling.truncate': expected true or false, got 1"),
         ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor': expected 1 (Llama rotates whole heads), got 0.5"),
         (
             {"partial_rotary_factor": 1.0, "rope_scaling": {"partial_rotary_factor": 0.25}},
@@ -100,7 +131,54 @@ def test_rope_other_than_llamas_is_refused(tmp_path: Path, fields: dict[str, Any
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, "expected rope_theta above 1 with rope_type 'yarn', got 1"),
+        (
+            {"rope_parameters": {**YARN, "beta_fast": 0.5}},
+            "expected rope_parameters.beta_fast of at least beta_slow, got 0.5 and 1",
+        ),
+    ],
+)
+def test_yarn_that_cannot_be_computed_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    refused(huggingface(tmp_path, **fields), f"{{}}/config.json: {message}")
+
+
 # params.json
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rope_type": "dynamic"},
+            "field 'rope_type': expected 'default' or 'linear' or 'llama3' or 'yarn', got 'dynamic'",
+        ),
+        (
+            {"rope_type": "llama3"},
+            "use_scaled_rope must be true for rope_type 'llama3' and false for others, got False and 'llama3'",
+        ),
+        ({"rope_type": "linear"}, "rope_scaling_factor must be a positive number, got None"),
+        ({"rope_truncate": "no"}, "field 'rope_truncate': expected true or false, got 'no'"),
+        ({"rope_beta_slow": 64.0}, "rope_beta_fast must be at least rope_beta_slow, got 32.0 and 64.0"),
+    ],
+)
+def test_rope_types_that_params_json_cannot_have_are_refused(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    refused(meta(tmp_path, use_scaled_rope=False, **fields), f"{{}}/params.json: {message}")
+
+
+def test_params_json_may_state_yarn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stated: dict[str, Any] = {
+        "use_scaled_rope": False,
+        "rope_type": "yarn",
+        "rope_scaling_factor": 4.0,
+        "rope_truncate": False,
+    }
+    assert stated.items() <= open_checkpoint(meta(tmp_path, **stated)).params.items()
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("field", ["rope_scaling_factor", "rope_original_max_seq_len", "rope_high_freq_factor"])
@@ -144,7 +222,7 @@ def test_params_json_may_hold_all_model_args(tmp_path: Path) -> None:
 def test_rope_factors_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
     refused(
         meta(tmp_path, use_scaled_rope=True, rope_low_freq_factor=4.0),
-        "{}/params.json: expected rope_high_freq_factor above rope_low_freq_factor, got 4.0 and 4.0",
+        "{}/params.json: rope_high_freq_factor must be above rope_low_freq_factor, got 4.0 and 4.0",
     )
 
 

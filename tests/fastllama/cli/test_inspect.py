@@ -60,6 +60,23 @@ def test_inspect_shows_rope_scaling_only_where_it_is_used(tmp_path: Path, checkp
     assert not plain["use_scaled_rope"] and "rope_scaling_factor" not in plain
 
 
+def test_inspect_shows_the_fields_of_yarn_that_it_reads(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    write_huggingface(tmp_path, tiny_params(), random_weights(tiny_params()), rope_parameters=rope)
+    found = json.loads(run("inspect", str(tmp_path), "--json").stdout)["architecture"]
+    assert {name: value for name, value in found.items() if "rope" in name} == {
+        "rope_theta": 500000.0,
+        "use_scaled_rope": False,
+        "rope_type": "yarn",
+        "rope_scaling_factor": 4.0,
+        "rope_original_max_seq_len": 16,
+        "rope_attention_factor": pytest.approx(1.138629),
+        "rope_beta_fast": 32.0,
+        "rope_beta_slow": 1.0,
+        "rope_truncate": True,
+    }
+
+
 def test_inspect_reports_a_tokenizer_of_another_model(tmp_path: Path, checkpoint: str) -> None:
     other = write_tokenizer(tmp_path, n_ranks=300)
     assert "NOT the checkpoint's vocabulary" in run("inspect", checkpoint, "--tokenizer_path", str(other)).stdout

@@ -54,18 +54,18 @@ class ModelArgs:
     max_batch_size: int = 32
     max_seq_len: int = 2048
     use_scaled_rope: bool = False  # Llama 3.1 and later: rope_type "llama3"
-    rope_type: str = UNSET  # a key of ROPE_FIELDS; "llama3" if use_scaled_rope, else "default"
     rope_scaling_factor: float = UNSET  # required by linear and yarn; else 32 for the widths of 3.2-1B and 3.2-3B, or 8
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_seq_len: int = 8192
+    head_dim: int = UNSET  # dim / n_heads
+    hidden_dim: int = UNSET  # the ffn width, from dim, ffn_dim_multiplier and multiple_of
+    tied_output: bool = False  # the output projection is the embedding
+    rope_type: str = UNSET  # a key of ROPE_FIELDS; "llama3" if use_scaled_rope, else "default"
     rope_attention_factor: float = UNSET  # of yarn, on cos and sin; from rope_scaling_factor
     rope_beta_fast: float = 32.0  # yarn: pairs with more turns in the original context keep their frequency
     rope_beta_slow: float = 1.0  # yarn: pairs with fewer turns have theirs divided by the factor
     rope_truncate: bool = True  # yarn: the two bounds are rounded to whole pairs
-    head_dim: int = UNSET  # dim / n_heads
-    hidden_dim: int = UNSET  # the ffn width, from dim, ffn_dim_multiplier and multiple_of
-    tied_output: bool = False  # the output projection is the embedding
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):

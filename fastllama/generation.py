@@ -16,7 +16,7 @@ from fastllama import memory_plan, validate
 from fastllama.decode_graph import Decoder
 from fastllama.distributed import model_parallel
 from fastllama.kernels.sampling.top_p_torch import nucleus
-from fastllama.loading import choose_device, load
+from fastllama.loading import AdapterFolders, choose_device, load
 from fastllama.model import Transformer
 from fastllama.stream import Increment, Request, increments
 from fastllama.tokenizer import ChatFormat, Dialog, Message, check_dialog
@@ -58,6 +58,7 @@ class Llama:
         dtype: torch.dtype | str | None = None,
         backend: str | None = None,
         rope_scaling_factor: float | None = None,
+        adapter: AdapterFolders = None,
         graph_batch_sizes: Sequence[int] | None = None,
         cuda_graphs: bool | None = None,
         dependent_launch: bool | None = None,
@@ -71,8 +72,9 @@ class Llama:
         seed of calls. device: None means CUDA if available, else the CPU. dtype: None means bfloat16 on CUDA (float16
         if the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels), "native" (C++ kernels) or
         "reference" (plain torch); None means fused on CUDA and native on a CPU. rope_scaling_factor: replaces the
-        checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. graph_batch_sizes: numbers of rows whose
-        decode step is captured as a graph during build, not in the first call that needs it; None means 1 and
+        checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. adapter: the folder of a LoRA adapter, or
+        a list of folders, merged into the weights in this order while they are read. graph_batch_sizes: numbers of rows
+        whose decode step is captured as a graph during build, not in the first call that needs it; None means 1 and
         max_batch_size. cuda_graphs: False launches every kernel of every step separately; None captures steps if the
         backend supports it. dependent_launch: False starts each kernel after the previous one has ended; None lets it
         start earlier (programmatic dependent launch) from compute capability 9.0. These two are for debugging: False
@@ -96,6 +98,7 @@ class Llama:
             dtype=dtype,
             backend=backend,
             rope_scaling_factor=rope_scaling_factor,
+            adapter=adapter,
         )
         llm = Llama(model, tokenizer, seed=seed)
         llm.decoder = Decoder(model, graphs=cuda_graphs, dependent=dependent_launch)

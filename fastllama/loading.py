@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SEQ_LEN = 8192
 MAX_SEQ_LEN_SCALED_ROPE = 131072
+AdapterFolders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,6 +36,7 @@ def load(
     dtype: torch.dtype | str | None,
     backend: str | None,
     rope_scaling_factor: float | None,
+    adapter: AdapterFolders,
 ) -> tuple[Transformer, BaseTokenizer]:
     """The model and tokenizer of `Llama.build`, with its arguments and errors.
 
@@ -47,7 +50,7 @@ def load(
     group = model_parallel.model_group(model_parallel_size, device)
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         _check_paths(ckpt_dir, tokenizer_path)
-        checkpoint = open_checkpoint(ckpt_dir)
+        checkpoint = open_checkpoint(ckpt_dir, _adapter_folders(adapter))
         args, tokenizer = _args_and_tokenizer(
             checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
         )
@@ -133,6 +136,16 @@ def _check_max_seq_len(value: object, most: int, where: str) -> int:
         return validate.whole_number("max_seq_len", value, 1, most)
     except ValueError as error:
         raise AssertionError(f"{error}{where}") from None
+
+
+def _adapter_folders(adapter: AdapterFolders) -> list[str | os.PathLike[str]]:
+    """The folders of `adapter=` as a list."""
+    if adapter is None:
+        return []
+    folders = [adapter] if isinstance(adapter, str | os.PathLike) else adapter
+    if not isinstance(folders, Sequence) or not all(isinstance(folder, str | os.PathLike) for folder in folders):
+        raise ValueError(f"adapter must be a folder or a list of folders, got {adapter!r}")
+    return list(folders)
 
 
 def _check_paths(ckpt_dir: object, tokenizer_path: object) -> None:

@@ -8,9 +8,12 @@ what is used and what is passed over.
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fastllama.checkpoint.adapter import merge_adapters
+from fastllama.checkpoint.adapter_files import ADAPTER_FILE_NAME
 from fastllama.checkpoint.base import Checkpoint
 from fastllama.checkpoint.huggingface import CONFIG_NAME, open_huggingface
 from fastllama.checkpoint.json_config import short_list
@@ -34,31 +37,45 @@ META_SUBFOLDERS = ("original", "original/mp8", "original/mp16")
 MAX_FILES_LISTED = 12
 
 
-def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(ckpt_dir: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]] = ()) -> Checkpoint:
     """The checkpoint in a folder. Reads headers, and only those weights that several files must agree on.
+
+    adapters: folders of LoRA adapters, which are merged in this order when weights are read.
 
     The order of the search: params.json with `*.pth` in the folder itself; config.json with `*.safetensors` there;
     params.json with `*.pth` in `original/`, `original/mp8` and `original/mp16`.
 
     Raises AssertionError if the folder does not exist or holds none of these, ValueError if the checkpoint is
-    incomplete, damaged, quantised, contradicts itself, or is not the Llama that its configuration describes.
+    incomplete, damaged, quantised, contradicts itself, or is not the Llama that its configuration describes, or if an
+    adapter is damaged, belongs to another base, or cannot be merged.
     """
     folder = Path(ckpt_dir)
     if not os.path.isdir(folder):  # unlike Path.is_dir, never raises for odd strings
         what = describe_file(folder) if os.path.exists(folder) else "does not exist"
         raise AssertionError(f"checkpoint folder {str(folder)!r} {what}")
     checkpoint = _open_first(folder)
-    passed_over = (*checkpoint.passed_over, *_unused_weights(folder, checkpoint))
+    applied = [os.path.realpath(Path(adapter) / ADAPTER_FILE_NAME) for adapter in adapters]
+    passed_over = tuple(
+        (path, why)
+        for path, why in (*checkpoint.passed_over, *_unused_weights(folder, checkpoint))
+        if os.path.realpath(path) not in applied
+    )
     names = [f"{short_list([str(path.relative_to(folder))])} ({why})" for path, why in passed_over]
-    if adapters := [path.name for path, why in passed_over if why == ADAPTER_REASON]:
-        logger.warning("%s: %s is an adapter and is not applied: merge it first", folder, short_list(adapters))
+    if unused := [path.name for path, why in passed_over if why == ADAPTER_REASON]:
+        logger.warning(
+            "%s: %s is an adapter and is not applied: pass its folder as adapter= (--adapter) to apply it",
+            folder,
+            short_list(unused),
+        )
     logger.info(
         "checkpoint: %s, %s%s",
         checkpoint.path,
         ", ".join(path.name for path, _ in checkpoint.files),
-        f"; passed over: {', '.join(names)}" if names else "",
+        (f"; adapters: {', '.join(map(str, adapters))}" if adapters else "")
+        + (f"; passed over: {', '.join(names)}" if names else ""),
     )
-    return replace(checkpoint, passed_over=passed_over)
+    checkpoint = replace(checkpoint, passed_over=passed_over)
+    return merge_adapters(checkpoint, [Path(adapter) for adapter in adapters]) if adapters else checkpoint
 
 
 def _open_first(folder: Path) -> Checkpoint:

@@ -39,8 +39,9 @@ class Checkpoint:
     files: the weights' files and their sizes in bytes.
     dtype: the dtype of the matrices when read (norms may be wider): float32 if they are stored in float64.
     stop_token_ids: eos_token_id of generation_config.json or config.json; () for Meta's files.
-    stored: every weight in the files, by Meta's name.
+    stored: every weight in the files, by Meta's name, with the adapters merged.
     passed_over: unused weights in the folder (files, or folders with a checkpoint), each with the reason.
+    adapters: the folders of the adapters that are merged into the weights.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Checkpoint:
     stop_token_ids: tuple[int, ...]
     stored: Mapping[str, ShardedTensor] = field(repr=False)
     passed_over: tuple[tuple[Path, str], ...] = ()
+    adapters: tuple[Path, ...] = ()
 
     @property
     def n_parameters(self) -> int:

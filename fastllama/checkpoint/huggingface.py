@@ -14,13 +14,12 @@ from fastllama.checkpoint.base import (
     check_names,
     check_shapes,
     count_layers,
-    dtype_name,
     file_sizes,
 )
 from fastllama.checkpoint.consistency import same_values, warn_if_frequencies_differ
 from fastllama.checkpoint.huggingface_config import model_params, stop_token_ids
 from fastllama.checkpoint.json_config import JsonConfig
-from fastllama.checkpoint.safetensors_files import INV_FREQ_NAME, SAFETENSORS_DTYPES, SafetensorsTensor, find_tensors
+from fastllama.checkpoint.safetensors_files import INV_FREQ_NAME, SafetensorsTensor, find_tensors
 from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor, weight_specs
 
 CONFIG_NAME = "config.json"
@@ -52,7 +51,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     hf_names = huggingface_names(params["n_layers"])
     files, tensors, frequencies = find_tensors(folder, config, set(hf_names.values()), params["tied_output"])
 
-    check_dtypes(folder, {name: _torch_name(tensor.stored_dtype) for name, tensor in tensors.items()})
+    check_dtypes(folder, {name: tensor.dtype_text for name, tensor in tensors.items()})
     embedding, output = hf_names[EMBEDDING_NAME], hf_names[OUTPUT_NAME]
     if params["tied_output"] and output in tensors:  # if only one of the two is stored, it is used for both
         tensors.setdefault(embedding, tensors[output])
@@ -127,12 +126,6 @@ def huggingface_names(n_layers: int) -> dict[str, str]:
         for meta, name in LAYER_NAMES.items():
             names[f"layers.{layer}.{meta}.weight"] = f"model.layers.{layer}.{name}.weight"
     return names
-
-
-def _torch_name(stored_dtype: str) -> str:
-    """torch's name of a safetensors dtype, or the dtype unchanged if torch's is not known here."""
-    known = SAFETENSORS_DTYPES.get(stored_dtype)
-    return dtype_name(known) if known else stored_dtype
 
 
 def _vocabulary_size(folder: Path, shape: tuple[int, ...], dim: int) -> int:

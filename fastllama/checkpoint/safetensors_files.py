@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fastllama.checkpoint.base import read_first_bytes
+from fastllama.checkpoint.base import dtype_name, read_first_bytes
 from fastllama.checkpoint.json_config import JsonConfig, short_list, short_repr
 from fastllama.checkpoint.weight_files import WeightFiles, choose_numbered_set, huggingface_files
 
@@ -42,6 +42,12 @@ class SafetensorsTensor:
     def dtype(self) -> torch.dtype:
         return SAFETENSORS_DTYPES[self.stored_dtype]
 
+    @property
+    def dtype_text(self) -> str:
+        """torch's name of the dtype, or the stored one unchanged if torch's is not known here."""
+        known = SAFETENSORS_DTYPES.get(self.stored_dtype)
+        return dtype_name(known) if known else self.stored_dtype
+
     def read(self) -> torch.Tensor:
         """The complete tensor in the stored dtype and row order."""
         tensor: torch.Tensor = self._slice[:]
@@ -73,7 +79,7 @@ def find_tensors(
     stored_names: dict[str, str] = {}
     file_of: dict[str, str] = {}
     for path in files.chosen:
-        handle = _open_file(path)
+        handle = open_safetensors(path)
         for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
             tensor = SafetensorsTensor(handle, name)
             if _is_derived(name, tensor.shape):
@@ -171,7 +177,8 @@ def _check_index(path: Path, listed: dict[str, str], file_of: dict[str, str], ti
         raise ValueError(f"{path}: does not list {len(extra)} tensors that are there: {short_list(extra)}")
 
 
-def _open_file(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A handle of a safetensors file. ValueError if it is missing, truncated or damaged."""
     read_first_bytes(path)
     try:
         return safe_open(path, framework="pt", device="cpu")

@@ -11,6 +11,10 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 PICKLED_ADAPTERS = ("adapter_model.bin",)
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapters.safetensors", *PICKLED_ADAPTERS)
 MAX_FOLDERS_SEARCHED = 200
+MERGE_WITH_PEFT = (
+    "merge it into its base model with PEFT's merge_and_unload() and then save_pretrained(), and pass the folder that "
+    "this writes"
+)
 
 SAVE_AS_SAFETENSORS = "load it with transformers and save_pretrained it, which writes safetensors"
 # File names of other programs' weights, and the rest of a message that starts with "NAME is".
@@ -82,10 +86,12 @@ def _describe_adapter(folder: Path) -> str:
     if isinstance(name := config.values.get("base_model_name_or_path"), str) and name:
         base = f"its base model {short_repr(name)}"
     if isinstance(peft_type := config.values.get("peft_type"), str):
-        kind = "a LoRA adapter" if peft_type == "LORA" else f"an adapter ({short_repr(peft_type)})"
+        if peft_type != "LORA":
+            return f"it holds an adapter ({short_repr(peft_type)}) of {base}, not a complete model: {MERGE_WITH_PEFT}"
+        kind = "a LoRA adapter"
     return (
-        f"it holds {kind}, not a complete model: merge it into {base} first, with PEFT's merge_and_unload() and then "
-        "save_pretrained(), and pass the folder that this writes"
+        f"it holds {kind}, not a complete model: pass the folder of {base} as the checkpoint, and this one as adapter= "
+        "(on the command line --adapter)"
     )
 
 

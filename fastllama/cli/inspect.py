@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastllama.cli.options import DTYPES, LONGEST_SEQUENCE, Integers, checkpoint_and_tokenizer, json_option
+from fastllama.cli.options import (
+    DTYPES,
+    LONGEST_SEQUENCE,
+    Integers,
+    adapter_option,
+    checkpoint_and_tokenizer,
+    json_option,
+)
 from fastllama.cli.standard_streams import write_stdout
 
 if TYPE_CHECKING:
@@ -30,6 +37,7 @@ UNIT_FACTOR = 1024
 @click.argument("checkpoint", required=False, metavar="[CKPT]")
 @click.option("--ckpt_dir", metavar="DIR", help="The same as CKPT.")
 @click.option("--tokenizer_path", metavar="FILE", help="Default: the tokenizer in the checkpoint folder.")
+@adapter_option
 @click.option(
     "--max_seq_len",
     type=click.IntRange(1, LONGEST_SEQUENCE),
@@ -60,6 +68,7 @@ def inspect(
     checkpoint: str | None,
     ckpt_dir: str | None,
     tokenizer_path: str | None,
+    adapter: tuple[str, ...],
     max_seq_len: int,
     max_batch_size: int,
     dtype: str | None,
@@ -82,7 +91,7 @@ def inspect(
         raise click.UsageError("CKPT and --ckpt_dir are the same: give one of them.")
     folder, tokenizer_file = checkpoint_and_tokenizer(checkpoint or ckpt_dir, tokenizer_path, quiet=as_json)
     sizes: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "dtype": dtype}
-    description = describe(folder, tokenizer_file, nproc=nproc, gpu=gpu, **sizes)
+    description = describe(folder, tokenizer_file, adapters=adapter, nproc=nproc, gpu=gpu, **sizes)
     write_stdout(json.dumps(description) if as_json else render(description))
 
 
@@ -95,6 +104,7 @@ def describe(
     dtype: str | None,
     nproc: Sequence[int],
     gpu: str,
+    adapters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Describe a checkpoint without reading its weights -> JSON values; sizes in bytes."""
     import torch
@@ -103,7 +113,7 @@ def describe(
     from fastllama.checkpoint import open_checkpoint
     from fastllama.memory_plan import plan_memory
 
-    checkpoint = open_checkpoint(ckpt_dir)
+    checkpoint = open_checkpoint(ckpt_dir, adapters)
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
     plan = plan_memory(args, planned, max_batch_size, max_seq_len)
@@ -117,6 +127,7 @@ def describe(
         "parameters": checkpoint.n_parameters,
         "stored_dtype": _dtype_name(checkpoint.dtype),
         "files": [{"name": path.name, "bytes": size} for path, size in checkpoint.files],
+        "adapters": [str(path) for path in checkpoint.adapters],
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
         "memory": {
             "dtype": _dtype_name(planned),
@@ -224,6 +235,7 @@ def render(description: dict[str, Any]) -> str:
             f"files: {len(files)}, {size_text(total)}, stored in {description['stored_dtype']}",
             [(file["name"], size_text(file["bytes"])) for file in files],
         ),
+        *([("adapters", [("merged", path) for path in description["adapters"]])] if description["adapters"] else []),
         *([("passed over", [(one["path"], one["why"]) for one in passed_over])] if passed_over else []),
         (
             f"memory for {shape}",

@@ -93,6 +93,7 @@ class ModelOptions:
     seed: int
     max_seq_len: int
     nproc: int
+    adapter: tuple[str, ...]
 
     @classmethod
     def pop_from(cls, options: dict[str, Any]) -> "ModelOptions":
@@ -112,6 +113,7 @@ class ModelOptions:
             "device": self.device,
             "dtype": self.dtype,
             "backend": self.backend,
+            "adapter": list(self.adapter),
         }
         from fastllama.generation import Llama
 
@@ -179,6 +181,7 @@ def model_options(max_seq_len: int) -> Decorator:
     """The options that ModelOptions holds, and --threads. `max_seq_len` is the default of --max_seq_len."""
     return _combined(
         checkpoint_options,
+        adapter_option,
         click.option(
             "--max_seq_len",
             type=click.IntRange(1, LONGEST_SEQUENCE),
@@ -236,6 +239,16 @@ def checkpoint_options(command: Any) -> Any:
             help="Checkpoint folder, Meta's or Hugging Face's. Default: the built-in model.",
         ),
         click.option("--tokenizer_path", metavar="FILE", help="Default: the tokenizer in the checkpoint folder."),
+    )(command)
+
+
+def adapter_option(command: Any) -> Any:
+    """--adapter, any number of times."""
+    return click.option(
+        "--adapter",
+        multiple=True,
+        metavar="DIR",
+        help="Folder of a LoRA adapter to merge into the weights. May be repeated; merged in this order.",
     )(command)
 
 

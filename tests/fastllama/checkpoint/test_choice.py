@@ -108,7 +108,11 @@ def test_subfolders_are_searched_in_order(tmp_path: Path) -> None:
 
 # Folders without a checkpoint
 
-MERGE = "first, with PEFT's merge_and_unload() and then save_pretrained(), and pass the folder that this writes"
+APPLY = "as the checkpoint, and this one as adapter= (on the command line --adapter)"
+MERGE = (
+    "merge it into its base model with PEFT's merge_and_unload() and then save_pretrained(), and pass the folder that "
+    "this writes"
+)
 
 
 def adapter(folder: Path, config: str | None, weights: str = "adapter_model.safetensors") -> Path:
@@ -123,26 +127,26 @@ def adapter(folder: Path, config: str | None, weights: str = "adapter_model.safe
     ("config", "what"),
     [
         (
-            {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B"},
-            "a LoRA adapter, not a complete model: merge it into its base model 'meta-llama/Llama-3.2-1B'",
+            {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3-8B"},
+            f"a LoRA adapter, not a complete model: pass the folder of its base model 'meta-llama/Llama-3-8B' {APPLY}",
         ),
         (
             {"peft_type": "IA3", "base_model_name_or_path": "/models/x"},
-            "an adapter ('IA3'), not a complete model: merge it into its base model '/models/x'",
+            f"an adapter ('IA3') of its base model '/models/x', not a complete model: {MERGE}",
         ),
-        ({"peft_type": "LORA"}, "a LoRA adapter, not a complete model: merge it into its base model"),
+        ({"peft_type": "LORA"}, f"a LoRA adapter, not a complete model: pass the folder of its base model {APPLY}"),
         (
             {"base_model_name_or_path": None},
-            "an adapter (LoRA or similar), not a complete model: merge it into its base model",
+            f"an adapter (LoRA or similar), not a complete model: pass the folder of its base model {APPLY}",
         ),
-        (None, "an adapter (LoRA or similar), not a complete model: merge it into its base model"),
-        ("{", "an adapter (LoRA or similar), not a complete model: merge it into its base model"),
+        (None, f"an adapter (LoRA or similar), not a complete model: pass the folder of its base model {APPLY}"),
+        ("{", f"an adapter (LoRA or similar), not a complete model: pass the folder of its base model {APPLY}"),
     ],
 )
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_alone_is_named_in_the_error(tmp_path: Path, config: Any, what: str, weights: str) -> None:
     adapter(tmp_path, json.dumps(config) if isinstance(config, dict) else config, weights)
-    message = f"no checkpoint in {str(tmp_path)!r}: it holds {what} {MERGE}"
+    message = f"no checkpoint in {str(tmp_path)!r}: it holds {what}"
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}$"):
         open_checkpoint(tmp_path)
 
@@ -150,9 +154,9 @@ def test_an_adapter_alone_is_named_in_the_error(tmp_path: Path, config: Any, wha
 def test_an_adapter_is_not_replaced_by_the_base_model(tmp_path: Path) -> None:
     base(adapter(tmp_path, '{"peft_type": "LORA"}'), "original")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    what = "it holds a LoRA adapter, not a complete model: merge it into its base model"
+    what = f"it holds a LoRA adapter, not a complete model: pass the folder of its base model {APPLY}"
     below = "original/ holds other weights: pass that folder to use them"
-    message = f"no checkpoint in {str(tmp_path)!r}: {what} {MERGE}. {below}"
+    message = f"no checkpoint in {str(tmp_path)!r}: {what}. {below}"
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}$"):
         open_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path / "original").format == "meta"

@@ -54,7 +54,8 @@ def test_an_adapter_beside_complete_weights_gives_a_warning(
 ) -> None:
     (huggingface(tmp_path) / name).write_bytes(b"not a checkpoint")
     assert open_checkpoint(tmp_path).passed_over == ((tmp_path / name, "an adapter, which is not applied"),)
-    assert caplog.messages == [f"{tmp_path}: {name} is an adapter and is not applied: merge it first"]
+    what = f"{name} is an adapter and is not applied: pass its folder as adapter= (--adapter) to apply it"
+    assert caplog.messages == [f"{tmp_path}: {what}"]
 
 
 def test_a_set_without_an_index_must_be_complete(tmp_path: Path) -> None:

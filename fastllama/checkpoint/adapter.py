@@ -2,7 +2,7 @@
 
 W' = W + scale · B·A, computed in float32 and rounded once to the stored dtype; the terms of several adapters are added
 in order. `MergedTensor` computes only the slice that a process reads, CHUNK_BYTES at a time, so host memory stays near
-one tensor on any number of processes.
+one tensor on any number of processes, or near two where a slice is joined from several shards.
 """
 
 import logging
@@ -25,7 +25,7 @@ from fastllama.torch_settings import with_default_settings
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**21
 NORM_SUFFIX = "norm"
 
 

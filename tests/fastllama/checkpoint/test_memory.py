@@ -1,7 +1,8 @@
-"""Host memory while a checkpoint is read: near one tensor, for shards, a single file and safetensors."""
+"""Host memory while a checkpoint is read: near one tensor, for shards, a single file, safetensors, and an adapter."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.support.adapters import random_factors, write_adapter
 from tests.support.checkpoints import huggingface_weights, random_weights, tiny_params, write_meta
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # Iterates the checkpoints given as arguments. Prints for each the peak of anonymous memory above that before opening,
 # when every tensor is released at once. The last measurement, the control, keeps all tensors.
 MEMORY_PROBE = """
-import gc, json, sys, threading
+import gc, json, os, sys, threading
 from fastllama.checkpoint import open_checkpoint
 
 def anonymous():
@@ -28,7 +30,8 @@ def anonymous():
 def peak(folder, world_size, keep):
     gc.collect()
     start, peaks, done = anonymous(), [], threading.Event()
-    checkpoint = open_checkpoint(folder)
+    has_adapter = os.path.exists(folder + "/adapter_config.json")
+    checkpoint = open_checkpoint(folder, [folder] if has_adapter else [])
     def sample():
         while not done.wait(0.0005):
             peaks.append(anonymous())
@@ -72,9 +75,12 @@ def test_tensors_keep_memory_near_one_tensor(tmp_path: Path) -> None:
     safetensors.mkdir()
     (safetensors / "config.json").write_text(json.dumps(config))
     save_file(huggingface_weights(params, weights), safetensors / "model.safetensors")
+    adapted = tmp_path / "adapted"
+    shutil.copytree(safetensors, adapted)
+    write_adapter(adapted, random_factors(params, weights, ["q_proj", "o_proj", "up_proj", "down_proj"], seed=0))
     del weights
 
-    command = [sys.executable, "-c", MEMORY_PROBE, *map(str, (sharded, single, safetensors))]
+    command = [sys.executable, "-c", MEMORY_PROBE, *map(str, (sharded, single, safetensors, adapted))]
     # glibc keeps some freed blocks. With these limits it maps and returns large blocks, so only live memory counts.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     finished = subprocess.run(
@@ -85,4 +91,5 @@ def test_tensors_keep_memory_near_one_tensor(tmp_path: Path) -> None:
     assert peaks["control"][0] > total / 2, "the probe does not measure kept tensors"
     assert max(peaks[str(sharded)]) < 1.5 * largest
     assert max(peaks[str(safetensors)]) < 1.5 * largest
+    assert max(peaks[str(adapted)]) < 1.5 * largest
     assert max(peaks[str(single)]) < 0.5 * largest, "a single shard is read without a copy"

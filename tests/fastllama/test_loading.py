@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastllama import Llama
+from fastllama import Llama, Tokenizer
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
 from tests.support.tiers import parameters
 
@@ -96,7 +96,8 @@ def test_scaled_rope_of_every_type_allows_long_contexts_and_can_be_replaced(tmp_
     write_huggingface(tmp_path, tiny_params(), random_weights(tiny_params()), rope_parameters=rope)
     path = str(tmp_path), str(write_tokenizer(tmp_path))
     llm = Llama.build(*path, 9000, 1, device="cpu")
-    assert llm.model.params.rope_type == rope_type and not llm.tokenizer.llama31
+    assert isinstance(llm.tokenizer, Tokenizer) and not llm.tokenizer.llama31
+    assert llm.model.params.rope_type == rope_type
     replaced = Llama.build(*path, 16, 1, device="cpu", rope_scaling_factor=8.0).model.params
     assert (replaced.rope_type, replaced.rope_scaling_factor) == ("llama3", 8.0)
 

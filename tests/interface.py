@@ -62,7 +62,8 @@ def signatures() -> Iterator[str]:
                 continue
             yield f"{module_name}.{name}{_signature(value)}"
             if inspect.isclass(value) and module_name != "fastllama":
-                members = (member for member in vars(value) if not member.startswith("_"))
+                bases = [base for base in value.__mro__ if base.__module__.startswith("fastllama")]
+                members = {member for base in bases for member in vars(base) if not member.startswith("_")}
                 methods = ((member, getattr(value, member)) for member in sorted(members))
                 yield from (f"{module_name}.{name}.{m}{_signature(f)}" for m, f in methods if callable(f))
 

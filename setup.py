@@ -103,6 +103,7 @@ setup(
         "tiktoken>=0.9",
         "tokenizers>=0.21",  # any tokenizer.json
         "safetensors>=0.5",
+        "jinja2>=3.1.6",  # earlier versions have known ways out of the sandbox
         "click>=8.2",
         "tqdm>=4.66",
         "psutil>=6",

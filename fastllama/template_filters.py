@@ -90,15 +90,30 @@ def _check_format(limits: Limits, arguments: dict[str, Any]) -> None:
     limits.check_percent(str(arguments["value"]), arguments["kwargs"] or arguments["args"])
 
 
+def _check_trim(limits: Limits, arguments: dict[str, Any]) -> None:
+    _check_sought("trim", arguments["chars"])
+
+
+def _check_int(limits: Limits, arguments: dict[str, Any]) -> None:
+    _check_sought("int", arguments["value"])  # hexadecimal text has no limit in Python
+
+
+def _check_sought(name: str, value: Any) -> None:
+    if isinstance(value, str) and len(value) > MAX_SOUGHT_CHARS:
+        raise SecurityError(f"calls {name} with a text of more than {MAX_SOUGHT_CHARS} characters")
+
+
 FILTER_CHECKS: dict[str, Callable[[Limits, dict[str, Any]], None]] = {
     "batch": lambda limits, given: limits.check_repeat(16, given["linecount"]),
     "center": lambda limits, given: limits.check_repeat(1, given["width"]),
     "format": _check_format,
     "indent": _check_indent,
+    "int": _check_int,
     "replace": lambda limits, given: limits.check_replace(str(given["s"]), str(given["old"]), str(given["new"])),
     "round": lambda limits, given: limits.check_operator("**", 10, given["precision"]),
     "slice": lambda limits, given: limits.check_repeat(16, given["slices"]),
     "sum": _check_sum,
+    "trim": _check_trim,
 }
 
 
@@ -114,8 +129,7 @@ def checked_text_call(
         limits.check_replace(text, str(args[0]), str(args[1]))
     if name in SLOW_TEXT_METHODS:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, str) and len(value) > MAX_SOUGHT_CHARS:
-                raise SecurityError(f"calls {name} with a text of more than {MAX_SOUGHT_CHARS} characters")
+            _check_sought(name, value)
     if name == "join" and len(args) == 1:
         items = list(args[0])
         limits.need(limits.weight(items) + len(text) * len(items))

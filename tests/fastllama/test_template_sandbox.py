@@ -101,6 +101,15 @@ HOSTILE = {
     "encode": ("{{ 'a'.encode('utf-16') }}", "calls the method encode of a text"),
     "rfind": ("{{ ('a' * 10**6).rfind('ab' ~ 'a' * 9999) }}", "calls rfind with a text of more than 1000"),
     "strip": ("{{ ('a' * 10**6).strip('b' * 9999) }}", "calls strip with a text of more than 1000"),
+    "trim": ("{{ ('a' * 10**6) | trim('b' * 9999) }}", "calls trim with a text of more than 1000"),
+    "int": ("{{ ('f' * 10**6) | int(0, 16) // 3 }}", "calls int with a text of more than 1000"),
+    "bound method": ("{% set f = 'a'.center %}{{ f(10**9) }}", LARGE),
+    "markup": ("{{ ('%1000000000d' | safe) % 1 }}", LARGE),
+    "generators": (
+        "{% set ns = namespace(x=[1]) %}{% for i in range(50000) %}{% set ns.x = ns.x | map('string') %}{% endfor %}"
+        "{{ ns.x | list }}",
+        DEEP,
+    ),
     "strftime_now": ("{{ strftime_now('%Y' * 9999) }}", "strftime_now of a format of more than 1000"),
     "lipsum": ("{{ lipsum(10**9) }}", "'lipsum' is undefined"),
     "undefined": ("{{ a.b }}", "'a' is undefined"),

@@ -6,13 +6,15 @@ every row has reached a stop token or its token budget. `generate` collects the 
 """
 
 import itertools
-from collections.abc import Generator, Sequence
-from typing import TypedDict
+import os
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from fastllama import memory_plan, validate
+from fastllama.chat_format import Formatter
 from fastllama.decode_graph import Decoder
 from fastllama.distributed import model_parallel
 from fastllama.kernels.sampling.top_p_torch import nucleus
@@ -59,6 +61,8 @@ class Llama:
         backend: str | None = None,
         rope_scaling_factor: float | None = None,
         adapter: AdapterFolders = None,
+        chat_template: str | os.PathLike[str] | None = None,
+        template_args: Mapping[str, Any] | None = None,
         graph_batch_sizes: Sequence[int] | None = None,
         cuda_graphs: bool | None = None,
         dependent_launch: bool | None = None,
@@ -73,7 +77,9 @@ class Llama:
         if the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels), "native" (C++ kernels) or
         "reference" (plain torch); None means fused on CUDA and native on a CPU. rope_scaling_factor: replaces the
         checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. adapter: the folder of a LoRA adapter, or
-        a list of folders, merged into the weights in this order while they are read. graph_batch_sizes: numbers of rows
+        a list of folders, merged into the weights in this order while they are read. chat_template: the path of a chat
+        template, the name of one in the checkpoint's folder, or "llama3"; None means the folder's own, and Llama 3's
+        format in Meta's layout. template_args: variables for it, such as a date. graph_batch_sizes: numbers of rows
         whose decode step is captured as a graph during build, not in the first call that needs it; None means 1 and
         max_batch_size. cuda_graphs: False launches every kernel of every step separately; None captures steps if the
         backend supports it. dependent_launch: False starts each kernel after the previous one has ended; None lets it
@@ -88,7 +94,7 @@ class Llama:
         max_batch_size = validate.whole_number("max_batch_size", max_batch_size, 1)
         batch_sizes = validate.batch_sizes(graph_batch_sizes, max_batch_size)
         validate.launches(cuda_graphs, dependent_launch, choose_device(device).type)
-        model, tokenizer = load(
+        model, tokenizer, formatter = load(
             ckpt_dir,
             tokenizer_path,
             max_seq_len=max_seq_len,
@@ -99,18 +105,22 @@ class Llama:
             backend=backend,
             rope_scaling_factor=rope_scaling_factor,
             adapter=adapter,
+            chat_template=chat_template,
+            template_args=template_args,
         )
-        llm = Llama(model, tokenizer, seed=seed)
+        llm = Llama(model, tokenizer, seed=seed, formatter=formatter)
         llm.decoder = Decoder(model, graphs=cuda_graphs, dependent=dependent_launch)
         with memory_plan.explain_out_of_memory(model.device):
             warm_up(llm.decoder, batch_sizes, progress=None if model_parallel.is_first_process() else False)
         return llm
 
-    def __init__(self, model: Transformer, tokenizer: BaseTokenizer, *, seed: int = 1) -> None:
-        """Combine a model with its tokenizer. seed: the default seed of calls."""
+    def __init__(
+        self, model: Transformer, tokenizer: BaseTokenizer, *, seed: int = 1, formatter: Formatter | None = None
+    ) -> None:
+        """Combine a model with its tokenizer. seed: the default seed of calls. formatter: None means Llama 3's."""
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = ChatFormat(tokenizer)
+        self.formatter = formatter or ChatFormat(tokenizer)
         self.decoder = Decoder(model)
         self._seed = validate.seed(seed)
         self._calls = itertools.count(1)

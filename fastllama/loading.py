@@ -3,12 +3,15 @@
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from fastllama import memory_plan, validate
 from fastllama.args import ModelArgs
+from fastllama.chat_format import Formatter, choose_format
+from fastllama.chat_template_files import find_chat_template
 from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.checkpoint.vocabulary import vocabulary_mismatch
 from fastllama.distributed import model_parallel
@@ -16,6 +19,7 @@ from fastllama.kernels import select
 from fastllama.model import Transformer
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_open import open_tokenizer
+from fastllama.tokenizer_search import find_tokenizer_file
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +41,10 @@ def load(
     backend: str | None,
     rope_scaling_factor: float | None,
     adapter: AdapterFolders,
-) -> tuple[Transformer, BaseTokenizer]:
-    """The model and tokenizer of `Llama.build`, with its arguments and errors.
+    chat_template: str | os.PathLike[str] | None,
+    template_args: Mapping[str, Any] | None,
+) -> tuple[Transformer, BaseTokenizer, Formatter]:
+    """The model, tokenizer and chat format of `Llama.build`, with its arguments and errors.
 
     If several processes share the model, an error in one while it reads and places the weights is raised in all.
     """
@@ -54,6 +60,7 @@ def load(
         args, tokenizer = _args_and_tokenizer(
             checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
         )
+        formatter = _formatter(checkpoint, tokenizer, tokenizer_path, chat_template, template_args)
         weights = checkpoint.tensors(
             group.rank, group.size, progress=None if model_parallel.is_first_process() else False
         )
@@ -68,7 +75,7 @@ def load(
         model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
         model.load_tensors(weights)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
-    return model, tokenizer
+    return model, tokenizer, formatter
 
 
 def _args_and_tokenizer(
@@ -91,6 +98,20 @@ def _args_and_tokenizer(
     tokenizer.n_rows = args.vocab_size
     tokenizer.stop_tokens |= set(checkpoint.stop_token_ids)
     return args, tokenizer
+
+
+def _formatter(
+    checkpoint: Checkpoint,
+    tokenizer: BaseTokenizer,
+    tokenizer_path: str,
+    chat_template: str | os.PathLike[str] | None,
+    template_args: Mapping[str, Any] | None,
+) -> Formatter:
+    """The chat format; templates are in the checkpoint's folder, or beside the tokenizer."""
+    beside = find_tokenizer_file(tokenizer_path).parent
+    folder = checkpoint.path if find_chat_template(checkpoint.path) else beside
+    is_meta = checkpoint.format == "meta"
+    return choose_format(tokenizer, folder, is_meta=is_meta, chosen=chat_template, template_args=template_args)
 
 
 def choose_device(value: torch.device | str | None) -> torch.device:

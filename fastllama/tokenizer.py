@@ -121,6 +121,8 @@ class ChatFormat:
     Encoding raises ValueError for a tokenizer without Llama 3's special tokens: its model has another format.
     """
 
+    name = "llama3"
+
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         self.tokenizer = tokenizer
 

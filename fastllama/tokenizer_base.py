@@ -9,7 +9,7 @@ import functools
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
@@ -74,6 +74,13 @@ class BaseTokenizer(ABC):
                 start = special.end()
             tokens += self._encode_text(piece[start:], is_first=number == start == 0)
         return tokens + self._end() if eos else tokens
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Ids of a text in pieces, each with whether it is the name of a special token or plain text."""
+        tokens: list[int] = []
+        for number, (piece, is_special) in enumerate(pieces):
+            tokens += [self.special_tokens[piece]] if is_special else self._encode_text(piece, is_first=number == 0)
+        return tokens
 
     def decode(self, t: Sequence[int]) -> str:
         """Text of the ids: special tokens by name, U+FFFD for invalid UTF-8. Raises as `decode_bytes`."""

@@ -67,6 +67,7 @@ LAYERS = {
     "builtin": 3,
     "decode_graph": 3.1,
     "warmup": 3.2,
+    "chat_format": 3.2,
     "memory_plan": 4,
     "speed_of_light": 4,
     "stream": 4,

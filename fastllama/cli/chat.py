@@ -24,12 +24,31 @@ COMMANDS = {
 LINE_END = re.compile("\r\n|[\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029]")  # every line end of str.splitlines
 
 
+class JsonObject(click.ParamType):
+    """An object in JSON."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"{value!r} is not JSON ({error}).", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is not an object in JSON.", param, ctx)
+        return found
+
+
 @click.command()
 @model_options(DEFAULT_MAX_SEQ_LEN)
 @sampling_options
 @click.option("--system", type=Text(), metavar="TEXT", help="System message at the head of the conversation.")
+@click.option("--chat_template", metavar="FILE", help="A chat template, its name in the folder, or llama3.")
+@click.option("--template_args", type=JsonObject(), default={}, help='Variables of the template: {"date": "1 May"}')
 @json_option("one object per reply")
-def chat(as_json: bool, system: str | None, **options: Any) -> None:
+def chat(
+    as_json: bool, system: str | None, chat_template: str | None, template_args: dict[str, Any], **options: Any
+) -> None:
     """Talk with the model.
 
     On a terminal, replies are printed as their tokens come; Ctrl-C stops a reply, and at the prompt it leaves. From a
@@ -42,9 +61,13 @@ def chat(as_json: bool, system: str | None, **options: Any) -> None:
       fastllama chat --system "Answer briefly."
       echo "What is the capital of France?" | fastllama chat --temperature 0
     """
+    from fastllama.chat_format import NoFormat
+
     connect_processes(options["nproc"])
     model = ModelOptions.pop_from(options)
-    llm = model.build(1, quiet=as_json)
+    llm = model.build(1, quiet=as_json, chat_template=chat_template, template_args=template_args)
+    if isinstance(llm.formatter, NoFormat):
+        raise ValueError(llm.formatter.reason)
     conversation = Conversation(llm, system, **options)
     interactive = standard_streams.stdin_is_terminal()
     n_tokens, seconds = 0, 0.0

@@ -100,8 +100,8 @@ class ModelOptions:
         """Remove these options from a command's keyword arguments -> ModelOptions."""
         return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
-    def build(self, max_batch_size: int, quiet: bool = False) -> "Llama":
-        """Build the Llama. If several processes share it, the result is a Driver."""
+    def build(self, max_batch_size: int, quiet: bool = False, **more: Any) -> "Llama":
+        """Build the Llama, with `more` arguments. If several processes share it, the result is a Driver."""
         check_nproc(self.nproc, self.device)
         ckpt_dir, tokenizer_path = checkpoint_and_tokenizer(self.ckpt_dir, self.tokenizer_path, quiet)
         arguments: dict[str, Any] = {
@@ -114,6 +114,7 @@ class ModelOptions:
             "dtype": self.dtype,
             "backend": self.backend,
             "adapter": list(self.adapter),
+            **more,
         }
         from fastllama.generation import Llama
 

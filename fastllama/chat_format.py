@@ -1,16 +1,17 @@
 """How a model's conversations are written: Llama 3's format, or the chat template of its checkpoint."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastllama.chat_template import ChatTemplate, is_llama3
-from fastllama.chat_template_files import DEFAULT, find_chat_template, read_special_tokens
+from fastllama.chat_template import INPUTS, ChatTemplate, is_llama3
+from fastllama.chat_template_files import DEFAULT, find_chat_template, read_source, read_special_tokens
 from fastllama.tokenizer import CHAT_TOKENS, ChatFormat, Dialog, check_dialog
 from fastllama.tokenizer_base import BaseTokenizer
 
 LLAMA3 = "llama3"
+STOPS = ("<|eot_id|>", "<|eom_id|>")  # at which Llama 3's format ends a message
 
 
 class TemplateFormat:
@@ -62,13 +63,13 @@ Formatter = ChatFormat | TemplateFormat | NoFormat
 
 def choose_format(
     tokenizer: BaseTokenizer,
-    folder: Path,
+    folders: Sequence[Path],
     *,
     is_meta: bool,
     chosen: str | os.PathLike[str] | None = None,
     template_args: Mapping[str, Any] | None = None,
 ) -> Formatter:
-    """The format of a checkpoint whose chat templates, if it has any, are in a folder.
+    """The format of a checkpoint. Its chat templates are in the first of the folders that has any.
 
     is_meta: whether the checkpoint has Meta's layout, in which Llama 3's format needs no template. chosen: the path of
     a template, the name of one of the folder's, or "llama3"; None takes the folder's usual one. A template that writes
@@ -76,40 +77,63 @@ def choose_format(
 
     Raises ValueError for a template that does not exist or is not valid, and for template_args without a template.
     """
+    _check_arguments(chosen, template_args)
     speaks_llama3 = all(name in tokenizer.special_tokens for name in CHAT_TOKENS)
-    template = None
+    template, problem = None, f"{folders[0]} has no chat template, so this is a base model or its format is not known"
     if chosen != LLAMA3 and not (is_meta and chosen is None):
-        template = _template(tokenizer, folder, chosen)
+        try:
+            template = _template(tokenizer, folders, chosen)
+        except ValueError as error:
+            if chosen is not None:
+                raise
+            problem = str(error)  # which must not keep anyone from completing texts
     if template is not None and not (speaks_llama3 and chosen is None and is_llama3(template)):
         return TemplateFormat(tokenizer, template, template_args or {})
     if template_args:
         raise ValueError("template_args are for a chat template, and this model uses none: leave them out")
     if speaks_llama3 and (is_meta or chosen == LLAMA3 or template is not None):
+        tokenizer.stop_tokens |= {tokenizer.special_tokens[name] for name in STOPS if name in tokenizer.special_tokens}
         return ChatFormat(tokenizer)
     if chosen == LLAMA3:
         missing = [name for name in CHAT_TOKENS if name not in tokenizer.special_tokens]
         raise ValueError(f'chat_template="llama3" needs the special tokens {", ".join(missing)}: this model has others')
     what = 'or chat_template="llama3", ' if speaks_llama3 else ""
     return NoFormat(
-        f"{folder} has no chat template, so this is a base model or its format is not known: complete texts with it "
-        f"(text_completion, fastllama complete), or give the path of a template as chat_template=, {what}to chat"
+        f"{problem}: complete texts with it (text_completion, fastllama complete), or give the path of a template as "
+        f"chat_template=, {what}to chat"
     )
 
 
-def _template(tokenizer: BaseTokenizer, folder: Path, chosen: str | os.PathLike[str] | None) -> ChatTemplate | None:
-    """The chosen template; None if the folder has none and none was chosen."""
-    found = find_chat_template(folder)
+def _check_arguments(chosen: object, template_args: object) -> None:
+    if chosen is not None and not isinstance(chosen, str | os.PathLike):
+        raise ValueError(f'chat_template must be a path, the name of a template or "llama3", got {chosen!r:.80}')
+    if template_args is not None and not isinstance(template_args, Mapping):
+        raise ValueError(f"template_args must be a mapping of names to values, got {template_args!r:.80}")
+    if taken := [name for name in INPUTS if name in (template_args or ())]:
+        raise ValueError(f"template_args must not hold {', '.join(taken)}, which a dialog gives to its template")
+
+
+def _template(
+    tokenizer: BaseTokenizer, folders: Sequence[Path], chosen: str | os.PathLike[str] | None
+) -> ChatTemplate | None:
+    """The chosen template; None if the folders have none and none was chosen."""
+    folder, found = folders[0], find_chat_template(folders[0])
+    for other in folders[1:]:
+        if not found:
+            folder, found = other, find_chat_template(other)
     name = DEFAULT if chosen is None else os.fspath(chosen)
     if name in found:
         source, label = found[name], f"{folder}, chat template {name!r}"
-    elif chosen is None and not found:
-        return None
-    elif chosen is not None and os.path.isfile(name):
-        source, label = Path(name).read_text(encoding="utf-8"), name
+    elif chosen is None:
+        if not found:
+            return None
+        raise ValueError(f"{folder} has no usual chat template, only {', '.join(map(repr, found))}: choose one")
+    elif os.path.isfile(name):
+        source, label = read_source(Path(name)), name
     else:
         known = f", a name of {', '.join(map(repr, found))}" if found else ""
         raise ValueError(f'chat_template must be the path of a template, "llama3"{known}, got {name!r}')
-    named = read_special_tokens(folder) or _named_tokens(tokenizer)
+    named = tokenizer.named_tokens or read_special_tokens(folder) or _named_tokens(tokenizer)
     return ChatTemplate(source, name=label, special_tokens=named, special_names=tokenizer.special_tokens)
 
 

@@ -21,7 +21,7 @@ def find_chat_template(folder: Path) -> dict[str, str]:
     if (folder / TEMPLATE_FILE).is_file():
         files[DEFAULT] = folder / TEMPLATE_FILE
     if files:
-        return {name: _read_source(path) for name, path in files.items()}
+        return {name: read_source(path) for name, path in files.items()}
     if not (folder / CONFIG_FILE).is_file():
         return {}
     config = JsonConfig.read(folder / CONFIG_FILE)
@@ -54,7 +54,8 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
     return tokens
 
 
-def _read_source(path: Path) -> str:
+def read_source(path: Path) -> str:
+    """A template's text. ValueError, with the file, if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -11,7 +11,6 @@ import torch
 from fastllama import memory_plan, validate
 from fastllama.args import ModelArgs
 from fastllama.chat_format import Formatter, choose_format
-from fastllama.chat_template_files import find_chat_template
 from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.checkpoint.vocabulary import vocabulary_mismatch
 from fastllama.distributed import model_parallel
@@ -108,10 +107,9 @@ def _formatter(
     template_args: Mapping[str, Any] | None,
 ) -> Formatter:
     """The chat format; templates are in the checkpoint's folder, or beside the tokenizer."""
-    beside = find_tokenizer_file(tokenizer_path).parent
-    folder = checkpoint.path if find_chat_template(checkpoint.path) else beside
+    folders = [checkpoint.path, find_tokenizer_file(tokenizer_path).parent]
     is_meta = checkpoint.format == "meta"
-    return choose_format(tokenizer, folder, is_meta=is_meta, chosen=chat_template, template_args=template_args)
+    return choose_format(tokenizer, folders, is_meta=is_meta, chosen=chat_template, template_args=template_args)
 
 
 def choose_device(value: torch.device | str | None) -> torch.device:

@@ -27,7 +27,7 @@ from fastllama.tokenizer_files import LLAMA30_NAMES, LLAMA31_NAMES, NUM_SPECIAL_
 MAX_CHUNK_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 
-CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of ChatFormat
+CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of ChatFormat
 
 Role = Literal["system", "user", "assistant"]
 
@@ -156,10 +156,9 @@ class ChatFormat:
         Raises ValueError, as `check_dialog` does, if `dialog` is not a dialog.
         """
         check_dialog(dialog)
-        tokens = [self.tokenizer.bos_id]
-        for message in dialog:
-            tokens += self.encode_message(message)
-        return tokens + self.encode_header({"role": "assistant", "content": ""})
+        tokens = [token for message in dialog for token in self.encode_message(message)]
+        begin = self.tokenizer.special_tokens["<|begin_of_text|>"]
+        return [begin, *tokens, *self.encode_header({"role": "assistant", "content": ""})]
 
 
 def check_dialog(dialog: object, name: str = "dialog") -> None:

@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import Literal
 
 NO_TOKEN_ID = -1  # of a special token that a tokenizer does not have
@@ -24,6 +25,7 @@ class BaseTokenizer(ABC):
         bos_id, eos_id, pad_id: ids of the tokens for begin and end of a text, and for padding; -1 for none.
         stop_tokens: the set of ids that end a generation. It is read at every call, so callers may change it.
         special_tokens: id of every special token by name.
+        named_tokens: the text of special tokens by their role, such as bos_token, where a file states it.
         n_rows: ids from n_words to n_rows - 1 have no token and decode to nothing.
     """
 
@@ -33,6 +35,7 @@ class BaseTokenizer(ABC):
     pad_id: int
     stop_tokens: set[int]
     special_tokens: dict[str, int]
+    named_tokens: Mapping[str, str] = MappingProxyType({})
     n_rows: int = 0
     strips_space = False  # whether decoding removes one space from the beginning of a text
 
@@ -60,8 +63,8 @@ class BaseTokenizer(ABC):
         forbidden = (
             known - allowed if disallowed_special == "all" else _name_set(disallowed_special, "disallowed_special")
         )
-        tokens = self._begin() if bos else []
-        for number, piece in enumerate(self._pieces(s)):
+        pieces: list[tuple[str, bool]] = []
+        for piece in self._pieces(s):
             if match := pattern_of(forbidden).search(piece):
                 raise ValueError(
                     f"the text holds the special token {match[0]!r}, which disallowed_special forbids; pass "
@@ -69,17 +72,25 @@ class BaseTokenizer(ABC):
                 )
             start = 0
             for special in pattern_of(allowed & known).finditer(piece):
-                tokens += self._encode_text(piece[start : special.start()], is_first=number == start == 0)
-                tokens.append(self.special_tokens[special[0]])
+                pieces += [(piece[start : special.start()], False), (special[0], True)]
                 start = special.end()
-            tokens += self._encode_text(piece[start:], is_first=number == start == 0)
-        return tokens + self._end() if eos else tokens
+            pieces.append((piece[start:], False))
+        tokens = self.encode_pieces(pieces)
+        return (self._begin() if bos else []) + tokens + (self._end() if eos else [])
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
         """Ids of a text in pieces, each with whether it is the name of a special token or plain text."""
+        parts = [piece for piece in pieces if piece[0]]
         tokens: list[int] = []
-        for number, (piece, is_special) in enumerate(pieces):
-            tokens += [self.special_tokens[piece]] if is_special else self._encode_text(piece, is_first=number == 0)
+        for number, (part, is_special) in enumerate(parts):
+            if is_special:
+                tokens.append(self.special_tokens[part])
+                continue
+            if number > 0 and parts[number - 1][1] and self._strips_around(parts[number - 1][0])[1]:
+                part = part.lstrip()
+            if number + 1 < len(parts) and parts[number + 1][1] and self._strips_around(parts[number + 1][0])[0]:
+                part = part.rstrip()
+            tokens += self._encode_text(part, is_first=number == 0)
         return tokens
 
     def decode(self, t: Sequence[int]) -> str:
@@ -107,6 +118,10 @@ class BaseTokenizer(ABC):
 
     def _end(self) -> list[int]:
         return [self.eos_id]
+
+    def _strips_around(self, name: str) -> tuple[bool, bool]:
+        """Whether a special token takes in the white space before it, and after it."""
+        return False, False
 
     def _pieces(self, s: str) -> Iterator[str]:
         """The pieces of a text that are encoded separately."""

@@ -28,7 +28,7 @@ def find_tokenizer_file(model_path: str | os.PathLike[str]) -> Path:
     if os.path.isfile(path):  # unlike Path.is_file, false for any string
         return path
     if not os.path.isdir(path):
-        raise AssertionError(f"tokenizer file {path} does not exist; give the path of a Llama 3 tokenizer.model")
+        raise AssertionError(f"tokenizer file {path} does not exist; give the path of the tokenizer.model or tokenizer.json")
     present = [name for name in FILES_IN_FOLDER if os.path.isfile(path / name)]
     if not present:
         raise AssertionError(f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastllama.tokenizer_base import BaseTokenizer
 
+ADDED_TOKENS = "added_tokens.json"
 SPACE = "▁"  # SentencePiece's spelling of a space
 
 
@@ -29,6 +30,11 @@ class SentencePieceTokenizer(BaseTokenizer):
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path} is not a SentencePiece model, or is damaged: {error}") from None
         self.n_words = model.vocab_size()
+        if (beside := self._path.with_name(ADDED_TOKENS)).exists():
+            raise ValueError(
+                f"{path} has tokens added to it in {beside.name}, which is not supported: save a tokenizer.json with "
+                "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
         self.bos_id, self.eos_id, self.pad_id = model.bos_id(), model.eos_id(), model.pad_id()
         self.stop_tokens = {self.eos_id} if self.eos_id >= 0 else set()
         pieces = {token: model.id_to_piece(token) for token in range(self.n_words)}

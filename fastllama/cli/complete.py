@@ -158,6 +158,8 @@ def _generate(
 ) -> Generator[tuple[Completion, str]]:
     """Generate the completions, `batch` at a time -> a completion and its new text, for each increment."""
     length = llm.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+    begin = llm.tokenizer.encode("", bos=True, eos=False)
+    space = " " if begin and llm.tokenizer.strips_space else ""
     for first in range(0, len(completions), batch):
         group = completions[first : first + batch]
         prompts = [completion.prompt_tokens for completion in group]
@@ -165,8 +167,8 @@ def _generate(
             for increment in stream:
                 completion, text = group[increment.row], increment.text
                 if echo and not completion.tokens:
-                    # The echoed prompt begins with the BOS token, which the user did not write.
-                    text = text.removeprefix(llm.tokenizer.decode([llm.tokenizer.bos_id]))
+                    # The echoed prompt begins with tokens that the user did not write, such as BOS.
+                    text = text.removeprefix(llm.tokenizer.decode(begin)).removeprefix(space)
                     completion.n_echoed = len(increment.tokens)
                 completion.text += text
                 completion.tokens += increment.tokens

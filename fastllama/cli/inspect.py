@@ -193,7 +193,6 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
 def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
     """The tokenizer as JSON values. None if the folder has none; AssertionError if a given path (`named`) has none."""
     from fastllama.chat_format import choose_format
-    from fastllama.chat_template_files import find_chat_template
     from fastllama.checkpoint.vocabulary import vocabulary_mismatch
     from fastllama.tokenizer_open import open_tokenizer
     from fastllama.tokenizer_search import find_tokenizer_file
@@ -206,11 +205,11 @@ def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dic
         return None
     known = tokenizer.special_tokens
     found = find_tokenizer_file(path)
-    folder = checkpoint.path if find_chat_template(checkpoint.path) else found.parent
+    chat_format = choose_format(tokenizer, [checkpoint.path, found.parent], is_meta=checkpoint.format == "meta")
     mismatch = vocabulary_mismatch(checkpoint, path, tokenizer.n_words)
     return {
         "path": str(found),
-        "chat_format": choose_format(tokenizer, folder, is_meta=checkpoint.format == "meta").name,
+        "chat_format": chat_format.name,
         "n_words": tokenizer.n_words,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,

@@ -44,7 +44,7 @@ def folder_with(folder: Path, kind: str, template: Any = None) -> Path:
 
 
 def formatter(folder: Path, **options: Any) -> Any:
-    return choose_format(open_tokenizer(folder), folder, **{"is_meta": False, **options})
+    return choose_format(open_tokenizer(folder), [folder], **{"is_meta": False, **options})
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -109,20 +109,20 @@ def llama3_folder(folder: Path, template: str | None) -> BaseTokenizer:
 
 def test_a_template_that_writes_llama3s_format_keeps_chat_format(tmp_path: Path) -> None:
     tokenizer = llama3_folder(tmp_path, LLAMA3)
-    assert isinstance(choose_format(tokenizer, tmp_path, is_meta=False), ChatFormat)
+    assert isinstance(choose_format(tokenizer, [tmp_path], is_meta=False), ChatFormat)
     with pytest.raises(ValueError, match="this model uses none"):
-        choose_format(tokenizer, tmp_path, is_meta=False, template_args={"a": 1})
+        choose_format(tokenizer, [tmp_path], is_meta=False, template_args={"a": 1})
     tokenizer = llama3_folder(tmp_path, LLAMA3.replace("| trim", ""))
-    other = choose_format(tokenizer, tmp_path, is_meta=False)
+    other = choose_format(tokenizer, [tmp_path], is_meta=False)
     assert isinstance(other, TemplateFormat)
     dialog: Dialog = [{"role": "user", "content": "no spaces"}]
     assert other.encode_dialog_prompt(dialog) == ChatFormat(tokenizer).encode_dialog_prompt(dialog)
-    assert isinstance(choose_format(tokenizer, tmp_path, is_meta=True), ChatFormat)
-    assert isinstance(choose_format(tokenizer, tmp_path, is_meta=False, chosen="llama3"), ChatFormat)
+    assert isinstance(choose_format(tokenizer, [tmp_path], is_meta=True), ChatFormat)
+    assert isinstance(choose_format(tokenizer, [tmp_path], is_meta=False, chosen="llama3"), ChatFormat)
 
 
 def test_a_base_model_says_so(tmp_path: Path) -> None:
-    none = choose_format(llama3_folder(tmp_path, None), tmp_path, is_meta=False)
+    none = choose_format(llama3_folder(tmp_path, None), [tmp_path], is_meta=False)
     assert isinstance(none, NoFormat)
     with pytest.raises(ValueError, match='has no chat template.*or chat_template="llama3", to chat'):
         none.encode_dialog_prompt(DIALOGS[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers, processors
 from tokenizers import Tokenizer as Pipeline
 
 from fastllama import Llama
@@ -72,10 +73,51 @@ def test_texts_begin_as_the_file_says(pair: tuple[HuggingFaceTokenizer, Pipeline
     assert (ours.bos_id, ours.pad_id, ours.stop_tokens) == (library.token_to_id("<s>"), -1, {ours.eos_id})
 
 
-def test_add_bos_token_switches_the_begin(tmp_path: Path) -> None:
-    for kind, begins in (("byte-level", True), ("metaspace", False)):
-        ours = HuggingFaceTokenizer(write_pipeline(PIPELINES[kind](), tmp_path, add_bos_token=begins))
+def test_only_the_post_processor_decides_how_texts_begin(tmp_path: Path) -> None:
+    """As in transformers 5, add_bos_token has no effect beside a tokenizer.json."""
+    for kind, begins in (("byte-level", False), ("metaspace", True)):
+        ours = HuggingFaceTokenizer(write_pipeline(PIPELINES[kind](), tmp_path, add_bos_token=not begins))
         assert (ours.bos_id in ours.encode("a", bos=True, eos=False)) is begins
+    appends = PIPELINES["byte-level"]()
+    end = ("</s>", appends.token_to_id("</s>"))
+    appends.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    ours = HuggingFaceTokenizer(write_pipeline(appends, tmp_path, bos_token=None))
+    assert (ours.bos_id, ours.encode("a", bos=True, eos=False)) == (-1, appends.encode("a").ids[:-1])
+
+
+def test_named_tokens_are_special_and_found_in_either_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_pipeline(PIPELINES["byte-level"](), tmp_path, bos_token=None, eos_token="<think>", pad_token="<no>")
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    ours = open_tokenizer(path)
+    assert (ours.bos_id, ours.eos_id) == (ours.special_tokens["<s>"], ours.special_tokens["<think>"])
+    assert ours.eos_id not in ours.encode("a <think> b", bos=False, eos=False)
+    assert (ours.pad_id, "no token is pad_token='<no>'" in caplog.text) == (-1, True)
+    listed = {"9999": {"content": "<|absent|>", "special": True}}
+    with pytest.raises(ValueError, match=r"has the token '<\|absent\|>', id 9999, which is not in it"):
+        HuggingFaceTokenizer(write_pipeline(PIPELINES["byte-level"](), tmp_path, added_tokens_decoder=listed))
+
+
+@pytest.mark.parametrize("options", [{"lstrip": True}, {"rstrip": True}, {}], ids=str)
+def test_special_tokens_take_in_white_space_as_in_the_library(options: dict[str, bool], tmp_path: Path) -> None:
+    pipeline = PIPELINES["byte-level"]()
+    pipeline.add_special_tokens([AddedToken("<|end|>", special=True, **options)])
+    ours = open_tokenizer(write_pipeline(pipeline, tmp_path))
+    text = "a \n<|end|>\n b"
+    expected = pipeline.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, bos=False, eos=False, allowed_special="all") == expected
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_no_text_becomes_a_special_token(kind: str, tmp_path: Path) -> None:
+    """Several names, one after a harmless one; names that only a normalizer makes; very many."""
+    pipeline = PIPELINES[kind]()
+    pipeline.add_special_tokens(["<|new|>"])
+    if kind in ("unigram", "normalized"):
+        pipeline.normalizer = normalizers.NFKC()
+    ours = open_tokenizer(write_pipeline(pipeline, tmp_path))
+    special = set(ours.special_tokens.values()) - {ours.special_tokens.get("<unk>")}
+    for text in ("<|new|> </s> x", "x \uff1c/s\uff1e y", "</s>" * 2000, "<|im_start|></s><s>"):
+        assert special.isdisjoint(ours.encode(text, bos=False, eos=False))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +131,6 @@ def test_streamed_text_equals_the_text_decoded_at_once(
     stream = TextStream(tokenizer)
     pieces = [stream.push([token]) for token in ids] + [stream.finish()]
     assert "".join(pieces) == tokenizer.decode(ids)
-    assert "�" not in "".join(pieces[:-1]) or "�" in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,6 +171,13 @@ def test_sentencepiece_encodes_as_the_library(tokenizers: dict[str, BaseTokenize
         ids = ours.encode(text, bos=True, eos=True)
         assert ids == [ours.bos_id, *ours.model.encode(text), ours.eos_id]
         assert ours.decode(ids) == ours.model.decode(ids)
+
+
+def test_tokens_added_to_a_sentencepiece_model_are_refused(tmp_path: Path) -> None:
+    path = write_sentencepiece(tmp_path)
+    (tmp_path / "added_tokens.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokens added to it in added_tokens.json"):
+        open_tokenizer(path)
 
 
 def test_a_folder_with_both_files_uses_the_json(tmp_path: Path) -> None:

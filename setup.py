@@ -113,6 +113,7 @@ setup(
         "reference": REFERENCE,
         # pip compiles llama.cpp: it needs cmake and a C++ compiler.
         "llama-cpp": [GGUF, "llama-cpp-python>=0.3.16"],
+        "gguf": [GGUF],
         "sentencepiece": [SENTENCEPIECE],
         "train": ["regex>=2024.4"],
         "dev": [

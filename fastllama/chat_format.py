@@ -117,8 +117,8 @@ def _template(
     tokenizer: BaseTokenizer, folders: Sequence[Path], chosen: str | os.PathLike[str] | None
 ) -> ChatTemplate | None:
     """The chosen template; None if the folders have none and none was chosen."""
-    folder, found = folders[0], find_chat_template(folders[0])
-    for other in folders[1:]:
+    folder, found = folders[0], {} if tokenizer.chat_template is None else {DEFAULT: tokenizer.chat_template}
+    for other in folders:
         if not found:
             folder, found = other, find_chat_template(other)
     name = DEFAULT if chosen is None else os.fspath(chosen)

@@ -50,7 +50,7 @@ class Llama:
     @with_default_settings
     def build(
         ckpt_dir: str,
-        tokenizer_path: str,
+        tokenizer_path: str | None,
         max_seq_len: int,
         max_batch_size: int,
         model_parallel_size: int | None = None,
@@ -67,24 +67,24 @@ class Llama:
         cuda_graphs: bool | None = None,
         dependent_launch: bool | None = None,
     ) -> "Llama":
-        """Load a checkpoint, Meta's or Hugging Face's, in any number of files, and compile all kernels.
+        """Load a checkpoint, Meta's, Hugging Face's or GGUF, in any number of files, and compile all kernels.
 
-        ckpt_dir: the checkpoint's folder. tokenizer_path: its tokenizer.model or tokenizer.json, or a folder with one
-        of them. max_seq_len: positions per row, up to 8192, or 131072 if the checkpoint has scaled rope.
-        max_batch_size: rows of a batch. model_parallel_size: processes that share the model, independent of the number
-        of files; None means all that torchrun started. Each process builds and makes the same calls. seed: the default
-        seed of calls. device: None means CUDA if available, else the CPU. dtype: None means bfloat16 on CUDA (float16
-        if the GPU lacks it), float32 on a CPU. backend: "fused" (Triton kernels), "native" (C++ kernels) or
-        "reference" (plain torch); None means fused on CUDA and native on a CPU. rope_scaling_factor: replaces the
-        checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. adapter: the folder of a LoRA adapter, or
-        a list of folders, merged into the weights in this order while they are read. chat_template: the path of a chat
-        template, the name of one in the checkpoint's folder, or "llama3"; None means the folder's own, and Llama 3's
-        format in Meta's layout. template_args: variables for it, such as a date. graph_batch_sizes: numbers of rows
-        whose decode step is captured as a graph during build, not in the first call that needs it; None means 1 and
-        max_batch_size. cuda_graphs: False launches every kernel of every step separately; None captures steps if the
-        backend supports it. dependent_launch: False starts each kernel after the previous one has ended; None lets it
-        start earlier (programmatic dependent launch) from compute capability 9.0. These two are for debugging: False
-        costs speed and changes no token.
+        ckpt_dir: the checkpoint's folder, or a GGUF file. tokenizer_path: its tokenizer.model or tokenizer.json, a GGUF
+        file, or a folder with one of them; None means the checkpoint's own. max_seq_len: positions per row, up to 8192,
+        or 131072 if the checkpoint has scaled rope. max_batch_size: rows of a batch. model_parallel_size: processes
+        that share the model, independent of the number of files; None means all that torchrun started. Each process
+        builds and makes the same calls. seed: the default seed of calls. device: None means CUDA if available, else the
+        CPU. dtype: None means bfloat16 on CUDA (float16 if the GPU lacks it), float32 on a CPU. backend: "fused"
+        (Triton kernels), "native" (C++ kernels) or "reference" (plain torch); None means fused on CUDA and native on a
+        CPU. rope_scaling_factor: replaces the checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on.
+        adapter: the folder of a LoRA adapter, or a list of folders, merged into the weights in this order while they
+        are read. chat_template: the path of a chat template, the name of one in the checkpoint's folder, or "llama3";
+        None means the checkpoint's own, and Llama 3's format in Meta's layout. template_args: variables for it, such as
+        a date. graph_batch_sizes: numbers of rows whose decode step is captured as a graph during build, not in the
+        first call that needs it; None means 1 and max_batch_size. cuda_graphs: False launches every kernel of every
+        step separately; None captures steps if the backend supports it. dependent_launch: False starts each kernel
+        after the previous one has ended; None lets it start earlier (programmatic dependent launch) from compute
+        capability 9.0. These two are for debugging: False costs speed and changes no token.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer with another vocabulary), ValueError for any other error in the arguments or the files, and

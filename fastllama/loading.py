@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load(
     ckpt_dir: str,
-    tokenizer_path: str,
+    tokenizer_path: str | None,
     *,
     max_seq_len: int,
     max_batch_size: int,
@@ -54,6 +54,7 @@ def load(
     select.backend(backend, device)  # raises an error before anything is read
     group = model_parallel.model_group(model_parallel_size, device)
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
+        tokenizer_path = ckpt_dir if tokenizer_path is None else tokenizer_path
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir, _adapter_folders(adapter))
         args, tokenizer = _args_and_tokenizer(

@@ -1,11 +1,13 @@
-"""Chooses the class for a tokenizer's file: Llama 3's own, any other `tokenizer.json`, or a SentencePiece model."""
+"""Chooses the class for a tokenizer's file: Llama 3's own, any other `tokenizer.json`, SentencePiece, or GGUF."""
 
 import os
 
+from fastllama.gguf_header import GGUF_SUFFIX
 from fastllama.tokenizer import Tokenizer
 from fastllama.tokenizer_base import BaseTokenizer
+from fastllama.tokenizer_gguf import GgufTokenizer
 from fastllama.tokenizer_huggingface import HuggingFaceTokenizer
-from fastllama.tokenizer_search import JSON_NAME, find_tokenizer_file, first_bytes, is_json, is_sentencepiece
+from fastllama.tokenizer_search import JSON_NAME, find_tokenizer_file, first_bytes, is_gguf, is_json, is_sentencepiece
 from fastllama.tokenizer_sentencepiece import SentencePieceTokenizer
 
 
@@ -19,6 +21,8 @@ def open_tokenizer(path: str | os.PathLike[str], *, llama31: bool = False) -> Ba
     """
     file = find_tokenizer_file(path)
     head = first_bytes(file)
+    if is_gguf(head) or file.suffix == GGUF_SUFFIX:
+        return GgufTokenizer(file)
     if is_sentencepiece(head):
         beside = file.with_name(JSON_NAME)
         if os.path.isdir(path) and beside.exists():

@@ -4,6 +4,8 @@ import logging
 import os
 from pathlib import Path
 
+from fastllama.gguf_header import GGUF_MAGIC, gguf_models
+
 logger = logging.getLogger(__name__)
 
 JSON_NAME = "tokenizer.json"
@@ -20,18 +22,24 @@ FILES_IN_FOLDER = (
 
 
 def find_tokenizer_file(model_path: str | os.PathLike[str]) -> Path:
-    """The file itself, or the first of `FILES_IN_FOLDER` in a folder. The log says which others are passed over.
+    """The file itself, or the first of `FILES_IN_FOLDER` in a folder, else the GGUF model there, if it is the only one.
 
-    Raises AssertionError if there is none.
+    The log says which others are passed over. Raises AssertionError if there is none.
     """
     path = Path(model_path)
     if os.path.isfile(path):  # unlike Path.is_file, false for any string
         return path
     if not os.path.isdir(path):
-        raise AssertionError(f"tokenizer file {path} does not exist; give the path of the tokenizer.model or tokenizer.json")
+        raise AssertionError(
+            f"tokenizer file {path} does not exist; give the path of the tokenizer.model or tokenizer.json"
+        )
     present = [name for name in FILES_IN_FOLDER if os.path.isfile(path / name)]
+    if not present and len(models := gguf_models(path)) == 1:
+        present = [models[0].name]
     if not present:
-        raise AssertionError(f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}")
+        raise AssertionError(
+            f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}, or one GGUF file"
+        )
     logger.info("tokenizer: %s%s", path / present[0], f"; passed over: {', '.join(present[1:])}" * bool(present[1:]))
     return path / present[0]
 
@@ -45,6 +53,11 @@ def first_bytes(path: Path) -> bytes:
 def is_json(data: bytes) -> bool:
     """Whether a file that begins with these bytes is a `tokenizer.json`."""
     return data[:64].lstrip().startswith(b"{")
+
+
+def is_gguf(data: bytes) -> bool:
+    """Whether a file that begins with these bytes is a GGUF file."""
+    return data.startswith(GGUF_MAGIC)
 
 
 def is_sentencepiece(data: bytes) -> bool:

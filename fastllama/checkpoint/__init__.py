@@ -1,9 +1,9 @@
-"""Opens checkpoints in Meta's or Hugging Face's layout and yields (name, slice) pairs for any rank and world size.
+"""Opens checkpoints in Meta's or Hugging Face's layout, and GGUF files; yields (name, slice) pairs for any rank.
 
 `open_checkpoint` finds the weights in a folder, makes every check that needs no weights, and returns a `Checkpoint`.
 A folder's own weights are preferred to those under `original/`: Hugging Face's repositories keep the base model there,
-even beside a fine-tuned model. If a folder holds both layouts, Meta's is used, as in Meta's `Llama.build`. The log says
-what is used and what is passed over.
+even beside a fine-tuned model. If a folder holds several layouts, Meta's is used, as in Meta's `Llama.build`, then
+Hugging Face's, then GGUF. The log says what is used and what is passed over.
 """
 
 import logging
@@ -15,6 +15,7 @@ from pathlib import Path
 from fastllama.checkpoint.adapter import merge_adapters
 from fastllama.checkpoint.adapter_files import ADAPTER_FILE_NAME
 from fastllama.checkpoint.base import Checkpoint
+from fastllama.checkpoint.gguf_file import open_gguf
 from fastllama.checkpoint.huggingface import CONFIG_NAME, open_huggingface
 from fastllama.checkpoint.json_config import short_list
 from fastllama.checkpoint.meta import PARAMS_NAME, open_meta
@@ -24,9 +25,11 @@ from fastllama.checkpoint.unsupported_formats import (
     describe_file,
     describe_folder,
     find_checkpoint_folders,
+    holds_adapter,
     stray_files,
 )
 from fastllama.checkpoint.weight_files import ADAPTER_REASON, FILE_PATTERN, SHARD_PATTERN, huggingface_files, meta_files
+from fastllama.gguf_header import GGUF_SUFFIX, gguf_models
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -38,18 +41,22 @@ MAX_FILES_LISTED = 12
 
 
 def open_checkpoint(ckpt_dir: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]] = ()) -> Checkpoint:
-    """The checkpoint in a folder. Reads headers, and only those weights that several files must agree on.
+    """The checkpoint in a folder, or in a GGUF file. Reads headers, and the weights that several files must agree on.
 
     adapters: folders of LoRA adapters, which are merged in this order when weights are read.
 
     The order of the search: params.json with `*.pth` in the folder itself; config.json with `*.safetensors` there;
-    params.json with `*.pth` in `original/`, `original/mp8` and `original/mp16`.
+    params.json with `*.pth` in `original/`, `original/mp8` and `original/mp16`; the only GGUF model in the folder.
 
     Raises AssertionError if the folder does not exist or holds none of these, ValueError if the checkpoint is
     incomplete, damaged, quantised, contradicts itself, or is not the Llama that its configuration describes, or if an
     adapter is damaged, belongs to another base, or cannot be merged.
     """
     folder = Path(ckpt_dir)
+    if folder.suffix == GGUF_SUFFIX and os.path.isfile(folder):
+        checkpoint = open_gguf(folder)
+        logger.info("checkpoint: %s, %s", folder.parent, ", ".join(path.name for path, _ in checkpoint.files))
+        return _with_adapters(checkpoint, adapters)
     if not os.path.isdir(folder):  # unlike Path.is_dir, never raises for odd strings
         what = describe_file(folder) if os.path.exists(folder) else "does not exist"
         raise AssertionError(f"checkpoint folder {str(folder)!r} {what}")
@@ -74,7 +81,10 @@ def open_checkpoint(ckpt_dir: str | os.PathLike[str], adapters: Sequence[str | o
         (f"; adapters: {', '.join(map(str, adapters))}" if adapters else "")
         + (f"; passed over: {', '.join(names)}" if names else ""),
     )
-    checkpoint = replace(checkpoint, passed_over=passed_over)
+    return _with_adapters(replace(checkpoint, passed_over=passed_over), adapters)
+
+
+def _with_adapters(checkpoint: Checkpoint, adapters: Sequence[str | os.PathLike[str]]) -> Checkpoint:
     return merge_adapters(checkpoint, [Path(adapter) for adapter in adapters]) if adapters else checkpoint
 
 
@@ -95,6 +105,12 @@ def _open_first(folder: Path) -> Checkpoint:
         return open_meta(folder)  # raises, because params.json is missing
     below = [place for place in (folder / name for name in META_SUBFOLDERS) if meta_files(place).chosen]
     complete = [place for place in below if (place / PARAMS_NAME).exists()]
+    models = [] if below or holds_adapter(folder) else gguf_models(folder)
+    if len(models) > 1:
+        names = short_list([path.name for path in models])
+        raise ValueError(f"{folder}: holds several GGUF models, {names}; pass the path of the one to use")
+    if models:
+        return open_gguf(models[0])
     other = describe_folder(folder, OWN_MODEL_PATTERNS) if below else describe_folder(folder)
     if not below or other:
         raise AssertionError(_not_found_message(folder, other, complete))
@@ -127,7 +143,7 @@ def _not_found_message(folder: Path, other: str | None, below: list[Path]) -> st
     shown = ", ".join(present[:MAX_FILES_LISTED]) + (" …" if len(present) > MAX_FILES_LISTED else "")
     message = (
         f"{start}expected {PARAMS_NAME} and {SHARD_PATTERN} there or in original/, "
-        f"or {CONFIG_NAME} and {FILE_PATTERN}; it holds {shown or 'nothing'}"
+        f"or {CONFIG_NAME} and {FILE_PATTERN}, or one *{GGUF_SUFFIX}; it holds {shown or 'nothing'}"
     )
     if subfolders := find_checkpoint_folders(folder, _holds_checkpoint):
         return f"{message}; pass the folder below it that holds one: {short_list(list(map(str, subfolders)))}"
@@ -136,4 +152,5 @@ def _not_found_message(folder: Path, other: str | None, below: list[Path]) -> st
 
 def _holds_checkpoint(folder: Path) -> bool:
     shards = any((place / PARAMS_NAME).exists() and meta_files(place).chosen for place in (folder, folder / "original"))
-    return shards or ((folder / CONFIG_NAME).exists() and bool(huggingface_files(folder).chosen))
+    safetensors = (folder / CONFIG_NAME).exists() and bool(huggingface_files(folder).chosen)
+    return shards or safetensors or bool(gguf_models(folder))

@@ -34,14 +34,15 @@ class Checkpoint:
     """An opened checkpoint: everything known from headers and from the few weights that opening compares.
 
     path: the folder that holds the weights; it may be `original/` in the given folder.
-    format: "meta" or "huggingface".
+    format: "meta", "huggingface" or "gguf".
     params: keyword arguments for ModelArgs, all sizes resolved; `rope_scaling_factor` only if the files state it.
     files: the weights' files and their sizes in bytes.
     dtype: the dtype of the matrices when read (norms may be wider): float32 if they are stored in float64.
-    stop_token_ids: eos_token_id of generation_config.json or config.json; () for Meta's files.
+    stop_token_ids: eos_token_id of generation_config.json or config.json; () for Meta's files and GGUF.
     stored: every weight in the files, by Meta's name, with the adapters merged.
     passed_over: unused weights in the folder (files, or folders with a checkpoint), each with the reason.
     adapters: the folders of the adapters that are merged into the weights.
+    bytes_by_type: of a GGUF file, the bytes of the tensors of each type, such as "Q4_1", the largest first.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Checkpoint:
     stored: Mapping[str, ShardedTensor] = field(repr=False)
     passed_over: tuple[tuple[Path, str], ...] = ()
     adapters: tuple[Path, ...] = ()
+    bytes_by_type: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def n_parameters(self) -> int:

@@ -19,7 +19,7 @@ MERGE_WITH_PEFT = (
 SAVE_AS_SAFETENSORS = "load it with transformers and save_pretrained it, which writes safetensors"
 # File names of other programs' weights, and the rest of a message that starts with "NAME is".
 OTHER_FORMATS = {
-    "*.gguf": "a GGUF file of llama.cpp; fastllama reads the original weights, safetensors or .pth: download those",
+    "*.gguf": "a GGUF file; pass the file itself as the checkpoint to use it",
     "pytorch_model*.bin*": "pickled weights; convert pytorch_model*.bin to safetensors first: transformers' "
     "save_pretrained writes them",
     "*.distcp": "a distributed checkpoint of torch; gather it first (torch.distributed.checkpoint.format_utils)",
@@ -58,12 +58,17 @@ def describe_folder(folder: Path, patterns: Collection[str] = tuple(OTHER_FORMAT
 
     Reads only names, and the configuration of an adapter. `patterns` are the keys of OTHER_FORMATS to look for.
     """
-    if any((folder / name).exists() for name in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES)):
+    if holds_adapter(folder):
         return _describe_adapter(folder)
     for pattern in patterns:
         if matches := _weights_matching(folder, pattern):
             return f"{short_list([matches[0].name])} is {OTHER_FORMATS[pattern]}"
     return None
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of another model, such as LoRA's."""
+    return any((folder / name).exists() for name in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES))
 
 
 def stray_files(folder: Path) -> list[Path]:

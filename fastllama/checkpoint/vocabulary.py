@@ -22,11 +22,11 @@ def in_same_folder(checkpoint: Checkpoint, tokenizer_path: str | os.PathLike[str
 def vocabulary_mismatch(checkpoint: Checkpoint, tokenizer_path: str | os.PathLike[str], n_words: int) -> str | None:
     """None if the sizes fit, else what is wrong and what to do.
 
-    They fit if the embedding has `n_words` rows, the tokenizer's size. In Hugging Face's layout it may have more than
-    the tokenizer beside it: vocabularies are padded there.
+    They fit if the embedding has `n_words` rows, the tokenizer's size. In Hugging Face's layout and in GGUF it may have
+    more than the tokenizer beside it: vocabularies are padded there.
     """
     rows, is_beside = checkpoint.params["vocab_size"], in_same_folder(checkpoint, tokenizer_path)
-    if rows == n_words or (rows > n_words and is_beside and checkpoint.format == "huggingface"):
+    if rows == n_words or (rows > n_words and is_beside and checkpoint.format != "meta"):
         return None
     if not is_beside:
         return (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastllama.cli.inspect_tokenizer import describe_tokenizer, tokenizer_section
 from fastllama.cli.options import (
     DTYPES,
     LONGEST_SEQUENCE,
@@ -21,13 +22,11 @@ if TYPE_CHECKING:
     import torch
 
     from fastllama.args import ModelArgs
-    from fastllama.checkpoint import Checkpoint
 
 # Copies of the keys of speed_of_light.DATA_SHEETS, which imports torch. A test compares them.
 GPUS = ("A100", "H100", "H200", "B200")
 DEFAULT_MAX_SEQ_LEN = 2048
 DEFAULT_MAX_BATCH_SIZE = 1
-SPECIAL_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
 SIZES = ("max_seq_len", "max_batch_size")  # of the cache, not of the model
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 UNIT_FACTOR = 1024
@@ -35,8 +34,8 @@ UNIT_FACTOR = 1024
 
 @click.command()
 @click.argument("checkpoint", required=False, metavar="[CKPT]")
-@click.option("--ckpt_dir", metavar="DIR", help="The same as CKPT.")
-@click.option("--tokenizer_path", metavar="FILE", help="Default: the tokenizer in the checkpoint folder.")
+@click.option("--ckpt_dir", metavar="PATH", help="The same as CKPT.")
+@click.option("--tokenizer_path", metavar="FILE", help="Default: the tokenizer in the checkpoint.")
 @adapter_option
 @click.option(
     "--max_seq_len",
@@ -76,7 +75,9 @@ def inspect(
     gpu: str,
     as_json: bool,
 ) -> None:
-    """Describe the checkpoint in the folder CKPT: architecture, files, memory, tokenizer, and what several GPUs bring.
+    """Describe the checkpoint CKPT, a folder or a GGUF file.
+
+    The output is its architecture, files, memory and tokenizer, and what several GPUs bring.
 
     No weight is read, but for those that several files must agree on. The tokens a second are a limit: what reading
     the weights and the cache, and exchanging sums, takes at least by the GPU's data sheet.
@@ -125,7 +126,8 @@ def describe(
         "format": checkpoint.format,
         "architecture": {name: value for name, value in vars(args).items() if name not in hidden},
         "parameters": checkpoint.n_parameters,
-        "stored_dtype": _dtype_name(checkpoint.dtype),
+        "stored_dtype": next(iter(checkpoint.bytes_by_type), _dtype_name(checkpoint.dtype)),
+        "bytes_by_type": dict(checkpoint.bytes_by_type),
         "files": [{"name": path.name, "bytes": size} for path, size in checkpoint.files],
         "adapters": [str(path) for path in checkpoint.adapters],
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
@@ -141,7 +143,7 @@ def describe(
         "this_machine": _describe_machine(),
         "gpu": gpu,
         "processes": [_plan(args, planned, n, gpu) for n in dict.fromkeys(nproc)],
-        "tokenizer": _describe_tokenizer(tokenizer_path, checkpoint, named=tokenizer_path != ckpt_dir),
+        "tokenizer": describe_tokenizer(tokenizer_path, checkpoint, named=tokenizer_path != ckpt_dir),
     }
 
 
@@ -190,36 +192,6 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
     }
 
 
-def _describe_tokenizer(path: str, checkpoint: "Checkpoint", named: bool) -> dict[str, Any] | None:
-    """The tokenizer as JSON values. None if the folder has none; AssertionError if a given path (`named`) has none."""
-    from fastllama.chat_format import choose_format
-    from fastllama.checkpoint.vocabulary import vocabulary_mismatch
-    from fastllama.tokenizer_open import open_tokenizer
-    from fastllama.tokenizer_search import find_tokenizer_file
-
-    try:
-        tokenizer = open_tokenizer(path, llama31=checkpoint.params["use_scaled_rope"])
-    except AssertionError:
-        if named:
-            raise
-        return None
-    known = tokenizer.special_tokens
-    found = find_tokenizer_file(path)
-    chat_format = choose_format(tokenizer, [checkpoint.path, found.parent], is_meta=checkpoint.format == "meta")
-    mismatch = vocabulary_mismatch(checkpoint, path, tokenizer.n_words)
-    return {
-        "path": str(found),
-        "chat_format": chat_format.name,
-        "n_words": tokenizer.n_words,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "special_tokens": {name: known[name] for name in SPECIAL_TOKENS if name in known},
-        "stop_tokens": sorted({*tokenizer.stop_tokens, *checkpoint.stop_token_ids}),
-        "fits_checkpoint": mismatch is None,
-        "misfit": mismatch,
-    }
-
-
 def render(description: dict[str, Any]) -> str:
     """The result of `describe` as text."""
     memory, tokenizer = description["memory"], description["tokenizer"]
@@ -236,7 +208,7 @@ def render(description: dict[str, Any]) -> str:
             ],
         ),
         (
-            f"files: {len(files)}, {size_text(total)}, stored in {description['stored_dtype']}",
+            f"files: {len(files)}, {size_text(total)}, stored in {_stored_text(description)}",
             [(file["name"], size_text(file["bytes"])) for file in files],
         ),
         *([("adapters", [("merged", path) for path in description["adapters"]])] if description["adapters"] else []),
@@ -250,11 +222,18 @@ def render(description: dict[str, Any]) -> str:
             f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange",
             [(str(one["n"]), _plan_text(one)) for one in description["processes"]],
         ),
-        _tokenizer_section(tokenizer, description["architecture"]["vocab_size"])
+        tokenizer_section(tokenizer, description["architecture"]["vocab_size"])
         if tokenizer
-        else ("tokenizer: none in the folder", []),
+        else ("tokenizer: none in the checkpoint", []),
     ]
     return "\n\n".join("\n".join([title, *_aligned(rows)]) for title, rows in sections)
+
+
+def _stored_text(description: dict[str, Any]) -> str:
+    """The dtype of the weights; of a GGUF file, every type of tensors with its share of the bytes."""
+    sizes = description["bytes_by_type"]
+    total = sum(sizes.values())
+    return ", ".join(f"{name} ({size / total:.1%})" for name, size in sizes.items()) or description["stored_dtype"]
 
 
 def _plan_text(plan: dict[str, Any]) -> str:
@@ -263,23 +242,6 @@ def _plan_text(plan: dict[str, Any]) -> str:
     rate, share = plan["most_tokens_per_second"], plan["share_of_exchanging"]
     misfit = "" if plan["fits"] else "  does not fit"
     return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}{misfit}"
-
-
-def _tokenizer_section(tokenizer: dict[str, Any], n_rows: int) -> tuple[str, list[tuple[str, str]]]:
-    ends = {"begin_of_text": tokenizer["bos_id"], "end_of_text": tokenizer["eos_id"]}
-    special = {name: token for name, token in ends.items() if token >= 0} | tokenizer["special_tokens"]
-    misfit = f", NOT the checkpoint's vocabulary of {n_rows}"
-    if tokenizer["fits_checkpoint"]:
-        n_padding = n_rows - tokenizer["n_words"]
-        misfit = f", and {n_padding} rows of the embedding without a token" if n_padding else ""
-    rows = [(name.strip("<|>"), str(token)) for name, token in special.items()]
-    return f"tokenizer: {tokenizer['n_words']} tokens{misfit}", [
-        *([] if tokenizer["fits_checkpoint"] else [("misfit", tokenizer["misfit"])]),
-        ("path", tokenizer["path"]),
-        *rows,
-        ("stop tokens", ", ".join(map(str, tokenizer["stop_tokens"]))),
-        ("chat format", tokenizer["chat_format"]),
-    ]
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:

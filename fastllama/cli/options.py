@@ -166,7 +166,7 @@ def check_nproc(nproc: int, device: str | None) -> None:
 def checkpoint_and_tokenizer(ckpt_dir: str | None, tokenizer_path: str | None, quiet: bool) -> tuple[str, str]:
     """The (ckpt_dir, tokenizer_path) to use. Writes a notice to stderr for the built-in model, unless `quiet`."""
     if ckpt_dir is not None:
-        # In a folder, the tokenizer finds its file itself.
+        # In a folder, the tokenizer finds its file itself. A GGUF file has its own.
         return ckpt_dir, tokenizer_path or ckpt_dir
     if tokenizer_path is not None:
         raise click.UsageError("--tokenizer_path needs --ckpt_dir: the built-in model has its own tokenizer.")
@@ -236,10 +236,10 @@ def checkpoint_options(command: Any) -> Any:
     return _combined(
         click.option(
             "--ckpt_dir",
-            metavar="DIR",
-            help="Checkpoint folder, Meta's or Hugging Face's. Default: the built-in model.",
+            metavar="PATH",
+            help="Checkpoint folder, Meta's or Hugging Face's, or a GGUF file. Default: the built-in model.",
         ),
-        click.option("--tokenizer_path", metavar="FILE", help="Default: the tokenizer in the checkpoint folder."),
+        click.option("--tokenizer_path", metavar="FILE", help="Default: the tokenizer in the checkpoint."),
     )(command)
 
 

@@ -31,8 +31,8 @@ def test_build_takes_any_kind_of_integer(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ckpt_dir", "tokenizer_path"])
 def test_build_rejects_values_that_are_not_paths(folder: Path, name: str) -> None:
-    arguments: dict[str, Any] = {"ckpt_dir": str(folder), "tokenizer_path": str(folder / "tokenizer.model"), name: None}
-    with pytest.raises(ValueError, match=f"{name} must be a path, got None"):
+    arguments: dict[str, Any] = {"ckpt_dir": str(folder), "tokenizer_path": str(folder / "tokenizer.model"), name: 7}
+    with pytest.raises(ValueError, match=f"{name} must be a path, got 7"):
         Llama.build(max_seq_len=16, max_batch_size=1, **arguments)
 
 

@@ -117,3 +117,14 @@ def test_an_unset_vocabulary_size_is_read_from_the_embedding(tmp_path: Path) -> 
     (tmp_path / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))
     llm = Llama.build(str(tmp_path), str(write_tokenizer(tmp_path)), 16, 1, device="cpu")
     assert llm.model.params.vocab_size == 576
+
+
+def test_without_a_tokenizer_path_it_is_the_checkpoints(tmp_path: Path) -> None:
+    params = tiny_params()
+    write_meta(tmp_path, params, random_weights(params))
+    write_tokenizer(tmp_path)
+    own, given = (Llama.build(str(tmp_path), path, 16, 1, device="cpu").tokenizer for path in (None, str(tmp_path)))
+    assert own.encode("ab cd", bos=True, eos=True) == given.encode("ab cd", bos=True, eos=True)
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(AssertionError, match="no tokenizer in the folder"):
+        Llama.build(str(tmp_path), None, 16, 1, device="cpu")

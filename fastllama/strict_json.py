@@ -1,6 +1,7 @@
 """A JSON reader that raises an error for a key with two different values, where `json` keeps the last."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 
@@ -11,6 +12,21 @@ class ConflictingValues(ValueError):
 def loads(text: str | bytes) -> Any:
     """`json.loads`, but a key with two different values raises ConflictingValues. The same value twice is allowed."""
     return json.loads(text, object_pairs_hook=_object)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a file. ValueError if it is unreadable, not valid JSON, not an object, or has a key twice."""
+    try:
+        values = loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ConflictingValues as error:
+        raise ValueError(f"{path}: {error}; remove the one that is not meant") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
+    return values
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from fastllama import strict_json
 from fastllama.tokenizer_base import NO_TOKEN_ID, BaseTokenizer
 from fastllama.tokenizer_files import byte_decoder
 
-CONFIG_NAME = "tokenizer_config.json"
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME = "tokenizer_config.json"
 NAMES_FILE = "special_tokens_map.json"  # of older checkpoints
 ENDS = ("bos_token", "eos_token", "pad_token")
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}  # an added token's options
@@ -42,7 +42,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         names = _read_if_present(path.with_name(NAMES_FILE))
         stated = _read_if_present(path.with_name(CONFIG_NAME))
         names |= {name: value for name, value in stated.items() if value is not None}
-        self._set_up(path, _read_json(path), names)
+        self._set_up(path, strict_json.read_object(path), names)
 
     def _set_up(
         self, path: Path, document: dict[str, Any], names: Mapping[str, Any], begins: bool | None = None
@@ -56,9 +56,11 @@ class HuggingFaceTokenizer(BaseTokenizer):
         self.model = _pipeline(path, document)
         texts = {name: _text_of(value) for name, value in names.items() if name.endswith("_token")}
         self.named_tokens = {name: text for name, text in texts.items() if text is not None}
-        document = _with_special_tokens(path, document, self.model, names, self.named_tokens)
-        self.model = _pipeline(path, document)
-        self._later = _pipeline(path, _without_first_prefix(document))  # for text after a special token
+        # A large vocabulary takes time to read: pipelines are made again only where they differ.
+        whole = _with_special_tokens(path, document, self.model, names, self.named_tokens)
+        self.model = self.model if whole == document else _pipeline(path, whole)
+        later = _without_first_prefix(whole)
+        self._later = self.model if later == whole else _pipeline(path, later)  # for text after a special token
         vocabulary = self.model.get_vocab(with_added_tokens=True)
         self.n_words = max(vocabulary.values(), default=-1) + 1
         added = self.model.get_added_tokens_decoder()
@@ -224,22 +226,8 @@ def _without_first_prefix(document: dict[str, Any]) -> dict[str, Any]:
     return document | {"pre_tokenizer": changed(document.get("pre_tokenizer"))}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = strict_json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except strict_json.ConflictingValues as error:
-        raise ValueError(f"{path}: {error}; the file is damaged") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(document).__name__}; the file is damaged")
-    return document
-
-
 def _read_if_present(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.exists() else {}
+    return strict_json.read_object(path) if path.exists() else {}
 
 
 def _text_of(token: Any) -> str | None:

@@ -33,17 +33,7 @@ class JsonConfig:
     @classmethod
     def read(cls, path: Path) -> "JsonConfig":
         """The object in a file. ValueError if it is unreadable, not valid JSON, not an object, or has a key twice."""
-        try:
-            values = strict_json.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except strict_json.ConflictingValues as error:
-            raise ValueError(f"{path}: {error}; remove the one that is not meant") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: is not valid JSON ({error}); download it again") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {short_repr(values)}")
-        return cls(path, values)
+        return cls(path, strict_json.read_object(path))
 
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None

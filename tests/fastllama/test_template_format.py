@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastllama import Llama
 from fastllama.chat_format import NoFormat, TemplateFormat, choose_format
-from fastllama.tokenizer import ChatFormat, Dialog
+from fastllama.tokenizer import CHAT_TOKENS, ChatFormat, Dialog
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_open import open_tokenizer
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
@@ -152,5 +152,18 @@ def test_a_model_answers_in_its_own_format(tmp_path: Path) -> None:
 
 def test_metas_layout_needs_no_template(tmp_path: Path) -> None:
     write_meta(tmp_path, tiny_params(), random_weights(tiny_params()))
-    llm = Llama.build(str(tmp_path), str(write_tokenizer(tmp_path)), 64, 1, device="cpu")
+    file = write_tokenizer(tmp_path)
+    llm = Llama.build(str(tmp_path), str(file), 64, 1, device="cpu")
     assert isinstance(llm.formatter, ChatFormat)
+    assert llm.tokenizer.stop_tokens == open_tokenizer(file).stop_tokens  # those of its version
+
+
+def test_llama3s_format_stops_at_the_end_of_a_message(tmp_path: Path) -> None:
+    """Also with an extended vocabulary, whose files name another end."""
+    pipeline = PIPELINES["byte-level"]()
+    pipeline.add_special_tokens([*CHAT_TOKENS, "<|end_of_text|>"])
+    write_pipeline(pipeline, tmp_path, eos_token="<|end_of_text|>")
+    ours = formatter(tmp_path, chosen="llama3")
+    special = ours.tokenizer.special_tokens
+    assert ours.tokenizer.stop_tokens == {special["<|end_of_text|>"], special["<|eot_id|>"]}
+    assert ours.encode_dialog_prompt(DIALOGS[0])[0] == special["<|begin_of_text|>"]

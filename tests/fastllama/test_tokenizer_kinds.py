@@ -203,7 +203,7 @@ def test_llama3s_files_stay_on_tiktoken(small_file: Path, small_json: str, tmp_p
         ("[]", "JSON object"),
         ("{", "not valid JSON"),
         ('{"model": {"type": "BPE", "vocab": {}}}', "package tokenizers reads"),
-        ('{"a": 1, "a": 2}', "the file is damaged"),
+        ('{"a": 1, "a": 2}', "remove the one that is not meant"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, content: str, message: str) -> None:

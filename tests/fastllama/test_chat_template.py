@@ -2,7 +2,6 @@
 
 import datetime
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fastllama.chat_template import ChatTemplate, Piece, is_llama3
-from fastllama.chat_template_files import find_chat_template, read_special_tokens
 from fastllama.template_limits import MAX_DEPTH
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -288,46 +286,3 @@ def test_a_template_that_writes_another_format(old: str, new: str) -> None:
 
 def test_a_header_that_is_not_a_special_token_is_not_llama_3s_format() -> None:
     assert not is_llama3(ChatTemplate(LLAMA3, special_tokens=TOKENS))
-
-
-def test_templates_of_a_folder(tmp_path: Path) -> None:
-    assert find_chat_template(tmp_path) == {} and read_special_tokens(tmp_path) == {}
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text('{"model_max_length": 8}')
-    assert find_chat_template(tmp_path) == {}
-    config.write_text('{"chat_template": "a"}')
-    assert find_chat_template(tmp_path) == {"default": "a"}
-    config.write_text('{"chat_template": [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]}')
-    assert find_chat_template(tmp_path) == {"default": "a", "rag": "b"}
-    (tmp_path / "chat_template.jinja").write_text("é\n")
-    assert find_chat_template(tmp_path) == {"default": "é\n"}
-    (tmp_path / "additional_chat_templates").mkdir()
-    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("c")
-    assert find_chat_template(tmp_path) == {"default": "é\n", "tool_use": "c"}
-
-
-def test_special_tokens_of_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<old>", "unk_token": {"content": "<u>"}}')
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"add_bos_token": true, "bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": null}'
-    )
-    assert read_special_tokens(tmp_path) == {"bos_token": "<s>", "unk_token": "<u>", "eos_token": "</s>"}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokenizer_config.json", b"{", "is not valid JSON"),
-        ("tokenizer_config.json", b"[]", "expected a JSON object"),
-        ("tokenizer_config.json", b'{"chat_template": 1}', "field 'chat_template': expected a text or a list"),
-        ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}]}', "field 'chat_template': expected a text"),
-        ("tokenizer_config.json", b'{"bos_token": 1}', "field 'bos_token': expected the text of a token"),
-        ("special_tokens_map.json", b'{"eos_token": {"id": 1}}', "field 'eos_token': expected the text of a token"),
-        ("chat_template.jinja", b"\xff", "expected a template in UTF-8"),
-    ],
-)
-def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: {message}"):
-        find_chat_template(tmp_path)
-        read_special_tokens(tmp_path)

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from tokenizers import Tokenizer
 
-from tests.support.checkpoints import Params, Weights, head_dim, hidden_dim, n_kv_heads, tiny_params
+from tests.support.checkpoints import Params, Weights, head_dim, hidden_dim, n_kv_heads, random_weights, tiny_params
 
 # Widths of whole blocks of every type.
 PARAMS = tiny_params(dim=256, hidden_dim=512)
@@ -52,6 +52,10 @@ def metadata(params: Params) -> dict[str, Any]:
     }
 
 
+WEIGHTS = random_weights(PARAMS, seed=3)
+FIELDS = metadata(PARAMS)
+
+
 def quantised(weights: Weights, kind: str) -> dict[str, tuple[np.ndarray, Any]]:
     """(stored data, type) of every weight by llama.cpp's name: matrices in the type, vectors in float32."""
     stored = {}
@@ -75,6 +79,12 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write(folder: Path, kind: str = "F32", **changes: Any) -> Path:
+    """WEIGHTS in a file; `changes` replace fields, None removes one."""
+    fields = FIELDS | {f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}
+    return write_gguf(folder / "model.gguf", fields, quantised(WEIGHTS, kind))
 
 
 def write_split(

@@ -1,0 +1,104 @@
+"""GGUF files that are refused: of other models, incomplete, truncated or damaged."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastllama.checkpoint import open_checkpoint
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+
+from tests.support.gguf_files import FIELDS, WEIGHTS, quantised, write, write_gguf  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_count": None}, r"field 'llama\.block_count': expected an integer from 1 to 10000, it is missing"),
+        ({"block_count": 3}, r"9 missing: blk\.2\.attn_norm\.weight.*block_count=3, the files have 2 layers"),
+        ({"embedding_length": 128}, r"do not have the shape that the metadata requires; token_embd\.weight: expected"),
+        ({"embedding_length": "x"}, r"field 'llama\.embedding_length': expected an integer .*, got 'x'"),
+        ({"attention__head_count_kv": [2, 2]}, r"head_count_kv': expected an integer .*, got \[2, 2\]"),
+        ({"attention__head_count_kv": 3}, r"n_heads to be a multiple of n_kv_heads"),
+        ({"attention__value_length": 16}, r"value_length': expected the size of a head, 32, got 16"),
+        ({"rope__dimension_count": 16}, r"dimension_count': expected the size of a head, 32, got 16"),
+        ({"attention__key_length": None, "embedding_length": 250}, r"a multiple of the number of heads, 8, got 250"),
+        ({"rope__scaling__type": "yarn"}, r"rope\.scaling\.type': expected 'none' .*, got 'yarn'"),
+        ({"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}, r"expected 'none' .*, got 'linear'"),
+        ({"rope__scale_linear": 2.0}, r"rope\.scale_linear': expected 1 "),
+        ({"expert_count": 8}, r"expert_count': expected 0 \(Llama 3 has no experts\), got 8"),
+        ({"vocab_size": 500}, r"token_embd\.weight: expected \(500, 256\)"),
+    ],
+)
+def test_metadata_that_is_not_this_llamas_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(write(tmp_path, **changes))
+
+
+def test_unscaled_positions_may_be_named(tmp_path: Path) -> None:
+    for scaling in ({"rope__scaling__type": "none"}, {"rope__scaling__type": "linear", "rope__scaling__factor": 1.0}):
+        assert not open_checkpoint(write(tmp_path, **scaling)).params["use_scaled_rope"]
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", {}, quantised(WEIGHTS, "F32"), architecture="qwen2")
+    with pytest.raises(ValueError, match=r"model\.gguf: expected a model of the architecture 'llama', got 'qwen2'"):
+        open_checkpoint(path)
+
+
+def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
+    tensors = quantised(WEIGHTS, "F32")
+    norm = tensors.pop("output_norm.weight")
+    tensors["blk.0.attn_q.bias"] = norm
+    path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
+    message = r"1 missing: output_norm\.weight; 1 unexpected: blk\.0\.attn_q\.bias; Llama 3 has no biases"
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(path)
+
+
+def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path: Path) -> None:
+    tensors = quantised(WEIGHTS, "F32")
+    tensors["output_norm.weight"] = (np.ones(256, np.int8), gguf.GGMLQuantizationType.I8)
+    path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
+    with pytest.raises(ValueError, match=r"tensor output_norm\.weight has the type I8, which the package"):
+        open_checkpoint(path)
+
+
+def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"needs a package, pip install fastllama\[gguf\]"):
+        open_checkpoint(path)
+
+
+def test_any_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    data = path.read_bytes()
+    header = data.index(WEIGHTS["tok_embeddings.weight"].numpy().tobytes()[:64])
+    for length in [*range(0, header, 7), header, len(data) - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"model\.gguf: .*(is empty|begins with|truncated|download it again)"):
+            open_checkpoint(path)
+
+
+def test_a_damaged_header_is_refused_or_read(tmp_path: Path) -> None:
+    """Any byte of the header may be wrong: the result is a checkpoint or a ValueError that names the file."""
+    path = write(tmp_path)
+    data = bytearray(path.read_bytes())
+    generator = np.random.default_rng(1)
+    header = bytes(data).index(WEIGHTS["tok_embeddings.weight"].numpy().tobytes()[:64])
+    refused = 0
+    for place in generator.integers(4, header, 300):
+        old = data[place]
+        data[place] = int(generator.integers(0, 256))
+        path.write_bytes(data)
+        try:
+            dict(open_checkpoint(path).tensors(progress=False))
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        data[place] = old
+    assert refused > 100

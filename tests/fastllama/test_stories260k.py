@@ -1,10 +1,8 @@
 """A trained model generates the text of llama2.c, token for token."""
 
-from typing import cast
-
 import pytest
 
-from fastllama import Llama, Tokenizer, Transformer
+from fastllama import Llama, Transformer
 from tests.support.stories260k import BOS_ID, FOLDER, GREEDY_STEPS, GREEDY_TEXT, PiecesTokenizer, read_model
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="stories260K is not beside this checkout")
@@ -14,7 +12,7 @@ def build(max_batch_size: int = 1) -> Llama:
     args, weights = read_model(max_seq_len=512, max_batch_size=max_batch_size)
     model = Transformer(args)
     model.load_tensors(weights.items())
-    return Llama(model, cast(Tokenizer, PiecesTokenizer()))
+    return Llama(model, PiecesTokenizer())
 
 
 def test_greedy_text_matches_llama2c() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllama import ModelArgs
+from fastllama.tokenizer_base import BaseTokenizer
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260K"
 BOS_ID = 1
@@ -84,16 +85,18 @@ def read_pieces() -> list[bytes]:
     return pieces
 
 
-class PiecesTokenizer:
-    """The part of a tokenizer that `Llama` needs to decode text."""
+class PiecesTokenizer(BaseTokenizer):
+    """The tokens of tok512.bin. It decodes; the prompts of the tests are token ids."""
 
     def __init__(self) -> None:
         self.pieces = read_pieces()
         self.n_words = len(self.pieces)
-        self.stop_tokens: set[int] = set()
+        self.bos_id, self.eos_id, self.pad_id = BOS_ID, BOS_ID + 1, -1
+        self.stop_tokens = set()
+        self.special_tokens = {}
 
-    def decode_bytes(self, tokens: list[int]) -> bytes:
-        return b"".join(self.pieces[token] for token in tokens)
+    def _encode_text(self, s: str, *, is_first: bool) -> list[int]:
+        raise NotImplementedError("tok512.bin is read to decode only")
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+    def _join(self, ids: list[int]) -> bytes:
+        return b"".join(self.pieces[token] for token in ids)

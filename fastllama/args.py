@@ -1,6 +1,7 @@
 """ModelArgs: Meta's params.json as a checked dataclass, and the shape of every weight."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
@@ -66,6 +67,8 @@ class ModelArgs:
     rope_beta_fast: float = 32.0  # yarn: pairs with more turns in the original context keep their frequency
     rope_beta_slow: float = 1.0  # yarn: pairs with fewer turns have theirs divided by the factor
     rope_truncate: bool = True  # yarn: the two bounds are rounded to whole pairs
+    attention_bias: bool = False  # wq, wk, wv and wo add a bias
+    mlp_bias: bool = False  # w1, w2 and w3 add a bias
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
@@ -79,6 +82,9 @@ class ModelArgs:
             self.ffn_dim_multiplier = 1.0
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_low_freq_factor", "rope_high_freq_factor"):
             self._check_positive_number(name)
+        for name in ("attention_bias", "mlp_bias", "rope_truncate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self._derive_widths()
         self._derive_rope()
 
@@ -100,8 +106,6 @@ class ModelArgs:
             self.rope_attention_factor = yarn_attention_factor(self.rope_scaling_factor) if yarn else 1.0
         for name in ("rope_attention_factor", "rope_beta_fast", "rope_beta_slow"):
             self._check_positive_number(name)
-        if not isinstance(self.rope_truncate, bool):
-            raise ValueError(f"rope_truncate must be true or false, got {self.rope_truncate!r}")
         self._check_rope_order()
 
     def _check_rope_order(self) -> None:
@@ -181,21 +185,30 @@ class ModelArgs:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight by Meta's name, in the order of a forward pass."""
-        layer_shapes = {
-            "attention_norm": (self.dim,),
-            "attention.wq": (self.n_heads * self.head_dim, self.dim),
-            "attention.wk": (self.n_kv_heads * self.head_dim, self.dim),
-            "attention.wv": (self.n_kv_heads * self.head_dim, self.dim),
-            "attention.wo": (self.dim, self.n_heads * self.head_dim),
-            "ffn_norm": (self.dim,),
-            "feed_forward.w1": (self.hidden_dim, self.dim),
-            "feed_forward.w3": (self.hidden_dim, self.dim),
-            "feed_forward.w2": (self.dim, self.hidden_dim),
-        }
+        layer_shapes = self._layer_shapes()
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
-            shapes.update({f"layers.{layer}.{name}.weight": shape for name, shape in layer_shapes.items()})
+            shapes.update({f"layers.{layer}.{name}": shape for name, shape in layer_shapes.items()})
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        qkv = {"attention.wq": query, "attention.wk": key, "attention.wv": key}
+        gate_up = {"feed_forward.w1": self.hidden_dim, "feed_forward.w3": self.hidden_dim}
+        return {
+            "attention_norm.weight": (self.dim,),
+            **_shapes_of(qkv, self.dim, self.attention_bias),
+            **_shapes_of({"attention.wo": self.dim}, query, self.attention_bias),
+            "ffn_norm.weight": (self.dim,),
+            **_shapes_of(gate_up, self.dim, self.mlp_bias),
+            **_shapes_of({"feed_forward.w2": self.dim}, self.hidden_dim, self.mlp_bias),
+        }
+
+
+def _shapes_of(rows: Mapping[str, int], columns: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of projections that multiply the same input, given their rows: the weights, then the biases."""
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (n, columns) for name, n in rows.items()}
+    return {**shapes, **{f"{name}.bias": (n,) for name, n in rows.items() if has_bias}}
 
 
 def yarn_attention_factor(scaling_factor: float, scale: float = 1.0) -> float:

@@ -32,10 +32,14 @@ class Layer(nn.Module):
 
     attention_norm: Tensor
     wqkv: Tensor
+    bqkv: Tensor | None
     wo: Tensor
+    bo: Tensor | None
     ffn_norm: Tensor
     w13: Tensor
+    b13: Tensor | None
     w2: Tensor
+    b2: Tensor | None
 
 
 class Transformer(PackedModule):
@@ -119,16 +123,17 @@ class Transformer(PackedModule):
     def hidden(self, batch: RaggedBatch) -> Tensor:
         """Run all layers over a batch, appending its keys and values to the cache -> hidden states (N, dim)."""
         ops, eps, group = self.ops, self.params.norm_eps, self.group
-        adds_residual = group.rank == 0  # every process has the residual, and the sum must contain it once
+        adds = group.rank == 0  # all processes have the residual and the output's bias, and a sum must hold them once
         h = self._embed(batch)
         for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
             k, v = self.cache.layer(index)
-            q = ops.norm_qkv_rope_append(h, layer.attention_norm, layer.wqkv, self.rope, k, v, eps, batch)
-            h = group.all_reduce(
-                ops.linear_residual(ops.attention(q, k, v, batch), layer.wo, h if adds_residual else None, batch)
-            )
-            f = ops.norm_swiglu(h, layer.ffn_norm, layer.w13, eps, batch)
-            h = group.all_reduce(ops.linear_residual(f, layer.w2, h if adds_residual else None, batch))
+            q = ops.norm_qkv_rope_append(h, layer.attention_norm, layer.wqkv, self.rope, k, v, eps, batch, layer.bqkv)
+            attended = ops.attention(q, k, v, batch)
+            residual, bias = (h, layer.bo) if adds else (None, None)
+            h = group.all_reduce(ops.linear_residual(attended, layer.wo, residual, batch, bias))
+            f = ops.norm_swiglu(h, layer.ffn_norm, layer.w13, eps, batch, layer.b13)
+            residual, bias = (h, layer.b2) if adds else (None, None)
+            h = group.all_reduce(ops.linear_residual(f, layer.w2, residual, batch, bias))
         return h
 
     def _embed(self, batch: RaggedBatch) -> Tensor:

@@ -20,12 +20,16 @@ NO_WEIGHTS = "the model has no weights yet: load_state_dict or load_tensors firs
 
 # A layer's packed weights in the order of a forward pass, and Meta's names of the weights in each.
 LAYER_WEIGHTS = {
-    "attention_norm": ("attention_norm",),
-    "wqkv": ("attention.wq", "attention.wk", "attention.wv"),
-    "wo": ("attention.wo",),
-    "ffn_norm": ("ffn_norm",),
-    "w13": ("feed_forward.w1", "feed_forward.w3"),
-    "w2": ("feed_forward.w2",),
+    "attention_norm": ("attention_norm.weight",),
+    "wqkv": ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight"),
+    "bqkv": ("attention.wq.bias", "attention.wk.bias", "attention.wv.bias"),
+    "wo": ("attention.wo.weight",),
+    "bo": ("attention.wo.bias",),
+    "ffn_norm": ("ffn_norm.weight",),
+    "w13": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
+    "b13": ("feed_forward.w1.bias", "feed_forward.w3.bias"),
+    "w2": ("feed_forward.w2.weight",),
+    "b2": ("feed_forward.w2.bias",),
 }
 NEVER_PACKED = {"tok_embeddings", "attention_norm", "ffn_norm", "norm"}
 
@@ -43,16 +47,6 @@ class PackedWeight(NamedTuple):
         return self.attribute in NEVER_PACKED
 
 
-def packed_weights(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[PackedWeight]:
-    """Every packed weight of a model, in the order of a forward pass."""
-    yield PackedWeight(model, "tok_embeddings", ("tok_embeddings.weight",))
-    for index, layer in enumerate(layers):
-        for attribute, names in LAYER_WEIGHTS.items():
-            yield PackedWeight(layer, attribute, tuple(f"layers.{index}.{name}.weight" for name in names))
-    yield PackedWeight(model, "norm", ("norm.weight",))
-    yield PackedWeight(model, "output", ("output.weight",))
-
-
 class PackedModule(nn.Module):
     """The base class of a model with packed weights. The model sets `params` to `layers` before it calls a method."""
 
@@ -66,19 +60,30 @@ class PackedModule(nn.Module):
     norm: Tensor
     output: Tensor
 
-    def _packed_weights(self) -> Iterator[PackedWeight]:
-        return packed_weights(self, self.layers)
+    def packed_weights(self) -> Iterator[PackedWeight]:
+        """Every packed weight of this model, in the order of a forward pass."""
+        shapes = self.share.shapes
+        return (weight for weight in self._possible_weights() if weight.names[0] in shapes)
+
+    def _possible_weights(self) -> Iterator[PackedWeight]:
+        """The packed weights of a model with all biases."""
+        yield PackedWeight(self, "tok_embeddings", ("tok_embeddings.weight",))
+        for index, layer in enumerate(self.layers):
+            for attribute, names in LAYER_WEIGHTS.items():
+                yield PackedWeight(layer, attribute, tuple(f"layers.{index}.{name}" for name in names))
+        yield PackedWeight(self, "norm", ("norm.weight",))
+        yield PackedWeight(self, "output", ("output.weight",))
 
     def _register_weights(self) -> None:
-        """Register every packed weight as a parameter without a value."""
-        for weight in self._packed_weights():
+        """Register every packed weight as a parameter without a value. A bias that the model lacks stays None."""
+        for weight in self._possible_weights():
             weight.owner.register_parameter(weight.attribute, None)
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Pack and set all weights, given by Meta's names in any order. See `Transformer.load_tensors`."""
         ignored = IGNORED_NAMES | ({"output.weight"} if self.params.tied_output else set())
         expected = {name: shape for name, shape in self.share.shapes.items() if name not in ignored}
-        packed_by_name = {name: weight for weight in self._packed_weights() for name in weight.names}
+        packed_by_name = {name: weight for weight in self.packed_weights() for name in weight.names}
         waiting: dict[str, Tensor] = {}  # until all parts of a packed weight have arrived
         for name, tensor in tensors:
             if name in ignored:
@@ -108,7 +113,7 @@ class PackedModule(nn.Module):
     def _unpacked_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Meta's name, weight in Meta's shape). Raises ValueError if no weights are loaded."""
         shapes = self.share.shapes
-        for weight in self._packed_weights():
+        for weight in self.packed_weights():
             packed = getattr(weight.owner, weight.attribute)
             if packed is None:
                 raise ValueError(NO_WEIGHTS)
@@ -120,7 +125,7 @@ class PackedModule(nn.Module):
     def _random_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, shape in self.share.shapes.items():
             weight = torch.empty(shape, device=self.device, dtype=self.dtype)
-            yield name, weight.fill_(1) if len(shape) == 1 else weight.normal_(0, INIT_STD)
+            yield name, weight.fill_(1) if name.endswith("norm.weight") else weight.normal_(0, INIT_STD)
 
 
 class LoadedKeys(NamedTuple):

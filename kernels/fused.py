@@ -139,12 +139,14 @@ def norm_qkv_rope_append(
     cache_v: Tensor,
     eps: float,
     batch: RaggedBatch,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
     if h.shape[0] > MAX_TOKENS:
-        return rope_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+        return rope_append(F.linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
     target = CacheTarget.of(cache_k, cache_v, rope, batch)
-    return _project(h, weight, norm=norm, eps=eps, append_to=target).view(h.shape[0], -1, cache_k.shape[3])
+    q = _project(h, weight, bias=bias, norm=norm, eps=eps, append_to=target)
+    return q.view(h.shape[0], -1, cache_k.shape[3])
 
 
 @_on_tensor_device
@@ -160,20 +162,24 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
 
 
 @_on_tensor_device
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
+) -> Tensor:
     """x (N, ·) -> (N, E)."""
     if x.shape[0] > MAX_TOKENS:
-        y = F.linear(x, weight)
+        y = F.linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
-    return _project(x, weight, residual=residual)
+    return _project(x, weight, bias=bias, residual=residual)
 
 
 @_on_tensor_device
-def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
+def norm_swiglu(
+    h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch, bias: Tensor | None = None
+) -> Tensor:
     """h (N, E) -> (N, F)."""
     if h.shape[0] > MAX_TOKENS:
-        return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
-    return _project(h, weight, norm=norm, eps=eps, swiglu=True)
+        return silu_mul(F.linear(rms_norm(h, norm, eps), weight, bias))
+    return _project(h, weight, bias=bias, norm=norm, eps=eps, swiglu=True)
 
 
 @_on_tensor_device
@@ -208,6 +214,7 @@ def _project(
     x: Tensor,
     weight: Tensor,
     *,
+    bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
@@ -216,6 +223,5 @@ def _project(
 ) -> Tensor:
     """A projection of 1 to 16 tokens, in one launch."""
     tiles = 1 if append_to is None and not swiglu else 2
-    if x.shape[0] == 1 and choose_launch(weight, tiles) is not None:
-        return matvec(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append_to=append_to)
-    return few_tokens(x, weight, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append_to=append_to)
+    kernel = matvec if x.shape[0] == 1 and choose_launch(weight, tiles) is not None else few_tokens
+    return kernel(x, weight, bias=bias, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append_to=append_to)

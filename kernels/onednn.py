@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ: x (N, E), weight (rows, E) -> (N, rows), by `F.linear` if oneDNN does not take the dtype."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias: x (N, E), weight (rows, E), bias (rows,) -> (N, rows).
+
+    By `F.linear` if oneDNN does not take the dtype.
+    """
     if not _takes(weight.dtype):
-        return F.linear(x, weight)
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return F.linear(x, weight, bias)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 

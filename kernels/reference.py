@@ -53,17 +53,18 @@ def norm_qkv_rope_append(
     cache_v: Tensor,
     eps: float,
     batch: RaggedBatch,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """RMSNorm, query/key/value projection, rotary embedding, cache append.
 
-        q, k, v = split(rms_norm(h, norm) · weightᵀ)
+        q, k, v = split(rms_norm(h, norm) · weightᵀ + bias)
         cache_k[row, :, position], cache_v[row, :, position] = rotate(k), v
         return rotate(q)
 
-    h (N, E), norm (E,), packed weight ((H + 2K)·D, E), rope (T, D/2, 2) float32 with cos and sin, one layer's cache_k
-    and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
+    h (N, E), norm (E,), packed weight ((H + 2K)·D, E) and bias, rope (T, D/2, 2) float32 with cos and sin, one layer's
+    cache_k and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
     """
-    return rope_append(F.linear(rms_norm(h, norm, eps), weight), rope, cache_k, cache_v, batch)
+    return rope_append(F.linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -126,22 +127,26 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> 
     return out.view(rows, n_kv_heads, length, groups, head_dim).transpose(1, 2).reshape(q.shape)
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
-    """residual + x · weightᵀ, or x · weightᵀ if residual is None: x (N, ·), packed weight (E, ·) -> (N, E).
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
+) -> Tensor:
+    """residual + (x · weightᵀ + bias), each left out if None: x (N, ·), packed weight (E, ·), bias (E,) -> (N, E).
 
     The output projection of attention and the down projection of the ffn.
     """
-    y = F.linear(x, weight)
+    y = F.linear(x, weight, bias)
     return y if residual is None else residual + y
 
 
-def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
-    """RMSNorm, gate and up projections, SwiGLU: h (N, E), norm (E,), packed weight (2F, E) -> (N, F).
+def norm_swiglu(
+    h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch, bias: Tensor | None = None
+) -> Tensor:
+    """RMSNorm, gate and up projections, SwiGLU: h (N, E), norm (E,), packed weight (2F, E) and bias -> (N, F).
 
-    gate, up = split(rms_norm(h, norm) · weightᵀ)
+    gate, up = split(rms_norm(h, norm) · weightᵀ + bias)
     return SiLU(gate) · up
     """
-    return silu_mul(F.linear(rms_norm(h, norm, eps), weight))
+    return silu_mul(F.linear(rms_norm(h, norm, eps), weight, bias))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from fastllama.kernels.rms_norm import rms_norm
 from fastllama.kernels.rope import rope_append
 from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
-from fastllama.packed_weights import packed_weights
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -66,7 +65,7 @@ def _lazy_model(args: ModelArgs, n_processes: int, rows: int, positions: int) ->
     model.ops = fused
     model._allocate()  # again, for this backend's workspace
     shapes, weights = model.share.shapes, dict[str, torch.nn.Parameter]()
-    for packed in packed_weights(model, model.layers):
+    for packed in model.packed_weights():
         if packed.attribute not in weights:
             n_rows = sum(shapes[name][0] for name in packed.names)
             zeros = _lazy_zeros(n_rows, *shapes[packed.names[0]][1:])

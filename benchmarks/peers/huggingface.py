@@ -62,7 +62,7 @@ def llama_config(args: ModelArgs, **fields: Any) -> Any:
 def huggingface_weights(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """The weights under transformers' names. Rows of q and k are reordered from adjacent pairs to two halves."""
     head_dim = spec.args.head_dim
-    names = huggingface_names(spec.args.n_layers)
+    names = huggingface_names(spec.args.shapes)
     for name, weight in spec.tensors():
         if any(part in name for part in PERMUTED_PARTS):
             pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])

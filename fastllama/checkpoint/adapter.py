@@ -19,14 +19,13 @@ from fastllama.checkpoint.consistency import same_values
 from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 from fastllama.checkpoint.json_config import short_list
 from fastllama.checkpoint.safetensors_files import BASE_PREFIX, SafetensorsTensor
-from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor
+from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor, weight_specs
 from fastllama.checkpoint.unsupported_formats import MERGE_WITH_PEFT
 from fastllama.torch_settings import with_default_settings
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**21
-NORM_SUFFIX = "norm"
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,9 @@ def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoin
 def _read_updates(folder: Path, checkpoint: Checkpoint) -> dict[str, LowRankUpdate]:
     """The updates of one adapter, by Meta's name of the weight. Reads headers, and complete copies of weights."""
     check_folder(folder)
-    n_layers = checkpoint.params["n_layers"]
-    config = AdapterConfig.read(folder, n_layers)
-    modules = {name.removesuffix(".weight"): meta for meta, name in huggingface_names(n_layers).items()}
-    modules = {module: meta for module, meta in modules.items() if not module.endswith(NORM_SUFFIX)}
+    config = AdapterConfig.read(folder, checkpoint.params["n_layers"])
+    matrices = [spec.name for spec in weight_specs(checkpoint.params) if len(spec.shape) > 1]
+    modules = {name.removesuffix(".weight"): meta for meta, name in huggingface_names(matrices).items()}
     full_names = {module.removeprefix(BASE_PREFIX): module for module in modules}
     tensors = read_tensors(folder, full_names)
     present = [full_names[module] for module in tensors.factors]

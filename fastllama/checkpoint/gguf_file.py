@@ -26,7 +26,15 @@ from fastllama.checkpoint.base import (
 )
 from fastllama.checkpoint.gguf_config import ROPE_FACTORS_NAME, gguf_params, scaled_rope
 from fastllama.checkpoint.json_config import short_list
-from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor, weight_specs
+from fastllama.checkpoint.sharding import (
+    BIAS_SUFFIX,
+    EMBEDDING_NAME,
+    OUTPUT_NAME,
+    ShardedTensor,
+    rename,
+    weight_names,
+    weight_specs,
+)
 from fastllama.gguf_header import GgufHeader, TensorInfo, read_header, split_files
 
 ROWS_AT_ONCE = 256  # dequantised together
@@ -43,6 +51,8 @@ LAYER_NAMES = {
     "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
 }
+# The first bias of those that a model has or lacks together; the metadata does not say.
+FIRST_BIASES = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}
 # The types that torch has. All others are dequantised to float32.
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -123,7 +133,8 @@ def open_gguf(path: Path) -> Checkpoint:
     factors = tensors.pop(ROPE_FACTORS_NAME, None)
     if factors is not None:
         params |= scaled_rope(paths[0], params, factors.narrow(0, 0, factors.shape[0]).float())
-    names = gguf_names(params["n_layers"])
+    params |= {key: f"blk.0.{module}.bias" in tensors for key, module in FIRST_BIASES.items()}
+    names = {name: rename(name, OUTER_NAMES, "blk", LAYER_NAMES) for name in weight_names(params)}
     params["tied_output"] = names[OUTPUT_NAME] not in tensors
     expected = [name for meta, name in names.items() if not (params["tied_output"] and meta == OUTPUT_NAME)]
     check_names(paths[0], expected, tensors, _name_hint(params["n_layers"], tensors))
@@ -152,15 +163,6 @@ def import_gguf(path: Path) -> Any:
     except ImportError:
         raise ValueError(f"{path}: reading a GGUF file needs a package, pip install fastllama[gguf]") from None
     return gguf
-
-
-def gguf_names(n_layers: int) -> dict[str, str]:
-    """llama.cpp's name of every weight, by Meta's name."""
-    names = {f"{meta}.weight": f"{name}.weight" for meta, name in OUTER_NAMES.items()}
-    for layer in range(n_layers):
-        for meta, name in LAYER_NAMES.items():
-            names[f"layers.{layer}.{meta}.weight"] = f"blk.{layer}.{name}.weight"
-    return names
 
 
 def _find_tensors(headers: list[GgufHeader]) -> dict[str, GgufTensor]:
@@ -235,8 +237,8 @@ def _name_hint(n_layers: int, found: Mapping[str, GgufTensor]) -> str:
     layers = count_layers([name.replace("blk.", "layers.", 1) for name in found])
     if layers not in (0, n_layers):
         return f"the metadata says block_count={n_layers}, the files have {layers} layers"
-    if any(name.endswith(".bias") for name in found):
-        return "Llama 3 has no biases"
+    if any(name.endswith(BIAS_SUFFIX) for name in found):
+        return "all layers have the same biases: those of attn_q, attn_k, attn_v and attn_output, of all ffn, or both"
     return ""
 
 

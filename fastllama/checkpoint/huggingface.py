@@ -5,7 +5,7 @@ halves of a head against each other, Meta rotates adjacent pairs. `SafetensorsTe
 by head, when a slice is read.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from fastllama.checkpoint.base import (
@@ -20,7 +20,15 @@ from fastllama.checkpoint.consistency import same_values, warn_if_frequencies_di
 from fastllama.checkpoint.huggingface_config import model_params, stop_token_ids
 from fastllama.checkpoint.json_config import JsonConfig
 from fastllama.checkpoint.safetensors_files import INV_FREQ_NAME, SafetensorsTensor, find_tensors
-from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor, weight_specs
+from fastllama.checkpoint.sharding import (
+    BIAS_SUFFIX,
+    EMBEDDING_NAME,
+    OUTPUT_NAME,
+    ShardedTensor,
+    rename,
+    weight_names,
+    weight_specs,
+)
 
 CONFIG_NAME = "config.json"
 
@@ -48,7 +56,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     """The checkpoint in a folder with config.json and safetensors. ValueError if any check fails."""
     config = JsonConfig.read(folder / CONFIG_NAME)
     params = model_params(config)
-    hf_names = huggingface_names(params["n_layers"])
+    hf_names = huggingface_names(weight_names(params))
     files, tensors, frequencies = find_tensors(folder, config, set(hf_names.values()), params["tied_output"])
 
     check_dtypes(folder, {name: tensor.dtype_text for name, tensor in tensors.items()})
@@ -105,8 +113,8 @@ def _name_hint(config: JsonConfig, expected: Collection[str], found: Mapping[str
     stated, layers = config.integer("num_hidden_layers"), count_layers(found)
     if layers not in (0, stated):
         return f"{CONFIG_NAME} says num_hidden_layers={stated}, the files have {layers} layers"
-    if any(name.endswith("_proj.bias") for name in unexpected):
-        return f"{CONFIG_NAME} sets neither attention_bias nor mlp_bias, and Llama 3 has no biases"
+    if any(name.endswith(f"_proj{BIAS_SUFFIX}") for name in missing | unexpected):
+        return f"{CONFIG_NAME} says which biases there are: attention_bias for self_attn, mlp_bias for mlp"
     if missing == {f"{OUTER_NAMES['output']}.weight"}:
         return (
             f"{CONFIG_NAME} does not set tie_word_embeddings to true, so there must be an output: "
@@ -119,13 +127,9 @@ def _name_hint(config: JsonConfig, expected: Collection[str], found: Mapping[str
     return f"names begin with {prefixes[0]!r}, a prefix of another program: remove it" if prefixes else ""
 
 
-def huggingface_names(n_layers: int) -> dict[str, str]:
-    """transformers' name of every weight, by Meta's name."""
-    names = {f"{meta}.weight": f"{name}.weight" for meta, name in OUTER_NAMES.items()}
-    for layer in range(n_layers):
-        for meta, name in LAYER_NAMES.items():
-            names[f"layers.{layer}.{meta}.weight"] = f"model.layers.{layer}.{name}.weight"
-    return names
+def huggingface_names(names: Iterable[str]) -> dict[str, str]:
+    """transformers' names of weights, by Meta's."""
+    return {name: rename(name, OUTER_NAMES, "model.layers", LAYER_NAMES) for name in names}
 
 
 def _vocabulary_size(folder: Path, shape: tuple[int, ...], dim: int) -> int:

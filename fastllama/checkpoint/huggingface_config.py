@@ -25,9 +25,6 @@ def model_params(config: JsonConfig) -> dict[str, Any]:
             f"{config.path}: quantization_config marks a quantised checkpoint (quant_method {short_repr(method)}); "
             "use the original weights"
         )
-    for key in ("attention_bias", "mlp_bias"):
-        if config.flag(key):
-            raise config.error(key, "false (Llama 3 has no biases)")
     if config.has("hidden_act") and config.values["hidden_act"] != "silu":
         raise config.error("hidden_act", "'silu'")
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
@@ -41,6 +38,8 @@ def model_params(config: JsonConfig) -> dict[str, Any]:
         "head_dim": read_head_dim(config, dim, n_heads),
         "hidden_dim": config.integer("intermediate_size"),
         "tied_output": config.flag("tie_word_embeddings"),
+        "attention_bias": config.flag("attention_bias"),
+        "mlp_bias": config.flag("mlp_bias"),
         **read_rope(config),
     }
     check_dims(config, params)

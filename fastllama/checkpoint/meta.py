@@ -32,6 +32,7 @@ from fastllama.checkpoint.consistency import (
 from fastllama.checkpoint.json_config import MAX_LAYERS, JsonConfig, short_list, short_repr
 from fastllama.checkpoint.pth_shard import ROPE_FREQS_NAME, Shard, check_same_tensors, load_shard
 from fastllama.checkpoint.sharding import (
+    BIAS_SUFFIX,
     EMBEDDING_NAME,
     OUTPUT_NAME,
     ShardedTensor,
@@ -58,7 +59,7 @@ META_FIELDS = frozenset(
     | {"norm_eps", "rope_theta", "use_scaled_rope"}
 )
 # Fields of fastllama's ModelArgs that Meta's does not have; params.json may state them.
-OWN_FIELDS = frozenset({"head_dim", "hidden_dim", "tied_output"})
+OWN_FIELDS = frozenset({"head_dim", "hidden_dim", "tied_output", "attention_bias", "mlp_bias"})
 ROPE_NUMBERS = (
     *("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
     *("rope_attention_factor", "rope_beta_fast", "rope_beta_slow"),
@@ -85,7 +86,7 @@ def open_meta(folder: Path) -> Checkpoint:
     check_same_tensors(shards)
 
     first = shards[0].tensors
-    expected = weight_names(params["n_layers"])
+    expected = weight_names(params)
     if params["tied_output"] and OUTPUT_NAME not in first:
         expected.remove(OUTPUT_NAME)
     check_names(paths[0], expected, first, _name_hint(config, expected, first))
@@ -148,6 +149,8 @@ def _read_params(config: JsonConfig) -> dict[str, Any]:
         "head_dim": read_head_dim(config, dim, n_heads),
         "hidden_dim": config.integer("hidden_dim", width),
         "tied_output": config.flag("tied_output"),
+        "attention_bias": config.flag("attention_bias"),
+        "mlp_bias": config.flag("mlp_bias"),
     }
     if params["hidden_dim"] != width:
         config.warn(f"hidden_dim={params['hidden_dim']} is used; ffn_dim_multiplier and multiple_of would give {width}")
@@ -188,6 +191,8 @@ def _name_hint(config: JsonConfig, expected: Sequence[str], found: Mapping[str, 
         return f"{PARAMS_NAME} says n_layers={stated}, the files have {layers} layers"
     if OUTPUT_NAME in expected and OUTPUT_NAME not in found:
         return f"if the output is tied to the embedding, set tied_output to true in {PARAMS_NAME}"
+    if any(name.endswith(BIAS_SUFFIX) for name in found.keys() ^ set(expected)):
+        return f"{PARAMS_NAME} says which biases there are: attention_bias for attention, mlp_bias for feed_forward"
     return ""
 
 
@@ -250,7 +255,7 @@ def _tensor_shards(spec: WeightSpec, axis: int | None, shards: Sequence[Shard]) 
     n_replicas = 1
     if axis is None:
         n_replicas = len(shards)
-    elif spec.kv_heads and tensors[0].shape == (spec.shape[0] // spec.kv_heads, spec.shape[1]):
+    elif spec.kv_heads and tensors[0].shape == (spec.shape[0] // spec.kv_heads, *spec.shape[1:]):
         n_replicas = max(1, len(shards) // spec.kv_heads)
     if n_replicas == 1:
         return tuple(tensors)

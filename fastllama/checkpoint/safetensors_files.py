@@ -61,9 +61,12 @@ class SafetensorsTensor:
 
 
 def to_meta_row_order(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q or k (heads·D, E), from transformers' order (half after half) to Meta's (pair after pair)."""
+    """Rows of q or k (heads·D, E), from transformers' order (half after half) to Meta's (pair after pair).
+
+    Also of their biases (heads·D,).
+    """
     n_heads = rows.shape[0] // head_dim
-    return rows.view(n_heads, 2, head_dim // 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+    return rows.view(n_heads, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def find_tensors(

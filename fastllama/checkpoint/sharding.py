@@ -13,8 +13,9 @@ import torch
 
 from fastllama.args import ModelArgs
 
-# Split axes under tensor parallelism, by the last part of a weight's name. Axis 0 is the output dimension (heads, ffn
-# width, vocabulary), axis 1 the input dimension. None: every process holds the complete vector.
+# Split axes of matrices under tensor parallelism, by the module's name. Axis 0 is the output dimension (heads, ffn
+# width, vocabulary), axis 1 the input dimension. None: every process holds the complete vector. A bias is split like
+# the rows of its matrix; if these are not split, every process holds it.
 SPLIT_AXES = {
     "tok_embeddings": 0,
     "attention_norm": None,
@@ -32,6 +33,7 @@ SPLIT_AXES = {
 
 EMBEDDING_NAME = "tok_embeddings.weight"
 OUTPUT_NAME = "output.weight"
+BIAS_SUFFIX = ".bias"
 KV_PARTS = ("wk", "wv")
 
 
@@ -126,12 +128,26 @@ def weight_specs(params: Mapping[str, Any]) -> Iterator[WeightSpec]:
     args = ModelArgs(**params)
     for name, shape in args.shapes.items():
         part = name.split(".")[-2]
-        yield WeightSpec(name, shape, SPLIT_AXES[part], args.n_kv_heads if part in KV_PARTS else 0)
+        axis = SPLIT_AXES[part]
+        axis = None if axis is not None and axis >= len(shape) else axis
+        yield WeightSpec(name, shape, axis, args.n_kv_heads if part in KV_PARTS else 0)
 
 
-def weight_names(n_layers: int) -> list[str]:
-    """The names of `weight_specs`, for use before the shapes are known."""
-    return list(ModelArgs(n_layers=n_layers).shapes)
+def weight_names(params: Mapping[str, Any]) -> list[str]:
+    """The names of `weight_specs`. vocab_size may be unknown."""
+    return list(ModelArgs(**params).shapes)
+
+
+def rename(name: str, outer: Mapping[str, str], prefix: str, inner: Mapping[str, str]) -> str:
+    """Meta's name of a weight or bias in another format, whose layers' names begin with `prefix`.
+
+    outer, inner: the other format's names, by Meta's, of the modules outside the layers and in one.
+    """
+    module, _, kind = name.rpartition(".")
+    if module in outer:
+        return f"{outer[module]}.{kind}"
+    _, layer, part = module.split(".", 2)
+    return f"{prefix}.{layer}.{inner[part]}.{kind}"
 
 
 def check_split(params: Mapping[str, Any], rank: int, world_size: int) -> None:

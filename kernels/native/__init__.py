@@ -62,16 +62,18 @@ def norm_qkv_rope_append(
     cache_v: Tensor,
     eps: float,
     batch: RaggedBatch,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
     if _uses_library(h):
-        heads = onednn.linear(reference.rms_norm(h, norm, eps), weight)
+        heads = onednn.linear(reference.rms_norm(h, norm, eps), weight, bias)
         return reference.rope_append(heads, rope, cache_k, cache_v, batch)
-    arguments.check_projection(h, weight, norm)
+    arguments.check_projection(h, weight, norm, bias=bias)
     sizes = arguments.check_heads(h, weight.shape[0], rope, cache_k, cache_v, batch)
     q = empty((h.shape[0], sizes["n_heads"], sizes["head_dim"]), h.dtype)
     tensors = {"rope": rope, "cache_k": cache_k, "cache_v": cache_v, "positions": batch.positions, "rows": batch.rows}
-    _linear(h, weight, Epilogue.ROTATE_AND_APPEND, q, weight.shape[0], norm=norm, eps=eps, **tensors, **sizes)
+    fields = {"norm": norm, "eps": eps, "bias": bias, **tensors, **sizes}
+    _linear(h, weight, Epilogue.ROTATE_AND_APPEND, q, weight.shape[0], **fields)
     return q
 
 
@@ -98,26 +100,30 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
     return out
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch) -> Tensor:
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
+) -> Tensor:
     """x (N, ·) -> (N, E)."""
     if _uses_library(x):
-        y = onednn.linear(x, weight)
+        y = onednn.linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
-    arguments.check_projection(x, weight, residual=residual)
+    arguments.check_projection(x, weight, bias=bias, residual=residual)
     y = empty((x.shape[0], weight.shape[0]), x.dtype)
     epilogue = Epilogue.STORE if residual is None else Epilogue.ADD_RESIDUAL
-    _linear(x, weight, epilogue, y, weight.shape[0], residual=residual)
+    _linear(x, weight, epilogue, y, weight.shape[0], bias=bias, residual=residual)
     return y
 
 
-def norm_swiglu(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
+def norm_swiglu(
+    h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch, bias: Tensor | None = None
+) -> Tensor:
     """h (N, E) -> (N, F)."""
     if _uses_library(h):
-        return reference.silu_mul(onednn.linear(reference.rms_norm(h, norm, eps), weight))
-    arguments.check_projection(h, weight, norm)
+        return reference.silu_mul(onednn.linear(reference.rms_norm(h, norm, eps), weight, bias))
+    arguments.check_projection(h, weight, norm, bias=bias)
     width = arguments.half(weight.shape[0])
     f = empty((h.shape[0], width), h.dtype)
-    _linear(h, weight, Epilogue.SWIGLU, f, width, norm=norm, eps=eps)
+    _linear(h, weight, Epilogue.SWIGLU, f, width, norm=norm, eps=eps, bias=bias)
     return f
 
 

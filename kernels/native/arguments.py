@@ -23,10 +23,19 @@ def check_embed(table: Tensor, batch: RaggedBatch) -> None:
     check_tensor("batch.tokens", batch.tokens, ("N",), torch.int64, CPU)
 
 
-def check_projection(x: Tensor, weight: Tensor, norm: Tensor | None = None, residual: Tensor | None = None) -> None:
-    """Check the inputs (N, ·), weight and norm of a projection, and its residual."""
+def check_projection(
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """Check the inputs (N, ·), weight, norm, bias and residual of a projection."""
     check_inputs("x", x)
     check_tensor("weight", weight, ("rows", x.shape[1]), x.dtype, CPU)
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), x.dtype, CPU)
     if norm is not None:
         check_tensor("norm", norm, (x.shape[1],), x.dtype, CPU)
     if residual is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2  # as in src/op.hpp
+ABI_VERSION = 3  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
 ISAS = ("neon",) if platform.machine().lower() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
@@ -45,7 +45,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _INT32 = ("kind", "dtype", "epilogue", "has_state")
 _POINTERS = (
-    *("tokens", "positions", "rows", "x", "norm", "weight", "residual", "out", "rope", "cache_k", "cache_v", "partial"),
+    *("tokens", "positions", "rows", "x", "norm", "weight", "bias", "residual", "out", "rope"),
+    *("cache_k", "cache_v", "partial"),
     *("temperature", "top_p", "seed", "stream", "call", "logprobs", "state_tokens", "state_positions", "starts"),
     *("last", "is_stop", "out_tokens", "out_logprobs"),
 )

@@ -1,4 +1,4 @@
-"""Checks of a projection's arguments, y = epilogue(weight · norm(x)). Both projection kernels use them."""
+"""Checks of a projection's arguments, y = epilogue(weight · norm(x) + bias). Both projection kernels use them."""
 
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ class Projection(NamedTuple):
         cls,
         x: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         norm: Tensor | None,
         residual: Tensor | None,
         swiglu: bool,
@@ -35,6 +36,8 @@ class Projection(NamedTuple):
         check_tensor("weight", weight, ("rows", "IN"), *like_x)
         rows, in_features = weight.shape
         check_tensor("x", x, ("N", in_features), *like_x)
+        if bias is not None:
+            check_tensor("bias", bias, (rows,), *like_x)
         if norm is not None:
             check_tensor("norm", norm, (in_features,), *like_x)
         n_tokens = x.shape[0]
@@ -57,7 +60,7 @@ class Projection(NamedTuple):
             y,
             rows // tiles,
             tiles,
-            (y, residual, *(append_to or (None,) * 5)),
+            (y, bias, residual, *(append_to or (None,) * 5)),
             length,
             {
                 "IN": in_features,

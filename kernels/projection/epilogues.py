@@ -1,7 +1,7 @@
 """Shared by both projection kernels: prefetches, and epilogues on finished sums.
 
-Sums are float32 tiles (BLOCK_ROWS, BLOCK_N), rows of the weight by tokens. They are rounded to the model dtype, where
-Meta's matmul rounds. Then the epilogue computes the results:
+Sums are float32 tiles (BLOCK_ROWS, BLOCK_N), rows of the weight by tokens. The bias is added, if there is one, and they
+are rounded to the model dtype, where Meta's matmul rounds. Then the epilogue computes the results:
 
     none      y, or residual + y
     swiglu    SiLU(gate) in float32, rounded, times up: rows i and i + F of the weight
@@ -30,6 +30,26 @@ def prefetch_tiles(weight_ptr, begin, wanted, OUT, IN, EPILOGUE, N_BYTES):
         prefetch_block(weight_ptr + begin * IN, wanted, N_BYTES)
         if EPILOGUE == "swiglu":
             prefetch_block(weight_ptr + (begin + OUT) * IN, wanted, N_BYTES)
+
+
+@triton.jit
+def weight_rows(out, OUT, EPILOGUE: tl.constexpr):
+    """The rows of the weight for the results `out`: the second is used by the epilogues with two rows per result."""
+    if EPILOGUE == "rotary":
+        return 2 * out, 2 * out + 1
+    else:
+        return out, out + OUT
+
+
+@triton.jit
+def load_bias(bias_ptr, out, live, OUT, EPILOGUE: tl.constexpr):
+    """The biases of the two rows of each result, in float32."""
+    first, second = weight_rows(out, OUT, EPILOGUE)
+    bias = tl.load(bias_ptr + first, mask=live, other=0.0).to(tl.float32)
+    bias_2 = bias
+    if EPILOGUE != "none":
+        bias_2 = tl.load(bias_ptr + second, mask=live, other=0.0).to(tl.float32)
+    return bias, bias_2
 
 
 @triton.jit

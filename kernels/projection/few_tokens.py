@@ -1,4 +1,4 @@
-"""A projection of 2 to 16 tokens: y = epilogue(weight · norm(x)ᵀ) on the matrix units. The weight is read once.
+"""A projection of 2 to 16 tokens: y = epilogue(weight · norm(x)ᵀ + bias) on the matrix units. The weight is read once.
 
     x (N, IN) → x · norm, if there is a norm, rounded to the model dtype; the squares of x are summed in the same loop
     sums      = weight (OUT, IN) · xᵀ in float32, times 1 / sqrt(mean(x²) + eps), rounded to the model dtype
@@ -27,7 +27,7 @@ from fastllama.kernels.launch.dependent import PREFETCH_BYTES, dependent_launch,
 from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import Target, current_target
 from fastllama.kernels.projection.arguments import Projection
-from fastllama.kernels.projection.epilogues import prefetch_tiles, rotate_and_store
+from fastllama.kernels.projection.epilogues import load_bias, prefetch_tiles, rotate_and_store, weight_rows
 from fastllama.kernels.rope import CacheTarget
 from fastllama.kernels.swiglu import silu_times
 
@@ -190,6 +190,7 @@ def _few_tokens_kernel(
     norm_ptr,
     weight_ptr,
     y_ptr,
+    bias_ptr,
     residual_ptr,
     cache_k_ptr,
     cache_v_ptr,
@@ -223,14 +224,15 @@ def _few_tokens_kernel(
     out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tokens = tl.arange(0, BLOCK_N)
     exists, token_exists = out < OUT, tokens < N
-    if EPILOGUE == "rotary":
-        first, second = 2 * out, 2 * out + 1
-    else:
-        first, second = out, out + OUT
+    first, second = weight_rows(out, OUT, EPILOGUE)
     # fmt: off
     sums, sums_2 = _multiply(x_ptr, norm_ptr, weight_ptr, first, second, tokens, exists, token_exists, eps,
                              IN, TWO_TILES, EVEN, BLOCK_N, BLOCK_ROWS, BLOCK_IN, ACCUMULATORS)
     # fmt: on
+    if bias_ptr is not None:
+        bias, bias_2 = load_bias(bias_ptr, out, exists, OUT, EPILOGUE)
+        sums += bias[:, None]
+        sums_2 += bias_2[:, None]
     y = sums.to(y_ptr.dtype.element_ty)
     live = exists[:, None] & token_exists[None, :]
     if EPILOGUE == "rotary":
@@ -252,6 +254,7 @@ def few_tokens(
     x: Tensor,
     weight: Tensor,
     *,
+    bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
@@ -261,13 +264,14 @@ def few_tokens(
 ) -> Tensor:
     """Project up to 16 tokens, x (N, IN), by weight (rows, IN), in one launch -> (N, OUT).
 
-    norm (IN,) with eps: normalize x first. residual (N, OUT): add it. swiglu: the weight is a gate and an up projection
-    of OUT rows each. append_to: the weight is a query, key and value projection; the result is q (N, H·D), and keys and
-    values go to this cache. launch: overrides `choose_launch`. Raises ValueError if tensors do not match.
+    bias (rows,): add it to the sums. norm (IN,) with eps: normalize x first. residual (N, OUT): add it. swiglu: the
+    weight is a gate and an up projection of OUT rows each. append_to: the weight is a query, key and value projection;
+    the result is q (N, H·D), and keys and values go to this cache. launch: overrides `choose_launch`. Raises ValueError
+    if tensors do not match.
     """
     if not 1 <= x.shape[0] <= MAX_TOKENS:
         raise ValueError(f"few_tokens takes 1 to {MAX_TOKENS} tokens, got {x.shape[0]}")
-    call = Projection.of(x, weight, norm, residual, swiglu, append_to)
+    call = Projection.of(x, weight, bias, norm, residual, swiglu, append_to)
     target = current_target()
     columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, next_power_of_2(x.shape[0]))
     launch = launch or choose_launch(weight, call.tiles, columns, target)

@@ -1,7 +1,7 @@
-"""A projection of one token: y = epilogue(weight · norm(x)). The weight is read from memory once.
+"""A projection of one token: y = epilogue(weight · norm(x) + bias). The weight is read from memory once.
 
     x (1, IN) → RMSNorm, if there is a norm: each program computes it, since x is in L2 and the weight is not
-    sums      = weight (OUT, IN) · x in float32, rounded to the model dtype
+    sums      = weight (OUT, IN) · x + bias (OUT,), if there is one, in float32, rounded to the model dtype
     epilogue  none · + residual · SiLU(gate) · up · rotary embedding and cache append (`epilogues.py`)
 
 A matrix–vector product is bound by reading the weight: OUT·IN elements for 2·OUT·IN flops. Its speed depends on the
@@ -33,7 +33,7 @@ from fastllama.kernels.launch.dependent import (
 from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import Target, current_target
 from fastllama.kernels.projection.arguments import Projection
-from fastllama.kernels.projection.epilogues import prefetch_tiles, rotate_and_store
+from fastllama.kernels.projection.epilogues import load_bias, prefetch_tiles, rotate_and_store, weight_rows
 from fastllama.kernels.rope import CacheTarget
 from fastllama.kernels.swiglu import silu_times
 
@@ -100,8 +100,8 @@ def _launch_of(out_features: int, in_features: int, itemsize: int, tiles: int, t
 
 
 @triton.jit
-def _load_rows(weight_ptr, rows, LIMIT, IN: tl.constexpr, BLOCK_IN: tl.constexpr, EVEN: tl.constexpr):
-    """Load rows of the weight, those below LIMIT, as a tuple of tiles (BLOCK_ROWS, BLOCK_IN)."""
+def _load_rows(weight_ptr, rows, live, IN: tl.constexpr, BLOCK_IN: tl.constexpr, EVEN: tl.constexpr):
+    """Load the live ones of these rows of the weight as a tuple of tiles (BLOCK_ROWS, BLOCK_IN)."""
     cols = tl.arange(0, BLOCK_IN)
     at = weight_ptr + rows[:, None].to(tl.int64) * IN + cols[None, :]
     chunks = ()
@@ -109,22 +109,19 @@ def _load_rows(weight_ptr, rows, LIMIT, IN: tl.constexpr, BLOCK_IN: tl.constexpr
         if EVEN:
             chunks = chunks + (tl.load(at + i * BLOCK_IN, eviction_policy="evict_first"),)
         else:
-            live = (rows < LIMIT)[:, None] & (cols + i * BLOCK_IN < IN)[None, :]
-            chunks = chunks + (tl.load(at + i * BLOCK_IN, mask=live, other=0.0, eviction_policy="evict_first"),)
+            mask = live[:, None] & (cols + i * BLOCK_IN < IN)[None, :]
+            chunks = chunks + (tl.load(at + i * BLOCK_IN, mask=mask, other=0.0, eviction_policy="evict_first"),)
     return chunks
 
 
 @triton.jit
-def _load_tiles(weight_ptr, out, OUT: tl.constexpr, IN: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_IN, EVEN):
+def _load_tiles(weight_ptr, out, live, OUT: tl.constexpr, IN: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_IN, EVEN):
     """Load the one or two tiles of rows for the results `out`, each as `_load_rows` returns it."""
-    if EPILOGUE == "rotary":
-        weights = _load_rows(weight_ptr, 2 * out, 2 * OUT, IN, BLOCK_IN, EVEN)
-        weights_2 = _load_rows(weight_ptr, 2 * out + 1, 2 * OUT, IN, BLOCK_IN, EVEN)
-    else:
-        weights = _load_rows(weight_ptr, out, OUT, IN, BLOCK_IN, EVEN)
-        weights_2 = weights
-        if EPILOGUE == "swiglu":
-            weights_2 = _load_rows(weight_ptr, out + OUT, 2 * OUT, IN, BLOCK_IN, EVEN)
+    first, second = weight_rows(out, OUT, EPILOGUE)
+    weights = _load_rows(weight_ptr, first, live, IN, BLOCK_IN, EVEN)
+    weights_2 = weights
+    if EPILOGUE != "none":
+        weights_2 = _load_rows(weight_ptr, second, live, IN, BLOCK_IN, EVEN)
     return weights, weights_2
 
 
@@ -156,6 +153,7 @@ def _matvec_kernel(
     norm_ptr,
     weight_ptr,
     y_ptr,
+    bias_ptr,
     residual_ptr,
     cache_k_ptr,
     cache_v_ptr,
@@ -187,9 +185,11 @@ def _matvec_kernel(
     x_at = x_ptr + cols
     if X_FIRST and not DEPENDENT:
         x = _load_vector(x_at, IN, BLOCK_IN)
-    weights, weights_2 = _load_tiles(weight_ptr, out, OUT, IN, EPILOGUE, BLOCK_IN, EVEN)
+    weights, weights_2 = _load_tiles(weight_ptr, out, live, OUT, IN, EPILOGUE, BLOCK_IN, EVEN)
     if norm_ptr is not None and HOLD_SCALES:
         scales = _load_vector(norm_ptr + cols, IN, BLOCK_IN)
+    if bias_ptr is not None:
+        bias, bias_2 = load_bias(bias_ptr, out, live, OUT, EPILOGUE)
     if PREFETCH > 0:
         begin = (tl.program_id(0) + RESIDENT) * BLOCK_ROWS
         is_next = (tl.program_id(0) < RESIDENT) & (begin + BLOCK_ROWS <= OUT)
@@ -223,13 +223,19 @@ def _matvec_kernel(
         sums += weights[i].to(tl.float32) * value[None, :]
         if TWO_TILES:
             sums_2 += weights_2[i].to(tl.float32) * value[None, :]
-    y = tl.sum(sums, 1).to(y_ptr.dtype.element_ty)
+    y = tl.sum(sums, 1)
+    if bias_ptr is not None:
+        y += bias
+    y = y.to(y_ptr.dtype.element_ty)
     if EPILOGUE == "none":
         if residual_ptr is not None:
             y = residual + y
         tl.store(y_ptr + out, y, mask=live)
     else:
-        y_2 = tl.sum(sums_2, 1).to(y_ptr.dtype.element_ty)
+        y_2 = tl.sum(sums_2, 1)
+        if bias_ptr is not None:
+            y_2 += bias_2
+        y_2 = y_2.to(y_ptr.dtype.element_ty)
         if EPILOGUE == "swiglu":
             tl.store(y_ptr + out, silu_times(y, y_2), mask=live)
         else:
@@ -244,6 +250,7 @@ def matvec(
     x: Tensor,
     weight: Tensor,
     *,
+    bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
@@ -253,14 +260,14 @@ def matvec(
 ) -> Tensor:
     """Project one token, x (1, IN), by weight (rows, IN), in one launch -> (1, OUT).
 
-    norm (IN,) with eps: normalize x first. residual (1, OUT): add it. swiglu: the weight is a gate and an up projection
-    of OUT rows each. append_to: the weight is a query, key and value projection; the result is q (1, H·D), and keys and
-    values go to this cache. launch: overrides `choose_launch`. Raises ValueError if tensors do not match, and for
-    rows that are too long for `choose_launch`.
+    bias (rows,): add it to the sums. norm (IN,) with eps: normalize x first. residual (1, OUT): add it. swiglu: the
+    weight is a gate and an up projection of OUT rows each. append_to: the weight is a query, key and value projection;
+    the result is q (1, H·D), and keys and values go to this cache. launch: overrides `choose_launch`. Raises ValueError
+    if tensors do not match, and for rows that are too long for `choose_launch`.
     """
     if x.shape[:1] != (1,):
         raise ValueError(f"matvec takes one token, x (1, IN), got {tuple(x.shape)}")
-    call = Projection.of(x, weight, norm, residual, swiglu, append_to)
+    call = Projection.of(x, weight, bias, norm, residual, swiglu, append_to)
     launch = launch or choose_launch(weight, call.tiles)
     if launch is None:
         raise ValueError(f"rows of {weight.shape[1]} elements of {weight.dtype} are too long for matvec")

@@ -42,7 +42,7 @@ MAX_ELEMENT_ERROR = 5e-2
 class Tensors:
     """A layer's weights and a batch of one token per row, or of one row if there are more tokens than cache rows."""
 
-    def __init__(self, widths: Widths, n_tokens: int, device: torch.device) -> None:
+    def __init__(self, widths: Widths, n_tokens: int, device: torch.device, with_biases: bool = False) -> None:
         torch.manual_seed(1)
         dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size = self.widths = widths
         rows = min(n_tokens, 16)
@@ -63,6 +63,10 @@ class Tensors:
         self.table = torch.randn(64, dim, device=device).bfloat16()
         self.norm = (1 + 0.1 * torch.randn(dim, device=device)).bfloat16()
         self.wqkv, self.wo = weight((n_heads + 2 * n_kv_heads) * head_dim, dim), weight(dim, n_heads * head_dim)
+        self.bqkv, self.bo, self.b13, self.b2 = (
+            torch.randn(out, device=device).bfloat16() if with_biases else None
+            for out in ((n_heads + 2 * n_kv_heads) * head_dim, dim, 2 * hidden_dim, dim)
+        )
         self.w13, self.w2, self.output = weight(2 * hidden_dim, dim), weight(dim, hidden_dim), weight(vocab_size, dim)
         self.attended = torch.randn(n_tokens, n_heads * head_dim, device=device).bfloat16()
         angles = torch.rand(LENGTH, head_dim // 2, device=device) * 6.3
@@ -73,10 +77,11 @@ class Tensors:
     def run(self) -> dict[str, Tensor]:
         """One layer's projections and the head, each with the previous one's result as input."""
         h = fused.embed(self.table, self.batch)
-        q = fused.norm_qkv_rope_append(h, self.norm, self.wqkv, self.rope, self.cache_k, self.cache_v, EPS, self.batch)
-        middle = fused.linear_residual(self.attended, self.wo, h, self.batch)
-        hidden = fused.norm_swiglu(middle, self.norm, self.w13, EPS, self.batch)
-        last = fused.linear_residual(hidden, self.w2, middle, self.batch)
+        caches = self.cache_k, self.cache_v
+        q = fused.norm_qkv_rope_append(h, self.norm, self.wqkv, self.rope, *caches, EPS, self.batch, self.bqkv)
+        middle = fused.linear_residual(self.attended, self.wo, h, self.batch, self.bo)
+        hidden = fused.norm_swiglu(middle, self.norm, self.w13, EPS, self.batch, self.b13)
+        last = fused.linear_residual(hidden, self.w2, middle, self.batch, self.b2)
         logits = fused.norm_lm_head(last, self.norm, self.output, EPS, self.batch)
         return {"h": h, "q": q, "middle": middle, "hidden": hidden, "last": last, "logits": logits}
 
@@ -95,14 +100,19 @@ def assert_near(name: str, ours: Tensor, expected: Tensor) -> None:
     assert worst < MAX_ELEMENT_ERROR, f"{name}: one element is off by {worst:.2e} of its size"
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
 @pytest.mark.parametrize("n_tokens", TOKENS, ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("with_biases", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("model", WIDTHS)
-def test_projections_match_float64(model: str, n_tokens: int, device: torch.device) -> None:
-    tensors = Tensors(WIDTHS[model], n_tokens, device)
+def test_projections_match_float64(model: str, with_biases: bool, n_tokens: int, device: torch.device) -> None:
+    tensors = Tensors(WIDTHS[model], n_tokens, device, with_biases)
     out = tensors.run()
     batch, (_, n_heads, n_kv_heads, head_dim, *_) = tensors.batch, tensors.widths
     assert torch.equal(out["h"], tensors.table[batch.tokens])
-    heads = (normalized(out["h"], tensors.norm) @ tensors.wqkv.double().T).unflatten(-1, (-1, head_dim))
+    heads = linear(normalized(out["h"], tensors.norm), tensors.wqkv, tensors.bqkv).unflatten(-1, (-1, head_dim))
     pairs = torch.view_as_complex(heads[:, : n_heads + n_kv_heads].unflatten(-1, (-1, 2)))
     angles = torch.view_as_complex(tensors.rope.double()[batch.positions])[:, None]
     rotated = torch.view_as_real(pairs * angles).flatten(-2)
@@ -111,10 +121,10 @@ def test_projections_match_float64(model: str, n_tokens: int, device: torch.devi
     assert_near("cache_k", tensors.cache_k[at], rotated[:, n_heads:])
     assert_near("cache_v", tensors.cache_v[at], heads[:, n_heads + n_kv_heads :])
     assert tensors.cache_k.count_nonzero() <= n_tokens * n_kv_heads * head_dim
-    assert_near("output", out["middle"], out["h"].double() + tensors.attended.double() @ tensors.wo.double().T)
-    gate, up = (normalized(out["middle"], tensors.norm) @ tensors.w13.double().T).chunk(2, -1)
+    assert_near("output", out["middle"], out["h"].double() + linear(tensors.attended, tensors.wo, tensors.bo))
+    gate, up = linear(normalized(out["middle"], tensors.norm), tensors.w13, tensors.b13).chunk(2, -1)
     assert_near("swiglu", out["hidden"], torch.nn.functional.silu(gate) * up)
-    assert_near("down", out["last"], out["middle"].double() + out["hidden"].double() @ tensors.w2.double().T)
+    assert_near("down", out["last"], out["middle"].double() + linear(out["hidden"], tensors.w2, tensors.b2))
     assert_near("logits", out["logits"], normalized(out["last"], tensors.norm) @ tensors.output.double().T)
 
 

@@ -100,18 +100,23 @@ def random_weights(params: Params, seed: int = 0, dtype: torch.dtype = torch.flo
     def norm() -> Tensor:
         return (1 + 0.1 * torch.randn(dim, generator=generator)).to(dtype)
 
+    def add(prefix: str, sizes: dict[str, int], columns: int, has_bias: bool) -> None:
+        """Add modules with the same input, given their rows: the matrices, then the biases."""
+        weights.update({f"{prefix}{name}.weight": matrix(rows, columns) for name, rows in sizes.items()})
+        if has_bias:
+            weights.update({f"{prefix}{name}.bias": matrix(rows, 1)[:, 0] for name, rows in sizes.items()})
+
+    attention_bias, mlp_bias = params.get("attention_bias", False), params.get("mlp_bias", False)
     weights = {"tok_embeddings.weight": matrix(vocabulary, dim, gain=2.0)}
     for layer in range(params["n_layers"]):
         prefix = f"layers.{layer}."
         weights[f"{prefix}attention_norm.weight"] = norm()
-        weights[f"{prefix}attention.wq.weight"] = matrix(q_rows, dim)
-        weights[f"{prefix}attention.wk.weight"] = matrix(kv_rows, dim)
-        weights[f"{prefix}attention.wv.weight"] = matrix(kv_rows, dim)
-        weights[f"{prefix}attention.wo.weight"] = matrix(dim, q_rows)
+        qkv = {"attention.wq": q_rows, "attention.wk": kv_rows, "attention.wv": kv_rows}
+        add(prefix, qkv, dim, attention_bias)
+        add(prefix, {"attention.wo": dim}, q_rows, attention_bias)
         weights[f"{prefix}ffn_norm.weight"] = norm()
-        weights[f"{prefix}feed_forward.w1.weight"] = matrix(ffn, dim)
-        weights[f"{prefix}feed_forward.w3.weight"] = matrix(ffn, dim)
-        weights[f"{prefix}feed_forward.w2.weight"] = matrix(dim, ffn)
+        add(prefix, {"feed_forward.w1": ffn, "feed_forward.w3": ffn}, dim, mlp_bias)
+        add(prefix, {"feed_forward.w2": dim}, ffn, mlp_bias)
     weights["norm.weight"] = norm()
     tied = params.get("tied_output")
     weights["output.weight"] = weights["tok_embeddings.weight"] if tied else matrix(vocabulary, dim, gain=2.0)
@@ -122,10 +127,10 @@ def share(params: Params, name: str, weight: Tensor, rank: int, world_size: int,
     """The part of a weight for process `rank`; kv heads repeat if there are fewer heads than processes."""
     part = name.split(".")[-2]
     axis = SPLIT_AXIS[part] if axis is None else axis
-    if axis is None:
+    if axis is None or axis >= weight.ndim:
         return weight
     if part in ("wk", "wv") and world_size > n_kv_heads(params):
-        heads = weight.view(n_kv_heads(params), -1, weight.shape[1])
+        heads = weight.view(n_kv_heads(params), -1, *weight.shape[1:])
         weight = heads.repeat_interleave(world_size // n_kv_heads(params), dim=0).flatten(0, 1)
     return weight.chunk(world_size, axis)[rank]
 
@@ -178,16 +183,16 @@ def huggingface_weights(params: Params, weights: Weights) -> Weights:
     outer = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
     theirs = {}
     for name, weight in weights.items():
-        part = name.removesuffix(".weight")
+        part, _, kind = name.rpartition(".")
         if part in outer:
-            theirs[f"{outer[part]}.weight"] = weight
+            theirs[f"{outer[part]}.{kind}"] = weight
             continue
         _, layer, part = part.split(".", 2)
         if part in ("attention.wq", "attention.wk"):
             half = head_dim(params) // 2
-            pairs = weight.view(-1, half, 2, params["dim"])
+            pairs = weight.view(-1, half, 2, *weight.shape[1:])
             weight = torch.stack((pairs[:, :, 0], pairs[:, :, 1]), dim=1).reshape(weight.shape)
-        theirs[f"model.layers.{layer}.{HUGGINGFACE_LAYER_NAMES[part]}.weight"] = weight
+        theirs[f"model.layers.{layer}.{HUGGINGFACE_LAYER_NAMES[part]}.{kind}"] = weight
     return theirs
 
 
@@ -219,6 +224,8 @@ def huggingface_model(params: Params, weights: Weights, rope_parameters: Params 
         rope_parameters=rope,
         max_position_embeddings=131072,
         tie_word_embeddings=bool(params.get("tied_output")),
+        attention_bias=bool(params.get("attention_bias")),
+        mlp_bias=bool(params.get("mlp_bias")),
     )
     model = LlamaForCausalLM(config)
     model.load_state_dict(huggingface_weights(params, weights))

@@ -29,11 +29,11 @@ NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
 
 def stored_name(name: str) -> str:
     """llama.cpp's name of a weight."""
-    part = name.removesuffix(".weight")
+    part, _, kind = name.rpartition(".")
     if part in OUTER_NAMES:
-        return f"{OUTER_NAMES[part]}.weight"
+        return f"{OUTER_NAMES[part]}.{kind}"
     _, layer, part = part.split(".", 2)
-    return f"blk.{layer}.{LAYER_NAMES[part]}.weight"
+    return f"blk.{layer}.{LAYER_NAMES[part]}.{kind}"
 
 
 def metadata(params: Params) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 namespace fastllama {
 
-constexpr int64_t ABI_VERSION = 2;  // increased with every change of Op or of an exported function
+constexpr int64_t ABI_VERSION = 3;  // increased with every change of Op or of an exported function
 
 enum Kind : int32_t { EMBED, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE };
 enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
@@ -18,6 +18,7 @@ struct Op {
   const void* x;         // (N, width); EMBED: the table (vocab, width); ATTENTION: q (N, H, D); SAMPLE: logits (N, vocab)
   const void* norm;      // (width,) or null: x is normalized first
   const void* weight;    // (outputs, width); SWIGLU: (2 * outputs, width), gate before up
+  const void* bias;      // a value per row of the weight, or null
   const void* residual;  // (N, outputs)
   void* out;             // (N, outputs); ATTENTION: (N, H, D); SAMPLE: tokens (N,) int64
   const float* rope;     // (T, D/2, 2)

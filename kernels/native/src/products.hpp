@@ -1,4 +1,4 @@
-// y = epilogue(weight · norm(x)): every projection of a layer, and the head. Included by kernels.hpp.
+// y = epilogue(weight · norm(x) + bias): every projection of a layer, and the head. Included by kernels.hpp.
 //
 // The inputs of all tokens are normalized and widened to float32 once per thread. A chunk is a range of weight rows, read
 // once for all tokens. A tile of weight rows and tokens keeps its sums in registers, one vector per pair, so that a result
@@ -189,6 +189,16 @@ static void finish(const Op& op, int64_t begin, int64_t count, const float* sums
   }
 }
 
+// Adds a value per weight row, from row `begin` on, to the sums of all tokens.
+template <class T> static void add_bias(const Op& op, int64_t begin, int64_t count, float* sums, int64_t stride) {
+  const T* bias = static_cast<const T*>(op.bias) + begin;
+  for (int64_t n = 0; n < op.n_tokens; n++)
+    for (int64_t i = 0; i < count; i += LANES) {
+      float* at = sums + n * stride + i;
+      store(at, load(at) + load_up_to(bias + i, count - i));
+    }
+}
+
 template <class T> static void linear_chunk(const Op& op, int64_t chunk, Scratch& scratch) {
   const int64_t size = chunk_outputs(op), begin = chunk * size;
   const int64_t count = op.outputs - begin < size ? op.outputs - begin : size;
@@ -199,5 +209,7 @@ template <class T> static void linear_chunk(const Op& op, int64_t chunk, Scratch
   const T* weight = static_cast<const T*>(op.weight);
   products(op, weight + begin * op.width, count, x, sums, stride);
   if (op.epilogue == SWIGLU) products(op, weight + (op.outputs + begin) * op.width, count, x, ups, stride);
+  if (op.bias != nullptr) add_bias<T>(op, begin, count, sums, stride);
+  if (op.bias != nullptr && op.epilogue == SWIGLU) add_bias<T>(op, op.outputs + begin, count, ups, stride);
   finish<T>(op, begin, count, sums, ups, stride);
 }

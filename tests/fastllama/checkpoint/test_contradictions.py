@@ -220,7 +220,7 @@ def test_biases_that_the_config_excludes_are_refused(tmp_path: Path) -> None:
     refused(
         tmp_path,
         f"{{}}: the tensors do not match this Llama; 1 unexpected: {name}; "
-        "config.json sets neither attention_bias nor mlp_bias, and Llama 3 has no biases",
+        "config.json says which biases there are: attention_bias for self_attn, mlp_bias for mlp",
     )
     edit_tensors(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.bias": tensors.pop(name)}))
     refused(tmp_path, "{}: the tensors do not match this Llama; 1 unexpected: model.layers.0.self_attn.bias")

@@ -164,8 +164,6 @@ LLAMA3 = {
         ({"model_type": ...}, "got None"),
         ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "quantised checkpoint (quant_method 'fbgemm_fp8')"),
         ({"quantization_config": "gptq"}, "'quantization_config'"),
-        ({"attention_bias": True}, "'attention_bias'"),
-        ({"mlp_bias": True}, "'mlp_bias'"),
         ({"attention_bias": "no"}, "'attention_bias'"),
         ({"hidden_act": "gelu"}, "'hidden_act': expected 'silu', got 'gelu'"),
         ({"num_key_value_heads": 3}, "n_heads=8, n_kv_heads=3"),

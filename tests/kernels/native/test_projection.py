@@ -18,27 +18,30 @@ MANY = 21
 
 
 @pytest.mark.usefixtures("isa", "threads")
+@pytest.mark.parametrize("with_biases", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_projections_match_reference(
-    shape: Shape, dtype: torch.dtype, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
+    shape: Shape, dtype: torch.dtype, with_biases: bool, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "max_tokens", lambda dtype: MOST)
     for n_tokens in (*TOKENS, MANY):
-        case = Case(shape, n_tokens, dtype, CPU, guarded)
+        case = Case(shape, n_tokens, dtype, CPU, guarded, with_biases=with_biases)
         cache_k, cache_v, rope = case.target[:3]
-        q = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, case.batch)
+        q = native.norm_qkv_rope_append(
+            case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, case.batch, case.bqkv
+        )
         for ours, expected in zip((q.flatten(1), cache_k, cache_v), case.expected_qkv(), strict=True):
             assert_appended(ours, expected)
             assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
-        swiglu = native.norm_swiglu(case.h, case.norm, case.w13, EPS, case.batch)
+        swiglu = native.norm_swiglu(case.h, case.norm, case.w13, EPS, case.batch, case.b13)
         assert_matches("linear", swiglu, case.expected_swiglu())
         head = native.norm_lm_head(case.h, case.norm, case.w13, EPS, case.batch)
         assert_matches(
             "linear", head, reference.norm_lm_head(case.h, case.norm, reference.pack(case.w13), EPS, case.batch)
         )
         for residual in (None, case.h):
-            y = native.linear_residual(case.x, case.w2, residual, case.batch)
+            y = native.linear_residual(case.x, case.w2, residual, case.batch, case.b2)
             assert_matches("linear", y, case.expected_projection(residual))
 
 
@@ -105,6 +108,7 @@ def test_projections_reject_what_does_not_belong_together(guarded: GuardedMemory
         "weight must be torch.float32": lambda: native.norm_lm_head(h, norm, case.w13.half(), EPS, batch),
         "weight must be contiguous": lambda: native.linear_residual(case.x, case.w2.T.contiguous().T, None, batch),
         "x must be on cpu, got meta": lambda: native.linear_residual(case.x.to("meta"), case.w2, None, batch),
+        "bias must have shape (64), got (8)": lambda: native.linear_residual(case.x, case.w2, None, batch, norm[:8]),
         "residual must have shape (3, 64)": lambda: native.linear_residual(case.x, case.w2, h[:2], batch),
         "2·F rows together, got 343": lambda: native.norm_swiglu(h, norm, case.w13[:343], EPS, batch),
         "a multiple of 4, got 120": lambda: native.norm_qkv_rope_append(

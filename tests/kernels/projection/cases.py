@@ -37,7 +37,14 @@ class Case:
     """A projection's tensors. The caches are between guard bands and hold NaN."""
 
     def __init__(
-        self, shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, memory: GuardedMemory
+        self,
+        shape: Shape,
+        n_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: GuardedMemory,
+        *,
+        with_biases: bool = False,
     ) -> None:
         self.shape, self.memory = shape, memory
         dim, n_heads, n_kv_heads, head_dim, hidden_dim = shape
@@ -53,6 +60,10 @@ class Case:
         self.wqkv = weight((n_heads + 2 * n_kv_heads) * head_dim, dim, seed=4)
         self.w13 = weight(2 * hidden_dim, dim, seed=5)
         self.w2 = weight(dim, hidden_dim, seed=6)
+        self.bqkv, self.b13, self.b2 = (
+            memory.copy(random(packed.shape[0], dtype=dtype, seed=8 + i).to(device)) if with_biases else None
+            for i, packed in enumerate((self.wqkv, self.w13, self.w2))
+        )
         angles = random(LENGTH, head_dim // 2, seed=7)
         rope = memory.copy(torch.stack([angles.cos(), angles.sin()], -1).to(device))
         cache = (N_ROWS, n_kv_heads, LENGTH, head_dim)
@@ -64,17 +75,17 @@ class Case:
         cache_k, cache_v = (torch.full_like(cache, torch.nan) for cache in self.target[:2])
         packed = reference.pack(self.wqkv)
         q = reference.norm_qkv_rope_append(
-            self.h, self.norm, packed, self.target.rope, cache_k, cache_v, EPS, self.batch
+            self.h, self.norm, packed, self.target.rope, cache_k, cache_v, EPS, self.batch, self.bqkv
         )
         return q.flatten(1), cache_k, cache_v
 
     def expected_swiglu(self) -> Tensor:
         """(N, F)."""
-        return reference.norm_swiglu(self.h, self.norm, reference.pack(self.w13), EPS, self.batch)
+        return reference.norm_swiglu(self.h, self.norm, reference.pack(self.w13), EPS, self.batch, self.b13)
 
     def expected_projection(self, residual: Tensor | None) -> Tensor:
         """(N, E)."""
-        return reference.linear_residual(self.x, reference.pack(self.w2), residual, self.batch)
+        return reference.linear_residual(self.x, reference.pack(self.w2), residual, self.batch, self.b2)
 
 
 def scattered(n_tokens: int, device: torch.device) -> RaggedBatch:

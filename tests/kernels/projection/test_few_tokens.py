@@ -24,16 +24,17 @@ STORIES = SHAPES["E64-H8-K4-D8-F172"]
 def test_few_tokens_matches_reference(
     shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
 ) -> None:
-    case = Case(shape, n_tokens, dtype, device, guarded)
-    swiglu = few_tokens(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
-    assert_matches("linear", swiglu, case.expected_swiglu())
-    q = few_tokens(case.h, case.wqkv, norm=case.norm, eps=EPS, append_to=case.target)
-    for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
-        assert_appended(ours, expected)
-        assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
-    for residual in (None, case.h):
-        y = few_tokens(case.x, case.w2, residual=residual)
-        assert_matches("linear", y, case.expected_projection(residual))
+    for with_biases in (False, True):
+        case = Case(shape, n_tokens, dtype, device, guarded, with_biases=with_biases)
+        swiglu = few_tokens(case.h, case.w13, bias=case.b13, norm=case.norm, eps=EPS, swiglu=True)
+        assert_matches("linear", swiglu, case.expected_swiglu())
+        q = few_tokens(case.h, case.wqkv, bias=case.bqkv, norm=case.norm, eps=EPS, append_to=case.target)
+        for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
+            assert_appended(ours, expected)
+            assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
+        for residual in (None, case.h):
+            y = few_tokens(case.x, case.w2, bias=case.b2, residual=residual)
+            assert_matches("linear", y, case.expected_projection(residual))
 
 
 def test_few_tokens_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:

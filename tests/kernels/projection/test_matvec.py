@@ -34,15 +34,17 @@ def test_matvec_matches_reference(
 ) -> None:
     """Launches for GPUs with few and with many multiprocessors differ in the rows per program."""
     monkeypatch.setattr(module, "current_target", lambda: replace(H200, processors=processors))
-    case = Case(shape, 1, dtype, device, guarded)
-    assert_matches("linear", matvec(case.x, case.w2), case.expected_projection(None))
-    assert_matches("linear", matvec(case.x, case.w2, residual=case.h), case.expected_projection(case.h))
-    swiglu = matvec(case.h, case.w13, norm=case.norm, eps=EPS, swiglu=True)
-    assert_matches("linear", swiglu, case.expected_swiglu())
-    q = matvec(case.h, case.wqkv, norm=case.norm, eps=EPS, append_to=case.target)
-    for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
-        assert_appended(ours, expected)
-        assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
+    for with_biases in (False, True):
+        case = Case(shape, 1, dtype, device, guarded, with_biases=with_biases)
+        for residual in (None, case.h):
+            y = matvec(case.x, case.w2, bias=case.b2, residual=residual)
+            assert_matches("linear", y, case.expected_projection(residual))
+        swiglu = matvec(case.h, case.w13, bias=case.b13, norm=case.norm, eps=EPS, swiglu=True)
+        assert_matches("linear", swiglu, case.expected_swiglu())
+        q = matvec(case.h, case.wqkv, bias=case.bqkv, norm=case.norm, eps=EPS, append_to=case.target)
+        for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
+            assert_appended(ours, expected)
+            assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
 
 
 def test_matvec_appends_nothing_outside_the_cache(device: torch.device, guarded: GuardedMemory) -> None:
@@ -118,6 +120,7 @@ def test_matvec_rejects_invalid_arguments(device: torch.device, guarded: Guarded
         "x must have shape (N, 172), got (1, 64)": lambda: matvec(case.h, case.w2),
         "weight must be torch.float32, got torch.bfloat16": lambda: matvec(case.h, case.w13.bfloat16()),
         "weight must be contiguous, got strides (1, 64)": lambda: matvec(case.x, case.w2.T.contiguous().T),
+        "bias must have shape (344), got (64)": lambda: matvec(case.h, case.w13, bias=case.norm),
         "norm must have shape (64), got (63)": lambda: matvec(case.h, case.w13, norm=case.norm[:63]),
         "residual must have shape (1, 64), got (1, 172)": lambda: matvec(case.x, case.w2, residual=case.x),
         "2·F rows together, got 171": lambda: matvec(case.h, case.w13[:171], swiglu=True),

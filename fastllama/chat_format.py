@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastllama.chat_template import INPUTS, ChatTemplate, is_llama3
-from fastllama.chat_template_files import DEFAULT, find_chat_template, read_source, read_special_tokens
+from fastllama.chat_template import INPUTS, ChatTemplate, check_tools, is_llama3
+from fastllama.chat_template_files import DEFAULT, TOOL_USE, find_chat_template, read_source, read_special_tokens
 from fastllama.tokenizer import CHAT_TOKENS, ChatFormat, Dialog, Tokenizer, check_dialog
 from fastllama.tokenizer_base import BaseTokenizer
 
@@ -21,7 +21,8 @@ class TemplateFormat:
         name: where the template comes from.
         tokenizer: the model's tokenizer.
         template: the ChatTemplate.
-        template_args: variables of the template beside the dialog.
+        tools: the JSON schemas of the functions that the model may call; None if it gets none.
+        template_args: variables of the template beside the dialog and the tools.
     """
 
     def __init__(self, tokenizer: BaseTokenizer, template: ChatTemplate, template_args: Mapping[str, Any]) -> None:
@@ -29,6 +30,7 @@ class TemplateFormat:
         self.tokenizer = tokenizer
         self.template = template
         self.template_args = dict(template_args)
+        self.tools = self.template_args.pop("tools", None)
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         """The dialog and the beginning of the assistant's next message.
@@ -36,7 +38,8 @@ class TemplateFormat:
         Raises ValueError if `dialog` is not a dialog, or the template refuses it.
         """
         check_dialog(dialog)
-        return self.tokenizer.encode_pieces(self.template.render(dialog, template_args=self.template_args))
+        pieces = self.template.render(dialog, tools=self.tools, template_args=self.template_args)
+        return self.tokenizer.encode_pieces(pieces)
 
     def __repr__(self) -> str:
         return f"TemplateFormat({self.name!r})"
@@ -72,22 +75,27 @@ def choose_format(
     """The format of a checkpoint. Its chat templates are in the first of the folders that has any.
 
     is_meta: whether the checkpoint has Meta's layout, in which Llama 3's format needs no template. chosen: the path of
-    a template, the name of one of the folder's, or "llama3"; None takes the folder's usual one. A template that writes
-    Llama 3's format gives a ChatFormat, and the tokens at which its messages end become stop tokens.
+    a template, the name of one of the folder's, or "llama3"; None takes the folder's usual one, or with tools the one
+    named "tool_use" if there is one. template_args: the template's variables; "tools" are JSON schemas. Without tools,
+    a template that writes Llama 3's format gives a ChatFormat, and the tokens at which its messages end become stop
+    tokens.
 
-    Raises ValueError for a template that does not exist or is not valid, and for template_args without a template.
+    Raises ValueError for a template that does not exist or is not valid, for template_args without a template, and for
+    tools that are not a list of dicts.
     """
     _check_arguments(chosen, template_args)
+    has_tools = template_args is not None and template_args.get("tools") is not None
     speaks_llama3 = all(name in tokenizer.special_tokens for name in CHAT_TOKENS)
     template, problem = None, f"{folders[0]} has no chat template, so this is a base model or its format is not known"
     if chosen != LLAMA3 and not (is_meta and chosen is None):
         try:
-            template = _template(tokenizer, folders, chosen)
+            template = _template(tokenizer, folders, chosen, has_tools)
         except ValueError as error:
             if chosen is not None:
                 raise
             problem = str(error)  # which must not keep anyone from completing texts
-    if template is not None and not (speaks_llama3 and chosen is None and is_llama3(template)):
+    uses_template = has_tools or chosen is not None or not speaks_llama3
+    if template is not None and (uses_template or not is_llama3(template)):
         return TemplateFormat(tokenizer, template, template_args or {})
     if template_args:
         raise ValueError("template_args are for a chat template, and this model uses none: leave them out")
@@ -111,19 +119,21 @@ def _check_arguments(chosen: object, template_args: object) -> None:
         raise ValueError(f'chat_template must be a path, the name of a template or "llama3", got {chosen!r:.80}')
     if template_args is not None and not isinstance(template_args, Mapping):
         raise ValueError(f"template_args must be a mapping of names to values, got {template_args!r:.80}")
-    if taken := [name for name in INPUTS if name in (template_args or ())]:
+    if taken := [name for name in INPUTS if name != "tools" and name in (template_args or ())]:
         raise ValueError(f"template_args must not hold {', '.join(taken)}, which a dialog gives to its template")
+    check_tools((template_args or {}).get("tools"))
 
 
 def _template(
-    tokenizer: BaseTokenizer, folders: Sequence[Path], chosen: str | os.PathLike[str] | None
+    tokenizer: BaseTokenizer, folders: Sequence[Path], chosen: str | os.PathLike[str] | None, has_tools: bool
 ) -> ChatTemplate | None:
     """The chosen template; None if the folders have none and none was chosen."""
     folder, found = folders[0], {} if tokenizer.chat_template is None else {DEFAULT: tokenizer.chat_template}
     for other in folders:
         if not found:
             folder, found = other, find_chat_template(other)
-    name = DEFAULT if chosen is None else os.fspath(chosen)
+    usual = TOOL_USE if has_tools and TOOL_USE in found else DEFAULT
+    name = usual if chosen is None else os.fspath(chosen)
     if name in found:
         source, label = found[name], f"{folder}, chat template {name!r}"
     elif chosen is None:

@@ -33,6 +33,15 @@ class Piece(NamedTuple):
     is_special: bool
 
 
+def check_tools(tools: object) -> None:
+    """Raise ValueError for tools that are neither None nor a list of dicts."""
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(one, Mapping) for one in tools)):
+        raise ValueError(
+            f"tools: expected a list of JSON schemas, which are dicts, got {short_repr(tools)}; transformers' "
+            "get_json_schema writes the schema of a Python function"
+        )
+
+
 class ChatTemplate:
     """A chat template, compiled once.
 
@@ -108,8 +117,7 @@ class ChatTemplate:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ValueError(f"message {index}: expected a dict with a 'role', got {short_repr(message)}")
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
-            raise ValueError(f"tools: expected a list of JSON schemas, which are dicts, got {short_repr(tools)}")
+        check_tools(tools)
         if not isinstance(template_args, Mapping) or not all(isinstance(key, str) for key in template_args):
             raise ValueError(f"template_args: expected a dict with names as keys, got {short_repr(template_args)}")
         if taken := sorted(self._reserved & set(template_args)):

@@ -5,6 +5,7 @@ from pathlib import Path
 from fastllama.checkpoint.json_config import JsonConfig
 
 DEFAULT = "default"
+TOOL_USE = "tool_use"  # the usual template of conversations with tools
 TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 CONFIG_FILE = "tokenizer_config.json"

@@ -13,7 +13,7 @@ from tests.support.pipelines import CORPUS, byte_level, write_sentencepiece
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
-from tests.support.gguf_files import BYTE, CONTROL, NORMAL, UNKNOWN, byte_level_fields, write_gguf
+from tests.support.gguf_files import NORMAL, byte_level_fields, sentencepiece_fields, write_gguf
 
 TEXTS = [*CORPUS, "", " ", "a", "  two", "1234 + 56\n\n", "it's we'LL", "naïve\u0301 ﬁ", "🚀" * 5, "ends with space "]
 LLAMA3 = (
@@ -41,23 +41,7 @@ def write(folder: Path, pre: str | None = "smollm", **changes: Any) -> Path:
 
 
 def write_scores(folder: Path, model: SentencePieceProcessor, **changes: Any) -> Path:
-    """The fields of a SentencePiece model, as llama.cpp's conversion writes them."""
-    ids = range(model.vocab_size())
-    kinds = [
-        BYTE if model.is_byte(i) else CONTROL if model.is_control(i) else UNKNOWN if model.is_unknown(i) else NORMAL
-        for i in ids
-    ]
-    fields = {
-        "model": "llama",
-        "tokens": [model.id_to_piece(i) for i in ids],
-        "scores": [float(model.get_score(i)) for i in ids],
-        "token_type": kinds,
-        "bos_token_id": model.bos_id(),
-        "eos_token_id": model.eos_id(),
-        "unknown_token_id": model.unk_id(),
-        **changes,
-    }
-    return write_gguf(folder / "model.gguf", {f"tokenizer.ggml.{key}": value for key, value in fields.items()}, {})
+    return write_gguf(folder / "model.gguf", sentencepiece_fields(model, **changes), {})
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "default", "llama-bpe", None])

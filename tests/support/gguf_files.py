@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from tests.support.checkpoints import Params, Weights, head_dim, hidden_dim, n_kv_heads, random_weights, tiny_params
@@ -117,6 +118,26 @@ def byte_level_fields(tokenizer: Tokenizer, pre: str | None, **changes: Any) -> 
         "tokenizer.ggml.bos_token_id": tokenizer.token_to_id("<s>"),
         "tokenizer.ggml.eos_token_id": tokenizer.token_to_id("</s>"),
     } | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+
+
+def sentencepiece_fields(model: SentencePieceProcessor, **changes: Any) -> dict[str, Any]:
+    """The fields of a SentencePiece model, as llama.cpp's conversion writes them."""
+    ids = range(model.vocab_size())
+    kinds = [
+        BYTE if model.is_byte(i) else CONTROL if model.is_control(i) else UNKNOWN if model.is_unknown(i) else NORMAL
+        for i in ids
+    ]
+    fields = {
+        "model": "llama",
+        "tokens": [model.id_to_piece(i) for i in ids],
+        "scores": [float(model.get_score(i)) for i in ids],
+        "token_type": kinds,
+        "bos_token_id": model.bos_id(),
+        "eos_token_id": model.eos_id(),
+        "unknown_token_id": model.unk_id(),
+        **changes,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
 
 
 def _add_field(writer: Any, key: str, value: Any) -> None:

@@ -6,13 +6,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastllama import Llama
+from fastllama import Dialog, Llama
 from fastllama.benchmarks.suites.load_and_memory import own_bytes, peak_host_memory
+from fastllama.chat_format import NoFormat
 from tests.support.comparisons import assert_same_logits, assert_same_logprobs
 
 PROMPTS = [[5, 6, 7], [300, 2, 9, 11, 50, 3], [1]]
 STEPS = 6
 MAX_SEQ_LEN, MAX_BATCH_SIZE = 24, 4
+TEXTS = ["Once upon a time", "The 12 dogs, naïve 天地\n"]
+DIALOGS: list[Dialog] = [
+    [{"role": "user", "content": "Hi there"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12 apples?"}],
+]
+N_TEXT_TOKENS = 8
 
 
 def build(folder: str, **options: Any) -> Llama:
@@ -49,6 +56,23 @@ def answers(llm: Llama) -> dict[str, Any]:
         "cached": llm.model.cache.k.numel(),
         "weights": sum(tensor.numel() for tensor in llm.model.state_dict().values()),
     }
+
+
+def answers_of_builds(builds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The texts of every model, by name. `builds`: the arguments of its build."""
+    return {name: text_answers(arguments) for name, arguments in builds.items()}
+
+
+def text_answers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Greedy and drawn completions, and answers to dialogs if the model has a chat format, with log-probabilities."""
+    llm = Llama.build(**arguments, max_seq_len=128, max_batch_size=len(TEXTS), device="cpu")
+    has_chat = not isinstance(llm.formatter, NoFormat)
+    results: dict[str, Any] = {}
+    for name, sampling in {"greedy": {"temperature": 0.0}, "drawn": {"temperature": 0.9, "seed": 3}}.items():
+        options: dict[str, Any] = {"max_gen_len": N_TEXT_TOKENS, "logprobs": True, **sampling}
+        results[name] = llm.text_completion(TEXTS, **options)
+        results[f"{name} chat"] = llm.chat_completion(DIALOGS, **options) if has_chat else None
+    return results
 
 
 def assert_alike(results: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ PREFILL_TOKENS = 64
 STEP_POSITIONS = 64  # in a complete step's cache; its launches depend only on the number of rows
 PUBLISHED = {"3.2-1B": "llama3.2-1b", "3-8B": "llama3-8b", "3-70B/8": "llama3-70b"}
 MODELS = {name: ModelArgs(**PUBLISHED_MODELS[published]) for name, published in PUBLISHED.items()}
+MODELS["3-8B+bias"] = replace(MODELS["3-8B"], attention_bias=True, mlp_bias=True)
 PROCESSES = {"3-70B/8": 8}  # the number of processes that share a model; 1 for other models
 COMMON_MODELS = ("3-8B", "3-70B/8")  # compiled for every GPU
 
@@ -91,12 +92,14 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1) -> Calls:
     yield "embed", lambda: fused.embed(model.tok_embeddings, batch, begin)
     yield (
         "layer qkv",
-        lambda: fused.norm_qkv_rope_append(h, layer.attention_norm, layer.wqkv, model.rope, k, v, eps, batch),
+        lambda: fused.norm_qkv_rope_append(
+            h, layer.attention_norm, layer.wqkv, model.rope, k, v, eps, batch, layer.bqkv
+        ),
     )
     yield "layer attention", lambda: fused.attention(q, k, v, batch)
-    yield "layer output", lambda: fused.linear_residual(a, layer.wo, h, batch)
-    yield "layer gate+up", lambda: fused.norm_swiglu(h, layer.ffn_norm, layer.w13, eps, batch)
-    yield "layer down", lambda: fused.linear_residual(f, layer.w2, h, batch)
+    yield "layer output", lambda: fused.linear_residual(a, layer.wo, h, batch, layer.bo)
+    yield "layer gate+up", lambda: fused.norm_swiglu(h, layer.ffn_norm, layer.w13, eps, batch, layer.b13)
+    yield "layer down", lambda: fused.linear_residual(f, layer.w2, h, batch, layer.b2)
     yield "head", lambda: fused.norm_lm_head(h, model.norm, model.output, eps, batch)
     state = _state(args, rows, CONTEXT_TOKENS)
     logits = (LOGITS_STD * torch.randn(rows, args.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)

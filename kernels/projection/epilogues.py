@@ -43,13 +43,16 @@ def weight_rows(out, OUT, EPILOGUE: tl.constexpr):
 
 @triton.jit
 def load_bias(bias_ptr, out, live, OUT, EPILOGUE: tl.constexpr):
-    """The biases of the two rows of each result, in float32."""
-    first, second = weight_rows(out, OUT, EPILOGUE)
-    bias = tl.load(bias_ptr + first, mask=live, other=0.0).to(tl.float32)
-    bias_2 = bias
-    if EPILOGUE != "none":
-        bias_2 = tl.load(bias_ptr + second, mask=live, other=0.0).to(tl.float32)
-    return bias, bias_2
+    """The biases of the two rows of each result, in float32; None for both if there are none."""
+    if bias_ptr is None:
+        return None, None
+    else:
+        first, second = weight_rows(out, OUT, EPILOGUE)
+        bias = tl.load(bias_ptr + first, mask=live, other=0.0).to(tl.float32)
+        bias_2 = bias
+        if EPILOGUE != "none":
+            bias_2 = tl.load(bias_ptr + second, mask=live, other=0.0).to(tl.float32)
+        return bias, bias_2
 
 
 @triton.jit

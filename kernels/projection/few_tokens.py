@@ -229,8 +229,8 @@ def _few_tokens_kernel(
     sums, sums_2 = _multiply(x_ptr, norm_ptr, weight_ptr, first, second, tokens, exists, token_exists, eps,
                              IN, TWO_TILES, EVEN, BLOCK_N, BLOCK_ROWS, BLOCK_IN, ACCUMULATORS)
     # fmt: on
-    if bias_ptr is not None:
-        bias, bias_2 = load_bias(bias_ptr, out, exists, OUT, EPILOGUE)
+    bias, bias_2 = load_bias(bias_ptr, out, exists, OUT, EPILOGUE)
+    if bias is not None:
         sums += bias[:, None]
         sums_2 += bias_2[:, None]
     y = sums.to(y_ptr.dtype.element_ty)

@@ -52,9 +52,9 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
 def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
     tensors = quantised(WEIGHTS, "F32")
     norm = tensors.pop("output_norm.weight")
-    tensors["blk.0.attn_q.bias"] = norm
+    tensors["blk.0.attn_k.bias"] = norm
     path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
-    message = r"1 missing: output_norm\.weight; 1 unexpected: blk\.0\.attn_q\.bias; Llama 3 has no biases"
+    message = r"1 missing: output_norm\.weight; 1 unexpected: blk\.0\.attn_k\.bias; all layers have the same biases"
     with pytest.raises(ValueError, match=message):
         open_checkpoint(path)
 

@@ -108,6 +108,8 @@ def test_open_resolves_every_size(tmp_path: Path) -> None:
         "head_dim": 8,
         "hidden_dim": 176,
         "tied_output": False,
+        "attention_bias": False,
+        "mlp_bias": False,
     }
     assert checkpoint.n_parameters == sum(weight.numel() for weight in WEIGHTS.values())
     file = tmp_path / "model.safetensors"

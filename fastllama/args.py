@@ -32,7 +32,9 @@ ROPE_FIELDS = {
         "rope_beta_slow",
         "rope_truncate",
     ),
+    "factors": ("rope_factors", "rope_attention_factor"),
 }
+MAX_ROPE_FACTOR = 1e30  # and its reciprocal the least: angles stay finite in float32
 
 
 @dataclass
@@ -63,10 +65,11 @@ class ModelArgs:
     hidden_dim: int = UNSET  # the ffn width, from dim, ffn_dim_multiplier and multiple_of
     tied_output: bool = False  # the output projection is the embedding
     rope_type: str = UNSET  # a key of ROPE_FIELDS; "llama3" if use_scaled_rope, else "default"
-    rope_attention_factor: float = UNSET  # of yarn, on cos and sin; from rope_scaling_factor
+    rope_attention_factor: float = UNSET  # of yarn and factors, on cos and sin; yarn's from rope_scaling_factor, or 1
     rope_beta_fast: float = 32.0  # yarn: pairs with more turns in the original context keep their frequency
     rope_beta_slow: float = 1.0  # yarn: pairs with fewer turns have theirs divided by the factor
     rope_truncate: bool = True  # yarn: the two bounds are rounded to whole pairs
+    rope_factors: tuple[float, ...] = UNSET  # factors: what each of the head_dim/2 frequencies is divided by
     attention_bias: bool = False  # wq, wk, wv and wo add a bias
     mlp_bias: bool = False  # w1, w2 and w3 add a bias
 
@@ -98,7 +101,7 @@ class ModelArgs:
                 "use_scaled_rope must be true for rope_type 'llama3' and false for others, "
                 f"got {self.use_scaled_rope!r} and {self.rope_type!r}"
             )
-        if self.rope_scaling_factor is None and self.rope_type in ("default", "llama3"):
+        if self.rope_scaling_factor is None and self.rope_type not in ("linear", "yarn"):
             self.rope_scaling_factor = ROPE_SCALING_FACTORS_BY_DIM.get(self.dim, ROPE_SCALING_FACTOR)
         self._check_positive_number("rope_scaling_factor")
         if self.rope_attention_factor is None:
@@ -106,7 +109,21 @@ class ModelArgs:
             self.rope_attention_factor = yarn_attention_factor(self.rope_scaling_factor) if yarn else 1.0
         for name in ("rope_attention_factor", "rope_beta_fast", "rope_beta_slow"):
             self._check_positive_number(name)
+        self._check_rope_factors()
         self._check_rope_order()
+
+    def _check_rope_factors(self) -> None:
+        values = self.rope_factors
+        if values is None and self.rope_type != "factors":
+            return
+        if not isinstance(values, list | tuple) or len(values) != self.head_dim // 2:
+            got = f"{len(values)} of them" if isinstance(values, list | tuple) else f"{values!r:.80}"
+            raise ValueError(f"rope_factors must be {self.head_dim // 2} numbers, one for each frequency, got {got}")
+        for value in values:
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number or not 1 / MAX_ROPE_FACTOR <= value <= MAX_ROPE_FACTOR:
+                raise ValueError(f"rope_factors must be positive numbers up to {MAX_ROPE_FACTOR:g}, got {value!r:.80}")
+        self.rope_factors = tuple(map(float, values))
 
     def _check_rope_order(self) -> None:
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastllama.args import ModelArgs
+from fastllama.args import ROPE_FIELDS, ModelArgs
 
 EMPTY_RAMP_WIDTH = 0.001  # transformers' width of YaRN's ramp if both bounds are one pair
 
@@ -13,11 +13,12 @@ EMPTY_RAMP_WIDTH = 0.001  # transformers' width of YaRN's ramp if both bounds ar
 def rope_table(args: ModelArgs) -> Tensor:
     """cos and sin of every position's angles: (max_seq_len, head_dim/2, 2) float32.
 
-    With YaRN both are multiplied by the attention factor. So the scores of attention grow by its square.
+    With YaRN and with factors, both are multiplied by the attention factor. So the scores of attention grow by its
+    square.
     """
     angles = torch.outer(torch.arange(args.max_seq_len, device="cpu").float(), rope_frequencies(args))
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return table * args.rope_attention_factor if args.rope_type == "yarn" else table
+    return table * args.rope_attention_factor if "rope_attention_factor" in ROPE_FIELDS[args.rope_type] else table
 
 
 def rope_frequencies(args: ModelArgs) -> Tensor:
@@ -31,6 +32,8 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
         return frequencies
     if args.rope_type == "linear":
         return frequencies / args.rope_scaling_factor
+    if args.rope_type == "factors":
+        return frequencies / torch.tensor(args.rope_factors, device="cpu", dtype=torch.float32)
     unscaled = _llama3_unscaled(args, frequencies) if args.rope_type == "llama3" else _yarn_unscaled(args)
     return frequencies * (unscaled + (1 - unscaled) / args.rope_scaling_factor)
 

@@ -13,11 +13,24 @@ from torch import Tensor
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
-from fastllama.benchmarks.peers.worker import Generate, Recorder, compile_or_fail, rope_scaling, scores_of
+from fastllama.benchmarks.peers.worker import (
+    Generate,
+    Recorder,
+    compile_or_fail,
+    rope_scaling,
+    scores_of,
+    unsupported_rope,
+)
 from fastllama.benchmarks.runners import Run
 from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 
 PAD = 0
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def unsupported(args: ModelArgs) -> str | None:
+    """The reason why transformers cannot run this model, or None."""
+    return unsupported_rope("transformers", args, ROPE_TYPES)
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:

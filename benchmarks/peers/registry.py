@@ -12,8 +12,8 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.child_process import ChildError, ChildProcess
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers import gpt_fast as gpt_fast_peer
+from fastllama.benchmarks.peers import huggingface, meta, vllm_cpu
 from fastllama.benchmarks.peers import llama_cpp as llama_cpp_peer
-from fastllama.benchmarks.peers import meta, vllm_cpu
 from fastllama.benchmarks.runners import Run
 
 
@@ -29,8 +29,8 @@ class PeerSpec(NamedTuple):
 
 PEERS = {
     "reference": PeerSpec("meta", ("llama_models", "fairscale"), meta.unsupported),
-    "transformers": PeerSpec("huggingface", ("transformers",)),
-    "transformers-compiled": PeerSpec("huggingface", ("transformers",)),
+    "transformers": PeerSpec("huggingface", ("transformers",), huggingface.unsupported),
+    "transformers-compiled": PeerSpec("huggingface", ("transformers",), huggingface.unsupported),
     "torch-compile": PeerSpec("torch_compile", ()),
     "gpt-fast": PeerSpec("gpt_fast", ("sentencepiece", "tiktoken"), gpt_fast_peer.unsupported, takes_ragged=False),
     "llama.cpp": PeerSpec(

@@ -14,8 +14,8 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
-from fastllama.benchmarks.peers.huggingface import huggingface_weights, llama_config
-from fastllama.benchmarks.peers.worker import Generate, Recorder
+from fastllama.benchmarks.peers.huggingface import ROPE_TYPES, huggingface_weights, llama_config
+from fastllama.benchmarks.peers.worker import Generate, Recorder, unsupported_rope
 from fastllama.benchmarks.runners import Run
 from fastllama.checkpoint.base import dtype_name
 
@@ -28,7 +28,7 @@ def unsupported(args: ModelArgs) -> str | None:
     """The reason why vLLM cannot run this model on a CPU, or None."""
     if args.head_dim not in HEAD_DIMS:
         return f"vLLM has no attention with head_dim {args.head_dim} on a CPU, only {', '.join(map(str, HEAD_DIMS))}"
-    return None
+    return unsupported_rope("vLLM", args, ROPE_TYPES)
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:

@@ -24,7 +24,8 @@ from fastllama.checkpoint.base import (
     file_sizes,
     read_first_bytes,
 )
-from fastllama.checkpoint.gguf_config import ROPE_FACTORS_NAME, gguf_params, scaled_rope
+from fastllama.checkpoint.gguf_config import gguf_params
+from fastllama.checkpoint.gguf_rope import ROPE_FACTORS_NAME, apply_factors
 from fastllama.checkpoint.json_config import short_list
 from fastllama.checkpoint.sharding import (
     BIAS_SUFFIX,
@@ -132,7 +133,7 @@ def open_gguf(path: Path) -> Checkpoint:
     _check_split(headers, len(tensors))
     factors = tensors.pop(ROPE_FACTORS_NAME, None)
     if factors is not None:
-        params |= scaled_rope(paths[0], params, factors.narrow(0, 0, factors.shape[0]).float())
+        params |= apply_factors(paths[0], params, factors.narrow(0, 0, factors.shape[0]).float())
     params |= {key: f"blk.0.{module}.bias" in tensors for key, module in FIRST_BIASES.items()}
     names = {name: rename(name, OUTER_NAMES, "blk", LAYER_NAMES) for name in weight_names(params)}
     params["tied_output"] = names[OUTPUT_NAME] not in tensors

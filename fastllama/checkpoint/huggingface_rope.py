@@ -84,12 +84,12 @@ def _read_yarn(config: JsonConfig, scaling: JsonConfig) -> dict[str, Any]:
     # transformers requires the factor, but takes null for the quotient of both lengths.
     stretched = _max_position_embeddings(config) / original if "factor" in scaling.values else None
     factor = scaling.number("factor", stretched)
-    fast, slow = _number_or_zero(scaling, "beta_fast") or BETA_FAST, _number_or_zero(scaling, "beta_slow") or BETA_SLOW
+    fast, slow = scaling.number_or_zero("beta_fast") or BETA_FAST, scaling.number_or_zero("beta_slow") or BETA_SLOW
     if fast < slow:
         raise ValueError(
             f"{config.path}: expected {scaling.full_name('beta_fast')} of at least beta_slow, got {fast:g} and {slow:g}"
         )
-    scale, scale_all = _number_or_zero(scaling, "mscale"), _number_or_zero(scaling, "mscale_all_dim")
+    scale, scale_all = scaling.number_or_zero("mscale"), scaling.number_or_zero("mscale_all_dim")
     attention_factor = yarn_attention_factor(factor)
     if scale and scale_all:
         attention_factor = yarn_attention_factor(factor, scale) / yarn_attention_factor(factor, scale_all)
@@ -109,12 +109,6 @@ def _number_in(section: JsonConfig, config: JsonConfig, key: str, default: float
     if section.has(key) and config.has(key) and inner != outer:
         config.warn(f"{section.full_name(key)}={inner:g} is used, not {key}={outer:g}, as in transformers")
     return inner if section.has(key) else outer
-
-
-def _number_or_zero(section: JsonConfig, key: str) -> float:
-    """The section's number. 0 if it is absent: transformers takes these for the same."""
-    value = section.values.get(key)
-    return 0.0 if value == 0 and not isinstance(value, bool) else section.number(key, 0.0)
 
 
 def _max_position_embeddings(config: JsonConfig) -> int:

@@ -71,6 +71,11 @@ class JsonConfig:
             raise self.error(key, "a positive number")
         return float(value)
 
+    def number_or_zero(self, key: str) -> float:
+        """A positive finite number, or 0, which is also what an absent field gives."""
+        value = self.values.get(key)
+        return 0.0 if value == 0 and not isinstance(value, bool) else self.number(key, 0.0)
+
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false."""
         value = self.values.get(key)

@@ -65,12 +65,12 @@ ROPE_NUMBERS = (
     *("rope_attention_factor", "rope_beta_fast", "rope_beta_slow"),
 )
 ROPE_INTEGERS = ("rope_original_max_seq_len",)
-ROPE_TYPE, ROPE_TRUNCATE = "rope_type", "rope_truncate"
+ROPE_TYPE, ROPE_TRUNCATE, ROPE_FACTORS = "rope_type", "rope_truncate", "rope_factors"
 # Limits of a run, not of the weights: the caller of Llama.build sets them.
 IGNORED_FIELDS = frozenset({"max_batch_size", "max_seq_len"})
 QUANTISED_FIELDS = ("quantization_args", "lora_args")
 KNOWN_FIELDS = META_FIELDS.union(
-    OWN_FIELDS, ROPE_NUMBERS, ROPE_INTEGERS, {ROPE_TYPE, ROPE_TRUNCATE}, IGNORED_FIELDS, QUANTISED_FIELDS
+    OWN_FIELDS, ROPE_NUMBERS, ROPE_INTEGERS, {ROPE_TYPE, ROPE_TRUNCATE, ROPE_FACTORS}, IGNORED_FIELDS, QUANTISED_FIELDS
 )
 VISION_PREFIX = "vision_"
 
@@ -154,20 +154,22 @@ def _read_params(config: JsonConfig) -> dict[str, Any]:
     }
     if params["hidden_dim"] != width:
         config.warn(f"hidden_dim={params['hidden_dim']} is used; ffn_dim_multiplier and multiple_of would give {width}")
-    params |= _read_scaled_rope(config, params["rope_theta"])
     check_dims(config, params)
+    params |= _read_scaled_rope(config, {name: params[name] for name in ("rope_theta", "head_dim")})
     return params
 
 
-def _read_scaled_rope(config: JsonConfig, theta: float) -> dict[str, Any]:
+def _read_scaled_rope(config: JsonConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """The rope scaling fields that params.json states. ValueError if they are given without use_scaled_rope.
 
-    ValueError also for values that ModelArgs refuses together.
+    ValueError also for values that ModelArgs refuses together, and with `params`.
     """
     stated: dict[str, Any] = {key: config.number(key) for key in ROPE_NUMBERS if config.has(key)}
     stated |= {key: config.integer(key) for key in ROPE_INTEGERS if config.has(key)}
     if config.has(ROPE_TRUNCATE):
         stated[ROPE_TRUNCATE] = config.flag(ROPE_TRUNCATE)
+    if config.has(ROPE_FACTORS):
+        stated[ROPE_FACTORS] = config.values[ROPE_FACTORS]  # ModelArgs checks them
     if config.has(ROPE_TYPE):
         stated[ROPE_TYPE] = config.values[ROPE_TYPE]
         if stated[ROPE_TYPE] not in tuple(ROPE_FIELDS):
@@ -175,7 +177,7 @@ def _read_scaled_rope(config: JsonConfig, theta: float) -> dict[str, Any]:
     if stated and not config.has("use_scaled_rope"):
         raise config.error("use_scaled_rope", f"true or false beside {', '.join(stated)}")
     try:
-        args = ModelArgs(rope_theta=theta, use_scaled_rope=config.flag("use_scaled_rope"), **stated)
+        args = ModelArgs(**params, use_scaled_rope=config.flag("use_scaled_rope"), **stated)
     except ValueError as error:
         raise ValueError(f"{config.path}: {error}") from None
     if args.rope_type == "default" and stated.get("rope_scaling_factor", 1.0) != 1.0:

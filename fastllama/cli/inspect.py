@@ -204,7 +204,11 @@ def render(description: dict[str, Any]) -> str:
             "architecture",
             [
                 ("parameters", f"{description['parameters']:,}"),
-                *((name, str(value)) for name, value in description["architecture"].items() if value is not None),
+                *(
+                    (name, _field_text(value))
+                    for name, value in description["architecture"].items()
+                    if value is not None
+                ),
             ],
         ),
         (
@@ -227,6 +231,13 @@ def render(description: dict[str, Any]) -> str:
         else ("tokenizer: none in the checkpoint", []),
     ]
     return "\n\n".join("\n".join([title, *_aligned(rows)]) for title, rows in sections)
+
+
+def _field_text(value: object) -> str:
+    """A field's value; of many numbers, how many and their range."""
+    if isinstance(value, list | tuple):
+        return f"{len(value)} from {min(value):g} to {max(value):g}"
+    return str(value)
 
 
 def _stored_text(description: dict[str, Any]) -> str:

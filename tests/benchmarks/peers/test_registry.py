@@ -9,7 +9,7 @@ import pytest
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.models import ModelSource
-from fastllama.benchmarks.peers import gpt_fast, llama_cpp, registry
+from fastllama.benchmarks.peers import gpt_fast, huggingface, llama_cpp, registry, vllm_cpu
 from fastllama.benchmarks.peers.meta import unsupported
 from fastllama.benchmarks.peers.registry import Peer, unavailable
 from tests.benchmarks.cases import ARGS, SHAPE, SPEC
@@ -38,6 +38,11 @@ def test_unsupported_names_types_of_rope() -> None:
         assert f"no rope of type '{args.rope_type}'" in str(gpt_fast.unsupported(args))
     assert llama_cpp.unsupported(linear) is None
     assert "no rope of type 'yarn'" in str(llama_cpp.unsupported(yarn))
+    shape = {**SHAPE, "head_dim": 32}
+    factors = ModelArgs(**shape, rope_type="factors", rope_factors=(2.0,) * 16)
+    for peer in (huggingface, vllm_cpu):
+        assert peer.unsupported(ModelArgs(**shape, rope_type="yarn", rope_scaling_factor=4.0)) is None
+        assert "no rope of type 'factors', only default, linear" in str(peer.unsupported(factors))
 
 
 def test_a_peer_that_cannot_start_raises_the_reason(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_yarn_that_cannot_be_computed_is_refused(tmp_path: Path, fields: dict[st
     [
         (
             {"rope_type": "dynamic"},
-            "field 'rope_type': expected 'default' or 'linear' or 'llama3' or 'yarn', got 'dynamic'",
+            "field 'rope_type': expected 'default' or 'linear' or 'llama3' or 'yarn' or 'factors', got 'dynamic'",
         ),
         (
             {"rope_type": "llama3"},

@@ -26,9 +26,6 @@ from tests.support.gguf_files import FIELDS, WEIGHTS, quantised, write, write_gg
         ({"attention__value_length": 16}, r"value_length': expected the size of a head, 32, got 16"),
         ({"rope__dimension_count": 16}, r"dimension_count': expected the size of a head, 32, got 16"),
         ({"attention__key_length": None, "embedding_length": 250}, r"a multiple of the number of heads, 8, got 250"),
-        ({"rope__scaling__type": "yarn"}, r"rope\.scaling\.type': expected 'none' .*, got 'yarn'"),
-        ({"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}, r"expected 'none' .*, got 'linear'"),
-        ({"rope__scale_linear": 2.0}, r"rope\.scale_linear': expected 1 "),
         ({"expert_count": 8}, r"expert_count': expected 0 \(Llama 3 has no experts\), got 8"),
         ({"vocab_size": 500}, r"token_embd\.weight: expected \(500, 256\)"),
     ],
@@ -36,11 +33,6 @@ from tests.support.gguf_files import FIELDS, WEIGHTS, quantised, write, write_gg
 def test_metadata_that_is_not_this_llamas_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_checkpoint(write(tmp_path, **changes))
-
-
-def test_unscaled_positions_may_be_named(tmp_path: Path) -> None:
-    for scaling in ({"rope__scaling__type": "none"}, {"rope__scaling__type": "linear", "rope__scaling__factor": 1.0}):
-        assert not open_checkpoint(write(tmp_path, **scaling)).params["use_scaled_rope"]
 
 
 def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:

@@ -118,25 +118,6 @@ def test_tokens_are_those_of_a_huggingface_folder(tmp_path: Path, kind: str) -> 
     assert answers(tmp_path, None) == expected  # the folder's only weights
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_rope_factors_are_llama3s_scaled_rope(tmp_path: Path, factor: float) -> None:
-    frequencies = 500000.0 ** (-torch.arange(0, 32, 2).double() / 32)
-    wavelengths = 2 * torch.pi / frequencies
-    smooth = ((8192 / wavelengths - 1) / 3).clamp(0, 1)
-    factors = (1 / (smooth + (1 - smooth) / factor)).float().numpy()
-    f32 = gguf.GGMLQuantizationType.F32
-    tensors = quantised(WEIGHTS, "F32") | {"rope_freqs.weight": (factors, f32)}
-    params = open_checkpoint(write_gguf(tmp_path / "a.gguf", FIELDS, tensors)).params
-    assert (params["use_scaled_rope"], params["rope_scaling_factor"]) == (True, factor)
-    ones = tensors | {"rope_freqs.weight": (np.ones(16, np.float32), f32)}
-    assert not open_checkpoint(write_gguf(tmp_path / "b.gguf", FIELDS, ones)).params["use_scaled_rope"]
-    for number, wrong in enumerate((np.linspace(1, 8, 16), np.ones(15), np.zeros(16), np.full(16, np.nan))):
-        bad = tensors | {"rope_freqs.weight": (wrong.astype(np.float32), f32)}
-        path = write_gguf(tmp_path / f"{number}.gguf", FIELDS, bad)
-        with pytest.raises(ValueError, match=r"rope_freqs\.weight does not hold the factors of Llama 3\.1"):
-            open_checkpoint(path)
-
-
 def test_split_files_are_one_model(tmp_path: Path) -> None:
     paths = write_split(tmp_path / "model.gguf", FIELDS, quantised(WEIGHTS, "F16"), 3)
     for place in (*paths, tmp_path):

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.args import ffn_width
+from fastllama.args import ModelArgs, ffn_width
 from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.checkpoint.sharding import check_split
-from tests.support.checkpoints import random_weights, share, tiny_params, write_meta, write_tokenizer
+from tests.support.checkpoints import head_dim, random_weights, share, tiny_params, write_meta, write_tokenizer
 
 PARAMS = tiny_params()
 WEIGHTS = random_weights(PARAMS, seed=1)
@@ -155,6 +155,18 @@ def test_open_returns_scaled_rope_only_as_stated(tmp_path: Path) -> None:
     }
     write_meta(tmp_path, PARAMS, WEIGHTS, use_scaled_rope=True, **stated)
     assert stated.items() <= open_checkpoint(tmp_path).params.items()
+
+
+def test_open_reads_rope_factors(tmp_path: Path) -> None:
+    n_frequencies = head_dim(PARAMS) // 2
+    factors = [1.0 + number for number in range(n_frequencies)]
+    write_meta(tmp_path, PARAMS, WEIGHTS, use_scaled_rope=False, rope_type="factors", rope_factors=factors)
+    args = ModelArgs(**open_checkpoint(tmp_path).params)
+    assert (args.rope_type, args.rope_factors) == ("factors", tuple(factors))
+    for wrong in (factors[1:], "1", [None] * n_frequencies, [10**400] * n_frequencies):
+        write_meta(tmp_path, PARAMS, WEIGHTS, use_scaled_rope=False, rope_type="factors", rope_factors=wrong)
+        with pytest.raises(ValueError, match=r"params\.json: rope_factors must be "):
+            open_checkpoint(tmp_path)
 
 
 def test_open_reads_stated_head_and_hidden_dims(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def choose_format(
         try:
             template = _template(tokenizer, folders, chosen, has_tools)
         except ValueError as error:
-            if chosen is not None:
+            if chosen is not None or template_args:
                 raise
             problem = str(error)  # which must not keep anyone from completing texts
     uses_template = has_tools or chosen is not None or not speaks_llama3
@@ -128,7 +128,7 @@ def _template(
     tokenizer: BaseTokenizer, folders: Sequence[Path], chosen: str | os.PathLike[str] | None, has_tools: bool
 ) -> ChatTemplate | None:
     """The chosen template; None if the folders have none and none was chosen."""
-    folder, found = folders[0], {} if tokenizer.chat_template is None else {DEFAULT: tokenizer.chat_template}
+    folder, found = folders[0], dict(tokenizer.chat_templates)
     for other in folders:
         if not found:
             folder, found = other, find_chat_template(other)

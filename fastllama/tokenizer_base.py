@@ -26,7 +26,7 @@ class BaseTokenizer(ABC):
         stop_tokens: the set of ids that end a generation. It is read at every call, so callers may change it.
         special_tokens: id of every special token by name.
         named_tokens: the text of special tokens by their role, such as bos_token, where a file states it.
-        chat_template: the chat template that came with the tokenizer in one file.
+        chat_templates: the chat templates that came in one file with the tokenizer, by name; "default" is the usual.
         n_rows: ids from n_words to n_rows - 1 have no token and decode to nothing.
     """
 
@@ -37,7 +37,7 @@ class BaseTokenizer(ABC):
     stop_tokens: set[int]
     special_tokens: dict[str, int]
     named_tokens: Mapping[str, str] = MappingProxyType({})
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = MappingProxyType({})
     n_rows: int = 0
     strips_space = False  # whether decoding removes one space from the beginning of a text
 

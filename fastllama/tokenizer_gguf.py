@@ -6,9 +6,11 @@ tokens whose join is a token, in the order of the joins' scores, gives the same 
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastllama.chat_template_files import DEFAULT
 from fastllama.gguf_header import read_header, split_files
 from fastllama.tokenizer import Tokenizer
 from fastllama.tokenizer_huggingface import HuggingFaceTokenizer
@@ -34,7 +36,7 @@ class GgufTokenizer(HuggingFaceTokenizer):
     """A tokenizer from a GGUF file.
 
     Attributes beside those of HuggingFaceTokenizer:
-        chat_template: the Jinja template of the model's chat format, None if the file has none.
+        chat_templates: the Jinja templates of the model's chat format by name; {} if the file has none.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -55,11 +57,18 @@ class GgufTokenizer(HuggingFaceTokenizer):
         begins = fields.flag("add_bos_token", kind == "llama" or fields.text("pre") == LLAMA3_SPLIT)
         self._set_up(source, document, {name: tokens[token] for name, token in ids.items()}, begins)
         self.stop_tokens |= {token for key in STOP_IDS if (token := fields.token_id(key)) is not None}
-        template = fields.metadata.get("tokenizer.chat_template")
-        self.chat_template = template if isinstance(template, str) else None
+        self.chat_templates = _chat_templates(fields.metadata)
 
     def __repr__(self) -> str:
         return f"GgufTokenizer({self._path.name!r}, n_words={self.n_words})"
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The templates by name: that of the field itself is the usual one, those of fields below it are named."""
+    field = "tokenizer.chat_template"
+    named = {key.removeprefix(f"{field}."): value for key, value in metadata.items() if key.startswith(f"{field}.")}
+    found = {DEFAULT: metadata.get(field), **named}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 class _Fields:

@@ -102,6 +102,9 @@ def test_variables_of_a_template(tmp_path: Path) -> None:
     assert "Today is 1 May" in dated.tokenizer.decode(dated.encode_dialog_prompt(DIALOGS[0]))
     with pytest.raises(ValueError, match="messages"):
         formatter(folder, template_args={"messages": []}).encode_dialog_prompt(DIALOGS[0])
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(ValueError, match="chat template 'default'.*line 1"):
+        formatter(folder, template_args={"today": "1 May"})
 
 
 @pytest.mark.parametrize("names", [("default", "tool_use"), ("default",), ("tool_use",)], ids="+".join)

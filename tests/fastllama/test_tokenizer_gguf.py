@@ -100,14 +100,15 @@ def test_named_tokens_stop_tokens_and_chat_template(tmp_path: Path) -> None:
     ids = {name: library.token_to_id(name) for name in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")}
     fields = byte_level_fields(library, "smollm", eot_token_id=ids["<|im_end|>"], padding_token_id=ids["<s>"])
     template = "{{ messages }}"
-    path = write_gguf(tmp_path / "model.gguf", fields | {"tokenizer.chat_template": template}, {})
+    templates = {"tokenizer.chat_template": template, "tokenizer.chat_template.tool_use": "tools"}
+    path = write_gguf(tmp_path / "model.gguf", fields | templates, {})
     tokenizer = open_tokenizer(path)
     assert isinstance(tokenizer, GgufTokenizer)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (ids["<s>"], ids["</s>"], ids["<s>"])
     assert tokenizer.stop_tokens == {ids["</s>"], ids["<|im_end|>"]}
     assert tokenizer.special_tokens == ids
-    assert tokenizer.chat_template == template
-    assert GgufTokenizer(write(tmp_path)).chat_template is None
+    assert tokenizer.chat_templates == {"default": template, "tool_use": "tools"}
+    assert GgufTokenizer(write(tmp_path)).chat_templates == {}
 
 
 def test_user_defined_tokens_are_matched_in_any_text(tmp_path: Path) -> None:

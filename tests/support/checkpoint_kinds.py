@@ -36,6 +36,7 @@ N_PIECES = 400  # of write_sentencepiece
 ADAPTER_TARGETS = (("q_proj", "v_proj", "o_proj"), ("k_proj", "down_proj", "lm_head"))
 # A row of w2 is five blocks of GGUF, so half of it, a process's part, ends inside a block.
 GGUF_WIDTHS: Params = {"dim": 64, "hidden_dim": 160}
+BIASES: Params = {"attention_bias": True, "mlp_bias": True}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -109,6 +110,7 @@ def gguf(folder: Path, kind: str, n_files: int = 1, tokenizer: str = "byte-level
 KINDS: dict[str, Callable[[Path], Build]] = {
     "Meta, 1 shard": meta,
     "Meta, 2 shards": partial(meta, shards=2),
+    "Meta, 2 shards, biases": partial(meta, shards=2, **BIASES),
     "Meta, scaled rope": partial(meta, use_scaled_rope=True),
     "Meta, adapter": partial(meta, adapters=1),
     "Meta, 2 shards, two adapters": partial(meta, shards=2, adapters=2),
@@ -118,6 +120,7 @@ KINDS: dict[str, Callable[[Path], Build]] = {
     "Hugging Face, tied": partial(huggingface, tied_output=True),
     "Hugging Face, padded vocabulary": partial(huggingface, tokenizer="ranks", vocab_size=640),
     "Hugging Face, head_dim": partial(huggingface, head_dim=16),
+    "Hugging Face, biases": partial(huggingface, **BIASES),
     "Hugging Face, linear rope": partial(huggingface, rope_parameters=LINEAR),
     "Hugging Face, llama3 rope": partial(huggingface, use_scaled_rope=True),
     "Hugging Face, yarn rope": partial(huggingface, rope_parameters=YARN),

@@ -1,4 +1,4 @@
-"""Host memory while a checkpoint is read: near one tensor, for shards, a single file, safetensors, and an adapter."""
+"""Host memory while a checkpoint is read: near one tensor, in every layout, with an adapter, and dequantised."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from tests.support.adapters import random_factors, write_adapter
 from tests.support.checkpoints import huggingface_weights, random_weights, tiny_params, write_meta
+from tests.support.gguf_files import metadata, quantised, write_gguf
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,7 +31,7 @@ def anonymous():
 def peak(folder, world_size, keep):
     gc.collect()
     start, peaks, done = anonymous(), [], threading.Event()
-    has_adapter = os.path.exists(folder + "/adapter_config.json")
+    has_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
     checkpoint = open_checkpoint(folder, [folder] if has_adapter else [])
     def sample():
         while not done.wait(0.0005):
@@ -78,9 +79,12 @@ def test_tensors_keep_memory_near_one_tensor(tmp_path: Path) -> None:
     adapted = tmp_path / "adapted"
     shutil.copytree(safetensors, adapted)
     write_adapter(adapted, random_factors(params, weights, ["q_proj", "o_proj", "up_proj", "down_proj"], seed=0))
+    dequantised = [tmp_path / f"{kind}.gguf" for kind in ("F32", "Q8_0")]
+    for path in dequantised:
+        write_gguf(path, metadata(params), quantised(weights, path.stem))
     del weights
 
-    command = [sys.executable, "-c", MEMORY_PROBE, *map(str, (sharded, single, safetensors, adapted))]
+    command = [sys.executable, "-c", MEMORY_PROBE, *map(str, (sharded, single, safetensors, adapted, *dequantised))]
     # glibc keeps some freed blocks. With these limits it maps and returns large blocks, so only live memory counts.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     finished = subprocess.run(
@@ -92,4 +96,6 @@ def test_tensors_keep_memory_near_one_tensor(tmp_path: Path) -> None:
     assert max(peaks[str(sharded)]) < 1.5 * largest
     assert max(peaks[str(safetensors)]) < 1.5 * largest
     assert max(peaks[str(adapted)]) < 1.5 * largest
-    assert max(peaks[str(single)]) < 0.5 * largest, "a single shard is read without a copy"
+    assert max(peaks[str(dequantised[1])]) < 1.5 * largest
+    for path in (single, dequantised[0]):
+        assert max(peaks[str(path)]) < 0.5 * largest, "one file in torch's types is read without a copy"

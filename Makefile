@@ -95,9 +95,10 @@ kernels-report: $(OLDER_TRITON) ## Compile the kernels for all supported GPUs an
 	$(BIN)/python -m fastllama.benchmarks.kernels_report
 	$(WITH_TRITON) -m fastllama.benchmarks.kernels_report
 
-docs: $(INSTALLED) ## Write docs/benchmarks.md from benchmarks/results/, and draw docs/pictures/
+docs: $(INSTALLED) ## Write docs/benchmarks.md and docs/refusals.md, and draw docs/pictures/
 	$(BIN)/python -m fastllama.benchmarks.update_docs
 	$(BIN)/python -m docs.pictures
+	$(BIN)/python -m docs.refusals
 
 bench-smoke: $(INSTALLED) ## Run every suite and every peer at toy size; fails where one disagrees or breaks
 	@mkdir -p $(SMOKE)
@@ -136,6 +137,7 @@ hooks: $(INSTALLED) ## Have git check style, types and generated docs before eve
 check-docs: $(INSTALLED)
 	@$(BIN)/python -m fastllama.benchmarks.update_docs --check
 	@$(BIN)/python -m docs.pictures --check
+	@$(BIN)/python -m docs.refusals --check
 
 clean: ## Remove .venv and everything that was generated
 	rm -rf $(VENV) .cache build dist *.egg-info kernels/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

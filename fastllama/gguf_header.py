@@ -6,6 +6,7 @@ a header of its own; the first has the metadata.
 """
 
 import mmap
+import os
 import re
 import struct
 from collections import defaultdict
@@ -58,6 +59,19 @@ def read_header(path: Path) -> GgufHeader:
                 return _Reader(path, data).header()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def is_gguf_file(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name or its first bytes: in Ollama's store it has no suffix."""
+    if not os.path.isfile(path):  # unlike Path.is_file, false for any string
+        return False
+    if path.suffix == GGUF_SUFFIX:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
 
 
 def gguf_models(folder: Path) -> list[Path]:

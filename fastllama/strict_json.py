@@ -18,6 +18,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a file. ValueError if it is unreadable, not valid JSON, not an object, or has a key twice."""
     try:
         values = loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: does not exist; download it, because the files beside it need it") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ConflictingValues as error:

@@ -52,7 +52,7 @@ class GgufTokenizer(HuggingFaceTokenizer):
         tokens = fields.tokens()
         ids = {name: token for name, key in NAMED_TOKENS.items() if (token := fields.token_id(key)) is not None}
         if kind not in ("gpt2", "llama"):
-            raise fields.error("model", "'gpt2' or 'llama'; give the path of another tokenizer file")
+            raise fields.error("model", "'gpt2' or 'llama'", "; give the path of the model's tokenizer file instead")
         document = _byte_level(fields) if kind == "gpt2" else _sentencepiece(fields, ids.get("unk_token"))
         begins = fields.flag("add_bos_token", kind == "llama" or fields.text("pre") == LLAMA3_SPLIT)
         self._set_up(source, document, {name: tokens[token] for name, token in ids.items()}, begins)
@@ -78,10 +78,10 @@ class _Fields:
         self.path = path
         self.metadata = metadata
 
-    def error(self, key: str, expected: str) -> ValueError:
+    def error(self, key: str, expected: str, advice: str = "") -> ValueError:
         name = f"tokenizer.ggml.{key}"
         got = f"got {self.metadata[name]!r:.80}" if name in self.metadata else "it is missing"
-        return ValueError(f"{self.path}: field {name!r}: expected {expected}, {got}")
+        return ValueError(f"{self.path}: field {name!r}: expected {expected}, {got}{advice}")
 
     def get(self, key: str) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{key}")
@@ -153,7 +153,8 @@ def _byte_level(fields: _Fields) -> dict[str, Any]:
     """The pipeline of a byte-level BPE."""
     split = fields.text("pre") or "default"
     if split not in SPLITS:
-        raise fields.error("pre", f"one of {', '.join(SPLITS)}; give the path of the model's tokenizer.json instead")
+        advice = "; give the path of the model's tokenizer.json instead"
+        raise fields.error("pre", f"one of {', '.join(SPLITS)}", advice)
     whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": split != LLAMA3_SPLIT}
     steps: list[dict[str, Any]] = [whole]
     if split == LLAMA3_SPLIT:

@@ -140,7 +140,7 @@ class _Decoder:
         if not all(isinstance(step, dict) and self._add(step) for step in steps):
             raise ValueError(
                 f"{path}: its decoder is {json.dumps(description)[:200]}, which is not supported; expected ByteLevel, "
-                "Metaspace, or Replace, ByteFallback, Fuse and Strip"
+                "Metaspace, or Replace, ByteFallback, Fuse and Strip; give the model's tokenizer.model if it has one"
             )
 
     def _add(self, step: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ import logging
 import os
 from pathlib import Path
 
-from fastllama.gguf_header import GGUF_MAGIC, gguf_models
+from fastllama.gguf_header import gguf_models
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ FILES_IN_FOLDER = (
 def find_tokenizer_file(model_path: str | os.PathLike[str]) -> Path:
     """The file itself, or the first of `FILES_IN_FOLDER` in a folder, else the GGUF model there, if it is the only one.
 
-    The log says which others are passed over. Raises AssertionError if there is none.
+    A tokenizer.json goes before a SentencePiece model, as in transformers. The log says which files are passed over.
+    Raises AssertionError if there is none.
     """
     path = Path(model_path)
     if os.path.isfile(path):  # unlike Path.is_file, false for any string
@@ -38,8 +39,12 @@ def find_tokenizer_file(model_path: str | os.PathLike[str]) -> Path:
         present = [models[0].name]
     if not present:
         raise AssertionError(
-            f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}, or one GGUF file"
+            f"no tokenizer in the folder {path}: expected one of {', '.join(FILES_IN_FOLDER)}, or one GGUF file; give "
+            "its path as tokenizer_path, or save a tokenizer.json with transformers' AutoTokenizer"
         )
+    if JSON_NAME in present[1:] and is_sentencepiece(first_bytes(path / present[0])):
+        present.remove(JSON_NAME)
+        present.insert(0, JSON_NAME)
     logger.info("tokenizer: %s%s", path / present[0], f"; passed over: {', '.join(present[1:])}" * bool(present[1:]))
     return path / present[0]
 
@@ -53,11 +58,6 @@ def first_bytes(path: Path) -> bytes:
 def is_json(data: bytes) -> bool:
     """Whether a file that begins with these bytes is a `tokenizer.json`."""
     return data[:64].lstrip().startswith(b"{")
-
-
-def is_gguf(data: bytes) -> bool:
-    """Whether a file that begins with these bytes is a GGUF file."""
-    return data.startswith(GGUF_MAGIC)
 
 
 def is_sentencepiece(data: bytes) -> bool:

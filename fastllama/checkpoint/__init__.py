@@ -29,7 +29,7 @@ from fastllama.checkpoint.unsupported_formats import (
     stray_files,
 )
 from fastllama.checkpoint.weight_files import ADAPTER_REASON, FILE_PATTERN, SHARD_PATTERN, huggingface_files, meta_files
-from fastllama.gguf_header import GGUF_SUFFIX, gguf_models
+from fastllama.gguf_header import GGUF_SUFFIX, gguf_models, is_gguf_file
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Where Hugging Face's repositories keep Meta's files (mp8 and mp16: 405B).
 META_SUBFOLDERS = ("original", "original/mp8", "original/mp16")
 MAX_FILES_LISTED = 12
+MAX_FILES_SEARCHED = 200
 
 
 def open_checkpoint(ckpt_dir: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]] = ()) -> Checkpoint:
@@ -53,7 +54,7 @@ def open_checkpoint(ckpt_dir: str | os.PathLike[str], adapters: Sequence[str | o
     adapter is damaged, belongs to another base, or cannot be merged.
     """
     folder = Path(ckpt_dir)
-    if folder.suffix == GGUF_SUFFIX and os.path.isfile(folder):
+    if is_gguf_file(folder):
         checkpoint = open_gguf(folder)
         logger.info("checkpoint: %s, %s", folder.parent, ", ".join(path.name for path, _ in checkpoint.files))
         return _with_adapters(checkpoint, adapters)
@@ -145,6 +146,9 @@ def _not_found_message(folder: Path, other: str | None, below: list[Path]) -> st
         f"{start}expected {PARAMS_NAME} and {SHARD_PATTERN} there or in original/, "
         f"or {CONFIG_NAME} and {FILE_PATTERN}, or one *{GGUF_SUFFIX}; it holds {shown or 'nothing'}"
     )
+    entries = sorted(folder.iterdir())[:MAX_FILES_SEARCHED]
+    if files := [str(path) for path in entries if is_gguf_file(path)]:  # without the suffix, as in Ollama's store
+        return f"{message}; pass the path of the GGUF file: {short_list(files)}"
     if subfolders := find_checkpoint_folders(folder, _holds_checkpoint):
         return f"{message}; pass the folder below it that holds one: {short_list(list(map(str, subfolders)))}"
     return message

@@ -27,8 +27,8 @@ IGNORED_FIELDS = (
 REFUSED_FIELDS = {
     "use_dora": "DoRA scales the merged rows",
     "modules_to_save": "these modules are stored complete, not as LoRA",
-    "bias": "biases were trained, and Llama 3 has none",
-    "lora_bias": "biases were trained, and Llama 3 has none",
+    "bias": "biases were trained, too",
+    "lora_bias": "biases were trained, too",
     "fan_in_fan_out": "the factors are those of transposed weights",
     "layer_replication": "layers are repeated, so the model is another one",
     "trainable_token_indices": "rows of the embedding were trained",
@@ -39,6 +39,8 @@ REFUSED_FIELDS = {
     "arrow_config": "it chooses between adapters for every token",
     "ensure_weight_tying": "embedding and output share one adapter",
 }
+# PEFT cannot merge these either.
+NEVER_MERGED = ("use_qalora", "alora_invocation_tokens", "arrow_config")
 HARMLESS_VALUES: tuple[Any, ...] = (None, False, "none", "", [], {})
 # Other initialisations, such as "pissa", "olora", "corda" and "loftq", also change the base's weights.
 KEEPS_BASE_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -65,7 +67,8 @@ class AdapterConfig:
         """The configuration in a folder, for a base of `n_layers`. ValueError if it is damaged or cannot be merged."""
         config = JsonConfig.read(folder / ADAPTER_CONFIG_NAME)
         if config.values.get("peft_type") != "LORA":
-            raise config.error("peft_type", "'LORA', the only kind that can be merged here")
+            error = config.error("peft_type", "'LORA', the only kind that can be merged here")
+            raise ValueError(f"{error}; {MERGE_WITH_PEFT}")
         _refuse_fields(config)
         config.integer("r")
         config.number("lora_alpha")
@@ -119,7 +122,8 @@ def _refuse_fields(config: JsonConfig) -> None:
     for key, why in REFUSED_FIELDS.items():
         if config.values.get(key) not in HARMLESS_VALUES:
             value = short_repr(config.values[key])
-            raise ValueError(f"{config.path}: field {key!r} is {value}: {why}; {MERGE_WITH_PEFT}")
+            advice = "PEFT cannot merge it either: run it with PEFT" if key in NEVER_MERGED else MERGE_WITH_PEFT
+            raise ValueError(f"{config.path}: field {key!r} is {value}: {why}; {advice}")
     start = config.values.get("init_lora_weights")
     if start not in KEEPS_BASE_WEIGHTS:
         raise ValueError(

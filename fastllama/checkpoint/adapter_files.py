@@ -12,6 +12,7 @@ from fastllama.checkpoint.safetensors_files import SafetensorsTensor, open_safet
 from fastllama.checkpoint.unsupported_formats import ADAPTER_CONFIG_NAME, MERGE_WITH_PEFT, PICKLED_ADAPTERS
 
 ADAPTER_FILE_NAME = "adapter_model.safetensors"
+MLX_FILE_NAME = "adapters.safetensors"
 # Prefixes that PEFT and transformers put before a module; with a base model alone (LlamaModel) there are fewer.
 OUTER_PREFIXES = r"(?:base_model\.)?(?:model\.)*"
 # Names in a saved file end with lora_A.weight, those of a model in memory with lora_A.NAME_OF_THE_ADAPTER.weight. The
@@ -26,7 +27,7 @@ EMBEDDING_MODULE = "embed_tokens"
 REFUSED_PARTS = {
     "lora_magnitude_vector": "DoRA scales the merged rows",
     "modules_to_save": "a module that is stored complete, not as LoRA",
-    ".bias": "a trained bias, and Llama 3 has none",
+    ".bias": "a trained bias",
 }
 
 
@@ -55,7 +56,10 @@ def check_folder(folder: Path) -> None:
                     f'torch.load("{name}", weights_only=True), "{ADAPTER_FILE_NAME}")'
                 )
     if missing := [name for name in (ADAPTER_CONFIG_NAME, ADAPTER_FILE_NAME) if not os.path.exists(folder / name)]:
-        raise ValueError(f"{folder}: expected a LoRA adapter as PEFT saves it; it lacks {' and '.join(missing)}")
+        advice = "; fuse an adapter of MLX into its base with mlx_lm.fuse" if (folder / MLX_FILE_NAME).exists() else ""
+        raise ValueError(
+            f"{folder}: expected a LoRA adapter as PEFT saves it; it lacks {' and '.join(missing)}{advice}"
+        )
 
 
 def read_tensors(folder: Path, modules: Iterable[str]) -> AdapterTensors:
@@ -88,7 +92,8 @@ def read_tensors(folder: Path, modules: Iterable[str]) -> AdapterTensors:
             found.copies[match["module"]] = tensor
     if strangers:
         raise ValueError(
-            f"{path}: {len(strangers)} tensors are not LoRA factors of a module of the base: {short_list(strangers)}"
+            f"{path}: {len(strangers)} tensors are not LoRA factors of a module of the base: {short_list(strangers)}; "
+            "pass the base that the adapter was trained on"
         )
     check_dtypes(path, {name: tensor.dtype_text for name, tensor in tensors.items()})
     _check_pairs(path, found.factors)

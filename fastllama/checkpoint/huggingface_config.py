@@ -18,7 +18,10 @@ def model_params(config: JsonConfig) -> dict[str, Any]:
     """config.json as ModelArgs fields. vocab_size is -1 if only the embedding's shape gives it."""
     model_type = config.values.get("model_type")
     if model_type != "llama":
-        raise ValueError(f"{config.path}: expected a Llama model (model_type 'llama'), got {short_repr(model_type)}")
+        raise ValueError(
+            f"{config.path}: expected a Llama model (model_type 'llama'), got {short_repr(model_type)}; "
+            "fastllama runs Llama's architecture only"
+        )
     if config.has("quantization_config"):
         method = (config.section("quantization_config") or config).values.get("quant_method", "unknown")
         raise ValueError(

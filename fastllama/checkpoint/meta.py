@@ -191,6 +191,8 @@ def _name_hint(config: JsonConfig, expected: Sequence[str], found: Mapping[str, 
     layers = count_layers(found)
     if layers not in (0, stated):
         return f"{PARAMS_NAME} says n_layers={stated}, the files have {layers} layers"
+    if any(name.endswith(".self_attn.q_proj.weight") for name in found):
+        return "these are transformers' names; save them as safetensors beside config.json"
     if OUTPUT_NAME in expected and OUTPUT_NAME not in found:
         return f"if the output is tied to the embedding, set tied_output to true in {PARAMS_NAME}"
     if any(name.endswith(BIAS_SUFFIX) for name in found.keys() ^ set(expected)):

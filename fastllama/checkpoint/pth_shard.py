@@ -68,7 +68,7 @@ def _check_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
                 f"{path}: expected a flat dict of names and tensors, "
-                f"got {short_repr(name)} with a {type(value).__name__}"
+                f"got {short_repr(name)} with a {type(value).__name__}; save the weights alone"
             )
     tensors = {name: value.detach() for name, value in content.items() if not DERIVED_BUFFERS.fullmatch(name)}
     check_dtypes(path, {name: dtype_name(value.dtype) for name, value in tensors.items()})
@@ -88,7 +88,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         wanted = re.search(r"GLOBAL (\S{1,80})", text)
         what = f" ({wanted[1]})" if wanted else ""
-        return f"refused, because it holds more than tensors{what} and nothing in it is executed"
+        return (
+            f"refused, because it holds more than tensors{what} and nothing in it is executed; "
+            "save the tensors alone: torch.save(model.state_dict(), path)"
+        )
     reason = f"{type(error).__name__}: {short_repr(text.splitlines()[0] if text else '')}"
     return f"is truncated or damaged ({reason}); download it again"
 

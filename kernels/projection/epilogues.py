@@ -42,17 +42,16 @@ def weight_rows(out, OUT, EPILOGUE: tl.constexpr):
 
 
 @triton.jit
-def load_bias(bias_ptr, out, live, OUT, EPILOGUE: tl.constexpr):
-    """The biases of the two rows of each result, in float32; None for both if there are none."""
+def load_bias(bias_ptr, out, live, OUT, EPILOGUE):
+    """The biases of the one or two rows of each result, in float32; () if there are none."""
+    first, second = weight_rows(out, OUT, EPILOGUE)
     if bias_ptr is None:
-        return None, None
+        return ()
+    elif EPILOGUE == "none":
+        return (tl.load(bias_ptr + first, mask=live, other=0.0).to(tl.float32),)
     else:
-        first, second = weight_rows(out, OUT, EPILOGUE)
         bias = tl.load(bias_ptr + first, mask=live, other=0.0).to(tl.float32)
-        bias_2 = bias
-        if EPILOGUE != "none":
-            bias_2 = tl.load(bias_ptr + second, mask=live, other=0.0).to(tl.float32)
-        return bias, bias_2
+        return bias, tl.load(bias_ptr + second, mask=live, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -229,10 +229,11 @@ def _few_tokens_kernel(
     sums, sums_2 = _multiply(x_ptr, norm_ptr, weight_ptr, first, second, tokens, exists, token_exists, eps,
                              IN, TWO_TILES, EVEN, BLOCK_N, BLOCK_ROWS, BLOCK_IN, ACCUMULATORS)
     # fmt: on
-    bias, bias_2 = load_bias(bias_ptr, out, exists, OUT, EPILOGUE)
-    if bias is not None:
-        sums += bias[:, None]
-        sums_2 += bias_2[:, None]
+    biases = load_bias(bias_ptr, out, exists, OUT, EPILOGUE)
+    if len(biases) > 0:
+        sums += biases[0][:, None]
+    if len(biases) > 1:
+        sums_2 += biases[1][:, None]
     y = sums.to(y_ptr.dtype.element_ty)
     live = exists[:, None] & token_exists[None, :]
     if EPILOGUE == "rotary":

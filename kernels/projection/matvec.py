@@ -148,11 +148,11 @@ def _inverse_norm(x, eps, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
 
 
 @triton.jit
-def _rounded_sums(sums, bias, dtype: tl.constexpr):
-    """The sum of each row (BLOCK_ROWS, BLOCK_IN), plus its bias if there is one, rounded to the model dtype."""
+def _rounded_sums(sums, biases, tile: tl.constexpr, dtype: tl.constexpr):
+    """The sum of each row (BLOCK_ROWS, BLOCK_IN), plus the tile's bias if there is one, rounded to the model dtype."""
     y = tl.sum(sums, 1)
-    if bias is not None:
-        y += bias
+    if len(biases) > 0:
+        y += biases[tile]
     return y.to(dtype)
 
 
@@ -197,7 +197,7 @@ def _matvec_kernel(
     weights, weights_2 = _load_tiles(weight_ptr, out, live, OUT, IN, EPILOGUE, BLOCK_IN, EVEN)
     if norm_ptr is not None and HOLD_SCALES:
         scales = _load_vector(norm_ptr + cols, IN, BLOCK_IN)
-    bias, bias_2 = load_bias(bias_ptr, out, live, OUT, EPILOGUE)
+    biases = load_bias(bias_ptr, out, live, OUT, EPILOGUE)
     if PREFETCH > 0:
         begin = (tl.program_id(0) + RESIDENT) * BLOCK_ROWS
         is_next = (tl.program_id(0) < RESIDENT) & (begin + BLOCK_ROWS <= OUT)
@@ -231,13 +231,13 @@ def _matvec_kernel(
         sums += weights[i].to(tl.float32) * value[None, :]
         if TWO_TILES:
             sums_2 += weights_2[i].to(tl.float32) * value[None, :]
-    y = _rounded_sums(sums, bias, y_ptr.dtype.element_ty)
+    y = _rounded_sums(sums, biases, 0, y_ptr.dtype.element_ty)
     if EPILOGUE == "none":
         if residual_ptr is not None:
             y = residual + y
         tl.store(y_ptr + out, y, mask=live)
     else:
-        y_2 = _rounded_sums(sums_2, bias_2, y_ptr.dtype.element_ty)
+        y_2 = _rounded_sums(sums_2, biases, 1, y_ptr.dtype.element_ty)
         if EPILOGUE == "swiglu":
             tl.store(y_ptr + out, silu_times(y, y_2), mask=live)
         else:

@@ -123,10 +123,8 @@ def test_user_defined_tokens_are_matched_in_any_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, r"tokenizer\.ggml\.model': expected 'gpt2' or 'llama'; .*, got 'bert'"),
         ({"model": 7}, r"tokenizer\.ggml\.model': expected a text, got 7"),
         ({"model": "llama"}, r"tokenizer\.ggml\.scores': expected a list of \d+ numbers.*, it is missing"),
-        ({"pre": "qwen2"}, r"pre': expected one of llama-bpe, smollm, gpt-2, default; .*, got 'qwen2'"),
         ({"tokens": None}, r"tokenizer\.ggml\.tokens': expected a list of texts, it is missing"),
         ({"tokens": [1, 2]}, r"tokenizer\.ggml\.tokens': expected a list of texts, got \[1, 2\]"),
         ({"merges": None}, r"tokenizer\.ggml\.merges': expected a list of texts, it is missing"),
@@ -143,7 +141,7 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path: Path, changes: dic
         open_tokenizer(path)
 
 
-@pytest.mark.parametrize("model", [None, "none", "no_vocab"])
+@pytest.mark.parametrize("model", [None, "no_vocab"])
 def test_a_file_may_have_no_tokenizer(tmp_path: Path, model: str | None) -> None:
     with pytest.raises(AssertionError, match=r"model\.gguf has no tokenizer; give the path"):
         open_tokenizer(write(tmp_path, model=model))
@@ -154,13 +152,6 @@ def test_two_tokens_of_one_text_are_refused(tmp_path: Path) -> None:
     fields["tokenizer.ggml.tokens"][-1] = fields["tokenizer.ggml.tokens"][-2]
     path = write_gguf(tmp_path / "model.gguf", fields, {})
     with pytest.raises(ValueError, match=r"tokens \d+ and \d+ have the same text"):
-        open_tokenizer(path)
-
-
-def test_a_tokenizer_that_normalises_is_refused(tmp_path: Path) -> None:
-    library = SentencePieceProcessor(str(write_sentencepiece(tmp_path)))
-    path = write_scores(tmp_path, library, remove_extra_whitespaces=True)
-    with pytest.raises(ValueError, match="its tokenizer normalises texts"):
         open_tokenizer(path)
 
 

@@ -14,6 +14,7 @@ from fastllama.tokenizer import Tokenizer
 from fastllama.tokenizer_base import BaseTokenizer, TextStream
 from fastllama.tokenizer_huggingface import HuggingFaceTokenizer
 from fastllama.tokenizer_open import open_tokenizer
+from fastllama.tokenizer_search import find_tokenizer_file
 from fastllama.tokenizer_sentencepiece import SentencePieceTokenizer
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface
 from tests.support.pipelines import CORPUS, PIPELINES, write_pipeline, write_sentencepiece
@@ -83,6 +84,15 @@ def test_only_the_post_processor_decides_how_texts_begin(tmp_path: Path) -> None
     appends.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
     ours = HuggingFaceTokenizer(write_pipeline(appends, tmp_path, bos_token=None))
     assert (ours.bos_id, ours.encode("a", bos=True, eos=False)) == (-1, appends.encode("a").ids[:-1])
+
+
+def test_a_folders_tokenizer_json_goes_before_its_sentencepiece_model(tmp_path: Path) -> None:
+    model = write_sentencepiece(tmp_path)
+    assert isinstance(open_tokenizer(tmp_path), SentencePieceTokenizer)
+    beside = write_pipeline(PIPELINES["metaspace"](), tmp_path)
+    assert find_tokenizer_file(tmp_path) == beside
+    assert isinstance(open_tokenizer(tmp_path), HuggingFaceTokenizer)
+    assert isinstance(open_tokenizer(model), SentencePieceTokenizer)
 
 
 def test_named_tokens_are_special_and_found_in_either_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -173,13 +183,6 @@ def test_sentencepiece_encodes_as_the_library(tokenizers: dict[str, BaseTokenize
         assert ours.decode(ids) == ours.model.decode(ids)
 
 
-def test_tokens_added_to_a_sentencepiece_model_are_refused(tmp_path: Path) -> None:
-    path = write_sentencepiece(tmp_path)
-    (tmp_path / "added_tokens.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokens added to it in added_tokens.json"):
-        open_tokenizer(path)
-
-
 def test_a_folder_with_both_files_uses_the_json(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path)
     write_pipeline(PIPELINES["metaspace"](), tmp_path)
@@ -213,13 +216,11 @@ def test_damaged_files_are_named(tmp_path: Path, content: str, message: str) -> 
         HuggingFaceTokenizer(path)
 
 
-def test_a_decoder_that_joins_tokens_by_other_rules_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_decoder_is_refused(tmp_path: Path) -> None:
     path = write_pipeline(PIPELINES["byte-level"](), tmp_path)
-    document = json.loads(path.read_text())
-    for decoder in (None, {"type": "WordPiece", "prefix": "##", "cleanup": True}):
-        path.write_text(json.dumps(document | {"decoder": decoder}))
-        with pytest.raises(ValueError, match="decoder is .* not supported"):
-            HuggingFaceTokenizer(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder": None}))
+    with pytest.raises(ValueError, match="its decoder is null, which is not supported"):
+        HuggingFaceTokenizer(path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

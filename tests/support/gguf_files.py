@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -10,6 +10,9 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from tests.support.checkpoints import Params, Weights, head_dim, hidden_dim, n_kv_heads, random_weights, tiny_params
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 # Widths of whole blocks of every type.
 PARAMS = tiny_params(dim=256, hidden_dim=512)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastllama.checkpoint import open_checkpoint
-from tests.support.bad_checkpoints import CONFIG, WEIGHTS, good, huggingface, indexed, meta, next_call_works, refused
+from tests.support.bad_checkpoints import WEIGHTS, good, huggingface, indexed, meta, next_call_works, refused
 
 __all__ = ["good", "next_call_works"]  # fixtures
 
@@ -19,11 +19,6 @@ __all__ = ["good", "next_call_works"]  # fixtures
 @pytest.mark.parametrize("name", ["nowhere", "x" * 300], ids=["missing", "long"])
 def test_open_rejects_a_missing_folder(tmp_path: Path, name: str) -> None:
     refused(tmp_path / name, name, "does not exist", error=AssertionError)
-
-
-def test_open_rejects_a_file(tmp_path: Path) -> None:
-    meta(tmp_path)
-    refused(tmp_path / "consolidated.00.pth", "pass the folder", error=AssertionError)
 
 
 @pytest.mark.parametrize("write", [meta, huggingface, indexed])
@@ -55,19 +50,6 @@ def test_open_lists_what_a_folder_without_weights_holds(tmp_path: Path) -> None:
     (tmp_path / "original").mkdir()
     (tmp_path / "params.json").write_text("{}")
     refused(tmp_path, "it holds original/, params.json", error=AssertionError)
-
-
-def test_open_says_how_to_convert_pickled_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    refused(tmp_path, "pytorch_model.bin", "to safetensors", error=AssertionError)
-
-
-@pytest.mark.parametrize("name", ["params.json", "config.json"])
-def test_open_rejects_weights_without_their_json(tmp_path: Path, name: str) -> None:
-    (meta if name == "params.json" else huggingface)(tmp_path)
-    (tmp_path / name).unlink()
-    refused(tmp_path, name, "No such file")
 
 
 # JSON
@@ -128,8 +110,6 @@ def test_open_rejects_absent_fields_in_params(tmp_path: Path, field: str) -> Non
         ({"use_scaled_rope": 1}, "'use_scaled_rope': expected true or false"),
         ({"n_layers": 10_001}, "'n_layers'"),
         ({"n_experts": 8, "dims": 1}, "unknown fields dims, n_experts"),
-        ({"vision_chunk_size": 448}, "vision model"),
-        ({"quantization_args": {"scheme": "int4"}}, "quantization_args"),
         ({"lora_args": {"rank": 16}}, "lora_args"),
         ({"n_kv_heads": 3}, "n_heads=8, n_kv_heads=3"),
         ({"n_heads": 7, "n_kv_heads": 7}, "64 and 7 heads"),
@@ -160,12 +140,9 @@ LLAMA3 = {
 @pytest.mark.parametrize(
     ("fields", "mention"),
     [
-        ({"model_type": "mistral"}, "expected a Llama model (model_type 'llama'), got 'mistral'"),
         ({"model_type": ...}, "got None"),
-        ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "quantised checkpoint (quant_method 'fbgemm_fp8')"),
         ({"quantization_config": "gptq"}, "'quantization_config'"),
         ({"attention_bias": "no"}, "'attention_bias'"),
-        ({"hidden_act": "gelu"}, "'hidden_act': expected 'silu', got 'gelu'"),
         ({"num_key_value_heads": 3}, "n_heads=8, n_kv_heads=3"),
         ({"num_key_value_heads": 0}, "'num_key_value_heads'"),
         ({"num_attention_heads": 7, "num_key_value_heads": 7}, "64 and 7 heads"),

@@ -1,6 +1,5 @@
-"""GGUF files that are refused: of other models, incomplete, truncated or damaged."""
+"""GGUF files whose metadata does not fit, or that are incomplete, truncated or damaged."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,9 @@ import pytest
 
 from fastllama.checkpoint import open_checkpoint
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
-from tests.support.gguf_files import FIELDS, WEIGHTS, quantised, write, write_gguf  # noqa: E402
+from tests.support.gguf_files import FIELDS, WEIGHTS, quantised, write, write_gguf
 
 
 @pytest.mark.parametrize(
@@ -23,22 +22,13 @@ from tests.support.gguf_files import FIELDS, WEIGHTS, quantised, write, write_gg
         ({"embedding_length": "x"}, r"field 'llama\.embedding_length': expected an integer .*, got 'x'"),
         ({"attention__head_count_kv": [2, 2]}, r"head_count_kv': expected an integer .*, got \[2, 2\]"),
         ({"attention__head_count_kv": 3}, r"n_heads to be a multiple of n_kv_heads"),
-        ({"attention__value_length": 16}, r"value_length': expected the size of a head, 32, got 16"),
-        ({"rope__dimension_count": 16}, r"dimension_count': expected the size of a head, 32, got 16"),
         ({"attention__key_length": None, "embedding_length": 250}, r"a multiple of the number of heads, 8, got 250"),
-        ({"expert_count": 8}, r"expert_count': expected 0 \(Llama 3 has no experts\), got 8"),
         ({"vocab_size": 500}, r"token_embd\.weight: expected \(500, 256\)"),
     ],
 )
 def test_metadata_that_is_not_this_llamas_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_checkpoint(write(tmp_path, **changes))
-
-
-def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "model.gguf", {}, quantised(WEIGHTS, "F32"), architecture="qwen2")
-    with pytest.raises(ValueError, match=r"model\.gguf: expected a model of the architecture 'llama', got 'qwen2'"):
-        open_checkpoint(path)
 
 
 def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
@@ -48,21 +38,6 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
     message = r"1 missing: output_norm\.weight; 1 unexpected: blk\.0\.attn_k\.bias; all layers have the same biases"
     with pytest.raises(ValueError, match=message):
-        open_checkpoint(path)
-
-
-def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path: Path) -> None:
-    tensors = quantised(WEIGHTS, "F32")
-    tensors["output_norm.weight"] = (np.ones(256, np.int8), gguf.GGMLQuantizationType.I8)
-    path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
-    with pytest.raises(ValueError, match=r"tensor output_norm\.weight has the type I8, which the package"):
-        open_checkpoint(path)
-
-
-def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match=r"needs a package, pip install fastllama\[gguf\]"):
         open_checkpoint(path)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from click.testing import CliRunner
 from fastllama import Llama
 from fastllama.checkpoint import open_checkpoint
 from fastllama.cli import main
+from fastllama.tokenizer_gguf import GgufTokenizer
 from tests.support.checkpoints import (
     random_weights,
     share,
@@ -141,11 +141,9 @@ def test_a_split_model_must_have_all_tensors(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_several_models_in_a_folder_are_listed(tmp_path: Path) -> None:
+def test_one_of_several_models_in_a_folder(tmp_path: Path) -> None:
     write(tmp_path).rename(tmp_path / "a.gguf")
     write(tmp_path).rename(tmp_path / "b.gguf")
-    with pytest.raises(ValueError, match=r"holds several GGUF models, a\.gguf, b\.gguf; pass the path"):
-        open_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path / "b.gguf").files[0][0] == tmp_path / "b.gguf"
 
 
@@ -166,11 +164,16 @@ def test_the_log_names_the_files(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert caplog.messages == [f"checkpoint: {tmp_path}, model.gguf"]
 
 
-def test_a_file_without_a_name_of_gguf_is_a_file(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    os.rename(path, tmp_path / "model.bin")
-    with pytest.raises(AssertionError, match="is a file; pass the folder it is in"):
-        open_checkpoint(tmp_path / "model.bin")
+def test_a_file_of_any_name_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    """As in Ollama's store."""
+    tokenizer = byte_level()
+    params = PARAMS | {"vocab_size": tokenizer.get_vocab_size()}
+    path = tmp_path / f"sha256-{'0a' * 32}"
+    fields = metadata(params) | byte_level_fields(tokenizer, "smollm")
+    write_gguf(path, fields, quantised(random_weights(params), "F16"))
+    llm = Llama.build(str(path), None, 16, 1, device="cpu")
+    assert isinstance(llm.tokenizer, GgufTokenizer) and llm.generate([[1, 2]], 2)[0]
+    assert open_checkpoint(path).files[0][0] == path
 
 
 def test_inspect_shows_types_and_tokenizer(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Every refusal of docs/refusals.md: what is refused, the exact message, and that no model was made."""
+
+import ast
+import re
+import traceback
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+pytest.importorskip("click", reason="click is not installed")
+
+from docs import refusals
+from fastllama import loading
+from fastllama.checkpoint.adapter_config import REFUSED_FIELDS
+from fastllama.checkpoint.adapter_files import REFUSED_PARTS
+from fastllama.checkpoint.unsupported_formats import OTHER_FORMATS
+from fastllama.model import Transformer
+from tests.support.refusals import adapters, files
+from tests.support.refusals.case import chat
+
+CASES = refusals.cases()
+MESSAGES = refusals.read_messages(refusals.PAGE.read_text(encoding="utf-8"))
+
+
+def test_the_page_has_every_case_and_nothing_else() -> None:
+    assert len(CASES) == sum(len(listed) for _, _, listed in refusals.SECTIONS), "two cases have the same name"
+    assert refusals.page(MESSAGES) == refusals.PAGE.read_text(encoding="utf-8"), "run `make docs`"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_message_is_that_of_the_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        made.append(args)
+        return Transformer(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fastllama.loading.Transformer", counted)
+    message = str(CASES[name].refused())
+    assert message == MESSAGES[name], "run `make docs`, and read what it changes"
+    assert "\n" not in message
+    assert len(made) == (CASES[name].call is chat)
+
+
+# Completeness
+
+
+def test_every_entry_of_the_tables_of_refusals_has_a_case() -> None:
+    """A GGUF file is in the table because it may lie beside other weights; it loads."""
+    assert adapters.REFUSED_FIELDS.keys() == REFUSED_FIELDS.keys()
+    for part in REFUSED_PARTS:
+        assert any(part in name for name in adapters.REFUSED_PARTS), part
+    for pattern in OTHER_FORMATS.keys() - {"*.gguf"}:
+        assert any(fnmatch(name, pattern) for name in files.OTHER_FORMATS), pattern
+
+
+# Words of a message that say that fastllama lacks something, not that a file is damaged.
+LACKS = re.compile(
+    r"not support|does not dequantise|does not allow|needs a package|WITH_PEFT|pickled|quantised|Llama's (arch|layers)"
+    r"|text models|the one to use|describes \{SHARD_PATTERN\}|big-endian|has no tokenizer|normalises|other weights"
+)
+FOLDER = Path(loading.__file__).parent
+MODULES = [
+    *sorted((FOLDER / "checkpoint").glob("*.py")),
+    *sorted(FOLDER.glob("tokenizer_*.py")),
+    FOLDER / "gguf_header.py",
+]
+
+
+def test_every_raise_of_what_is_lacking_is_reached() -> None:
+    reached = set()
+    for case in CASES.values():
+        error: BaseException | None = case.refused()
+        while error is not None:
+            reached |= {(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)}
+            error = error.__cause__ or error.__context__
+    lacking = []
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Raise) and LACKS.search(ast.get_source_segment(text, node) or ""):
+                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                lacking.append((f"{path.name}:{node.lineno}", any((str(path), line) in reached for line in lines)))
+    assert len(lacking) > 15
+    assert [place for place, is_reached in lacking if not is_reached] == [], "these have no case"

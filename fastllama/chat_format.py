@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastllama.chat_template import INPUTS, ChatTemplate, check_tools, is_llama3
-from fastllama.chat_template_files import DEFAULT, TOOL_USE, find_chat_template, read_source, read_special_tokens
+from fastllama.chat_template_files import TOOL_USE, find_chat_template, read_source, read_special_tokens
 from fastllama.tokenizer import CHAT_TOKENS, ChatFormat, Dialog, Tokenizer, check_dialog
-from fastllama.tokenizer_base import BaseTokenizer
+from fastllama.tokenizer_base import DEFAULT_TEMPLATE, BaseTokenizer
 
 LLAMA3 = "llama3"
 STOPS = ("<|eot_id|>", "<|eom_id|>")  # at which Llama 3's format ends a message
@@ -132,7 +132,7 @@ def _template(
     for other in folders:
         if not found:
             folder, found = other, find_chat_template(other)
-    usual = TOOL_USE if has_tools and TOOL_USE in found else DEFAULT
+    usual = TOOL_USE if has_tools and TOOL_USE in found else DEFAULT_TEMPLATE
     name = usual if chosen is None else os.fspath(chosen)
     if name in found:
         source, label = found[name], f"{folder}, chat template {name!r}"

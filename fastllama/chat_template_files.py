@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from fastllama.checkpoint.json_config import JsonConfig
+from fastllama.tokenizer_base import DEFAULT_TEMPLATE
 
-DEFAULT = "default"
 TOOL_USE = "tool_use"  # the usual template of conversations with tools
 TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
@@ -20,7 +20,7 @@ def find_chat_template(folder: Path) -> dict[str, str]:
     """
     files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     if (folder / TEMPLATE_FILE).is_file():
-        files[DEFAULT] = folder / TEMPLATE_FILE
+        files[DEFAULT_TEMPLATE] = folder / TEMPLATE_FILE
     if files:
         return {name: read_source(path) for name, path in files.items()}
     if not (folder / CONFIG_FILE).is_file():
@@ -29,7 +29,7 @@ def find_chat_template(folder: Path) -> dict[str, str]:
     value = config.values.get("chat_template")
     if value is None:
         return {}
-    entries = value if isinstance(value, list) else [{"name": DEFAULT, "template": value}]
+    entries = value if isinstance(value, list) else [{"name": DEFAULT_TEMPLATE, "template": value}]
     for entry in entries:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
             raise config.error("chat_template", 'a text or a list of {"name": ..., "template": ...}')

@@ -14,6 +14,7 @@ from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Literal
 
+DEFAULT_TEMPLATE = "default"  # the name of the usual chat template
 NO_TOKEN_ID = -1  # of a special token that a tokenizer does not have
 
 

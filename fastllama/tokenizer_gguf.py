@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastllama.chat_template_files import DEFAULT
 from fastllama.gguf_header import read_header, split_files
 from fastllama.tokenizer import Tokenizer
+from fastllama.tokenizer_base import DEFAULT_TEMPLATE
 from fastllama.tokenizer_huggingface import HuggingFaceTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
@@ -67,7 +67,7 @@ def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The templates by name: that of the field itself is the usual one, those of fields below it are named."""
     field = "tokenizer.chat_template"
     named = {key.removeprefix(f"{field}."): value for key, value in metadata.items() if key.startswith(f"{field}.")}
-    found = {DEFAULT: metadata.get(field), **named}
+    found = {DEFAULT_TEMPLATE: metadata.get(field), **named}
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 

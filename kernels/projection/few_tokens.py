@@ -32,8 +32,7 @@ from fastllama.kernels.rope import CacheTarget
 from fastllama.kernels.swiglu import silu_times
 
 MAX_TOKENS = 16
-MIN_COLUMNS = 8  # columns of a matrix instruction's right operand on NVIDIA GPUs
-MIN_COLUMNS_AMD = 16
+MIN_COLUMNS, MIN_COLUMNS_AMD = 8, 16  # columns of a matrix instruction's right operand
 ROWS = (64, 32, 16)  # per tile: the largest that gives most multiprocessors two programs, or one
 # Programs per multiprocessor; a few multiprocessors may idle. With two, one multiplies while the other waits for data.
 TWO_PROGRAMS, ONE_PROGRAM = 1.4, 0.7

@@ -27,7 +27,9 @@ from fastllama.kernels import select
 from fastllama.loading import choose_device
 from fastllama.model import Transformer
 from fastllama.tokenizer import Tokenizer
+from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_files import NUM_SPECIAL_TOKENS
+from fastllama.tokenizer_open import open_tokenizer
 
 RANDOM_SEED = 20240418
 RANDOM_STD = 0.02
@@ -174,9 +176,11 @@ def build_from_json(**spec: Any) -> Llama:
     return ModelSpec.from_json(**spec).build()
 
 
-def _tokenizer(source: ModelSource, vocab_size: int) -> Tokenizer:
+def _tokenizer(source: ModelSource, vocab_size: int) -> BaseTokenizer:
     if source.tokenizer_path is not None:
-        return Tokenizer(source.tokenizer_path)
+        tokenizer = open_tokenizer(source.tokenizer_path)
+        tokenizer.n_rows = vocab_size  # more than it has tokens, where a vocabulary is padded
+        return tokenizer
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
         path.write_bytes(_ranks(vocab_size - NUM_SPECIAL_TOKENS))
@@ -211,5 +215,5 @@ def random_tensors(
         drawn = "tok_embeddings.weight" if args.tied_output and weight.name == "output.weight" else weight.name
         generator.manual_seed(seed * SEEDS_PER_MODEL + names.index(drawn))
         tensor = torch.randn(weight.shape, generator=generator, device=device) * RANDOM_STD
-        tensor = (tensor + 1 if len(weight.shape) == 1 else tensor).to(dtype)
+        tensor = (tensor + 1 if weight.name.endswith("norm.weight") else tensor).to(dtype)
         yield weight.name, read_slice(ShardedTensor((tensor,)), weight, group.rank, group.size)

@@ -17,8 +17,9 @@ Checkpoints, tokenizers, templates and adapters that are whole, and that fastlla
 [What loads](checkpoints.md) is another page. Damaged and contradictory files are also refused, and are not listed here.
 
 Every error is a `ValueError`, or an `AssertionError` (marked *) where a folder holds no checkpoint or no tokenizer, or
-both do not fit together, as in Meta's `Llama.build`. It is raised before any memory is allocated for weights. In the
-messages, `model` is the path of the checkpoint and `adapter` that of the adapter.
+the tokenizer does not fit the checkpoint, as in Meta's `Llama.build`. It is raised before any memory is allocated for
+weights, except under [Chat](#chat). In the messages, `model` is the path of the checkpoint and `adapter` that of the
+adapter.
 
 `make docs` writes this page: `tests/fastllama/test_refusals.py` makes every case and compares its message.
 """
@@ -31,7 +32,7 @@ SECTIONS = [
         configurations.CASES,
     ),
     ("GGUF", "", gguf_models.CASES),
-    ("Adapters", "Such an adapter works once it is merged into its base, which is then loaded alone.", adapters.CASES),
+    ("Adapters", "Where a message says to merge an adapter, do so and load the result alone.", adapters.CASES),
     ("Tokenizers", "", tokenizers.CASES),
     (
         "Chat",

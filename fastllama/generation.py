@@ -71,7 +71,7 @@ class Llama:
 
         ckpt_dir: the checkpoint's folder, or a GGUF file. tokenizer_path: its tokenizer.model or tokenizer.json, a GGUF
         file, or a folder with one of them; None means the checkpoint's own. max_seq_len: positions per row, up to 8192,
-        or 131072 if the checkpoint has scaled rope. max_batch_size: rows of a batch. model_parallel_size: processes
+        or 131072 if the checkpoint's rope is scaled. max_batch_size: rows of a batch. model_parallel_size: processes
         that share the model, independent of the number of files; None means all that torchrun started. Each process
         builds and makes the same calls. seed: the default seed of calls. device: None means CUDA if available, else the
         CPU. dtype: None means bfloat16 on CUDA (float16 if the GPU lacks it), float32 on a CPU. backend: "fused"

@@ -16,6 +16,7 @@ from fastllama.checkpoint.vocabulary import vocabulary_mismatch
 from fastllama.distributed import model_parallel
 from fastllama.kernels import select
 from fastllama.model import Transformer
+from fastllama.rope import check_angles
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_open import open_tokenizer
 from fastllama.tokenizer_search import find_tokenizer_file
@@ -90,6 +91,7 @@ def _args_and_tokenizer(
     if rope_scaling_factor is not None:
         fields.update(use_scaled_rope=True, rope_type="llama3", rope_scaling_factor=rope_scaling_factor)
     args = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, **fields)
+    check_angles(args)
     if args.rope_type == "default":
         _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")
     tokenizer = open_tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))

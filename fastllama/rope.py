@@ -21,6 +21,13 @@ def rope_table(args: ModelArgs) -> Tensor:
     return table * args.rope_attention_factor if "rope_attention_factor" in ROPE_FIELDS[args.rope_type] else table
 
 
+def check_angles(args: ModelArgs) -> None:
+    """Raise ValueError if the fields give angles that are not finite: no real model has such."""
+    if not bool((rope_frequencies(args) * (args.max_seq_len - 1)).isfinite().all()):
+        fields = ", ".join(f"{name}={getattr(args, name)}" for name in ("rope_theta", *ROPE_FIELDS[args.rope_type]))
+        raise ValueError(f"{fields} give angles that are not finite at position {args.max_seq_len - 1}: correct them")
+
+
 def rope_frequencies(args: ModelArgs) -> Tensor:
     """The angle per position of each pair: (head_dim/2,) float32.
 

@@ -20,6 +20,7 @@ from fastllama.benchmarks.peers.worker import (
     Recorder,
     compile_or_fail,
     rope_scaling,
+    unsupported_biases,
     unsupported_head_dim,
     unsupported_rope,
 )
@@ -39,7 +40,8 @@ def invalid_checkout(checkout: str | None) -> str | None:
 
 def unsupported(args: ModelArgs) -> str | None:
     """The reason why gpt-fast cannot run this model, or None."""
-    return unsupported_head_dim("gpt-fast", args) or unsupported_rope("gpt-fast", args, ROPE_TYPES)
+    reason = unsupported_head_dim("gpt-fast", args) or unsupported_biases("gpt-fast", args)
+    return reason or unsupported_rope("gpt-fast", args, ROPE_TYPES)
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:

@@ -68,6 +68,8 @@ def llama_config(args: ModelArgs, **fields: Any) -> Any:
         rope_parameters={"rope_type": args.rope_type, "rope_theta": args.rope_theta, **rope_scaling(args)},
         max_position_embeddings=args.max_seq_len,
         tie_word_embeddings=args.tied_output,
+        attention_bias=args.attention_bias,
+        mlp_bias=args.mlp_bias,
         **fields,
     )
 
@@ -78,7 +80,7 @@ def huggingface_weights(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     names = huggingface_names(spec.args.shapes)
     for name, weight in spec.tensors():
         if any(part in name for part in PERMUTED_PARTS):
-            pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+            pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])
             weight = pairs.transpose(1, 2).reshape(weight.shape)
         yield names[name], weight
 

@@ -18,7 +18,7 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.gguf_file import write_gguf
-from fastllama.benchmarks.peers.worker import Generate, Recorder, scores_of, unsupported_rope
+from fastllama.benchmarks.peers.worker import Generate, Recorder, scores_of, unsupported_biases, unsupported_rope
 from fastllama.benchmarks.runners import Run
 
 ROPE_TYPES = ("default", "linear", "llama3")  # rope_freqs.weight holds frequencies, not YaRN's attention factor
@@ -34,7 +34,8 @@ def unsupported(args: ModelArgs) -> str | None:
     """The reason why llama.cpp cannot run this model, or None."""
     if args.max_batch_size > MAX_ROWS:
         return f"llama.cpp takes at most {MAX_ROWS} rows, not {args.max_batch_size}"
-    return unsupported_rope("the GGUF file for llama.cpp", args, ROPE_TYPES)
+    code = "the GGUF file for llama.cpp"
+    return unsupported_biases(code, args) or unsupported_rope(code, args, ROPE_TYPES)
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:

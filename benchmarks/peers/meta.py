@@ -12,7 +12,14 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
-from fastllama.benchmarks.peers.worker import Generate, Recorder, scores_of, unsupported_head_dim, unsupported_rope
+from fastllama.benchmarks.peers.worker import (
+    Generate,
+    Recorder,
+    scores_of,
+    unsupported_biases,
+    unsupported_head_dim,
+    unsupported_rope,
+)
 from fastllama.benchmarks.runners import Run
 
 META_ROPE_FACTOR = 8
@@ -21,9 +28,9 @@ META_ROPE_TYPES = ("default", "llama3")
 
 def unsupported(args: ModelArgs) -> str | None:
     """The reason why Meta's published code cannot run this model, or None."""
-    if (reason := unsupported_head_dim("Meta's code", args)) is not None:
-        return reason
-    if (reason := unsupported_rope("Meta's code", args, META_ROPE_TYPES)) is not None:
+    code = "Meta's code"
+    reason = unsupported_head_dim(code, args) or unsupported_biases(code, args)
+    if (reason := reason or unsupported_rope(code, args, META_ROPE_TYPES)) is not None:
         return reason
     if args.use_scaled_rope and args.rope_scaling_factor != META_ROPE_FACTOR:
         return f"Meta's code scales rope by {META_ROPE_FACTOR} only, and this model by {args.rope_scaling_factor}"

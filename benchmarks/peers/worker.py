@@ -92,6 +92,11 @@ def unsupported_head_dim(code: str, args: ModelArgs) -> str | None:
     return f"{code} needs head_dim = dim / n_heads, and this model has {widths}"
 
 
+def unsupported_biases(code: str, args: ModelArgs) -> str | None:
+    """The reason why code that has no biases cannot run this model, or None."""
+    return f"{code} has no biases, and this model has" if args.attention_bias or args.mlp_bias else None
+
+
 def unsupported_rope(code: str, args: ModelArgs, types: Sequence[str]) -> str | None:
     """The reason why code with these types of rope cannot run a model, or None."""
     if args.rope_type in types:

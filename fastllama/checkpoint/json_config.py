@@ -61,7 +61,7 @@ class JsonConfig:
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number; required if there is no default."""
+        """A number from 1 / MAX_NUMBER to MAX_NUMBER; required if there is no default."""
         value: Any = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -69,6 +69,8 @@ class JsonConfig:
             raise self.error(key, "a positive number")
         if not 0 < value <= MAX_NUMBER:  # also false for NaN
             raise self.error(key, "a positive number")
+        if value < 1 / MAX_NUMBER:
+            raise self.error(key, f"a number of at least {1 / MAX_NUMBER:g}")
         return float(value)
 
     def number_or_zero(self, key: str) -> float:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastllama import Llama
 from fastllama.benchmarks import models
 from fastllama.benchmarks.models import PUBLISHED_MODELS, ModelSource, ModelSpec, random_tensors
 from tests.benchmarks.cases import ARGS, CPU, SHAPE, SPEC
@@ -44,6 +46,23 @@ def test_build_gives_random_weights_a_printable_tokenizer() -> None:
     assert llm.tokenizer.decode([65, 256, 343]) == "Aaadj"
     with pytest.raises(ValueError, match="at least 512 tokens, got 300"):
         dataclasses.replace(SPEC, source=ModelSource("small", shape={**SHAPE, "vocab_size": 300})).build()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["Meta, Llama 2", "Hugging Face, padded vocabulary", "Hugging Face, metaspace tokenizer", "GGUF, SentencePiece"],
+)
+def test_a_checkpoint_of_any_kind_can_be_measured(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed: pip install sentencepiece")
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    from tests.support.checkpoint_kinds import KINDS
+
+    arguments = KINDS[kind](tmp_path / "model")
+    source = ModelSource.folder(arguments["ckpt_dir"], arguments["tokenizer_path"])
+    llm = ModelSpec(source, CPU, torch.float32, 1, 32).build()
+    expected = Llama.build(**arguments, max_seq_len=32, max_batch_size=1, device="cpu", dtype="float32")
+    answers = [one.text_completion(["Once"], temperature=0, max_gen_len=8) for one in (llm, expected)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(

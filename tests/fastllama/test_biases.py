@@ -21,7 +21,6 @@ from tests.support.checkpoints import (
     write_meta,
     write_tokenizer,
 )
-from tests.support.gguf_files import metadata, quantised, write_gguf
 from tests.support.tiers import parameters
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -76,6 +75,9 @@ def test_slices_are_the_same_in_every_layout(layout: str, world_size: int, tmp_p
 
 
 def test_gguf_file_with_biases_gives_the_same_weights(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    from tests.support.gguf_files import metadata, quantised, write_gguf
+
     params = tiny_params(dim=256, hidden_dim=512, **KINDS["both"])
     weights = random_weights(params, seed=6)
     path = write_gguf(tmp_path / "model.gguf", metadata(params), quantised(weights, "F32"))

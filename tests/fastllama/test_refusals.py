@@ -58,8 +58,9 @@ def test_every_entry_of_the_tables_of_refusals_has_a_case() -> None:
 
 # Words of a message that say that fastllama lacks something, not that a file is damaged.
 LACKS = re.compile(
-    r"not support|does not dequantise|does not allow|needs a package|WITH_PEFT|pickled|quantised|Llama's (arch|layers)"
-    r"|text models|the one to use|describes \{SHARD_PATTERN\}|big-endian|has no tokenizer|normalises|other weights"
+    r"not support|cannot be mapped|an even head_dim|does not dequantise|does not allow|needs a package|WITH_PEFT"
+    r"|pickled|quantised|Llama's (arch|layers)|text models|the one to use|describes \{SHARD_PATTERN\}|big-endian"
+    r"|has no tokenizer|normalises|other weights"
 )
 FOLDER = Path(loading.__file__).parent
 MODULES = [

@@ -84,8 +84,18 @@ def huggingface(
     return _build(folder, None, _write_adapters(folder, adapters, params, weights))
 
 
-def gguf(folder: Path, kind: str, n_files: int = 1, tokenizer: str = "byte-level", has_template: bool = True) -> Build:
-    """A GGUF file, or several, whose matrices have the type `kind`, with its tokenizer."""
+def gguf(
+    folder: Path,
+    kind: str,
+    n_files: int = 1,
+    tokenizer: str = "byte-level",
+    has_template: bool = True,
+    adapters: int = 0,
+    rope: Params | None = None,
+    seed: int = SEED,
+    **changes: Any,
+) -> Build:
+    """A GGUF file, or several, whose matrices have the type `kind`, with its tokenizer. rope: fields of its scaling."""
     from tests.support import gguf_files as files
 
     folder.mkdir()
@@ -99,12 +109,13 @@ def gguf(folder: Path, kind: str, n_files: int = 1, tokenizer: str = "byte-level
     else:
         pipeline = byte_level()
         n_words, fields = _padded(pipeline.get_vocab_size()), files.byte_level_fields(pipeline, "smollm")
-    params = tiny_params(vocab_size=n_words, **GGUF_WIDTHS)
+    params = tiny_params(vocab_size=n_words, **GGUF_WIDTHS, **changes)
+    weights = random_weights(params, seed=seed)
     fields |= files.metadata(params) | ({"tokenizer.chat_template": TEMPLATE} if has_template else {})
-    tensors = files.quantised(random_weights(params, seed=SEED), kind)
-    if n_files > 1:
-        return _build(files.write_split(folder / "model.gguf", fields, tensors, n_files)[0])
-    return _build(files.write_gguf(folder / "model.gguf", fields, tensors))
+    fields |= {f"llama.rope.scaling.{key}": value for key, value in (rope or {}).items()}
+    stored = {name: one for name, one in weights.items() if not (params.get("tied_output") and name == "output.weight")}
+    paths = files.write_split(folder / "model.gguf", fields, files.quantised(stored, kind), n_files)
+    return _build(paths[0], None, _write_adapters(folder, adapters, params, weights))
 
 
 KINDS: dict[str, Callable[[Path], Build]] = {
@@ -112,6 +123,7 @@ KINDS: dict[str, Callable[[Path], Build]] = {
     "Meta, 2 shards": partial(meta, shards=2),
     "Meta, 2 shards, biases": partial(meta, shards=2, **BIASES),
     "Meta, scaled rope": partial(meta, use_scaled_rope=True),
+    "Meta, rope factors": partial(meta, use_scaled_rope=False, rope_type="factors", rope_factors=[1.0, 2.0, 3.0, 8.0]),
     "Meta, adapter": partial(meta, adapters=1),
     "Meta, 2 shards, two adapters": partial(meta, shards=2, adapters=2),
     "Meta, Llama 2": llama2,
@@ -121,6 +133,7 @@ KINDS: dict[str, Callable[[Path], Build]] = {
     "Hugging Face, padded vocabulary": partial(huggingface, tokenizer="ranks", vocab_size=640),
     "Hugging Face, head_dim": partial(huggingface, head_dim=16),
     "Hugging Face, biases": partial(huggingface, **BIASES),
+    "Hugging Face, biases, adapter": partial(huggingface, adapters=1, **BIASES),
     "Hugging Face, linear rope": partial(huggingface, rope_parameters=LINEAR),
     "Hugging Face, llama3 rope": partial(huggingface, use_scaled_rope=True),
     "Hugging Face, yarn rope": partial(huggingface, rope_parameters=YARN),
@@ -131,6 +144,11 @@ KINDS: dict[str, Callable[[Path], Build]] = {
     "GGUF, Q8_0": partial(gguf, kind="Q8_0"),
     "GGUF, Q4_0": partial(gguf, kind="Q4_0"),
     "GGUF, three files": partial(gguf, kind="F16", n_files=3),
+    "GGUF, tied": partial(gguf, kind="Q8_0", tied_output=True, seed=4),
+    "GGUF, biases": partial(gguf, kind="F16", seed=3, **BIASES),
+    "GGUF, linear rope": partial(gguf, kind="F16", rope={"type": "linear", "factor": 4.0}),
+    "GGUF, yarn rope": partial(gguf, kind="F16", rope={"type": "yarn", "factor": 4.0, "original_context_length": 16}),
+    "GGUF, adapter": partial(gguf, kind="Q8_0", adapters=1),
     "GGUF, SentencePiece": partial(gguf, kind="Q8_0", tokenizer="sentencepiece"),
     "GGUF, no template": partial(gguf, kind="Q8_0", has_template=False),
     **{

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from tests.support.checkpoints import Params, Weights, head_dim, hidden_dim, n_kv_heads, random_weights, tiny_params
@@ -123,7 +122,7 @@ def byte_level_fields(tokenizer: Tokenizer, pre: str | None, **changes: Any) -> 
     } | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
 
 
-def sentencepiece_fields(model: SentencePieceProcessor, **changes: Any) -> dict[str, Any]:
+def sentencepiece_fields(model: "SentencePieceProcessor", **changes: Any) -> dict[str, Any]:
     """The fields of a SentencePiece model, as llama.cpp's conversion writes them."""
     ids = range(model.vocab_size())
     kinds = [

@@ -31,13 +31,16 @@ def test_peers_generate_our_tokens_for_ragged_prompts(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_transformers_takes_scaled_rope_and_tied_output() -> None:
-    shape: dict[str, Any] = SOURCE.shape | {
-        "use_scaled_rope": True,
-        "rope_scaling_factor": 32.0,
-        "rope_theta": 500000.0,
-        "tied_output": True,
-    }
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_scaled_rope": True, "rope_scaling_factor": 32.0, "rope_theta": 500000.0, "tied_output": True},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+    ids=["scaled rope, tied", "biases"],
+)
+def test_transformers_takes_the_models_variants(fields: dict[str, Any]) -> None:
+    shape: dict[str, Any] = SOURCE.shape | fields
     spec = dataclasses.replace(SPEC, source=dataclasses.replace(SOURCE, shape=shape))
     prompts = RAGGED.prompts(ARGS.vocab_size)
     ours = Ours(spec.build()).run(prompts, 4, logprobs=True)

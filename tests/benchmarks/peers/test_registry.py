@@ -3,13 +3,14 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.models import ModelSource
-from fastllama.benchmarks.peers import gpt_fast, huggingface, llama_cpp, registry, vllm_cpu
+from fastllama.benchmarks.peers import gpt_fast, huggingface, llama_cpp, meta, registry, vllm_cpu
 from fastllama.benchmarks.peers.meta import unsupported
 from fastllama.benchmarks.peers.registry import Peer, unavailable
 from tests.benchmarks.cases import ARGS, SHAPE, SPEC
@@ -29,6 +30,12 @@ def test_unsupported_names_what_metas_code_cannot_run() -> None:
     scaled = {**SHAPE, "use_scaled_rope": True}
     assert unsupported(ModelArgs(**{**scaled, "rope_scaling_factor": 8.0})) is None
     assert "by 32" in str(unsupported(ModelArgs(**{**scaled, "rope_scaling_factor": 32.0})))
+
+
+@pytest.mark.parametrize("peer", [meta, gpt_fast, llama_cpp], ids=lambda peer: str(peer.__name__).rpartition(".")[2])
+def test_unsupported_names_biases(peer: ModuleType) -> None:
+    for biases in ({"attention_bias": True}, {"mlp_bias": True}):
+        assert "has no biases, and this model has" in str(peer.unsupported(ModelArgs(**{**SHAPE, **biases})))
 
 
 def test_unsupported_names_types_of_rope() -> None:

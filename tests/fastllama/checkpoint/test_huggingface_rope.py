@@ -20,6 +20,7 @@ from tests.support.checkpoints import (
     random_weights,
     tiny_params,
     write_huggingface,
+    write_meta,
     write_tokenizer,
 )
 from tests.support.comparisons import assert_same_logits
@@ -112,12 +113,28 @@ def test_the_length_outside_the_section_goes_first(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("field", ["factor", "attention_factor", "beta_fast", "mscale", "mscale_all_dim"])
-@pytest.mark.parametrize("value", [1e30, 5e-324])
+@pytest.mark.parametrize("value", [1e30, 1e-30])
 def test_extreme_numbers_give_a_table(field: str, value: float) -> None:
-    rope = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_slow": 5e-324, field: value}
+    rope = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_slow": 1e-30, field: value}
     for theta in (1.0000000000000002, 1e30):
         params = model_params(JsonConfig(Path("config.json"), {**CONFIG, "rope_theta": theta, "rope_scaling": rope}))
-        assert rope_table(ModelArgs(**params, max_seq_len=4)).shape == (4, 4, 2)
+        table = rope_table(ModelArgs(**params, max_seq_len=4))
+        assert table.shape == (4, 4, 2) and table.isfinite().all()
+
+
+def test_numbers_that_give_no_finite_angles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'rope_scaling\.factor': expected a number of at least 1e-30, got 1e-300"):
+        model_params(JsonConfig(Path("a"), {**CONFIG, "rope_scaling": {"type": "linear", "factor": 1e-300}}))
+    fields: dict[str, Any] = {
+        "rope_theta": 1e-30,
+        "rope_type": "linear",
+        "rope_scaling_factor": 1e-30,
+        "use_scaled_rope": False,
+    }
+    write_meta(tmp_path, tiny_params(), random_weights(tiny_params()), **fields)
+    write_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="rope_theta=1e-30, .* give angles that are not finite at position 15"):
+        Llama.build(str(tmp_path), None, 16, 1, device="cpu")
 
 
 ROPES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from tests.support.adapters import random_factors, write_adapter
 from tests.support.checkpoints import huggingface_weights, random_weights, tiny_params, write_meta
-from tests.support.gguf_files import metadata, quantised, write_gguf
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -58,6 +57,9 @@ print(json.dumps(result))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
 def test_tensors_keep_memory_near_one_tensor(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    from tests.support.gguf_files import metadata, quantised, write_gguf
+
     params = tiny_params(dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, multiple_of=256)
     weights = {name: torch.ones_like(weight) for name, weight in random_weights(params, dtype=torch.float32).items()}
     largest = max(weight.nbytes for weight in weights.values())

@@ -54,6 +54,7 @@ CASES = [
     _config("quantised weights (AWQ, GPTQ, bitsandbytes, FP8)", quantization_config={"quant_method": "awq"}),
     _config("another activation", hidden_act="gelu"),
     _config("heads that are rotated partly", partial_rotary_factor=0.5),
+    _config("heads of an odd width", head_dim=9),
     _config("rope `dynamic`", rope_scaling={"type": "dynamic", "factor": 2.0}),
     _config("rope `longrope`", rope_scaling={**SCALING, "rope_type": "longrope"}),
     _config("rope by layer type", rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),

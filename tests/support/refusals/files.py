@@ -1,6 +1,7 @@
 """Files that are not a checkpoint that fastllama reads, or that do not say which one is meant."""
 
 import argparse
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,15 @@ def _older_torch() -> None:
     torch.save(WEIGHTS, meta(MODEL) / "consolidated.00.pth", _use_new_zipfile_serialization=False)
 
 
+def _compressed() -> None:
+    path = meta(MODEL) / "consolidated.00.pth"
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
 def _without(write: Callable[[Path], Path], name: str) -> None:
     (write(MODEL) / name).unlink()
 
@@ -90,6 +100,7 @@ CASES = [
     Refusal("a `.pth` with a pickled object", partial(_saved, lambda tensors: {**tensors, "a": argparse.Namespace()})),
     Refusal("a `.pth` of a trainer, with more than weights", partial(_saved, lambda tensors: {"model": tensors})),
     Refusal("a `.pth` of torch before 1.6", _older_torch),
+    Refusal("a compressed `.pth`", _compressed),
     Refusal(
         "transformers' names in a `.pth`",
         partial(_saved, lambda tensors: huggingface_weights(PARAMS, tensors)),

@@ -59,6 +59,7 @@ class Llama:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         backend: str | None = None,
+        quantize: str | None = None,
         rope_scaling_factor: float | None = None,
         adapter: AdapterFolders = None,
         chat_template: str | os.PathLike[str] | None = None,
@@ -76,15 +77,17 @@ class Llama:
         builds and makes the same calls. seed: the default seed of calls. device: None means CUDA if available, else the
         CPU. dtype: None means bfloat16 on CUDA (float16 if the GPU lacks it), float32 on a CPU. backend: "fused"
         (Triton kernels), "native" (C++ kernels) or "reference" (plain torch); None means fused on CUDA and native on a
-        CPU. rope_scaling_factor: replaces the checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on.
-        adapter: the folder of a LoRA adapter, or a list of folders, merged into the weights in this order while they
-        are read. chat_template: the path of a chat template, the name of one in the checkpoint's folder, or "llama3";
-        None means the checkpoint's own, and Llama 3's format in Meta's layout. template_args: variables for it, such as
-        a date. graph_batch_sizes: numbers of rows whose decode step is captured as a graph during build, not in the
-        first call that needs it; None means 1 and max_batch_size. cuda_graphs: False launches every kernel of every
-        step separately; None captures steps if the backend supports it. dependent_launch: False starts each kernel
-        after the previous one has ended; None lets it start earlier (programmatic dependent launch) from compute
-        capability 9.0. These two are for debugging: False costs speed and changes no token.
+        CPU. quantize: "int8", "fp8" or "int4" keeps the weights in fewer bits, rounded while they are read ("int4-g64"
+        and "int4-g32" in smaller groups); None keeps them as the checkpoint has them. rope_scaling_factor: replaces the
+        checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. adapter: the folder of a LoRA adapter, or
+        a list of folders, merged into the weights in this order while they are read. chat_template: the path of a chat
+        template, the name of one in the checkpoint's folder, or "llama3"; None means the checkpoint's own, and Llama
+        3's format in Meta's layout. template_args: variables for it, such as a date. graph_batch_sizes: numbers of rows
+        whose decode step is captured as a graph during build, not in the first call that needs it; None means 1 and
+        max_batch_size. cuda_graphs: False launches every kernel of every step separately; None captures steps if the
+        backend supports it. dependent_launch: False starts each kernel after the previous one has ended; None lets it
+        start earlier (programmatic dependent launch) from compute capability 9.0. These two are for debugging: False
+        costs speed, and no token changes.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer with another vocabulary), ValueError for any other error in the arguments or the files, and
@@ -103,6 +106,7 @@ class Llama:
             device=device,
             dtype=dtype,
             backend=backend,
+            quantize=quantize,
             rope_scaling_factor=rope_scaling_factor,
             adapter=adapter,
             chat_template=chat_template,

@@ -16,6 +16,7 @@ from fastllama.checkpoint.vocabulary import vocabulary_mismatch
 from fastllama.distributed import model_parallel
 from fastllama.kernels import select
 from fastllama.model import Transformer
+from fastllama.quantization import check_quantize
 from fastllama.rope import check_angles
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_open import open_tokenizer
@@ -39,6 +40,7 @@ def load(
     device: torch.device | str | None,
     dtype: torch.dtype | str | None,
     backend: str | None,
+    quantize: str | None,
     rope_scaling_factor: float | None,
     adapter: AdapterFolders,
     chat_template: str | os.PathLike[str] | None,
@@ -61,6 +63,7 @@ def load(
         args, tokenizer = _args_and_tokenizer(
             checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
         )
+        check_quantize(quantize, args.split(group.size), device)
         formatter = _formatter(checkpoint, tokenizer, tokenizer_path, chat_template, template_args)
         weights = checkpoint.tensors(
             group.rank, group.size, progress=None if model_parallel.is_first_process() else False
@@ -71,9 +74,12 @@ def load(
             memory_plan.free_memory(device),
             limit=memory_plan.free_memory_and_limit(device).limit,
             n_processes=group.size,
+            quantize=quantize,
         )
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
-        model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False, group=group)
+        model = Transformer(
+            args, device=device, dtype=dtype, backend=backend, quantize=quantize, init_weights=False, group=group
+        )
         model.load_tensors(weights)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
     return model, tokenizer, formatter

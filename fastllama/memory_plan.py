@@ -14,8 +14,10 @@ from fastllama import cgroups
 from fastllama.args import ModelArgs
 from fastllama.cgroups import FreeMemory
 from fastllama.distributed import environment
+from fastllama.kernels.quantized import ELEMENTS_AT_ONCE
 from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
 from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
+from fastllama.quantization import OUTPUT_NAME, model_schemes, quantized_bytes
 
 try:
     import resource
@@ -29,6 +31,7 @@ FLOAT32_BYTES = 4
 WIDTHS_OF_DIM = 4  # the residual stream, its norm in float32 (twice a bfloat16), the output that is added to it
 WIDTHS_OF_HEADS = 3  # queries and keys before and after the rotary embedding, the attention's output
 WIDTHS_OF_HIDDEN = 4  # gate and up, the activated gate, their product
+QUANTIZING_COPIES = 12  # of the rows that are quantised together, in float32
 SAMPLING_BYTES_PER_LOGIT = 64  # float64 probabilities, sorted and accumulated, their order and masks
 
 
@@ -56,15 +59,22 @@ def plan_memory(
     max_seq_len: int,
     *,
     n_processes: int = 1,
+    quantize: str | None = None,
 ) -> MemoryPlan:
-    """The memory that a model of this shape needs on its device, or on each of `n_processes` that share it."""
+    """The memory that a model of this shape needs on its device, or on each of `n_processes` that share it.
+
+    quantize: as in `Llama.build`.
+    """
     size = dtype.itemsize
     vocab_size, args = args.vocab_size, args.split(n_processes)
     n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
-    shapes = dict(args.shapes)
-    if args.tied_output:  # backends keep one copy of both
-        del shapes["output.weight"]
-    elements = [math.prod(shape) for shape in shapes.values()]
+    shapes, schemes = dict(args.shapes), model_schemes(quantize, args)
+    if args.tied_output and OUTPUT_NAME not in schemes:  # backends keep one copy of both
+        del shapes[OUTPUT_NAME]
+    weights = [
+        quantized_bytes(schemes[name], shape) if name in schemes else math.prod(shape) * size
+        for name, shape in shapes.items()
+    ]
     rope = max_seq_len * head_dim * FLOAT32_BYTES
     cache = 2 * args.n_layers * max_batch_size * n_kv_heads * max_seq_len * head_dim * size
     n_tokens = min(PREFILL_CHUNK_TOKENS, max_batch_size * max_seq_len)
@@ -80,8 +90,12 @@ def plan_memory(
     sampling = max_batch_size * vocab_size * (logits + SAMPLING_BYTES_PER_LOGIT)
     outputs = max_batch_size * max_seq_len * 12
     forward = n_tokens * per_token + mask + max(scoring, sampling) + outputs
-    loading = max(elements) * size  # a weight, before it is packed
-    return MemoryPlan(sum(elements) * size + rope, cache, max(forward, loading))
+    loading = max(math.prod(shape) for shape in shapes.values()) * size  # a weight, before it is packed
+    if schemes:
+        largest = max(math.prod(shapes[name]) for name in schemes)
+        loading += QUANTIZING_COPIES * min(largest, ELEMENTS_AT_ONCE) * FLOAT32_BYTES
+        forward += largest * FLOAT32_BYTES  # dequantised for a long prompt
+    return MemoryPlan(sum(weights) + rope, cache, max(forward, loading))
 
 
 def free_memory(device: torch.device) -> int:
@@ -158,6 +172,7 @@ def check_fits(
     *,
     limit: str = "on this machine",
     n_processes: int = 1,
+    quantize: str | None = None,
 ) -> MemoryPlan:
     """The plan for `args`. Raises DoesNotFit, which names sizes that would fit, if it needs more than `free` bytes.
 
@@ -166,7 +181,7 @@ def check_fits(
 
     def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
         sizes = (args, dtype, max_batch_size, max_seq_len)
-        return plan_memory(*sizes, n_processes=n_processes)
+        return plan_memory(*sizes, n_processes=n_processes, quantize=quantize)
 
     needed = plan(args.max_batch_size, args.max_seq_len)
     if needed.total <= free:
@@ -175,10 +190,13 @@ def check_fits(
     length = _largest_that_fits(args.max_seq_len, lambda length: plan(args.max_batch_size, length).total <= free)
     remedies = [f"max_batch_size={rows} would fit"] * (rows > 0) + [f"max_seq_len={length} would fit"] * (length > 0)
     raise DoesNotFit(
-        f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {dtype} needs "
+        f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {quantize or dtype} needs "
         f"{needed.total / GIB:.2f} GiB (weights {needed.weights / GIB:.2f}, cache {needed.cache / GIB:.2f}, "
         f"workspace {needed.workspace / GIB:.2f}) and {free / GIB:.2f} GiB are free {limit}: "
-        + (", or ".join(remedies) or "not even one row of one token would fit; use a smaller dtype or another device")
+        + (
+            ", or ".join(remedies)
+            or "not even one row of one token would fit; use a smaller dtype, quantize, or another device"
+        )
     )
 
 

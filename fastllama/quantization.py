@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastllama.args import ModelArgs
-from fastllama.kernels.quantized import ELEMENTS_AT_ONCE, QuantizedWeight, Weight, concatenated, pack_int4
+from fastllama.kernels.quantized import BITS, ELEMENTS_AT_ONCE, QuantizedWeight, Weight, concatenated, pack_int4
 
 OUTPUT_NAME = "output.weight"
 NOT_QUANTIZED = ("tok_embeddings.weight", "norm.weight", ".bias")  # ends of names
 INT4_GROUPS = (128, 64, 32)
+FLOAT32_BYTES, HALF_BYTES = 4, 2
 MAX_INT8, MAX_FP8, MAX_INT4 = 127, 448.0, 15
 FP8_CAPABILITY = (8, 9)  # the first compute capability whose GPUs convert e4m3
 # Ranges that are tried for a group of int4, as shares of that from its smallest to its largest weight. A range that
@@ -60,12 +61,28 @@ def scheme_of(quantize: str | None, name: str, in_features: int) -> Scheme | Non
     )
 
 
+def model_schemes(quantize: str | None, args: ModelArgs) -> dict[str, Scheme]:
+    """The scheme of every weight of a model, or of a process's part of one, that is quantised."""
+    shapes = {name: shape for name, shape in args.shapes.items() if not name.endswith(NOT_QUANTIZED)}
+    schemes = {name: scheme_of(quantize, name, shape[1]) for name, shape in shapes.items()}
+    return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+
+
+def quantized_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """The size of a weight (OUT, IN) with its scales and offsets."""
+    rows, columns = shape
+    values = rows * columns * BITS[scheme.format] // 8
+    if not scheme.group_size:
+        return values + rows * FLOAT32_BYTES
+    per_group = HALF_BYTES * (2 if scheme.format == "int4" else 1)  # int4 has offsets, too
+    return values + rows * columns // scheme.group_size * per_group
+
+
 def check_quantize(quantize: str | None, args: ModelArgs, device: torch.device) -> None:
     """Raise ValueError unless a model, or a process's part, of this shape can be quantised so and run on the device."""
     if quantize is not None and quantize not in CHOICES:
         raise ValueError(f"quantize must be one of {', '.join(CHOICES)}, or None, got {quantize!r}")
-    for name, shape in args.shapes.items():
-        scheme_of(quantize, name, shape[-1])
+    model_schemes(quantize, args)
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ValueError(

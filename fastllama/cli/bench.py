@@ -9,8 +9,6 @@ import click
 
 from fastllama.cli import standard_streams
 from fastllama.cli.options import (
-    Integers,
-    Names,
     check_nproc,
     checkpoint_options,
     connect_processes,
@@ -19,6 +17,7 @@ from fastllama.cli.options import (
     nproc_option,
     threads_option,
 )
+from fastllama.cli.parameter_types import Integers, Names
 from fastllama.distributed.environment import is_distributed, world_size
 
 if TYPE_CHECKING:

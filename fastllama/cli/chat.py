@@ -10,7 +10,8 @@ import click
 
 from fastllama.cli import standard_streams
 from fastllama.cli.conversation import Conversation, Reply, TooLongError
-from fastllama.cli.options import ModelOptions, Text, connect_processes, json_option, model_options, sampling_options
+from fastllama.cli.options import ModelOptions, connect_processes, json_option, model_options, sampling_options
+from fastllama.cli.parameter_types import Text
 from fastllama.cli.speed import print_speed
 from fastllama.cli.standard_streams import write_stderr, write_stdout
 

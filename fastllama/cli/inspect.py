@@ -11,11 +11,11 @@ from fastllama.cli.inspect_tokenizer import describe_tokenizer, tokenizer_sectio
 from fastllama.cli.options import (
     DTYPES,
     LONGEST_SEQUENCE,
-    Integers,
     adapter_option,
     checkpoint_and_tokenizer,
     json_option,
 )
+from fastllama.cli.parameter_types import Integers
 from fastllama.cli.standard_streams import write_stdout
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """Options that several commands share, under Meta's names, and the Llama that they describe."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastllama.cli import standard_streams
+from fastllama.cli.parameter_types import Number
 from fastllama.distributed import environment
 
 if TYPE_CHECKING:
@@ -15,70 +15,13 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("reference", "fused", "native")
+# The keys of quantization.CHOICES, which imports torch. A test compares them.
+QUANTIZE_CHOICES = ("int8", "fp8", "int4", "int4-g64", "int4-g32")
 LONGEST_SEQUENCE = 131072
 LARGEST_SEED = 2**63 - 1
 BUILTIN_NOTICE = "no --ckpt_dir: using the small model in the package, which knows stories and a few hundred facts"
 
 Decorator = Callable[[Any], Any]
-
-
-class Number(click.ParamType):
-    """A finite number of at least zero."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number.", param, ctx)
-        if not math.isfinite(number) or number < 0:
-            self.fail(f"{value} is not a finite number of at least 0.", param, ctx)
-        return number
-
-
-class Text(click.ParamType):
-    """Text for the model, always valid Unicode."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return standard_streams.decoded_argument(str(value))
-
-
-class Integers(click.ParamType):
-    """Positive integers separated by commas -> a tuple of them."""
-
-    name = "n,n,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of integers separated by commas.", param, ctx)
-        if min(numbers) < 1:
-            self.fail(f"{value!r} holds a number below 1.", param, ctx)
-        return numbers
-
-
-class Names(click.ParamType):
-    """Names from `known`, separated by commas -> a tuple of them, each once."""
-
-    name = "name,..."
-
-    def __init__(self, *known: str) -> None:
-        self.known = known
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(part.strip() for part in str(value).split(","))
-        for name in names:
-            if name not in self.known:
-                self.fail(f"{name!r} is not one of {', '.join(self.known)}.", param, ctx)
-        return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -90,6 +33,7 @@ class ModelOptions:
     device: str | None
     dtype: str | None
     backend: str | None
+    quantize: str | None
     seed: int
     max_seq_len: int
     nproc: int
@@ -113,6 +57,7 @@ class ModelOptions:
             "device": self.device,
             "dtype": self.dtype,
             "backend": self.backend,
+            "quantize": self.quantize,
             "adapter": list(self.adapter),
             **more,
         }
@@ -191,6 +136,7 @@ def model_options(max_seq_len: int) -> Decorator:
             help="Tokens of prompt and answer together that fit.",
         ),
         device_options,
+        quantize_option,
         nproc_option,
         threads_option,
         click.option(
@@ -259,6 +205,15 @@ def device_options(command: Any) -> Any:
         click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N. Default: cuda where there is one."),
         click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16 on a GPU, float32 on a CPU."),
         click.option("--backend", type=click.Choice(BACKENDS), help="Default: what the device asks for."),
+    )(command)
+
+
+def quantize_option(command: Any) -> Any:
+    """--quantize."""
+    return click.option(
+        "--quantize",
+        type=click.Choice(QUANTIZE_CHOICES),
+        help="Keep the weights in fewer bits, rounded while they are read. int4 has groups of 128, 64 or 32 columns.",
     )(command)
 
 

@@ -66,10 +66,10 @@ def norm_qkv_rope_append(
     h (N, E), norm (E,), packed weight ((H + 2K)·D, E) and bias, rope (T, D/2, 2) float32 with cos and sin, one layer's
     cache_k and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
     """
-    return rope_append(linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
+    return rope_append(_linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias: x (N, E), weight (rows, E) -> (N, rows). A quantised weight is dequantised to float32."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
@@ -144,7 +144,7 @@ def linear_residual(
 
     The output projection of attention and the down projection of the ffn.
     """
-    y = linear(x, weight, bias)
+    y = _linear(x, weight, bias)
     return y if residual is None else residual + y
 
 
@@ -156,7 +156,7 @@ def norm_swiglu(
     gate, up = split(rms_norm(h, norm) · weightᵀ + bias)
     return SiLU(gate) · up
     """
-    return silu_mul(linear(rms_norm(h, norm, eps), weight, bias))
+    return silu_mul(_linear(rms_norm(h, norm, eps), weight, bias))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def norm_lm_head(h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: RaggedBatch) -> Tensor:
     """rms_norm(h, norm) · weightᵀ: h (M, E) for any M of the batch's tokens -> logits (M, V) in the model dtype."""
-    return linear(rms_norm(h, norm, eps), weight)
+    return _linear(rms_norm(h, norm, eps), weight)
 
 
 def sample(

@@ -23,6 +23,7 @@ from fastllama.checkpoint.base import dtype_name
 from fastllama.distributed import driver, environment
 from fastllama.generation import Llama
 from fastllama.kernels import select
+from fastllama.quantization import check_quantize
 
 DEFAULT_BATCHES = (1, 4)
 DEFAULT_CONTEXTS = (32, 512)
@@ -38,6 +39,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     backend: str | None = None
+    quantize: str | None = None
     suites: Sequence[Suite] = ("decode",)
     batches: Sequence[int] = DEFAULT_BATCHES
     contexts: Sequence[int] = DEFAULT_CONTEXTS
@@ -51,6 +53,8 @@ class Plan:
         for suite in self.suites:
             if suite not in interleaved.SUITES:
                 raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(interleaved.SUITES)}")
+        if self.quantize and "kernels" in self.suites:
+            raise ValueError("the kernels suite measures the ops of dense weights: omit it or quantize")
         if self.nproc > 1 and "kernels" in self.suites:
             raise ValueError("the kernels suite measures the launches of one process: omit it or nproc")
 
@@ -71,11 +75,13 @@ class Plan:
     def model(self) -> ModelSpec:
         """The model, with a cache just large enough for every case."""
         sizes = max(self.batches), max(self.contexts) + self.steps
-        return ModelSpec(self.source, self.device, self.dtype, *sizes, self.backend)
+        return ModelSpec(self.source, self.device, self.dtype, *sizes, self.backend, self.quantize)
 
     def record_of(self, case: Case) -> Record:
         """The keys with which every record of a case begins."""
         settings = {"dtype": dtype_name(self.dtype), "backend": self.model.backend_name, "nproc": self.nproc}
+        if self.quantize is not None:
+            settings["quantize"] = self.quantize
         return asdict(case) | {"model": self.source.name} | settings
 
 
@@ -86,7 +92,7 @@ def run(plan: Plan, progress: Progress, output: str | Path | None = None) -> Res
     """
     args = plan.model.args  # these three lines raise for a plan that cannot run
     _ = plan.model.backend_name
-    args.split(plan.nproc)
+    check_quantize(plan.quantize, args.split(plan.nproc), plan.device)
 
     def write(result: ResultFile) -> None:
         if output is not None:
@@ -180,7 +186,14 @@ def _case_record(
     samples = AdjacentSamples(probes.matmul)
     devices = plan.nproc if plan.device.type == "cuda" else 1
     case_runs = interleaved.run_case(
-        case, args.vocab_size, Ours(llm), runners, probes.read, plan.dtype, progress, devices
+        case,
+        args.vocab_size,
+        Ours(llm),
+        runners,
+        probes.read,
+        None if plan.quantize else plan.dtype,
+        progress,
+        devices,
     )
     matmul = samples.higher()
     if case.suite == "decode":

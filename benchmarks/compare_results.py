@@ -12,7 +12,7 @@ DEFAULT_THRESHOLD = 0.05  # a smaller change gets no verdict
 DRIFT = 0.1  # change of the machine's bandwidth that gets a warning
 # Two records belong to the same case if these keys have the same values.
 IDENTITY = (
-    *("suite", "model", "dtype", "op", "launch", "variant", "case"),
+    *("suite", "model", "dtype", "quantize", "op", "launch", "variant", "case"),
     *("batch", "context", "tokens", "steps", "dependent_launch", "interpreted"),
 )
 # A record's figures. From each line, the first name that both records have is compared.

@@ -135,6 +135,7 @@ class ModelSpec:
     max_batch_size: int
     max_seq_len: int
     backend: str | None = None
+    quantize: str | None = None  # of ours, and of a peer that has such weights
 
     @classmethod
     def from_json(cls, source: dict[str, Any], device: str, dtype: str, **fields: Any) -> "ModelSpec":
@@ -165,6 +166,7 @@ class ModelSpec:
         """Build the model as a Llama. If several processes share it, with this process's part of the weights."""
         args, group = self.args, model_group(None, self.device)
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "backend": self.backend}
+        options["quantize"] = self.quantize
         with group.propagate_errors():
             model = Transformer(args, init_weights=False, group=group, **options)
             model.load_tensors(self.tensors(group))

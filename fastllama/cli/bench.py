@@ -15,6 +15,7 @@ from fastllama.cli.options import (
     device_options,
     json_option,
     nproc_option,
+    quantize_option,
     threads_option,
 )
 from fastllama.cli.parameter_types import Integers, Names
@@ -88,6 +89,7 @@ EXIT_FINDINGS = 1  # --strict has failures, or `compare` a regression
 @nproc_option
 @threads_option
 @device_options
+@quantize_option
 @click.option(
     "--output",
     type=click.Path(dir_okay=False),

@@ -20,7 +20,9 @@ from fastllama.cache import KVCache
 from fastllama.distributed.model_parallel import SINGLE_PROCESS, Group
 from fastllama.kernels import select
 from fastllama.kernels.batch import RaggedBatch, Segment
+from fastllama.kernels.quantized import Weight
 from fastllama.packed_weights import NO_WEIGHTS, LoadedKeys, PackedModule, check_state_dict
+from fastllama.quantization import check_quantize
 from fastllama.rope import rope_table
 from fastllama.torch_settings import default_settings, with_default_settings
 
@@ -31,14 +33,14 @@ class Layer(nn.Module):
     """One layer's packed weights (`fastllama.packed_weights`)."""
 
     attention_norm: Tensor
-    wqkv: Tensor
+    wqkv: Weight
     bqkv: Tensor | None
-    wo: Tensor
+    wo: Weight
     bo: Tensor | None
     ffn_norm: Tensor
-    w13: Tensor
+    w13: Weight
     b13: Tensor | None
-    w2: Tensor
+    w2: Weight
     b2: Tensor | None
 
 
@@ -58,14 +60,16 @@ class Transformer(PackedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        quantize: str | None = None,
         init_weights: bool = True,
         group: Group = SINGLE_PROCESS,
     ) -> None:
         """Allocate the cache and random weights; init_weights=False leaves the weights out, to be loaded by the caller.
 
-        device and dtype default to torch's defaults, backend to the device's. group: the processes that share the
-        model. Raises ValueError for an unknown vocabulary size or backend, and for sizes that do not divide by the
-        group's size.
+        device and dtype default to torch's defaults, backend to the device's. quantize: the weights are quantised
+        when they are loaded (`fastllama.quantization.CHOICES`). group: the processes that share the model. Raises
+        ValueError for an unknown vocabulary size, backend or quantisation, and for sizes that do not divide by the
+        group's size, or into int4's groups.
         """
         super().__init__()
         if params.vocab_size < 1:
@@ -73,6 +77,7 @@ class Transformer(PackedModule):
         # torch.get_default_device ignores torch.set_default_tensor_type, which Meta's scripts call.
         device = torch.tensor(()).device if device is None else device
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.quantize = quantize
         self._construct(params, device, backend, init_weights, group)
 
     @with_default_settings
@@ -86,6 +91,7 @@ class Transformer(PackedModule):
         self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
         self.backend = backend
         self.ops = select.backend(backend, self.device, self.dtype)
+        check_quantize(self.quantize, self.share, self.device)
         self._lock = threading.Lock()
         self.revision = 0  # changes whenever weights, cache or workspace are replaced by other tensors
         self.layers = nn.ModuleList(Layer() for _ in range(params.n_layers))
@@ -154,7 +160,7 @@ class Transformer(PackedModule):
 
     @with_default_settings
     @torch.inference_mode(False)
-    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load_tensors(self, tensors: Iterable[tuple[str, Weight]]) -> None:
         """Set all weights from (Meta's name, weight) pairs in any order, packing each as soon as its parts are there.
 
         In a group, the weights are this process's slices. With a tied output, `output.weight` is the embedding and is
@@ -170,10 +176,11 @@ class Transformer(PackedModule):
     ) -> dict[str, Tensor]:
         """Every weight by Meta's name and in Meta's shape, in the model dtype; in a group, this process's slices.
 
-        Packed weights are returned as copies: change them through `load_state_dict`.
+        Packed weights are returned as copies: change them through `load_state_dict`. Quantised ones are dequantised.
         """
         weights = {} if destination is None else destination
-        weights.update((prefix + name, weight) for name, weight in self._unpacked_weights())
+        for name, weight in self._unpacked_weights():
+            weights[prefix + name] = weight if isinstance(weight, Tensor) else weight.dequantized(self.dtype)
         return cast(dict[str, Tensor], weights)
 
     @with_default_settings
@@ -199,7 +206,10 @@ class Transformer(PackedModule):
         sample = fn(self.norm.detach())
         if (sample.device, sample.dtype) == (self.device, self.dtype):
             return self
-        moved = {name: fn(tensor) for name, tensor in self.state_dict().items()}
+        moved = {
+            name: fn(weight) if isinstance(weight, Tensor) else weight.to(sample.device)
+            for name, weight in self._unpacked_weights()
+        }
         self.device, self.dtype = sample.device, sample.dtype
         self.ops = select.backend(self.backend, self.device, self.dtype)
         self.load_tensors(moved.items())
@@ -255,12 +265,11 @@ class Transformer(PackedModule):
             raise TypeError(
                 f"a model that {self.group.size} processes share cannot be copied or pickled: build it again"
             )
-        return _rebuild, (self.params, self.device, self.dtype, self.backend, self.state_dict())
+        options = {"device": self.device, "dtype": self.dtype, "backend": self.backend, "quantize": self.quantize}
+        return _rebuild, (self.params, options, dict(self._unpacked_weights()))
 
 
-def _rebuild(
-    params: ModelArgs, device: torch.device, dtype: torch.dtype, backend: str | None, weights: dict[str, Tensor]
-) -> Transformer:
-    model = Transformer(params, device=device, dtype=dtype, backend=backend, init_weights=False)
+def _rebuild(params: ModelArgs, options: dict[str, Any], weights: dict[str, Weight]) -> Transformer:
+    model = Transformer(params, **options, init_weights=False)
     model.load_tensors(weights.items())
     return model

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastllama.args import IGNORED_NAMES, ModelArgs
+from fastllama.kernels.quantized import QuantizedWeight, Weight, is_alike
+from fastllama.quantization import OUTPUT_NAME, quantized_if_asked
 from fastllama.validate import first_names
 
 INIT_STD = 0.02
@@ -55,10 +57,11 @@ class PackedModule(nn.Module):
     ops: ModuleType  # the backend
     device: torch.device
     dtype: torch.dtype
+    quantize: str | None  # how weights are quantised when they are loaded: a name of quantization.CHOICES
     layers: nn.ModuleList
     tok_embeddings: Tensor
     norm: Tensor
-    output: Tensor
+    output: Weight
 
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every packed weight of this model, in the order of a forward pass."""
@@ -79,12 +82,12 @@ class PackedModule(nn.Module):
         for weight in self._possible_weights():
             weight.owner.register_parameter(weight.attribute, None)
 
-    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def _load(self, tensors: Iterable[tuple[str, Weight]]) -> None:
         """Pack and set all weights, given by Meta's names in any order. See `Transformer.load_tensors`."""
         ignored = IGNORED_NAMES | ({"output.weight"} if self.params.tied_output else set())
         expected = {name: shape for name, shape in self.share.shapes.items() if name not in ignored}
         packed_by_name = {name: weight for weight in self.packed_weights() for name in weight.names}
-        waiting: dict[str, Tensor] = {}  # until all parts of a packed weight have arrived
+        waiting: dict[str, Weight] = {}  # until all parts of a packed weight have arrived
         for name, tensor in tensors:
             if name in ignored:
                 continue
@@ -100,24 +103,35 @@ class PackedModule(nn.Module):
         if expected:
             raise ValueError(f"{len(expected)} weights are missing: {first_names(expected)}")
         if self.params.tied_output:  # one copy in memory if the backend packs nothing
-            self.output = nn.Parameter(self.ops.pack(self.tok_embeddings.detach()), requires_grad=False)
+            output = quantized_if_asked(OUTPUT_NAME, self.tok_embeddings.detach(), self.quantize)
+            _assign(self, "output", self.ops.pack(output))
 
-    def _set_weight(self, weight: PackedWeight, parts: list[Tensor]) -> None:
-        if len(parts) == 1:  # as it is, it would share memory with the caller or with a mapped file
-            moved = [self.ops.allocate(tuple(parts[0].shape), self.dtype, self.device).copy_(parts[0].detach())]
-        else:
-            moved = [part.detach().to(self.device, self.dtype) for part in parts]
-        value = moved[0] if weight.is_never_packed else self.ops.pack(*moved)
-        setattr(weight.owner, weight.attribute, nn.Parameter(value, requires_grad=False))
+    def _set_weight(self, weight: PackedWeight, parts: list[Weight]) -> None:
+        """Quantise the parts if the model is to be, move them, pack and set them."""
+        prepared = [
+            quantized_if_asked(name, part.to(self.device), self.quantize)
+            for name, part in zip(weight.names, parts, strict=True)
+        ]
+        quantised = [part for part in prepared if isinstance(part, QuantizedWeight)]
+        if len(quantised) == len(prepared) and is_alike(quantised):
+            _assign(weight.owner, weight.attribute, self.ops.pack(*quantised))
+            return
+        dense = [part.dequantized() if isinstance(part, QuantizedWeight) else part.detach() for part in prepared]
+        if len(dense) == 1:  # as it is, it would share memory with the caller or with a mapped file
+            dense = [self.ops.allocate(tuple(dense[0].shape), self.dtype, self.device).copy_(dense[0])]
+        moved = [part.to(self.dtype) for part in dense]
+        _assign(weight.owner, weight.attribute, moved[0] if weight.is_never_packed else self.ops.pack(*moved))
 
-    def _unpacked_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def _unpacked_weights(self) -> Iterator[tuple[str, Weight]]:
         """(Meta's name, weight in Meta's shape). Raises ValueError if no weights are loaded."""
         shapes = self.share.shapes
         for weight in self.packed_weights():
             packed = getattr(weight.owner, weight.attribute)
             if packed is None:
                 raise ValueError(NO_WEIGHTS)
-            packed = packed.detach()
+            if weight.names == (OUTPUT_NAME,) and self.params.tied_output:
+                packed = self.tok_embeddings  # of which the output may be a quantised copy
+            packed = packed if isinstance(packed, QuantizedWeight) else packed.detach()
             rows = [shapes[name][0] for name in weight.names]
             parts = (packed,) if weight.is_never_packed else self.ops.unpack(packed, rows)
             yield from zip(weight.names, parts, strict=True)
@@ -126,6 +140,15 @@ class PackedModule(nn.Module):
         for name, shape in self.share.shapes.items():
             weight = torch.empty(shape, device=self.device, dtype=self.dtype)
             yield name, weight.fill_(1) if name.endswith("norm.weight") else weight.normal_(0, INIT_STD)
+
+
+def _assign(owner: nn.Module, attribute: str, value: Weight) -> None:
+    """Set a packed weight: a tensor as a parameter, a quantised weight as it is."""
+    delattr(owner, attribute)
+    if isinstance(value, Tensor):
+        owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+    else:
+        setattr(owner, attribute, value)
 
 
 class LoadedKeys(NamedTuple):

@@ -18,6 +18,7 @@ Results are rounded to the model dtype where Meta's code rounds. Attention score
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor
 from fastllama.kernels.batch import MAX_TEMPERATURE, MIN_TEMPERATURE, RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
 from fastllama.kernels.graph import Graph
+from fastllama.kernels.quantized import QuantizedWeight, Weight, concatenated, split
 from fastllama.kernels.sampling.philox import uniform
 from fastllama.kernels.sampling.top_p_torch import nucleus
 
@@ -47,7 +49,7 @@ def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor
 def norm_qkv_rope_append(
     h: Tensor,
     norm: Tensor,
-    weight: Tensor,
+    weight: Weight,
     rope: Tensor,
     cache_k: Tensor,
     cache_v: Tensor,
@@ -64,7 +66,15 @@ def norm_qkv_rope_append(
     h (N, E), norm (E,), packed weight ((H + 2K)·D, E) and bias, rope (T, D/2, 2) float32 with cos and sin, one layer's
     cache_k and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
     """
-    return rope_append(F.linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
+    return rope_append(linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias: x (N, E), weight (rows, E) -> (N, rows). A quantised weight is dequantised to float32."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    wide = None if bias is None else bias.float()
+    return F.linear(x.float(), weight.dequantized(), wide).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -128,25 +138,25 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> 
 
 
 def linear_residual(
-    x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
+    x: Tensor, weight: Weight, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
 ) -> Tensor:
     """residual + (x · weightᵀ + bias), each left out if None: x (N, ·), packed weight (E, ·), bias (E,) -> (N, E).
 
     The output projection of attention and the down projection of the ffn.
     """
-    y = F.linear(x, weight, bias)
+    y = linear(x, weight, bias)
     return y if residual is None else residual + y
 
 
 def norm_swiglu(
-    h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch, bias: Tensor | None = None
+    h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: RaggedBatch, bias: Tensor | None = None
 ) -> Tensor:
     """RMSNorm, gate and up projections, SwiGLU: h (N, E), norm (E,), packed weight (2F, E) and bias -> (N, F).
 
     gate, up = split(rms_norm(h, norm) · weightᵀ + bias)
     return SiLU(gate) · up
     """
-    return silu_mul(F.linear(rms_norm(h, norm, eps), weight, bias))
+    return silu_mul(linear(rms_norm(h, norm, eps), weight, bias))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -155,9 +165,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
+def norm_lm_head(h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: RaggedBatch) -> Tensor:
     """rms_norm(h, norm) · weightᵀ: h (M, E) for any M of the batch's tokens -> logits (M, V) in the model dtype."""
-    return F.linear(rms_norm(h, norm, eps), weight)
+    return linear(rms_norm(h, norm, eps), weight)
 
 
 def sample(
@@ -229,14 +239,20 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def pack(*parts: Tensor) -> Tensor:
-    """Concatenate weights (rows_i, E) that are applied to the same input. `unpack` undoes it."""
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+def pack(*parts: Weight) -> Weight:
+    """Concatenate weights (rows_i, E) that are applied to the same input. `unpack` undoes it.
+
+    Quantised weights must be alike (`is_alike`).
+    """
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if not tensors:
+        return concatenated(cast(Sequence[QuantizedWeight], parts))
+    return tensors[0].contiguous() if len(parts) == 1 else torch.cat(tensors)
 
 
-def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+def unpack(weight: Weight, rows: Sequence[int]) -> tuple[Weight, ...]:
     """Split a packed weight into its parts, of the given numbers of rows."""
-    return torch.split(weight, list(rows))
+    return split(weight, rows) if isinstance(weight, QuantizedWeight) else torch.split(weight, list(rows))
 
 
 def workspace(

@@ -7,7 +7,7 @@ that are faster on a GPU replace them.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
         "output": (_weights(model, "wo"), 1, {}),
         "gate+up": (_weights(model, "w13"), 2, {"swiglu": True, **norm}),
         "down": (_weights(model, "w2"), 1, {}),
-        "head": ([model.output.detach()], 1, norm),
+        "head": ([cast(Tensor, model.output).detach()], 1, norm),
     }
     for op, (weights, tiles, epilogue) in ops.items():
         x = torch.randn(batch, weights[0].shape[1], device=bench.device, dtype=DTYPE)

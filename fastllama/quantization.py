@@ -1,0 +1,164 @@
+"""Quantises weights: chooses a format for each, and rounds to it.
+
+Matrices are quantised, with a scale per row (int8, fp8) or with a scale and a minimum per group of columns (int4).
+Norms, biases and the embedding stay as they are. The vocabulary projection is int8 where the others are int4.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastllama.args import ModelArgs
+from fastllama.kernels.quantized import ELEMENTS_AT_ONCE, QuantizedWeight, Weight, concatenated, pack_int4
+
+OUTPUT_NAME = "output.weight"
+NOT_QUANTIZED = ("tok_embeddings.weight", "norm.weight", ".bias")  # ends of names
+INT4_GROUPS = (128, 64, 32)
+MAX_INT8, MAX_FP8, MAX_INT4 = 127, 448.0, 15
+FP8_CAPABILITY = (8, 9)  # the first compute capability whose GPUs convert e4m3
+# Ranges that are tried for a group of int4, as shares of that from its smallest to its largest weight. A range that
+# leaves out the extremes is finer for the others.
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)
+REFITS = 2  # least-squares fits of scale and offset to the rounded values, per range
+
+
+class Scheme(NamedTuple):
+    """How a weight is quantised. group_size: the most columns that share a scale; 0 is a scale per row."""
+
+    format: str
+    group_size: int = 0
+
+
+CHOICES = {
+    "int8": Scheme("int8"),
+    "fp8": Scheme("fp8"),
+    "int4": Scheme("int4", 128),
+    "int4-g64": Scheme("int4", 64),
+    "int4-g32": Scheme("int4", 32),
+}
+
+
+def scheme_of(quantize: str | None, name: str, in_features: int) -> Scheme | None:
+    """The scheme of a weight, given Meta's name and its columns; None if it is not quantised.
+
+    int4's groups are the largest of 128, 64 and 32 that is allowed and divides the columns. ValueError if none does.
+    """
+    if quantize is None or name.endswith(NOT_QUANTIZED):
+        return None
+    scheme = CHOICES[quantize]
+    if scheme.format != "int4":
+        return scheme
+    if name == OUTPUT_NAME:
+        return CHOICES["int8"]
+    for size in INT4_GROUPS:
+        if size <= scheme.group_size and in_features % size == 0:
+            return Scheme("int4", size)
+    raise ValueError(
+        f"int4 takes weights whose columns are a multiple of {INT4_GROUPS[-1]}, and {name} has {in_features}: "
+        "use int8, or fewer processes"
+    )
+
+
+def check_quantize(quantize: str | None, args: ModelArgs, device: torch.device) -> None:
+    """Raise ValueError unless a model, or a process's part, of this shape can be quantised so and run on the device."""
+    if quantize is not None and quantize not in CHOICES:
+        raise ValueError(f"quantize must be one of {', '.join(CHOICES)}, or None, got {quantize!r}")
+    for name, shape in args.shapes.items():
+        scheme_of(quantize, name, shape[-1])
+    if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise ValueError(
+            f"fp8 weights need a GPU of compute capability 8.9 or later, and {torch.cuda.get_device_name(device)} has "
+            f"{capability}: use int8, which has as many bits"
+        )
+
+
+def quantized_if_asked(name: str, weight: Weight, quantize: str | None) -> Weight:
+    """The weight of this name, quantised as `quantize` says. One that is quantised already stays as it is."""
+    if isinstance(weight, QuantizedWeight):
+        return weight
+    scheme = scheme_of(quantize, name, weight.shape[-1])
+    return weight if scheme is None else quantized(weight, scheme)
+
+
+def quantized(weight: Tensor, scheme: Scheme, *, integer_zeros: bool = False) -> QuantizedWeight:
+    """A weight (OUT, IN) quantised on its device, a few rows at a time.
+
+    integer_zeros: int4 has zeros, whole numbers from 0 to 15 as files of other programs need them, instead of minima.
+    Raises ValueError for weights that are not finite.
+    """
+    step = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    parts = []
+    for begin in range(0, weight.shape[0], step):
+        rows = weight[begin : begin + step].detach().float()
+        if not bool(rows.isfinite().all()):
+            raise ValueError("a weight to quantise holds values that are not finite: the checkpoint is damaged")
+        is_int4 = scheme.format == "int4"
+        parts.append(_int4(rows, scheme.group_size, integer_zeros) if is_int4 else _by_row(rows, scheme.format))
+    return concatenated(parts)
+
+
+def _by_row(rows: Tensor, kind: str) -> QuantizedWeight:
+    """Symmetric: the largest value of a row is at the end of the range."""
+    scales = rows.abs().amax(1, keepdim=True) / (MAX_INT8 if kind == "int8" else MAX_FP8)
+    q = rows / torch.where(scales > 0, scales, 1)
+    if kind == "int8":
+        return QuantizedWeight(kind, q.round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8), scales)
+    bits = q.clamp(-MAX_FP8, MAX_FP8).to(torch.float8_e4m3fn).view(torch.uint8)
+    return QuantizedWeight(kind, bits, scales)
+
+
+class _Candidate(NamedTuple):
+    """A rounding of groups (OUT, G, size); the other tensors (OUT, G, 1), scale and offset in float16."""
+
+    error: Tensor  # squared, summed over the group
+    q: Tensor
+    scale: Tensor
+    offset: Tensor  # a zero or a minimum
+
+
+def _int4(rows: Tensor, group_size: int, integer_zeros: bool) -> QuantizedWeight:
+    """For each group the scale and offset with the smallest squared error among those tried."""
+    w = rows.view(rows.shape[0], -1, group_size)
+    least, most = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    if integer_zeros:  # such a range holds 0
+        least, most = least.clamp(max=0), most.clamp(min=0)
+    middle, width = (least + most) / 2, most - least
+    best = _rounded(w, width / MAX_INT4, least, integer_zeros)
+    for share in SHARES:
+        candidate = _rounded(w, share * width / MAX_INT4, middle - share * width / 2, integer_zeros)
+        best = _better(best, candidate)
+        for _ in range(REFITS):
+            candidate = _rounded(w, *_refitted(w, candidate, integer_zeros), integer_zeros)
+            best = _better(best, candidate)
+    values = pack_int4(best.q.flatten(1))
+    return QuantizedWeight("int4", values, best.scale[..., 0], best.offset[..., 0], has_zeros=integer_zeros)
+
+
+def _rounded(w: Tensor, scale: Tensor, minimum: Tensor, integer_zeros: bool) -> _Candidate:
+    """The rounding with a scale and a minimum, both rounded first; with integer_zeros the minimum becomes a zero."""
+    scale = scale.half()
+    step = torch.where(scale > 0, scale.float(), 1)
+    offset = (-minimum / step).round().clamp(0, MAX_INT4) if integer_zeros else minimum.half().float()
+    q = (w / step + offset if integer_zeros else (w - offset) / step).round().clamp(0, MAX_INT4)
+    dequantized = scale.float() * (q - offset) if integer_zeros else scale.float() * q + offset
+    error = (w - dequantized).square().sum(-1, keepdim=True)
+    return _Candidate(error, q, scale, offset.half())
+
+
+def _refitted(w: Tensor, candidate: _Candidate, integer_zeros: bool) -> tuple[Tensor, Tensor]:
+    """The scale and the minimum with the smallest squared error for a candidate's q; zeros stay."""
+    n = candidate.q - (candidate.offset.float() if integer_zeros else candidate.q.mean(-1, keepdim=True))
+    power = n.square().sum(-1, keepdim=True)
+    fitted = (w * n).sum(-1, keepdim=True) / power.clamp(min=1e-30)
+    scale = torch.where((power > 0) & (fitted > 0), fitted, candidate.scale.float())
+    if integer_zeros:
+        return scale, -scale * candidate.offset.float()
+    return scale, w.mean(-1, keepdim=True) - scale * candidate.q.mean(-1, keepdim=True)
+
+
+def _better(one: _Candidate, other: _Candidate) -> _Candidate:
+    """For each group the candidate with the smaller error; the first if they are equal."""
+    wins = other.error < one.error
+    return _Candidate(*(torch.where(wins, new, old) for old, new in zip(one, other, strict=True)))

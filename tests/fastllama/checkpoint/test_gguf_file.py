@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_slices_are_those_of_the_packages_weights(tmp_path: Path, kind: str, wor
     assert checkpoint.format == "gguf"
     assert checkpoint.dtype == DTYPES.get(kind, torch.float32)
     for rank in range(world_size):
-        received = dict(checkpoint.tensors(rank, world_size))
+        received = dict(checkpoint.dense_tensors(rank, world_size))
         assert list(received) == list(WEIGHTS)
         for name, tensor in received.items():
             whole = expected[stored_name(name)]
@@ -86,7 +87,7 @@ def test_every_type_that_the_package_dequantises_is_read(tmp_path: Path, kind: s
     checkpoint = open_checkpoint(path)
     assert next(iter(checkpoint.bytes_by_type)) == kind
     for rank in range(8):  # a slice of w2 and wo begins inside a block
-        for name, tensor in checkpoint.tensors(rank, 8):
+        for name, tensor in checkpoint.dense_tensors(rank, 8):
             whole = expected[stored_name(name)]
             assert torch.isfinite(whole).all()
             assert torch.equal(tensor, share(PARAMS, name, whole, rank, 8)), name
@@ -107,7 +108,8 @@ def test_tokens_are_those_of_a_huggingface_folder(tmp_path: Path, kind: str) -> 
     write_pipeline(tokenizer, folder)
 
     def answers(ckpt_dir: Path, tokenizer_path: str | None) -> list[list[int]]:
-        llm = Llama.build(str(ckpt_dir), tokenizer_path, 64, 2, device="cpu", dtype=torch.float32)
+        options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "backend": "reference"}
+        llm = Llama.build(str(ckpt_dir), tokenizer_path, 64, 2, **options)
         llm.tokenizer.stop_tokens = set()
         prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in ("Once upon", "The 12 dogs\n")]
         return [list(row) for row in llm.generate(prompts, max_gen_len=24, temperature=0.0)[0]]
@@ -123,7 +125,7 @@ def test_split_files_are_one_model(tmp_path: Path) -> None:
     for place in (*paths, tmp_path):
         checkpoint = open_checkpoint(place)
         assert [path for path, _ in checkpoint.files] == paths
-        for name, tensor in checkpoint.tensors():
+        for name, tensor in checkpoint.dense_tensors():
             assert torch.equal(tensor, WEIGHTS[name].half() if tensor.ndim > 1 else WEIGHTS[name]), name
     paths[1].rename(tmp_path / "other")
     with pytest.raises(ValueError, match=r"the model has 3 files, and model-00002-of-00003\.gguf is not beside it"):

@@ -40,11 +40,12 @@ def peak(folder, world_size, keep):
     sampler.start()
     kept = []
     for name, tensor in checkpoint.tensors(0, world_size):
-        tensor.sum()
+        for part in (tensor.values, tensor.scales) if hasattr(tensor, "group_size") else (tensor,):
+            part.sum()
         peaks.append(anonymous())
         if keep:
             kept.append(tensor)
-        del tensor
+        del tensor, part
     done.set()
     sampler.join()
     return max(peaks) - start

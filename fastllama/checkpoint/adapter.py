@@ -18,6 +18,7 @@ from fastllama.checkpoint.base import Checkpoint, check_shapes
 from fastllama.checkpoint.consistency import same_values
 from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 from fastllama.checkpoint.json_config import short_list
+from fastllama.checkpoint.quantized_tensor import USE_ORIGINAL
 from fastllama.checkpoint.safetensors_files import BASE_PREFIX, SafetensorsTensor
 from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor, weight_specs
 from fastllama.checkpoint.unsupported_formats import MERGE_WITH_PEFT
@@ -105,7 +106,7 @@ def _dense_weights(checkpoint: Checkpoint) -> dict[str, ShardedTensor]:
     if len(dense) < len(checkpoint.stored):
         raise ValueError(
             f"{checkpoint.path}: is quantised ({', '.join(checkpoint.precisions)}), and an adapter is not merged into "
-            "quantised weights; take the base's unquantised weights, with --quantize for fewer bits"
+            f"quantised weights; {USE_ORIGINAL}"
         )
     return dense
 

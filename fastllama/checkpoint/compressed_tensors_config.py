@@ -107,7 +107,7 @@ def _weight_scheme(config: JsonConfig, group: JsonConfig) -> WeightScheme | None
 
 
 def _error(config: JsonConfig, key: str, expected: str, beside: str = "") -> ValueError:
-    return ValueError(f"{config.error(key, expected)}{beside}; quantised weights of other kinds: {USE_ORIGINAL}")
+    return ValueError(f"{config.error(key, expected)}{beside}; {USE_ORIGINAL}")
 
 
 def _texts(config: JsonConfig, key: str) -> list[str]:

@@ -40,7 +40,7 @@ WORDS_AT_ONCE = 64  # columns of AWQ's words that are unpacked together
 
 
 def _error(config: JsonConfig, key: str, expected: str) -> ValueError:
-    return ValueError(f"{config.error(key, expected)}; quantised weights of other kinds: {USE_ORIGINAL}")
+    return ValueError(f"{config.error(key, expected)}; {USE_ORIGINAL}")
 
 
 def _stored_group(config: JsonConfig) -> int:

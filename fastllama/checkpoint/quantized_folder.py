@@ -7,7 +7,7 @@ from typing import Protocol
 from fastllama.checkpoint.compressed_tensors import CompressedTensors
 from fastllama.checkpoint.gptq_awq import Awq, Gptq
 from fastllama.checkpoint.json_config import JsonConfig, short_repr
-from fastllama.checkpoint.quantized_tensor import FLOAT_DTYPES, QuantizedTensor
+from fastllama.checkpoint.quantized_tensor import FLOAT_DTYPES, USE_ORIGINAL, QuantizedTensor
 from fastllama.checkpoint.safetensors_files import SafetensorsTensor
 
 CONFIG_KEY = "quantization_config"
@@ -47,7 +47,7 @@ def quantization_method(config: JsonConfig) -> Method | None:
     if method is None:
         raise ValueError(
             f"{config.path}: {CONFIG_KEY} marks a quantised checkpoint whose method is not read here (quant_method "
-            f"{short_repr(name)}); use one of {', '.join(METHODS)}, or the original weights and --quantize"
+            f"{short_repr(name)}); take one of {', '.join(METHODS)}, or {USE_ORIGINAL}"
         )
     return method(section)
 

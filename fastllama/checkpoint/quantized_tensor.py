@@ -15,7 +15,7 @@ from fastllama.checkpoint.sharding import WeightSpec
 from fastllama.kernels.quantized import BITS, QuantizedWeight
 from fastllama.quantization import INT4_GROUPS
 
-USE_ORIGINAL = "use the original weights with --quantize"
+USE_ORIGINAL = "use the original weights, with --quantize for fewer bits"
 # safetensors' names of dtypes.
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 WORD_DTYPES = ("I32",)
@@ -169,5 +169,5 @@ def check_column_slices(
             raise ValueError(
                 f"{source}: the {tensor.shape[1]} columns of {spec.name} are quantised in groups of "
                 f"{tensor.column_unit}, which {world_size} processes would cut: use "
-                f"{' or '.join(map(str, possible))} processes"
+                f"one of {', '.join(map(str, possible))} processes"
             )

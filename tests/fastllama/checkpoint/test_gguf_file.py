@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from fastllama import Llama
 from fastllama.checkpoint import open_checkpoint
 from fastllama.cli import main
+from fastllama.kernels.quantized import QuantizedWeight
 from fastllama.tokenizer_gguf import GgufTokenizer
 from tests.support.checkpoints import (
     random_weights,
@@ -70,6 +71,49 @@ def test_slices_are_those_of_the_packages_weights(tmp_path: Path, kind: str, wor
             whole = expected[stored_name(name)]
             assert tensor.dtype == (checkpoint.dtype if whole.ndim > 1 else torch.float32)
             assert torch.equal(tensor.float(), share(PARAMS, name, whole, rank, world_size)), name
+
+
+@pytest.mark.parametrize(("kind", "in_memory"), [("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4"), ("Q5_0", "")])
+def test_blocks_of_32_keep_their_bits(tmp_path: Path, kind: str, in_memory: str) -> None:
+    path = write(tmp_path, kind)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.precisions == ((f"{in_memory} in groups of 32",) if in_memory else ())
+    for name, weight in checkpoint.tensors():
+        is_kept = bool(in_memory) and WEIGHTS[name].ndim > 1 and name != "tok_embeddings.weight"
+        assert isinstance(weight, QuantizedWeight) == is_kept, name
+        if isinstance(weight, QuantizedWeight):
+            assert (weight.format, weight.group_size, weight.scales.dtype) == (in_memory, 32, torch.float16)
+            assert (weight.offsets is not None, weight.has_zeros) == (in_memory == "int4", kind == "Q4_0")
+            assert weight.n_bytes == weight.values.numel() + weight.scales.nbytes * (1 + (in_memory == "int4"))
+
+
+def test_a_quantised_embedding_is_also_the_output(tmp_path: Path) -> None:
+    """Looked up dense, and multiplied with the file's bits; counted once."""
+    weights = {name: weight for name, weight in WEIGHTS.items() if name != "output.weight"}
+    for kind in ("Q8_0", "Q6_K", "F16"):
+        tensors = quantised(weights, "Q8_0")
+        if kind == "Q6_K":
+            tensors["token_embd.weight"] = (
+                np.zeros((PARAMS["vocab_size"], 210), np.uint8),
+                gguf.GGMLQuantizationType.Q6_K,
+            )
+        if kind == "F16":
+            tensors |= {"token_embd.weight": quantised(weights, "F16")["token_embd.weight"]}
+        checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", FIELDS, tensors))
+        received = dict(checkpoint.tensors(1, 2))
+        output, embedding = received["output.weight"], received["tok_embeddings.weight"]
+        assert isinstance(embedding, torch.Tensor) and isinstance(output, QuantizedWeight) == (kind == "Q8_0")
+        assert checkpoint.params["tied_output"] == (kind != "Q8_0")
+        dense = output.dequantized() if isinstance(output, QuantizedWeight) else output
+        assert torch.equal(dense, embedding)
+        assert checkpoint.n_parameters == sum(weight.numel() for weight in weights.values())
+
+
+def test_slices_that_cut_blocks_are_an_error(tmp_path: Path) -> None:
+    params = PARAMS | {"hidden_dim": 96}
+    path = write_gguf(tmp_path / "model.gguf", metadata(params), quantised(random_weights(params), "Q4_0"))
+    with pytest.raises(ValueError, match=r"96 columns of .*w2\.weight .* in groups of 32, .* use one of 1 processes"):
+        open_checkpoint(path).tensors(0, 2)
 
 
 @pytest.mark.parametrize("kind", READ_ONLY)

@@ -122,7 +122,7 @@ def test_float32_scales_of_groups_are_rounded_to_float16(tmp_path: Path) -> None
 def test_every_module_has_its_own_scheme(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Names go before expressions, expressions before the class, and `ignore` before all."""
     int4 = KINDS["int4-128"][1]
-    groups = {
+    groups: dict[str, Any] = {
         "a": {"targets": ["Linear"], "weights": INT8 | {"strategy": "channel"}},
         "b": {
             "targets": [r"re:.*\.mlp\.(up|gate)_proj$"],

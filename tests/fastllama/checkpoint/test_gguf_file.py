@@ -234,9 +234,11 @@ def test_inspect_shows_types_and_tokenizer(tmp_path: Path) -> None:
         n_floats = 5 * PARAMS["dim"]  # the norms
         n_matrices = sum(weight.numel() for weight in random_weights(params).values()) - n_floats
         assert description["bytes_by_type"] == {"Q8_0": n_matrices // 32 * 34, "F32": n_floats * 4}
+        assert description["quantized"] == ["int8 in groups of 32"]
         assert description["memory"]["dtype"] == "float32"
         assert description["tokenizer"]["path"] == str(path)
         assert description["tokenizer"]["n_words"] == tokenizer.get_vocab_size()
     text = CliRunner().invoke(main, ["inspect", str(write(tmp_path, "Q8_0"))], catch_exceptions=False).output
     assert "stored in Q8_0 (99.7%), F32 (0.3%)" in text
+    assert "quantised  int8 in groups of 32\n" in text
     assert "tokenizer: none in the checkpoint" in text

@@ -1,13 +1,16 @@
 """int4 checkpoints of GPTQ and AWQ, compared with their published formulas: w = scale · (q - zero)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 from fastllama.checkpoint import open_checkpoint
+from fastllama.cli import main
 from fastllama.kernels.quantized import QuantizedWeight
 from tests.support.checkpoints import huggingface_weights, share
 from tests.support.quantized_folders import PARAMS, awq_parts, gptq_parts, linear_weights, write_folder
@@ -162,3 +165,22 @@ def test_slices_that_cut_groups_are_an_error(tmp_path: Path) -> None:
     written(tmp_path, "awq", 128)
     with pytest.raises(ValueError, match=r"the 256 columns of layers\.0\.attention\.wo.* use one of 1, 2 processes"):
         open_checkpoint(tmp_path).tensors(0, 4)
+
+
+def test_inspect_shows_the_precision(tmp_path: Path) -> None:
+    written(tmp_path, "awq", 64)
+    described = CliRunner().invoke(main, ["inspect", str(tmp_path), "--json"], catch_exceptions=False)
+    found = json.loads(described.output)
+    n_matrices = sum(rows * columns for rows, columns in SHAPES.values())
+    n_others = (PARAMS["vocab_size"] + 5) * PARAMS["dim"]
+    assert found["quantized"] == ["int4 in groups of 64"] and found["parameters"] == n_matrices + n_others
+    assert found["stored_dtype"] == "int4 in groups of 64"
+    n_bytes = n_matrices // 2 + n_matrices // 64 * 4
+    assert found["bytes_by_type"] == {"int4 in groups of 64": n_bytes, "bfloat16": n_others * 2}
+    checkpoint = open_checkpoint(tmp_path)
+    for rank in range(2):
+        parts = [one for _, one in checkpoint.tensors(rank, 2)]
+        sizes = [one.n_bytes if isinstance(one, QuantizedWeight) else one.numel() * 4 for one in parts]
+        assert checkpoint.weight_bytes(torch.float32, 2) == sum(sizes)
+    text = CliRunner().invoke(main, ["inspect", str(tmp_path)], catch_exceptions=False).output
+    assert "stored in int4 in groups of 64 (" in text and "quantised  int4 in groups of 64\n" in text

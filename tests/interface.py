@@ -23,6 +23,7 @@ COMMANDS = (
     "fastllama complete",
     "fastllama chat",
     "fastllama inspect",
+    "fastllama quantize",
     "fastllama bench",
     "fastllama bench compare",
     "fastllama.benchmarks.gpu_report",

@@ -5,8 +5,10 @@ from functools import partial
 from typing import Any
 
 from fastllama.checkpoint import open_checkpoint
+from fastllama.checkpoint.quantized_writer import write_quantized
+from fastllama.checkpoint.quantized_writer_config import model_config
 from tests.support.adapters import factor_tensors, random_factors, write_adapter
-from tests.support.checkpoints import random_weights
+from tests.support.checkpoints import random_weights, write_meta
 from tests.support.quantized_folders import PARAMS, Parts, awq_parts, gptq_parts, linear_weights, write_folder
 from tests.support.refusals.case import ADAPTER, MODEL, Refusal, build
 
@@ -60,6 +62,17 @@ def _adapter_on_quantised() -> None:
     write_adapter(ADAPTER, dict(factor_tensors(factors)))
 
 
+def _rope_factors() -> None:
+    rope = {"rope_type": "factors", "rope_factors": [1.0] * 16, "use_scaled_rope": False}
+    write_meta(MODEL, PARAMS | rope, random_weights(PARAMS, seed=5))
+
+
+def _quantize() -> None:
+    checkpoint = open_checkpoint(MODEL)
+    config, out = model_config(checkpoint), MODEL.with_name("out")
+    write_quantized(checkpoint, out, "int4", with_output=False, config=config, copy_others=lambda folder: None)
+
+
 def _opened(n_processes: int) -> Callable[[], object]:
     return lambda: open_checkpoint(MODEL).tensors(0, n_processes)
 
@@ -86,6 +99,8 @@ CASES = [
     Refusal("GPTQ: groups that are wider than the matrix", _odd_groups),
     _awq("other versions", version="gemv"),
     _awq("weights without zero points", zero_point=False),
+    Refusal("`fastllama quantize` of a quantised checkpoint", _good, _quantize),
+    Refusal("`fastllama quantize` of a rope that transformers lacks", _rope_factors, _quantize),
     Refusal("a number of processes that cuts groups", _good, _opened(8)),
     Refusal("an adapter on a quantised base", _adapter_on_quantised, partial(build, adapter=str(ADAPTER))),
 ]

@@ -51,7 +51,7 @@ class CompressedTensors:
 
     def __init__(self, config: JsonConfig) -> None:
         self._config = CompressedTensorsConfig(config)
-        if self._config.has_static_activations:
+        if self._config.quantizes_activations:
             logger.info(
                 "%s: quantised activations are ignored; they stay in the dtype of the model", config.path.parent
             )

@@ -38,7 +38,10 @@ class WeightScheme:
 
 
 class CompressedTensorsConfig:
-    """A checked quantization_config. ValueError for what cannot be read."""
+    """A checked quantization_config. ValueError for what cannot be read.
+
+    quantizes_activations: whether activations are meant to be quantised, too.
+    """
 
     def __init__(self, config: JsonConfig) -> None:
         """config: the section quantization_config."""
@@ -50,7 +53,7 @@ class CompressedTensorsConfig:
         groups = config.section("config_groups")
         if groups is None:
             raise config.error("config_groups", "an object of schemes")
-        self.has_static_activations = False
+        self.quantizes_activations = False
         self._schemes: list[tuple[int, re.Pattern[str], WeightScheme | None]] = []
         for name in groups.values:
             self._add_group(config, groups, name)
@@ -67,8 +70,7 @@ class CompressedTensorsConfig:
         if group is None:
             raise groups.error(name, "an object with targets and weights")
         scheme = _weight_scheme(config, group)
-        activations = group.section("input_activations")
-        self.has_static_activations |= activations is not None and activations.values.get("dynamic") is False
+        self.quantizes_activations |= any(group.section(key) for key in ("input_activations", "output_activations"))
         for text in _texts(group, "targets"):
             if text == "Embedding":
                 raise _error(group, "targets", "linear modules: the embedding is not quantised")

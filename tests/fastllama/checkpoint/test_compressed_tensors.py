@@ -119,6 +119,17 @@ def test_float32_scales_of_groups_are_rounded_to_float16(tmp_path: Path) -> None
     assert torch.equal(weight.scales, stored["weight_scale"].half())
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_may_have_any_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    layout, fields, _ = KINDS["fp8-tensor"]
+    stored = compressed(LINEAR["lm_head"], layout, fields)
+    expected = dequantised(stored, layout, fields)
+    stored["weight_scale"] = stored["weight_scale"].view(shape)
+    group = {"targets": ["lm_head"], "weights": fields}
+    write_folder(tmp_path, configuration(layout, fields, config_groups={"a": group}), {"lm_head": stored})
+    assert torch.equal(dict(open_checkpoint(tmp_path).dense_tensors())["output.weight"], expected)
+
+
 def test_every_module_has_its_own_scheme(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Names go before expressions, expressions before the class, and `ignore` before all."""
     int4 = KINDS["int4-128"][1]

@@ -121,6 +121,7 @@ setup(
             *REFERENCE,
             GGUF,
             SENTENCEPIECE,
+            "compressed-tensors>=0.15",
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pre-commit>=4",

@@ -159,7 +159,7 @@ class ModelSpec:
         if self.source.ckpt_dir is None:
             yield from random_tensors(self.args, self.source.seed, self.device, self.dtype, group)
             return
-        for name, tensor in open_checkpoint(self.source.ckpt_dir).tensors(group.rank, group.size, progress=False):
+        for name, tensor in open_checkpoint(self.source.ckpt_dir).dense_tensors(group.rank, group.size, progress=False):
             yield name, tensor.to(device=self.device, dtype=self.dtype)
 
     def build(self) -> Llama:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from fastllama.benchmarks.result_file import write_text
-from tests.support.refusals import adapters, chats, configurations, files, gguf_models, tokenizers
+from tests.support.refusals import adapters, chats, configurations, files, gguf_models, quantized, tokenizers
 from tests.support.refusals.case import Refusal
 
 PAGE = Path(__file__).resolve().with_suffix(".md")
@@ -28,8 +28,13 @@ SECTIONS = [
     ("Files", "", files.CASES),
     (
         "Models",
-        "Run models of other kinds with transformers or llama.cpp. Of a quantised one, download the original weights.",
+        "Run models of other kinds with transformers or llama.cpp.",
         configurations.CASES,
+    ),
+    (
+        "Quantised checkpoints",
+        "Download the original weights, and let `quantize=` or `--quantize` round them while they are read.",
+        quantized.CASES,
     ),
     ("GGUF", "", gguf_models.CASES),
     ("Adapters", "Where a message says to merge an adapter, do so and load the result alone.", adapters.CASES),

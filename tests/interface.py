@@ -23,6 +23,7 @@ COMMANDS = (
     "fastllama complete",
     "fastllama chat",
     "fastllama inspect",
+    "fastllama quantize",
     "fastllama quality",
     "fastllama bench",
     "fastllama bench compare",

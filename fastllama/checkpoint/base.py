@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastllama.args import ModelArgs
 from fastllama.checkpoint.json_config import JsonConfig, short_list
+from fastllama.checkpoint.quantized_tensor import QuantizedTensor, check_column_slices
 from fastllama.checkpoint.sharding import (
     EMBEDDING_NAME,
     OUTPUT_NAME,
     ShardedTensor,
     WeightSpec,
     check_split,
-    read_slice,
     weight_specs,
 )
+from fastllama.kernels.quantized import QuantizedWeight, Weight
 
+StoredWeight = ShardedTensor | QuantizedTensor
 READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYER_PATTERN = re.compile(r"(?:model\.)?layers\.([0-9]+)\.")
 GIT_LFS_SIGNATURE = b"version https://git-lfs"
@@ -37,12 +40,16 @@ class Checkpoint:
     format: "meta", "huggingface" or "gguf".
     params: keyword arguments for ModelArgs, all sizes resolved; `rope_scaling_factor` only if the files state it.
     files: the weights' files and their sizes in bytes.
-    dtype: the dtype of the matrices when read (norms may be wider): float32 if they are stored in float64.
+    dtype: the dtype of the matrices when read (norms may be wider): float32 if they are stored in float64. If matrices
+        are quantised, that of the embedding.
     stop_token_ids: eos_token_id of generation_config.json or config.json; () for Meta's files and GGUF.
     stored: every weight in the files, by Meta's name, with the adapters merged.
     passed_over: unused weights in the folder (files, or folders with a checkpoint), each with the reason.
     adapters: the folders of the adapters that are merged into the weights.
-    bytes_by_type: of a GGUF file, the bytes of the tensors of each type, such as "Q4_1", the largest first.
+    bytes_by_type: of a GGUF file, the bytes of the tensors of each type, such as "Q4_1", the largest first. Of a
+        quantised folder, the bytes of the weights of each precision, such as "int4 in groups of 128".
+    has_embedding_as_output: whether the quantised output has the embedding's bits, in a model that does not tie them
+        because the embedding is dequantised.
     """
 
     path: Path
@@ -51,48 +58,87 @@ class Checkpoint:
     files: list[tuple[Path, int]]
     dtype: torch.dtype
     stop_token_ids: tuple[int, ...]
-    stored: Mapping[str, ShardedTensor] = field(repr=False)
+    stored: Mapping[str, StoredWeight] = field(repr=False)
     passed_over: tuple[tuple[Path, str], ...] = ()
     adapters: tuple[Path, ...] = ()
     bytes_by_type: Mapping[str, int] = field(default_factory=dict)
+    has_embedding_as_output: bool = False
 
     @property
     def n_parameters(self) -> int:
-        """Number of the model's parameters. A tied output and the embedding count once."""
-        tied = self.params["tied_output"]
+        """Number of the model's parameters. An output that is the embedding counts once."""
+        tied = self.params["tied_output"] or self.has_embedding_as_output
         return sum(spec.numel() for spec in weight_specs(self.params) if not (tied and spec.name == OUTPUT_NAME))
 
-    def tensors(
-        self, rank: int = 0, world_size: int = 1, progress: bool | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """How the matrices are quantised, such as "int4 in groups of 128"; () if none is."""
+        quantized = (tensor for tensor in self.stored.values() if isinstance(tensor, QuantizedTensor))
+        return tuple(dict.fromkeys(tensor.description for tensor in quantized))
+
+    def weight_bytes(self, dtype: torch.dtype, world_size: int = 1) -> int:
+        """Bytes of the weights of one of `world_size` processes, if those that are not quantised have this dtype.
+
+        A tied output counts once.
+        """
+        specs = [spec for spec in weight_specs(self.params) if spec.name in self.stored]
+        return sum(_slice_bytes(self.stored[spec.name], spec, 0, world_size, dtype) for spec in specs)
+
+    def tensors(self, rank: int = 0, world_size: int = 1, progress: bool | None = None) -> Iterator[tuple[str, Weight]]:
         """(name, slice) of every weight for process `rank` of `world_size`, in the order of a forward pass.
 
-        Slices are CPU tensors in the files' dtype. If one shard holds all of a slice, it is a view of the mapped file:
+        Slices are CPU tensors in the files' dtype, and QuantizedWeights in the order PLAIN of what the files hold
+        quantised. If one shard holds all of a slice, it is a view of the mapped file:
         it may be strided and must not be written to. Otherwise it is one new tensor. The iterator keeps no tensor, so
         host memory stays near one tensor if the caller also releases each before it takes the next. May be called more
         than once.
         With more processes than kv heads, adjacent ranks receive the same head of wk and wv.
 
         progress: None shows a bar if stderr is a terminal, True always, False never.
-        Raises ValueError at the call, before anything is read, if the sizes do not divide by `world_size`.
+        Raises ValueError at the call, before anything is read, if the sizes do not divide by `world_size`, or slices
+        would cut groups of quantised columns.
         """
         check_split(self.params, rank, world_size)
+        pairs = {spec: self.stored.get(spec.name) for spec in weight_specs(self.params)}
+        quantized = {spec: tensor for spec, tensor in pairs.items() if isinstance(tensor, QuantizedTensor)}
+        check_column_slices(self.path, ModelArgs(**self.params), quantized, world_size)
         return self._read(rank, world_size, progress)
 
-    def _read(self, rank: int, world_size: int, progress: bool | None) -> Iterator[tuple[str, torch.Tensor]]:
+    def dense_tensors(
+        self, rank: int = 0, world_size: int = 1, progress: bool | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights of `tensors`, with the quantised ones dequantised to float32."""
+        return map(_dequantized, self.tensors(rank, world_size, progress))
+
+    def _read(self, rank: int, world_size: int, progress: bool | None) -> Iterator[tuple[str, Weight]]:
         table = [(spec, self._stored_tensor(spec)) for spec in weight_specs(self.params)]
-        sizes = [spec.numel(rank, world_size) * tensor.shards[0].dtype.itemsize for spec, tensor in table]
+        sizes = [_slice_bytes(tensor, spec, rank, world_size) for spec, tensor in table]
         hidden = None if progress is None else not progress
         with tqdm(
             total=sum(sizes), desc="loading", unit="B", unit_scale=True, unit_divisor=1024, disable=hidden
         ) as bar:
             for (spec, tensor), size in zip(table, sizes, strict=True):
-                yield spec.name, read_slice(tensor, spec, rank, world_size)
+                yield spec.name, tensor.narrow(*spec.cut(rank, world_size))
                 bar.update(size)
 
-    def _stored_tensor(self, spec: WeightSpec) -> ShardedTensor:
+    def _stored_tensor(self, spec: WeightSpec) -> StoredWeight:
         tied = self.params["tied_output"] and spec.name == OUTPUT_NAME
         return self.stored[EMBEDDING_NAME if tied else spec.name]
+
+
+def _dequantized(named: tuple[str, Weight]) -> tuple[str, torch.Tensor]:
+    name, weight = named
+    return name, weight.dequantized() if isinstance(weight, QuantizedWeight) else weight
+
+
+def _slice_bytes(
+    tensor: StoredWeight, spec: WeightSpec, rank: int, world_size: int, dtype: torch.dtype | None = None
+) -> int:
+    """Bytes of a process's slice as it is read, or with what is not quantised in another dtype."""
+    n_elements = spec.numel(rank, world_size)
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.n_bytes * n_elements // spec.numel()
+    return n_elements * (dtype or tensor.shards[0].dtype).itemsize
 
 
 def check_dims(config: JsonConfig, params: Mapping[str, Any]) -> None:
@@ -139,7 +185,8 @@ def check_dtypes(source: Path, dtypes: Mapping[str, str]) -> None:
     if wrong:
         raise ValueError(
             f"{source}: expected {', '.join(readable)}, got {short_list(wrong)}; "
-            "quantised and other converted weights are not supported: use the original ones"
+            "quantised weights that config.json does not describe, and other converted ones, are not supported: use "
+            "the original ones"
         )
 
 

@@ -1,8 +1,8 @@
 """Opens GGUF files, llama.cpp's format, in one file or split into several.
 
-The weights are Meta's under other names, and rows of q and k are in Meta's order. Quantised weights are dequantised to
-float32 when a slice is read, through the package `gguf`, a few rows at a time. Only the slice's rows and blocks are
-read.
+The weights are Meta's under other names, and rows of q and k are in Meta's order. Matrices in the types of
+`gguf_blocks` keep their bits. Other quantised weights, and the embedding, are dequantised to float32 when a slice is
+read, through the package `gguf`, a few rows at a time. Only the slice's rows and blocks are read.
 """
 
 import functools
@@ -18,12 +18,15 @@ import torch
 
 from fastllama.checkpoint.base import (
     Checkpoint,
+    StoredWeight,
     check_names,
     check_shapes,
     count_layers,
     file_sizes,
     read_first_bytes,
 )
+from fastllama.checkpoint.gguf_blocks import FORMATS as KEPT_TYPES
+from fastllama.checkpoint.gguf_blocks import GgufBlocks
 from fastllama.checkpoint.gguf_config import gguf_params
 from fastllama.checkpoint.gguf_rope import ROPE_FACTORS_NAME, apply_factors
 from fastllama.checkpoint.json_config import short_list
@@ -104,6 +107,12 @@ class GgufTensor:
         )
         return part.view(-1) if len(self.shape) == 1 else part
 
+    def blocks(self) -> GgufBlocks | None:
+        """The same matrix with the file's bits; None for a vector and for types that do not keep them."""
+        if len(self.shape) != 2 or self.type.name not in KEPT_TYPES:
+            return None
+        return GgufBlocks(self._rows, self.shape[1], self.type.name)
+
     def _dequantised(self, rows: np.ndarray) -> torch.Tensor:
         from gguf.quants import dequantize
 
@@ -145,6 +154,14 @@ def open_gguf(path: Path) -> Checkpoint:
     specs = [spec for spec in weight_specs(params) if names[spec.name] in tensors]
     shapes = {names[spec.name]: (spec.shape, tensors[names[spec.name]].shape) for spec in specs}
     check_shapes(paths[0], "the metadata requires", shapes)
+    stored: dict[str, StoredWeight] = {}
+    for spec in specs:
+        tensor = tensors[names[spec.name]]
+        stored[spec.name] = (None if spec.name == EMBEDDING_NAME else tensor.blocks()) or ShardedTensor((tensor,))
+    has_embedding_as_output = False
+    if params["tied_output"] and (output := embedding.blocks()):
+        params["tied_output"], has_embedding_as_output = False, True
+        stored[OUTPUT_NAME] = output
     return Checkpoint(
         path=path.parent,
         format="gguf",
@@ -152,8 +169,9 @@ def open_gguf(path: Path) -> Checkpoint:
         files=file_sizes(paths),
         dtype=ShardedTensor((embedding,)).dtype,
         stop_token_ids=(),  # the tokenizer in the file has them
-        stored={spec.name: ShardedTensor((tensors[names[spec.name]],)) for spec in specs},
+        stored=stored,
         bytes_by_type=_bytes_by_type(tensors),
+        has_embedding_as_output=has_embedding_as_output,
     )
 
 

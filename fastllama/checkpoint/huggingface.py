@@ -5,20 +5,27 @@ halves of a head against each other, Meta rotates adjacent pairs. `SafetensorsTe
 by head, when a slice is read.
 """
 
+import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastllama.checkpoint.base import (
     Checkpoint,
+    StoredWeight,
     check_dtypes,
     check_names,
     check_shapes,
     count_layers,
+    dtype_name,
     file_sizes,
 )
 from fastllama.checkpoint.consistency import same_values, warn_if_frequencies_differ
 from fastllama.checkpoint.huggingface_config import model_params, stop_token_ids
 from fastllama.checkpoint.json_config import JsonConfig
+from fastllama.checkpoint.quantized_folder import Method, part_names, quantization_method, take_modules
+from fastllama.checkpoint.quantized_tensor import QuantizedTensor
 from fastllama.checkpoint.safetensors_files import INV_FREQ_NAME, SafetensorsTensor, find_tensors
 from fastllama.checkpoint.sharding import (
     BIAS_SUFFIX,
@@ -56,34 +63,35 @@ def open_huggingface(folder: Path) -> Checkpoint:
     """The checkpoint in a folder with config.json and safetensors. ValueError if any check fails."""
     config = JsonConfig.read(folder / CONFIG_NAME)
     params = model_params(config)
+    method = quantization_method(config)
     hf_names = huggingface_names(weight_names(params))
-    files, tensors, frequencies = find_tensors(folder, config, set(hf_names.values()), params["tied_output"])
+    known = set(hf_names.values())
+    names = known | part_names(method, known) if method else known
+    files, tensors, frequencies = find_tensors(folder, config, names, params["tied_output"])
+    quantized = take_modules(method, tensors, known) if method else {}
 
     check_dtypes(folder, {name: tensor.dtype_text for name, tensor in tensors.items()})
     embedding, output = hf_names[EMBEDDING_NAME], hf_names[OUTPUT_NAME]
     if params["tied_output"] and output in tensors:  # if only one of the two is stored, it is used for both
         tensors.setdefault(embedding, tensors[output])
     optional = {output} if params["tied_output"] and embedding in tensors else set()
-    expected = [name for name in hf_names.values() if name in tensors or name not in optional]
-    check_names(folder, expected, tensors, _name_hint(config, expected, tensors))
+    present = [*tensors, *(f"{module}.weight" for module in quantized)]
+    expected = [name for name in hf_names.values() if name in present or name not in optional]
+    check_names(folder, expected, present, _name_hint(config, expected, present))
     if params["vocab_size"] == -1:
         params["vocab_size"] = _vocabulary_size(folder, tensors[embedding].shape, params["dim"])
 
-    stored, shapes = {}, {}
-    for spec in weight_specs(params):
-        name = hf_names[spec.name]
-        if name not in tensors:
-            continue
-        tensor = tensors[name]
-        shapes[name] = (spec.shape, tensor.shape)
-        if any(f".{part}." in spec.name for part in PERMUTED_PARTS):
-            tensor.head_dim = params["head_dim"]
-        stored[spec.name] = ShardedTensor((tensor,))
-    check_shapes(folder, f"{CONFIG_NAME} requires", shapes)
+    stored = _stored_dense(folder, params, hf_names, tensors)
     if frequencies is not None:
         warn_if_frequencies_differ(folder, INV_FREQ_NAME, frequencies.read(), params)
     if params["tied_output"] and OUTPUT_NAME in stored:
         params["tied_output"] = _is_tied(config, stored[EMBEDDING_NAME], stored[OUTPUT_NAME])
+    weights: dict[str, StoredWeight] = {**stored}
+    if method:
+        if params["tied_output"] and output.removesuffix(".weight") in quantized:
+            config.warn(f"tie_word_embeddings is true, but a quantised {output} is stored, which is used")
+            params["tied_output"] = False
+        weights |= _stored_quantized(folder, params, hf_names, method, quantized)
     return Checkpoint(
         path=folder,
         format="huggingface",
@@ -91,9 +99,61 @@ def open_huggingface(folder: Path) -> Checkpoint:
         files=file_sizes(files.chosen),
         dtype=stored[EMBEDDING_NAME].dtype,
         stop_token_ids=stop_token_ids(folder, config),
-        stored=stored,
+        stored=weights,
         passed_over=tuple(files.passed_over),
+        bytes_by_type=_bytes_by_precision(weights) if quantized else {},
     )
+
+
+def _stored_dense(
+    folder: Path, params: Mapping[str, Any], hf_names: Mapping[str, str], tensors: Mapping[str, SafetensorsTensor]
+) -> dict[str, ShardedTensor]:
+    """The weights that are not quantised. ValueError for wrong shapes."""
+    stored, shapes = {}, {}
+    for spec in weight_specs(params):
+        name = hf_names[spec.name]
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        shapes[name] = (spec.shape, tensor.shape)
+        if _is_permuted(spec.name):
+            tensor.head_dim = params["head_dim"]
+        stored[spec.name] = ShardedTensor((tensor,))
+    check_shapes(folder, f"{CONFIG_NAME} requires", shapes)
+    return stored
+
+
+def _stored_quantized(
+    folder: Path,
+    params: Mapping[str, Any],
+    hf_names: Mapping[str, str],
+    method: Method,
+    modules: Mapping[str, dict[str, SafetensorsTensor]],
+) -> dict[str, QuantizedTensor]:
+    """The quantised weights. ValueError for parts of wrong shapes."""
+    stored = {}
+    for spec in weight_specs(params):
+        module = hf_names[spec.name].removesuffix(".weight")
+        if spec.name.endswith(".weight") and module in modules:
+            tensor = method.tensor(folder, module, modules[module], (spec.shape[0], spec.shape[1]))
+            tensor.head_dim = params["head_dim"] if _is_permuted(spec.name) else None
+            stored[spec.name] = tensor
+    return stored
+
+
+def _bytes_by_precision(weights: Mapping[str, StoredWeight]) -> dict[str, int]:
+    """The bytes of the weights of each precision, the largest first."""
+    sizes: Counter[str] = Counter()
+    for weight in weights.values():
+        if isinstance(weight, QuantizedTensor):
+            sizes[weight.description] += weight.n_bytes
+        else:
+            sizes[dtype_name(weight.dtype)] += math.prod(weight.shape) * weight.dtype.itemsize
+    return dict(sizes.most_common())
+
+
+def _is_permuted(name: str) -> bool:
+    return any(f".{part}." in name for part in PERMUTED_PARTS)
 
 
 def _is_tied(config: JsonConfig, embedding: ShardedTensor, output: ShardedTensor) -> bool:
@@ -107,9 +167,9 @@ def _is_tied(config: JsonConfig, embedding: ShardedTensor, output: ShardedTensor
     return False
 
 
-def _name_hint(config: JsonConfig, expected: Collection[str], found: Mapping[str, SafetensorsTensor]) -> str:
+def _name_hint(config: JsonConfig, expected: Collection[str], found: Collection[str]) -> str:
     """A possible cause if the tensors' names are not those that config.json requires; "" if none is known."""
-    missing, unexpected = set(expected) - found.keys(), found.keys() - set(expected)
+    missing, unexpected = set(expected) - set(found), set(found) - set(expected)
     stated, layers = config.integer("num_hidden_layers"), count_layers(found)
     if layers not in (0, stated):
         return f"{CONFIG_NAME} says num_hidden_layers={stated}, the files have {layers} layers"

@@ -22,12 +22,6 @@ def model_params(config: JsonConfig) -> dict[str, Any]:
             f"{config.path}: expected a Llama model (model_type 'llama'), got {short_repr(model_type)}; "
             "fastllama runs Llama's architecture only"
         )
-    if config.has("quantization_config"):
-        method = (config.section("quantization_config") or config).values.get("quant_method", "unknown")
-        raise ValueError(
-            f"{config.path}: quantization_config marks a quantised checkpoint (quant_method {short_repr(method)}); "
-            "use the original weights"
-        )
     if config.has("hidden_act") and config.values["hidden_act"] != "silu":
         raise config.error("hidden_act", "'silu'")
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from fastllama.checkpoint.base import dtype_name, read_first_bytes
 from fastllama.checkpoint.json_config import JsonConfig, short_list, short_repr
+from fastllama.checkpoint.quantized_tensor import to_meta_row_order
 from fastllama.checkpoint.weight_files import WeightFiles, choose_numbered_set, huggingface_files
 
 SINGLE_FILE_NAME = "model.safetensors"
@@ -50,23 +51,19 @@ class SafetensorsTensor:
 
     def read(self) -> torch.Tensor:
         """The complete tensor in the stored dtype and row order."""
-        tensor: torch.Tensor = self._slice[:]
+        tensor: torch.Tensor = self._slice[:] if self.shape else self._slice[...]
         return tensor
+
+    def block(self, rows: slice, columns: slice) -> torch.Tensor:
+        """A part of a matrix, in the stored dtype and row order."""
+        part: torch.Tensor = self._slice[rows, columns]
+        return part
 
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
         """`length` elements from `start` on axis `dim`. Permuted rows must be cut at heads."""
         wanted = slice(start, start + length)
         part: torch.Tensor = self._slice[wanted] if dim == 0 else self._slice[:, wanted]
         return part if self.head_dim is None else to_meta_row_order(part, self.head_dim)
-
-
-def to_meta_row_order(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q or k (heads·D, E), from transformers' order (half after half) to Meta's (pair after pair).
-
-    Also of their biases (heads·D,).
-    """
-    n_heads = rows.shape[0] // head_dim
-    return rows.view(n_heads, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def find_tensors(

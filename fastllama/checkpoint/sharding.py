@@ -113,6 +113,10 @@ class WeightSpec:
         length = self.shape[self.split_axis] // world_size
         return rank * length, length
 
+    def cut(self, rank: int, world_size: int) -> tuple[int, int, int]:
+        """(axis, start, length) of `rank`'s slice: the arguments of `narrow`."""
+        return self.split_axis or 0, *self.slice_of(rank, world_size)
+
     def numel(self, rank: int = 0, world_size: int = 1) -> int:
         """Number of elements in `rank`'s slice."""
         _, length = self.slice_of(rank, world_size)
@@ -163,5 +167,4 @@ def read_slice(tensor: ShardedTensor, spec: WeightSpec, rank: int, world_size: i
     If one shard holds all of it, the result is a view of the mapped file: it may be strided and must not be written to.
     Otherwise it is one new tensor.
     """
-    start, length = spec.slice_of(rank, world_size)
-    return tensor.narrow(spec.split_axis or 0, start, length)
+    return tensor.narrow(*spec.cut(rank, world_size))

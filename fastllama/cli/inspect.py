@@ -128,6 +128,7 @@ def describe(
         "parameters": checkpoint.n_parameters,
         "stored_dtype": next(iter(checkpoint.bytes_by_type), _dtype_name(checkpoint.dtype)),
         "bytes_by_type": dict(checkpoint.bytes_by_type),
+        "quantized": list(checkpoint.precisions),
         "files": [{"name": path.name, "bytes": size} for path, size in checkpoint.files],
         "adapters": [str(path) for path in checkpoint.adapters],
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
@@ -199,7 +200,14 @@ def render(description: dict[str, Any]) -> str:
     total = sum(file["bytes"] for file in files)
     shape = f"{memory['max_batch_size']} rows of {memory['max_seq_len']} tokens in {memory['dtype']}"
     sections = [
-        ("checkpoint", [("path", description["path"]), ("format", description["format"])]),
+        (
+            "checkpoint",
+            [
+                ("path", description["path"]),
+                ("format", description["format"]),
+                *([("quantised", ", ".join(description["quantized"]))] if description["quantized"] else []),
+            ],
+        ),
         (
             "architecture",
             [
@@ -241,7 +249,7 @@ def _field_text(value: object) -> str:
 
 
 def _stored_text(description: dict[str, Any]) -> str:
-    """The dtype of the weights; of a GGUF file, every type of tensors with its share of the bytes."""
+    """The dtype of the weights; of quantised ones, every type or precision with its share of the bytes."""
     sizes = description["bytes_by_type"]
     total = sum(sizes.values())
     return ", ".join(f"{name} ({size / total:.1%})" for name, size in sizes.items()) or description["stored_dtype"]

@@ -15,6 +15,7 @@ from fastllama.cli.complete import complete
 from fastllama.cli.inspect import inspect
 from fastllama.cli.options import RunAsWorker
 from fastllama.cli.quality import quality
+from fastllama.cli.quantize import quantize
 from fastllama.distributed import environment
 
 PROGRAM = "fastllama"
@@ -156,7 +157,7 @@ def _print_version(context: click.Context, parameter: click.Parameter, value: bo
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
 )
 def program() -> None:
-    """Run Llama 3 models: complete text, chat, look at a checkpoint, measure quality and speed.
+    """Run Llama 3 models: complete text, chat, look at a checkpoint, quantise it, measure quality and speed.
 
     Without a checkpoint the small model in the package is used.
 
@@ -167,5 +168,5 @@ def program() -> None:
     """
 
 
-for command in (complete, chat, inspect, quality, bench):
+for command in (complete, chat, inspect, quantize, quality, bench):
     program.add_command(command)

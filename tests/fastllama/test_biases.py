@@ -68,7 +68,7 @@ def test_slices_are_the_same_in_every_layout(layout: str, world_size: int, tmp_p
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.n_parameters == sum(weight.numel() for weight in weights.values())
     for rank in range(world_size):
-        received = dict(checkpoint.tensors(rank, world_size))
+        received = dict(checkpoint.dense_tensors(rank, world_size))
         assert list(received) == list(ModelArgs(**BOTH).shapes)
         for name, tensor in received.items():
             assert torch.equal(tensor, share(BOTH, name, weights[name], rank, world_size)), name
@@ -83,7 +83,7 @@ def test_gguf_file_with_biases_gives_the_same_weights(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", metadata(params), quantised(weights, "F32"))
     checkpoint = open_checkpoint(path)
     assert checkpoint.params["attention_bias"] and checkpoint.params["mlp_bias"]
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in checkpoint.dense_tensors():
         assert torch.equal(tensor, weights[name]), name
 
 

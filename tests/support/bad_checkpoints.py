@@ -37,7 +37,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def next_call_works(good: Path) -> Iterator[None]:
     """After each test, a good checkpoint must still open."""
     yield
-    assert len(list(open_checkpoint(good).tensors())) == len(WEIGHTS)
+    assert len(list(open_checkpoint(good).dense_tensors())) == len(WEIGHTS)
 
 
 def refused(folder: Path, *mentions: str, error: type[Exception] = ValueError) -> str:

@@ -46,7 +46,7 @@ def assert_rounded_once(found: Tensor, exact: Tensor, name: str) -> None:
 def assert_merged(checkpoint: Checkpoint, exact: Weights, dtype: torch.dtype = torch.float32) -> None:
     for world_size in (1, 2, 4):
         for rank in range(world_size):
-            received = dict(checkpoint.tensors(rank, world_size, progress=False))
+            received = dict(checkpoint.dense_tensors(rank, world_size, progress=False))
             assert list(received) == list(exact)
             for name, tensor in received.items():
                 assert tensor.dtype == dtype

@@ -25,7 +25,7 @@ def base(folder: Path, *places: str) -> None:
 
 
 def norm(folder: Path) -> torch.Tensor:
-    return dict(open_checkpoint(folder).tensors())["norm.weight"]
+    return dict(open_checkpoint(folder).dense_tensors())["norm.weight"]
 
 
 # Priority

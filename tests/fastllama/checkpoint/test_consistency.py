@@ -77,7 +77,7 @@ def drift(shard: dict[str, Any]) -> None:
 def test_norms_may_differ_slightly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_meta(tmp_path, PARAMS, WEIGHTS, shards=2, dtype=torch.bfloat16)
     edit_shard(tmp_path, drift, shard=1)
-    received = dict(open_checkpoint(tmp_path).tensors())
+    received = dict(open_checkpoint(tmp_path).dense_tensors())
     assert all(torch.equal(tensor, WEIGHTS[name].bfloat16()) for name, tensor in received.items())
     norms = [f"layers.{layer}.{part}_norm.weight" for layer in range(2) for part in ("attention", "ffn")]
     assert caplog.messages == [drift_warning(tmp_path / "consolidated.00.pth", *norms, "norm.weight")]
@@ -90,7 +90,7 @@ def test_norms_may_differ_slightly(tmp_path: Path, caplog: pytest.LogCaptureFixt
 )
 def test_norms_that_are_close_give_a_warning(tmp_path: Path, edit: Any, caplog: pytest.LogCaptureFixture) -> None:
     edit_shard(meta(tmp_path, shards=2), edit, shard=1)
-    received = dict(open_checkpoint(tmp_path).tensors())
+    received = dict(open_checkpoint(tmp_path).dense_tensors())
     assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in received.items())
     (message,) = caplog.messages
     assert "norm.weight differ from those in the other shards" in message
@@ -136,7 +136,7 @@ def test_kv_heads_that_differ_slightly_give_a_warning(
     sampled = row != 1 and column == 0
     assert caplog.messages == [drift_warning(tmp_path / "consolidated.00.pth", name)] * sampled
     for _ in range(2):
-        received = dict(checkpoint.tensors())
+        received = dict(checkpoint.dense_tensors())
         assert torch.equal(received[name], WEIGHTS[name])
     late = f"{tmp_path}/consolidated.06.pth: its {name} differs from that in consolidated.04.pth, which is used"
     assert caplog.messages == [drift_warning(tmp_path / "consolidated.00.pth", name) if sampled else late]
@@ -209,7 +209,7 @@ def test_recorded_names_without_shard_numbers_give_no_order(tmp_path: Path, save
         else:
             torch.save(content, place)
         place.rename(tmp_path / f"consolidated.0{part}.pth")
-    received = dict(open_checkpoint(tmp_path).tensors())
+    received = dict(open_checkpoint(tmp_path).dense_tensors())
     assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in received.items())
 
 

@@ -99,7 +99,7 @@ def test_metas_tied_output_is_compared(
         "tok_embeddings.weight; the stored one is used"
     )
     assert caplog.messages == [warning] * (not same)
-    received = dict(checkpoint.tensors())
+    received = dict(checkpoint.dense_tensors())
     assert all(torch.equal(received[name], weight) for name, weight in weights.items())
     if shards == 2 and embedding_axis == 0:
         assert answers(tmp_path / "stated") == answers(tmp_path / "plain")
@@ -135,7 +135,7 @@ def test_an_index_may_be_wrong_about_derived_buffers(
     indexed(tmp_path, **({} if listed_in is None else dict.fromkeys(BUFFERS, SHARDS[listed_in])))
     for path in [tmp_path / SHARDS[part] for part in stored_in]:
         save_file({**load_file(path), **BUFFERS}, path)
-    assert dict(open_checkpoint(tmp_path).tensors()).keys() == WEIGHTS.keys()
+    assert dict(open_checkpoint(tmp_path).dense_tensors()).keys() == WEIGHTS.keys()
 
 
 def test_an_index_may_list_a_tied_output_that_is_not_stored(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_an_index_may_list_a_tied_output_that_is_not_stored(tmp_path: Path) -> N
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.params["tied_output"]
-    received = dict(checkpoint.tensors())
+    received = dict(checkpoint.dense_tensors())
     assert torch.equal(received["output.weight"], WEIGHTS["tok_embeddings.weight"])
 
 
@@ -158,7 +158,7 @@ def test_metas_derived_buffers_are_ignored(tmp_path: Path) -> None:
         "layers.0.attention.inner_attention.rope.freqs": torch.ones(4, dtype=torch.int64),
     }
     edit_shard(meta(tmp_path, shards=2), lambda shard: shard.update(buffers))  # and only in one shard
-    assert dict(open_checkpoint(tmp_path).tensors()).keys() == WEIGHTS.keys()
+    assert dict(open_checkpoint(tmp_path).dense_tensors()).keys() == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

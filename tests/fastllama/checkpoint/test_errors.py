@@ -176,5 +176,5 @@ def test_open_rejects_invalid_fields_in_config(tmp_path: Path, fields: dict[str,
 def test_tensors_rejects_a_world_that_does_not_divide(tmp_path: Path, layout: str, world_size: int) -> None:
     checkpoint = open_checkpoint((meta if layout == "meta" else huggingface)(tmp_path))
     with pytest.raises(ValueError, match=rf"world_size={world_size} .*n_heads=8 .*use one of 1, 2, 4, 8 processes"):
-        checkpoint.tensors(0, world_size)
-    assert len(list(checkpoint.tensors(0, 2))) == len(WEIGHTS)
+        checkpoint.dense_tensors(0, world_size)
+    assert len(list(checkpoint.dense_tensors(0, 2))) == len(WEIGHTS)

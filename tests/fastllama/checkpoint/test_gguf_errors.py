@@ -63,7 +63,7 @@ def test_a_damaged_header_is_refused_or_read(tmp_path: Path) -> None:
         data[place] = int(generator.integers(0, 256))
         path.write_bytes(data)
         try:
-            dict(open_checkpoint(path).tensors(progress=False))
+            dict(open_checkpoint(path).dense_tensors(progress=False))
         except ValueError as error:
             assert str(path) in str(error)
             refused += 1

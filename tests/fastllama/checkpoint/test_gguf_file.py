@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from fastllama import Llama
 from fastllama.checkpoint import open_checkpoint
 from fastllama.cli import main
+from fastllama.kernels.quantized import QuantizedWeight
 from fastllama.tokenizer_gguf import GgufTokenizer
 from tests.support.checkpoints import (
     random_weights,
@@ -63,12 +65,55 @@ def test_slices_are_those_of_the_packages_weights(tmp_path: Path, kind: str, wor
     assert checkpoint.format == "gguf"
     assert checkpoint.dtype == DTYPES.get(kind, torch.float32)
     for rank in range(world_size):
-        received = dict(checkpoint.tensors(rank, world_size))
+        received = dict(checkpoint.dense_tensors(rank, world_size))
         assert list(received) == list(WEIGHTS)
         for name, tensor in received.items():
             whole = expected[stored_name(name)]
             assert tensor.dtype == (checkpoint.dtype if whole.ndim > 1 else torch.float32)
             assert torch.equal(tensor.float(), share(PARAMS, name, whole, rank, world_size)), name
+
+
+@pytest.mark.parametrize(("kind", "in_memory"), [("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4"), ("Q5_0", "")])
+def test_blocks_of_32_keep_their_bits(tmp_path: Path, kind: str, in_memory: str) -> None:
+    path = write(tmp_path, kind)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.precisions == ((f"{in_memory} in groups of 32",) if in_memory else ())
+    for name, weight in checkpoint.tensors():
+        is_kept = bool(in_memory) and WEIGHTS[name].ndim > 1 and name != "tok_embeddings.weight"
+        assert isinstance(weight, QuantizedWeight) == is_kept, name
+        if isinstance(weight, QuantizedWeight):
+            assert (weight.format, weight.group_size, weight.scales.dtype) == (in_memory, 32, torch.float16)
+            assert (weight.offsets is not None, weight.has_zeros) == (in_memory == "int4", kind == "Q4_0")
+            assert weight.n_bytes == weight.values.numel() + weight.scales.nbytes * (1 + (in_memory == "int4"))
+
+
+def test_a_quantised_embedding_is_also_the_output(tmp_path: Path) -> None:
+    """Looked up dense, and multiplied with the file's bits; counted once."""
+    weights = {name: weight for name, weight in WEIGHTS.items() if name != "output.weight"}
+    for kind in ("Q8_0", "Q6_K", "F16"):
+        tensors = quantised(weights, "Q8_0")
+        if kind == "Q6_K":
+            tensors["token_embd.weight"] = (
+                np.zeros((PARAMS["vocab_size"], 210), np.uint8),
+                gguf.GGMLQuantizationType.Q6_K,
+            )
+        if kind == "F16":
+            tensors |= {"token_embd.weight": quantised(weights, "F16")["token_embd.weight"]}
+        checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", FIELDS, tensors))
+        received = dict(checkpoint.tensors(1, 2))
+        output, embedding = received["output.weight"], received["tok_embeddings.weight"]
+        assert isinstance(embedding, torch.Tensor) and isinstance(output, QuantizedWeight) == (kind == "Q8_0")
+        assert checkpoint.params["tied_output"] == (kind != "Q8_0")
+        dense = output.dequantized() if isinstance(output, QuantizedWeight) else output
+        assert torch.equal(dense, embedding)
+        assert checkpoint.n_parameters == sum(weight.numel() for weight in weights.values())
+
+
+def test_slices_that_cut_blocks_are_an_error(tmp_path: Path) -> None:
+    params = PARAMS | {"hidden_dim": 96}
+    path = write_gguf(tmp_path / "model.gguf", metadata(params), quantised(random_weights(params), "Q4_0"))
+    with pytest.raises(ValueError, match=r"96 columns of .*w2\.weight .* in groups of 32, .* use one of 1 processes"):
+        open_checkpoint(path).tensors(0, 2)
 
 
 @pytest.mark.parametrize("kind", READ_ONLY)
@@ -86,7 +131,7 @@ def test_every_type_that_the_package_dequantises_is_read(tmp_path: Path, kind: s
     checkpoint = open_checkpoint(path)
     assert next(iter(checkpoint.bytes_by_type)) == kind
     for rank in range(8):  # a slice of w2 and wo begins inside a block
-        for name, tensor in checkpoint.tensors(rank, 8):
+        for name, tensor in checkpoint.dense_tensors(rank, 8):
             whole = expected[stored_name(name)]
             assert torch.isfinite(whole).all()
             assert torch.equal(tensor, share(PARAMS, name, whole, rank, 8)), name
@@ -107,7 +152,8 @@ def test_tokens_are_those_of_a_huggingface_folder(tmp_path: Path, kind: str) -> 
     write_pipeline(tokenizer, folder)
 
     def answers(ckpt_dir: Path, tokenizer_path: str | None) -> list[list[int]]:
-        llm = Llama.build(str(ckpt_dir), tokenizer_path, 64, 2, device="cpu", dtype=torch.float32)
+        options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "backend": "reference"}
+        llm = Llama.build(str(ckpt_dir), tokenizer_path, 64, 2, **options)
         llm.tokenizer.stop_tokens = set()
         prompts = [llm.tokenizer.encode(text, bos=True, eos=False) for text in ("Once upon", "The 12 dogs\n")]
         return [list(row) for row in llm.generate(prompts, max_gen_len=24, temperature=0.0)[0]]
@@ -123,7 +169,7 @@ def test_split_files_are_one_model(tmp_path: Path) -> None:
     for place in (*paths, tmp_path):
         checkpoint = open_checkpoint(place)
         assert [path for path, _ in checkpoint.files] == paths
-        for name, tensor in checkpoint.tensors():
+        for name, tensor in checkpoint.dense_tensors():
             assert torch.equal(tensor, WEIGHTS[name].half() if tensor.ndim > 1 else WEIGHTS[name]), name
     paths[1].rename(tmp_path / "other")
     with pytest.raises(ValueError, match=r"the model has 3 files, and model-00002-of-00003\.gguf is not beside it"):
@@ -188,9 +234,11 @@ def test_inspect_shows_types_and_tokenizer(tmp_path: Path) -> None:
         n_floats = 5 * PARAMS["dim"]  # the norms
         n_matrices = sum(weight.numel() for weight in random_weights(params).values()) - n_floats
         assert description["bytes_by_type"] == {"Q8_0": n_matrices // 32 * 34, "F32": n_floats * 4}
+        assert description["quantized"] == ["int8 in groups of 32"]
         assert description["memory"]["dtype"] == "float32"
         assert description["tokenizer"]["path"] == str(path)
         assert description["tokenizer"]["n_words"] == tokenizer.get_vocab_size()
     text = CliRunner().invoke(main, ["inspect", str(write(tmp_path, "Q8_0"))], catch_exceptions=False).output
     assert "stored in Q8_0 (99.7%), F32 (0.3%)" in text
+    assert "quantised  int8 in groups of 32\n" in text
     assert "tokenizer: none in the checkpoint" in text

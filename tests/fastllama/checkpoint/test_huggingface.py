@@ -42,7 +42,7 @@ def test_tensors_are_metas_on_any_world_size(tmp_path: Path, max_shard_size: int
     assert checkpoint.format == "huggingface"
     assert (len(checkpoint.files) > 1) == (max_shard_size == SHARD_BYTES)
     for rank in range(world_size):
-        received = dict(checkpoint.tensors(rank, world_size))
+        received = dict(checkpoint.dense_tensors(rank, world_size))
         assert list(received) == list(WEIGHTS)
         for name, tensor in received.items():
             assert torch.equal(tensor, share(PARAMS, name, WEIGHTS[name], rank, world_size)), name
@@ -51,7 +51,7 @@ def test_tensors_are_metas_on_any_world_size(tmp_path: Path, max_shard_size: int
 def test_tensors_give_the_attention_scores_of_rotated_halves(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_huggingface(tmp_path, PARAMS, WEIGHTS))
     theirs = load_file(tmp_path / "model.safetensors")
-    ours = dict(checkpoint.tensors())
+    ours = dict(checkpoint.dense_tensors())
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     angle = torch.outer(torch.arange(5), 500000.0 ** (-torch.arange(4) / 4)).double()[:, None]  # (N, 1, D/2)
 
@@ -79,7 +79,7 @@ def test_tensors_give_the_attention_scores_of_rotated_halves(tmp_path: Path) -> 
 def test_tensors_keep_the_files_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(write_huggingface(tmp_path, PARAMS, WEIGHTS, dtype=dtype))
     assert checkpoint.dtype == dtype
-    assert all(torch.equal(tensor, WEIGHTS[name].to(dtype)) for name, tensor in checkpoint.tensors(0, 1))
+    assert all(torch.equal(tensor, WEIGHTS[name].to(dtype)) for name, tensor in checkpoint.dense_tensors(0, 1))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -88,14 +88,14 @@ def test_tensors_of_float64_are_read_as_float32(tmp_path: Path, tied: bool) -> N
     weights = random_weights(params, dtype=torch.float64)
     checkpoint = open_checkpoint(write_huggingface(tmp_path, params, weights))
     assert (checkpoint.dtype, checkpoint.params["tied_output"]) == (torch.float32, tied)
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in checkpoint.dense_tensors():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, weights[name].float())
 
 
 def test_tensors_are_views_where_no_rows_are_permuted(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_plain(tmp_path))
-    once, again = dict(checkpoint.tensors(1, 2)), dict(checkpoint.tensors(1, 2))
+    once, again = dict(checkpoint.dense_tensors(1, 2)), dict(checkpoint.dense_tensors(1, 2))
     copied = {name.split(".")[-2] for name in once if once[name].data_ptr() != again[name].data_ptr()}
     assert copied == {"wq", "wk"}
 
@@ -169,7 +169,7 @@ def test_open_ties_the_output_without_lm_head(tmp_path: Path, max_shard_size: in
     assert checkpoint.params["tied_output"]
     assert checkpoint.n_parameters == sum(w.numel() for name, w in weights.items() if name != "output.weight")
     for rank in range(2):
-        received = dict(checkpoint.tensors(rank, 2))
+        received = dict(checkpoint.dense_tensors(rank, 2))
         assert torch.equal(received["output.weight"], share(params, "output.weight", weights["output.weight"], rank, 2))
 
 
@@ -178,7 +178,7 @@ def test_open_uses_explicit_head_dim_and_width(tmp_path: Path) -> None:
     weights = random_weights(params)
     checkpoint = open_checkpoint(write_huggingface(tmp_path, params, weights))
     assert (checkpoint.params["head_dim"], checkpoint.params["hidden_dim"]) == (32, 72)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in checkpoint.tensors())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in checkpoint.dense_tensors())
 
 
 def test_open_reads_the_vocabulary_size_from_the_embedding(tmp_path: Path) -> None:
@@ -190,13 +190,13 @@ def test_open_ignores_inverse_frequencies(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64)}
     save_file({**load_file(path), **buffer}, path)
-    assert len(list(open_checkpoint(tmp_path).tensors())) == len(WEIGHTS)
+    assert len(list(open_checkpoint(tmp_path).dense_tensors())) == len(WEIGHTS)
 
 
 def test_open_reads_files_without_an_index(tmp_path: Path) -> None:
     write_huggingface(tmp_path, PARAMS, WEIGHTS, SHARD_BYTES)
     (tmp_path / "model.safetensors.index.json").unlink()
-    received = dict(open_checkpoint(tmp_path).tensors())
+    received = dict(open_checkpoint(tmp_path).dense_tensors())
     assert all(torch.equal(received[name], weight) for name, weight in WEIGHTS.items())
 
 

@@ -192,4 +192,4 @@ def test_the_dtype_in_config_json_has_no_effect(tmp_path: Path, key: str, stated
     path.write_text(json.dumps({**config, key: stated}))
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.dtype == torch.float32
-    assert {tensor.dtype for _, tensor in checkpoint.tensors()} == {torch.float32}
+    assert {tensor.dtype for _, tensor in checkpoint.dense_tensors()} == {torch.float32}

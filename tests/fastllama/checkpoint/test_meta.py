@@ -18,7 +18,7 @@ WEIGHTS = random_weights(PARAMS, seed=1)
 def assert_slices(checkpoint: Checkpoint, world_size: int) -> None:
     """Every rank receives exactly its slice of WEIGHTS, bit for bit."""
     for rank in range(world_size):
-        received = dict(checkpoint.tensors(rank, world_size))
+        received = dict(checkpoint.dense_tensors(rank, world_size))
         assert received.keys() == WEIGHTS.keys()
         for name, tensor in received.items():
             expected = share(PARAMS, name, WEIGHTS[name], rank, world_size)
@@ -40,7 +40,7 @@ def test_tensors_split_by_three(tmp_path: Path, shards: int, world_size: int) ->
     weights = random_weights(params)
     checkpoint = open_checkpoint(write_meta(tmp_path, params, weights, shards=shards))
     for rank in range(world_size):
-        for name, tensor in checkpoint.tensors(rank, world_size):
+        for name, tensor in checkpoint.dense_tensors(rank, world_size):
             assert torch.equal(tensor, share(params, name, weights[name], rank, world_size))
 
 
@@ -49,7 +49,7 @@ def test_tensors_come_in_the_order_of_a_forward_pass(tmp_path: Path) -> None:
     layer = "attention_norm attention.wq attention.wk attention.wv attention.wo ffn_norm"
     parts = [*layer.split(), "feed_forward.w1", "feed_forward.w3", "feed_forward.w2"]
     expected = [f"layers.{i}.{part}.weight" for i in range(2) for part in parts]
-    received = [name for name, _ in open_checkpoint(tmp_path).tensors()]
+    received = [name for name, _ in open_checkpoint(tmp_path).dense_tensors()]
     assert received == ["tok_embeddings.weight", *expected, "norm.weight", "output.weight"]
 
 
@@ -57,7 +57,7 @@ def test_tensors_come_in_the_order_of_a_forward_pass(tmp_path: Path) -> None:
 def test_tensors_keep_the_files_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS, shards=2, dtype=dtype))
     assert checkpoint.dtype == dtype
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in checkpoint.dense_tensors():
         assert tensor.dtype == dtype and tensor.device.type == "cpu"
         assert torch.equal(tensor, WEIGHTS[name].to(dtype))
 
@@ -69,7 +69,7 @@ def test_tensors_of_float64_are_read_as_float32(tmp_path: Path, shards: int, tie
     weights = random_weights(params, dtype=torch.float64)
     checkpoint = open_checkpoint(write_meta(tmp_path, params, weights, shards))
     assert (checkpoint.dtype, checkpoint.params["tied_output"]) == (torch.float32, tied)
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in checkpoint.dense_tensors():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, weights[name].float())
 
@@ -78,22 +78,24 @@ def test_tensors_keep_wider_norms(tmp_path: Path) -> None:
     weights = {name: weight if "norm" in name else weight.bfloat16() for name, weight in WEIGHTS.items()}
     checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, weights, shards=2))
     assert checkpoint.dtype == torch.bfloat16
-    assert {name: tensor.dtype for name, tensor in checkpoint.tensors()} == {n: w.dtype for n, w in weights.items()}
+    assert {name: tensor.dtype for name, tensor in checkpoint.dense_tensors()} == {
+        n: w.dtype for n, w in weights.items()
+    }
 
 
 def test_tensors_may_be_read_again_and_interleaved(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS, shards=2))
-    first, second = checkpoint.tensors(), checkpoint.tensors(1, 2)
+    first, second = checkpoint.dense_tensors(), checkpoint.dense_tensors(1, 2)
     next(first)
     next(second)
     assert next(first)[0] == next(second)[0]
     del first
-    assert len(list(checkpoint.tensors())) == len(WEIGHTS)
+    assert len(list(checkpoint.dense_tensors())) == len(WEIGHTS)
 
 
 def test_tensors_of_one_shard_are_views_of_the_file(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS, shards=2))
-    once, again = dict(checkpoint.tensors(1, 4)), dict(checkpoint.tensors(1, 4))
+    once, again = dict(checkpoint.dense_tensors(1, 4)), dict(checkpoint.dense_tensors(1, 4))
     copied = [name for name in once if once[name].data_ptr() != again[name].data_ptr()]
     assert copied == []
 
@@ -174,7 +176,7 @@ def test_open_reads_stated_head_and_hidden_dims(tmp_path: Path) -> None:
     weights = random_weights(params)
     checkpoint = open_checkpoint(write_meta(tmp_path, params, weights, shards=2))
     assert (checkpoint.params["head_dim"], checkpoint.params["hidden_dim"]) == (16, 72)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in checkpoint.tensors())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in checkpoint.dense_tensors())
 
 
 def test_open_ignores_limits_of_a_run_and_rope_freqs(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_open_ignores_limits_of_a_run_and_rope_freqs(tmp_path: Path) -> None:
     torch.save({**torch.load(path), "rope.freqs": torch.ones(4, dtype=torch.complex64)}, path)
     checkpoint = open_checkpoint(tmp_path)
     assert "max_seq_len" not in checkpoint.params and "max_batch_size" not in checkpoint.params
-    assert dict(checkpoint.tensors()).keys() == WEIGHTS.keys()
+    assert dict(checkpoint.dense_tensors()).keys() == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -194,7 +196,7 @@ def test_open_detects_a_tied_output_by_shared_storage(tmp_path: Path, shards: in
     assert checkpoint.params["tied_output"]
     assert checkpoint.n_parameters == sum(w.numel() for name, w in weights.items() if name != "output.weight")
     for rank in range(4):
-        received = dict(checkpoint.tensors(rank, 4))
+        received = dict(checkpoint.dense_tensors(rank, 4))
         expected = share(params, "output.weight", weights["output.weight"], rank, 4)
         assert torch.equal(received["output.weight"], expected)
         assert torch.equal(received["tok_embeddings.weight"], expected)
@@ -203,7 +205,7 @@ def test_open_detects_a_tied_output_by_shared_storage(tmp_path: Path, shards: in
 def test_open_accepts_a_stated_tied_output_without_the_tensor(tmp_path: Path) -> None:
     weights = {name: weight for name, weight in WEIGHTS.items() if name != "output.weight"}
     checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, weights, shards=2, tied_output=True))
-    received = dict(checkpoint.tensors())
+    received = dict(checkpoint.dense_tensors())
     assert torch.equal(received["output.weight"], WEIGHTS["tok_embeddings.weight"])
 
 
@@ -244,16 +246,16 @@ def test_check_split_lists_possible_world_sizes() -> None:
 def test_tensors_rejects_a_rank_outside_the_world_at_the_call(tmp_path: Path, rank: int, world_size: int) -> None:
     checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS))
     with pytest.raises(ValueError, match=rf"rank={rank}, world_size={world_size}"):
-        checkpoint.tensors(rank, world_size)
+        checkpoint.dense_tensors(rank, world_size)
     assert_slices(checkpoint, 1)
 
 
 def test_tensors_shows_progress_in_bytes_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = open_checkpoint(write_meta(tmp_path, PARAMS, WEIGHTS))
     for progress in (None, False):
-        list(checkpoint.tensors(progress=progress))
+        list(checkpoint.dense_tensors(progress=progress))
         assert capsys.readouterr() == ("", "")  # neither is a terminal here
-    list(checkpoint.tensors(progress=True))
+    list(checkpoint.dense_tensors(progress=True))
     shown = capsys.readouterr()
     total = sum(weight.nbytes for weight in WEIGHTS.values())
     assert shown.out == "" and "100%" in shown.err and f"{total / 1024:.0f}k" in shown.err

@@ -45,7 +45,7 @@ def test_other_safetensors_are_passed_over(tmp_path: Path, layout: str, name: st
             return
     checkpoint = open_checkpoint(tmp_path)
     assert [(path.name, reason) for path, reason in checkpoint.passed_over] == [(name, why.format(general[layout]))]
-    assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in checkpoint.tensors())
+    assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in checkpoint.dense_tensors())
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
@@ -75,7 +75,7 @@ def test_a_set_without_an_index_must_be_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama.safetensors", "model.fp16.safetensors", "model-00001-of-00001.safetensors"])
 def test_one_safetensors_may_have_any_name(tmp_path: Path, name: str) -> None:
     (huggingface(tmp_path) / "model.safetensors").rename(tmp_path / name)
-    assert len(dict(open_checkpoint(tmp_path).tensors())) == len(WEIGHTS)
+    assert len(dict(open_checkpoint(tmp_path).dense_tensors())) == len(WEIGHTS)
 
 
 def test_the_index_is_used_if_model_safetensors_is_no_file(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def renamed(folder: Path, names: Sequence[str], form: str = "consolidated.{:02d}
 
 def assert_loads(folder: Path, params: dict[str, object] = PARAMS, weights: dict[str, torch.Tensor] = WEIGHTS) -> None:
     for rank in range(2):
-        received = dict(open_checkpoint(folder).tensors(rank, 2))
+        received = dict(open_checkpoint(folder).dense_tensors(rank, 2))
         assert received.keys() == weights.keys()
         for name, tensor in received.items():
             assert torch.equal(tensor, share(params, name, weights[name], rank, 2)), name

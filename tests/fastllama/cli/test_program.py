@@ -14,7 +14,7 @@ from fastllama.cli import main, program
 from tests.support.command_line import GREEDY, ROOT, expect_error, run, run_process
 
 
-@pytest.mark.parametrize("command", ["complete", "chat", "inspect", "quality", "bench"])
+@pytest.mark.parametrize("command", ["complete", "chat", "inspect", "quantize", "quality", "bench"])
 def test_every_commands_help_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

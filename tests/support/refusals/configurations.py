@@ -51,7 +51,6 @@ def _lora_parameters() -> dict[str, Any]:
 
 CASES = [
     _config("another architecture", model_type="mistral"),
-    _config("quantised weights (AWQ, GPTQ, bitsandbytes, FP8)", quantization_config={"quant_method": "awq"}),
     _config("another activation", hidden_act="gelu"),
     _config("heads that are rotated partly", partial_rotary_factor=0.5),
     _config("heads of an odd width", head_dim=9),
@@ -61,7 +60,7 @@ CASES = [
     _params("a vision model (Llama 3.2 11B and 90B)", vision_chunk_size=448, vision_max_num_chunks=4),
     _params("quantised weights (Llama 3.2 SpinQuant, QLoRA)", **_lora_parameters()),
     _params("fields of another model (Llama 4)", moe_args={"num_experts": 16}, use_qk_norm=True),
-    _tensors("weights in FP8 or integers", _float8),
+    _tensors("weights in FP8 or integers, which `config.json` does not describe", _float8),
     _tensors("the layers alone (`AutoModel`), without an output", _without_output),
     _tensors("names with another program's prefix", _prefixed),
     Refusal("safetensors: Meta's names", _meta_names),

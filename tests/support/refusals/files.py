@@ -108,7 +108,7 @@ CASES = [
     Refusal(
         "a number of processes that does not divide the model",
         lambda: write_tokenizer(meta(MODEL)),
-        lambda: open_checkpoint(MODEL).tensors(0, 3),
+        lambda: open_checkpoint(MODEL).dense_tensors(0, 3),
     ),
     missing(
         "another model's tokenizer",

@@ -1,0 +1,183 @@
+"""Writes a quantised copy of a checkpoint: a Hugging Face folder in the format of compressed-tensors.
+
+    int8   pack-quantized, a scale per row     the package's W8A16
+    fp8    float-quantized, a scale per row
+    int4   pack-quantized, groups of columns with scale and zero point: W4A16, asymmetric
+
+All linear layers have the same scheme, as transformers dequantises no others while it loads. Activations are not
+quantised. The embedding, norms and biases stay, and so does the output unless it is asked for.
+
+The folder is written beside its place, config.json last, and then renamed. One that was not finished has another name,
+and does not open.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastllama.checkpoint.base import Checkpoint
+from fastllama.checkpoint.huggingface import CONFIG_NAME, PERMUTED_PARTS, huggingface_names
+from fastllama.checkpoint.quantized_tensor import INT4_IN_WORD, to_transformers_row_order
+from fastllama.checkpoint.quantized_writer_config import quantization_config
+from fastllama.checkpoint.safetensors_files import INDEX_NAME, SINGLE_FILE_NAME
+from fastllama.checkpoint.sharding import OUTPUT_NAME, weight_specs
+from fastllama.kernels.quantized import QuantizedWeight, pack_int4
+from fastllama.quantization import NOT_QUANTIZED, Scheme, quantized, scheme_of
+from fastllama.torch_settings import with_default_settings
+
+SHARD_BYTES = 2**31
+DENSE_TYPES = ("F32", "F16", "BF16", "F64")  # of GGUF
+SIGN_BIT = 0x80
+
+
+@with_default_settings
+def write_quantized(
+    checkpoint: Checkpoint,
+    folder: Path,
+    quantize: str,
+    *,
+    with_output: bool,
+    config: dict[str, Any],
+    copy_others: Callable[[Path], None],
+    progress: bool | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the checkpoint's weights, quantised as a name of quantization.CHOICES says, to a new folder.
+
+    with_output: quantise the output, too; one that is the embedding is then stored beside it.
+    config: config.json without its quantization_config. copy_others: adds the other files to a folder.
+    Host memory stays near one weight and one file of `shard_bytes`. ValueError if the checkpoint is quantised already,
+    or the folder is not empty; the folder is left as it was after any error.
+    """
+    _refuse_quantized(checkpoint)
+    check_is_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        scheme = common_scheme(checkpoint, quantize)
+        shards = _Shards(place, shard_bytes)
+        for name, tensor in _tensors(checkpoint, scheme, with_output, progress):
+            shards.add(name, tensor)
+        shards.finish()
+        copy_others(place)
+        config = config | {"tie_word_embeddings": checkpoint.params["tied_output"] and not with_output}
+        config |= {"quantization_config": quantization_config(scheme, with_output)}
+        (place / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        place.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists():
+            folder.rmdir()
+        os.rename(place, folder)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def check_is_free(folder: Path) -> None:
+    """Raise ValueError unless the folder does not exist, or is empty."""
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new or an empty folder to write to; give another one, or empty it")
+
+
+def common_scheme(checkpoint: Checkpoint, quantize: str) -> Scheme:
+    """The scheme of all linear layers: int4's groups are the largest allowed that divides the columns of each."""
+    specs = [spec for spec in weight_specs(checkpoint.params) if not spec.name.endswith((*NOT_QUANTIZED, OUTPUT_NAME))]
+    schemes = [scheme_of(quantize, spec.name, spec.shape[1]) for spec in specs]
+    return min((scheme for scheme in schemes if scheme), key=lambda scheme: scheme.group_size)
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    kinds = checkpoint.precisions or [kind for kind in checkpoint.bytes_by_type if kind not in DENSE_TYPES]
+    if kinds:
+        raise ValueError(
+            f"{checkpoint.path}: is quantised already ({', '.join(kinds)}), and rounding twice loses more: "
+            "use the original weights"
+        )
+
+
+def _tensors(
+    checkpoint: Checkpoint, scheme: Scheme, with_output: bool, progress: bool | None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all that is stored."""
+    head_dim = checkpoint.params["head_dim"]
+    for name, weight in checkpoint.dense_tensors(progress=progress):
+        if name == OUTPUT_NAME and checkpoint.params["tied_output"] and not with_output:
+            continue
+        (theirs,) = huggingface_names([name]).values()
+        if any(f".{part}." in name for part in PERMUTED_PARTS):
+            weight = to_transformers_row_order(weight, head_dim)
+        if name.endswith(NOT_QUANTIZED) or (name == OUTPUT_NAME and not with_output):
+            yield theirs, weight.contiguous()
+            continue
+        module = theirs.removesuffix(".weight")
+        for part, tensor in _stored(quantized(weight, scheme, integer_zeros=True)).items():
+            yield f"{module}.{part}", tensor
+
+
+def _stored(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a quantised module."""
+    if weight.format == "fp8":
+        return {"weight": weight.values.view(torch.float8_e4m3fn), "weight_scale": weight.scales}
+    values = weight.values
+    if weight.format == "int8":
+        values = values.view(torch.uint8).bitwise_xor(SIGN_BIT)
+    if values.shape[1] % torch.int32.itemsize:
+        raise ValueError(f"packed weights need columns in whole words of 32 bits, got {weight.shape[1]}: use fp8")
+    parts = {
+        "weight_packed": values.view(torch.int32),
+        "weight_scale": weight.scales,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    if weight.offsets is not None:
+        padded = torch.nn.functional.pad(weight.offsets, (0, 0, 0, -weight.shape[0] % INT4_IN_WORD))
+        words = pack_int4(padded.T).flatten().view(torch.int32).view(padded.shape[1], -1)
+        parts["weight_zero_point"] = words.T.contiguous()
+    return parts
+
+
+class _Shards:
+    """Writes tensors to files of at most a number of bytes, but for larger tensors."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._waiting: dict[str, Tensor] = {}
+        self._files: list[list[str]] = []  # names of tensors
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        waiting = sum(one.nbytes for one in self._waiting.values())
+        if self._waiting and waiting + tensor.nbytes > self._shard_bytes:
+            self._write()
+        self._waiting[name] = tensor
+        self._total += tensor.nbytes
+
+    def finish(self) -> None:
+        """Write the last file, give all their names, and write the index."""
+        self._write()
+        count = len(self._files)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = names if count > 1 else [SINGLE_FILE_NAME]
+        for number, name in enumerate(names):
+            os.rename(self._folder / str(number), self._folder / name)
+        if count > 1:
+            files = {tensor: name for name, tensors in zip(names, self._files, strict=True) for tensor in tensors}
+            index = {"metadata": {"total_size": self._total}, "weight_map": files}
+            (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    def _write(self) -> None:
+        path = self._folder / str(len(self._files))
+        try:
+            save_file(self._waiting, path, metadata={"format": "pt"})
+        except Exception as error:  # safetensors has its own class of errors, for a full disk too
+            raise ValueError(f"{path.parent}: weights cannot be written ({error})") from error
+        path.chmod(0o644)
+        self._files.append(list(self._waiting))
+        self._waiting = {}

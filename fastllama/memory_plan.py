@@ -3,9 +3,10 @@
 import contextlib
 import errno
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import torch
@@ -17,7 +18,7 @@ from fastllama.distributed import environment
 from fastllama.kernels.quantized import ELEMENTS_AT_ONCE
 from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
 from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
-from fastllama.quantization import OUTPUT_NAME, model_schemes, quantized_bytes
+from fastllama.quantization import OUTPUT_NAME, bytes_of, model_schemes
 
 try:
     import resource
@@ -25,6 +26,7 @@ except ImportError:  # on Windows, which has no such limits
     resource = None  # type: ignore[assignment]
 
 KIB, GIB = 2**10, 2**30
+NOTHING_QUANTIZED: Mapping[str, int] = MappingProxyType({})
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 FLOAT32_BYTES = 4
 # How many activations of each width a forward pass holds at once, per token, rounded up.
@@ -60,21 +62,22 @@ def plan_memory(
     *,
     n_processes: int = 1,
     quantize: str | None = None,
+    quantized_bytes: Mapping[str, int] = NOTHING_QUANTIZED,
 ) -> MemoryPlan:
     """The memory that a model of this shape needs on its device, or on each of `n_processes` that share it.
 
-    quantize: as in `Llama.build`.
+    quantize: as in `Llama.build`. quantized_bytes: of each process's part of the weights that are quantised in the
+    files, by name.
     """
     size = dtype.itemsize
     vocab_size, args = args.vocab_size, args.split(n_processes)
     n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
-    shapes, schemes = dict(args.shapes), model_schemes(quantize, args)
-    if args.tied_output and OUTPUT_NAME not in schemes:  # backends keep one copy of both
+    shapes = dict(args.shapes)
+    schemes = model_schemes(quantize, args)
+    quantized = {name: bytes_of(scheme, shapes[name]) for name, scheme in schemes.items()} | dict(quantized_bytes)
+    if args.tied_output and OUTPUT_NAME not in quantized:  # backends keep one copy of both
         del shapes[OUTPUT_NAME]
-    weights = [
-        quantized_bytes(schemes[name], shape) if name in schemes else math.prod(shape) * size
-        for name, shape in shapes.items()
-    ]
+    weights = [quantized.get(name, math.prod(shape) * size) for name, shape in shapes.items()]
     rope = max_seq_len * head_dim * FLOAT32_BYTES
     cache = 2 * args.n_layers * max_batch_size * n_kv_heads * max_seq_len * head_dim * size
     n_tokens = min(PREFILL_CHUNK_TOKENS, max_batch_size * max_seq_len)
@@ -91,8 +94,8 @@ def plan_memory(
     outputs = max_batch_size * max_seq_len * 12
     forward = n_tokens * per_token + mask + max(scoring, sampling) + outputs
     loading = max(math.prod(shape) for shape in shapes.values()) * size  # a weight, before it is packed
-    if schemes:
-        largest = max(math.prod(shapes[name]) for name in schemes)
+    if quantized:
+        largest = max(math.prod(shapes[name]) for name in quantized)
         loading += QUANTIZING_COPIES * min(largest, ELEMENTS_AT_ONCE) * FLOAT32_BYTES
         forward += largest * FLOAT32_BYTES  # dequantised for a long prompt
     return MemoryPlan(sum(weights) + rope, cache, max(forward, loading))
@@ -173,6 +176,7 @@ def check_fits(
     limit: str = "on this machine",
     n_processes: int = 1,
     quantize: str | None = None,
+    quantized_bytes: Mapping[str, int] = NOTHING_QUANTIZED,
 ) -> MemoryPlan:
     """The plan for `args`. Raises DoesNotFit, which names sizes that would fit, if it needs more than `free` bytes.
 
@@ -181,7 +185,7 @@ def check_fits(
 
     def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
         sizes = (args, dtype, max_batch_size, max_seq_len)
-        return plan_memory(*sizes, n_processes=n_processes, quantize=quantize)
+        return plan_memory(*sizes, n_processes=n_processes, quantize=quantize, quantized_bytes=quantized_bytes)
 
     needed = plan(args.max_batch_size, args.max_seq_len)
     if needed.total <= free:

@@ -68,7 +68,7 @@ def model_schemes(quantize: str | None, args: ModelArgs) -> dict[str, Scheme]:
     return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
 
-def quantized_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+def bytes_of(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """The size of a weight (OUT, IN) with its scales and offsets."""
     rows, columns = shape
     values = rows * columns * BITS[scheme.format] // 8

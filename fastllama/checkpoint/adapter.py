@@ -14,11 +14,11 @@ import torch
 
 from fastllama.checkpoint.adapter_config import AdapterConfig
 from fastllama.checkpoint.adapter_files import EMBEDDING_MODULE, AdapterTensors, check_folder, read_tensors
-from fastllama.checkpoint.base import Checkpoint, check_shapes
+from fastllama.checkpoint.base import Checkpoint, StoredWeight, check_shapes
 from fastllama.checkpoint.consistency import same_values
 from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 from fastllama.checkpoint.json_config import short_list
-from fastllama.checkpoint.quantized_tensor import USE_ORIGINAL
+from fastllama.checkpoint.quantized_tensor import DequantizedShard, QuantizedTensor
 from fastllama.checkpoint.safetensors_files import BASE_PREFIX, SafetensorsTensor
 from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor, weight_specs
 from fastllama.checkpoint.unsupported_formats import MERGE_WITH_PEFT
@@ -86,7 +86,7 @@ def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoin
     An adapter of the embedding or of the output unties a tied output. ValueError if an adapter is damaged, was trained
     on another base, or is one that cannot be merged.
     """
-    stored, params = _dense_weights(checkpoint), dict(checkpoint.params)
+    stored, params = dict(checkpoint.stored), dict(checkpoint.params)
     updates: dict[str, list[LowRankUpdate]] = {}
     for folder in folders:
         for name, update in _read_updates(folder, checkpoint).items():
@@ -95,20 +95,16 @@ def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoin
         logger.info("%s: an adapter changes the embedding or the output, which are no longer tied", checkpoint.path)
         stored[OUTPUT_NAME] = stored[EMBEDDING_NAME]
         params["tied_output"] = False
+    if any(isinstance(stored[name], QuantizedTensor) for name in updates):
+        logger.info("%s: the weights that an adapter changes are dequantised", checkpoint.path)
     for name, several in updates.items():
-        stored[name] = ShardedTensor((MergedTensor(stored[name], several),))
+        stored[name] = ShardedTensor((MergedTensor(_dense(stored[name]), several),))
     return replace(checkpoint, params=params, stored=stored, adapters=(*checkpoint.adapters, *folders))
 
 
-def _dense_weights(checkpoint: Checkpoint) -> dict[str, ShardedTensor]:
-    """The weights of a base. ValueError if any is quantised."""
-    dense = {name: tensor for name, tensor in checkpoint.stored.items() if isinstance(tensor, ShardedTensor)}
-    if len(dense) < len(checkpoint.stored):
-        raise ValueError(
-            f"{checkpoint.path}: is quantised ({', '.join(checkpoint.precisions)}), and an adapter is not merged into "
-            f"quantised weights; {USE_ORIGINAL}"
-        )
-    return dense
+def _dense(weight: StoredWeight) -> ShardedTensor:
+    """A weight as the files hold it, dequantised if it is quantised."""
+    return weight if isinstance(weight, ShardedTensor) else ShardedTensor((DequantizedShard(weight),))
 
 
 def _read_updates(folder: Path, checkpoint: Checkpoint) -> dict[str, LowRankUpdate]:
@@ -172,6 +168,4 @@ def _check_copies(
 def _weight(checkpoint: Checkpoint, name: str) -> ShardedTensor:
     """A weight of the base; a tied output is the embedding."""
     tied = checkpoint.params["tied_output"] and name == OUTPUT_NAME
-    weight = checkpoint.stored[EMBEDDING_NAME if tied else name]
-    assert isinstance(weight, ShardedTensor)  # merge_adapters refuses quantised ones
-    return weight
+    return _dense(checkpoint.stored[EMBEDDING_NAME if tied else name])

@@ -76,13 +76,14 @@ class Checkpoint:
         quantized = (tensor for tensor in self.stored.values() if isinstance(tensor, QuantizedTensor))
         return tuple(dict.fromkeys(tensor.description for tensor in quantized))
 
-    def weight_bytes(self, dtype: torch.dtype, world_size: int = 1) -> int:
-        """Bytes of the weights of one of `world_size` processes, if those that are not quantised have this dtype.
-
-        A tied output counts once.
-        """
-        specs = [spec for spec in weight_specs(self.params) if spec.name in self.stored]
-        return sum(_slice_bytes(self.stored[spec.name], spec, 0, world_size, dtype) for spec in specs)
+    def quantized_bytes(self, world_size: int = 1) -> dict[str, int]:
+        """The bytes of every quantised weight of one of `world_size` processes, by name."""
+        pairs = ((spec, self.stored.get(spec.name)) for spec in weight_specs(self.params))
+        return {
+            spec.name: _slice_bytes(tensor, spec, 0, world_size)
+            for spec, tensor in pairs
+            if isinstance(tensor, QuantizedTensor)
+        }
 
     def tensors(self, rank: int = 0, world_size: int = 1, progress: bool | None = None) -> Iterator[tuple[str, Weight]]:
         """(name, slice) of every weight for process `rank` of `world_size`, in the order of a forward pass.
@@ -131,14 +132,12 @@ def _dequantized(named: tuple[str, Weight]) -> tuple[str, torch.Tensor]:
     return name, weight.dequantized() if isinstance(weight, QuantizedWeight) else weight
 
 
-def _slice_bytes(
-    tensor: StoredWeight, spec: WeightSpec, rank: int, world_size: int, dtype: torch.dtype | None = None
-) -> int:
-    """Bytes of a process's slice as it is read, or with what is not quantised in another dtype."""
+def _slice_bytes(tensor: StoredWeight, spec: WeightSpec, rank: int, world_size: int) -> int:
+    """Bytes of a process's slice as it is read."""
     n_elements = spec.numel(rank, world_size)
     if isinstance(tensor, QuantizedTensor):
         return tensor.n_bytes * n_elements // spec.numel()
-    return n_elements * (dtype or tensor.shards[0].dtype).itemsize
+    return n_elements * tensor.shards[0].dtype.itemsize
 
 
 def check_dims(config: JsonConfig, params: Mapping[str, Any]) -> None:

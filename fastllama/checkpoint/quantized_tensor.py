@@ -94,6 +94,22 @@ class QuantizedTensor(ABC):
         return rows * columns * BITS[self.format] // 8 + n_scales * size * per_scale
 
 
+class DequantizedShard:
+    """A quantised matrix as float32, dequantised when a slice is read. Slices of columns may cut groups."""
+
+    dtype = torch.float32
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        self._tensor = tensor
+        self.shape = tensor.shape
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
+        """`length` elements from `start` on axis `dim`."""
+        unit = self._tensor.column_unit if dim == 1 else 1
+        first, end = start // unit * unit, min(-(-(start + length) // unit) * unit, self.shape[dim])
+        return self._tensor.narrow(dim, first, end - first).dequantized().narrow(dim, start - first, length)
+
+
 def check_parts(folder: Path, module: str, parts: Mapping[str, Part], expected: Mapping[str, PartRule]) -> None:
     """Raise ValueError unless the parts of a module have these shapes, and dtypes of safetensors' names."""
     if missing := [f"{module}.{name}" for name in expected if name not in parts]:

@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastllama.cli.inspect_precision import precision_plans, precisions_section, size_text
 from fastllama.cli.inspect_tokenizer import describe_tokenizer, tokenizer_section
 from fastllama.cli.options import (
     DTYPES,
@@ -14,6 +16,7 @@ from fastllama.cli.options import (
     adapter_option,
     checkpoint_and_tokenizer,
     json_option,
+    quantize_option,
 )
 from fastllama.cli.parameter_types import Integers
 from fastllama.cli.standard_streams import write_stdout
@@ -22,14 +25,13 @@ if TYPE_CHECKING:
     import torch
 
     from fastllama.args import ModelArgs
+    from fastllama.memory_plan import MemoryPlan
 
 # Copies of the keys of speed_of_light.DATA_SHEETS, which imports torch. A test compares them.
 GPUS = ("A100", "H100", "H200", "B200")
 DEFAULT_MAX_SEQ_LEN = 2048
 DEFAULT_MAX_BATCH_SIZE = 1
 SIZES = ("max_seq_len", "max_batch_size")  # of the cache, not of the model
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-UNIT_FACTOR = 1024
 
 
 @click.command()
@@ -52,6 +54,7 @@ UNIT_FACTOR = 1024
     help="To plan for.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="To plan for. Default: the one stored.")
+@quantize_option
 @click.option(
     "--nproc",
     type=Integers(),
@@ -71,6 +74,7 @@ def inspect(
     max_seq_len: int,
     max_batch_size: int,
     dtype: str | None,
+    quantize: str | None,
     nproc: tuple[int, ...],
     gpu: str,
     as_json: bool,
@@ -92,6 +96,7 @@ def inspect(
         raise click.UsageError("CKPT and --ckpt_dir are the same: give one of them.")
     folder, tokenizer_file = checkpoint_and_tokenizer(checkpoint or ckpt_dir, tokenizer_path, quiet=as_json)
     sizes: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "dtype": dtype}
+    sizes["quantize"] = quantize
     description = describe(folder, tokenizer_file, adapters=adapter, nproc=nproc, gpu=gpu, **sizes)
     write_stdout(json.dumps(description) if as_json else render(description))
 
@@ -103,6 +108,7 @@ def describe(
     max_seq_len: int,
     max_batch_size: int,
     dtype: str | None,
+    quantize: str | None,
     nproc: Sequence[int],
     gpu: str,
     adapters: Sequence[str] = (),
@@ -117,7 +123,14 @@ def describe(
     checkpoint = open_checkpoint(ckpt_dir, adapters)
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
-    plan = plan_memory(args, planned, max_batch_size, max_seq_len)
+
+    def plan_of(n: int, choice: str | None) -> "MemoryPlan":
+        stored = checkpoint.quantized_bytes(n)
+        return plan_memory(
+            args, planned, max_batch_size, max_seq_len, n_processes=n, quantize=choice, quantized_bytes=stored
+        )
+
+    plan = plan_of(1, quantize)
     # Fields that only other rope types read have no effect.
     without_effect = {name for names in ROPE_FIELDS.values() for name in names}.difference(ROPE_FIELDS[args.rope_type])
     hidden = without_effect.union(SIZES)
@@ -134,6 +147,7 @@ def describe(
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
         "memory": {
             "dtype": _dtype_name(planned),
+            "quantize": quantize,
             "max_batch_size": max_batch_size,
             "max_seq_len": max_seq_len,
             "weights": plan.weights,
@@ -141,9 +155,10 @@ def describe(
             "workspace": plan.workspace,
             "total": plan.total,
         },
+        "precisions": precision_plans(args, planned, plan_of),
         "this_machine": _describe_machine(),
         "gpu": gpu,
-        "processes": [_plan(args, planned, n, gpu) for n in dict.fromkeys(nproc)],
+        "processes": [_plan(args, planned, n, gpu, partial(plan_of, choice=quantize)) for n in dict.fromkeys(nproc)],
         "tokenizer": describe_tokenizer(tokenizer_path, checkpoint, named=tokenizer_path != ckpt_dir),
     }
 
@@ -163,9 +178,10 @@ def _describe_machine() -> dict[str, Any]:
     }
 
 
-def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -> dict[str, Any]:
+def _plan(
+    args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str, plan_of: Callable[[int], "MemoryPlan"]
+) -> dict[str, Any]:
     """Memory of each of `n_processes`, and their limit of tokens per second; or why such a split is impossible."""
-    from fastllama.memory_plan import plan_memory
     from fastllama.speed_of_light import (
         COLLECTIVE_LATENCY_S,
         DATA_SHEETS,
@@ -176,14 +192,17 @@ def _plan(args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str) -
     )
 
     obstacles = args.obstacles(n_processes)
-    if obstacles:
+    try:
+        plan = None if obstacles else plan_of(n_processes)
+    except ValueError as error:  # groups of columns that cannot be divided so
+        plan, obstacles = None, [str(error)]
+    if plan is None:
         return {"n": n_processes, "obstacles": obstacles}
     batch, context = args.max_batch_size, args.max_seq_len / 2  # the average length while a row fills its cache
     sheet = DATA_SHEETS[gpu]
     links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
     exchanging = collectives_seconds(args, dtype, batch, n_processes, links)
     seconds = least_seconds(decode_step(args.split(n_processes), dtype, batch, context), sheet.machine) + exchanging
-    plan = plan_memory(args, dtype, batch, args.max_seq_len, n_processes=n_processes)
     return {
         "n": n_processes,
         "bytes_each": plan.total,
@@ -199,6 +218,7 @@ def render(description: dict[str, Any]) -> str:
     files, passed_over = description["files"], description["passed_over"]
     total = sum(file["bytes"] for file in files)
     shape = f"{memory['max_batch_size']} rows of {memory['max_seq_len']} tokens in {memory['dtype']}"
+    shape += f", {memory['quantize']} weights" if memory["quantize"] else ""
     sections = [
         (
             "checkpoint",
@@ -229,6 +249,7 @@ def render(description: dict[str, Any]) -> str:
             f"memory for {shape}",
             [(name, size_text(memory[name])) for name in ("weights", "cache", "workspace", "total")],
         ),
+        precisions_section(description["precisions"]),
         ("on this machine", [(name, str(value)) for name, value in description["this_machine"].items() if value]),
         (
             f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange",
@@ -266,14 +287,6 @@ def _plan_text(plan: dict[str, Any]) -> str:
 def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     width = max((len(name) for name, _ in rows), default=0)
     return [f"  {name:{width}}  {value}" for name, value in rows]
-
-
-def size_text(count: int) -> str:
-    """A number of bytes as text: 1536 -> "1.5 KiB"."""
-    size, unit = float(count), 0
-    while size >= UNIT_FACTOR and unit < len(UNITS) - 1:
-        size, unit = size / UNIT_FACTOR, unit + 1
-    return f"{size:.1f} {UNITS[unit]}" if unit else f"{count} B"
 
 
 def _dtype_name(dtype: object) -> str:

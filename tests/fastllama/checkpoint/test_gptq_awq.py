@@ -179,8 +179,7 @@ def test_inspect_shows_the_precision(tmp_path: Path) -> None:
     assert found["bytes_by_type"] == {"int4 in groups of 64": n_bytes, "bfloat16": n_others * 2}
     checkpoint = open_checkpoint(tmp_path)
     for rank in range(2):
-        parts = [one for _, one in checkpoint.tensors(rank, 2)]
-        sizes = [one.n_bytes if isinstance(one, QuantizedWeight) else one.numel() * 4 for one in parts]
-        assert checkpoint.weight_bytes(torch.float32, 2) == sum(sizes)
+        parts = {name: one for name, one in checkpoint.tensors(rank, 2) if isinstance(one, QuantizedWeight)}
+        assert checkpoint.quantized_bytes(2) == {name: one.n_bytes for name, one in parts.items()}
     text = CliRunner().invoke(main, ["inspect", str(tmp_path)], catch_exceptions=False).output
     assert "stored in int4 in groups of 64 (" in text and "quantised  int4 in groups of 64\n" in text

@@ -7,10 +7,9 @@ from typing import Any
 from fastllama.checkpoint import open_checkpoint
 from fastllama.checkpoint.quantized_writer import write_quantized
 from fastllama.checkpoint.quantized_writer_config import model_config
-from tests.support.adapters import factor_tensors, random_factors, write_adapter
 from tests.support.checkpoints import random_weights, write_meta
 from tests.support.quantized_folders import PARAMS, Parts, awq_parts, gptq_parts, linear_weights, write_folder
-from tests.support.refusals.case import ADAPTER, MODEL, Refusal, build
+from tests.support.refusals.case import MODEL, Refusal
 
 MODULE = "model.layers.0.mlp.down_proj"
 ROWS, COLUMNS = linear_weights()[MODULE].shape
@@ -56,12 +55,6 @@ def _odd_groups() -> None:
     _write(GPTQ | {"group_size": 1024}, gptq_parts((ROWS, COLUMNS), 128, seed=0)[0])
 
 
-def _adapter_on_quantised() -> None:
-    _good()
-    factors = random_factors(PARAMS, random_weights(PARAMS, seed=5), ["q_proj"], seed=0)
-    write_adapter(ADAPTER, dict(factor_tensors(factors)))
-
-
 def _rope_factors() -> None:
     rope = {"rope_type": "factors", "rope_factors": [1.0] * 16, "use_scaled_rope": False}
     write_meta(MODEL, PARAMS | rope, random_weights(PARAMS, seed=5))
@@ -102,5 +95,4 @@ CASES = [
     Refusal("`fastllama quantize` of a quantised checkpoint", _good, _quantize),
     Refusal("`fastllama quantize` of a rope that transformers lacks", _rope_factors, _quantize),
     Refusal("a number of processes that cuts groups", _good, _opened(8)),
-    Refusal("an adapter on a quantised base", _adapter_on_quantised, partial(build, adapter=str(ADAPTER))),
 ]

@@ -3,7 +3,8 @@
 The number of tokens decides how an op runs. For few tokens, and in a captured decode step, every op is one or two calls
 of a kernel: a projection has its norm at the start and its epilogue at the end. More tokens use oneDNN's matrix product
 and the reference's other ops; how many depends on the dtype (`max_tokens`). Kernels do not run between these, because
-after each of its ops the library's threads keep their CPUs busy for milliseconds.
+after each of its ops the library's threads keep their CPUs busy for milliseconds. Quantised weights are the exception:
+their kernels take more tokens than attention's, and beyond, they dequantise weights for the library.
 
 The kernels widen weights in registers, sum in float32 and round where the reference rounds. Results do not depend on
 the number of threads. Weights are row-major, so a single weight and its packed form are the same bytes.
@@ -15,11 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastllama.kernels import onednn, reference
+from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.graph import Graph
-from fastllama.kernels.native import arguments
+from fastllama.kernels.native import arguments, many_tokens, memory, weights
 from fastllama.kernels.native.graph import NativeGraph
 from fastllama.kernels.native.library import (
     Epilogue,
@@ -29,10 +30,13 @@ from fastllama.kernels.native.library import (
     recording,
     run,
 )
-from fastllama.kernels.native.memory import allocate
+from fastllama.kernels.quantized import QuantizedWeight, Weight
 
 MAX_FLOAT32_TOKENS = 64  # of a projection by the kernels; more are faster by the library's matrix product
 MAX_BFLOAT16_TOKENS = 32  # the same, where the CPU multiplies bfloat16; without, the library is never faster
+# The same for a quantised weight, which must be dequantised for the library. In float32 the kernels are as fast as the
+# library at any number of tokens.
+MAX_QUANTIZED_BFLOAT16_TOKENS = 128
 MAX_TOKENS_PER_OP = 256  # of a LINEAR op, which keeps the inputs of all its tokens; more are several ops
 # Attention splits a row at every SPLIT_KEYS keys, and deals the splits to at most MAX_SPLIT_GROUPS groups. For up to
 # MAX_MERGED_TOKENS tokens, every group is a chunk of work of its own.
@@ -56,7 +60,7 @@ def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor
 def norm_qkv_rope_append(
     h: Tensor,
     norm: Tensor,
-    weight: Tensor,
+    weight: Weight,
     rope: Tensor,
     cache_k: Tensor,
     cache_v: Tensor,
@@ -65,8 +69,8 @@ def norm_qkv_rope_append(
     bias: Tensor | None = None,
 ) -> Tensor:
     """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
-    if _uses_library(h):
-        heads = onednn.linear(reference.rms_norm(h, norm, eps), weight, bias)
+    if _uses_library(h, weight):
+        heads = many_tokens.linear(reference.rms_norm(h, norm, eps), weight, bias)
         return reference.rope_append(heads, rope, cache_k, cache_v, batch)
     arguments.check_projection(h, weight, norm, bias=bias)
     sizes = arguments.check_heads(h, weight.shape[0], rope, cache_k, cache_v, batch)
@@ -101,11 +105,11 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
 
 
 def linear_residual(
-    x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
+    x: Tensor, weight: Weight, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
 ) -> Tensor:
     """x (N, ·) -> (N, E)."""
-    if _uses_library(x):
-        y = onednn.linear(x, weight, bias)
+    if _uses_library(x, weight):
+        y = many_tokens.linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
     arguments.check_projection(x, weight, bias=bias, residual=residual)
     y = empty((x.shape[0], weight.shape[0]), x.dtype)
@@ -115,11 +119,11 @@ def linear_residual(
 
 
 def norm_swiglu(
-    h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch, bias: Tensor | None = None
+    h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: RaggedBatch, bias: Tensor | None = None
 ) -> Tensor:
     """h (N, E) -> (N, F)."""
-    if _uses_library(h):
-        return reference.silu_mul(onednn.linear(reference.rms_norm(h, norm, eps), weight, bias))
+    if _uses_library(h, weight):
+        return reference.silu_mul(many_tokens.linear(reference.rms_norm(h, norm, eps), weight, bias))
     arguments.check_projection(h, weight, norm, bias=bias)
     width = arguments.half(weight.shape[0])
     f = empty((h.shape[0], width), h.dtype)
@@ -127,10 +131,10 @@ def norm_swiglu(
     return f
 
 
-def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
+def norm_lm_head(h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: RaggedBatch) -> Tensor:
     """h (M, E) -> logits (M, V)."""
-    if _uses_library(h):
-        return onednn.linear(reference.rms_norm(h, norm, eps), weight)
+    if _uses_library(h, weight):
+        return many_tokens.linear(reference.rms_norm(h, norm, eps), weight)
     arguments.check_projection(h, weight, norm)
     logits = empty((h.shape[0], weight.shape[0]), h.dtype)
     _linear(h, weight, Epilogue.STORE, logits, weight.shape[0], norm=norm, eps=eps)
@@ -167,20 +171,22 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     )
 
 
-def max_tokens(dtype: torch.dtype) -> float:
+def max_tokens(dtype: torch.dtype, *, quantized: bool = False) -> float:
     """The most tokens for which the kernels are faster than the library's matrix product."""
-    if dtype == torch.float32:
-        return MAX_FLOAT32_TOKENS
-    return MAX_BFLOAT16_TOKENS if dtype == torch.bfloat16 and multiplies_bfloat16() else math.inf
+    if dtype == torch.bfloat16 and multiplies_bfloat16():
+        return MAX_QUANTIZED_BFLOAT16_TOKENS if quantized else MAX_BFLOAT16_TOKENS
+    return MAX_FLOAT32_TOKENS if dtype == torch.float32 and not quantized else math.inf
 
 
-def _uses_library(x: Tensor) -> bool:
+def _uses_library(x: Tensor, weight: Weight | None = None) -> bool:
     """Whether these inputs (N, ·) are too many for the kernels. A captured step has kernels only."""
-    return recording.ops is None and x.shape[0] > max_tokens(x.dtype)
+    if recording.ops is not None:
+        return False
+    return x.shape[0] > max_tokens(x.dtype, quantized=isinstance(weight, QuantizedWeight))
 
 
 def _linear(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor, outputs: int, **fields: Tensor | int | float | None
+    x: Tensor, weight: Weight, epilogue: Epilogue, out: Tensor, outputs: int, **fields: Tensor | int | float | None
 ) -> None:
     """A projection, of at most MAX_TOKENS_PER_OP tokens at a time."""
     n_tokens, width = x.shape
@@ -188,7 +194,15 @@ def _linear(
         part = slice(begin, min(begin + MAX_TOKENS_PER_OP, n_tokens))
         of_part = {name: value[part] for name in PER_TOKEN if isinstance(value := fields.get(name), Tensor)}
         sizes = {"n_tokens": part.stop - begin, "width": width, "outputs": outputs, "epilogue": epilogue}
-        run(Kind.LINEAR, x.dtype, x=x[part], weight=weight, out=out[part], **sizes, **{**fields, **of_part})
+        run(
+            Kind.LINEAR,
+            x.dtype,
+            x=x[part],
+            out=out[part],
+            **sizes,
+            **weights.fields_of(weight),
+            **{**fields, **of_part},
+        )
 
 
 def _sample(logits: Tensor, sampling: SamplingTensors, **fields: Tensor | int) -> None:
@@ -204,15 +218,8 @@ def _sample(logits: Tensor, sampling: SamplingTensors, **fields: Tensor | int) -
 # Weight layouts and machines.
 
 
-def pack(*parts: Tensor) -> Tensor:
-    """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E), row-major."""
-    if len(parts) == 1:
-        return parts[0].contiguous()
-    rows = sum(part.shape[0] for part in parts)
-    return torch.cat(parts, out=allocate((rows, *parts[0].shape[1:]), parts[0].dtype, parts[0].device))
-
-
-unpack = reference.unpack
+pack, unpack = weights.pack, reference.unpack
+allocate = memory.allocate
 rms_norm, rope_append, silu_mul = reference.rms_norm, reference.rope_append, reference.silu_mul
 
 

@@ -6,8 +6,11 @@ from torch import Tensor
 from fastllama.kernels.batch import PER_ROW, RaggedBatch, SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
+from fastllama.kernels.quantized import FORMATS, PLAIN, QuantizedWeight, Weight
 
 CPU = torch.device("cpu")
+MIN_GROUP, LARGE_GROUP = 32, 128  # columns of a quantised weight that share a scale
+SMALL_GROUPS = (MIN_GROUP, 64)
 
 
 def check_inputs(name: str, x: Tensor) -> None:
@@ -25,7 +28,7 @@ def check_embed(table: Tensor, batch: RaggedBatch) -> None:
 
 def check_projection(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     norm: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -33,13 +36,42 @@ def check_projection(
 ) -> None:
     """Check the inputs (N, ·), weight, norm, bias and residual of a projection."""
     check_inputs("x", x)
-    check_tensor("weight", weight, ("rows", x.shape[1]), x.dtype, CPU)
+    if isinstance(weight, Tensor):
+        check_tensor("weight", weight, ("rows", x.shape[1]), x.dtype, CPU)
+    else:
+        check_quantized(weight, x.shape[1])
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x.dtype, CPU)
     if norm is not None:
         check_tensor("norm", norm, (x.shape[1],), x.dtype, CPU)
     if residual is not None:
         check_tensor("residual", residual, (x.shape[0], weight.shape[0]), x.dtype, CPU)
+
+
+def check_quantized(weight: QuantizedWeight, width: int) -> None:
+    """Check a quantised weight of this width."""
+    if weight.format not in FORMATS or weight.order != PLAIN:
+        raise ValueError(
+            f"weight must be {', '.join(FORMATS)} in the order {PLAIN!r}, got {weight.format!r} in {weight.order!r}"
+        )
+    is_int4 = weight.format == "int4"
+    dtype = torch.int8 if weight.format == "int8" else torch.uint8
+    check_tensor("weight.values", weight.values, ("rows", width // 2 if is_int4 else width), dtype, CPU)
+    rows, groups = weight.values.shape[0], weight.scales.shape[-1]
+    check_model_dtype("weight.scales", weight.scales)
+    check_tensor("weight.scales", weight.scales, (rows, "groups"), weight.scales.dtype, CPU)
+    if weight.offsets is not None:
+        check_tensor("weight.offsets", weight.offsets, (rows, groups), weight.scales.dtype, CPU)
+    if is_int4 == (weight.offsets is None):
+        got = "without" if is_int4 else "with offsets"
+        raise ValueError(f"a weight must have offsets if it is int4, and only then: got {weight.format} {got}")
+    size = width // groups if groups else 0
+    fits = size in SMALL_GROUPS or (size > 0 and size % LARGE_GROUP == 0) or groups == 1
+    if groups * size != width or not fits or (is_int4 and width % MIN_GROUP):
+        raise ValueError(
+            f"a weight must have one group of columns, or groups of {MIN_GROUP}, 64 or a multiple of {LARGE_GROUP}, "
+            f"and in int4 a multiple of {MIN_GROUP} columns: got {width} columns in {groups} groups as {weight.format}"
+        )
 
 
 def half(rows: int) -> int:

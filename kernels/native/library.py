@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3  # as in src/op.hpp
+ABI_VERSION = 4  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
 ISAS = ("neon",) if platform.machine().lower() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
@@ -30,6 +30,7 @@ class Kind(IntEnum):
     ATTENTION_MERGE = 3
     STATISTICS = 4
     SAMPLE = 5
+    DEQUANTIZE = 6
 
 
 class Epilogue(IntEnum):
@@ -42,17 +43,18 @@ class Epilogue(IntEnum):
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMATS = {"int8": 1, "fp8": 2, "int4": 3}  # 0 is a weight in the model dtype
 
-_INT32 = ("kind", "dtype", "epilogue", "has_state")
+_INT32 = ("kind", "dtype", "epilogue", "has_state", "format", "scale_dtype", "has_zeros")
 _POINTERS = (
-    *("tokens", "positions", "rows", "x", "norm", "weight", "bias", "residual", "out", "rope"),
+    *("tokens", "positions", "rows", "x", "norm", "weight", "scales", "offsets", "bias", "residual", "out", "rope"),
     *("cache_k", "cache_v", "partial"),
     *("temperature", "top_p", "seed", "stream", "call", "logprobs", "state_tokens", "state_positions", "starts"),
     *("last", "is_stop", "out_tokens", "out_logprobs"),
 )
 _SIZES = (
     *("n_tokens", "width", "outputs", "n_heads", "n_kv_heads", "head_dim", "length", "cache_rows", "vocab", "begin"),
-    *("out_stride", "split", "groups"),
+    *("out_stride", "split", "groups", "n_scales"),
 )
 
 

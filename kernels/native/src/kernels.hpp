@@ -19,7 +19,11 @@ constexpr bool IS_X86 = false;
 #endif
 
 #include "vector.hpp"
+#include "formats.hpp"
+#include "inputs.hpp"
 #include "products.hpp"
+#include "linear.hpp"
+#include "dequantize.hpp"
 #include "embedding.hpp"
 #include "attention.hpp"
 #include "statistics.hpp"
@@ -27,6 +31,7 @@ constexpr bool IS_X86 = false;
 template <class T> static void run_typed(const Op& op, int64_t chunk, Scratch& scratch) {
   switch (op.kind) {
     case LINEAR: return linear_chunk<T>(op, chunk, scratch);
+    case DEQUANTIZE: return dequantize_chunk<T>(op, chunk, scratch);
     case ATTENTION: return attention_chunk<T>(op, chunk, scratch);
     case STATISTICS: return statistics_chunk<T>(op, chunk);
     case SAMPLE: return sample_row(op, chunk, scratch, fill_masses);

@@ -4,23 +4,27 @@
 
 namespace fastllama {
 
-constexpr int64_t ABI_VERSION = 3;  // increased with every change of Op or of an exported function
+constexpr int64_t ABI_VERSION = 4;  // increased with every change of Op or of an exported function
 
-enum Kind : int32_t { EMBED, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE };
+enum Kind : int32_t { EMBED, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE, DEQUANTIZE };
 enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
+enum Format : int32_t { DENSE, INT8, FP8, INT4 };  // of a weight: the model dtype, or as kernels/quantized.py says
 enum Epilogue : int32_t { STORE, ADD_RESIDUAL, SWIGLU, ROTATE_AND_APPEND };  // of LINEAR
 
 // Dims as in kernels/reference.py: N tokens (or rows of logits), T cache positions, H heads, K kv heads, D head dim.
 // Tensors are contiguous and in the model dtype unless a comment says otherwise. Unused fields are 0.
 struct Op {
   int32_t kind, dtype, epilogue, has_state;
+  int32_t format, scale_dtype, has_zeros;  // of the weight; dtype of the scales and offsets
   const int64_t *tokens, *positions, *rows;  // (N,)
   const void* x;         // (N, width); EMBED: the table (vocab, width); ATTENTION: q (N, H, D); SAMPLE: logits (N, vocab)
   const void* norm;      // (width,) or null: x is normalized first
-  const void* weight;    // (outputs, width); SWIGLU: (2 * outputs, width), gate before up
+  const void* weight;    // (outputs, width); SWIGLU: (2 * outputs, width), gate before up; INT4: two columns a byte
+  const void* scales;    // (rows of the weight, n_scales)
+  const void* offsets;   // the same: zeros where has_zeros, else minima; or null
   const void* bias;      // a value per row of the weight, or null
   const void* residual;  // (N, outputs)
-  void* out;             // (N, outputs); ATTENTION: (N, H, D); SAMPLE: tokens (N,) int64
+  void* out;             // (N, outputs); DEQUANTIZE: (outputs, width); ATTENTION: (N, H, D); SAMPLE: tokens (N,) int64
   const float* rope;     // (T, D/2, 2)
   void *cache_k, *cache_v;  // (cache_rows, K, T, D)
   float* partial;           // ATTENTION: (N, H, groups, D + 2) or null: see attention.hpp; STATISTICS: (N, groups, 4)
@@ -36,6 +40,7 @@ struct Op {
   int64_t begin;  // EMBED: the table's first id, or -1 where it is the complete vocabulary
   int64_t out_stride;
   int64_t split, groups;  // a row is divided into splits of so many keys or logits, and they into groups
+  int64_t n_scales;  // of a row of the weight
   double eps;
 };
 
@@ -47,15 +52,23 @@ constexpr int64_t CHUNK_TOKENS = 4;          // of EMBED and ATTENTION_MERGE
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int64_t row_bytes(const Op& op) {  // of the weight's values
+  switch (op.format) {
+    case DENSE: return op.width * (op.dtype == FLOAT32 ? 4 : 2);
+    case INT4: return op.width / 2;
+    default: return op.width;
+  }
+}
+
 inline int64_t chunk_outputs(const Op& op) {
-  const int64_t bytes = op.width * (op.dtype == FLOAT32 ? 4 : 2) * (op.epilogue == SWIGLU ? 2 : 1);
+  const int64_t bytes = row_bytes(op) * (op.epilogue == SWIGLU ? 2 : 1);
   const int64_t fitting = CHUNK_BYTES / (bytes > 0 ? bytes : 1) / CHUNK_STEP * CHUNK_STEP;
   return fitting < CHUNK_STEP ? CHUNK_STEP : fitting > MAX_CHUNK_OUTPUTS ? MAX_CHUNK_OUTPUTS : fitting;
 }
 
 inline int64_t count_chunks(const Op& op) {
   switch (op.kind) {
-    case LINEAR: return ceil_div(op.outputs, chunk_outputs(op));
+    case LINEAR: case DEQUANTIZE: return ceil_div(op.outputs, chunk_outputs(op));
     case ATTENTION: return op.n_tokens * op.n_kv_heads * (op.partial == nullptr ? 1 : op.groups);
     case STATISTICS: return op.n_tokens * op.groups;
     case SAMPLE: return op.n_tokens;

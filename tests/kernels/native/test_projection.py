@@ -24,7 +24,7 @@ MANY = 21
 def test_projections_match_reference(
     shape: Shape, dtype: torch.dtype, with_biases: bool, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "max_tokens", lambda dtype: MOST)
+    monkeypatch.setattr(native, "max_tokens", lambda dtype, **_: MOST)
     for n_tokens in (*TOKENS, MANY):
         case = Case(shape, n_tokens, dtype, CPU, guarded, with_biases=with_biases)
         cache_k, cache_v, rope = case.target[:3]

@@ -78,7 +78,7 @@ class Llama:
         CPU. dtype: None means bfloat16 on CUDA (float16 if the GPU lacks it), float32 on a CPU. backend: "fused"
         (Triton kernels), "native" (C++ kernels) or "reference" (plain torch); None means fused on CUDA and native on a
         CPU. quantize: "int8", "fp8" or "int4" keeps the weights in fewer bits, rounded while they are read ("int4-g64"
-        and "int4-g32" in smaller groups); None keeps them as the checkpoint has them. rope_scaling_factor: replaces the
+        and "int4-g32" in smaller groups); None keeps them as the files have them. rope_scaling_factor: replaces the
         checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. adapter: the folder of a LoRA adapter, or
         a list of folders, merged into the weights in this order while they are read. chat_template: the path of a chat
         template, the name of one in the checkpoint's folder, or "llama3"; None means the checkpoint's own, and Llama

@@ -74,7 +74,7 @@ def plan_memory(
     n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
     shapes = dict(args.shapes)
     schemes = model_schemes(quantize, args)
-    quantized = {name: bytes_of(scheme, shapes[name]) for name, scheme in schemes.items()} | dict(quantized_bytes)
+    quantized = {**quantized_bytes, **{name: bytes_of(scheme, shapes[name]) for name, scheme in schemes.items()}}
     if args.tied_output and OUTPUT_NAME not in quantized:  # backends keep one copy of both
         del shapes[OUTPUT_NAME]
     weights = [quantized.get(name, math.prod(shape) * size) for name, shape in shapes.items()]

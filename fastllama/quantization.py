@@ -92,11 +92,15 @@ def check_quantize(quantize: str | None, args: ModelArgs, device: torch.device) 
 
 
 def quantized_if_asked(name: str, weight: Weight, quantize: str | None) -> Weight:
-    """The weight of this name, quantised as `quantize` says. One that is quantised already stays as it is."""
-    if isinstance(weight, QuantizedWeight):
-        return weight
+    """The weight of this name, quantised as `quantize` says; one that is quantised in another way is quantised anew."""
     scheme = scheme_of(quantize, name, weight.shape[-1])
-    return weight if scheme is None else quantized(weight, scheme)
+    if scheme is None:
+        return weight
+    if isinstance(weight, QuantizedWeight):
+        if scheme == Scheme(weight.format, weight.group_size if weight.scales.shape[1] > 1 else 0):
+            return weight
+        weight = weight.dequantized()
+    return quantized(weight, scheme)
 
 
 def quantized(weight: Tensor, scheme: Scheme, *, integer_zeros: bool = False) -> QuantizedWeight:

@@ -12,7 +12,7 @@ from fastllama import ModelArgs, Transformer
 from fastllama.cli.options import QUANTIZE_CHOICES
 from fastllama.kernels.quantized import QuantizedWeight, pack_int4, unpack_int4
 from fastllama.memory_plan import plan_memory
-from fastllama.quantization import CHOICES, OUTPUT_NAME, Scheme, model_schemes, quantized, scheme_of
+from fastllama.quantization import CHOICES, OUTPUT_NAME, Scheme, model_schemes, quantized, quantized_if_asked, scheme_of
 from tests.support.checkpoints import random_weights, tiny_params
 
 CPU = torch.device("cpu")
@@ -164,6 +164,19 @@ def test_copies_keep_the_quantised_weights(quantize: str) -> None:
     half = ours.bfloat16()
     assert half.tok_embeddings.dtype == torch.bfloat16
     torch.testing.assert_close(half.forward(TOKENS, 0), expected, atol=0.3, rtol=0.1)
+
+
+def test_weights_that_are_quantised_in_another_way_are_quantised_anew() -> None:
+    name, dense = "layers.0.attention.wq.weight", weights()
+    for stored in CHOICES:
+        for asked in CHOICES:
+            before = quantized(dense, CHOICES[stored])
+            after = quantized_if_asked(name, before, asked)
+            assert isinstance(after, QuantizedWeight)
+            expected = before if asked == stored else quantized(before.dequantized(), CHOICES[asked])
+            assert torch.equal(after.values, expected.values) and torch.equal(after.scales, expected.scales)
+            assert (after is before) == (asked == stored)
+        assert quantized_if_asked(name, before, None) is before
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
+from fastllama.kernels.projection.packing import checked
 from fastllama.kernels.quantized import Weight
 from fastllama.kernels.rope import CacheTarget
 
@@ -36,8 +37,8 @@ class Projection(NamedTuple):
         like_x = x.dtype, x.device
         if isinstance(weight, Tensor):
             check_tensor("weight", weight, ("rows", "IN"), *like_x)
-        else:  # packed, so of the right shapes
-            check_tensor("weight", weight.values, ("rows", "bytes"), torch.uint8, x.device)
+        else:
+            check_tensor("weight", checked(weight).values, ("rows", "bytes"), torch.uint8, x.device)
         rows, in_features = weight.shape
         check_tensor("x", x, ("N", in_features), *like_x)
         if bias is not None:

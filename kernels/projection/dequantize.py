@@ -12,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.launch.dependent import dependent_launch, wait_for_inputs
-from fastllama.kernels.launch.sizes import ceil_div
+from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.projection.conversions import HIGH_UNIT, LOW_UNIT, decoded, scale_and_offset
 from fastllama.kernels.projection.packing import FusedWeight, checked, rows_of, uses_assembly, weight_dims
 from fastllama.kernels.quantized import QuantizedWeight, Weight
 
 SCRATCH_ELEMENTS = 2**26  # at most: 128 MB of bfloat16
-WORDS = 1024  # of a program
+MAX_WORDS = 1024  # of a program
 WARPS = 4
 
 
@@ -43,7 +43,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 def dequantize(weight: FusedWeight, out: Tensor) -> None:
     """Write a packed weight (OUT, IN) to `out`, computed in float32 and rounded to its dtype."""
     words, dims = weight.words, weight_dims(weight)
-    _dequantize_kernel[(words.shape[0], ceil_div(words.shape[1], WORDS))](
+    block = min(MAX_WORDS, next_power_of_2(words.shape[1]))
+    _dequantize_kernel[(words.shape[0], ceil_div(words.shape[1], block))](
         words,
         weight.scales,
         out,
@@ -51,7 +52,7 @@ def dequantize(weight: FusedWeight, out: Tensor) -> None:
         IN=weight.shape[1],
         IN_WORDS=words.shape[1],
         ASM=uses_assembly(current_target()),
-        WORDS=WORDS,
+        WORDS=block,
         num_warps=WARPS,
         **dependent_launch(),
     )

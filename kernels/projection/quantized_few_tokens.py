@@ -146,8 +146,7 @@ def _multiply(
             total_2 *= tl.load(scales_ptr + second, mask=exists, other=0.0)[:, None]
     if norm_ptr is not None:
         inverse = tl.rsqrt(tl.sum(squares, 1) / IN + eps)[None, :]
-        total *= inverse
-        total_2 *= inverse
+        total, total_2 = total * inverse, total_2 * inverse
     return total, total_2
 
 

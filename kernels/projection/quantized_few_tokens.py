@@ -53,16 +53,16 @@ def _load_x(x_ptr, norm_ptr, tokens, begin, token_exists, squares, IN: tl.conste
 
 @triton.jit
 def _ordered_x(x_ptr, norm_ptr, tokens, begin, token_exists, squares, IN, BYTES, B, BLOCK_ROWS, FORMAT, EVEN):
-    """x of a chunk, of int4 that of the bytes' low and high halves; the group's sums of x; and the squares so far.
+    """x of a chunk, of int4 that of the bytes' low and high halves; the sums of both; and the squares so far.
 
-    Only int4 needs the sums, (BLOCK_ROWS, BLOCK_N) with equal rows. () where there is nothing.
+    Only int4 needs the sums, (BLOCK_ROWS, BLOCK_N) with equal rows.
     """
     x, squares = _load_x(x_ptr, norm_ptr, tokens, begin, token_exists, squares, IN, BYTES, B, EVEN)
     if FORMAT == "int4":
         high, squares = _load_x(x_ptr, norm_ptr, tokens, begin + BYTES, token_exists, squares, IN, BYTES, B, EVEN)
         ones = tl.full((BLOCK_ROWS, BYTES), 1.0, x.dtype)
-        sum_x = tl.dot(ones, high, tl.dot(ones, x, input_precision="ieee"), input_precision="ieee")
-        return (x, high), (sum_x,), squares
+        sums = tl.dot(ones, x, input_precision="ieee"), tl.dot(ones, high, input_precision="ieee")
+        return (x, high), sums, squares
     else:
         return (x,), (), squares
 
@@ -77,9 +77,11 @@ def _add_products(
     elif FORMAT == "int4":
         scales = load_tile(scales_ptr + rows * GROUPS + group, exists, EVEN)
         low, high = nibbles_as(weight, x[0].dtype, ASM)
-        product = tl.dot(high, x[1], tl.dot(low, x[0], input_precision="ieee"), input_precision="ieee")
         scale, offset = scale_and_offset(scales, SCALE_DTYPE, HAS_ZEROS)
-        return sums + (scale[:, None] * product + offset[:, None] * sum_x[0])
+        # Each of the four products is scaled alone: one that began with another's sums would wait for them.
+        product = scale[:, None] * tl.dot(low, x[0], input_precision="ieee") + offset[:, None] * sum_x[0]
+        product += scale[:, None] * tl.dot(high, x[1], input_precision="ieee") + offset[:, None] * sum_x[1]
+        return sums + product
     else:
         scales = load_tile(scales_ptr + rows * GROUPS + group, exists, EVEN)
         product = tl.dot(bytes_as(weight, x[0].dtype, FORMAT, ASM), x[0], input_precision="ieee")

@@ -9,7 +9,7 @@ Instructions per weight in loops for 8B, at 8 and 16 columns, and GB/s at which 
 
     format                 qkv         output      gate+up     down        GB/s
     int8, fp8              3.7, 4.7    3.0, 3.6    2.9, 3.3    3.0, 3.6    9,200 to 11,700
-    int4, groups of 128    3.4, 5.3    2.8, 3.9    3.0, 5.2    2.8, 4.0    4,900 to 6,000
+    int4, groups of 128    3.6, 5.7    3.0, 4.3    3.2, 5.6    3.0, 4.3    4,600 to 5,600
 """
 
 import torch

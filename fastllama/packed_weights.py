@@ -104,7 +104,7 @@ class PackedModule(nn.Module):
             raise ValueError(f"{len(expected)} weights are missing: {first_names(expected)}")
         if self.params.tied_output:  # one copy in memory if the backend packs nothing
             output = quantized_if_asked(OUTPUT_NAME, self.tok_embeddings.detach(), self.quantize)
-            _assign(self, "output", self.ops.pack(output))
+            assign(self, "output", self.ops.pack(output))
 
     def _set_weight(self, weight: PackedWeight, parts: list[Weight]) -> None:
         """Quantise the parts if the model is to be, move them, pack and set them."""
@@ -114,13 +114,13 @@ class PackedModule(nn.Module):
         ]
         quantised = [part for part in prepared if isinstance(part, QuantizedWeight)]
         if len(quantised) == len(prepared) and is_alike(quantised):
-            _assign(weight.owner, weight.attribute, self.ops.pack(*quantised))
+            assign(weight.owner, weight.attribute, self.ops.pack(*quantised))
             return
         dense = [part.dequantized() if isinstance(part, QuantizedWeight) else part.detach() for part in prepared]
         if len(dense) == 1:  # as it is, it would share memory with the caller or with a mapped file
             dense = [self.ops.allocate(tuple(dense[0].shape), self.dtype, self.device).copy_(dense[0])]
         moved = [part.to(self.dtype) for part in dense]
-        _assign(weight.owner, weight.attribute, moved[0] if weight.is_never_packed else self.ops.pack(*moved))
+        assign(weight.owner, weight.attribute, moved[0] if weight.is_never_packed else self.ops.pack(*moved))
 
     def _unpacked_weights(self) -> Iterator[tuple[str, Weight]]:
         """(Meta's name, weight in Meta's shape). Raises ValueError if no weights are loaded."""
@@ -142,7 +142,7 @@ class PackedModule(nn.Module):
             yield name, weight.fill_(1) if name.endswith("norm.weight") else weight.normal_(0, INIT_STD)
 
 
-def _assign(owner: nn.Module, attribute: str, value: Weight) -> None:
+def assign(owner: nn.Module, attribute: str, value: Weight) -> None:
     """Set a packed weight: a tensor as a parameter, a quantised weight as it is."""
     delattr(owner, attribute)
     if isinstance(value, Tensor):

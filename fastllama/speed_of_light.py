@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 from fastllama.args import ModelArgs
+from fastllama.kernels.quantized import BITS
+from fastllama.quantization import OUTPUT_NAME, scheme_of
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,18 @@ class Work:
         return max(self.bytes / machine.read, self.flops / machine.matmul)
 
 
-def decode_step(args: ModelArgs, dtype: torch.dtype, batch: int, context: float) -> list[Work]:
-    """The launches of a decode step, in order: one token for each of `batch` rows with `context` cached positions."""
+def decode_step(
+    args: ModelArgs, dtype: torch.dtype, batch: int, context: float, quantize: str | None = None
+) -> list[Work]:
+    """The launches of a decode step, in order: one token for each of `batch` rows with `context` cached positions.
+
+    quantize: how the weights are quantised (`fastllama.quantization.CHOICES`).
+    """
     attended = batch * context
     return [
         Work("embed", 1, batch * args.dim * dtype.itemsize, 0),
-        *_layers(args, dtype, batch, attended, attended),
-        _head(args, dtype, batch),
+        *_layers(args, dtype, batch, attended, attended, quantize),
+        _head(args, dtype, batch, quantize),
         Work("sampling", 2, 0, 0),
     ]
 
@@ -118,13 +125,27 @@ def total_flops(work: Iterable[Work]) -> float:
     return sum(one.count * one.flops for one in work)
 
 
-def _layers(args: ModelArgs, dtype: torch.dtype, n_tokens: int, cached: float, attended: float) -> list[Work]:
+def weight_bytes(name: str, shape: tuple[int, int], dtype: torch.dtype, quantize: str | None) -> float:
+    """The bytes of a matrix with its scales and offsets. name: Meta's name of the weight."""
+    rows, width = shape
+    scheme = scheme_of(quantize, name, width)
+    if scheme is None:
+        return rows * width * dtype.itemsize
+    per_group = 4  # bytes: a float32 scale of a row, or int4's scale and offset
+    groups = width // scheme.group_size if scheme.group_size else 1
+    return rows * (width * BITS[scheme.format] / 8 + groups * per_group)
+
+
+def _layers(
+    args: ModelArgs, dtype: torch.dtype, n_tokens: int, cached: float, attended: float, quantize: str | None = None
+) -> list[Work]:
     """The five launches of a layer. cached: positions read. attended: positions attended to, summed over tokens."""
     heads, kv_width = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
 
     def projection(name: str, out_features: int, in_features: int, scales: int) -> Work:
         elements = out_features * in_features
-        return Work(name, args.n_layers, (elements + scales) * dtype.itemsize, 2 * n_tokens * elements)
+        n_bytes = weight_bytes(name, (out_features, in_features), dtype, quantize) + scales * dtype.itemsize
+        return Work(name, args.n_layers, n_bytes, 2 * n_tokens * elements)
 
     return [
         projection("qkv", heads + 2 * kv_width, args.dim, args.dim),
@@ -135,6 +156,7 @@ def _layers(args: ModelArgs, dtype: torch.dtype, n_tokens: int, cached: float, a
     ]
 
 
-def _head(args: ModelArgs, dtype: torch.dtype, n_rows: int) -> Work:
-    elements = args.vocab_size * args.dim
-    return Work("head", 1, (elements + args.dim) * dtype.itemsize, 2 * n_rows * elements)
+def _head(args: ModelArgs, dtype: torch.dtype, n_rows: int, quantize: str | None = None) -> Work:
+    shape = args.vocab_size, args.dim
+    n_bytes = weight_bytes(OUTPUT_NAME, shape, dtype, quantize) + args.dim * dtype.itemsize
+    return Work("head", 1, n_bytes, 2 * n_rows * args.vocab_size * args.dim)

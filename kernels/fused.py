@@ -11,16 +11,17 @@ The number of tokens decides which kernels an op launches. A decode layer is fiv
 A prompt's tokens use `attention_prefill` for any number of tokens, a decode step uses `attention_decode`. A decode step
 is 5·L + 4 launches: one `embed`, L layers, `norm_lm_head` and the two launches of `sample_and_advance`.
 
-Weights are row-major, so a single weight and its packed form are the same bytes.
+Weights are row-major, so a single weight and its packed form are the same bytes. Quantised weights have
+kernels of their own for up to 16 tokens, in as many launches; for more they are dequantised for the library's matmul
+(`projection/dequantize.py`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastllama.kernels import rms_norm as norms
@@ -36,14 +37,20 @@ from fastllama.kernels.graph import Graph
 from fastllama.kernels.launch import interpreter
 from fastllama.kernels.launch.checks import check_head_dim
 from fastllama.kernels.launch.dependent import is_dependent
+from fastllama.kernels.projection import quantized_matvec
+from fastllama.kernels.projection.dequantize import linear
 from fastllama.kernels.projection.few_tokens import MAX_TOKENS, few_tokens
 from fastllama.kernels.projection.matvec import choose_launch, matvec
+from fastllama.kernels.projection.packing import checked, pack_quantized, unpack_quantized
+from fastllama.kernels.projection.quantized_few_tokens import quantized_few_tokens
+from fastllama.kernels.quantized import QuantizedWeight, Weight
 from fastllama.kernels.rope import CacheTarget
 from fastllama.kernels.sampling import sample as sampler
 from fastllama.kernels.sampling.scratch import SamplingScratch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Kernel = Callable[..., Tensor]
 
 if interpreter.interpreting():
     interpreter.patch()
@@ -93,13 +100,21 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def pack(*parts: Tensor) -> Tensor:
-    """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E), row-major."""
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+def pack(*parts: Weight) -> Weight:
+    """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E).
+
+    Tensors stay row-major. Quantised weights must be alike (`is_alike`) and are put in the order of the kernels' loads.
+    """
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if not tensors:
+        return pack_quantized(cast(Sequence[QuantizedWeight], parts))
+    return tensors[0].contiguous() if len(parts) == 1 else torch.cat(tensors)
 
 
-def unpack(weight: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
-    """Split a packed weight into its parts, of the given numbers of rows."""
+def unpack(weight: Weight, rows: Sequence[int]) -> tuple[Weight, ...]:
+    """Split a packed weight into its parts, of the given numbers of rows, in plain order."""
+    if isinstance(weight, QuantizedWeight):
+        return unpack_quantized(weight, rows)
     return torch.split(weight, list(rows))
 
 
@@ -133,7 +148,7 @@ def embed(table: Tensor, batch: RaggedBatch, begin: int | None = None) -> Tensor
 def norm_qkv_rope_append(
     h: Tensor,
     norm: Tensor,
-    weight: Tensor,
+    weight: Weight,
     rope: Tensor,
     cache_k: Tensor,
     cache_v: Tensor,
@@ -143,7 +158,7 @@ def norm_qkv_rope_append(
 ) -> Tensor:
     """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
     if h.shape[0] > MAX_TOKENS:
-        return rope_append(F.linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
+        return rope_append(linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
     target = CacheTarget.of(cache_k, cache_v, rope, batch)
     q = _project(h, weight, bias=bias, norm=norm, eps=eps, append_to=target)
     return q.view(h.shape[0], -1, cache_k.shape[3])
@@ -163,30 +178,30 @@ def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -
 
 @_on_tensor_device
 def linear_residual(
-    x: Tensor, weight: Tensor, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
+    x: Tensor, weight: Weight, residual: Tensor | None, batch: RaggedBatch, bias: Tensor | None = None
 ) -> Tensor:
     """x (N, ·) -> (N, E)."""
     if x.shape[0] > MAX_TOKENS:
-        y = F.linear(x, weight, bias)
+        y = linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
     return _project(x, weight, bias=bias, residual=residual)
 
 
 @_on_tensor_device
 def norm_swiglu(
-    h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch, bias: Tensor | None = None
+    h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: RaggedBatch, bias: Tensor | None = None
 ) -> Tensor:
     """h (N, E) -> (N, F)."""
     if h.shape[0] > MAX_TOKENS:
-        return silu_mul(F.linear(rms_norm(h, norm, eps), weight, bias))
+        return silu_mul(linear(rms_norm(h, norm, eps), weight, bias))
     return _project(h, weight, bias=bias, norm=norm, eps=eps, swiglu=True)
 
 
 @_on_tensor_device
-def norm_lm_head(h: Tensor, norm: Tensor, weight: Tensor, eps: float, batch: RaggedBatch) -> Tensor:
+def norm_lm_head(h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: RaggedBatch) -> Tensor:
     """h (M, E) -> logits (M, V)."""
     if h.shape[0] > MAX_TOKENS:
-        return F.linear(rms_norm(h, norm, eps), weight)
+        return linear(rms_norm(h, norm, eps), weight)
     return _project(h, weight, norm=norm, eps=eps)
 
 
@@ -212,7 +227,7 @@ def _sampling_scratch(logits: Tensor, workspace: Workspace | None) -> SamplingSc
 
 def _project(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     *,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
@@ -223,5 +238,9 @@ def _project(
 ) -> Tensor:
     """A projection of 1 to 16 tokens, in one launch."""
     tiles = 1 if append_to is None and not swiglu else 2
-    kernel = matvec if x.shape[0] == 1 and choose_launch(weight, tiles) is not None else few_tokens
+    if isinstance(weight, QuantizedWeight):
+        one = x.shape[0] == 1 and quantized_matvec.is_best(checked(weight), tiles, x.dtype)
+        kernel = cast(Kernel, quantized_matvec.quantized_matvec if one else quantized_few_tokens)
+    else:
+        kernel = cast(Kernel, matvec if x.shape[0] == 1 and choose_launch(weight, tiles) is not None else few_tokens)
     return kernel(x, weight, bias=bias, norm=norm, eps=eps, residual=residual, swiglu=swiglu, append_to=append_to)

@@ -22,10 +22,15 @@ from fastllama.kernels.attention.prefill import attention_prefill
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed
+from fastllama.kernels.projection.dequantize import dequantize
+from fastllama.kernels.projection.packing import ORDER, FusedWeight
+from fastllama.kernels.quantized import BITS, Weight
 from fastllama.kernels.rms_norm import rms_norm
 from fastllama.kernels.rope import rope_append
 from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
+from fastllama.packed_weights import assign
+from fastllama.quantization import scheme_of
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -36,15 +41,36 @@ STEP_POSITIONS = 64  # in a complete step's cache; its launches depend only on t
 PUBLISHED = {"3.2-1B": "llama3.2-1b", "3-8B": "llama3-8b", "3-70B/8": "llama3-70b"}
 MODELS = {name: ModelArgs(**PUBLISHED_MODELS[published]) for name, published in PUBLISHED.items()}
 MODELS["3-8B+bias"] = replace(MODELS["3-8B"], attention_bias=True, mlp_bias=True)
+# Models with quantised weights, and how they are quantised.
+QUANTIZED = {f"3-8B {quantize}": quantize for quantize in ("int8", "fp8", "int4")}
+MODELS |= dict.fromkeys(QUANTIZED, MODELS["3-8B"])
 PROCESSES = {"3-70B/8": 8}  # the number of processes that share a model; 1 for other models
 COMMON_MODELS = ("3-8B", "3-70B/8")  # compiled for every GPU
 
 Calls = Iterator[tuple[str, Callable[[], object]]]  # (name of an op, a call of it)
 
 
-def _lazy_zeros(*shape: int) -> Tensor:
+def _lazy_zeros(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     """Zeros that take no memory until they are read."""
-    return torch.from_numpy(np.zeros(shape, np.int16)).view(DTYPE)
+    bytes_of_row = shape[-1] * dtype.itemsize
+    return torch.from_numpy(np.zeros((*shape[:-1], bytes_of_row), np.uint8)).view(dtype)
+
+
+def _lazy_weight(name: str, shape: tuple[int, ...], quantize: str | None) -> Weight:
+    """A weight of zeros, packed for the fused backend. name: Meta's name of its first part."""
+    scheme = scheme_of(quantize, name, shape[-1])
+    if scheme is None:
+        return torch.nn.Parameter(_lazy_zeros(*shape), requires_grad=False)
+    rows, width = shape
+    groups = width // scheme.group_size if scheme.group_size else 1
+    return FusedWeight(
+        scheme.format,
+        _lazy_zeros(rows, width * BITS[scheme.format] // 8, dtype=torch.uint8),
+        _lazy_zeros(rows, groups, dtype=torch.int32 if scheme.group_size else torch.float32),
+        order=ORDER,
+        in_features=width,
+        scale_dtype=torch.float16 if scheme.group_size else torch.float32,
+    )
 
 
 @dataclass(frozen=True)
@@ -58,29 +84,31 @@ class _NoCollectives(Group):
         return torch.empty(x.shape[0], self.size * x.shape[1], dtype=x.dtype)
 
 
-def _lazy_model(args: ModelArgs, n_processes: int, rows: int, positions: int) -> Transformer:
+def _lazy_model(
+    args: ModelArgs, n_processes: int, rows: int, positions: int, quantize: str | None = None
+) -> Transformer:
     """The first process's part of a model on the fused backend. All layers share one layer's weights."""
     args = replace(args, max_batch_size=rows, max_seq_len=positions)
     group = _NoCollectives(0, n_processes)
     model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False, group=group)
     model.ops = fused
     model._allocate()  # again, for this backend's workspace
-    shapes, weights = model.share.shapes, dict[str, torch.nn.Parameter]()
+    shapes, weights = model.share.shapes, dict[str, Weight]()
     for packed in model.packed_weights():
         if packed.attribute not in weights:
             n_rows = sum(shapes[name][0] for name in packed.names)
-            zeros = _lazy_zeros(n_rows, *shapes[packed.names[0]][1:])
-            weights[packed.attribute] = torch.nn.Parameter(zeros, requires_grad=False)
-        setattr(packed.owner, packed.attribute, weights[packed.attribute])
+            shape = n_rows, *shapes[packed.names[0]][1:]
+            weights[packed.attribute] = _lazy_weight(packed.names[0], shape, quantize)
+        assign(packed.owner, packed.attribute, weights[packed.attribute])
     return model
 
 
-def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1) -> Calls:
+def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str | None = None) -> Calls:
     """The ops of a decode step of one layer. The names of a layer's ops begin with "layer".
 
     If several processes share the model, these are one process's ops, without the collectives.
     """
-    model = _lazy_model(replace(args, n_layers=1), n_processes, rows, CONTEXT_TOKENS)
+    model = _lazy_model(replace(args, n_layers=1), n_processes, rows, CONTEXT_TOKENS, quantize)
     share, eps, workspace = model.share, args.norm_eps, model.workspace
     layer: Any = model.layers[0]
     k, v = model.cache.layer(0)
@@ -106,9 +134,9 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1) -> Calls:
     yield "sample", lambda: fused.sample_and_advance(logits, state, workspace)
 
 
-def whole_step(args: ModelArgs, rows: int, n_processes: int = 1) -> Callable[[], None]:
+def whole_step(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str | None = None) -> Callable[[], None]:
     """The decode step of all layers, in one process and without collectives."""
-    model = _lazy_model(args, n_processes, rows, STEP_POSITIONS)
+    model = _lazy_model(args, n_processes, rows, STEP_POSITIONS, quantize)
     state = _state(args, rows, STEP_POSITIONS)
     return lambda: step(model, state)
 
@@ -121,9 +149,16 @@ def _state(args: ModelArgs, rows: int, positions: int) -> DecodeState:
     return state
 
 
-def prefill_ops(args: ModelArgs, n_processes: int = 1) -> Calls:
-    """The kernels around the library's matmuls, for a chunk of a prompt at the end of a cached context."""
-    model = _lazy_model(replace(args, n_layers=1), n_processes, 1, CONTEXT_TOKENS)
+def prefill_ops(args: ModelArgs, n_processes: int = 1, quantize: str | None = None) -> Calls:
+    """The kernels around the library's matmuls, for a chunk of a prompt at the end of a cached context.
+
+    With quantised weights only the one that others do not launch.
+    """
+    model = _lazy_model(replace(args, n_layers=1), n_processes, 1, CONTEXT_TOKENS, quantize)
+    if quantize is not None:
+        weight: Any = model.layers[0].w2
+        yield "dequantize", lambda: dequantize(weight, _lazy_zeros(*weight.shape))
+        return
     share, tokens = model.share, PREFILL_TOKENS
     k, v = model.cache.layer(0)
     batch = RaggedBatch.of([(0, CONTEXT_TOKENS - tokens, [1] * tokens)], CPU)

@@ -20,6 +20,7 @@ from fastllama.benchmarks.kernels_report.model_launches import (
     MODELS,
     PREFILL_TOKENS,
     PROCESSES,
+    QUANTIZED,
     decode_ops,
     prefill_ops,
     whole_step,
@@ -34,17 +35,21 @@ STREAMED = ("weight_ptr", "table_ptr", "cache_k_ptr", "cache_v_ptr")  # read fro
 MUST_READ = {
     "_matvec_kernel": ("weight",),
     "_few_tokens_kernel": ("weight",),
+    "_quantized_matvec_kernel": ("weight", "scales"),
+    "_quantized_few_tokens_kernel": ("weight", "scales"),
+    "_dequantize_kernel": ("weight", "scales"),
     "_attention_decode_kernel": ("cache_k", "cache_v"),
     "_attention_prefill_kernel": ("cache_k", "cache_v"),
     "_embed_kernel": ("table",),
 }
-PROJECTIONS = {"_matvec_kernel", "_few_tokens_kernel"}
+PROJECTIONS = {"_matvec_kernel", "_few_tokens_kernel", "_quantized_matvec_kernel", "_quantized_few_tokens_kernel"}
 PREFETCHING = PROJECTIONS | {"_attention_decode_kernel"}
 ATOMIC = {"_attention_decode_kernel", "_draw_kernel"}  # pass partial results to the last program, by an atomic counter
-DOTS = {"_few_tokens_kernel", "_attention_decode_kernel", "_attention_prefill_kernel"}
+DOTS = {"_few_tokens_kernel", "_quantized_few_tokens_kernel", "_attention_decode_kernel", "_attention_prefill_kernel"}
 MAX_STREAMED = 1.02  # of the least bytes: each weight and each cached key is read once
 LAYER_LAUNCHES = 5
 OTHER_LAUNCHES = 4  # of a step: embed, head, two of sampling
+FP8_ARCH = 89  # the first compute capability, times ten, whose GPUs convert e4m3
 WHOLE_STEP = "step"  # the op of a row that counts a step's launches
 H200 = "sm_90"
 ALL_MODELS_GPUS = (H200, "sm_86", "sm_120")  # the H200 and consumer GPUs
@@ -64,18 +69,27 @@ class _TorchKernelCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def models_for(gpu_name: str) -> list[str]:
+    """The models that are compiled for a GPU: quantised ones where all are, fp8 where the GPU converts it."""
+    if gpu_name not in ALL_MODELS_GPUS:
+        return [*COMMON_MODELS]
+    converts = int(GPUS[gpu_name].arch) >= FP8_ARCH
+    return [model for model in MODELS if converts or QUANTIZED.get(model) != "fp8"]
+
+
 def compiled_rows(gpu_name: str) -> Iterator[Row]:
     """A row for each launch of the models' decode steps and prefill chunks, compiled for one GPU."""
-    gpu, models = GPUS[gpu_name], MODELS if gpu_name in ALL_MODELS_GPUS else COMMON_MODELS
+    gpu = GPUS[gpu_name]
     seen: dict[str, Compiled] = {}  # by triton's hash: the same kernel serves many launches
-    for model in models:
+    for model in models_for(gpu_name):
         args, n_processes = MODELS[model], PROCESSES.get(model, 1)
+        quantize = QUANTIZED.get(model)
         for tokens in (*BATCHES, PREFILL_TOKENS):
             if tokens == PREFILL_TOKENS:
-                calls = [*prefill_ops(args, n_processes)]
+                calls = [*prefill_ops(args, n_processes, quantize)]
             else:
-                step = whole_step(args, tokens, n_processes)
-                calls = [*decode_ops(args, tokens, n_processes), (WHOLE_STEP, step)]
+                step = whole_step(args, tokens, n_processes, quantize)
+                calls = [*decode_ops(args, tokens, n_processes, quantize), (WHOLE_STEP, step)]
             for op, call in calls:
                 with record_launches(gpu) as launches, _TorchKernelCounter() as other:
                     call()
@@ -116,7 +130,7 @@ def traffic_rows() -> Iterator[Row]:
     for model, args in MODELS.items():
         n_processes = PROCESSES.get(model, 1)
         for tokens in BATCHES:
-            for op, call in decode_ops(args, tokens, n_processes):
+            for op, call in decode_ops(args, tokens, n_processes, QUANTIZED.get(model)):
                 with count_traffic() as launches:
                     call()
                 live = _live_bytes(args.split(n_processes), tokens, op)

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastllama.benchmarks.kernels_report.ahead_of_time import Launch
 from fastllama.benchmarks.kernels_report.compiled_kernel import LOAD_BYTES, Compiled
+from fastllama.kernels.projection.packing import WORD_BYTES
 
 READ_BYTES_PER_US = 4.5e6  # the read bandwidth of published microbenchmarks
 CLOCKS_PER_US = 1980
@@ -26,7 +27,7 @@ def streaming_metrics(launch: Launch, compiled: Compiled, programs: int) -> Row:
     weight = arguments["weight_ptr"]
     microseconds = weight.nbytes / READ_BYTES_PER_US
     row: Row = {
-        "weight": list(weight.shape),
+        "weight": [weight.shape[0], arguments["IN"]],
         "share": programs / compiled.gpu.processors,
         "microseconds": microseconds,
         "prefetching": min(programs, arguments["RESIDENT"]),
@@ -34,13 +35,13 @@ def streaming_metrics(launch: Launch, compiled: Compiled, programs: int) -> Row:
         "looped_prefetches": compiled.sass.prefetches()[1],
         "issue": None,
     }
-    if launch.kernel == "_matvec_kernel":
+    if launch.kernel.endswith("matvec_kernel"):
         slots = microseconds * SCHEDULERS * CLOCKS_PER_US * compiled.gpu.processors
         of_program = compiled.early_weight_bytes * compiled.threads
         row["issue"] = len(compiled.instructions) * compiled.warps * programs / slots
         row |= _order(arguments, compiled)
     else:  # a pipelined loop: all stages but the one in use are in flight
-        stage = _tile_rows(arguments) * arguments["BLOCK_IN"] * arguments["ACCUMULATORS"] * weight.itemsize
+        stage = _tile_rows(arguments) * _stage_columns(arguments) * weight.nbytes // _elements(arguments)
         of_program = (compiled.stages - 1) * stage
         row |= {"chain": _chain(arguments, compiled), "budget": _budget(stage, row["share"], compiled)}
     return row | {"in_flight": of_program * compiled.programs_per_processor}
@@ -52,6 +53,27 @@ def _tile_rows(arguments: Row) -> int:
     return rows
 
 
+def _per_word(arguments: Row) -> int:
+    """Weights in a word of 64 bits of a quantised weight."""
+    return 16 if arguments["FORMAT"] == "int4" else 8
+
+
+def _elements(arguments: Row) -> int:
+    """Numbers of a weight, without padding."""
+    rows: int = arguments["OUT"] * (1 if arguments["EPILOGUE"] == "none" else 2) * arguments["IN"]
+    return rows
+
+
+def _stage_columns(arguments: Row) -> int:
+    """Columns of the weight per stage of a pipelined loop."""
+    columns: int
+    if "BYTES" in arguments:
+        columns = arguments["BYTES"] * arguments["UNROLL"] * _per_word(arguments) // WORD_BYTES
+    else:
+        columns = arguments["BLOCK_IN"] * arguments["ACCUMULATORS"]
+    return columns
+
+
 def _prefetches(arguments: Row, compiled: Compiled) -> float:
     """Prefetches of a warp. A loop issues one for each of the warp's rows."""
     once, looped = compiled.sass.prefetches()
@@ -61,22 +83,23 @@ def _prefetches(arguments: Row, compiled: Compiled) -> float:
 
 def _order(arguments: Row, compiled: Compiled) -> Row:
     """For one token: the loads of x before the first wait for a weight, and whether the norm is computed before it."""
-    chunks = -(-arguments["IN"] // arguments["BLOCK_IN"])
+    columns = arguments["WORDS"] * _per_word(arguments) if "WORDS" in arguments else arguments["BLOCK_IN"]
+    chunks = -(-arguments["IN"] // columns)
     itemsize = arguments["x_ptr"].itemsize
-    needed = chunks * -(-arguments["BLOCK_IN"] * itemsize // (compiled.threads * LOAD_BYTES))
+    needed = chunks * -(-columns * itemsize // (compiled.threads * LOAD_BYTES))
     early, _ = compiled.sass.early_inputs()
     return {
         "x_loads": needed,
         "x_early": min(early, needed),
         "norm_first": compiled.sass.norm_is_first(),
-        "holds_scales": arguments["HOLD_SCALES"],
+        "holds_scales": arguments.get("HOLD_SCALES", False),
     }
 
 
 def _chain(arguments: Row, compiled: Compiled) -> float:
     """The least cycles of a stage's matrix instructions, which wait for each other's sums."""
     cycles, count = compiled.sass.chain()
-    depth = arguments["BLOCK_IN"] * arguments["ACCUMULATORS"] / MATRIX_DEPTH
+    depth = _stage_columns(arguments) / MATRIX_DEPTH
     if any("HGMMA" in line for line in compiled.instructions):
         of_stage = depth * _tile_rows(arguments) / GROUP_ROWS
     else:  # warps beyond the number of tiles repeat work

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
+from fastllama.kernels.projection.packing import checked
+from fastllama.kernels.quantized import Weight
 from fastllama.kernels.rope import CacheTarget
 
 
@@ -23,7 +25,7 @@ class Projection(NamedTuple):
     def of(
         cls,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         norm: Tensor | None,
         residual: Tensor | None,
@@ -33,7 +35,10 @@ class Projection(NamedTuple):
         """Check a projection's tensors and allocate its result. Raises ValueError if they do not match."""
         check_model_dtype("x", x)
         like_x = x.dtype, x.device
-        check_tensor("weight", weight, ("rows", "IN"), *like_x)
+        if isinstance(weight, Tensor):
+            check_tensor("weight", weight, ("rows", "IN"), *like_x)
+        else:
+            check_tensor("weight", checked(weight).values, ("rows", "bytes"), torch.uint8, x.device)
         rows, in_features = weight.shape
         check_tensor("x", x, ("N", in_features), *like_x)
         if bias is not None:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from fastllama.kernels.launch.dependent import prefetch_block
 from fastllama.kernels.rope import rotate
+from fastllama.kernels.swiglu import silu_times
 
 
 @triton.jit
@@ -52,6 +53,108 @@ def load_bias(bias_ptr, out, live, OUT, EPILOGUE):
     else:
         bias = tl.load(bias_ptr + first, mask=live, other=0.0).to(tl.float32)
         return bias, tl.load(bias_ptr + second, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_residual(residual_ptr, out, live):
+    """The residual of one token's results; () if there is none."""
+    if residual_ptr is None:
+        return ()
+    else:
+        return (tl.load(residual_ptr + out, mask=live, other=0.0),)
+
+
+@triton.jit
+def store_token(
+    sums,
+    sums_2,
+    biases,
+    residuals,
+    out,
+    live,
+    y_ptr,
+    cache_k_ptr,
+    cache_v_ptr,
+    rope_ptr,
+    positions_ptr,
+    rows_ptr,
+    T,
+    OUT: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """The epilogue of one token: sums (BLOCK_ROWS,) of the results `out`, and sums_2 with two rows per result."""
+    y = _with_bias(sums, biases, 0).to(y_ptr.dtype.element_ty)
+    if EPILOGUE == "none":
+        if len(residuals) > 0:
+            y = residuals[0] + y
+        tl.store(y_ptr + out, y, mask=live)
+    else:
+        y_2 = _with_bias(sums_2, biases, 1).to(y_ptr.dtype.element_ty)
+        if EPILOGUE == "swiglu":
+            tl.store(y_ptr + out, silu_times(y, y_2), mask=live)
+        else:
+            token = tl.zeros((1,), tl.int32)
+            # fmt: off
+            rotate_and_store(y[:, None], y_2[:, None], out, token, live[:, None], y_ptr, cache_k_ptr, cache_v_ptr,
+                          rope_ptr, positions_ptr, rows_ptr, T, H, K, D)
+            # fmt: on
+
+
+@triton.jit
+def _with_bias(sums, biases, tile: tl.constexpr):
+    """Sums of a tile, plus its bias if there is one."""
+    if len(biases) > 0:
+        sums += biases[tile]
+    return sums
+
+
+@triton.jit
+def store_tokens(
+    sums,
+    sums_2,
+    out,
+    exists,
+    tokens,
+    token_exists,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    cache_k_ptr,
+    cache_v_ptr,
+    rope_ptr,
+    positions_ptr,
+    rows_ptr,
+    T,
+    OUT: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """The epilogue of several tokens: sums (BLOCK_ROWS, BLOCK_N), and sums_2 with two rows per result."""
+    biases = load_bias(bias_ptr, out, exists, OUT, EPILOGUE)
+    if len(biases) > 0:
+        sums += biases[0][:, None]
+    if len(biases) > 1:
+        sums_2 += biases[1][:, None]
+    y = sums.to(y_ptr.dtype.element_ty)
+    live = exists[:, None] & token_exists[None, :]
+    if EPILOGUE == "rotary":
+        y_2 = sums_2.to(y_ptr.dtype.element_ty)
+        # fmt: off
+        rotate_and_store(y, y_2, out, tokens, live, y_ptr, cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr, rows_ptr,
+                      T, H, K, D)
+        # fmt: on
+    else:
+        at = tokens[None, :].to(tl.int64) * OUT + out[:, None]
+        if EPILOGUE == "swiglu":
+            y = silu_times(y, sums_2.to(y_ptr.dtype.element_ty))
+        elif residual_ptr is not None:
+            y = tl.load(residual_ptr + at, mask=live, other=0.0) + y
+        tl.store(y_ptr + at, y, mask=live)
 
 
 @triton.jit

@@ -27,9 +27,8 @@ from fastllama.kernels.launch.dependent import PREFETCH_BYTES, dependent_launch,
 from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import Target, current_target
 from fastllama.kernels.projection.arguments import Projection
-from fastllama.kernels.projection.epilogues import load_bias, prefetch_tiles, rotate_and_store, weight_rows
+from fastllama.kernels.projection.epilogues import prefetch_tiles, store_tokens, weight_rows
 from fastllama.kernels.rope import CacheTarget
-from fastllama.kernels.swiglu import silu_times
 
 MAX_TOKENS = 16
 MIN_COLUMNS, MIN_COLUMNS_AMD = 8, 16  # columns of a matrix instruction's right operand
@@ -85,7 +84,7 @@ def choose_launch(weight: Tensor, tiles: int, columns: int, target: Target) -> L
 
 @cache
 def _launch_of(results: int, in_features: int, itemsize: int, tiles: int, columns: int, target: Target) -> Launch:
-    rows = _choose_rows(results, tiles, columns, target.processors)
+    rows = choose_rows(results, tiles, columns, target.processors)
     chunk = min(CHUNK_BYTES // itemsize, max(16, next_power_of_2(in_features)))
     stage = rows * tiles * chunk * itemsize
     min_stage = max(MIN_STAGE_BYTES, DOT_LATENCY_BYTES * rows * target.processors // results)
@@ -104,7 +103,7 @@ def _launch_of(results: int, in_features: int, itemsize: int, tiles: int, column
     return Launch(rows, chunk, stages, min(warps, MAX_WARPS), accumulators)
 
 
-def _choose_rows(results: int, tiles: int, columns: int, processors: int) -> int:
+def choose_rows(results: int, tiles: int, columns: int, processors: int) -> int:
     """Rows per tile: the largest that gives two programs per multiprocessor with few reads of tokens, else one."""
     for rows in ROWS:
         if rows * tiles >= ROWS_PER_COLUMN * columns and results >= rows * TWO_PROGRAMS * processors:
@@ -113,13 +112,13 @@ def _choose_rows(results: int, tiles: int, columns: int, processors: int) -> int
 
 
 @triton.jit
-def _load(at, live, EVEN: tl.constexpr):
+def load_tile(at, live, EVEN: tl.constexpr):
     """Load a tile, masked by `live` unless EVEN: then the complete tile exists."""
-    return tl.load(at) if EVEN else tl.load(at, mask=live, other=0.0)
+    return tl.load(at) if EVEN else tl.load(at, mask=live, other=0)
 
 
 @triton.jit
-def _sum_accumulators(sums):
+def sum_accumulators(sums):
     """The sum of all accumulators."""
     total = sums[0]
     for i in tl.static_range(1, len(sums)):
@@ -160,9 +159,9 @@ def _multiply(
             begin = step + i * BLOCK_IN
             inside = cols + begin < IN
             live = exists[:, None] & inside[None, :]
-            weight = _load(weight_at + begin, live, EVEN)
+            weight = load_tile(weight_at + begin, live, EVEN)
             if TWO_TILES:
-                weight_2 = _load(weight_2_at + begin, live, EVEN)
+                weight_2 = load_tile(weight_2_at + begin, live, EVEN)
             if EVEN:
                 x = tl.load(x_at + begin, mask=token_exists[None, :], other=0.0)
             else:
@@ -170,12 +169,12 @@ def _multiply(
             if norm_ptr is not None:
                 wide = x.to(tl.float32)
                 squares += wide * wide
-                x = x * _load(norm_ptr + begin + cols, inside, EVEN)[:, None]
+                x = x * load_tile(norm_ptr + begin + cols, inside, EVEN)[:, None]
             # Each chunk uses the accumulator whose last sums are oldest.
             sums = sums[1:] + (tl.dot(weight, x, sums[0], input_precision="ieee"),)
             if TWO_TILES:
                 sums_2 = sums_2[1:] + (tl.dot(weight_2, x, sums_2[0], input_precision="ieee"),)
-    sums, sums_2 = _sum_accumulators(sums), _sum_accumulators(sums_2)
+    sums, sums_2 = sum_accumulators(sums), sum_accumulators(sums_2)
     if norm_ptr is not None:
         inverse = tl.rsqrt(tl.sum(squares, 0) / IN + eps)[None, :]
         sums *= inverse
@@ -228,26 +227,10 @@ def _few_tokens_kernel(
     sums, sums_2 = _multiply(x_ptr, norm_ptr, weight_ptr, first, second, tokens, exists, token_exists, eps,
                              IN, TWO_TILES, EVEN, BLOCK_N, BLOCK_ROWS, BLOCK_IN, ACCUMULATORS)
     # fmt: on
-    biases = load_bias(bias_ptr, out, exists, OUT, EPILOGUE)
-    if len(biases) > 0:
-        sums += biases[0][:, None]
-    if len(biases) > 1:
-        sums_2 += biases[1][:, None]
-    y = sums.to(y_ptr.dtype.element_ty)
-    live = exists[:, None] & token_exists[None, :]
-    if EPILOGUE == "rotary":
-        y_2 = sums_2.to(y_ptr.dtype.element_ty)
-        # fmt: off
-        rotate_and_store(y, y_2, out, tokens, live, y_ptr, cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr, rows_ptr,
-                      T, H, K, D)
-        # fmt: on
-    else:
-        at = tokens[None, :].to(tl.int64) * OUT + out[:, None]
-        if EPILOGUE == "swiglu":
-            y = silu_times(y, sums_2.to(y_ptr.dtype.element_ty))
-        elif residual_ptr is not None:
-            y = tl.load(residual_ptr + at, mask=live, other=0.0) + y
-        tl.store(y_ptr + at, y, mask=live)
+    # fmt: off
+    store_tokens(sums, sums_2, out, exists, tokens, token_exists, bias_ptr, residual_ptr, y_ptr, cache_k_ptr,
+                 cache_v_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
+    # fmt: on
 
 
 def few_tokens(

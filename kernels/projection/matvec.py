@@ -33,9 +33,8 @@ from fastllama.kernels.launch.dependent import (
 from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import Target, current_target
 from fastllama.kernels.projection.arguments import Projection
-from fastllama.kernels.projection.epilogues import load_bias, prefetch_tiles, rotate_and_store, weight_rows
+from fastllama.kernels.projection.epilogues import load_bias, load_residual, prefetch_tiles, store_token, weight_rows
 from fastllama.kernels.rope import CacheTarget
-from fastllama.kernels.swiglu import silu_times
 
 TILE_BYTES = 32768  # of weights that a program holds in registers
 BYTES_PER_THREAD = 256  # of weights: 64 of 128 registers, which allow four programs of 128 threads
@@ -110,12 +109,12 @@ def _load_rows(weight_ptr, rows, live, IN: tl.constexpr, BLOCK_IN: tl.constexpr,
             chunks = chunks + (tl.load(at + i * BLOCK_IN, eviction_policy="evict_first"),)
         else:
             mask = live[:, None] & (cols + i * BLOCK_IN < IN)[None, :]
-            chunks = chunks + (tl.load(at + i * BLOCK_IN, mask=mask, other=0.0, eviction_policy="evict_first"),)
+            chunks = chunks + (tl.load(at + i * BLOCK_IN, mask=mask, other=0, eviction_policy="evict_first"),)
     return chunks
 
 
 @triton.jit
-def _load_tiles(weight_ptr, out, live, OUT: tl.constexpr, IN: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_IN, EVEN):
+def load_tiles(weight_ptr, out, live, OUT: tl.constexpr, IN: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_IN, EVEN):
     """Load the one or two tiles of rows for the results `out`, each as `_load_rows` returns it."""
     first, second = weight_rows(out, OUT, EPILOGUE)
     weights = _load_rows(weight_ptr, first, live, IN, BLOCK_IN, EVEN)
@@ -145,15 +144,6 @@ def _inverse_norm(x, eps, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
     for i in tl.static_range((IN + BLOCK_IN - 1) // BLOCK_IN):
         squares += x[i].to(tl.float32) * x[i].to(tl.float32)
     return tl.rsqrt(tl.sum(squares, 0) / IN + eps)
-
-
-@triton.jit
-def _rounded_sums(sums, biases, tile: tl.constexpr, dtype: tl.constexpr):
-    """The sum of each row (BLOCK_ROWS, BLOCK_IN), plus the tile's bias if there is one, rounded to the model dtype."""
-    y = tl.sum(sums, 1)
-    if len(biases) > 0:
-        y += biases[tile]
-    return y.to(dtype)
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
@@ -194,7 +184,7 @@ def _matvec_kernel(
     x_at = x_ptr + cols
     if X_FIRST and not DEPENDENT:
         x = _load_vector(x_at, IN, BLOCK_IN)
-    weights, weights_2 = _load_tiles(weight_ptr, out, live, OUT, IN, EPILOGUE, BLOCK_IN, EVEN)
+    weights, weights_2 = load_tiles(weight_ptr, out, live, OUT, IN, EPILOGUE, BLOCK_IN, EVEN)
     if norm_ptr is not None and HOLD_SCALES:
         scales = _load_vector(norm_ptr + cols, IN, BLOCK_IN)
     biases = load_bias(bias_ptr, out, live, OUT, EPILOGUE)
@@ -212,8 +202,7 @@ def _matvec_kernel(
         x = _load_vector(x_at, IN, BLOCK_IN)
     if X_FIRST:
         launch_dependents(DEPENDENT)  # the compiler moves no use of a weight across it: x is requested first
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + out, mask=live, other=0.0)
+    residuals = load_residual(residual_ptr, out, live)
     if norm_ptr is not None:
         inverse = 0.0
         # Always true, but the compiler does not know: it keeps the first use of a weight behind the branch.
@@ -231,21 +220,10 @@ def _matvec_kernel(
         sums += weights[i].to(tl.float32) * value[None, :]
         if TWO_TILES:
             sums_2 += weights_2[i].to(tl.float32) * value[None, :]
-    y = _rounded_sums(sums, biases, 0, y_ptr.dtype.element_ty)
-    if EPILOGUE == "none":
-        if residual_ptr is not None:
-            y = residual + y
-        tl.store(y_ptr + out, y, mask=live)
-    else:
-        y_2 = _rounded_sums(sums_2, biases, 1, y_ptr.dtype.element_ty)
-        if EPILOGUE == "swiglu":
-            tl.store(y_ptr + out, silu_times(y, y_2), mask=live)
-        else:
-            token = tl.zeros((1,), tl.int32)
-            # fmt: off
-            rotate_and_store(y[:, None], y_2[:, None], out, token, live[:, None], y_ptr, cache_k_ptr, cache_v_ptr,
-                          rope_ptr, positions_ptr, rows_ptr, T, H, K, D)
-            # fmt: on
+    # fmt: off
+    store_token(tl.sum(sums, 1), tl.sum(sums_2, 1) if TWO_TILES else 0.0, biases, residuals, out, live, y_ptr,
+                cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
+    # fmt: on
 
 
 def matvec(

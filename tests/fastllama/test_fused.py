@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.support.tiny import tiny_llama
 
 BACKENDS = ("reference", "fused")
 FEW_SPLITS = 4  # of attention: in the interpreter, empty splits take as long as full ones
-STORIES260K = {
+STORIES260K: dict[str, Any] = {
     "dim": 64,
     "n_layers": 5,
     "n_heads": 8,
@@ -38,7 +39,9 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "NUM_SPLITS", FEW_SPLITS)
 
 
-def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> list[Transformer]:
+def transformers(
+    device: torch.device, dtype: torch.dtype, *, quantize: str | None = None, **fields: object
+) -> list[Transformer]:
     """A model on each backend, of the same random weights, large enough that no two logits are close."""
     args = ModelArgs(**fields, max_batch_size=4, max_seq_len=64)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
@@ -49,7 +52,8 @@ def transformers(device: torch.device, dtype: torch.dtype, **fields: object) -> 
     }
     models = []
     for backend in BACKENDS:
-        model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False)
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "quantize": quantize}
+        model = Transformer(args, **options, init_weights=False)
         model.load_tensors(weights.items())
         models.append(model)
     return models
@@ -74,6 +78,24 @@ def test_stories260k_shape_gives_the_reference_tokens(n_rows: int, device: torch
     for model in transformers(device, torch.float32, **STORIES260K):
         outputs.append(Llama(model, tokenizer=_NoTokenizer()).generate(prompts, 8, temperature=0))  # type: ignore[arg-type]
     assert outputs[0] == outputs[1]
+
+
+QUANTIZED = {**STORIES260K, "n_layers": 1, "hidden_dim": 192}  # int4's groups divide 64 and 192 columns
+FORMATS = {name: name for name in ("int8", "fp8", "int4", "int4-g32")}
+
+
+@pytest.mark.parametrize("quantize", parameters(FORMATS, quick=("int8", "int4")))
+def test_quantised_weights_give_the_reference_tokens(quantize: str, device: torch.device) -> None:
+    """Steps of one and of three rows, and prompts of up to 20 tokens."""
+    outputs = []
+    models = transformers(device, torch.float32, quantize=quantize, **QUANTIZED)
+    for model in models:
+        llm = Llama(model, tokenizer=_NoTokenizer())  # type: ignore[arg-type]
+        for prompts in ([[1, 250, 17, 300, 41]], [[1, 250, 17], [9], list(range(100, 120))]):
+            outputs.append(llm.generate(prompts, 3, temperature=0))
+    assert outputs[:2] == outputs[2:]
+    reference, fused = (model.state_dict() for model in models)
+    assert all(torch.equal(fused[name], weight) for name, weight in reference.items())
 
 
 @pytest.mark.parametrize("n_rows", parameters({"two-rows": 2, "three-rows": 3}, quick=("two-rows",)))

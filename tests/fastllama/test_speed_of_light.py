@@ -49,6 +49,25 @@ def test_published_models(args: ModelArgs, gigabytes: float, tokens_per_second: 
     assert sum(work.count for work in step) == 5 * args.n_layers + 4
 
 
+@pytest.mark.parametrize(
+    ("args", "quantize", "gigabytes", "goal"),
+    [
+        (LLAMA_3_8B, "int8", 7.51, 480),
+        (LLAMA_3_8B, "fp8", 7.51, 480),
+        (LLAMA_3_8B, "int4", 4.23, 700),
+        (LLAMA_3_8B, "int4-g32", 4.89, 700),
+        (LLAMA_3_2_1B, "int8", 1.24, 2300),
+    ],
+)
+def test_quantised_models(args: ModelArgs, quantize: str, gigabytes: float, goal: int) -> None:
+    """The goals on an H200 are 65 to 85% of the limit."""
+    step = decode_step(args, BF16, batch=1, context=0, quantize=quantize)
+    assert total_bytes(step) / 1e9 == pytest.approx(gigabytes, abs=0.005)
+    assert 0.63 < goal * least_seconds(step, H200) < 0.85
+    plain = decode_step(args, BF16, batch=1, context=0)
+    assert [work.flops for work in step] == [work.flops for work in plain]
+
+
 def test_a_launch_takes_the_longer_of_its_two_times() -> None:
     machine = Machine(read=100.0, matmul=1000.0)
     assert Work("a", 2, bytes=50, flops=100).least_seconds(machine) == 0.5

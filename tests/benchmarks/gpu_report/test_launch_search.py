@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama.benchmarks.gpu_report import launch_search, whole_steps
+from fastllama.benchmarks.gpu_report import launch_search, quantized_weights, whole_steps
 from fastllama.benchmarks.gpu_report.measurements import Bench
 from fastllama.benchmarks.gpu_report.sizes import TOY
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
@@ -54,3 +54,15 @@ def test_whole_steps_are_compared_at_both_ends(bench: Bench, monkeypatch: pytest
     monkeypatch.setattr(whole_steps, "_whole_step", lambda bench, name, model, *case: [case])
     cases: list[Any] = list(whole_steps.whole_steps(bench))
     assert cases == [(b, c, pairs) for c in (4, 12) for b in (1, 3) for pairs in whole_steps.PAIRS]
+
+
+def test_quantised_weights_are_timed_with_each_kernel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_weights, "COPIES", 1)
+    records = [record for record in quantized_weights.quantized_weights(bench) if isinstance(record, dict)]
+    cases = {(record["batch"], record["format"], record["op"]) for record in records}
+    assert len(cases) == 2 * len(quantized_weights.FORMATS) * 2
+    for case in cases:
+        found = [record for record in records if (record["batch"], record["format"], record["op"]) == case]
+        assert len(found) == (3 if case[0] == 1 else 1)
+        assert sum(record["chosen"] for record in found) == 1
+        assert all(record["microseconds"] > 0 and record["gb_per_second"] > 0 for record in found)

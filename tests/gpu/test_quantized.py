@@ -1,0 +1,85 @@
+"""The projections with quantised weights on an NVIDIA GPU, at the widths of real models, against float64."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama.kernels import fused
+from fastllama.kernels.projection.dequantize import dequantize
+from fastllama.kernels.projection.packing import checked
+from fastllama.kernels.projection.quantized_few_tokens import quantized_few_tokens
+from fastllama.kernels.projection.quantized_matvec import quantized_matvec
+from fastllama.quantization import CHOICES, FP8_CAPABILITY, quantized
+from tests.gpu.test_projections import EPS, WIDTHS, Tensors, assert_near, linear, normalized
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: torch.cuda.is_available() is False"),
+]
+WEIGHTS = ("wqkv", "wo", "w13", "w2", "output")
+RUNS = 20
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def skip_unless_supported(name: str) -> None:
+    if name == "fp8" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("fp8 needs compute capability 8.9")
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 8, 16, 17], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("model", ["3.2-1B", "3-8B"])
+def test_projections_match_float64(model: str, name: str, n_tokens: int, device: torch.device) -> None:
+    skip_unless_supported(name)
+    tensors = Tensors(WIDTHS[model], n_tokens, device, with_biases=n_tokens == 2)
+    wide = {}
+    for attribute in WEIGHTS:
+        weight = quantized(getattr(tensors, attribute), CHOICES[name])
+        wide[attribute] = weight.dequantized()
+        setattr(tensors, attribute, fused.pack(weight))
+    out = tensors.run()
+    heads = linear(normalized(out["h"], tensors.norm), wide["wqkv"], tensors.bqkv)
+    heads = heads.unflatten(-1, (-1, tensors.widths.head_dim))
+    at = tensors.batch.rows, slice(None), tensors.batch.positions
+    assert_near("cache_v", tensors.cache_v[at], heads[:, -tensors.widths.n_kv_heads :])
+    assert_near("output", out["middle"], out["h"].double() + linear(tensors.attended, wide["wo"], tensors.bo))
+    gate, up = linear(normalized(out["middle"], tensors.norm), wide["w13"], tensors.b13).chunk(2, -1)
+    assert_near("swiglu", out["hidden"], torch.nn.functional.silu(gate) * up)
+    assert_near("down", out["last"], out["middle"].double() + linear(out["hidden"], wide["w2"], tensors.b2))
+    assert_near("logits", out["logits"], normalized(out["last"], tensors.norm) @ wide["output"].double().T)
+    for _ in range(RUNS):
+        for result, value in tensors.run().items():
+            assert torch.equal(value, out[result]), f"{result} does not repeat"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CHOICES)
+def test_each_conversion_gives_the_exact_weight(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Each column of the identity gives one weight, by assembly and without; every value of the format occurs."""
+    skip_unless_supported(name)
+    torch.manual_seed(1)
+    weight = quantized(torch.randn(64, 256, device=device) * torch.logspace(-3, 0, 256, device=device), CHOICES[name])
+    packed, exact = checked(fused.pack(weight)), weight.dequantized().to(dtype)  # type: ignore[arg-type]
+    out = torch.empty_like(exact)
+    dequantize(packed, out)
+    tolerance: dict[str, Any] = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
+    torch.testing.assert_close(out, exact, **tolerance)
+    eye = torch.eye(256, dtype=dtype, device=device)
+    for begin in range(0, 256, 16):
+        few = quantized_few_tokens(eye[begin : begin + 16].contiguous(), packed)
+        torch.testing.assert_close(few.T, exact[:, begin : begin + 16], **tolerance)
+    for column in range(0, 256, 7):
+        for plain in (False, True):
+            one = quantized_matvec(eye[column : column + 1].contiguous(), packed, plain=plain)
+            torch.testing.assert_close(one[0], exact[:, column], **tolerance)
+
+
+def test_norms_are_rounded_as_without_quantisation(device: torch.device) -> None:
+    """x · inverse and its product with the norm's weight round to bfloat16: exact weights show the same numbers."""
+    torch.manual_seed(2)
+    x, norm = (torch.randn(n, 4096, device=device).bfloat16() for n in (1, 1))
+    weight = quantized(torch.eye(4096, device=device), CHOICES["int8"])
+    ours = quantized_matvec(x, checked(fused.pack(weight)), norm=norm[0], eps=EPS)  # type: ignore[arg-type]
+    normed = (x.float() * torch.rsqrt(x.float().pow(2).mean() + EPS)).bfloat16() * norm
+    assert (ours != normed).float().mean() < 0.01

@@ -191,18 +191,19 @@ def _case_record(
         Ours(llm),
         runners,
         probes.read,
-        None if plan.quantize else plan.dtype,
+        None if plan.model.quantize else plan.dtype,
         progress,
         devices,
     )
     matmul = samples.higher()
     if case.suite == "decode":
-        record |= decode.record(case, case_runs, args, plan.dtype)
+        record |= decode.record(case, case_runs, args, plan.dtype, plan.model.schemes)
         progress("launch by launch")
         record["launches"] = _launches(llm, case, probes, matmul, plan.nproc // devices)
         return record
-    record_of = prefill.record if case.suite == "prefill" else generate.record
-    return record | record_of(case, case_runs, args, plan.dtype, matmul)
+    if case.suite == "prefill":
+        return record | prefill.record(case, case_runs, args, plan.dtype, matmul)
+    return record | generate.record(case, case_runs, args, plan.dtype, matmul, plan.model.schemes)
 
 
 def runner_for(name: str, peer: Peer | ChildError | str, case: Case) -> Runner | ChildError | str:

@@ -24,8 +24,10 @@ from fastllama.checkpoint.sharding import ShardedTensor, read_slice, weight_spec
 from fastllama.distributed.model_parallel import SINGLE_PROCESS, Group, model_group
 from fastllama.generation import Llama
 from fastllama.kernels import select
+from fastllama.kernels.quantized import Weight
 from fastllama.loading import choose_device
 from fastllama.model import Transformer
+from fastllama.quantization import Scheme, model_schemes
 from fastllama.tokenizer import Tokenizer
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_files import NUM_SPECIAL_TOKENS
@@ -162,6 +164,18 @@ class ModelSpec:
         for name, tensor in open_checkpoint(self.source.ckpt_dir).dense_tensors(group.rank, group.size, progress=False):
             yield name, tensor.to(device=self.device, dtype=self.dtype)
 
+    def _weights(self, group: Group) -> Iterator[tuple[str, Weight]]:
+        """The weights of `tensors` as they are in the files: quantised ones stay so."""
+        if self.source.ckpt_dir is None:
+            return self.tensors(group)
+        return open_checkpoint(self.source.ckpt_dir).tensors(group.rank, group.size, progress=False)
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """How the weights of the complete model are quantised, by name."""
+        stored = {} if self.source.ckpt_dir is None else open_checkpoint(self.source.ckpt_dir).schemes
+        return model_schemes(self.quantize, self.args, stored)
+
     def build(self) -> Llama:
         """Build the model as a Llama. If several processes share it, with this process's part of the weights."""
         args, group = self.args, model_group(None, self.device)
@@ -169,7 +183,7 @@ class ModelSpec:
         options["quantize"] = self.quantize
         with group.propagate_errors():
             model = Transformer(args, init_weights=False, group=group, **options)
-            model.load_tensors(self.tensors(group))
+            model.load_tensors(self._weights(group))
             return Llama(model, _tokenizer(self.source, args.vocab_size))
 
 

@@ -75,7 +75,7 @@ def load(
             limit=memory_plan.free_memory_and_limit(device).limit,
             n_processes=group.size,
             quantize=quantize,
-            quantized_bytes=checkpoint.quantized_bytes(group.size),
+            stored=checkpoint.schemes,
         )
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         model = Transformer(

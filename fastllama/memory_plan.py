@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import psutil
 import torch
@@ -18,7 +17,7 @@ from fastllama.distributed import environment
 from fastllama.kernels.quantized import ELEMENTS_AT_ONCE
 from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
 from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
-from fastllama.quantization import OUTPUT_NAME, bytes_of, model_schemes
+from fastllama.quantization import NOTHING_QUANTIZED, OUTPUT_NAME, Scheme, bytes_of, model_schemes
 
 try:
     import resource
@@ -26,7 +25,6 @@ except ImportError:  # on Windows, which has no such limits
     resource = None  # type: ignore[assignment]
 
 KIB, GIB = 2**10, 2**30
-NOTHING_QUANTIZED: Mapping[str, int] = MappingProxyType({})
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 FLOAT32_BYTES = 4
 # How many activations of each width a forward pass holds at once, per token, rounded up.
@@ -62,19 +60,18 @@ def plan_memory(
     *,
     n_processes: int = 1,
     quantize: str | None = None,
-    quantized_bytes: Mapping[str, int] = NOTHING_QUANTIZED,
+    stored: Mapping[str, Scheme] = NOTHING_QUANTIZED,
 ) -> MemoryPlan:
     """The memory that a model of this shape needs on its device, or on each of `n_processes` that share it.
 
-    quantize: as in `Llama.build`. quantized_bytes: of each process's part of the weights that are quantised in the
-    files, by name.
+    quantize: as in `Llama.build`. stored: how the weights are quantised that are quantised in the files.
     """
     size = dtype.itemsize
     vocab_size, args = args.vocab_size, args.split(n_processes)
     n_kv_heads, head_dim, hidden_dim = args.n_kv_heads, args.head_dim, args.hidden_dim
     shapes = dict(args.shapes)
-    schemes = model_schemes(quantize, args)
-    quantized = {**quantized_bytes, **{name: bytes_of(scheme, shapes[name]) for name, scheme in schemes.items()}}
+    schemes = model_schemes(quantize, args, stored)
+    quantized = {name: bytes_of(scheme, shapes[name]) for name, scheme in schemes.items()}
     if args.tied_output and OUTPUT_NAME not in quantized:  # backends keep one copy of both
         del shapes[OUTPUT_NAME]
     weights = [quantized.get(name, math.prod(shape) * size) for name, shape in shapes.items()]
@@ -176,7 +173,7 @@ def check_fits(
     limit: str = "on this machine",
     n_processes: int = 1,
     quantize: str | None = None,
-    quantized_bytes: Mapping[str, int] = NOTHING_QUANTIZED,
+    stored: Mapping[str, Scheme] = NOTHING_QUANTIZED,
 ) -> MemoryPlan:
     """The plan for `args`. Raises DoesNotFit, which names sizes that would fit, if it needs more than `free` bytes.
 
@@ -185,7 +182,7 @@ def check_fits(
 
     def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
         sizes = (args, dtype, max_batch_size, max_seq_len)
-        return plan_memory(*sizes, n_processes=n_processes, quantize=quantize, quantized_bytes=quantized_bytes)
+        return plan_memory(*sizes, n_processes=n_processes, quantize=quantize, stored=stored)
 
     needed = plan(args.max_batch_size, args.max_seq_len)
     if needed.total <= free:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastllama.args import IGNORED_NAMES, ModelArgs
 from fastllama.kernels.quantized import QuantizedWeight, Weight, is_alike
-from fastllama.quantization import OUTPUT_NAME, quantized_if_asked
+from fastllama.quantization import OUTPUT_NAME, Scheme, quantized_if_asked, scheme_of_weight
 from fastllama.validate import first_names
 
 INIT_STD = 0.02
@@ -67,6 +67,16 @@ class PackedModule(nn.Module):
         """Every packed weight of this model, in the order of a forward pass."""
         shapes = self.share.shapes
         return (weight for weight in self._possible_weights() if weight.names[0] in shapes)
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """How the weights of this process are quantised, by name."""
+        found: dict[str, Scheme] = {}
+        for weight in self.packed_weights():
+            value = getattr(weight.owner, weight.attribute)
+            if isinstance(value, QuantizedWeight):
+                found |= dict.fromkeys(weight.names, scheme_of_weight(value))
+        return found
 
     def _possible_weights(self) -> Iterator[PackedWeight]:
         """The packed weights of a model with all biases."""

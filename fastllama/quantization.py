@@ -4,6 +4,8 @@ Matrices are quantised, with a scale per row (int8, fp8) or with a scale and a m
 Norms, biases and the embedding stay as they are. The vocabulary projection is int8 where the others are int4.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -40,6 +42,9 @@ CHOICES = {
 }
 
 
+NOTHING_QUANTIZED: Mapping[str, Scheme] = MappingProxyType({})
+
+
 def scheme_of(quantize: str | None, name: str, in_features: int) -> Scheme | None:
     """The scheme of a weight, given Meta's name and its columns; None if it is not quantised.
 
@@ -61,11 +66,27 @@ def scheme_of(quantize: str | None, name: str, in_features: int) -> Scheme | Non
     )
 
 
-def model_schemes(quantize: str | None, args: ModelArgs) -> dict[str, Scheme]:
-    """The scheme of every weight of a model, or of a process's part of one, that is quantised."""
+def scheme_of_weight(weight: QuantizedWeight) -> Scheme:
+    """How a weight is quantised."""
+    return Scheme(weight.format, weight.group_size if weight.scales.shape[1] > 1 else 0)
+
+
+def model_schemes(
+    quantize: str | None, args: ModelArgs, stored: Mapping[str, Scheme] = NOTHING_QUANTIZED
+) -> dict[str, Scheme]:
+    """The scheme of every weight of a model, or of a process's part of one, that is quantised.
+
+    stored: of the weights that are quantised in the files, by name. Those of the format that is asked for stay.
+    """
     shapes = {name: shape for name, shape in args.shapes.items() if not name.endswith(NOT_QUANTIZED)}
-    schemes = {name: scheme_of(quantize, name, shape[1]) for name, shape in shapes.items()}
+    asked = {name: scheme_of(quantize, name, shape[1]) for name, shape in shapes.items()}
+    schemes = {name: _chosen(asked[name], stored.get(name)) for name in shapes}
     return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+
+
+def _chosen(asked: Scheme | None, stored: Scheme | None) -> Scheme | None:
+    """The stored scheme if it has the format that is asked for, or nothing is asked for."""
+    return stored if stored is not None and (asked is None or asked.format == stored.format) else asked
 
 
 def bytes_of(scheme: Scheme, shape: tuple[int, ...]) -> int:
@@ -92,15 +113,16 @@ def check_quantize(quantize: str | None, args: ModelArgs, device: torch.device) 
 
 
 def quantized_if_asked(name: str, weight: Weight, quantize: str | None) -> Weight:
-    """The weight of this name, quantised as `quantize` says; one that is quantised in another way is quantised anew."""
+    """The weight of this name, quantised as `quantize` says.
+
+    One that has the format already keeps its bits, whatever its groups. One of another format is quantised anew.
+    """
     scheme = scheme_of(quantize, name, weight.shape[-1])
-    if scheme is None:
-        return weight
     if isinstance(weight, QuantizedWeight):
-        if scheme == Scheme(weight.format, weight.group_size if weight.scales.shape[1] > 1 else 0):
+        if scheme is None or scheme.format == weight.format:
             return weight
         weight = weight.dequantized()
-    return quantized(weight, scheme)
+    return weight if scheme is None else quantized(weight, scheme)
 
 
 def quantized(weight: Tensor, scheme: Scheme, *, integer_zeros: bool = False) -> QuantizedWeight:

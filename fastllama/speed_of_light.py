@@ -6,15 +6,23 @@ product or of attention is two flops. A launch takes at least the longer of the 
 compute its flops. A step takes at least the sum of its launches.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from fastllama.args import ModelArgs
-from fastllama.kernels.quantized import BITS
-from fastllama.quantization import OUTPUT_NAME, scheme_of
+from fastllama.quantization import NOTHING_QUANTIZED, OUTPUT_NAME, Scheme, bytes_of
+
+# Meta's names of the weights that a launch of a layer reads.
+OP_WEIGHTS = {
+    "qkv": ("attention.wq", "attention.wk", "attention.wv"),
+    "output": ("attention.wo",),
+    "gate+up": ("feed_forward.w1", "feed_forward.w3"),
+    "down": ("feed_forward.w2",),
+}
 
 
 @dataclass(frozen=True)
@@ -71,17 +79,21 @@ class Work:
 
 
 def decode_step(
-    args: ModelArgs, dtype: torch.dtype, batch: int, context: float, quantize: str | None = None
+    args: ModelArgs,
+    dtype: torch.dtype,
+    batch: int,
+    context: float,
+    schemes: Mapping[str, Scheme] = NOTHING_QUANTIZED,
 ) -> list[Work]:
     """The launches of a decode step, in order: one token for each of `batch` rows with `context` cached positions.
 
-    quantize: how the weights are quantised (`fastllama.quantization.CHOICES`).
+    schemes: how weights are quantised, by name (`fastllama.quantization.model_schemes`).
     """
     attended = batch * context
     return [
         Work("embed", 1, batch * args.dim * dtype.itemsize, 0),
-        *_layers(args, dtype, batch, attended, attended, quantize),
-        _head(args, dtype, batch, quantize),
+        *_layers(args, dtype, batch, attended, attended, schemes),
+        _head(args, dtype, batch, schemes),
         Work("sampling", 2, 0, 0),
     ]
 
@@ -91,8 +103,8 @@ def prefill(args: ModelArgs, dtype: torch.dtype, lengths: Sequence[int]) -> list
     n_tokens, attended = sum(lengths), sum(length * (length + 1) / 2 for length in lengths)
     return [
         Work("embed", 1, n_tokens * args.dim * dtype.itemsize, 0),
-        *_layers(args, dtype, n_tokens, n_tokens, attended),
-        _head(args, dtype, len(lengths)),
+        *_layers(args, dtype, n_tokens, n_tokens, attended, NOTHING_QUANTIZED),
+        _head(args, dtype, len(lengths), NOTHING_QUANTIZED),
     ]
 
 
@@ -125,27 +137,16 @@ def total_flops(work: Iterable[Work]) -> float:
     return sum(one.count * one.flops for one in work)
 
 
-def weight_bytes(name: str, shape: tuple[int, int], dtype: torch.dtype, quantize: str | None) -> float:
-    """The bytes of a matrix with its scales and offsets. name: Meta's name of the weight."""
-    rows, width = shape
-    scheme = scheme_of(quantize, name, width)
-    if scheme is None:
-        return rows * width * dtype.itemsize
-    per_group = 4  # bytes: a float32 scale of a row, or int4's scale and offset
-    groups = width // scheme.group_size if scheme.group_size else 1
-    return rows * (width * BITS[scheme.format] / 8 + groups * per_group)
-
-
 def _layers(
-    args: ModelArgs, dtype: torch.dtype, n_tokens: int, cached: float, attended: float, quantize: str | None = None
+    args: ModelArgs, dtype: torch.dtype, n_tokens: int, cached: float, attended: float, schemes: Mapping[str, Scheme]
 ) -> list[Work]:
     """The five launches of a layer. cached: positions read. attended: positions attended to, summed over tokens."""
     heads, kv_width = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
 
-    def projection(name: str, out_features: int, in_features: int, scales: int) -> Work:
-        elements = out_features * in_features
-        n_bytes = weight_bytes(name, (out_features, in_features), dtype, quantize) + scales * dtype.itemsize
-        return Work(name, args.n_layers, n_bytes, 2 * n_tokens * elements)
+    def projection(op: str, out_features: int, in_features: int, scales: int) -> Work:
+        names = [f"layers.{layer}.{name}.weight" for layer in range(args.n_layers) for name in OP_WEIGHTS[op]]
+        n_bytes = _bytes_of_all(names, args, dtype, schemes) / args.n_layers + scales * dtype.itemsize
+        return Work(op, args.n_layers, n_bytes, 2 * n_tokens * out_features * in_features)
 
     return [
         projection("qkv", heads + 2 * kv_width, args.dim, args.dim),
@@ -156,7 +157,15 @@ def _layers(
     ]
 
 
-def _head(args: ModelArgs, dtype: torch.dtype, n_rows: int, quantize: str | None = None) -> Work:
-    shape = args.vocab_size, args.dim
-    n_bytes = weight_bytes(OUTPUT_NAME, shape, dtype, quantize) + args.dim * dtype.itemsize
+def _head(args: ModelArgs, dtype: torch.dtype, n_rows: int, schemes: Mapping[str, Scheme]) -> Work:
+    n_bytes = _bytes_of_all([OUTPUT_NAME], args, dtype, schemes) + args.dim * dtype.itemsize
     return Work("head", 1, n_bytes, 2 * n_rows * args.vocab_size * args.dim)
+
+
+def _bytes_of_all(names: Iterable[str], args: ModelArgs, dtype: torch.dtype, schemes: Mapping[str, Scheme]) -> float:
+    """The bytes of matrices, given by Meta's names, with the scales of those that are quantised."""
+    shapes = args.shapes
+    return sum(
+        bytes_of(schemes[name], shapes[name]) if name in schemes else math.prod(shapes[name]) * dtype.itemsize
+        for name in names
+    )

@@ -1,5 +1,6 @@
 """The decode suite: the speed of greedy decode steps after equally long prompts. Times exclude the prompts."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from operator import itemgetter
@@ -12,6 +13,7 @@ from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.statistics import GIGA, latency, percentile, summarize, throughput
 from fastllama.benchmarks.suites.interleaved import Case, CaseRuns
 from fastllama.benchmarks.tables import Columns
+from fastllama.quantization import NOTHING_QUANTIZED, Scheme
 from fastllama.speed_of_light import decode_step, total_bytes
 
 COLUMNS: Columns = {
@@ -27,10 +29,16 @@ COLUMNS: Columns = {
 }
 
 
-def record(case: Case, case_runs: CaseRuns, args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
+def record(
+    case: Case,
+    case_runs: CaseRuns,
+    args: ModelArgs,
+    dtype: torch.dtype,
+    schemes: Mapping[str, Scheme] = NOTHING_QUANTIZED,
+) -> dict[str, Any]:
     """The figures of a case as JSON. Rates count the decode steps of all rows."""
     # Each step reads one position more than the last, so the mean is used.
-    step_bytes = total_bytes(decode_step(args, dtype, case.batch, case.context + case.steps / 2))
+    step_bytes = total_bytes(decode_step(args, dtype, case.batch, case.context + case.steps / 2, schemes))
     n_steps = case.steps - 1  # the first token comes with the prompts
 
     def figures(runs: list[Run], ceilings: list[float], devices: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Meta's code feeds tokens beyond the shortest prompt one by one, other code pads on the left, ours runs all in one pass.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from operator import itemgetter
 from typing import Any
@@ -15,6 +16,7 @@ from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.statistics import latency, percentile, summarize, throughput
 from fastllama.benchmarks.suites.interleaved import Case, CaseRuns
 from fastllama.benchmarks.tables import Columns
+from fastllama.quantization import NOTHING_QUANTIZED, Scheme
 from fastllama.speed_of_light import decode_step, least_seconds, prefill
 
 COLUMNS: Columns = {
@@ -26,10 +28,17 @@ COLUMNS: Columns = {
 }
 
 
-def record(case: Case, case_runs: CaseRuns, args: ModelArgs, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
+def record(
+    case: Case,
+    case_runs: CaseRuns,
+    args: ModelArgs,
+    dtype: torch.dtype,
+    matmul: float,
+    schemes: Mapping[str, Scheme] = NOTHING_QUANTIZED,
+) -> dict[str, Any]:
     """The figures of a case as JSON. Shares are of the speed of light; `matmul` is the machine's rate in TFLOP/s."""
     mean_context = sum(case.lengths) / case.batch + case.steps / 2
-    step = decode_step(args, dtype, case.batch, mean_context)
+    step = decode_step(args, dtype, case.batch, mean_context, schemes)
     n_generated = case.batch * case.steps
 
     def figures(runs: list[Run], ceilings: list[float], devices: int) -> dict[str, Any]:

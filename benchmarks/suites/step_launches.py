@@ -119,7 +119,7 @@ def launch_times(
         calls = _recorded(
             model, batch, context, temperature, spare_steps=_rounds_per_graph(model.device, 1) * (repeats + 4)
         )
-        work = decode_step(model.share, model.dtype, batch, context)
+        work = decode_step(model.share, model.dtype, batch, context, model.schemes)
         for one, call in _collectives(model, batch):
             work.append(one)
             calls.append(_Call(one.name, call))

@@ -25,6 +25,7 @@ from fastllama.checkpoint.sharding import (
     weight_specs,
 )
 from fastllama.kernels.quantized import QuantizedWeight, Weight
+from fastllama.quantization import Scheme
 
 StoredWeight = ShardedTensor | QuantizedTensor
 READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -76,14 +77,11 @@ class Checkpoint:
         quantized = (tensor for tensor in self.stored.values() if isinstance(tensor, QuantizedTensor))
         return tuple(dict.fromkeys(tensor.description for tensor in quantized))
 
-    def quantized_bytes(self, world_size: int = 1) -> dict[str, int]:
-        """The bytes of every quantised weight of one of `world_size` processes, by name."""
-        pairs = ((spec, self.stored.get(spec.name)) for spec in weight_specs(self.params))
-        return {
-            spec.name: _slice_bytes(tensor, spec, 0, world_size)
-            for spec, tensor in pairs
-            if isinstance(tensor, QuantizedTensor)
-        }
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """How the weights are quantised that are quantised in the files, by name."""
+        quantized = {name: tensor for name, tensor in self.stored.items() if isinstance(tensor, QuantizedTensor)}
+        return {name: Scheme(tensor.format, tensor.group_size) for name, tensor in quantized.items()}
 
     def tensors(self, rank: int = 0, world_size: int = 1, progress: bool | None = None) -> Iterator[tuple[str, Weight]]:
         """(name, slice) of every weight for process `rank` of `world_size`, in the order of a forward pass.

@@ -2,13 +2,20 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastllama.cli.inspect_precision import precision_plans, precisions_section, size_text
+from fastllama.cli.inspect_plans import (
+    precision_plans,
+    precisions_section,
+    process_plan,
+    process_plan_text,
+    size_text,
+)
 from fastllama.cli.inspect_tokenizer import describe_tokenizer, tokenizer_section
 from fastllama.cli.options import (
     DTYPES,
@@ -22,10 +29,8 @@ from fastllama.cli.parameter_types import Integers
 from fastllama.cli.standard_streams import write_stdout
 
 if TYPE_CHECKING:
-    import torch
-
-    from fastllama.args import ModelArgs
     from fastllama.memory_plan import MemoryPlan
+    from fastllama.quantization import Scheme
 
 # Copies of the keys of speed_of_light.DATA_SHEETS, which imports torch. A test compares them.
 GPUS = ("A100", "H100", "H200", "B200")
@@ -118,19 +123,23 @@ def describe(
 
     from fastllama.args import ROPE_FIELDS, ModelArgs
     from fastllama.checkpoint import open_checkpoint
+    from fastllama.checkpoint.base import dtype_name
     from fastllama.memory_plan import plan_memory
+    from fastllama.quantization import model_schemes
 
     checkpoint = open_checkpoint(ckpt_dir, adapters)
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
 
     def plan_of(n: int, choice: str | None) -> "MemoryPlan":
-        stored = checkpoint.quantized_bytes(n)
-        return plan_memory(
-            args, planned, max_batch_size, max_seq_len, n_processes=n, quantize=choice, quantized_bytes=stored
-        )
+        sizes = args, planned, max_batch_size, max_seq_len
+        return plan_memory(*sizes, n_processes=n, quantize=choice, stored=checkpoint.schemes)
 
-    plan = plan_of(1, quantize)
+    def schemes_of(n: int) -> "Mapping[str, Scheme]":
+        return model_schemes(quantize, args.split(n), checkpoint.schemes)
+
+    plan, shape = plan_of(1, quantize), {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+    planner = partial(plan_of, choice=quantize)
     # Fields that only other rope types read have no effect.
     without_effect = {name for names in ROPE_FIELDS.values() for name in names}.difference(ROPE_FIELDS[args.rope_type])
     hidden = without_effect.union(SIZES)
@@ -139,26 +148,17 @@ def describe(
         "format": checkpoint.format,
         "architecture": {name: value for name, value in vars(args).items() if name not in hidden},
         "parameters": checkpoint.n_parameters,
-        "stored_dtype": next(iter(checkpoint.bytes_by_type), _dtype_name(checkpoint.dtype)),
+        "stored_dtype": next(iter(checkpoint.bytes_by_type), dtype_name(checkpoint.dtype)),
         "bytes_by_type": dict(checkpoint.bytes_by_type),
         "quantized": list(checkpoint.precisions),
         "files": [{"name": path.name, "bytes": size} for path, size in checkpoint.files],
         "adapters": [str(path) for path in checkpoint.adapters],
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
-        "memory": {
-            "dtype": _dtype_name(planned),
-            "quantize": quantize,
-            "max_batch_size": max_batch_size,
-            "max_seq_len": max_seq_len,
-            "weights": plan.weights,
-            "cache": plan.cache,
-            "workspace": plan.workspace,
-            "total": plan.total,
-        },
+        "memory": {"dtype": dtype_name(planned), "quantize": quantize, **shape, **asdict(plan), "total": plan.total},
         "precisions": precision_plans(args, planned, plan_of),
         "this_machine": _describe_machine(),
         "gpu": gpu,
-        "processes": [_plan(args, planned, n, gpu, partial(plan_of, choice=quantize)) for n in dict.fromkeys(nproc)],
+        "processes": [process_plan(args, planned, n, gpu, planner, schemes_of) for n in dict.fromkeys(nproc)],
         "tokenizer": describe_tokenizer(tokenizer_path, checkpoint, named=tokenizer_path != ckpt_dir),
     }
 
@@ -175,40 +175,6 @@ def _describe_machine() -> dict[str, Any]:
         "backend": select.backend(None, device).__name__.rpartition(".")[2],
         "instruction_set": select.instruction_set(None, device),
         "threads": threads.available(),
-    }
-
-
-def _plan(
-    args: "ModelArgs", dtype: "torch.dtype", n_processes: int, gpu: str, plan_of: Callable[[int], "MemoryPlan"]
-) -> dict[str, Any]:
-    """Memory of each of `n_processes`, and their limit of tokens per second; or why such a split is impossible."""
-    from fastllama.speed_of_light import (
-        COLLECTIVE_LATENCY_S,
-        DATA_SHEETS,
-        Links,
-        collectives_seconds,
-        decode_step,
-        least_seconds,
-    )
-
-    obstacles = args.obstacles(n_processes)
-    try:
-        plan = None if obstacles else plan_of(n_processes)
-    except ValueError as error:  # groups of columns that cannot be divided so
-        plan, obstacles = None, [str(error)]
-    if plan is None:
-        return {"n": n_processes, "obstacles": obstacles}
-    batch, context = args.max_batch_size, args.max_seq_len / 2  # the average length while a row fills its cache
-    sheet = DATA_SHEETS[gpu]
-    links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
-    exchanging = collectives_seconds(args, dtype, batch, n_processes, links)
-    seconds = least_seconds(decode_step(args.split(n_processes), dtype, batch, context), sheet.machine) + exchanging
-    return {
-        "n": n_processes,
-        "bytes_each": plan.total,
-        "fits": plan.total <= sheet.memory,
-        "most_tokens_per_second": batch / seconds,
-        "share_of_exchanging": exchanging / seconds,
     }
 
 
@@ -253,7 +219,7 @@ def render(description: dict[str, Any]) -> str:
         ("on this machine", [(name, str(value)) for name, value in description["this_machine"].items() if value]),
         (
             f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange",
-            [(str(one["n"]), _plan_text(one)) for one in description["processes"]],
+            [(str(one["n"]), process_plan_text(one)) for one in description["processes"]],
         ),
         tokenizer_section(tokenizer, description["architecture"]["vocab_size"])
         if tokenizer
@@ -276,18 +242,6 @@ def _stored_text(description: dict[str, Any]) -> str:
     return ", ".join(f"{name} ({size / total:.1%})" for name, size in sizes.items()) or description["stored_dtype"]
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
-    if "obstacles" in plan:
-        return "not possible: " + "; ".join(plan["obstacles"])
-    rate, share = plan["most_tokens_per_second"], plan["share_of_exchanging"]
-    misfit = "" if plan["fits"] else "  does not fit"
-    return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}{misfit}"
-
-
 def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     width = max((len(name) for name, _ in rows), default=0)
     return [f"  {name:{width}}  {value}" for name, value in rows]
-
-
-def _dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

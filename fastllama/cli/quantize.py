@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fastllama.cli.inspect_precision import size_text
+from fastllama.cli.inspect_plans import size_text
 from fastllama.cli.options import adapter_option, json_option
 from fastllama.cli.standard_streams import write_stdout
 

@@ -166,17 +166,26 @@ def test_copies_keep_the_quantised_weights(quantize: str) -> None:
     torch.testing.assert_close(half.forward(TOKENS, 0), expected, atol=0.3, rtol=0.1)
 
 
-def test_weights_that_are_quantised_in_another_way_are_quantised_anew() -> None:
+def test_weights_of_another_format_are_quantised_anew() -> None:
     name, dense = "layers.0.attention.wq.weight", weights()
-    for stored in CHOICES:
-        for asked in CHOICES:
-            before = quantized(dense, CHOICES[stored])
+    for stored, scheme in CHOICES.items():
+        before = quantized(dense, scheme)
+        for asked, other in CHOICES.items():
             after = quantized_if_asked(name, before, asked)
             assert isinstance(after, QuantizedWeight)
-            expected = before if asked == stored else quantized(before.dequantized(), CHOICES[asked])
-            assert torch.equal(after.values, expected.values) and torch.equal(after.scales, expected.scales)
-            assert (after is before) == (asked == stored)
+            if other.format == scheme.format:  # whatever its groups
+                assert after is before
+            else:
+                expected = quantized(before.dequantized(), other)
+                assert torch.equal(after.values, expected.values) and torch.equal(after.scales, expected.scales)
         assert quantized_if_asked(name, before, None) is before
+        args = ModelArgs(**PARAMS)
+        chosen = {asked: model_schemes(asked, args, {name: scheme})[name] for asked in CHOICES}
+        assert chosen == {
+            asked: scheme if other.format == scheme.format else scheme_of(asked, name, args.dim)
+            for asked, other in CHOICES.items()
+        }
+        assert model_schemes(None, args, {name: CHOICES[stored]}) == {name: scheme}
 
 
 @pytest.mark.parametrize("tied", [False, True])

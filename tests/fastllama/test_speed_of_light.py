@@ -9,6 +9,7 @@ import torch
 
 from fastllama import ModelArgs
 from fastllama.memory_plan import plan_memory
+from fastllama.quantization import model_schemes
 from fastllama.speed_of_light import (
     COLLECTIVE_LATENCY_S,
     DATA_SHEETS,
@@ -61,7 +62,7 @@ def test_published_models(args: ModelArgs, gigabytes: float, tokens_per_second: 
 )
 def test_quantised_models(args: ModelArgs, quantize: str, gigabytes: float, goal: int) -> None:
     """The goals on an H200 are 65 to 85% of the limit."""
-    step = decode_step(args, BF16, batch=1, context=0, quantize=quantize)
+    step = decode_step(args, BF16, batch=1, context=0, schemes=model_schemes(quantize, args))
     assert total_bytes(step) / 1e9 == pytest.approx(gigabytes, abs=0.005)
     assert 0.63 < goal * least_seconds(step, H200) < 0.85
     plain = decode_step(args, BF16, batch=1, context=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastllama.checkpoint import open_checkpoint
 from fastllama.cli import main
 from fastllama.kernels.quantized import QuantizedWeight
+from fastllama.quantization import bytes_of
 from tests.support.checkpoints import huggingface_weights, share
 from tests.support.quantized_folders import PARAMS, awq_parts, gptq_parts, linear_weights, write_folder
 
@@ -180,6 +181,7 @@ def test_inspect_shows_the_precision(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     for rank in range(2):
         parts = {name: one for name, one in checkpoint.tensors(rank, 2) if isinstance(one, QuantizedWeight)}
-        assert checkpoint.quantized_bytes(2) == {name: one.n_bytes for name, one in parts.items()}
+        assert checkpoint.schemes.keys() == parts.keys()
+        assert all(bytes_of(checkpoint.schemes[name], one.shape) == one.n_bytes for name, one in parts.items())
     text = CliRunner().invoke(main, ["inspect", str(tmp_path)], catch_exceptions=False).output
     assert "stored in int4 in groups of 64 (" in text and "quantised  int4 in groups of 64\n" in text

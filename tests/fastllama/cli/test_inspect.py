@@ -7,7 +7,7 @@ import pytest
 
 from fastllama import Llama
 from fastllama.cli.inspect import GPUS
-from fastllama.cli.inspect_precision import size_text
+from fastllama.cli.inspect_plans import size_text
 from fastllama.speed_of_light import DATA_SHEETS
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
 from tests.support.command_line import expect_error, run

@@ -1,0 +1,106 @@
+"""What `fastllama inspect` plans: the memory at every precision, and the memory and speed on several processes."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastllama.args import ModelArgs
+    from fastllama.memory_plan import MemoryPlan
+    from fastllama.quantization import Scheme
+
+SHOWN = (None, "int8", "int4")  # fp8 needs as much as int8
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+UNIT_FACTOR = 1024
+
+
+def precision_plans(
+    args: "ModelArgs", dtype: "torch.dtype", plan_of: Callable[[int, str | None], "MemoryPlan"]
+) -> list[dict[str, Any]]:
+    """For each precision the bytes of weights and of everything, and the GPUs that hold it alone; or what prevents it.
+
+    plan_of: the memory plan for a number of processes and a choice of `quantize`.
+    """
+    from fastllama.checkpoint.base import dtype_name
+    from fastllama.speed_of_light import DATA_SHEETS
+
+    found: list[dict[str, Any]] = []
+    for choice in SHOWN:
+        name = dtype_name(dtype) if choice is None else choice
+        try:
+            plan = plan_of(1, choice)
+        except ValueError as error:
+            found.append({"precision": name, "obstacle": str(error)})
+            continue
+        gpus = [gpu for gpu, sheet in DATA_SHEETS.items() if plan.total <= sheet.memory]
+        found.append({"precision": name, "weights": plan.weights, "total": plan.total, "gpus": gpus})
+    return found
+
+
+def precisions_section(plans: list[dict[str, Any]]) -> tuple[str, list[tuple[str, str]]]:
+    """The title and the lines of the section."""
+    return "weights, all memory, and the GPUs that hold it, by --quantize", [
+        (plan["precision"], plan.get("obstacle") or _precision_text(plan)) for plan in plans
+    ]
+
+
+def _precision_text(plan: dict[str, Any]) -> str:
+    return f"{size_text(plan['weights']):>10}  {size_text(plan['total']):>10}  {', '.join(plan['gpus']) or 'none'}"
+
+
+def process_plan(
+    args: "ModelArgs",
+    dtype: "torch.dtype",
+    n_processes: int,
+    gpu: str,
+    plan_of: Callable[[int], "MemoryPlan"],
+    schemes_of: Callable[[int], "Mapping[str, Scheme]"],
+) -> dict[str, Any]:
+    """Memory of each of `n_processes`, and their limit of tokens per second; or why such a split is impossible."""
+    from fastllama.speed_of_light import (
+        COLLECTIVE_LATENCY_S,
+        DATA_SHEETS,
+        Links,
+        collectives_seconds,
+        decode_step,
+        least_seconds,
+    )
+
+    obstacles = args.obstacles(n_processes)
+    try:
+        plan = None if obstacles else plan_of(n_processes)
+    except ValueError as error:  # groups of columns that cannot be divided so
+        plan, obstacles = None, [str(error)]
+    if plan is None:
+        return {"n": n_processes, "obstacles": obstacles}
+    batch, context = args.max_batch_size, args.max_seq_len / 2  # the average length while a row fills its cache
+    sheet = DATA_SHEETS[gpu]
+    links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
+    exchanging = collectives_seconds(args, dtype, batch, n_processes, links)
+    step = decode_step(args.split(n_processes), dtype, batch, context, schemes_of(n_processes))
+    seconds = least_seconds(step, sheet.machine) + exchanging
+    return {
+        "n": n_processes,
+        "bytes_each": plan.total,
+        "fits": plan.total <= sheet.memory,
+        "most_tokens_per_second": batch / seconds,
+        "share_of_exchanging": exchanging / seconds,
+    }
+
+
+def process_plan_text(plan: dict[str, Any]) -> str:
+    """The result of `process_plan` as text."""
+    if "obstacles" in plan:
+        return "not possible: " + "; ".join(plan["obstacles"])
+    rate, share = plan["most_tokens_per_second"], plan["share_of_exchanging"]
+    misfit = "" if plan["fits"] else "  does not fit"
+    return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}{misfit}"
+
+
+def size_text(count: int) -> str:
+    """A number of bytes as text: 1536 -> "1.5 KiB"."""
+    size, unit = float(count), 0
+    while size >= UNIT_FACTOR and unit < len(UNITS) - 1:
+        size, unit = size / UNIT_FACTOR, unit + 1
+    return f"{size:.1f} {UNITS[unit]}" if unit else f"{count} B"

@@ -173,7 +173,7 @@ class ModelSpec:
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
         """How the weights of the complete model are quantised, by name."""
-        stored = {} if self.source.ckpt_dir is None else open_checkpoint(self.source.ckpt_dir).schemes
+        stored = {} if self.source.ckpt_dir is None else open_checkpoint(self.source.ckpt_dir).schemes()
         return model_schemes(self.quantize, self.args, stored)
 
     def build(self) -> Llama:

@@ -75,7 +75,7 @@ def load(
             limit=memory_plan.free_memory_and_limit(device).limit,
             n_processes=group.size,
             quantize=quantize,
-            stored=checkpoint.schemes,
+            stored=checkpoint.schemes(group.size),
         )
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         model = Transformer(

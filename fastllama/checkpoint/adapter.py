@@ -14,11 +14,11 @@ import torch
 
 from fastllama.checkpoint.adapter_config import AdapterConfig
 from fastllama.checkpoint.adapter_files import EMBEDDING_MODULE, AdapterTensors, check_folder, read_tensors
-from fastllama.checkpoint.base import Checkpoint, StoredWeight, check_shapes
+from fastllama.checkpoint.base import Checkpoint, check_shapes
 from fastllama.checkpoint.consistency import same_values
 from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 from fastllama.checkpoint.json_config import short_list
-from fastllama.checkpoint.quantized_tensor import DequantizedShard, QuantizedTensor
+from fastllama.checkpoint.quantized_tensor import QuantizedTensor, dense
 from fastllama.checkpoint.safetensors_files import BASE_PREFIX, SafetensorsTensor
 from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor, weight_specs
 from fastllama.checkpoint.unsupported_formats import MERGE_WITH_PEFT
@@ -98,13 +98,8 @@ def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoin
     if any(isinstance(stored[name], QuantizedTensor) for name in updates):
         logger.info("%s: the weights that an adapter changes are dequantised", checkpoint.path)
     for name, several in updates.items():
-        stored[name] = ShardedTensor((MergedTensor(_dense(stored[name]), several),))
+        stored[name] = ShardedTensor((MergedTensor(dense(stored[name]), several),))
     return replace(checkpoint, params=params, stored=stored, adapters=(*checkpoint.adapters, *folders))
-
-
-def _dense(weight: StoredWeight) -> ShardedTensor:
-    """A weight as the files hold it, dequantised if it is quantised."""
-    return weight if isinstance(weight, ShardedTensor) else ShardedTensor((DequantizedShard(weight),))
 
 
 def _read_updates(folder: Path, checkpoint: Checkpoint) -> dict[str, LowRankUpdate]:
@@ -168,4 +163,4 @@ def _check_copies(
 def _weight(checkpoint: Checkpoint, name: str) -> ShardedTensor:
     """A weight of the base; a tied output is the embedding."""
     tied = checkpoint.params["tied_output"] and name == OUTPUT_NAME
-    return _dense(checkpoint.stored[EMBEDDING_NAME if tied else name])
+    return dense(checkpoint.stored[EMBEDDING_NAME if tied else name])

@@ -4,6 +4,7 @@ Opening reads headers only. `Checkpoint.tensors` yields the weights one by one i
 memory-mapped files until then, so a checkpoint may be far larger than the host's memory.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastllama.args import ModelArgs
 from fastllama.checkpoint.json_config import JsonConfig, short_list
-from fastllama.checkpoint.quantized_tensor import QuantizedTensor, check_column_slices
+from fastllama.checkpoint.quantized_tensor import QuantizedTensor, cuts_groups, dense
 from fastllama.checkpoint.sharding import (
     EMBEDDING_NAME,
     OUTPUT_NAME,
@@ -26,6 +26,8 @@ from fastllama.checkpoint.sharding import (
 )
 from fastllama.kernels.quantized import QuantizedWeight, Weight
 from fastllama.quantization import Scheme
+
+logger = logging.getLogger(__name__)
 
 StoredWeight = ShardedTensor | QuantizedTensor
 READABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -77,11 +79,17 @@ class Checkpoint:
         quantized = (tensor for tensor in self.stored.values() if isinstance(tensor, QuantizedTensor))
         return tuple(dict.fromkeys(tensor.description for tensor in quantized))
 
-    @property
-    def schemes(self) -> dict[str, Scheme]:
-        """How the weights are quantised that are quantised in the files, by name."""
-        quantized = {name: tensor for name, tensor in self.stored.items() if isinstance(tensor, QuantizedTensor)}
-        return {name: Scheme(tensor.format, tensor.group_size) for name, tensor in quantized.items()}
+    def schemes(self, world_size: int = 1) -> dict[str, Scheme]:
+        """How the weights that are quantised in the files are quantised when `world_size` processes read them, by name.
+
+        A weight whose groups of columns the processes' slices would cut is not among them: it is dequantised.
+        """
+        pairs = ((spec, self.stored.get(spec.name)) for spec in weight_specs(self.params))
+        return {
+            spec.name: Scheme(tensor.format, tensor.group_size)
+            for spec, tensor in pairs
+            if isinstance(tensor, QuantizedTensor) and not cuts_groups(tensor, spec, world_size)
+        }
 
     def tensors(self, rank: int = 0, world_size: int = 1, progress: bool | None = None) -> Iterator[tuple[str, Weight]]:
         """(name, slice) of every weight for process `rank` of `world_size`, in the order of a forward pass.
@@ -94,13 +102,16 @@ class Checkpoint:
         With more processes than kv heads, adjacent ranks receive the same head of wk and wv.
 
         progress: None shows a bar if stderr is a terminal, True always, False never.
-        Raises ValueError at the call, before anything is read, if the sizes do not divide by `world_size`, or slices
-        would cut groups of quantised columns.
+        Raises ValueError at the call, before anything is read, if the sizes do not divide by `world_size`.
         """
         check_split(self.params, rank, world_size)
-        pairs = {spec: self.stored.get(spec.name) for spec in weight_specs(self.params)}
-        quantized = {spec: tensor for spec, tensor in pairs.items() if isinstance(tensor, QuantizedTensor)}
-        check_column_slices(self.path, ModelArgs(**self.params), quantized, world_size)
+        if cut := sorted(self.schemes(1).keys() - self.schemes(world_size).keys()):
+            logger.warning(
+                "%s: %s of %d processes would cut groups of quantised columns, so these weights are dequantised",
+                self.path,
+                short_list(cut),
+                world_size,
+            )
         return self._read(rank, world_size, progress)
 
     def dense_tensors(
@@ -110,7 +121,7 @@ class Checkpoint:
         return map(_dequantized, self.tensors(rank, world_size, progress))
 
     def _read(self, rank: int, world_size: int, progress: bool | None) -> Iterator[tuple[str, Weight]]:
-        table = [(spec, self._stored_tensor(spec)) for spec in weight_specs(self.params)]
+        table = [(spec, self._stored_tensor(spec, world_size)) for spec in weight_specs(self.params)]
         sizes = [_slice_bytes(tensor, spec, rank, world_size) for spec, tensor in table]
         hidden = None if progress is None else not progress
         with tqdm(
@@ -120,9 +131,11 @@ class Checkpoint:
                 yield spec.name, tensor.narrow(*spec.cut(rank, world_size))
                 bar.update(size)
 
-    def _stored_tensor(self, spec: WeightSpec) -> StoredWeight:
+    def _stored_tensor(self, spec: WeightSpec, world_size: int) -> StoredWeight:
         tied = self.params["tied_output"] and spec.name == OUTPUT_NAME
-        return self.stored[EMBEDDING_NAME if tied else spec.name]
+        tensor = self.stored[EMBEDDING_NAME if tied else spec.name]
+        is_cut = isinstance(tensor, QuantizedTensor) and cuts_groups(tensor, spec, world_size)
+        return dense(tensor) if is_cut else tensor
 
 
 def _dequantized(named: tuple[str, Weight]) -> tuple[str, torch.Tensor]:

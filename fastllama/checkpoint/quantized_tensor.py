@@ -9,9 +9,8 @@ from typing import Protocol
 
 import torch
 
-from fastllama.args import MAX_PROCESSES_LISTED, ModelArgs
 from fastllama.checkpoint.json_config import short_list
-from fastllama.checkpoint.sharding import WeightSpec
+from fastllama.checkpoint.sharding import ShardedTensor, WeightSpec
 from fastllama.kernels.quantized import BITS, QuantizedWeight
 from fastllama.quantization import INT4_GROUPS
 
@@ -110,6 +109,11 @@ class DequantizedShard:
         return self._tensor.narrow(dim, first, end - first).dequantized().narrow(dim, start - first, length)
 
 
+def dense(weight: ShardedTensor | QuantizedTensor) -> ShardedTensor:
+    """A weight as the files hold it, dequantised if it is quantised."""
+    return weight if isinstance(weight, ShardedTensor) else ShardedTensor((DequantizedShard(weight),))
+
+
 def check_parts(folder: Path, module: str, parts: Mapping[str, Part], expected: Mapping[str, PartRule]) -> None:
     """Raise ValueError unless the parts of a module have these shapes, and dtypes of safetensors' names."""
     if missing := [f"{module}.{name}" for name in expected if name not in parts]:
@@ -167,23 +171,6 @@ def group_size_in_memory(stored: int) -> int | None:
     return next((size for size in INT4_GROUPS if stored % size == 0), None)
 
 
-def check_column_slices(
-    source: Path, args: ModelArgs, pairs: Mapping[WeightSpec, QuantizedTensor], world_size: int
-) -> None:
-    """Raise ValueError unless the slices of columns of all `world_size` processes are whole units."""
-
-    def fits(size: int, spec: WeightSpec, tensor: QuantizedTensor) -> bool:
-        return spec.split_axis != 1 or tensor.shape[1] // size % tensor.column_unit == 0
-
-    for spec, tensor in pairs.items():
-        if not fits(world_size, spec, tensor):
-            possible = [
-                size
-                for size in range(1, MAX_PROCESSES_LISTED + 1)
-                if not args.obstacles(size) and all(fits(size, *pair) for pair in pairs.items())
-            ]
-            raise ValueError(
-                f"{source}: the {tensor.shape[1]} columns of {spec.name} are quantised in groups of "
-                f"{tensor.column_unit}, which {world_size} processes would cut: use "
-                f"one of {', '.join(map(str, possible))} processes"
-            )
+def cuts_groups(tensor: QuantizedTensor, spec: WeightSpec, world_size: int) -> bool:
+    """Whether the slices of `world_size` processes would cut groups of columns."""
+    return spec.split_axis == 1 and tensor.shape[1] // world_size % tensor.column_unit != 0

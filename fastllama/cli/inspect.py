@@ -133,10 +133,10 @@ def describe(
 
     def plan_of(n: int, choice: str | None) -> "MemoryPlan":
         sizes = args, planned, max_batch_size, max_seq_len
-        return plan_memory(*sizes, n_processes=n, quantize=choice, stored=checkpoint.schemes)
+        return plan_memory(*sizes, n_processes=n, quantize=choice, stored=checkpoint.schemes(n))
 
     def schemes_of(n: int) -> "Mapping[str, Scheme]":
-        return model_schemes(quantize, args.split(n), checkpoint.schemes)
+        return model_schemes(quantize, args.split(n), checkpoint.schemes(n))
 
     plan, shape = plan_of(1, quantize), {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     planner = partial(plan_of, choice=quantize)

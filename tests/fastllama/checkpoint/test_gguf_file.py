@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -109,11 +109,13 @@ def test_a_quantised_embedding_is_also_the_output(tmp_path: Path) -> None:
         assert checkpoint.n_parameters == sum(weight.numel() for weight in weights.values())
 
 
-def test_slices_that_cut_blocks_are_an_error(tmp_path: Path) -> None:
+def test_weights_whose_blocks_slices_would_cut_are_dequantised(tmp_path: Path) -> None:
     params = PARAMS | {"hidden_dim": 96}
     path = write_gguf(tmp_path / "model.gguf", metadata(params), quantised(random_weights(params), "Q4_0"))
-    with pytest.raises(ValueError, match=r"96 columns of .*w2\.weight .* in groups of 32, .* use one of 1 processes"):
-        open_checkpoint(path).tensors(0, 2)
+    checkpoint, name = open_checkpoint(path), "layers.1.feed_forward.w2.weight"
+    parts = [dict(checkpoint.tensors(rank, 2))[name] for rank in range(2)]
+    assert all(isinstance(part, torch.Tensor) for part in parts)
+    assert torch.equal(torch.cat(cast(list[torch.Tensor], parts), 1), dict(checkpoint.dense_tensors())[name])
 
 
 @pytest.mark.parametrize("kind", READ_ONLY)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -162,10 +162,18 @@ def test_widths_that_are_not_whole_groups_are_an_error(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_slices_that_cut_groups_are_an_error(tmp_path: Path) -> None:
+def test_weights_whose_groups_slices_would_cut_are_dequantised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     written(tmp_path, "awq", 128)
-    with pytest.raises(ValueError, match=r"the 256 columns of layers\.0\.attention\.wo.* use one of 1, 2 processes"):
-        open_checkpoint(tmp_path).tensors(0, 4)
+    checkpoint = open_checkpoint(tmp_path)
+    whole = dict(checkpoint.dense_tensors())
+    slices = [dict(checkpoint.tensors(rank, 4)) for rank in range(4)]
+    name = "layers.0.attention.wo.weight"
+    assert "layers.0.attention.wo.weight" in caplog.text and "dequantised" in caplog.text
+    assert name in checkpoint.schemes(2) and name not in checkpoint.schemes(4)
+    assert torch.equal(torch.cat([cast(torch.Tensor, one[name]) for one in slices], 1), whole[name])
+    assert isinstance(slices[0]["layers.0.attention.wq.weight"], QuantizedWeight)
 
 
 def test_inspect_shows_the_precision(tmp_path: Path) -> None:
@@ -181,7 +189,7 @@ def test_inspect_shows_the_precision(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     for rank in range(2):
         parts = {name: one for name, one in checkpoint.tensors(rank, 2) if isinstance(one, QuantizedWeight)}
-        assert checkpoint.schemes.keys() == parts.keys()
-        assert all(bytes_of(checkpoint.schemes[name], one.shape) == one.n_bytes for name, one in parts.items())
+        assert checkpoint.schemes(2).keys() == parts.keys()
+        assert all(bytes_of(checkpoint.schemes(2)[name], one.shape) == one.n_bytes for name, one in parts.items())
     text = CliRunner().invoke(main, ["inspect", str(tmp_path)], catch_exceptions=False).output
     assert "stored in int4 in groups of 64 (" in text and "quantised  int4 in groups of 64\n" in text

@@ -1,6 +1,5 @@
 """Quantised checkpoints whose weights are not read as they are."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -66,10 +65,6 @@ def _quantize() -> None:
     write_quantized(checkpoint, out, "int4", with_output=False, config=config, copy_others=lambda folder: None)
 
 
-def _opened(n_processes: int) -> Callable[[], object]:
-    return lambda: open_checkpoint(MODEL).tensors(0, n_processes)
-
-
 CASES = [
     _method("bitsandbytes", load_in_4bit=True),
     _method("fp8", weight_block_size=[128, 128]),
@@ -94,5 +89,4 @@ CASES = [
     _awq("weights without zero points", zero_point=False),
     Refusal("`fastllama quantize` of a quantised checkpoint", _good, _quantize),
     Refusal("`fastllama quantize` of a rope that transformers lacks", _rope_factors, _quantize),
-    Refusal("a number of processes that cuts groups", _good, _opened(8)),
 ]

@@ -16,9 +16,7 @@ from fastllama.kernels.projection.packing import ROW_BLOCK, FusedWeight
 
 MIN_STAGE_BYTES = 16384  # so that programs rarely wait for a stage
 MAX_UNROLL = 2
-# Each warp multiplies a chunk of its own: an instruction takes as long for one row tile as for four, and a program per
-# multiprocessor would issue from one scheduler of four.
-WARPS = 4
+WARPS = 4  # of a program: few programs run at once, and a multiprocessor has four schedulers
 
 
 class Launch(NamedTuple):
@@ -34,13 +32,14 @@ class Launch(NamedTuple):
 def choose_launch(weight: FusedWeight, tiles: int, columns: int, itemsize: int, target: Target) -> Launch:
     """Tile sizes and launch options: `tiles` tiles of rows per program, tokens padded to `columns`, x of `itemsize`.
 
-    weight (OUT × IN)            int8, fp8 at 8, 16 columns:          int4 in groups of 128:
-                                 rows      bytes      chunks   stages      rows      chunks   stages
-    8B   qkv      6144 ×  4096   16        128, 64    2        8           16        4, 1     8
-    8B   output   4096 ×  4096   16, 32    128, 64    4        6, 8        16, 32    8, 4     4, 8
-    8B   gate+up 28672 ×  4096   64        128, 64    1, 2     4, 7        64, 32    1        7, 8
-    8B   down     4096 × 14336   16, 32    128, 64    4        6, 8        16, 32    8, 4     4, 8
-    8B   head   128256 ×  4096   64        128, 64    1, 2     4           int8
+    Four warps multiply chunks of 64 bytes, which is a group of 128 of int4. At 8, 16 columns:
+
+    weight (OUT × IN)            rows      chunks of a warp    stages: int8, fp8    int4
+    8B   qkv      6144 ×  4096   16        2                   4, 3                 3
+    8B   output   4096 ×  4096   16, 32    2                   6, 7                 4
+    8B   gate+up 28672 ×  4096   32        1                   3                    3
+    8B   down     4096 × 14336   16, 32    2                   6, 7                 4
+    8B   head   128256 ×  4096   64        1                   3                    int8
     """
     rows, row_bytes = weight.values.shape
     return _launch_of(rows // tiles, row_bytes, weight.format, weight.group, tiles, columns, itemsize, target)

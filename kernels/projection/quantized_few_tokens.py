@@ -12,8 +12,8 @@ rows need the schedulers of all four warps, and x and its sums are computed for 
 Instructions per weight in loops for 8B, at 8 and 16 columns, and GB/s at which those at 8 fill an H200's issue slots:
 
     format                 qkv         output      gate+up     down        GB/s
-    int8, fp8              3.7, 4.7    3.0, 3.6    2.9, 3.3    3.0, 3.6    9,200 to 11,700
-    int4, groups of 128    3.6, 5.7    3.0, 4.3    3.2, 5.6    3.0, 4.3    4,600 to 5,600
+    int8, fp8              3.7, 4.6    3.4, 3.4    3.1, 3.7    3.4, 3.4    9,100 to 10,700
+    int4, groups of 128    3.3, 4.8    3.2, 3.6    2.8, 3.8    3.2, 3.7    5,000 to 6,000
 """
 
 import torch

@@ -16,6 +16,7 @@ from fastllama.kernels.projection.packing import ROW_BLOCK, FusedWeight
 
 MIN_STAGE_BYTES = 16384  # so that programs rarely wait for a stage
 MAX_UNROLL = 2
+LITTLE_SHARED_BYTES = 131072  # of a multiprocessor: below, stages are short, and longer tiles spill registers
 WARPS = 4  # of a program: few programs run at once, and a multiprocessor has four schedulers
 
 
@@ -56,11 +57,14 @@ def _launch_of(
     rows = choose_rows(results, tiles, columns, target.processors)
     if tiles > 1:
         rows = min(rows, 2 * ROWS_PER_WARP)
+    has_little_memory = target.shared_bytes < LITTLE_SHARED_BYTES
+    if has_little_memory and columns > MIN_COLUMNS:
+        rows = min(rows, 2 * ROWS_PER_WARP // tiles)
     small = chunk < 2 * ROWS_PER_WARP
     if small:  # a thread's copy should have 16 bytes, but two tiles have more sums than registers at 16 columns
         rows = ROWS_PER_WARP if tiles * columns > 2 * MIN_COLUMNS else 2 * ROWS_PER_WARP
     unroll, stage = 1, rows * tiles * chunk * WARPS
-    most_unrolled = 1 if small else MAX_UNROLL
+    most_unrolled = 1 if small or has_little_memory else MAX_UNROLL
     while unroll < most_unrolled and unroll * stage < MIN_STAGE_BYTES and row_bytes % (2 * unroll * chunk * WARPS) == 0:
         unroll *= 2
     stage *= unroll

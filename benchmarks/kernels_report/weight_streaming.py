@@ -68,7 +68,7 @@ def _stage_columns(arguments: Row) -> int:
     """Columns of the weight per stage of a pipelined loop."""
     columns: int
     if "BYTES" in arguments:
-        columns = arguments["BYTES"] * arguments["UNROLL"] * _per_word(arguments) // WORD_BYTES
+        columns = arguments["BYTES"] * arguments["UNROLL"] * arguments["SPLIT"] * _per_word(arguments) // WORD_BYTES
     else:
         columns = arguments["BLOCK_IN"] * arguments["ACCUMULATORS"]
     return columns
@@ -99,12 +99,13 @@ def _order(arguments: Row, compiled: Compiled) -> Row:
 def _chain(arguments: Row, compiled: Compiled) -> float:
     """The least cycles of a stage's matrix instructions, which wait for each other's sums."""
     cycles, count = compiled.sass.chain()
-    depth = _stage_columns(arguments) / MATRIX_DEPTH
+    split = arguments.get("SPLIT", 1)  # warps that multiply other columns of the same rows
+    depth = _stage_columns(arguments) / split / MATRIX_DEPTH
     if any("HGMMA" in line for line in compiled.instructions):
         of_stage = depth * _tile_rows(arguments) / GROUP_ROWS
     else:  # warps beyond the number of tiles repeat work
         tiles = arguments["BLOCK_ROWS"] / MATRIX_ROWS * arguments["BLOCK_N"] / MATRIX_COLUMNS
-        of_stage = depth * _tile_rows(arguments) / arguments["BLOCK_ROWS"] * max(1.0, tiles / compiled.warps)
+        of_stage = depth * _tile_rows(arguments) / arguments["BLOCK_ROWS"] * max(1.0, tiles * split / compiled.warps)
     return cycles * of_stage / count if count else 0.0
 
 

@@ -92,6 +92,7 @@ INT4_AS_FP16 = tl.constexpr("""{
     fma.rn.f16x2 $2, c, e, f;
     fma.rn.f16x2 $3, d, e, f;
 }""")
+_ONES = "mov.b32 $0, 0x{0}; mov.b32 $1, 0x{0};"
 FP8_AS_BF16 = tl.constexpr("""{
     .reg .b16 a, b, c, d;
     .reg .b32 u, v;
@@ -114,6 +115,7 @@ FP8_AS_FP16 = tl.constexpr("""{
     cvt.rn.f16x2.e4m3x2 $0, a;
     cvt.rn.f16x2.e4m3x2 $1, b;
 }""")
+ONES_BF16, ONES_FP16 = tl.constexpr(_ONES.format("3F803F80")), tl.constexpr(_ONES.format("3C003C00"))
 # What a low and a high nibble of INT4_ASM must be multiplied by.
 LOW_UNIT, HIGH_UNIT = tl.constexpr(2.0**24), tl.constexpr(2.0**20)
 FP8_BITS = tl.constexpr(-0x78100000)  # 0x87F00000: sign, exponent and mantissa of e4m3 where float32 has them
@@ -195,6 +197,18 @@ def nibbles_as(values, dtype: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         return (values & 15).to(dtype), (values >> 4).to(dtype)
+
+
+@triton.jit
+def ones_like(values, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Ones in x's dtype, one for each byte. As they come from the bytes, the compiler puts them, and the x that they
+    are multiplied by, in the same order as `nibbles_as`: x is read from shared memory once."""
+    if ASM and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(ONES_BF16, "=r,=r,r", [values], dtype=tl.bfloat16, is_pure=True, pack=4)
+    elif ASM and dtype == tl.float16:
+        return tl.inline_asm_elementwise(ONES_FP16, "=r,=r,r", [values], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return tl.full(values.shape, 1.0, dtype)
 
 
 @triton.jit

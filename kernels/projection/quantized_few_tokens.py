@@ -5,11 +5,15 @@ There x is put in the order of the weight's bytes (`packing.py`). Scales per row
 groups multiply the product of a group, whose sums do not wait for those of other groups. int4's offsets multiply the
 group's sum of x, which is a product with ones on the matrix units: it is then in the threads that need it.
 
+Warps do not share out rows but columns: each multiplies a chunk of its own by all rows of the tile, as one of a batch
+of products, and the warps' sums are added at the end. A conversion takes several instructions per weight, so even 16
+rows need the schedulers of all four warps, and x and its sums are computed for a chunk by one warp only.
+
 Instructions per weight in loops for 8B, at 8 and 16 columns, and GB/s at which those at 8 fill an H200's issue slots:
 
     format                 qkv         output      gate+up     down        GB/s
-    int8, fp8              3.7, 4.7    3.0, 3.6    2.9, 3.3    3.0, 3.6    9,200 to 11,700
-    int4, groups of 128    3.6, 5.7    3.0, 4.3    3.2, 5.6    3.0, 4.3    4,600 to 5,600
+    int8, fp8              3.7, 4.6    3.4, 3.4    3.1, 3.7    3.4, 3.4    9,100 to 10,700
+    int4, groups of 128    3.3, 4.8    3.2, 3.6    2.8, 3.8    3.2, 3.7    5,000 to 6,000
 """
 
 import torch
@@ -21,7 +25,7 @@ from fastllama.kernels.launch.dependent import PREFETCH_BYTES, dependent_launch,
 from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.projection.arguments import Projection
-from fastllama.kernels.projection.conversions import bytes_as, nibbles_as, scale_and_offset
+from fastllama.kernels.projection.conversions import bytes_as, nibbles_as, ones_like, scale_and_offset
 from fastllama.kernels.projection.epilogues import prefetch_tiles, store_tokens, weight_rows
 from fastllama.kernels.projection.few_tokens import (
     MAX_TOKENS,
@@ -37,30 +41,31 @@ from fastllama.kernels.rope import CacheTarget
 
 @triton.jit
 def _load_x(x_ptr, norm_ptr, tokens, begin, token_exists, squares, IN: tl.constexpr, BYTES: tl.constexpr, B, EVEN):
-    """x of BYTES columns from `begin` on, times the norm's weight if there is one, as (BYTES, BLOCK_N) in the order of
-    the weight's bytes; and the sums of squares of x so far."""
-    cols = begin + tl.arange(0, BYTES)
+    """x of BYTES columns from each of `begin` (SPLIT,) on, times the norm's weight if there is one, as (SPLIT, BYTES,
+    BLOCK_N) in the order of the weight's bytes; and the sums of squares of x so far."""
+    cols = begin[:, None, None] + tl.arange(0, BYTES)[None, None, :]
     inside = cols < IN
-    mask = token_exists[:, None] if EVEN else inside[None, :] & token_exists[:, None]
-    x = tl.load(x_ptr + tokens[:, None] * IN + cols[None, :], mask=mask, other=0.0)
+    mask = token_exists[None, :, None] if EVEN else inside & token_exists[None, :, None]
+    x = tl.load(x_ptr + tokens[None, :, None] * IN + cols, mask=mask, other=0.0)
     if norm_ptr is not None:
         wide = x.to(tl.float32)
         squares += wide * wide
-        x = x * load_tile(norm_ptr + cols, inside, EVEN)[None, :]
-    blocks = tl.reshape(x, (x.shape[0], BYTES // (8 * B), 2, B, 4))
-    return tl.trans(tl.reshape(tl.permute(blocks, (0, 1, 3, 2, 4)), (x.shape[0], BYTES))), squares
+        x = x * load_tile(norm_ptr + cols, inside, EVEN)
+    blocks = tl.reshape(x, (x.shape[0], x.shape[1], BYTES // (8 * B), 2, B, 4))
+    ordered = tl.reshape(tl.permute(blocks, (0, 1, 2, 4, 3, 5)), (x.shape[0], x.shape[1], BYTES))
+    return tl.permute(ordered, (0, 2, 1)), squares
 
 
 @triton.jit
-def _ordered_x(x_ptr, norm_ptr, tokens, begin, token_exists, squares, IN, BYTES, B, BLOCK_ROWS, FORMAT, EVEN):
-    """x of a chunk, of int4 that of the bytes' low and high halves; the sums of both; and the squares so far.
+def _ordered_x(x_ptr, norm_ptr, weight, tokens, begin, token_exists, squares, IN, BYTES, B, FORMAT, ASM, EVEN):
+    """x of the chunks, of int4 that of the bytes' low and high halves; the sums of both; and the squares so far.
 
-    Only int4 needs the sums, (BLOCK_ROWS, BLOCK_N) with equal rows.
+    Only int4 needs the sums, (SPLIT, BLOCK_ROWS, BLOCK_N) with equal rows.
     """
     x, squares = _load_x(x_ptr, norm_ptr, tokens, begin, token_exists, squares, IN, BYTES, B, EVEN)
     if FORMAT == "int4":
         high, squares = _load_x(x_ptr, norm_ptr, tokens, begin + BYTES, token_exists, squares, IN, BYTES, B, EVEN)
-        ones = tl.full((BLOCK_ROWS, BYTES), 1.0, x.dtype)
+        ones = ones_like(weight, x.dtype, ASM)
         sums = tl.dot(ones, x, input_precision="ieee"), tl.dot(ones, high, input_precision="ieee")
         return (x, high), sums, squares
     else:
@@ -71,21 +76,21 @@ def _ordered_x(x_ptr, norm_ptr, tokens, begin, token_exists, squares, IN, BYTES,
 def _add_products(
     sums, weight, scales_ptr, rows, group, exists, x, sum_x, FORMAT, GROUPS, SCALE_DTYPE, HAS_ZEROS, ASM, EVEN
 ):
-    """sums plus the product of a chunk's bytes with x; of a group, scaled."""
+    """sums plus the products of the chunks' bytes with x; of groups, scaled."""
     if GROUPS == 0:
         return tl.dot(bytes_as(weight, x[0].dtype, FORMAT, ASM), x[0], sums, input_precision="ieee")
     elif FORMAT == "int4":
-        scales = load_tile(scales_ptr + rows * GROUPS + group, exists, EVEN)
+        scales = load_tile(scales_ptr + rows[None, :] * GROUPS + group[:, None], exists, EVEN)
         low, high = nibbles_as(weight, x[0].dtype, ASM)
         scale, offset = scale_and_offset(scales, SCALE_DTYPE, HAS_ZEROS)
         # Each of the four products is scaled alone: one that began with another's sums would wait for them.
-        product = scale[:, None] * tl.dot(low, x[0], input_precision="ieee") + offset[:, None] * sum_x[0]
-        product += scale[:, None] * tl.dot(high, x[1], input_precision="ieee") + offset[:, None] * sum_x[1]
+        product = scale[:, :, None] * tl.dot(low, x[0], input_precision="ieee") + offset[:, :, None] * sum_x[0]
+        product += scale[:, :, None] * tl.dot(high, x[1], input_precision="ieee") + offset[:, :, None] * sum_x[1]
         return sums + product
     else:
-        scales = load_tile(scales_ptr + rows * GROUPS + group, exists, EVEN)
+        scales = load_tile(scales_ptr + rows[None, :] * GROUPS + group[:, None], exists, EVEN)
         product = tl.dot(bytes_as(weight, x[0].dtype, FORMAT, ASM), x[0], input_precision="ieee")
-        return sums + scales.to(tl.float32)[:, None] * product
+        return sums + scales.to(tl.float32)[:, :, None] * product
 
 
 @triton.jit
@@ -114,40 +119,45 @@ def _multiply(
     BLOCK_ROWS: tl.constexpr,
     BYTES: tl.constexpr,
     UNROLL: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Rows `first`, and with TWO_TILES `second`, of the weight, times norm(x)ᵀ -> two tiles (BLOCK_ROWS, BLOCK_N)."""
     RUNS: tl.constexpr = 4 if FORMAT == "int4" else 2
     B: tl.constexpr = BLOCK // (4 * RUNS)
-    byte = tl.arange(0, BYTES)
-    weight_at = weight_ptr + first[:, None].to(tl.int64) * ROW_BYTES + byte[None, :]
-    weight_2_at = weight_ptr + second[:, None].to(tl.int64) * ROW_BYTES + byte[None, :]
-    squares = tl.zeros((BLOCK_N, BYTES), tl.float32)
-    sums = (tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32),) * UNROLL
+    chunks = tl.arange(0, SPLIT) * BYTES
+    byte = chunks[:, None, None] + tl.arange(0, BYTES)[None, None, :]
+    weight_at = weight_ptr + first[None, :, None].to(tl.int64) * ROW_BYTES + byte
+    weight_2_at = weight_ptr + second[None, :, None].to(tl.int64) * ROW_BYTES + byte
+    squares = tl.zeros((SPLIT, BLOCK_N, BYTES), tl.float32)
+    sums = (tl.zeros((SPLIT, BLOCK_ROWS, BLOCK_N), tl.float32),) * UNROLL
     sums_2 = sums
-    for step in range(0, ROW_BYTES, UNROLL * BYTES):
+    for step in range(0, ROW_BYTES, UNROLL * SPLIT * BYTES):
         for i in tl.static_range(UNROLL):
-            begin = step + i * BYTES
-            live = exists[:, None] & (byte + begin < ROW_BYTES)[None, :]
+            begin = step + i * SPLIT * BYTES
+            live = exists[None, :, None] & (byte + begin < ROW_BYTES)
             weight = load_tile(weight_at + begin, live, EVEN)
             if TWO_TILES:
                 weight_2 = load_tile(weight_2_at + begin, live, EVEN)
+            chunk = chunks + begin
+            live_scales = exists[None, :] & (chunk < ROW_BYTES)[:, None]
+            group = chunk // BYTES
             # fmt: off
-            x, sum_x, squares = _ordered_x(x_ptr, norm_ptr, tokens, begin * (RUNS // 2), token_exists, squares, IN,
-                                           BYTES, B, BLOCK_ROWS, FORMAT, EVEN)
+            x, sum_x, squares = _ordered_x(x_ptr, norm_ptr, weight, tokens, chunk * (RUNS // 2), token_exists, squares,
+                                           IN, BYTES, B, FORMAT, ASM, EVEN)
             # Each chunk uses the accumulator whose last sums are oldest.
-            sums = sums[1:] + (_add_products(sums[0], weight, scales_ptr, first, begin // BYTES, exists, x, sum_x,
-                                             FORMAT, GROUPS, SCALE_DTYPE, HAS_ZEROS, ASM, EVEN),)
+            sums = sums[1:] + (_add_products(sums[0], weight, scales_ptr, first, group, live_scales, x, sum_x, FORMAT,
+                                             GROUPS, SCALE_DTYPE, HAS_ZEROS, ASM, EVEN),)
             if TWO_TILES:
-                sums_2 = sums_2[1:] + (_add_products(sums_2[0], weight_2, scales_ptr, second, begin // BYTES, exists, x,
+                sums_2 = sums_2[1:] + (_add_products(sums_2[0], weight_2, scales_ptr, second, group, live_scales, x,
                                                      sum_x, FORMAT, GROUPS, SCALE_DTYPE, HAS_ZEROS, ASM, EVEN),)
             # fmt: on
-    total, total_2 = sum_accumulators(sums), sum_accumulators(sums_2)
+    total, total_2 = tl.sum(sum_accumulators(sums), 0), tl.sum(sum_accumulators(sums_2), 0)
     if GROUPS == 0:
         total *= tl.load(scales_ptr + first, mask=exists, other=0.0)[:, None]
         if TWO_TILES:
             total_2 *= tl.load(scales_ptr + second, mask=exists, other=0.0)[:, None]
     if norm_ptr is not None:
-        inverse = tl.rsqrt(tl.sum(squares, 1) / IN + eps)[None, :]
+        inverse = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / IN + eps)[None, :]
         total, total_2 = total * inverse, total_2 * inverse
     return total, total_2
 
@@ -186,6 +196,7 @@ def _quantized_few_tokens_kernel(
     BLOCK_ROWS: tl.constexpr,
     BYTES: tl.constexpr,  # of a row per dot
     UNROLL: tl.constexpr,
+    SPLIT: tl.constexpr,  # chunks multiplied at once, one by each warp
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,  # bytes of each tile, from its first row on
     RESIDENT: tl.constexpr,  # programs that run at once: later ones do not wait, so they prefetch nothing
@@ -197,7 +208,7 @@ def _quantized_few_tokens_kernel(
         prefetch_tiles(weight_ptr, begin_out, waits.to(tl.int32), OUT, ROW_BYTES, EPILOGUE, PREFETCH)
     wait_for_inputs(DEPENDENT)
     FULL: tl.constexpr = ROW_BYTES * (2 if FORMAT == "int4" else 1) == IN
-    EVEN: tl.constexpr = FULL and ROW_BYTES % (UNROLL * BYTES) == 0 and OUT % BLOCK_ROWS == 0
+    EVEN: tl.constexpr = FULL and ROW_BYTES % (UNROLL * SPLIT * BYTES) == 0 and OUT % BLOCK_ROWS == 0
     out = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tokens = tl.arange(0, BLOCK_N)
     exists, token_exists = out < OUT, tokens < N
@@ -205,7 +216,7 @@ def _quantized_few_tokens_kernel(
     # fmt: off
     sums, sums_2 = _multiply(x_ptr, norm_ptr, weight_ptr, scales_ptr, first, second, tokens, exists, token_exists, eps,
                              IN, ROW_BYTES, TWO_TILES, EVEN, FORMAT, GROUPS, BLOCK, SCALE_DTYPE, HAS_ZEROS, ASM,
-                             BLOCK_N, BLOCK_ROWS, BYTES, UNROLL)
+                             BLOCK_N, BLOCK_ROWS, BYTES, UNROLL, SPLIT)
     store_tokens(sums, sums_2, out, exists, tokens, token_exists, bias_ptr, residual_ptr, y_ptr, cache_k_ptr,
                  cache_v_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
     # fmt: on
@@ -234,7 +245,8 @@ def quantized_few_tokens(
     columns = max(MIN_COLUMNS if target.backend == "cuda" else MIN_COLUMNS_AMD, next_power_of_2(x.shape[0]))
     launch = launch or choose_launch(weight, call.tiles, columns, x.itemsize, target)
     row_bytes, asm = weight.values.shape[1], uses_assembly(target)
-    stage = launch.unroll * launch.chunk * (launch.rows * call.tiles + columns * (x.shape[1] * x.itemsize // row_bytes))
+    x_bytes = columns * (x.shape[1] * x.itemsize // row_bytes)  # for each byte of a row
+    stage = launch.unroll * launch.warps * launch.chunk * (launch.rows * call.tiles + x_bytes)
     per_processor = max(1, target.shared_bytes // (launch.stages * stage))  # programs, which share PREFETCH_BYTES
     prefetch_limit = PREFETCH_BYTES // (call.tiles * per_processor)
     _quantized_few_tokens_kernel[(ceil_div(call.results, launch.rows),)](
@@ -254,6 +266,7 @@ def quantized_few_tokens(
         BLOCK_ROWS=launch.rows,
         BYTES=launch.chunk,
         UNROLL=launch.unroll,
+        SPLIT=launch.warps,
         PREFETCH=prefetch_bytes(row_bytes, prefetch_limit, launch.rows),
         RESIDENT=per_processor * target.processors,
         num_stages=launch.stages,

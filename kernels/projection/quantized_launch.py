@@ -3,7 +3,6 @@
 from functools import cache
 from typing import NamedTuple
 
-from fastllama.kernels.launch.sizes import next_power_of_2
 from fastllama.kernels.launch.target import Target
 from fastllama.kernels.projection.few_tokens import (
     BYTES_IN_FLIGHT,
@@ -15,33 +14,33 @@ from fastllama.kernels.projection.few_tokens import (
 )
 from fastllama.kernels.projection.packing import ROW_BLOCK, FusedWeight
 
-CHUNK_BYTES = 128  # of a row with one scale, per dot at 8 columns; of groups it is a group
-MIN_STAGE_BYTES = 8192  # so that programs rarely wait for a stage
-MAX_UNROLL = 8
-WARP_BYTES = 512  # of a warp's copies, 16 for each thread
-MAX_WARPS = 2  # four would use instructions that read x's copies in another order, and copy the weight narrowly
+MIN_STAGE_BYTES = 16384  # so that programs rarely wait for a stage
+MAX_UNROLL = 2
+LITTLE_SHARED_BYTES = 131072  # of a multiprocessor: below, stages are short, and longer tiles spill registers
+WARPS = 4  # of a program: few programs run at once, and a multiprocessor has four schedulers
 
 
 class Launch(NamedTuple):
     """How a weight is assigned to programs."""
 
     rows: int  # per tile
-    chunk: int  # bytes of a row per dot, of int4 two dots
-    unroll: int  # chunks per stage
+    chunk: int  # bytes of a row that a warp multiplies at once
+    unroll: int  # chunks of a warp per stage
     stages: int
-    warps: int
+    warps: int  # each has its own chunks of all rows
 
 
 def choose_launch(weight: FusedWeight, tiles: int, columns: int, itemsize: int, target: Target) -> Launch:
     """Tile sizes and launch options: `tiles` tiles of rows per program, tokens padded to `columns`, x of `itemsize`.
 
-    weight (OUT × IN)            int8, fp8 at 8, 16 columns:          int4 in groups of 128:
-                                 rows      bytes      chunks   stages      rows      chunks   stages
-    8B   qkv      6144 ×  4096   16        128, 64    2        8           16        4, 1     8
-    8B   output   4096 ×  4096   16, 32    128, 64    4        6, 8        16, 32    8, 4     4, 8
-    8B   gate+up 28672 ×  4096   64        128, 64    1, 2     4, 7        64, 32    1        7, 8
-    8B   down     4096 × 14336   16, 32    128, 64    4        6, 8        16, 32    8, 4     4, 8
-    8B   head   128256 ×  4096   64        128, 64    1, 2     4           int8
+    Four warps multiply chunks of 64 bytes, which is a group of 128 of int4. At 8, 16 columns:
+
+    weight (OUT × IN)            rows      chunks of a warp    stages: int8, fp8    int4
+    8B   qkv      6144 ×  4096   16        2                   4, 3                 3
+    8B   output   4096 ×  4096   16, 32    2                   6, 7                 4
+    8B   gate+up 28672 ×  4096   32        1                   3                    3
+    8B   down     4096 × 14336   16, 32    2                   6, 7                 4
+    8B   head   128256 ×  4096   64        1                   3                    int8
     """
     rows, row_bytes = weight.values.shape
     return _launch_of(rows // tiles, row_bytes, weight.format, weight.group, tiles, columns, itemsize, target)
@@ -52,32 +51,29 @@ def _launch_of(
     results: int, row_bytes: int, kind: str, group: int, tiles: int, columns: int, itemsize: int, target: Target
 ) -> Launch:
     per_byte = 2 if kind == "int4" else 1
-    chunk = (
-        group // per_byte
-        if group
-        else max(ROW_BLOCK, min(CHUNK_BYTES * MIN_COLUMNS // columns, next_power_of_2(row_bytes)))
-    )
+    chunk = group // per_byte if group else ROW_BLOCK
     if itemsize == 4:  # no matrix instructions: as few_tokens' launch for float32
-        return Launch(16, chunk if group else ROW_BLOCK, 1, 2, 4)
-    rows, most_unrolled = choose_rows(results, tiles, columns, target.processors), MAX_UNROLL
-    if tiles * columns > 2 * MIN_COLUMNS:  # more sums than registers
-        rows, most_unrolled = (min(rows, 2 * ROWS_PER_WARP), 1) if kind == "int4" else (rows, 2)
-    if chunk < ROWS_PER_WARP * 2:  # so that a thread's copy has 16 bytes, and the compiler is done soon
-        rows, most_unrolled = max(rows, 2 * ROWS_PER_WARP), min(most_unrolled, 2 * MIN_COLUMNS // columns)
-    unroll = 1
-    while (
-        unroll < most_unrolled
-        and rows * tiles * chunk * unroll < MIN_STAGE_BYTES
-        and row_bytes % (2 * unroll * chunk) == 0
-    ):
+        return Launch(16, chunk, 1, 2, WARPS)
+    rows = choose_rows(results, tiles, columns, target.processors)
+    if tiles > 1:
+        rows = min(rows, 2 * ROWS_PER_WARP)
+    has_little_memory = target.shared_bytes < LITTLE_SHARED_BYTES
+    if has_little_memory and columns > MIN_COLUMNS:
+        rows = min(rows, 2 * ROWS_PER_WARP // tiles)
+    small = chunk < 2 * ROWS_PER_WARP
+    if small:  # a thread's copy should have 16 bytes, but two tiles have more sums than registers at 16 columns
+        rows = ROWS_PER_WARP if tiles * columns > 2 * MIN_COLUMNS else 2 * ROWS_PER_WARP
+    unroll, stage = 1, rows * tiles * chunk * WARPS
+    most_unrolled = 1 if small or has_little_memory else MAX_UNROLL
+    while unroll < most_unrolled and unroll * stage < MIN_STAGE_BYTES and row_bytes % (2 * unroll * chunk * WARPS) == 0:
         unroll *= 2
-    stage = rows * tiles * chunk * unroll
-    resident = max(1, min(4, round(results / (rows * target.processors))))
+    stage *= unroll
+    share = results / (rows * target.processors)
+    resident = max(1, min(4, round(share)))
     fewest, most = STAGES
     stages = min(max(BYTES_IN_FLIGHT // (stage * resident) + 1, fewest), most)
-    stage += columns * chunk * per_byte * unroll * itemsize
-    for at_least, programs in ((fewest, min(resident, 2)), (1, 1)):
+    stage += columns * chunk * WARPS * per_byte * unroll * itemsize
+    for at_least, programs in ((fewest, 2 if share > 1 else 1), (1, 1)):
         while stages > at_least and programs * (stages * stage + SHARED_BYTES_SPARE) > target.shared_bytes:
             stages -= 1
-    warps = min(rows // ROWS_PER_WARP, MAX_WARPS, max(1, rows * chunk // WARP_BYTES))
-    return Launch(rows, chunk, unroll, stages, warps)
+    return Launch(rows, chunk, unroll, stages, WARPS)

@@ -94,32 +94,19 @@ def _add_products(
 
 
 @triton.jit
+def _scaled_by_row(total, scales_ptr, rows, exists):
+    """Sums (BLOCK_ROWS, BLOCK_N) times the scale of each row."""
+    return total * tl.load(scales_ptr + rows, mask=exists, other=0.0)[:, None]
+
+
+# fmt: off
+@triton.jit
 def _multiply(
-    x_ptr,
-    norm_ptr,
-    weight_ptr,
-    scales_ptr,
-    first,
-    second,
-    tokens,
-    exists,
-    token_exists,
-    eps,
-    IN: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    TWO_TILES: tl.constexpr,
-    EVEN: tl.constexpr,
-    FORMAT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    ASM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BYTES: tl.constexpr,
-    UNROLL: tl.constexpr,
-    SPLIT: tl.constexpr,
+    x_ptr, norm_ptr, weight_ptr, scales_ptr, first, second, tokens, exists, token_exists, eps,
+    IN: tl.constexpr, ROW_BYTES: tl.constexpr, TWO_TILES: tl.constexpr, EVEN: tl.constexpr,
+    FORMAT: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, SCALE_DTYPE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BYTES: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
 ):
     """Rows `first`, and with TWO_TILES `second`, of the weight, times norm(x)ᵀ -> two tiles (BLOCK_ROWS, BLOCK_N)."""
     RUNS: tl.constexpr = 4 if FORMAT == "int4" else 2
@@ -139,9 +126,7 @@ def _multiply(
             if TWO_TILES:
                 weight_2 = load_tile(weight_2_at + begin, live, EVEN)
             chunk = chunks + begin
-            live_scales = exists[None, :] & (chunk < ROW_BYTES)[:, None]
-            group = chunk // BYTES
-            # fmt: off
+            live_scales, group = exists[None, :] & (chunk < ROW_BYTES)[:, None], chunk // BYTES
             x, sum_x, squares = _ordered_x(x_ptr, norm_ptr, weight, tokens, chunk * (RUNS // 2), token_exists, squares,
                                            IN, BYTES, B, FORMAT, ASM, EVEN)
             # Each chunk uses the accumulator whose last sums are oldest.
@@ -150,16 +135,15 @@ def _multiply(
             if TWO_TILES:
                 sums_2 = sums_2[1:] + (_add_products(sums_2[0], weight_2, scales_ptr, second, group, live_scales, x,
                                                      sum_x, FORMAT, GROUPS, SCALE_DTYPE, HAS_ZEROS, ASM, EVEN),)
-            # fmt: on
     total, total_2 = tl.sum(sum_accumulators(sums), 0), tl.sum(sum_accumulators(sums_2), 0)
     if GROUPS == 0:
-        total *= tl.load(scales_ptr + first, mask=exists, other=0.0)[:, None]
-        if TWO_TILES:
-            total_2 *= tl.load(scales_ptr + second, mask=exists, other=0.0)[:, None]
+        total = _scaled_by_row(total, scales_ptr, first, exists)
+        total_2 = _scaled_by_row(total_2, scales_ptr, second, exists) if TWO_TILES else total_2
     if norm_ptr is not None:
         inverse = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / IN + eps)[None, :]
         total, total_2 = total * inverse, total_2 * inverse
     return total, total_2
+# fmt: on
 
 
 @triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])

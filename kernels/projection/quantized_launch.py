@@ -59,7 +59,7 @@ def _launch_of(
         rows = min(rows, 2 * ROWS_PER_WARP)
     has_little_memory = target.shared_bytes < LITTLE_SHARED_BYTES
     if has_little_memory and columns > MIN_COLUMNS:
-        rows = min(rows, 2 * ROWS_PER_WARP // tiles)
+        rows = min(rows, ROWS_PER_WARP if kind == "int4" else 2 * ROWS_PER_WARP // tiles)
     small = chunk < 2 * ROWS_PER_WARP
     if small:  # a thread's copy should have 16 bytes, but two tiles have more sums than registers at 16 columns
         rows = ROWS_PER_WARP if tiles * columns > 2 * MIN_COLUMNS else 2 * ROWS_PER_WARP

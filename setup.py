@@ -3,6 +3,7 @@
 import platform
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,9 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Any) -> None:
         flags = [*NATIVE_FLAGS, *ext.extra_compile_args]
         try:
-            objects = []
-            for source in ext.sources:
-                own = FLAGS_BY_FILE.get(Path(source).name, [])
-                objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=[*flags, *own])
+            with ThreadPoolExecutor() as pool:
+                compiled = [pool.submit(self._compile, source, flags) for source in ext.sources]
+            objects = [path for one in compiled for path in one.result()]
             path = self.get_ext_fullpath(ext.name)
             self.compiler.link_shared_object(
                 objects, path, extra_postargs=["-pthread", *ext.extra_link_args], target_lang="c++"
@@ -54,6 +54,11 @@ class BuildNative(build_ext):
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(f'fastllama is built without its backend "native": {reason}', file=sys.stderr)
+
+    def _compile(self, source: str, flags: list[str]) -> list[str]:
+        own = FLAGS_BY_FILE.get(Path(source).name, [])
+        objects: list[str] = self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=[*flags, *own])
+        return objects
 
 
 setup(

@@ -9,9 +9,10 @@ from click.testing import CliRunner
 from fastllama.benchmarks import update_docs
 from fastllama.benchmarks.ceilings import Ceiling
 from fastllama.benchmarks.environment import describe_environment
-from fastllama.benchmarks.result_file import ResultFile, write_result
+from fastllama.benchmarks.result_file import ResultFile, read_result, write_result
 from fastllama.benchmarks.statistics import summarize
 
+CPU_RESULTS = "cpu-amd-epyc-2-threads-176m"
 README = update_docs.ROOT / "README.md"
 SPEED = re.compile(r"[0-9]\s*(tokens/s|tokens per second|GB/s|TB/s|TFLOP/s|µs|ms|x\b|×|times as fast|%)")
 
@@ -21,7 +22,17 @@ def test_the_page_holds_the_figures_of_the_result_files() -> None:
     assert update_docs.with_figures(kept, update_docs.figures()) == kept, "run `make docs`"
 
 
-def test_the_readme_states_no_speed_outside_its_picture() -> None:
+@pytest.mark.parametrize("choice", ["int8", "int4"])
+def test_the_readmes_figures_of_quantised_weights_are_those_of_their_files(choice: str) -> None:
+    (record,) = (
+        one for one in read_result(update_docs.RESULTS / f"{CPU_RESULTS}-{choice}.json").records if one["batch"] == 1
+    )
+    ratio = record["peers"]["llama.cpp"]["ratio"]["p50"]
+    cells = f"{record['bytes_per_step'] / 1e6:.0f} MB | {record['tokens_per_second']['p50']:.0f} | {ratio:.2f}"
+    assert f"| `{choice}` | {cells} |" in README.read_text(encoding="utf-8")
+
+
+def test_the_readme_states_no_other_speed_outside_its_picture() -> None:
     text = README.read_text(encoding="utf-8")
     assert text.count("\n") <= 120, "details belong in docs/"
     (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)

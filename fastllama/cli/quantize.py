@@ -1,4 +1,4 @@
-"""`fastllama quantize`: writes a quantised copy of a checkpoint that transformers and vLLM read."""
+"""`fastllama quantize`: writes a quantised copy of a checkpoint that transformers reads."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def quantize(
     """Write a quantised copy of the checkpoint CKPT to the new folder OUT.
 
     CKPT is a folder or a GGUF file that is not quantised. OUT is a Hugging Face folder in the format of
-    compressed-tensors, which transformers and vLLM read, with tokenizer and chat template. The linear layers are
+    compressed-tensors, which transformers reads, with tokenizer and chat template. The linear layers are
     quantised, with a scale for each row, or for each group of int4. The embedding and the vocabulary projection stay.
 
     \b

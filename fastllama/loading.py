@@ -63,7 +63,7 @@ def load(
         args, tokenizer = _args_and_tokenizer(
             checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
         )
-        check_quantize(quantize, args.split(group.size), device)
+        check_quantize(quantize, args.split(group.size), device, checkpoint.schemes(group.size))
         formatter = _formatter(checkpoint, tokenizer, tokenizer_path, chat_template, template_args)
         weights = checkpoint.tensors(
             group.rank, group.size, progress=None if model_parallel.is_first_process() else False

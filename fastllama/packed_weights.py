@@ -113,13 +113,13 @@ class PackedModule(nn.Module):
         if expected:
             raise ValueError(f"{len(expected)} weights are missing: {first_names(expected)}")
         if self.params.tied_output:  # one copy in memory if the backend packs nothing
-            output = quantized_if_asked(OUTPUT_NAME, self.tok_embeddings.detach(), self.quantize)
+            output = quantized_if_asked(OUTPUT_NAME, self.tok_embeddings.detach(), self.quantize, self.device)
             assign(self, "output", self.ops.pack(output))
 
     def _set_weight(self, weight: PackedWeight, parts: list[Weight]) -> None:
         """Quantise the parts if the model is to be, move them, pack and set them."""
         prepared = [
-            quantized_if_asked(name, part.to(self.device), self.quantize)
+            quantized_if_asked(name, part, self.quantize, self.device)
             for name, part in zip(weight.names, parts, strict=True)
         ]
         quantised = [part for part in prepared if isinstance(part, QuantizedWeight)]
@@ -129,7 +129,7 @@ class PackedModule(nn.Module):
         dense = [part.dequantized() if isinstance(part, QuantizedWeight) else part.detach() for part in prepared]
         if len(dense) == 1:  # as it is, it would share memory with the caller or with a mapped file
             dense = [self.ops.allocate(tuple(dense[0].shape), self.dtype, self.device).copy_(dense[0])]
-        moved = [part.to(self.dtype) for part in dense]
+        moved = [part.to(self.device, self.dtype) for part in dense]
         assign(weight.owner, weight.attribute, moved[0] if weight.is_never_packed else self.ops.pack(*moved))
 
     def _unpacked_weights(self) -> Iterator[tuple[str, Weight]]:

@@ -99,30 +99,36 @@ def bytes_of(scheme: Scheme, shape: tuple[int, ...]) -> int:
     return values + rows * columns // scheme.group_size * per_group
 
 
-def check_quantize(quantize: str | None, args: ModelArgs, device: torch.device) -> None:
-    """Raise ValueError unless a model, or a process's part, of this shape can be quantised so and run on the device."""
+def check_quantize(
+    quantize: str | None, args: ModelArgs, device: torch.device, stored: Mapping[str, Scheme] = NOTHING_QUANTIZED
+) -> None:
+    """Raise ValueError unless a model, or a process's part, of this shape can be quantised so and run on the device.
+
+    stored: as in `model_schemes`.
+    """
     if quantize is not None and quantize not in CHOICES:
         raise ValueError(f"quantize must be one of {', '.join(CHOICES)}, or None, got {quantize!r}")
-    model_schemes(quantize, args)
-    if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    formats = {scheme.format for scheme in model_schemes(quantize, args, stored).values()}
+    if "fp8" in formats and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ValueError(
             f"fp8 weights need a GPU of compute capability 8.9 or later, and {torch.cuda.get_device_name(device)} has "
-            f"{capability}: use int8, which has as many bits"
+            f"{capability}: use quantize='int8', which has as many bits"
         )
 
 
-def quantized_if_asked(name: str, weight: Weight, quantize: str | None) -> Weight:
-    """The weight of this name, quantised as `quantize` says.
+def quantized_if_asked(name: str, weight: Weight, quantize: str | None, device: torch.device) -> Weight:
+    """The weight of this name, quantised on the device as `quantize` says. A dense weight stays where it is.
 
     One that has the format already keeps its bits, whatever its groups. One of another format is quantised anew.
     """
     scheme = scheme_of(quantize, name, weight.shape[-1])
     if isinstance(weight, QuantizedWeight):
+        weight = weight.to(device)
         if scheme is None or scheme.format == weight.format:
             return weight
         weight = weight.dequantized()
-    return weight if scheme is None else quantized(weight, scheme)
+    return weight if scheme is None else quantized(weight.to(device), scheme)
 
 
 def quantized(weight: Tensor, scheme: Scheme, *, integer_zeros: bool = False) -> QuantizedWeight:

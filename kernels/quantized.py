@@ -62,8 +62,8 @@ class QuantizedWeight:
         return sum(tensor.nbytes for tensor in (self.values, self.scales, self.offsets) if tensor is not None)
 
     def to(self, device: torch.device) -> "QuantizedWeight":
-        """The same weight on a device."""
-        return self._mapped(lambda one: one.to(device))
+        """The same weight on a device: itself if it is there, as for tensors."""
+        return self if device == self.device else self._mapped(lambda one: one.to(device))
 
     def rows(self, start: int, length: int) -> "QuantizedWeight":
         """`length` rows from `start` on."""

@@ -39,6 +39,7 @@ Parts = dict[str, SafetensorsTensor]
 WEIGHT, PACKED, SHAPE, SCALE, ZERO = "weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"
 # Of static quantisation of activations, which stay in the model's dtype.
 ACTIVATION_PARTS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+FP8_MAGNITUDE = 0x7F  # the bits below the sign; all of them set is NaN
 STORED_DTYPES = {"int8": "I8", "fp8": "F8_E4M3"}
 ZERO_OF_SYMMETRIC = 8
 SIGN_BIT = 0x80
@@ -70,7 +71,7 @@ class CompressedTensors:
         scheme = self._config.scheme_of(module)
         assert scheme is not None
         _check_parts(folder, module, parts, scheme, shape)
-        return CompressedTensor(parts, scheme, shape)
+        return CompressedTensor(folder, module, parts, scheme, shape)
 
 
 def _check_parts(folder: Path, module: str, parts: Parts, scheme: WeightScheme, shape: tuple[int, int]) -> None:
@@ -103,7 +104,9 @@ def _check_parts(folder: Path, module: str, parts: Parts, scheme: WeightScheme, 
 class CompressedTensor(QuantizedTensor):
     """A weight of compressed-tensors."""
 
-    def __init__(self, parts: Parts, scheme: WeightScheme, shape: tuple[int, int]) -> None:
+    def __init__(self, source: Path, module: str, parts: Parts, scheme: WeightScheme, shape: tuple[int, int]) -> None:
+        """source, module: for the message of an error."""
+        self._source, self._module = source, module
         self._parts = parts
         self._scheme = scheme
         stored_group = scheme.group_size or (shape[1] if scheme.format == "int4" else 0)
@@ -123,7 +126,7 @@ class CompressedTensor(QuantizedTensor):
     def _values(self, dim: int, start: int, length: int) -> torch.Tensor:
         if not self._scheme.is_packed:
             values = self._parts[WEIGHT].narrow(dim, start, length)
-            return values.view(torch.uint8) if self.format == "fp8" else values
+            return self._checked_bits(values.view(torch.uint8)) if self.format == "fp8" else values
         packed, columns = self._parts[PACKED], length if dim == 1 else self.shape[1]
         if dim == 1:
             per_word = WORD_BITS // BITS[self.format]
@@ -132,6 +135,15 @@ class CompressedTensor(QuantizedTensor):
         if self.format == "int4":
             return values
         return values[:, :columns].bitwise_xor(SIGN_BIT).view(torch.int8)
+
+    def _checked_bits(self, bits: torch.Tensor) -> torch.Tensor:
+        """The bits of e4m3 numbers. ValueError for NaN, which the kernels would read as a number."""
+        if bool((bits.bitwise_and(FP8_MAGNITUDE) == FP8_MAGNITUDE).any()):
+            raise ValueError(
+                f"{self._source}: {self._module} holds fp8 weights that are not numbers (NaN); "
+                "download the checkpoint again"
+            )
+        return bits
 
     def _scales(self, rows: slice, groups: slice) -> torch.Tensor:
         stored = self._parts[SCALE]

@@ -155,7 +155,7 @@ def describe(
         "adapters": [str(path) for path in checkpoint.adapters],
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
         "memory": {"dtype": dtype_name(planned), "quantize": quantize, **shape, **asdict(plan), "total": plan.total},
-        "precisions": precision_plans(args, planned, plan_of),
+        "precisions": precision_plans(planned, plan_of),
         "this_machine": _describe_machine(),
         "gpu": gpu,
         "processes": [process_plan(args, planned, n, gpu, planner, schemes_of) for n in dict.fromkeys(nproc)],

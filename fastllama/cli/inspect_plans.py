@@ -15,9 +15,7 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 UNIT_FACTOR = 1024
 
 
-def precision_plans(
-    args: "ModelArgs", dtype: "torch.dtype", plan_of: Callable[[int, str | None], "MemoryPlan"]
-) -> list[dict[str, Any]]:
+def precision_plans(dtype: "torch.dtype", plan_of: Callable[[int, str | None], "MemoryPlan"]) -> list[dict[str, Any]]:
     """For each precision the bytes of weights and of everything, and the GPUs that hold it alone; or what prevents it.
 
     plan_of: the memory plan for a number of processes and a choice of `quantize`.

@@ -60,38 +60,34 @@ INT4_ASM = tl.constexpr("""{
     cvt.f32.f16 $7, b;
 }""")
 # Two numbers of 16 bits in a register: nibbles below a high byte are 128 + q in bfloat16, 1024 + q in float16.
-INT4_AS_BF16 = tl.constexpr("""{
+_INT4_AS_16_BITS = """{
     .reg .b32 a, b, c, d, e, f;
-    mov.b32 e, 0x3F803F80;
-    mov.b32 f, 0xC300C300;
+    mov.b32 e, 0xONE;
+    mov.b32 f, 0xMINUS;
     and.b32 c, $4, 0x0F0F0F0F;
     shr.u32 d, $4, 4;
     and.b32 d, d, 0x0F0F0F0F;
-    prmt.b32 a, c, 0x43434343, 0x4140;
-    prmt.b32 b, c, 0x43434343, 0x4342;
-    prmt.b32 c, d, 0x43434343, 0x4140;
-    prmt.b32 d, d, 0x43434343, 0x4342;
-    fma.rn.bf16x2 $0, a, e, f;
-    fma.rn.bf16x2 $1, b, e, f;
-    fma.rn.bf16x2 $2, c, e, f;
-    fma.rn.bf16x2 $3, d, e, f;
-}""")
-INT4_AS_FP16 = tl.constexpr("""{
-    .reg .b32 a, b, c, d, e, f;
-    mov.b32 e, 0x3C003C00;
-    mov.b32 f, 0xE400E400;
-    and.b32 c, $4, 0x0F0F0F0F;
-    shr.u32 d, $4, 4;
-    and.b32 d, d, 0x0F0F0F0F;
-    prmt.b32 a, c, 0x64646464, 0x4140;
-    prmt.b32 b, c, 0x64646464, 0x4342;
-    prmt.b32 c, d, 0x64646464, 0x4140;
-    prmt.b32 d, d, 0x64646464, 0x4342;
-    fma.rn.f16x2 $0, a, e, f;
-    fma.rn.f16x2 $1, b, e, f;
-    fma.rn.f16x2 $2, c, e, f;
-    fma.rn.f16x2 $3, d, e, f;
-}""")
+    prmt.b32 a, c, 0xHIGH, 0x4140;
+    prmt.b32 b, c, 0xHIGH, 0x4342;
+    prmt.b32 c, d, 0xHIGH, 0x4140;
+    prmt.b32 d, d, 0xHIGH, 0x4342;
+    fma.rn.TYPE $0, a, e, f;
+    fma.rn.TYPE $1, b, e, f;
+    fma.rn.TYPE $2, c, e, f;
+    fma.rn.TYPE $3, d, e, f;
+}"""
+
+
+def _int4_as_16_bits(**values: str) -> tl.constexpr:
+    """The assembly for one type: ONE and MINUS are 1 and the negative of what HIGH adds, twice."""
+    text = _INT4_AS_16_BITS
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return tl.constexpr(text)
+
+
+INT4_AS_BF16 = _int4_as_16_bits(ONE="3F803F80", MINUS="C300C300", HIGH="43434343", TYPE="bf16x2")
+INT4_AS_FP16 = _int4_as_16_bits(ONE="3C003C00", MINUS="E400E400", HIGH="64646464", TYPE="f16x2")
 _ONES = "mov.b32 $0, 0x{0}; mov.b32 $1, 0x{0};"
 FP8_AS_BF16 = tl.constexpr("""{
     .reg .b16 a, b, c, d;

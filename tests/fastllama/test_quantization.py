@@ -171,14 +171,14 @@ def test_weights_of_another_format_are_quantised_anew() -> None:
     for stored, scheme in CHOICES.items():
         before = quantized(dense, scheme)
         for asked, other in CHOICES.items():
-            after = quantized_if_asked(name, before, asked)
+            after = quantized_if_asked(name, before, asked, CPU)
             assert isinstance(after, QuantizedWeight)
             if other.format == scheme.format:  # whatever its groups
                 assert after is before
             else:
                 expected = quantized(before.dequantized(), other)
                 assert torch.equal(after.values, expected.values) and torch.equal(after.scales, expected.scales)
-        assert quantized_if_asked(name, before, None) is before
+        assert quantized_if_asked(name, before, None, CPU) is before
         args = ModelArgs(**PARAMS)
         chosen = {asked: model_schemes(asked, args, {name: scheme})[name] for asked in CHOICES}
         assert chosen == {

@@ -96,7 +96,7 @@ class PiecesTokenizer(BaseTokenizer):
         self.special_tokens = {}
 
     def _encode_text(self, s: str, *, is_first: bool) -> list[int]:
-        raise NotImplementedError("tok512.bin is read to decode only")
+        raise ValueError("tok512.bin is read to decode only: give token ids")
 
     def _join(self, ids: list[int]) -> bytes:
         return b"".join(self.pieces[token] for token in ids)

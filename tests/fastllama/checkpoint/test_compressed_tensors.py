@@ -261,3 +261,14 @@ def test_damaged_parts_are_errors(tmp_path: Path, kind: str, part: str, message:
         write_folder(tmp_path, fields, {"lm_head": stored | {"weight_shape": torch.tensor([584, 255])}})
         with pytest.raises(ValueError, match=r"lm_head: expected \(584, 255\), got \(584, 256\)"):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [0x7F, 0xFF])
+def test_fp8_weights_that_are_not_numbers_are_errors(tmp_path: Path, bits: int) -> None:
+    layout, fields, _ = KINDS["fp8-channel"]
+    stored = compressed(LINEAR["lm_head"], layout, fields)
+    stored["weight"].view(torch.uint8)[3, 5] = bits
+    group = {"targets": ["lm_head"], "weights": fields}
+    write_folder(tmp_path, configuration(layout, fields, config_groups={"a": group}), {"lm_head": stored})
+    with pytest.raises(ValueError, match=r"lm_head holds fp8 weights that are not numbers \(NaN\)"):
+        dict(open_checkpoint(tmp_path).tensors())

@@ -6,9 +6,9 @@ from typing import Any
 from fastllama.checkpoint import open_checkpoint
 from fastllama.checkpoint.quantized_writer import write_quantized
 from fastllama.checkpoint.quantized_writer_config import model_config
-from tests.support.checkpoints import random_weights, write_meta
+from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.support.quantized_folders import PARAMS, Parts, awq_parts, gptq_parts, linear_weights, write_folder
-from tests.support.refusals.case import MODEL, Refusal
+from tests.support.refusals.case import MODEL, Refusal, build
 
 MODULE = "model.layers.0.mlp.down_proj"
 ROWS, COLUMNS = linear_weights()[MODULE].shape
@@ -65,6 +65,12 @@ def _quantize() -> None:
     write_quantized(checkpoint, out, "int4", with_output=False, config=config, copy_others=lambda folder: None)
 
 
+def _dense() -> None:
+    params = tiny_params()
+    write_meta(MODEL, params, random_weights(params))
+    write_tokenizer(MODEL)
+
+
 CASES = [
     _method("bitsandbytes", load_in_4bit=True),
     _method("fp8", weight_block_size=[128, 128]),
@@ -87,6 +93,8 @@ CASES = [
     Refusal("GPTQ: groups that are wider than the matrix", _odd_groups),
     _awq("other versions", version="gemv"),
     _awq("weights without zero points", zero_point=False),
+    Refusal("`quantize=` of another kind", _dense, partial(build, quantize="nf4")),
+    Refusal('`quantize="int4"` and columns that 32 does not divide', _dense, partial(build, quantize="int4")),
     Refusal("`fastllama quantize` of a quantised checkpoint", _good, _quantize),
     Refusal("`fastllama quantize` of a rope that transformers lacks", _rope_factors, _quantize),
 ]

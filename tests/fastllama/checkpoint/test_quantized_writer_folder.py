@@ -1,0 +1,84 @@
+"""The folder that `write_quantized` writes: shards, taken folders, runs that end early, quantised checkpoints."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastllama.checkpoint import open_checkpoint
+from tests.fastllama.checkpoint.test_quantized_writer import PARAMS, WEIGHTS, source, write
+from tests.support.checkpoints import write_meta
+from tests.support.quantized_folders import gptq_parts, linear_weights, write_folder
+
+
+def test_shards_have_an_index(tmp_path: Path) -> None:
+    made = source(tmp_path / "source", "huggingface")
+    whole = dict(open_checkpoint(write(made, tmp_path / "one", "int4")).dense_tensors())
+    out = write(made, tmp_path / "several", "int4", shard_bytes=300_000)
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((out / name).stat().st_size < 310_000 for name in files)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    sizes = [tensor.nbytes for name in files for tensor in load_file(out / name).values()]
+    assert index["metadata"]["total_size"] == sum(sizes) and len(index["weight_map"]) == len(sizes)
+    for name, weight in open_checkpoint(out).dense_tensors():
+        assert torch.equal(weight, whole[name])
+
+
+def test_an_empty_folder_is_filled_and_another_is_an_error(tmp_path: Path) -> None:
+    made = source(tmp_path / "source", "meta")
+    (tmp_path / "empty").mkdir()
+    open_checkpoint(write(made, tmp_path / "empty", "int8"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for taken in (tmp_path / "empty", next(iter(before))):
+        with pytest.raises(ValueError, match="expected a new or an empty folder to write to; give another one"):
+            write(made, taken, "int8")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def _interrupted(folder: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+    made = source(tmp_path / "source", "meta")
+    with pytest.raises(KeyboardInterrupt):
+        write(made, tmp_path / "out", "int8", copy_others=_interrupted)
+    name = "layers.1.feed_forward.w2.weight"
+    damaged = write_meta(tmp_path / "damaged", PARAMS, WEIGHTS | {name: WEIGHTS[name] * torch.nan})
+    with pytest.raises(ValueError, match="holds values that are not finite"):
+        write(damaged, tmp_path / "out", "int8")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "damaged"}
+
+
+def test_a_killed_run_leaves_no_folder_that_opens(tmp_path: Path) -> None:
+    made = source(tmp_path / "source", "meta")
+    child = os.fork()
+    if child == 0:
+        try:
+            write(made, tmp_path / "out", "int8", copy_others=lambda folder: os._exit(9))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    (left,) = [path for path in tmp_path.iterdir() if path.name != "source"]
+    assert left.name.startswith(".out.") and list(left.glob("*.safetensors"))
+    with pytest.raises(ValueError, match=r"config\.json: does not exist"):
+        open_checkpoint(left)
+    open_checkpoint(write(made, tmp_path / "out", "int8"))
+
+
+def test_quantised_checkpoints_are_not_quantised_again(tmp_path: Path) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    shape = linear_weights()[module].shape
+    fields = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    write_folder(tmp_path / "gptq", fields, {module: gptq_parts((shape[0], shape[1]), 64, 0)[0]})
+    with pytest.raises(ValueError, match=r"is quantised already \(int4 in groups of 64\), and rounding twice"):
+        write(tmp_path / "gptq", tmp_path / "out", "int8")
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    from tests.support.gguf_files import write as write_kind
+
+    with pytest.raises(ValueError, match=r"is quantised already \(Q5_0\)"):
+        write(write_kind(tmp_path, "Q5_0"), tmp_path / "out", "int8")

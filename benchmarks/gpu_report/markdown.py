@@ -15,6 +15,7 @@ TITLES = {
     "decode": "Tokens a second",
     "whole step": "A whole step, compared with the sum of its launches",
     "prefill": "Prefill",
+    "instruction rates": "Instructions that a multiprocessor executes",
     "quantised weights": "Projections with quantised weights",
     "sampling": "Sampling",
     "switches": "Features turned off: graph, dependent launch, prefetches, unrolling",

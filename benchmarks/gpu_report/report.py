@@ -44,6 +44,7 @@ SECTIONS = {
     "decode": "fastllama.benchmarks.gpu_report.measurements:decode",
     "whole step": "fastllama.benchmarks.gpu_report.whole_steps:whole_steps",
     "prefill": "fastllama.benchmarks.gpu_report.measurements:prefills",
+    "instruction rates": "fastllama.benchmarks.gpu_report.instruction_rates:instruction_rates",
     "quantised weights": "fastllama.benchmarks.gpu_report.quantized_weights:quantized_weights",
     "sampling": "fastllama.benchmarks.gpu_report.measurements:sampling",
     "switches": "fastllama.benchmarks.gpu_report.measurements:switches",

@@ -23,6 +23,7 @@ class Sizes(NamedTuple):
     rounds: int = 3  # of alternating variants
     other_launches: int = 16  # the most that are tried beside each launch of the tables
     read_bytes: int = 2**31
+    instruction_loops: int = 256  # of the kernel that times an instruction: 0.3 ms for the fastest
     seconds: float = 0.3  # to measure each ceiling
 
     @property
@@ -51,5 +52,6 @@ TOY = Sizes(
     rounds=1,
     other_launches=1,
     read_bytes=2**16,
+    instruction_loops=1,
     seconds=0.0,
 )

@@ -83,15 +83,22 @@ class Sass:
             ends.append(at)
         return ends[-1] - ends[-2], len(found)
 
-    def _innermost_loop(self) -> tuple[int, int]:
-        loops = []
+    def loops(self) -> list[tuple[int, int]]:
+        """The indices of each loop's first instruction and of its branch back to it."""
+        found = []
         for index, one in enumerate(self.instructions):
             match = re.search(r"\bBRA\S* .*?(\.L\w+)", one.text)
             if match and self._labels.get(match[1], index + 1) <= index:
-                begin = self._labels[match[1]]
-                if any(re.search(_MATRIX, inner.text) for inner in self.instructions[begin:index]):
-                    loops.append((begin, index))
-        return min(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+                found.append((self._labels[match[1]], index))
+        return found
+
+    def _innermost_loop(self) -> tuple[int, int]:
+        multiplying = [
+            (begin, end)
+            for begin, end in self.loops()
+            if any(re.search(_MATRIX, one.text) for one in self.instructions[begin:end])
+        ]
+        return min(multiplying, key=lambda loop: loop[1] - loop[0], default=(0, 0))
 
     def _wait(self) -> int:
         return next((i for i, one in enumerate(self.instructions) if _WAIT in one.text), 0)

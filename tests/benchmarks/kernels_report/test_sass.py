@@ -62,3 +62,9 @@ def test_a_chain_of_sums_takes_the_cycles_of_its_instructions() -> None:
     assert loop(group, group).chain() == (2 * CHAIN_CYCLES, 2)
     assert sass(*one).chain() == (3 * CHAIN_CYCLES + 1, 4), "unrolled"
     assert sass(WAIT).chain() == (0, 0)
+
+
+def test_loops_are_branches_back() -> None:
+    inner = [".L_x_2:\n", X, line("@P0 BRA `(.L_x_2)")]
+    found = sass(".L_x_1:\n", WEIGHT, *inner, USES_X, line("@!P0 BRA `(.L_x_1)"), line("BRA `(.L_x_3)"), ".L_x_3:\n")
+    assert found.loops() == [(1, 2), (0, 4)]

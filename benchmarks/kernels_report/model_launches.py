@@ -56,7 +56,7 @@ def _lazy_zeros(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.from_numpy(np.zeros((*shape[:-1], bytes_of_row), np.uint8)).view(dtype)
 
 
-def _lazy_weight(name: str, shape: tuple[int, ...], quantize: str | None) -> Weight:
+def lazy_weight(name: str, shape: tuple[int, ...], quantize: str | None) -> Weight:
     """A weight of zeros, packed for the fused backend. name: Meta's name of its first part."""
     scheme = scheme_of(quantize, name, shape[-1])
     if scheme is None:
@@ -98,7 +98,7 @@ def _lazy_model(
         if packed.attribute not in weights:
             n_rows = sum(shapes[name][0] for name in packed.names)
             shape = n_rows, *shapes[packed.names[0]][1:]
-            weights[packed.attribute] = _lazy_weight(packed.names[0], shape, quantize)
+            weights[packed.attribute] = lazy_weight(packed.names[0], shape, quantize)
         assign(packed.owner, packed.attribute, weights[packed.attribute])
     return model
 

@@ -106,6 +106,8 @@ def _chain(arguments: Row, compiled: Compiled) -> float:
     else:  # warps beyond the number of tiles repeat work
         tiles = arguments["BLOCK_ROWS"] / MATRIX_ROWS * arguments["BLOCK_N"] / MATRIX_COLUMNS
         of_stage = depth * _tile_rows(arguments) / arguments["BLOCK_ROWS"] * max(1.0, tiles * split / compiled.warps)
+        if arguments.get("FORMAT") == "int4":  # the same products with ones serve all rows
+            of_stage += depth * arguments["BLOCK_N"] / MATRIX_COLUMNS
     return cycles * of_stage / count if count else 0.0
 
 

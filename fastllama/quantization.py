@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 
 from fastllama.args import ModelArgs
+from fastllama.int4_rounding import best_rounding
 from fastllama.kernels.quantized import BITS, ELEMENTS_AT_ONCE, QuantizedWeight, Weight, concatenated, pack_int4
 
 OUTPUT_NAME = "output.weight"
 NOT_QUANTIZED = ("tok_embeddings.weight", "norm.weight", ".bias")  # ends of names
 INT4_GROUPS = (128, 64, 32)
 FLOAT32_BYTES, HALF_BYTES = 4, 2
-MAX_INT8, MAX_FP8, MAX_INT4 = 127, 448.0, 15
+MAX_INT8, MAX_FP8 = 127, 448.0
 FP8_CAPABILITY = (8, 9)  # the first compute capability whose GPUs convert e4m3
-# Ranges that are tried for a group of int4, as shares of that from its smallest to its largest weight. A range that
-# leaves out the extremes is finer for the others.
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)
-REFITS = 2  # least-squares fits of scale and offset to the rounded values, per range
 
 
 class Scheme(NamedTuple):
@@ -158,56 +155,8 @@ def _by_row(rows: Tensor, kind: str) -> QuantizedWeight:
     return QuantizedWeight(kind, bits, scales)
 
 
-class _Candidate(NamedTuple):
-    """A rounding of groups (OUT, G, size); the other tensors (OUT, G, 1), scale and offset in float16."""
-
-    error: Tensor  # squared, summed over the group
-    q: Tensor
-    scale: Tensor
-    offset: Tensor  # a zero or a minimum
-
-
 def _int4(rows: Tensor, group_size: int, integer_zeros: bool) -> QuantizedWeight:
-    """For each group the scale and offset with the smallest squared error among those tried."""
-    w = rows.view(rows.shape[0], -1, group_size)
-    least, most = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
-    if integer_zeros:  # such a range holds 0
-        least, most = least.clamp(max=0), most.clamp(min=0)
-    middle, width = (least + most) / 2, most - least
-    best = _rounded(w, width / MAX_INT4, least, integer_zeros)
-    for share in SHARES:
-        candidate = _rounded(w, share * width / MAX_INT4, middle - share * width / 2, integer_zeros)
-        best = _better(best, candidate)
-        for _ in range(REFITS):
-            candidate = _rounded(w, *_refitted(w, candidate, integer_zeros), integer_zeros)
-            best = _better(best, candidate)
+    """Groups of columns, each with the scale and offset of the smallest squared error found."""
+    best = best_rounding(rows.view(rows.shape[0], -1, group_size), integer_zeros)
     values = pack_int4(best.q.flatten(1))
     return QuantizedWeight("int4", values, best.scale[..., 0], best.offset[..., 0], has_zeros=integer_zeros)
-
-
-def _rounded(w: Tensor, scale: Tensor, minimum: Tensor, integer_zeros: bool) -> _Candidate:
-    """The rounding with a scale and a minimum, both rounded first; with integer_zeros the minimum becomes a zero."""
-    scale = scale.half()
-    step = torch.where(scale > 0, scale.float(), 1)
-    offset = (-minimum / step).round().clamp(0, MAX_INT4) if integer_zeros else minimum.half().float()
-    q = (w / step + offset if integer_zeros else (w - offset) / step).round().clamp(0, MAX_INT4)
-    dequantized = scale.float() * (q - offset) if integer_zeros else scale.float() * q + offset
-    error = (w - dequantized).square().sum(-1, keepdim=True)
-    return _Candidate(error, q, scale, offset.half())
-
-
-def _refitted(w: Tensor, candidate: _Candidate, integer_zeros: bool) -> tuple[Tensor, Tensor]:
-    """The scale and the minimum with the smallest squared error for a candidate's q; zeros stay."""
-    n = candidate.q - (candidate.offset.float() if integer_zeros else candidate.q.mean(-1, keepdim=True))
-    power = n.square().sum(-1, keepdim=True)
-    fitted = (w * n).sum(-1, keepdim=True) / power.clamp(min=1e-30)
-    scale = torch.where((power > 0) & (fitted > 0), fitted, candidate.scale.float())
-    if integer_zeros:
-        return scale, -scale * candidate.offset.float()
-    return scale, w.mean(-1, keepdim=True) - scale * candidate.q.mean(-1, keepdim=True)
-
-
-def _better(one: _Candidate, other: _Candidate) -> _Candidate:
-    """For each group the candidate with the smaller error; the first if they are equal."""
-    wins = other.error < one.error
-    return _Candidate(*(torch.where(wins, new, old) for old, new in zip(one, other, strict=True)))

@@ -25,14 +25,11 @@ EMBEDDING_NAME = "tok_embeddings.weight"
 class Calibration:
     """The hidden states of windows of tokens before a layer."""
 
-    def __init__(
-        self, params: Mapping[str, Any], windows: Sequence[Sequence[int]], group_size: int, device: torch.device
-    ) -> None:
-        """params: ModelArgs fields, resolved. windows: of tokens, each from position 0 on."""
+    def __init__(self, params: Mapping[str, Any], windows: Sequence[Sequence[int]], device: torch.device) -> None:
+        """params: ModelArgs fields, resolved. windows: of tokens, each from position 0 on. device: that computes."""
         longest = max(map(len, windows))
         self._args = ModelArgs(**{**params, "max_seq_len": longest, "max_batch_size": 1})
         self._windows = [torch.tensor(window) for window in windows]
-        self._group_size = group_size
         self._n_names = sum(name.startswith("layers.0.") for name in self._args.shapes)
         self._device = device
         self._rope = rope_table(self._args).to(device)
@@ -42,8 +39,8 @@ class Calibration:
         self._hidden: list[Tensor] = []
 
     @torch.inference_mode()
-    def rounded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Weight]]:
-        """All weights of a model in the order of a forward pass -> the same, the layers' matrices as int4.
+    def rounded(self, weights: Iterable[tuple[str, Tensor]], group_size: int) -> Iterator[tuple[str, Weight]]:
+        """All weights of a model in the order of a forward pass -> the same, the layers' matrices as int4 with zeros.
 
         ValueError for weights that are not finite.
         """
@@ -58,11 +55,11 @@ class Calibration:
             index, _, part = part.partition(".")
             layer[part] = weight
             if len(layer) == self._n_names:
-                for part, result in self._rounded_layer(layer).items():
+                for part, result in self._rounded_layer(layer, group_size).items():
                     yield f"layers.{index}.{part}", result
                 layer = {}
 
-    def _rounded_layer(self, layer: Mapping[str, Tensor]) -> dict[str, Weight]:
+    def _rounded_layer(self, layer: Mapping[str, Tensor], group_size: int) -> dict[str, Weight]:
         """The layer with its matrices rounded. The hidden states become those after it."""
         eps, result = self._args.norm_eps, dict[str, Weight](layer)
 
@@ -72,7 +69,7 @@ class Calibration:
 
         def rounded(attribute: str, inputs: Iterable[Tensor]) -> Tensor:
             names = LAYER_WEIGHTS[attribute]
-            weight = gptq(cast(Tensor, packed(attribute)), _moments(inputs), self._group_size)
+            weight = gptq(cast(Tensor, packed(attribute)), _moments(inputs), group_size)
             parts = split(weight, [layer[name].shape[0] for name in names])
             result.update({name: part.to(layer[name].device) for name, part in zip(names, parts, strict=True)})
             return weight.dequantized()

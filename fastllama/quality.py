@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastllama.generation import Llama
+from fastllama.tokenizer_base import BaseTokenizer
 
 PIECE_TOKENS = 128  # whose logits are in memory at once
 LARGE_DIVERGENCE = 0.99  # quantile
@@ -46,12 +47,13 @@ class Quality:
     difference: Difference | None
 
 
-def windows_of(llm: Llama, text: str, window_tokens: int, max_tokens: int | None = None) -> list[list[int]]:
+def windows_of(
+    tokenizer: BaseTokenizer, text: str, window_tokens: int, max_tokens: int | None = None
+) -> list[list[int]]:
     """The text's tokens in windows of at most `window_tokens`, the begin of text included; max_tokens of it at most.
 
     ValueError for a text of fewer than two tokens.
     """
-    tokenizer = llm.tokenizer
     begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     tokens = tokenizer.encode(text, bos=False, eos=False)[:max_tokens]
     step = window_tokens - len(begin)

@@ -63,11 +63,11 @@ class QuantizedWeight:
 
     def to(self, device: torch.device) -> "QuantizedWeight":
         """The same weight on a device: itself if it is there, as for tensors."""
-        return self if device == self.device else self._mapped(lambda one: one.to(device))
+        return self if device == self.device else self.mapped(lambda one: one.to(device))
 
     def rows(self, start: int, length: int) -> "QuantizedWeight":
         """`length` rows from `start` on."""
-        return self._mapped(lambda one: one[start : start + length])
+        return self.mapped(lambda one: one[start : start + length])
 
     def columns(self, start: int, length: int) -> "QuantizedWeight":
         """`length` columns from `start` on. Order PLAIN. ValueError unless they begin and end with groups and bytes."""
@@ -80,7 +80,7 @@ class QuantizedWeight:
                 )
         values = slice(start // per_byte, (start + length) // per_byte)
         groups = slice(start // size, (start + length) // size) if self.scales.shape[1] > 1 else slice(None)
-        return self._mapped(lambda one: one[:, groups], lambda one: one[:, values])
+        return self.mapped(lambda one: one[:, groups], lambda one: one[:, values])
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (OUT, IN), computed in float32 and rounded to the dtype. Order PLAIN."""
@@ -104,9 +104,10 @@ class QuantizedWeight:
         offsets = self.offsets.float()[..., None]
         return ((q - offsets) * scales if self.has_zeros else q * scales + offsets).flatten(1)
 
-    def _mapped(
+    def mapped(
         self, change: Callable[[Tensor], Tensor], of_values: Callable[[Tensor], Tensor] | None = None
     ) -> "QuantizedWeight":
+        """The weight with a function applied to each of its tensors; of_values: another one for its values."""
         return replace(
             self,
             values=(of_values or change)(self.values),

@@ -3,7 +3,6 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +10,7 @@ import torch
 
 from fastllama.checkpoint.json_config import short_list
 from fastllama.checkpoint.sharding import ShardedTensor, WeightSpec
-from fastllama.kernels.quantized import BITS, QuantizedWeight
+from fastllama.kernels.quantized import BITS, QuantizedWeight, Weight
 from fastllama.quantization import INT4_GROUPS
 
 USE_ORIGINAL = "use the original weights, with --quantize for fewer bits"
@@ -139,13 +138,14 @@ def scales_in_memory(scales: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def in_meta_row_order(weight: QuantizedWeight, head_dim: int) -> QuantizedWeight:
     """A weight of q or k, from transformers' order of rows to Meta's."""
-    offsets = None if weight.offsets is None else to_meta_row_order(weight.offsets, head_dim)
-    return replace(
-        weight,
-        values=to_meta_row_order(weight.values, head_dim),
-        scales=to_meta_row_order(weight.scales, head_dim),
-        offsets=offsets,
-    )
+    return weight.mapped(lambda rows: to_meta_row_order(rows, head_dim))
+
+
+def in_transformers_row_order(weight: Weight, head_dim: int) -> Weight:
+    """A weight or bias of q or k, from Meta's order of rows to transformers'."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.mapped(lambda rows: to_transformers_row_order(rows, head_dim))
+    return to_transformers_row_order(weight, head_dim)
 
 
 def to_meta_row_order(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

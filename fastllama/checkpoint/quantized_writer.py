@@ -2,7 +2,8 @@
 
     int8   pack-quantized, a scale per row     the package's W8A16
     fp8    float-quantized, a scale per row
-    int4   pack-quantized, groups of columns with scale and zero point: W4A16, asymmetric
+    int4   pack-quantized, groups of columns with scale and zero point: W4A16, asymmetric; rounded by the weights'
+           values, or by what their inputs are on a calibration text
 
 All linear layers have the same scheme, as transformers dequantises no others while it loads. Activations are not
 quantised. The embedding, norms and biases stay, and so does the output unless it is asked for.
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastllama.calibration import Calibration
 from fastllama.checkpoint.base import Checkpoint
 from fastllama.checkpoint.huggingface import CONFIG_NAME, PERMUTED_PARTS, huggingface_names
-from fastllama.checkpoint.quantized_tensor import INT4_IN_WORD, to_transformers_row_order
+from fastllama.checkpoint.quantized_tensor import INT4_IN_WORD, in_transformers_row_order
 from fastllama.checkpoint.quantized_writer_config import quantization_config
 from fastllama.checkpoint.safetensors_files import INDEX_NAME, SINGLE_FILE_NAME
 from fastllama.checkpoint.sharding import OUTPUT_NAME, weight_specs
-from fastllama.kernels.quantized import QuantizedWeight, pack_int4
+from fastllama.kernels.quantized import QuantizedWeight, Weight, pack_int4
 from fastllama.quantization import NOT_QUANTIZED, Scheme, quantized, scheme_of
 from fastllama.torch_settings import with_default_settings
 
@@ -47,6 +49,7 @@ def write_quantized(
     with_output: bool,
     config: dict[str, Any],
     copy_others: Callable[[Path], None],
+    calibration: Calibration | None = None,
     progress: bool | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -54,8 +57,10 @@ def write_quantized(
 
     with_output: quantise the output, too; one that is the embedding is then stored beside it.
     config: config.json without its quantization_config. copy_others: adds the other files to a folder.
-    Host memory stays near one weight and one file of `shard_bytes`. ValueError if the checkpoint is quantised already,
-    or the folder is not empty; the folder is left as it was after any error.
+    calibration: the text by which int4 is rounded, for other formats None.
+    Host memory stays near one weight and one file of `shard_bytes`; with a calibration text near one layer, such a file
+    and the text's activations. ValueError if the checkpoint is quantised already, or the folder is not empty; the
+    folder is left as it was after any error.
     """
     _refuse_quantized(checkpoint)
     check_is_free(folder)
@@ -64,7 +69,7 @@ def write_quantized(
     try:
         scheme = common_scheme(checkpoint, quantize)
         shards = _Shards(place, shard_bytes)
-        for name, tensor in _tensors(checkpoint, scheme, with_output, progress):
+        for name, tensor in _tensors(checkpoint, scheme, with_output, calibration, progress):
             shards.add(name, tensor)
         shards.finish()
         copy_others(place)
@@ -103,22 +108,31 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _tensors(
-    checkpoint: Checkpoint, scheme: Scheme, with_output: bool, progress: bool | None
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    with_output: bool,
+    calibration: Calibration | None,
+    progress: bool | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all that is stored."""
-    head_dim = checkpoint.params["head_dim"]
-    for name, weight in checkpoint.dense_tensors(progress=progress):
-        if name == OUTPUT_NAME and checkpoint.params["tied_output"] and not with_output:
+    params = checkpoint.params
+    dense = checkpoint.dense_tensors(progress=progress)
+    weights: Iterable[tuple[str, Weight]] = dense
+    if calibration is not None:
+        weights = calibration.rounded(dense, scheme.group_size)
+    for name, weight in weights:
+        if name == OUTPUT_NAME and params["tied_output"] and not with_output:
             continue
-        (theirs,) = huggingface_names([name]).values()
+        if not (name.endswith(NOT_QUANTIZED) or (name == OUTPUT_NAME and not with_output)):
+            weight = weight if isinstance(weight, QuantizedWeight) else quantized(weight, scheme, integer_zeros=True)
         if any(f".{part}." in name for part in PERMUTED_PARTS):
-            weight = to_transformers_row_order(weight, head_dim)
-        if name.endswith(NOT_QUANTIZED) or (name == OUTPUT_NAME and not with_output):
+            weight = in_transformers_row_order(weight, params["head_dim"])
+        (theirs,) = huggingface_names([name]).values()
+        if isinstance(weight, Tensor):
             yield theirs, weight.contiguous()
-            continue
-        module = theirs.removesuffix(".weight")
-        for part, tensor in _stored(quantized(weight, scheme, integer_zeros=True)).items():
-            yield f"{module}.{part}", tensor
+        else:
+            module = theirs.removesuffix(".weight")
+            yield from ((f"{module}.{part}", tensor) for part, tensor in _stored(weight).items())
 
 
 def _stored(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -71,7 +71,9 @@ def quality(
     sizes: dict[str, Any] = {"max_seq_len": window, "max_batch_size": 1, "cuda_graphs": False, **options}
     llm = Llama.build(folder, tokenizer, quantize=quantize, **sizes)
     reference = _reference(folder, tokenizer, quantize, against, sizes)
-    measured = measure_quality(llm, windows_of(llm, text, window, max_tokens), reference, False if as_json else None)
+    measured = measure_quality(
+        llm, windows_of(llm.tokenizer, text, window, max_tokens), reference, False if as_json else None
+    )
     if as_json:
         described = {"text": text_file, "window": window, "quantize": quantize, "against": against, **asdict(measured)}
         write_stdout(json.dumps(described))

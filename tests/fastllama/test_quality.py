@@ -27,7 +27,7 @@ def build(folder: Path, quantize: str | None = None, **changes: Any) -> Llama:
 
 def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
     llm = build(tmp_path)
-    windows = windows_of(llm, TEXT, WINDOW)
+    windows = windows_of(llm.tokenizer, TEXT, WINDOW)
     assert len(windows) > 2 and {window[0] for window in windows} == {llm.tokenizer.bos_id}
     theirs = huggingface_model(PARAMS, random_weights(PARAMS, seed=2))
     loss, n_tokens = 0.0, 0
@@ -44,7 +44,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
 
 def test_divergence_is_that_of_the_formula(tmp_path: Path) -> None:
     llm, reference = build(tmp_path, "int4"), build(tmp_path)
-    windows = windows_of(llm, TEXT, WINDOW, max_tokens=300)
+    windows = windows_of(llm.tokenizer, TEXT, WINDOW, max_tokens=300)
     measured = measure_quality(llm, windows, reference)
     divergences, same, loss = [], 0, 0.0
     for window in windows:
@@ -63,7 +63,7 @@ def test_divergence_is_that_of_the_formula(tmp_path: Path) -> None:
 
 def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     llm = build(tmp_path)
-    measured = measure_quality(llm, windows_of(llm, TEXT, WINDOW, 50), build(tmp_path))
+    measured = measure_quality(llm, windows_of(llm.tokenizer, TEXT, WINDOW, 50), build(tmp_path))
     difference = measured.difference
     assert difference is not None and (difference.mean_divergence, difference.same_top) == (0, 1)
     assert difference.reference_perplexity == measured.perplexity
@@ -74,9 +74,9 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocabularies of 576 and 640 tokens"):
         measure_quality(llm, [[1, 2, 3]], other)
     tokenizer = llm.tokenizer
-    assert windows_of(llm, "a", WINDOW) == [[tokenizer.bos_id, *tokenizer.encode("a", bos=False, eos=False)]]
+    assert windows_of(llm.tokenizer, "a", WINDOW) == [[tokenizer.bos_id, *tokenizer.encode("a", bos=False, eos=False)]]
     with pytest.raises(ValueError, match="the text has 0 tokens: expected at least two"):
-        windows_of(llm, "", WINDOW)
+        windows_of(llm.tokenizer, "", WINDOW)
     damaged = {name: one.fill_(torch.nan) for name, one in llm.model.state_dict().items()}
     llm.model.load_state_dict(damaged)
     with pytest.raises(ValueError, match="logits after token 0 of a window are not finite"):

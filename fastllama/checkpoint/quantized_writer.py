@@ -8,8 +8,8 @@
 All linear layers have the same scheme, as transformers dequantises no others while it loads. Activations are not
 quantised. The embedding, norms and biases stay, and so does the output unless it is asked for.
 
-The folder is written beside its place, config.json last, and then renamed. One that was not finished has another name,
-and does not open.
+The folder is written under another name beside its place, and then renamed. In a folder that is there already, the
+files are moved into it at the end, config.json last. So one that was not finished does not open.
 """
 
 import json
@@ -63,38 +63,55 @@ def write_quantized(
     folder is left as it was after any error.
     """
     _refuse_quantized(checkpoint)
+    scheme = common_scheme(checkpoint, quantize)
     check_is_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    exists = folder.exists()
+    within = folder if exists else folder.parent
+    within.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=within, prefix=f".{folder.name}."))
     try:
-        scheme = common_scheme(checkpoint, quantize)
+        copy_others(place)
         shards = _Shards(place, shard_bytes)
         for name, tensor in _tensors(checkpoint, scheme, with_output, calibration, progress):
             shards.add(name, tensor)
         shards.finish()
-        copy_others(place)
         config = config | {"tie_word_embeddings": checkpoint.params["tied_output"] and not with_output}
         config |= {"quantization_config": quantization_config(scheme, with_output)}
         (place / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
         place.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            folder.rmdir()
-        os.rename(place, folder)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
+    if not exists:
+        os.rename(place, folder)
+        return
+    for path in sorted(place.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+        os.rename(path, folder / path.name)
+    place.rmdir()
 
 
 def check_is_free(folder: Path) -> None:
-    """Raise ValueError unless the folder does not exist, or is empty."""
+    """Raise ValueError unless the folder is empty, or can be made."""
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not any(folder.iterdir())):
         raise ValueError(f"{folder}: expected a new or an empty folder to write to; give another one, or empty it")
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not (os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)):
+        raise ValueError(f"{folder}: expected a folder that can be written to, and {above} cannot; give another one")
 
 
 def common_scheme(checkpoint: Checkpoint, quantize: str) -> Scheme:
-    """The scheme of all linear layers: int4's groups are the largest allowed that divides the columns of each."""
+    """The scheme of all linear layers: int4's groups are the largest allowed that divides the columns of each.
+
+    ValueError if a layer's columns fit no group, or int8's words.
+    """
     specs = [spec for spec in weight_specs(checkpoint.params) if not spec.name.endswith((*NOT_QUANTIZED, OUTPUT_NAME))]
     schemes = [scheme_of(quantize, spec.name, spec.shape[1]) for spec in specs]
+    for spec, scheme in zip(specs, schemes, strict=True):
+        if scheme is not None and scheme.format == "int8" and spec.shape[1] % torch.int32.itemsize:
+            raise ValueError(
+                f"int8 is stored in words of 32 bits, and {spec.name} has {spec.shape[1]} columns, no multiple of 4: "
+                "use fp8"
+            )
     return min((scheme for scheme in schemes if scheme), key=lambda scheme: scheme.group_size)
 
 
@@ -142,8 +159,6 @@ def _stored(weight: QuantizedWeight) -> dict[str, Tensor]:
     values = weight.values
     if weight.format == "int8":
         values = values.view(torch.uint8).bitwise_xor(SIGN_BIT)
-    if values.shape[1] % torch.int32.itemsize:
-        raise ValueError(f"packed weights need columns in whole words of 32 bits, got {weight.shape[1]}: use fp8")
     parts = {
         "weight_packed": values.view(torch.int32),
         "weight_scale": weight.scales,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from fastllama.checkpoint.huggingface_config import GENERATION_CONFIG_NAME
 from fastllama.tokenizer_base import DEFAULT_TEMPLATE, BaseTokenizer
 from fastllama.tokenizer_gguf import GgufTokenizer
 from fastllama.tokenizer_open import open_tokenizer
-from fastllama.tokenizer_search import find_tokenizer_file
+from fastllama.tokenizer_search import find_tokenizer_file, first_bytes, is_json
 
 COPIED = (
     GENERATION_CONFIG_NAME,
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+# Beside the tokenizer's file, of a Hugging Face folder.
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -25,11 +34,6 @@ COPIED = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
 )
 TEMPLATE_NAME, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TEMPLATE_WORD = re.compile(r"[A-Za-z0-9_-]+")
@@ -43,32 +47,45 @@ LLAMA3_TEMPLATE = (
 )
 
 
-def write_other_files(checkpoint: Checkpoint, tokenizer_path: str, folder: Path) -> None:
+def write_other_files(checkpoint: Checkpoint, ckpt_dir: str, tokenizer_path: str | None, folder: Path) -> str | None:
     """Write the files beside the weights to a folder: copies, or what Meta's layout and GGUF say in other ways.
 
-    tokenizer_path: of the tokenizer, a file or the folder to find it in; without one, none is written.
+    ckpt_dir: from which the checkpoint was opened. tokenizer_path: of the tokenizer, a file or the folder to find it
+    in, which must exist; None: that in ckpt_dir. Returns the name of the tokenizer's file, None if there is none.
     """
-    if checkpoint.format == "huggingface":
-        for pattern in COPIED:
-            for path in sorted(checkpoint.path.glob(pattern)):
-                place = folder / path.relative_to(checkpoint.path)
-                place.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, place)
-        return
+    is_huggingface = checkpoint.format == "huggingface"
+    if is_huggingface:
+        _copy(checkpoint.path, COPIED, folder)
     try:
-        tokenizer = open_tokenizer(tokenizer_path, llama31=bool(checkpoint.params["use_scaled_rope"]))
+        found = find_tokenizer_file(tokenizer_path or ckpt_dir)
+        name = "tokenizer.json" if is_json(first_bytes(found)) else "tokenizer.model"
+        if is_huggingface:
+            _copy(found.parent, TOKENIZER_FILES, folder)
+            shutil.copyfile(found, folder / name)
+            return name
+        tokenizer = open_tokenizer(found, llama31=bool(checkpoint.params["use_scaled_rope"]))
     except AssertionError:  # there is none
-        return
+        if tokenizer_path is not None:
+            raise
+        return None
     ends = sorted({*tokenizer.stop_tokens, *checkpoint.stop_token_ids})
     ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
     _write_json(folder / GENERATION_CONFIG_NAME, {key: value for key, value in ids.items() if value not in (-1, [])})
     if isinstance(tokenizer, GgufTokenizer):
         _write_gguf_tokenizer(tokenizer, folder)
-        return
-    found = find_tokenizer_file(tokenizer_path)
-    shutil.copyfile(found, folder / ("tokenizer.json" if found.suffix == ".json" else "tokenizer.model"))
+        return "tokenizer.json"
+    shutil.copyfile(found, folder / name)
     if _has_llama3_names(tokenizer):
         (folder / TEMPLATE_NAME).write_text(LLAMA3_TEMPLATE, encoding="utf-8")
+    return name
+
+
+def _copy(source: Path, patterns: Sequence[str], folder: Path) -> None:
+    """Copy the files of a folder whose paths match a pattern."""
+    for path in sorted(path for pattern in patterns for path in source.glob(pattern) if path.is_file()):
+        place = folder / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
 
 
 def _has_llama3_names(tokenizer: BaseTokenizer) -> bool:

@@ -60,7 +60,7 @@ def write(source: Path, folder: Path, kind: str, with_output: bool = False, **op
         kind,
         with_output=with_output,
         config=model_config(checkpoint),
-        **{"copy_others": lambda place: write_other_files(checkpoint, str(source), place), **options},
+        **{"copy_others": lambda place: write_other_files(checkpoint, str(source), None, place), **options},
     )
     return folder
 

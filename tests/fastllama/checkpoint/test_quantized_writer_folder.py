@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastllama.checkpoint import open_checkpoint
+from fastllama.checkpoint import open_checkpoint, quantized_writer
 from tests.fastllama.checkpoint.test_quantized_writer import PARAMS, WEIGHTS, source, write
 from tests.support.checkpoints import write_meta
 from tests.support.quantized_folders import gptq_parts, linear_weights, write_folder
@@ -39,6 +39,33 @@ def test_an_empty_folder_is_filled_and_another_is_an_error(tmp_path: Path) -> No
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_the_folder_may_be_the_current_one_or_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = source(tmp_path / "source", "meta")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there", target_is_directory=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (Path(), tmp_path / "link"):
+        open_checkpoint(write(made, folder, "int8"))
+        assert not [path for path in folder.iterdir() if path.is_dir()]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_place_that_cannot_be_written_to_is_an_error_before_any_work(tmp_path: Path) -> None:
+    made = source(tmp_path / "source", "meta")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="expected a folder that can be written to, and .*file cannot; give another"):
+        write(made, tmp_path / "file" / "deeper" / "out", "int8", copy_others=_interrupted)
+
+
+def test_columns_that_do_not_fill_words_are_an_error_before_any_work(tmp_path: Path) -> None:
+    params = PARAMS | {"hidden_dim": 390}
+    made = source(tmp_path / "source", "meta", params)
+    with pytest.raises(ValueError, match=r"and layers\.0\.feed_forward\.w2\.weight has 390 columns, no .*: use fp8"):
+        write(made, tmp_path / "out", "int8", copy_others=_interrupted)
+    open_checkpoint(write(made, tmp_path / "out", "fp8"))
+
+
 def _interrupted(folder: Path) -> None:
     raise KeyboardInterrupt
 
@@ -59,7 +86,8 @@ def test_a_killed_run_leaves_no_folder_that_opens(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         try:
-            write(made, tmp_path / "out", "int8", copy_others=lambda folder: os._exit(9))
+            vars(quantized_writer)["quantization_config"] = lambda *_: os._exit(9)  # after the weights
+            write(made, tmp_path / "out", "int8")
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

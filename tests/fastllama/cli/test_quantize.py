@@ -1,6 +1,7 @@
 """`fastllama quantize`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -53,10 +54,53 @@ def test_quantize_merges_adapters_first(tmp_path: Path) -> None:
     assert bool(((written - merged).abs().amax(1) <= merged.abs().amax(1) / 127).all())
 
 
+def test_quantize_rounds_by_a_text(tmp_path: Path) -> None:
+    made = write_meta(tmp_path / "source", PARAMS, WEIGHTS)
+    write_tokenizer(made)
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there were twelve dogs. " * 40, encoding="utf-8")
+    words = ("--to", "int4", "--calibrate", str(text), "--max_tokens", "600", "--device", "cpu")
+    shown = run("quantize", str(made), str(tmp_path / "out"), *words)
+    assert shown.exit_code == 0, shown.stderr
+    assert "int4 in groups of 64, calibrated on 602 tokens; " in shown.stdout  # 600 in two windows
+    assert run("quantize", str(made), str(tmp_path / "plain"), "--to", "int4").exit_code == 0
+    stored = [dict(open_checkpoint(tmp_path / name).dense_tensors()) for name in ("out", "plain")]
+    different = {name for name in WEIGHTS if not torch.equal(stored[0][name], stored[1][name])}
+    assert different == {name for name in WEIGHTS if name.startswith("layers.") and WEIGHTS[name].ndim == 2}
+
+
+def test_quantize_takes_the_tokenizer_that_is_given(tmp_path: Path) -> None:
+    made = write_huggingface(tmp_path / "source", PARAMS, WEIGHTS)
+    (made / "LICENSES").mkdir()  # a folder, which is not copied
+    (made / "LICENSE.txt").write_text("free")
+    shown = run("quantize", str(made), str(tmp_path / "none"), "--to", "int8", "--json")
+    assert json.loads(shown.stdout)["tokenizer"] is None and "there is no tokenizer in" in shown.stderr
+    assert (tmp_path / "none" / "LICENSE.txt").read_text() == "free"
+    tokenizer = write_tokenizer(tmp_path)
+    given = ("--tokenizer_path", str(tokenizer))
+    shown = run("quantize", str(made), str(tmp_path / "given"), "--to", "int8", *given, "--json")
+    assert json.loads(shown.stdout)["tokenizer"] == "tokenizer.model" and not shown.stderr
+    assert (tmp_path / "given" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    (made / "original").mkdir()
+    shutil.copyfile(tokenizer, made / "original" / "tokenizer.model")
+    shown = run("quantize", str(made), str(tmp_path / "found"), "--to", "int8", "--json")
+    assert json.loads(shown.stdout)["tokenizer"] == "tokenizer.model"
+    for layout in (made, write_meta(tmp_path / "meta", PARAMS, WEIGHTS)):
+        missing = ("--to", "int8", "--tokenizer_path", str(tmp_path / "no.model"))
+        expect_error(run("quantize", str(layout), str(tmp_path / "out"), *missing), "no.model does not exist")
+        assert not (tmp_path / "out").exists()
+
+
 def test_quantize_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     made = str(write_meta(tmp_path / "source", PARAMS, WEIGHTS))
     expect_error(run("quantize", made, made, "--to", "int8"), "expected a new or an empty folder")
     expect_error(run("quantize", made, str(tmp_path / "out"), "--to", "fp8", "--group_size", "64"), "is for int4")
+    for words, expected in [
+        (("--to", "int8", "--calibrate", "x"), "--calibrate is for int4; int8 has"),
+        (("--to", "int4", "--device", "cpu"), "--device is for --calibrate"),
+        (("--to", "int4", "--calibrate", str(tmp_path / "no.txt")), "no.txt: cannot be read (No such file"),
+    ]:
+        expect_error(run("quantize", made, str(tmp_path / "out"), *words), expected)
     expect_error(run("quantize", made, str(tmp_path / "out")), "Missing option '--to'")
     expect_error(run("quantize", str(tmp_path / "no"), str(tmp_path / "out"), "--to", "int8"), "does not exist")
     assert not (tmp_path / "out").exists()

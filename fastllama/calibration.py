@@ -32,6 +32,7 @@ class Calibration:
         self._windows = [torch.tensor(window) for window in windows]
         self._n_names = sum(name.startswith("layers.0.") for name in self._args.shapes)
         self._device = device
+        self.n_tokens = sum(map(len, windows))
         self._rope = rope_table(self._args).to(device)
         cache = (1, self._args.n_kv_heads, longest, self._args.head_dim)
         self._cache = torch.zeros(cache, device=device), torch.zeros(cache, device=device)

@@ -189,9 +189,10 @@ def check_fits(
         return needed
     rows = _largest_that_fits(args.max_batch_size, lambda rows: plan(rows, args.max_seq_len).total <= free)
     length = _largest_that_fits(args.max_seq_len, lambda length: plan(args.max_batch_size, length).total <= free)
+    precision = quantize or (f"{dtype}, weights as stored," if stored else dtype)
     remedies = [f"max_batch_size={rows} would fit"] * (rows > 0) + [f"max_seq_len={length} would fit"] * (length > 0)
     raise DoesNotFit(
-        f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {quantize or dtype} needs "
+        f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {precision} needs "
         f"{needed.total / GIB:.2f} GiB (weights {needed.weights / GIB:.2f}, cache {needed.cache / GIB:.2f}, "
         f"workspace {needed.workspace / GIB:.2f}) and {free / GIB:.2f} GiB are free {limit}: "
         + (

@@ -1,8 +1,8 @@
 """Measures a model on a text: its perplexity, and how far its predictions are from those of another model.
 
-The text is cut into windows that are independent of each other. Each begins with the token for the begin of a text, and
-all later tokens are predicted from those before them. For next-token distributions p of the reference and q of the
-model, the divergence at a position is
+The text is cut into windows that are independent of each other. Each begins with the token for the begin of a text, if
+the tokenizer has one, and all tokens but the first are predicted from those before them. For next-token distributions p
+of the reference and q of the model, the divergence at a position is
 
     KL(p ‖ q) = Σ p · (ln p - ln q)     in nats, 0 for equal predictions
 """
@@ -10,6 +10,7 @@ model, the divergence at a position is
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from fastllama.tokenizer_base import BaseTokenizer
 
 PIECE_TOKENS = 128  # whose logits are in memory at once
 LARGE_DIVERGENCE = 0.99  # quantile
+LARGEST_LOGIT = 1e37  # differences and sums of such are still finite in float32
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Quality:
-    """The result of `measure_quality`. n_tokens: predicted tokens. difference: None without a reference."""
+    """The result of `measure_quality`.
+
+    n_tokens: predicted tokens. perplexity: inf if no float holds it, as of a broken model. difference: None without a
+    reference.
+    """
 
     n_tokens: int
     perplexity: float
@@ -52,7 +58,7 @@ def windows_of(
 ) -> list[list[int]]:
     """The text's tokens in windows of at most `window_tokens`, the begin of text included; max_tokens of it at most.
 
-    ValueError for a text of fewer than two tokens.
+    ValueError for a text of too few tokens to predict one: of none, or of one without a token for the begin.
     """
     begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     tokens = tokenizer.encode(text, bos=False, eos=False)[:max_tokens]
@@ -60,8 +66,21 @@ def windows_of(
     windows = [begin + tokens[start : start + step] for start in range(0, len(tokens), step)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
-        raise ValueError(f"the text has {len(tokens)} tokens: expected at least two, to predict one from another")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens: expected at least {2 - len(begin)}, to predict one from what is before"
+        )
     return windows
+
+
+def check_same_windows(windows: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError, which names the first difference, unless two tokenizers made the same windows of a text."""
+    for number, (window, other) in enumerate(zip_longest(windows, others, fillvalue=()), 1):
+        for place, (ours, theirs) in enumerate(zip_longest(window, other, fillvalue="missing"), 1):
+            if ours != theirs:
+                raise ValueError(
+                    f"the tokenizers differ, so predictions cannot be compared: token {place} of window {number} is "
+                    f"{ours}, and {theirs} in the checkpoint to compare with; compare models of one tokenizer"
+                )
 
 
 @torch.inference_mode()
@@ -71,7 +90,7 @@ def measure_quality(
     """Measure a model on windows of tokens, and against a reference of the same vocabulary if one is given.
 
     progress: None shows a bar if stderr is a terminal, True always, False never. ValueError if the vocabularies differ,
-    or if a model computes logits that are not numbers.
+    or if a model computes logits that are not finite or beyond ±1e37.
     """
     if reference is not None and reference.model.vocab_size != llm.model.vocab_size:
         raise ValueError(
@@ -97,12 +116,20 @@ def measure_quality(
     if reference is not None:
         every = torch.cat(divergences).double()
         difference = Difference(
-            reference_perplexity=math.exp(reference_loss / n_tokens),
+            reference_perplexity=_exp(reference_loss / n_tokens),
             mean_divergence=float(every.mean()),
             large_divergence=float(np.quantile(every.numpy(), LARGE_DIVERGENCE)),
             same_top=same / n_tokens,
         )
-    return Quality(n_tokens, math.exp(loss / n_tokens), difference)
+    return Quality(n_tokens, _exp(loss / n_tokens), difference)
+
+
+def _exp(mean_loss: float) -> float:
+    """The perplexity; inf beyond the largest float."""
+    try:
+        return math.exp(mean_loss)
+    except OverflowError:
+        return math.inf
 
 
 def _pieces(window: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -116,6 +143,9 @@ def _log_probabilities(llm: Llama, window: Sequence[int], begin: int, length: in
     """float32 log-probabilities (length, V) of the tokens after those at `begin` and on."""
     tokens = torch.tensor([window[begin : begin + length]], device=llm.model.device)
     logits = llm.model.forward(tokens, begin)[0]
-    if not bool(logits.isfinite().all()):
-        raise ValueError(f"the logits after token {begin} of a window are not finite: the weights are damaged")
+    if not bool((logits.abs() <= LARGEST_LOGIT).all()):  # not true of nan
+        raise ValueError(
+            f"the logits after token {begin} of a window are not finite, or beyond ±{LARGEST_LOGIT:.0e}: the weights "
+            "are damaged"
+        )
     return torch.log_softmax(logits, -1)

@@ -18,7 +18,7 @@ from fastllama.cli.options import (
     quantize_option,
     threads_option,
 )
-from fastllama.cli.parameter_types import Integers, Names
+from fastllama.cli.parameter_types import Choice, Integers, Names
 from fastllama.distributed.environment import is_distributed, world_size
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ EXIT_FINDINGS = 1  # --strict has failures, or `compare` a regression
     show_default=True,
     help=f"What to measure, of {', '.join(SUITES)}.",
 )
-@click.option(
-    "--model", type=click.Choice(MODELS), metavar="NAME", help=f"One of {', '.join(MODELS)}. Default: builtin."
-)
+@click.option("--model", type=Choice(MODELS), metavar="NAME", help=f"One of {', '.join(MODELS)}. Default: builtin.")
 @checkpoint_options
 @click.option("--batch", "batches", type=Integers(), default="1,4", show_default=True, help="Rows decoded together.")
 @click.option(

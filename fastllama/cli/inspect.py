@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastllama.cli.inspect_plans import (
+    AS_STORED,
     precision_plans,
     precisions_section,
     process_plan,
@@ -25,7 +26,7 @@ from fastllama.cli.options import (
     json_option,
     quantize_option,
 )
-from fastllama.cli.parameter_types import Integers
+from fastllama.cli.parameter_types import Choice, Integers
 from fastllama.cli.standard_streams import write_stdout
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ SIZES = ("max_seq_len", "max_batch_size")  # of the cache, not of the model
     show_default=True,
     help="To plan for.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), help="To plan for. Default: the one stored.")
+@click.option("--dtype", type=Choice(DTYPES), help="To plan for. Default: the one stored.")
 @quantize_option
 @click.option(
     "--nproc",
@@ -67,9 +68,7 @@ SIZES = ("max_seq_len", "max_batch_size")  # of the cache, not of the model
     show_default=True,
     help="Numbers of processes, one on each GPU, to plan for.",
 )
-@click.option(
-    "--gpu", type=click.Choice(GPUS), default="H100", show_default=True, help="Whose data sheet sets the limit."
-)
+@click.option("--gpu", type=Choice(GPUS), default="H100", show_default=True, help="Whose data sheet sets the limit.")
 @json_option("one object")
 def inspect(
     checkpoint: str | None,
@@ -138,6 +137,8 @@ def describe(
     def schemes_of(n: int) -> "Mapping[str, Scheme]":
         return model_schemes(quantize, args.split(n), checkpoint.schemes(n))
 
+    kept = AS_STORED if checkpoint.precisions else dtype_name(planned)
+    precision = {"dtype": dtype_name(planned), "quantize": quantize, "precision": quantize or kept}
     plan, shape = plan_of(1, quantize), {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     planner = partial(plan_of, choice=quantize)
     # Fields that only other rope types read have no effect.
@@ -154,8 +155,8 @@ def describe(
         "files": [{"name": path.name, "bytes": size} for path, size in checkpoint.files],
         "adapters": [str(path) for path in checkpoint.adapters],
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
-        "memory": {"dtype": dtype_name(planned), "quantize": quantize, **shape, **asdict(plan), "total": plan.total},
-        "precisions": precision_plans(planned, plan_of),
+        "memory": {**precision, **shape, **asdict(plan), "total": plan.total},
+        "precisions": precision_plans(kept, plan_of),
         "this_machine": _describe_machine(),
         "gpu": gpu,
         "processes": [process_plan(args, planned, n, gpu, planner, schemes_of) for n in dict.fromkeys(nproc)],
@@ -184,7 +185,7 @@ def render(description: dict[str, Any]) -> str:
     files, passed_over = description["files"], description["passed_over"]
     total = sum(file["bytes"] for file in files)
     shape = f"{memory['max_batch_size']} rows of {memory['max_seq_len']} tokens in {memory['dtype']}"
-    shape += f", {memory['quantize']} weights" if memory["quantize"] else ""
+    shape += f", weights: {memory['precision']}" if memory["precision"] != memory["dtype"] else ""
     sections = [
         (
             "checkpoint",

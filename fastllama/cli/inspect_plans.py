@@ -10,22 +10,23 @@ if TYPE_CHECKING:
     from fastllama.memory_plan import MemoryPlan
     from fastllama.quantization import Scheme
 
+AS_STORED = "as stored"  # weights that are quantised in the files, and stay so
 SHOWN = (None, "int8", "int4")  # fp8 needs as much as int8
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 UNIT_FACTOR = 1024
 
 
-def precision_plans(dtype: "torch.dtype", plan_of: Callable[[int, str | None], "MemoryPlan"]) -> list[dict[str, Any]]:
+def precision_plans(kept: str, plan_of: Callable[[int, str | None], "MemoryPlan"]) -> list[dict[str, Any]]:
     """For each precision the bytes of weights and of everything, and the GPUs that hold it alone; or what prevents it.
 
-    plan_of: the memory plan for a number of processes and a choice of `quantize`.
+    kept: what the weights are without --quantize. plan_of: the memory plan for a number of processes and a choice of
+    `quantize`.
     """
-    from fastllama.checkpoint.base import dtype_name
     from fastllama.speed_of_light import DATA_SHEETS
 
     found: list[dict[str, Any]] = []
     for choice in SHOWN:
-        name = dtype_name(dtype) if choice is None else choice
+        name = choice or kept
         try:
             plan = plan_of(1, choice)
         except ValueError as error:

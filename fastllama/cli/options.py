@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastllama.cli import standard_streams
-from fastllama.cli.parameter_types import Number
+from fastllama.cli.parameter_types import Choice, Number
 from fastllama.distributed import environment
 
 if TYPE_CHECKING:
@@ -203,8 +203,8 @@ def device_options(command: Any) -> Any:
     """--device, --dtype and --backend."""
     return _combined(
         click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N. Default: cuda where there is one."),
-        click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16 on a GPU, float32 on a CPU."),
-        click.option("--backend", type=click.Choice(BACKENDS), help="Default: what the device asks for."),
+        click.option("--dtype", type=Choice(DTYPES), help="Default: bfloat16 on a GPU, float32 on a CPU."),
+        click.option("--backend", type=Choice(BACKENDS), help="Default: what the device asks for."),
     )(command)
 
 
@@ -212,7 +212,7 @@ def quantize_option(command: Any) -> Any:
     """--quantize."""
     return click.option(
         "--quantize",
-        type=click.Choice(QUANTIZE_CHOICES),
+        type=Choice(QUANTIZE_CHOICES),
         help="Keep the weights in fewer bits, rounded while they are read. int4 has groups of 128, 64 or 32 columns.",
     )(command)
 

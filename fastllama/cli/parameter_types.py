@@ -1,4 +1,4 @@
-"""Types of command-line parameters: numbers, texts, and lists of numbers or names."""
+"""Types of command-line parameters: numbers, texts, names, and lists of numbers or names."""
 
 import math
 from typing import Any
@@ -30,6 +30,15 @@ class Text(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return standard_streams.decoded_argument(str(value))
+
+
+class Choice(click.Choice[str]):
+    """One of some names, shown as they are written; hyphens and underscores in it are the same to type."""
+
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        """The name that was meant, or what was typed."""
+        typed = str(choice).replace("-", "_")
+        return next((name for name in self.choices if name.replace("-", "_") == typed), str(choice))
 
 
 class Integers(click.ParamType):

@@ -10,6 +10,7 @@ import torch
 
 from fastllama import ModelArgs, Transformer, cgroups, memory_plan
 from fastllama.memory_plan import DoesNotFit, check_fits, plan_memory
+from fastllama.quantization import Scheme
 from tests.support.checkpoints import tiny_params
 
 
@@ -46,6 +47,17 @@ def test_a_shared_tied_output_counts_once() -> None:
     apart = plan_memory(published(), torch.bfloat16, 1, 128)
     shared = plan_memory(published(tied_output=True), torch.bfloat16, 1, 128)
     assert apart.weights - shared.weights == 128256 * 4096 * 2
+
+
+def test_error_names_the_precision_of_the_weights() -> None:
+    stored = {"layers.0.feed_forward.w2.weight": Scheme("int8")}
+    for quantize, files, text in (
+        (None, {}, "in torch.bfloat16 needs"),
+        (None, stored, "in torch.bfloat16, weights as stored, needs"),
+        ("int4", stored, "in int4 needs"),
+    ):
+        with pytest.raises(DoesNotFit, match=text):
+            check_fits(published(), torch.bfloat16, free=0, quantize=quantize, stored=files)
 
 
 def test_error_names_the_largest_sizes_that_fit() -> None:

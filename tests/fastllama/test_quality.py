@@ -9,7 +9,7 @@ import torch
 
 from fastllama import Llama
 from fastllama.builtin.held_out import held_out_text
-from fastllama.quality import PIECE_TOKENS, measure_quality, windows_of
+from fastllama.quality import PIECE_TOKENS, check_same_windows, measure_quality, windows_of
 from tests.support.checkpoints import huggingface_model, random_weights, tiny_params, write_meta, write_tokenizer
 
 PARAMS = tiny_params(hidden_dim=192)
@@ -73,14 +73,49 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     llm, other = build(tmp_path / "one"), build(tmp_path / "other", vocab_size=640)
     with pytest.raises(ValueError, match="vocabularies of 576 and 640 tokens"):
         measure_quality(llm, [[1, 2, 3]], other)
-    tokenizer = llm.tokenizer
-    assert windows_of(llm.tokenizer, "a", WINDOW) == [[tokenizer.bos_id, *tokenizer.encode("a", bos=False, eos=False)]]
-    with pytest.raises(ValueError, match="the text has 0 tokens: expected at least two"):
-        windows_of(llm.tokenizer, "", WINDOW)
-    damaged = {name: one.fill_(torch.nan) for name, one in llm.model.state_dict().items()}
-    llm.model.load_state_dict(damaged)
-    with pytest.raises(ValueError, match="logits after token 0 of a window are not finite"):
-        measure_quality(llm, [[1, 2, 3]])
+    for value in (torch.nan, 1e38):
+        load_output(llm, torch.full_like(llm.model.state_dict()["output.weight"], value))
+        with pytest.raises(ValueError, match="logits after token 0 of a window are not finite, or beyond ±1e"):
+            measure_quality(llm, [[1, 2, 3]])
+
+
+def load_output(llm: Llama, weight: torch.Tensor) -> None:
+    llm.model.load_state_dict(llm.model.state_dict() | {"output.weight": weight})
+
+
+def test_a_text_needs_as_many_tokens_as_predict_one(tmp_path: Path) -> None:
+    tokenizer = build(tmp_path).tokenizer
+    (one,), two = (tokenizer.encode(text, bos=False, eos=False) for text in ("a", "a?"))
+    assert windows_of(tokenizer, "a", WINDOW) == [[tokenizer.bos_id, one]]
+    with pytest.raises(ValueError, match="the text has 0 tokens: expected at least 1,"):
+        windows_of(tokenizer, "", WINDOW)
+    tokenizer.bos_id = -1
+    assert windows_of(tokenizer, "a?", WINDOW) == [two] and len(two) == 2
+    with pytest.raises(ValueError, match="the text has 1 tokens: expected at least 2,"):
+        windows_of(tokenizer, "a", WINDOW)
+
+
+def test_the_first_difference_of_two_tokenizers_is_named() -> None:
+    windows = [[0, 1, 2], [0, 3]]
+    check_same_windows(windows, [[0, 1, 2], [0, 3]])
+    for others, message in (
+        ([[0, 1, 2], [0, 4]], "token 2 of window 2 is 3, and 4 in"),
+        ([[0, 1, 2], [0, 3, 4]], "token 3 of window 2 is missing, and 4 in"),
+        ([[0, 1, 2]], "token 1 of window 2 is 0, and missing in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_same_windows(windows, others)
+
+
+def test_the_perplexity_of_a_broken_model_is_infinite(tmp_path: Path) -> None:
+    llm, reference = build(tmp_path), build(tmp_path)
+    windows = windows_of(llm.tokenizer, TEXT, WINDOW, 50)
+    load_output(llm, llm.model.state_dict()["output.weight"] * 1e6)
+    broken = measure_quality(llm, windows, reference)
+    assert broken.perplexity == math.inf and broken.difference is not None
+    assert math.isfinite(broken.difference.mean_divergence) and math.isfinite(broken.difference.reference_perplexity)
+    against = measure_quality(reference, windows, llm).difference
+    assert against is not None and against.reference_perplexity == math.inf and math.isfinite(against.mean_divergence)
 
 
 def test_the_held_out_text_is_always_the_same() -> None:

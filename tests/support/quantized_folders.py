@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support.checkpoints import Params, huggingface_weights, random_weights, tiny_params, write_huggingface
+from tests.support.checkpoints import (
+    Params,
+    huggingface_weights,
+    random_weights,
+    tiny_params,
+    write_huggingface,
+    write_tokenizer,
+)
 
 # Columns of whole groups of 128 in one and two processes, and rows of the output that 8 processes cut within a word.
 PARAMS: Params = tiny_params(dim=256, hidden_dim=512, n_kv_heads=4, vocab_size=584)
@@ -33,6 +40,16 @@ def write_folder(
     save_file(tensors, path)
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization} | config))
+    return folder
+
+
+def write_int4(folder: Path) -> Path:
+    """A model of which one matrix has int4 in groups of 64, as GPTQ's programs store it, with its tokenizer."""
+    name = "model.layers.0.mlp.down_proj"
+    rows, columns = linear_weights()[name].shape
+    quantization = {"quant_method": "gptq", "bits": 4, "desc_act": False, "sym": False, "group_size": 64}
+    write_folder(folder, quantization, {name: gptq_parts((rows, columns), 64, seed=0)[0]})
+    write_tokenizer(folder, n_ranks=PARAMS["vocab_size"] - 256)
     return folder
 
 

@@ -11,6 +11,7 @@ from fastllama.cli.inspect_plans import size_text
 from fastllama.speed_of_light import DATA_SHEETS
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
 from tests.support.command_line import expect_error, run
+from tests.support.quantized_folders import write_int4
 
 
 def test_inspect_json_describes_a_meta_checkpoint(checkpoint: str, llm: Llama) -> None:
@@ -33,6 +34,32 @@ def test_inspect_json_describes_a_meta_checkpoint(checkpoint: str, llm: Llama) -
     assert (machine["backend"] == "native") == (machine["instruction_set"] is not None)
     assert found["tokenizer"]["n_words"] == 576 and found["tokenizer"]["fits_checkpoint"]
     assert found["tokenizer"]["stop_tokens"] == sorted(llm.tokenizer.stop_tokens)
+
+
+@pytest.mark.parametrize(
+    ("words", "precision", "title"),
+    [
+        ((), "as stored", "tokens in bfloat16, weights: as stored\n"),
+        (("--dtype", "float32"), "as stored", "tokens in float32, weights: as stored\n"),
+        (("--quantize", "int8"), "int8", "tokens in bfloat16, weights: int8\n"),
+    ],
+)
+def test_inspect_names_the_precision_of_stored_weights(
+    tmp_path: Path, words: tuple[str, ...], precision: str, title: str
+) -> None:
+    folder = str(write_int4(tmp_path))
+    found = json.loads(run("inspect", folder, *words, "--json").stdout)
+    assert found["quantized"] == ["int4 in groups of 64"] and found["memory"]["precision"] == precision
+    assert [one["precision"] for one in found["precisions"]] == ["as stored", "int8", "int4"]
+    shown = run("inspect", folder, *words).stdout
+    assert title in shown and "  as stored  " in shown and "  bfloat16  " not in shown
+
+
+def test_inspect_names_the_dtype_of_dense_weights(checkpoint: str) -> None:
+    found = json.loads(run("inspect", checkpoint, "--json").stdout)
+    assert found["memory"]["precision"] == found["precisions"][0]["precision"] == "float32"
+    shown = run("inspect", checkpoint).stdout
+    assert "tokens in float32\n" in shown and "as stored" not in shown
 
 
 def test_inspect_reads_headers_only(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

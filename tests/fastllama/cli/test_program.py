@@ -1,5 +1,6 @@
 """The program: help, one-line errors and exit codes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +59,21 @@ def test_usage_errors_are_one_line() -> None:
 )
 def test_errors_of_invalid_values_name_the_option(words: tuple[str, ...], name: str) -> None:
     expect_error(run("complete", "x", *words), name)
+
+
+def test_choices_are_shown_as_they_are_written() -> None:
+    for command in (main, *main.commands.values()):
+        context = click.Context(command, info_name="x", **main.context_settings)
+        for one in command.params:
+            if isinstance(one.type, click.Choice):
+                assert one.type.get_metavar(one, context) == f"[{'|'.join(one.type.choices)}]"
+    expect_error(run("bench", "--model", "x"), "'random-176m'")
+
+
+@pytest.mark.parametrize("typed", ["int4-g64", "int4_g64"])
+def test_choices_are_typed_with_hyphens_or_underscores(typed: str) -> None:
+    found = json.loads(run("inspect", "--quantize", typed, "--json").stdout)
+    assert found["memory"]["quantize"] == "int4-g64"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ that are faster on a GPU replace them.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,14 +76,14 @@ def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
         x = torch.randn(batch, weights[0].shape[1], device=bench.device, dtype=DTYPE)
         launches = _launches(weights[0], tiles, batch)[: bench.sizes.other_launches + 1]
         functions: dict[str, Callable[[Tensor], object]] = {
-            _text(launch): partial(_project, launch, epilogue, x) for launch in launches
+            launch_text(launch): partial(_project, launch, epilogue, x) for launch in launches
         }
         functions["the library's matmul"] = partial(F.linear, x)
         for variant, function in functions.items():
             calls = [partial(function, weight) for weight in weights] * -(-MIN_CALLS // len(weights))
-            in_table = variant == _text(launches[0])
+            in_table = variant == launch_text(launches[0])
             record = {"model": name, "batch": batch, "op": op, "variant": variant, "in_table": in_table}
-            yield record | _timed(bench, calls)
+            yield record | timed(bench, calls)
 
 
 def _project(launch: Launch, epilogue: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
@@ -139,7 +139,8 @@ def _few_tokens_launches(weight: Tensor, tiles: int, batch: int) -> list[few_tok
     return [launch for launch in dict.fromkeys(found) if launch not in spilling]
 
 
-def _text(launch: Launch) -> str:
+def launch_text(launch: NamedTuple) -> str:
+    """A launch's fields."""
     return ", ".join(f"{name} {value}" for name, value in launch._asdict().items())
 
 
@@ -164,10 +165,10 @@ def _attention(bench: Bench, name: str) -> Iterator[Record]:
                 ]
                 case = {"model": name, "batch": batch, "op": f"attention over {context}"}
                 variant, in_table = f"slots {splits}, pairs {pairs}", (splits, pairs) == (NUM_SPLITS, 1)
-                yield case | {"variant": variant, "in_table": in_table} | _timed(bench, calls)
+                yield case | {"variant": variant, "in_table": in_table} | timed(bench, calls)
 
 
-def _timed(bench: Bench, calls: Sequence[Callable[[], object]]) -> Record:
+def timed(bench: Bench, calls: Sequence[Callable[[], object]]) -> Record:
     """The time of one call, or its error: not every launch fits every GPU."""
     try:
         return {"microseconds": bench.microseconds(calls)}

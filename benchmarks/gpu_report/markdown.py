@@ -13,6 +13,7 @@ TITLES = {
     "tests": "GPU tests",
     "launches": "A decode step, launch by launch",
     "decode": "Tokens a second",
+    "quantised models": "Tokens a second with quantised weights",
     "whole step": "A whole step, compared with the sum of its launches",
     "prefill": "Prefill",
     "instruction rates": "Instructions that a multiprocessor executes",
@@ -21,9 +22,19 @@ TITLES = {
     "switches": "Features turned off: graph, dependent launch, prefetches, unrolling",
     "kernel tests": "Kernel tests, compiled",
     "variants": "Other launch configurations, µs",
+    "quantised variants": "Other launch configurations with quantised weights, µs",
 }
 LAUNCH_HEAD = ("launch", "", "µs", "least", "share", "ms a step", "gap, ms")
-VARIANT_HEAD = ("model", "batch", "op", "in the table", "µs", "best other", "µs", "library, µs")
+VARIANT_CASE, VARIANT_HEAD = ("model", "batch", "op"), ("in the table", "µs", "best other", "µs", "library, µs")
+RATE_HEAD = (
+    "model",
+    "weights",
+    "batch",
+    "tokens a second",
+    "goal on an H200",
+    "GB a step",
+    "share of the speed of light",
+)
 Record = dict[str, Any]
 
 
@@ -61,7 +72,7 @@ def _section(suite: str, records: Sequence[Record]) -> list[str]:
     notes = [str(record.get("not_run") or f"**{record['error']}**") for record in records if record not in found]
     if not found:
         return notes
-    make = {"launches": _launches, "variants": _variants}.get(suite, _plain)
+    make = SECTIONS.get(suite, _plain)
     return [*make(found), *notes]
 
 
@@ -92,16 +103,27 @@ def _launches(records: Sequence[Record]) -> list[str]:
 
 
 def _variants(records: Sequence[Record]) -> list[str]:
-    """A line for each op: the table's launch, the best other launch, and the library."""
+    """A line for each op: the table's launch, the best other launch, and the library if it has such weights."""
+    case_names = VARIANT_CASE + (("quantize",) if "quantize" in records[0] else ())
     rows: list[list[object]] = []
-    for case, found in _grouped(records, "model", "batch", "op").items():
+    for case, found in _grouped(records, *case_names).items():
         timed = [record for record in found if record["microseconds"] is not None]
         in_table = next((record for record in timed if record["in_table"]), None)
         library = next((record for record in timed if record["variant"].startswith("the library")), None)
         others = [record for record in timed if record is not in_table and record is not library]
         best = min(others, key=lambda record: float(record["microseconds"]), default=None)
         rows.append([*case, *_variant(in_table), *_variant(best), _variant(library)[1]])
-    return [markdown(VARIANT_HEAD, rows)]
+    return [markdown(case_names + VARIANT_HEAD, rows)]
+
+
+def _quantised_models(records: Sequence[Record]) -> list[str]:
+    """A line for each model, format and batch, with the goal."""
+    names = ("model", "quantize", "batch", "tokens_per_second", "goal_on_h200", "step_gb")
+    rows = [
+        [*(_text(record[name]) for name in names), f"{record['share']:.0%}" if record["share"] else ""]
+        for record in records
+    ]
+    return [markdown(RATE_HEAD, rows)]
 
 
 def _grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
@@ -122,3 +144,12 @@ def _text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
+
+
+# Those that are not plain tables.
+SECTIONS = {
+    "launches": _launches,
+    "quantised models": _quantised_models,
+    "variants": _variants,
+    "quantised variants": _variants,
+}

@@ -85,10 +85,15 @@ class Bench:
 
 
 def random_model(
-    args: ModelArgs, device: torch.device, dtype: torch.dtype = DTYPE, backend: str = "fused"
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype = DTYPE,
+    backend: str = "fused",
+    quantize: str | None = None,
 ) -> Transformer:
     """A model with random weights."""
-    model = Transformer(args, device=device, dtype=dtype, backend=backend, init_weights=False)
+    options: dict[str, Any] = {"dtype": dtype, "backend": backend, "quantize": quantize}
+    model = Transformer(args, device=device, init_weights=False, **options)
     model.load_tensors(random_tensors(args, RANDOM_SEED, device, dtype))
     return model
 
@@ -150,15 +155,19 @@ def launches(bench: Bench) -> Results:
 
 
 def decode(bench: Bench) -> Results:
-    """Tokens per second at every batch size and context: the median of several runs."""
+    """Tokens per second at every batch size and context."""
     for context in bench.sizes.contexts:
         for batch in bench.sizes.batches:
             for name in bench.sizes.models:
-                decoder = Decoder(bench.model(name))
-                runs = [_rate(bench, name, decoder, batch, context) for _ in range(bench.sizes.rounds)]
-                runs.sort(key=lambda record: record["tokens_per_second"])
-                rates = [record["tokens_per_second"] for record in runs]
-                yield runs[len(runs) // 2] | {"slowest": rates[0], "fastest": rates[-1]}
+                yield median_rate(bench, name, Decoder(bench.model(name)), batch, context)
+
+
+def median_rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -> Record:
+    """Tokens per second: the median of several runs, with the slowest and the fastest."""
+    runs = [_rate(bench, name, decoder, batch, context) for _ in range(bench.sizes.rounds)]
+    runs.sort(key=lambda record: record["tokens_per_second"])
+    rates = [record["tokens_per_second"] for record in runs]
+    return runs[len(runs) // 2] | {"slowest": rates[0], "fastest": rates[-1]}
 
 
 def switches(bench: Bench) -> Results:
@@ -206,7 +215,7 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
         synchronize(bench.device)
         received = [time.perf_counter() for _ in decode_steps(decoder, n_steps)]
     seconds = (received[-1] - received[warm_steps - 1]) / timed_steps
-    work = decode_step(model.params, model.dtype, batch, context + n_steps / 2)
+    work = decode_step(model.params, model.dtype, batch, context + n_steps / 2, model.schemes)
     least = bench.least(work)
     return {
         "model": name,
@@ -217,6 +226,7 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
         "step_milliseconds": MILLI * seconds,
         "least_milliseconds": least and MILLI * least,
         "share": least and least / seconds,
+        "step_gb": total_bytes(work) / GIGA,
         "gb_per_second": total_bytes(work) / seconds / GIGA,
     }
 

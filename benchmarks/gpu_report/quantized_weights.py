@@ -30,9 +30,7 @@ def quantized_weights(bench: Bench) -> Results:
     """Times gate+up, with the norm and SwiGLU, and down, of every model, with one and with most tokens."""
     for model, args in bench.sizes.models.items():
         for batch in ends(bench.sizes.batches):
-            for quantize in FORMATS:
-                if quantize == "fp8" and not _converts_fp8(bench.device):
-                    continue
+            for quantize in supported_formats(bench.device):
                 norm = torch.ones(args.dim, device=bench.device, dtype=DTYPE)
                 swiglu = {"norm": norm, "eps": args.norm_eps, "swiglu": True}
                 shapes: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
@@ -40,7 +38,7 @@ def quantized_weights(bench: Bench) -> Results:
                     "down": ((args.dim, args.hidden_dim), {}),
                 }
                 for op, (shape, epilogue) in shapes.items():
-                    case = {"model": model, "batch": batch, "op": op, "format": quantize}
+                    case = {"model": model, "batch": batch, "op": op, "quantize": quantize}
                     for record in _timed(bench, batch, quantize, shape, epilogue):
                         yield case | record
 
@@ -50,7 +48,7 @@ def _timed(
 ) -> Iterator[Record]:
     scheme = scheme_of(quantize, "layers.0", shape[1])
     assert scheme is not None
-    weights = [_random_weight(shape, scheme, bench.device) for _ in range(COPIES)]
+    weights = [random_weight(shape, scheme, bench.device) for _ in range(COPIES)]
     x = torch.randn(batch, shape[1], device=bench.device, dtype=DTYPE)
     chosen = "matvec" if batch == 1 and is_best(weights[0], 2 if epilogue else 1, DTYPE) else "few tokens"
     for variant, kernel in _variants(batch).items():
@@ -70,12 +68,15 @@ def _variants(batch: int) -> dict[str, Callable[..., Tensor]]:
     return {"matvec": quantized_matvec, "matvec, plain conversion": plain, "few tokens": quantized_few_tokens}
 
 
-def _random_weight(shape: Sequence[int], scheme: Scheme, device: torch.device) -> FusedWeight:
+def random_weight(shape: Sequence[int], scheme: Scheme, device: torch.device) -> FusedWeight:
+    """A weight of this shape, packed, whose rows repeat a few random ones."""
     rows, width = shape
     few = quantized(torch.randn(min(rows, ROWS_QUANTISED), width, device=device) / width**0.5, scheme)
     parts = [few] * (rows // few.shape[0]) + [few.rows(0, rows % few.shape[0])]
     return checked(fused.pack(*(part for part in parts if part.shape[0])))  # type: ignore[arg-type]
 
 
-def _converts_fp8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+def supported_formats(device: torch.device, formats: Sequence[str] = FORMATS) -> list[str]:
+    """Those formats that the device converts."""
+    converts_fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    return [quantize for quantize in formats if quantize != "fp8" or converts_fp8]

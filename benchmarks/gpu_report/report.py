@@ -42,6 +42,7 @@ SECTIONS = {
     "tests": "fastllama.benchmarks.gpu_report.run_tests:gpu_tests",
     "launches": "fastllama.benchmarks.gpu_report.measurements:launches",
     "decode": "fastllama.benchmarks.gpu_report.measurements:decode",
+    "quantised models": "fastllama.benchmarks.gpu_report.quantized_models:quantized_models",
     "whole step": "fastllama.benchmarks.gpu_report.whole_steps:whole_steps",
     "prefill": "fastllama.benchmarks.gpu_report.measurements:prefills",
     "instruction rates": "fastllama.benchmarks.gpu_report.instruction_rates:instruction_rates",
@@ -50,6 +51,7 @@ SECTIONS = {
     "switches": "fastllama.benchmarks.gpu_report.measurements:switches",
     "kernel tests": "fastllama.benchmarks.gpu_report.run_tests:kernel_tests",
     "variants": "fastllama.benchmarks.gpu_report.launch_search:variants",
+    "quantised variants": "fastllama.benchmarks.gpu_report.quantized_search:quantized_variants",
 }
 ALWAYS = ("self-check", "ceilings")  # the other sections' results cannot be judged without them
 PACKAGES = ("torch", "triton", "psutil", "tiktoken", "safetensors", "tqdm", "numpy")

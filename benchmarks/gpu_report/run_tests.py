@@ -22,7 +22,10 @@ import torch
 
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.gpu_report.measurements import Bench, Results
+from fastllama.benchmarks.gpu_report.quantized_models import FORMATS as MODEL_FORMATS
+from fastllama.benchmarks.gpu_report.quantized_weights import supported_formats
 from fastllama.benchmarks.gpu_report.report import TESTS_FILE
+from fastllama.benchmarks.gpu_report.sizes import ends
 from fastllama.benchmarks.kernels_report.ahead_of_time import record_launches
 from fastllama.benchmarks.kernels_report.model_launches import prefill_ops, whole_step
 from fastllama.kernels.launch.options import override_launch_options
@@ -32,7 +35,10 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("pytest", "pytest_timeout", "hypothesis")
 # (path, limit in seconds). The tests of the complete model come first, because they cover most.
 GPU_TESTS = (("tests/fastllama/test_gpu.py", 90.0), ("tests/gpu", 100.0))
-KERNEL_TESTS = ("tests/fastllama/test_fused.py", "tests/kernels")
+KERNEL_TESTS = (
+    *("tests/fastllama/test_fused.py", "tests/kernels"),
+    "tests/benchmarks/gpu_report/test_instruction_rates.py",
+)
 KERNEL_TESTS_SECONDS = 180.0
 NEED_NO_GPU = "tests/kernels/test_compiled.py"  # not run, because it takes minutes
 COMPILING_SECONDS = 60.0  # after the tests have ended
@@ -46,7 +52,9 @@ LINE = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] ([A-Z]+) |\S+::.* ([A-Z]+) +\[ *\d+
 def gpu_tests(bench: Bench) -> Results:
     """Runs the tests that need a GPU, those of the complete model first, while kernels are compiled."""
     sizes = bench.sizes
-    with compile_ahead(bench, sizes.models.values(), sizes.batches, [(True, True), (True, False), (False, False)]):
+    options = [(True, True), (True, False), (False, False)]
+    formats = supported_formats(bench.device, MODEL_FORMATS)
+    with compile_ahead(bench, sizes.models.values(), sizes.batches, options, formats=formats):
         for path, seconds in GPU_TESTS:
             yield from _tests(bench, (path,), seconds)
 
@@ -109,10 +117,12 @@ def compile_ahead(
     batches: Sequence[int],
     options: Sequence[tuple[bool, bool]],
     prefills: bool = True,
+    formats: Sequence[str] = (),
 ) -> Iterator[None]:
     """During the block, other processes compile decode steps and prefills of these models into triton's cache.
 
-    The end of the block waits for them. options: (dependent launch, prefetch) of each kind of step.
+    The end of the block waits for them. options: (dependent launch, prefetch) of each kind of step. formats: of
+    quantised weights, with which steps are compiled, too.
     """
     if bench.device.type != "cuda":
         yield
@@ -124,6 +134,8 @@ def compile_ahead(
     workers = ProcessPoolExecutor(n_workers, mp_context=context, max_tasks_per_child=1)
     tasks = [workers.submit(compile_step, target, *case, *on) for on in options for case in product(models, batches)]
     tasks += [workers.submit(compile_prefill, target, args) for args in models if prefills]
+    for quantize, args, batch in product(formats, models, ends(batches)):
+        tasks.append(workers.submit(compile_step, target, args, batch, quantize=quantize))
     try:
         yield
         # Nothing should compile while the following sections are timed.
@@ -135,11 +147,18 @@ def compile_ahead(
         workers.shutdown(wait=False, cancel_futures=True)
 
 
-def compile_step(target: Target, args: ModelArgs, batch: int, dependent: bool = True, prefetch: bool = True) -> int:
+def compile_step(
+    target: Target,
+    args: ModelArgs,
+    batch: int,
+    dependent: bool = True,
+    prefetch: bool = True,
+    quantize: str | None = None,
+) -> int:
     """Compile a decode step's kernels into triton's cache, which needs no GPU. Returns the number of launches."""
     options = override_launch_options(dependent=dependent, prefetch=prefetch)
     with record_launches(target) as launches, options, torch.inference_mode():
-        whole_step(args, batch)()
+        whole_step(args, batch, quantize=quantize)()
         return len(launches)
 
 

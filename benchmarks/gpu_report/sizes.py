@@ -23,13 +23,19 @@ class Sizes(NamedTuple):
     rounds: int = 3  # of alternating variants
     other_launches: int = 16  # the most that are tried beside each launch of the tables
     read_bytes: int = 2**31
+    rotated_bytes: int = 2**27  # of copies of a quantised weight, so that none stays in L2
     instruction_loops: int = 256  # of the kernel that times an instruction: 0.3 ms for the fastest
     seconds: float = 0.3  # to measure each ceiling
 
     @property
+    def decoded(self) -> int:
+        """Cache positions for the steps after a context."""
+        return self.steps + self.warm_steps + 2 * self.unroll
+
+    @property
     def positions(self) -> int:
         """Cache positions for every context with the steps after it, and for every prompt."""
-        return max(max(self.contexts) + self.steps + self.warm_steps + 2 * self.unroll, max(self.prompts))
+        return max(max(self.contexts) + self.decoded, max(self.prompts))
 
 
 def ends(values: Sequence[int]) -> list[int]:
@@ -52,6 +58,7 @@ TOY = Sizes(
     rounds=1,
     other_launches=1,
     read_bytes=2**16,
+    rotated_bytes=1,
     instruction_loops=1,
     seconds=0.0,
 )

@@ -59,10 +59,10 @@ def test_whole_steps_are_compared_at_both_ends(bench: Bench, monkeypatch: pytest
 def test_quantised_weights_are_timed_with_each_kernel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized_weights, "COPIES", 1)
     records = [record for record in quantized_weights.quantized_weights(bench) if isinstance(record, dict)]
-    cases = {(record["batch"], record["format"], record["op"]) for record in records}
+    cases = {(record["batch"], record["quantize"], record["op"]) for record in records}
     assert len(cases) == 2 * len(quantized_weights.FORMATS) * 2
     for case in cases:
-        found = [record for record in records if (record["batch"], record["format"], record["op"]) == case]
+        found = [record for record in records if (record["batch"], record["quantize"], record["op"]) == case]
         assert len(found) == (3 if case[0] == 1 else 1)
         assert sum(record["chosen"] for record in found) == 1
         assert all(record["microseconds"] > 0 and record["gb_per_second"] > 0 for record in found)

@@ -47,7 +47,7 @@ def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     names = list(suites)
     assert names == [name for name in report.SECTIONS if name != "ceilings"]
     assert names[:4] == ["self-check", "boundaries", "tests", "launches"]
-    assert names[-2:] == ["kernel tests", "variants"], "what takes all the time left comes last"
+    assert names[-3:] == ["kernel tests", "variants", "quantised variants"], "what takes all the time left comes last"
     assert [record["tests"] for record in suites["tests"]] == ["tests/fastllama/test_gpu.py", "tests/gpu"]
     assert all((one["returncode"], one["n_passed"], one["n_failed"]) == (0, 0, 0) for one in suites["tests"])
     assert sum(one["n_skipped"] for one in suites["tests"]) > 100

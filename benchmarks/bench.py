@@ -13,7 +13,7 @@ from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.models import ModelSource, ModelSpec, build_from_json
 from fastllama.benchmarks.peers.registry import PEERS, Peer, start_peers
-from fastllama.benchmarks.result_file import FAILED, ResultFile, write_result
+from fastllama.benchmarks.result_file import AS_STORED, FAILED, ResultFile, write_result
 from fastllama.benchmarks.runners import Ours, Runner
 from fastllama.benchmarks.suites import decode, generate, interleaved, kernels, load_and_memory, prefill, step_launches
 from fastllama.benchmarks.suites.interleaved import Case, Progress, Suite
@@ -82,6 +82,8 @@ class Plan:
         settings = {"dtype": dtype_name(self.dtype), "backend": self.model.backend_name, "nproc": self.nproc}
         if self.quantize is not None:
             settings["quantize"] = self.quantize
+        elif case.suite != "kernels" and self.model.schemes:
+            settings["quantize"] = AS_STORED
         return asdict(case) | {"model": self.source.name} | settings
 
 

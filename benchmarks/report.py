@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fastllama.benchmarks.ceilings import Ceiling
-from fastllama.benchmarks.result_file import ResultFile
+from fastllama.benchmarks.result_file import AS_STORED, ResultFile
 from fastllama.benchmarks.suites import decode, generate, kernels, load_and_memory, prefill, step_launches
 from fastllama.benchmarks.tables import Columns, Record, Table, peer_columns, table_of
 
@@ -41,16 +41,22 @@ def report(result: ResultFile, in_markdown: bool = False) -> str:
 def _title(suite: str, first: Record) -> str:
     nproc = first.get("nproc", 1)
     where = f" on {nproc} processes" if nproc > 1 else ""
-    quantize = f", {first['quantize']} weights" if first.get("quantize") else ""
-    model = f"{first['model']} in {first['dtype']}{quantize}{where}, {first['rounds']} rounds"
+    precision = f"{first['dtype']}{_weights_text(first.get('quantize'))}"
+    model = f"{first['model']} in {precision}{where}, {first['rounds']} rounds"
     return {
         "kernels": f"kernels of {model}: {first.get('backend')} backend",
         "decode": f"decode of {model}, {first['steps']} greedy tokens",
         "prefill": f"prefill of {model}",
         "generate": f"generate on {model}: ragged prompts, {first['steps']} greedy tokens each",
-        "load": f"load {first['model']} as {first['dtype']}{where}, {first['rounds']} rounds",
-        "memory": f"memory of {first['model']} in {first['dtype']}{where}, MiB{' of the first' if where else ''}",
+        "load": f"load {first['model']} as {precision}{where}, {first['rounds']} rounds",
+        "memory": f"memory of {first['model']} in {precision}{where}, MiB{' of the first' if where else ''}",
     }[suite]
+
+
+def _weights_text(quantize: str | None) -> str:
+    if quantize is None:
+        return ""
+    return f", weights {AS_STORED}" if quantize == AS_STORED else f", {quantize} weights"
 
 
 def _parts(suite: str, records: Sequence[Record]) -> list[Table | str]:

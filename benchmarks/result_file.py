@@ -13,6 +13,7 @@ from fastllama.benchmarks.statistics import Summary
 
 SCHEMA_VERSION = 2
 FAILED = ("disagrees", "failed")  # statuses that are failures, of a record or a peer in it
+AS_STORED = "as stored"  # the "quantize" of weights that are quantised in the files, and stay so
 MAX_REASON = 300  # characters
 
 

@@ -1,8 +1,9 @@
 """llama.cpp as a peer, through the low-level interface of the package llama-cpp-python.
 
-Weights are passed as a GGUF file in the model's dtype, not quantised. Each row is a sequence with a cache of its own.
-For float32 weights the cache is float32 and flash attention is off, because it rounds: log-probabilities differ by
-3e-3. For other weights both are llama.cpp's defaults, a float16 cache and flash attention where the device has it.
+Weights are passed as a GGUF file in the model's dtype, or in Q8_0 and Q4_0 where ours are int8 and int4. Each row is a
+sequence with a cache of its own. For a model in float32 the cache is float32 and flash attention is off, because it
+rounds: log-probabilities differ by 3e-3. In other dtypes both are llama.cpp's defaults, a float16 cache and flash
+attention where the device has it.
 Each step is one `llama_decode` of all rows, and this module chooses the most likely tokens. llama.cpp splits the
 prompts into batches of 512 tokens.
 """

@@ -1,6 +1,8 @@
 """A run: all suites, the result file, interruption, and the checks before measuring."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,14 @@ from fastllama.benchmarks.models import ModelSource
 from fastllama.benchmarks.peers import registry
 from fastllama.benchmarks.peers.registry import Peer
 from fastllama.benchmarks.report import report
-from fastllama.benchmarks.result_file import read_result
+from fastllama.benchmarks.result_file import AS_STORED, read_result
 from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.suites import interleaved, kernels
 from fastllama.benchmarks.suites.interleaved import SUITES, Case
 from fastllama.cli import bench as bench_command
 from tests.benchmarks.cases import CPU, SOURCE, Scripted
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.quantized_folders import write_int4
 
 
 def test_a_checkpoint_is_measured_against_the_reference(tmp_path: Path, probe: ReadProbe) -> None:
@@ -35,6 +38,23 @@ def test_a_checkpoint_is_measured_against_the_reference(tmp_path: Path, probe: R
     assert set(result.ceilings) == {"read", "copy", "matmul"} and not result.interrupted
     shown = report(result)
     assert "vs reference" in shown and "GB/s" in shown and "decode of tiny in float32" in shown
+
+
+def test_weights_that_are_quantised_in_the_files_are_named(tmp_path: Path, probe: ReadProbe) -> None:
+    source = ModelSource.folder(str(write_int4(tmp_path / "small")), None)
+    sizes: dict[str, Any] = {"suites": ["decode"], "batches": (1,), "contexts": (3,), "steps": 3, "rounds": 1}
+    plan = bench.Plan(source, CPU, torch.float32, peers=["reference"], **sizes)
+    result = bench.run(plan, lambda text: None)
+    (record,) = result.records
+    assert record["quantize"] == AS_STORED and record["peers"]["reference"]["status"] == "measured"
+    assert "decode of small in float32, weights as stored, 1 rounds" in report(result)
+    cases = [Case(suite, 1, 3, 3, 1) for suite in SUITES]
+    for case in cases:
+        stored, chosen = plan.record_of(case), replace(plan, quantize="int4").record_of(case)
+        assert stored.get("quantize") == (None if case.suite == "kernels" else AS_STORED)  # its ops are dense
+        assert chosen["quantize"] == "int4"
+    titles = [report(replace(result, records=[{**record, "suite": suite, "not_run": "x"}])) for suite in SUITES]
+    assert all("in float32, weights as stored" in title or "as float32, weights as stored" in title for title in titles)
 
 
 def test_finished_cases_are_kept_when_interrupted(

@@ -18,8 +18,8 @@ Checkpoints, tokenizers, templates and adapters that are whole, and that fastlla
 
 Every error is a `ValueError`, or an `AssertionError` (marked *) where a folder holds no checkpoint or no tokenizer, or
 the tokenizer does not fit the checkpoint, as in Meta's `Llama.build`. It is raised before any memory is allocated for
-weights, except under [Chat](#chat). In the messages, `model` is the path of the checkpoint and `adapter` that of the
-adapter.
+weights, except under [Chat](#chat) and for the values of scales. In the messages, `model` is the path of the checkpoint
+and `adapter` that of the adapter.
 
 `make docs` writes this page: `tests/fastllama/test_refusals.py` makes every case and compares its message.
 """

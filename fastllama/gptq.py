@@ -12,7 +12,7 @@ least, as the upper Cholesky factor U of M⁻¹ says: column j moves by -(w_i - 
 import torch
 from torch import Tensor
 
-from fastllama.int4_rounding import best_rounding, quantized_values
+from fastllama.int4_rounding import NOT_FINITE, best_rounding, quantized_values
 from fastllama.kernels.quantized import QuantizedWeight, pack_int4
 
 # Part of the mean of M's diagonal that is added to the diagonal. It keeps M's inverse exact enough, and limits how far
@@ -25,7 +25,7 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int) -> QuantizedWeight:
     """A weight (OUT, IN) as int4 with zeros, by moments (IN, IN), on their device. ValueError if it is not finite."""
     w = weight.detach().to(moments.device, torch.float32, copy=True)
     if not bool(w.isfinite().all()):
-        raise ValueError("a weight to quantise holds values that are not finite: the checkpoint is damaged")
+        raise ValueError(NOT_FINITE)
     damped, factor = _damped_and_factor(moments)
     importance = damped.diagonal().float()
     q, scales, zeros = torch.empty_like(w, dtype=torch.uint8), [], []

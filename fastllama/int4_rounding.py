@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 MAX_INT4 = 15
+# The error of every way of rounding. The caller puts the weight's name before it (fastllama.quantization.naming).
+NOT_FINITE = "holds values that are not finite: the checkpoint is damaged; download it again"
 # Ranges that are tried for a group, as shares of that from its smallest to its largest weight. A range that leaves out
 # the extremes is finer for the others.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)
@@ -48,7 +50,7 @@ def best_rounding(w: Tensor, integer_zeros: bool, importance: Tensor | None = No
             tried = _rounded(w, *_refitted(w, tried, integer_zeros, weights), integer_zeros, weights)
             best = _better(best, tried)
     if not bool((best.scale.isfinite() & best.offset.isfinite()).all()):
-        raise ValueError(f"4-bit weights have scales in float16, and a weight is {float(w.abs().max()):.3g}: use int8")
+        raise ValueError(f"int4 has scales in float16, and a weight is {float(w.abs().max()):.3g}: use int8")
     return best
 
 

@@ -190,12 +190,14 @@ class Transformer(PackedModule):
     ) -> LoadedKeys:
         """Set the weights from a mapping in Meta's names; `rope.freqs` is ignored.
 
-        strict=False keeps the weights that are missing and ignores unknown names. Raises ValueError, before anything is
-        changed, listing names that are missing, unexpected or of another shape.
+        strict=False ignores unknown names and keeps the weights that are missing, with their bits if they are quantised
+        and no other scheme follows from the rest of their packed weight. The weights in the mapping are quantised as
+        `quantize` says: without it, a mapping of all weights makes a model dense whose files were quantised. Raises
+        ValueError, before anything is changed, listing names that are missing, unexpected or of another shape.
         """
         shapes, tied = self.share.shapes, self.params.tied_output
         keys = check_state_dict(state_dict, shapes, IGNORED_NAMES, tied_output=tied, strict=strict)
-        current = self.state_dict() if keys.missing_keys else {}
+        current = dict(self._unpacked_weights()) if keys.missing_keys else {}
         self.load_tensors((name, weight) for name, weight in {**current, **state_dict}.items() if name in shapes)
         return keys
 
@@ -206,6 +208,7 @@ class Transformer(PackedModule):
         sample = fn(self.norm.detach())
         if (sample.device, sample.dtype) == (self.device, self.dtype):
             return self
+        check_quantize(self.quantize, self.share, sample.device, self.schemes)
         moved = {
             name: fn(weight) if isinstance(weight, Tensor) else weight.to(sample.device)
             for name, weight in self._unpacked_weights()

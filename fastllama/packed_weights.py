@@ -4,6 +4,7 @@ Weights that multiply the same input (wq, wk and wv; w1 and w3) are packed into 
 them all. Each backend packs in its own layout.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from types import ModuleType
@@ -13,9 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from fastllama.args import IGNORED_NAMES, ModelArgs
-from fastllama.kernels.quantized import QuantizedWeight, Weight, is_alike
-from fastllama.quantization import OUTPUT_NAME, Scheme, quantized_if_asked, scheme_of_weight
+from fastllama.kernels.quantized import QuantizedWeight, Weight
+from fastllama.quantization import (
+    GATE_UP_NAMES,
+    OUTPUT_NAME,
+    QKV_NAMES,
+    Scheme,
+    check_device,
+    packed_scheme,
+    scheme_of,
+    scheme_of_weight,
+    with_scheme,
+)
 from fastllama.validate import first_names
+
+logger = logging.getLogger(__name__)
 
 INIT_STD = 0.02
 NO_WEIGHTS = "the model has no weights yet: load_state_dict or load_tensors first"
@@ -23,12 +36,12 @@ NO_WEIGHTS = "the model has no weights yet: load_state_dict or load_tensors firs
 # A layer's packed weights in the order of a forward pass, and Meta's names of the weights in each.
 LAYER_WEIGHTS = {
     "attention_norm": ("attention_norm.weight",),
-    "wqkv": ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight"),
+    "wqkv": QKV_NAMES,
     "bqkv": ("attention.wq.bias", "attention.wk.bias", "attention.wv.bias"),
     "wo": ("attention.wo.weight",),
     "bo": ("attention.wo.bias",),
     "ffn_norm": ("ffn_norm.weight",),
-    "w13": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
+    "w13": GATE_UP_NAMES,
     "b13": ("feed_forward.w1.bias", "feed_forward.w3.bias"),
     "w2": ("feed_forward.w2.weight",),
     "b2": ("feed_forward.w2.bias",),
@@ -98,6 +111,7 @@ class PackedModule(nn.Module):
         expected = {name: shape for name, shape in self.share.shapes.items() if name not in ignored}
         packed_by_name = {name: weight for weight in self.packed_weights() for name in weight.names}
         waiting: dict[str, Weight] = {}  # until all parts of a packed weight have arrived
+        dequantized: list[str] = []
         for name, tensor in tensors:
             if name in ignored:
                 continue
@@ -109,28 +123,40 @@ class PackedModule(nn.Module):
             del expected[name], tensor  # so that the parts of at most one packed weight are in memory twice
             weight = packed_by_name[name]
             if all(part in waiting for part in weight.names):
-                self._set_weight(weight, [waiting.pop(part) for part in weight.names])
+                dequantized += self._set_weight(weight, [waiting.pop(part) for part in weight.names])
+        if dequantized:
+            logger.warning(
+                "weights that are applied together are not quantised alike, so those of them that are quantised are "
+                "dequantised: %s; quantize= makes them alike",
+                first_names(dequantized),
+            )
         if expected:
             raise ValueError(f"{len(expected)} weights are missing: {first_names(expected)}")
         if self.params.tied_output:  # one copy in memory if the backend packs nothing
-            output = quantized_if_asked(OUTPUT_NAME, self.tok_embeddings.detach(), self.quantize, self.device)
+            embedding = self.tok_embeddings.detach()
+            scheme = scheme_of(self.quantize, OUTPUT_NAME, embedding.shape[1])
+            output = with_scheme(OUTPUT_NAME, embedding, scheme, self.device) if scheme else embedding
             assign(self, "output", self.ops.pack(output))
 
-    def _set_weight(self, weight: PackedWeight, parts: list[Weight]) -> None:
-        """Quantise the parts if the model is to be, move them, pack and set them."""
-        prepared = [
-            quantized_if_asked(name, part, self.quantize, self.device)
-            for name, part in zip(weight.names, parts, strict=True)
+    def _set_weight(self, weight: PackedWeight, parts: list[Weight]) -> list[str]:
+        """Give the parts one scheme, move, pack and set them -> the names of those that were dequantised."""
+        named = list(zip(weight.names, parts, strict=True))
+        stored = [scheme_of_weight(part) if isinstance(part, QuantizedWeight) else None for part in parts]
+        scheme = packed_scheme(weight.names[0], parts[0].shape[-1], self.quantize, stored)
+        if scheme is not None:
+            check_device(scheme, self.device)
+            alike = [with_scheme(name, part, scheme, self.device) for name, part in named]
+            assign(weight.owner, weight.attribute, self.ops.pack(*alike))
+            return []
+        dense = [
+            part.to(self.device).dequantized(self.dtype) if isinstance(part, QuantizedWeight) else part.detach()
+            for part in parts
         ]
-        quantised = [part for part in prepared if isinstance(part, QuantizedWeight)]
-        if len(quantised) == len(prepared) and is_alike(quantised):
-            assign(weight.owner, weight.attribute, self.ops.pack(*quantised))
-            return
-        dense = [part.dequantized() if isinstance(part, QuantizedWeight) else part.detach() for part in prepared]
         if len(dense) == 1:  # as it is, it would share memory with the caller or with a mapped file
             dense = [self.ops.allocate(tuple(dense[0].shape), self.dtype, self.device).copy_(dense[0])]
         moved = [part.to(self.device, self.dtype) for part in dense]
         assign(weight.owner, weight.attribute, moved[0] if weight.is_never_packed else self.ops.pack(*moved))
+        return [name for name, part in named if isinstance(part, QuantizedWeight)]
 
     def _unpacked_weights(self) -> Iterator[tuple[str, Weight]]:
         """(Meta's name, weight in Meta's shape). Raises ValueError if no weights are loaded."""

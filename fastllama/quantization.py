@@ -4,7 +4,8 @@ Matrices are quantised, with a scale per row (int8, fp8) or with a scale and a m
 Norms, biases and the embedding stay as they are. The vocabulary projection is int8 where the others are int4.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor
 
 from fastllama.args import ModelArgs
-from fastllama.int4_rounding import best_rounding
+from fastllama.int4_rounding import NOT_FINITE, best_rounding
 from fastllama.kernels.quantized import BITS, ELEMENTS_AT_ONCE, QuantizedWeight, Weight, concatenated, pack_int4
 
 OUTPUT_NAME = "output.weight"
+# A layer's matrices by Meta's names, those together that are packed into one weight.
+QKV_NAMES = ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")
+GATE_UP_NAMES = ("feed_forward.w1.weight", "feed_forward.w3.weight")
+LAYER_MATRICES = (QKV_NAMES, ("attention.wo.weight",), GATE_UP_NAMES, ("feed_forward.w2.weight",))
 NOT_QUANTIZED = ("tok_embeddings.weight", "norm.weight", ".bias")  # ends of names
 INT4_GROUPS = (128, 64, 32)
 FLOAT32_BYTES, HALF_BYTES = 4, 2
@@ -24,10 +29,19 @@ FP8_CAPABILITY = (8, 9)  # the first compute capability whose GPUs convert e4m3
 
 
 class Scheme(NamedTuple):
-    """How a weight is quantised. group_size: the most columns that share a scale; 0 is a scale per row."""
+    """How a weight is quantised. Weights of one scheme and of as many columns can be one weight.
+
+    Attributes:
+        format: one of kernels.quantized.FORMATS.
+        group_size: columns that share a scale, in CHOICES at most; 0 is a scale per row.
+        has_zeros: whether int4's offsets are zeros, else they are minima.
+        has_bfloat16_scales: whether scales of groups are bfloat16, else they are float16.
+    """
 
     format: str
     group_size: int = 0
+    has_zeros: bool = False
+    has_bfloat16_scales: bool = False
 
 
 CHOICES = {
@@ -64,8 +78,21 @@ def scheme_of(quantize: str | None, name: str, in_features: int) -> Scheme | Non
 
 
 def scheme_of_weight(weight: QuantizedWeight) -> Scheme:
-    """How a weight is quantised."""
-    return Scheme(weight.format, weight.group_size if weight.scales.shape[1] > 1 else 0)
+    """How a weight is quantised. A row that is one group has 16-bit scales, as other groups do."""
+    dtype = weight.scales.dtype
+    group_size = 0 if dtype == torch.float32 else weight.group_size
+    return Scheme(weight.format, group_size, weight.has_zeros, dtype == torch.bfloat16)
+
+
+def packed_scheme(name: str, in_features: int, quantize: str | None, stored: Iterable[Scheme | None]) -> Scheme | None:
+    """The scheme that all parts of a packed weight get, given one part's name and columns; None if they are dense.
+
+    stored: each part's as it is, None if it is dense. Parts of the format that is asked for, or of any if none is, keep
+    it. If the parts would then differ, all get the scheme that is asked for; without one, all are dequantised.
+    """
+    asked = scheme_of(quantize, name, in_features)
+    chosen = {one if one is not None and (asked is None or asked.format == one.format) else asked for one in stored}
+    return chosen.pop() if len(chosen) == 1 else asked
 
 
 def model_schemes(
@@ -73,17 +100,23 @@ def model_schemes(
 ) -> dict[str, Scheme]:
     """The scheme of every weight of a model, or of a process's part of one, that is quantised.
 
-    stored: of the weights that are quantised in the files, by name. Those of the format that is asked for stay.
+    stored: of the weights that are quantised in the files, by name.
     """
-    shapes = {name: shape for name, shape in args.shapes.items() if not name.endswith(NOT_QUANTIZED)}
-    asked = {name: scheme_of(quantize, name, shape[1]) for name, shape in shapes.items()}
-    schemes = {name: _chosen(asked[name], stored.get(name)) for name in shapes}
-    return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    schemes: dict[str, Scheme] = {}
+    for names in _packed_names(args):
+        columns = args.shapes[names[0]][1]
+        scheme = packed_scheme(names[0], columns, quantize, [stored.get(name) for name in names])
+        if scheme is not None:
+            schemes |= dict.fromkeys(names, scheme)
+    return schemes
 
 
-def _chosen(asked: Scheme | None, stored: Scheme | None) -> Scheme | None:
-    """The stored scheme if it has the format that is asked for, or nothing is asked for."""
-    return stored if stored is not None and (asked is None or asked.format == stored.format) else asked
+def _packed_names(args: ModelArgs) -> Iterator[tuple[str, ...]]:
+    """The names of all matrices but the embedding, those of one packed weight together."""
+    for layer in range(args.n_layers):
+        for names in LAYER_MATRICES:
+            yield tuple(f"layers.{layer}.{name}" for name in names)
+    yield (OUTPUT_NAME,)
 
 
 def bytes_of(scheme: Scheme, shape: tuple[int, ...]) -> int:
@@ -103,10 +136,15 @@ def check_quantize(
 
     stored: as in `model_schemes`.
     """
-    if quantize is not None and quantize not in CHOICES:
+    if quantize is not None and not (isinstance(quantize, str) and quantize in CHOICES):
         raise ValueError(f"quantize must be one of {', '.join(CHOICES)}, or None, got {quantize!r}")
-    formats = {scheme.format for scheme in model_schemes(quantize, args, stored).values()}
-    if "fp8" in formats and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    for scheme in set(model_schemes(quantize, args, stored).values()):
+        check_device(scheme, device)
+
+
+def check_device(scheme: Scheme, device: torch.device) -> None:
+    """Raise ValueError if the device cannot run a weight of this scheme."""
+    if scheme.format == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ValueError(
             f"fp8 weights need a GPU of compute capability 8.9 or later, and {torch.cuda.get_device_name(device)} has "
@@ -114,32 +152,38 @@ def check_quantize(
         )
 
 
-def quantized_if_asked(name: str, weight: Weight, quantize: str | None, device: torch.device) -> Weight:
-    """The weight of this name, quantised on the device as `quantize` says. A dense weight stays where it is.
-
-    One that has the format already keeps its bits, whatever its groups. One of another format is quantised anew.
-    """
-    scheme = scheme_of(quantize, name, weight.shape[-1])
+def with_scheme(name: str, weight: Weight, scheme: Scheme, device: torch.device) -> QuantizedWeight:
+    """The weight of this name, quantised on the device. One that has the scheme already keeps its bits."""
     if isinstance(weight, QuantizedWeight):
         weight = weight.to(device)
-        if scheme is None or scheme.format == weight.format:
+        if scheme_of_weight(weight) == scheme:
             return weight
         weight = weight.dequantized()
-    return weight if scheme is None else quantized(weight.to(device), scheme)
+    with naming(name):
+        return quantized(weight.to(device), scheme)
+
+
+@contextlib.contextmanager
+def naming(weight: str) -> Iterator[None]:
+    """A block that rounds a weight of this name: errors about its values begin with the name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{weight}: {error}") from error
 
 
 def quantized(weight: Tensor, scheme: Scheme, *, integer_zeros: bool = False) -> QuantizedWeight:
     """A weight (OUT, IN) quantised on its device, a few rows at a time.
 
     integer_zeros: int4 has zeros, whole numbers from 0 to 15 as files of other programs need them, instead of minima.
-    Raises ValueError for weights that are not finite.
+    Raises ValueError, which `naming` completes, for values that are not finite or too large for the scheme.
     """
     step = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     parts = []
     for begin in range(0, weight.shape[0], step):
         rows = weight[begin : begin + step].detach().float()
         if not bool(rows.isfinite().all()):
-            raise ValueError("a weight to quantise holds values that are not finite: the checkpoint is damaged")
+            raise ValueError(NOT_FINITE)
         is_int4 = scheme.format == "int4"
         parts.append(_int4(rows, scheme.group_size, integer_zeros) if is_int4 else _by_row(rows, scheme.format))
     return concatenated(parts)

@@ -103,7 +103,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 def pack(*parts: Weight) -> Weight:
     """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E).
 
-    Tensors stay row-major. Quantised weights must be alike (`is_alike`) and are put in the order of the kernels' loads.
+    Tensors stay row-major. Quantised weights must have the same format, groups and kinds of scales and offsets, and are
+    put in the order of the kernels' loads.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if not tensors:

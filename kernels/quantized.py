@@ -23,13 +23,13 @@ ELEMENTS_AT_ONCE = 2**22  # that are dequantised together, so that float32 copie
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight (OUT, IN) with G groups of IN / G columns; G = 1 is a scale per row.
+    """A weight (OUT, IN) with G groups of IN / G columns.
 
     Attributes:
         format: one of FORMATS.
         values: int8 (OUT, IN); fp8: uint8 (OUT, IN), the bits; int4: uint8 (OUT, IN / 2), column 2i in the low half of
             byte i, column 2i + 1 in the high half.
-        scales: (OUT, G): float32 if G is 1, else float16 or bfloat16.
+        scales: (OUT, G): float32 for a scale per row, float16 or bfloat16 for groups, even if a row is one group.
         offsets: of int4, (OUT, G) in the dtype of the scales: zeros if `has_zeros`, else minima. None for others.
         has_zeros: which of the two the offsets are.
         order: the order of the values in a row: PLAIN, or a backend's own, by its name.
@@ -69,19 +69,6 @@ class QuantizedWeight:
         """`length` rows from `start` on."""
         return self.mapped(lambda one: one[start : start + length])
 
-    def columns(self, start: int, length: int) -> "QuantizedWeight":
-        """`length` columns from `start` on. Order PLAIN. ValueError unless they begin and end with groups and bytes."""
-        size, per_byte = self.group_size, 8 // BITS[self.format]
-        for unit in (per_byte, size if self.scales.shape[1] > 1 else 1):
-            if start % unit or length % unit:
-                raise ValueError(
-                    f"columns {start} to {start + length - 1} are not whole groups of {size} {self.format} weights: "
-                    "use fewer processes"
-                )
-        values = slice(start // per_byte, (start + length) // per_byte)
-        groups = slice(start // size, (start + length) // size) if self.scales.shape[1] > 1 else slice(None)
-        return self.mapped(lambda one: one[:, groups], lambda one: one[:, values])
-
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (OUT, IN), computed in float32 and rounded to the dtype. Order PLAIN."""
         if self.order != PLAIN:
@@ -104,13 +91,11 @@ class QuantizedWeight:
         offsets = self.offsets.float()[..., None]
         return ((q - offsets) * scales if self.has_zeros else q * scales + offsets).flatten(1)
 
-    def mapped(
-        self, change: Callable[[Tensor], Tensor], of_values: Callable[[Tensor], Tensor] | None = None
-    ) -> "QuantizedWeight":
-        """The weight with a function applied to each of its tensors; of_values: another one for its values."""
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "QuantizedWeight":
+        """The weight with a function applied to each of its tensors."""
         return replace(
             self,
-            values=(of_values or change)(self.values),
+            values=change(self.values),
             scales=change(self.scales),
             offsets=None if self.offsets is None else change(self.offsets),
         )
@@ -119,17 +104,8 @@ class QuantizedWeight:
 Weight = Tensor | QuantizedWeight
 
 
-def is_alike(parts: Sequence[QuantizedWeight]) -> bool:
-    """Whether weights have the same columns, format, groups and kind of offsets, so that they can be one weight."""
-    kinds = {
-        (part.format, part.shape[1], part.group_size, part.scales.dtype, part.offsets is None, part.has_zeros)
-        for part in parts
-    }
-    return len(kinds) == 1
-
-
 def concatenated(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """The rows of several alike weights as one weight, contiguous."""
+    """The rows of several weights, which have the same columns, groups and kinds of tensors, as one, contiguous."""
     offsets = [part.offsets for part in parts if part.offsets is not None]
     return replace(
         parts[0],

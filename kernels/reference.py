@@ -242,7 +242,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 def pack(*parts: Weight) -> Weight:
     """Concatenate weights (rows_i, E) that are applied to the same input. `unpack` undoes it.
 
-    Quantised weights must be alike (`is_alike`).
+    Quantised weights must have the same format, groups and kinds of scales and offsets.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if not tensors:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastllama.checkpoint.expressions import Expression
 from fastllama.checkpoint.json_config import JsonConfig, short_repr
 from fastllama.checkpoint.unsupported_formats import ADAPTER_CONFIG_NAME, MERGE_WITH_PEFT
 
@@ -48,18 +49,16 @@ ALL_LINEAR = "all-linear"
 LINEAR_SUFFIX = "_proj"
 LAYER_OF_MODULE = re.compile(r"model\.layers\.([0-9]+)\.")
 
-Pattern = re.Pattern[str]
-
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """A checked adapter_config.json. Modules have transformers' names: "model.layers.0.self_attn.q_proj", "lm_head"."""
 
     config: JsonConfig
-    _ranks: dict[Pattern, int]
-    _alphas: dict[Pattern, float]
-    _targets: list[tuple[str, Pattern]]
-    _excluded: list[tuple[str, Pattern]]
+    _ranks: dict[Expression, int]
+    _alphas: dict[Expression, float]
+    _targets: list[tuple[str, Expression]]
+    _excluded: list[tuple[str, Expression]]
     _layers: frozenset[int] | None
 
     @classmethod
@@ -135,30 +134,30 @@ def _refuse_fields(config: JsonConfig) -> None:
     JsonConfig(config.path, dict.fromkeys(unknown)).refuse_unknown((*READ_FIELDS, *IGNORED_FIELDS))
 
 
-def _module_names(config: JsonConfig, key: str) -> list[tuple[str, Pattern]]:
-    """(text, pattern) for each entry of a field that holds a regular expression or a list of names."""
+def _module_names(config: JsonConfig, key: str) -> list[tuple[str, Expression]]:
+    """(text, expression) for each entry of a field that holds a regular expression or a list of names."""
     value: Any = config.values.get(key)
     if value is None:
         return []
     if value == ALL_LINEAR:
-        return [(ALL_LINEAR, re.compile(f".*{LINEAR_SUFFIX}"))]
+        return [(ALL_LINEAR, Expression(f".*{LINEAR_SUFFIX}"))]
     if isinstance(value, str):
         return [(value, _compiled(config, key, value))]
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise config.error(key, "a regular expression or a list of names")
-    return [(name, re.compile(rf"(?:.*\.)?{re.escape(name)}")) for name in value]
+    return [(name, _compiled(config, key, rf"(?:.*\.)?{re.escape(name)}")) for name in value]
 
 
-def _module_pattern(section: JsonConfig, key: str) -> Pattern:
+def _module_pattern(section: JsonConfig, key: str) -> Expression:
     """A key of rank_pattern or alpha_pattern: an expression for the end of a module's name, from a dot on."""
     return _compiled(section, key, rf"(?:.*\.)?(?:{key})")
 
 
-def _compiled(config: JsonConfig, key: str, expression: str) -> Pattern:
+def _compiled(config: JsonConfig, key: str, expression: str) -> Expression:
     try:
-        return re.compile(expression)
-    except (re.error, RecursionError, OverflowError) as error:
-        what = f"expected a regular expression ({short_repr(str(error))}), got {short_repr(expression)}"
+        return Expression(expression)
+    except ValueError as error:
+        what = f"expected a regular expression, got {short_repr(expression)}: {error}; name the modules instead"
         raise ValueError(f"{config.path}: field {short_repr(config.full_name(key))}: {what}") from error
 
 

@@ -86,7 +86,7 @@ class Checkpoint:
         """
         pairs = ((spec, self.stored.get(spec.name)) for spec in weight_specs(self.params))
         return {
-            spec.name: Scheme(tensor.format, tensor.group_size)
+            spec.name: tensor.scheme
             for spec, tensor in pairs
             if isinstance(tensor, QuantizedTensor) and not cuts_groups(tensor, spec, world_size)
         }

@@ -4,7 +4,8 @@
     weight_packed      int32 (OUT, IN · bits / 32), column 0 in the lowest bits, each number plus half the range
     weight_shape       (OUT, IN), beside weight_packed
     weight_scale       one number, (OUT,), (OUT, 1) or (OUT, G)
-    weight_zero_point  int32 (OUT · bits / 32, G), packed along the rows; if the scheme is not symmetric
+    weight_zero_point  int32 (OUT · bits / 32, G), packed along the rows; if the scheme is not symmetric. One that is
+                       may have zeros in any form, but they must change nothing
 
 The bytes of weight_packed are in the order of QuantizedWeight, so they are read as they are.
 """
@@ -21,13 +22,13 @@ from fastllama.checkpoint.json_config import JsonConfig
 from fastllama.checkpoint.quantized_tensor import (
     FLOAT_DTYPES,
     INT4_IN_WORD,
+    USE_ORIGINAL,
     WORD_BITS,
     WORD_DTYPES,
     PartRule,
     QuantizedTensor,
     check_parts,
     group_size_in_memory,
-    scales_in_memory,
 )
 from fastllama.checkpoint.safetensors_files import SafetensorsTensor
 from fastllama.kernels.quantized import BITS, QuantizedWeight, unpack_int4
@@ -41,8 +42,8 @@ WEIGHT, PACKED, SHAPE, SCALE, ZERO = "weight", "weight_packed", "weight_shape", 
 ACTIVATION_PARTS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 FP8_MAGNITUDE = 0x7F  # the bits below the sign; all of them set is NaN
 STORED_DTYPES = {"int8": "I8", "fp8": "F8_E4M3"}
-ZERO_OF_SYMMETRIC = 8
 SIGN_BIT = 0x80
+MATRIX_DIMS = 2
 
 
 class CompressedTensors:
@@ -59,19 +60,18 @@ class CompressedTensors:
 
     def take(self, tensors: Parts, module: str) -> Parts:
         """Remove a module's parts from `tensors`, and return those that are read; {} if it is not quantised."""
-        if self._config.scheme_of(module) is None:
+        stored = [part for part in (WEIGHT, *self.part_names) if f"{module}.{part}" in tensors]
+        if not stored or self._config.scheme_of(module) is None:  # matched only for modules that are in the files
             return {}
-        for part in ACTIVATION_PARTS:
-            tensors.pop(f"{module}.{part}", None)
-        names = (WEIGHT, PACKED, SHAPE, SCALE, ZERO)
-        return {part: tensors.pop(f"{module}.{part}") for part in names if f"{module}.{part}" in tensors}
+        taken = {part: tensors.pop(f"{module}.{part}") for part in stored}
+        return {part: tensor for part, tensor in taken.items() if part not in ACTIVATION_PARTS}
 
     def tensor(self, folder: Path, module: str, parts: Parts, shape: tuple[int, int]) -> QuantizedTensor:
         """The matrix (OUT, IN) of a module. ValueError unless its parts are what its scheme requires."""
         scheme = self._config.scheme_of(module)
         assert scheme is not None
         _check_parts(folder, module, parts, scheme, shape)
-        return CompressedTensor(folder, module, parts, scheme, shape)
+        return CompressedTensor(f"{folder}: {module}", parts, scheme, shape)
 
 
 def _check_parts(folder: Path, module: str, parts: Parts, scheme: WeightScheme, shape: tuple[int, int]) -> None:
@@ -97,28 +97,49 @@ def _check_parts(folder: Path, module: str, parts: Parts, scheme: WeightScheme, 
     if not scheme.is_symmetric:
         expected[ZERO] = (-(-rows * bits // WORD_BITS), n_groups), WORD_DTYPES
     check_parts(folder, module, parts, expected)
+    if scheme.is_symmetric and ZERO in parts and not _is_neutral(parts[ZERO], bits, rows):
+        raise ValueError(
+            f"{folder}: {module}: config.json describes the weights as symmetric, and the files hold a {ZERO} that "
+            f"changes them; {USE_ORIGINAL}"
+        )
     if SHAPE in parts:
         check_shapes(folder, "its weight_shape states", {module: (parts[SHAPE].read().tolist(), shape)})
+
+
+def _is_neutral(zero: SafetensorsTensor, bits: int, rows: int) -> bool:
+    """Whether stored zero points are those of a symmetric scheme: in packed words half the range, else 0."""
+    stored = zero.read()
+    if stored.dtype != torch.int32 or stored.ndim != MATRIX_DIMS or len(stored) != -(-rows * bits // WORD_BITS):
+        return not bool(stored.float().any())
+    words = stored.T.contiguous().view(torch.uint8)
+    numbers = (unpack_int4(words) if bits == BITS["int4"] else words)[:, :rows]
+    return bool((numbers == 1 << (bits - 1)).all())
 
 
 class CompressedTensor(QuantizedTensor):
     """A weight of compressed-tensors."""
 
-    def __init__(self, source: Path, module: str, parts: Parts, scheme: WeightScheme, shape: tuple[int, int]) -> None:
-        """source, module: for the message of an error."""
-        self._source, self._module = source, module
+    def __init__(self, label: str, parts: Parts, scheme: WeightScheme, shape: tuple[int, int]) -> None:
         self._parts = parts
         self._scheme = scheme
         stored_group = scheme.group_size or (shape[1] if scheme.format == "int4" else 0)
         per_word = WORD_BITS // BITS[scheme.format] if scheme.is_packed else 1
-        super().__init__(shape, scheme.format, stored_group, per_word)
+        super().__init__(
+            label,
+            shape,
+            scheme.format,
+            stored_group,
+            scale_dtype=parts[SCALE].stored_dtype,
+            has_zeros=scheme.format == "int4",
+            column_unit=per_word,
+        )
 
     def read(self, dim: int, start: int, length: int) -> QuantizedWeight:
-        scales = scales_in_memory(self._by_group(self._scales, dim, start, length), self.group_size)
+        scales = self._scales_in_memory(self._by_group(self._scales, dim, start, length))
         if self.format != "int4":
             return QuantizedWeight(self.format, self._values(dim, start, length), scales)
         if self._scheme.is_symmetric:
-            zeros = torch.full_like(scales, ZERO_OF_SYMMETRIC)
+            zeros = torch.full_like(scales, 1 << (BITS["int4"] - 1))
         else:
             zeros = self._by_group(self._zeros, dim, start, length).to(scales.dtype).contiguous()
         return QuantizedWeight(self.format, self._values(dim, start, length), scales, zeros, has_zeros=True)
@@ -140,8 +161,7 @@ class CompressedTensor(QuantizedTensor):
         """The bits of e4m3 numbers. ValueError for NaN, which the kernels would read as a number."""
         if bool((bits.bitwise_and(FP8_MAGNITUDE) == FP8_MAGNITUDE).any()):
             raise ValueError(
-                f"{self._source}: {self._module} holds fp8 weights that are not numbers (NaN); "
-                "download the checkpoint again"
+                f"{self.label} holds fp8 weights that are not numbers (NaN); download the checkpoint again"
             )
         return bits
 

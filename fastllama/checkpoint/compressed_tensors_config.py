@@ -4,10 +4,11 @@ A scheme names its modules by name, by a regular expression after "re:", or by c
 the expressions and these before the class, as in the package. Modules in `ignore` are not quantised.
 """
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fastllama.checkpoint.expressions import Expression
 from fastllama.checkpoint.json_config import JsonConfig, short_repr
 from fastllama.checkpoint.quantized_tensor import USE_ORIGINAL, group_size_in_memory
 
@@ -18,6 +19,7 @@ OTHER_FIELDS = ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_s
 DENSE = "dense"
 LINEAR = "Linear"  # the class of every module of a Llama that can be quantised
 REGEX = "re:"
+COLUMNS_IN_ORDER = (None, False, "static", "weight")  # of actorder
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,21 @@ class CompressedTensorsConfig:
             section = config.section(key)
             if section and section.values.get("format") != DENSE:
                 raise _error(config, key, "nothing: it changes the cache, the activations or the weights")
-        self._ignored = [_pattern(config, "ignore", text) for text in _texts(config, "ignore")]
+        self._ignored = [_test(config, "ignore", text) for text in _texts(config, "ignore")]
         groups = config.section("config_groups")
         if groups is None:
             raise config.error("config_groups", "an object of schemes")
         self.quantizes_activations = False
-        self._schemes: list[tuple[int, re.Pattern[str], WeightScheme | None]] = []
+        self._schemes: list[tuple[int, Callable[[str], bool], WeightScheme | None]] = []
         for name in groups.values:
             self._add_group(config, groups, name)
         self._schemes.sort(key=lambda entry: entry[0])
 
     def scheme_of(self, module: str) -> WeightScheme | None:
         """The scheme of a linear module, given transformers' name; None if it is not quantised."""
-        if any(pattern.match(module) for pattern in self._ignored):
+        if any(fits(module) for fits in self._ignored):
             return None
-        return next((scheme for _, pattern, scheme in self._schemes if pattern.match(module)), None)
+        return next((scheme for _, fits, scheme in self._schemes if fits(module)), None)
 
     def _add_group(self, config: JsonConfig, groups: JsonConfig, name: str) -> None:
         group = groups.section(name)
@@ -75,7 +77,7 @@ class CompressedTensorsConfig:
             if text == "Embedding":
                 raise _error(group, "targets", "linear modules: the embedding is not quantised")
             rank = 2 if text == LINEAR else 1 if text.startswith(REGEX) else 0
-            self._schemes.append((rank, _pattern(group, "targets", text), scheme))
+            self._schemes.append((rank, _test(group, "targets", text), scheme))
 
 
 def _weight_scheme(config: JsonConfig, group: JsonConfig) -> WeightScheme | None:
@@ -92,8 +94,8 @@ def _weight_scheme(config: JsonConfig, group: JsonConfig) -> WeightScheme | None
     name = ({("int", 8): "int8"} | names).get((kind, bits)) if isinstance(kind, str) else None
     if name is None:
         raise _error(weights, "num_bits", "8 bits of int or float, or 4 packed bits of int", f" of {short_repr(kind)}")
-    if weights.values.get("actorder") in ("group", "dynamic", True):
-        raise _error(weights, "actorder", "'static' or null: columns are read in their own order")
+    if weights.values.get("actorder") not in COLUMNS_IN_ORDER:
+        raise _error(weights, "actorder", "null, false, 'static' or 'weight', so that columns are in their own order")
     strategy, size = weights.values.get("strategy"), weights.values.get("group_size")
     if strategy is None:  # the package's default
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
@@ -120,11 +122,17 @@ def _texts(config: JsonConfig, key: str) -> list[str]:
     return value
 
 
-def _pattern(config: JsonConfig, key: str, text: str) -> re.Pattern[str]:
-    """A pattern for `match` that fits the modules that a target means."""
+def _test(config: JsonConfig, key: str, text: str) -> Callable[[str], bool]:
+    """Whether a module is one that a target means."""
     if text == LINEAR:
-        return re.compile("")
+        return lambda module: True
+    if not text.startswith(REGEX):
+        return lambda module: module == text
     try:
-        return re.compile(text.removeprefix(REGEX) if text.startswith(REGEX) else rf"{re.escape(text)}\Z")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise config.error(key, f"names or valid expressions ({short_repr(str(error))})") from error
+        return Expression(text.removeprefix(REGEX)).match
+    except ValueError as error:
+        name = config.full_name(key)
+        raise ValueError(
+            f"{config.path}: field {name!r}: expected names or regular expressions, got {short_repr(text)}: {error}; "
+            "name the modules instead"
+        ) from error

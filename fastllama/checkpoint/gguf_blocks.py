@@ -20,9 +20,9 @@ ROWS_AT_ONCE = 256  # whose numbers are put in order together
 class GgufBlocks(QuantizedTensor):
     """A matrix in one of FORMATS."""
 
-    def __init__(self, rows: np.ndarray, columns: int, kind: str) -> None:
+    def __init__(self, label: str, rows: np.ndarray, columns: int, kind: str) -> None:
         """rows: the bytes of the mapped file, (OUT, bytes of a row). kind: a key of FORMATS."""
-        super().__init__((len(rows), columns), FORMATS[kind], BLOCK)
+        super().__init__(label, (len(rows), columns), FORMATS[kind], BLOCK, has_zeros=kind == "Q4_0")
         self._blocks = rows.reshape(len(rows), columns // BLOCK, -1)
         self._kind = kind
 
@@ -31,11 +31,12 @@ class GgufBlocks(QuantizedTensor):
             blocks = self._blocks[start : start + length]
         else:
             blocks = self._blocks[:, start // BLOCK : (start + length) // BLOCK]
-        scales = _floats(blocks, 0)
+        scales = self._scales_in_memory(_floats(blocks, 0))
         if self._kind == "Q8_0":
             return QuantizedWeight("int8", _flat(blocks[:, :, SCALE_BYTES:]).view(torch.int8), scales)
         has_minima = self._kind == "Q4_1"
         offsets = _floats(blocks, SCALE_BYTES) if has_minima else torch.full_like(scales, ZERO)
+        self._check_finite(offsets)
         numbers = blocks[:, :, (2 if has_minima else 1) * SCALE_BYTES :]
         return QuantizedWeight("int4", _in_order(numbers), scales, offsets, has_zeros=not has_minima)
 

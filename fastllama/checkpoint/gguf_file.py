@@ -107,11 +107,14 @@ class GgufTensor:
         )
         return part.view(-1) if len(self.shape) == 1 else part
 
-    def blocks(self) -> GgufBlocks | None:
-        """The same matrix with the file's bits; None for a vector and for types that do not keep them."""
+    def blocks(self, label: str) -> GgufBlocks | None:
+        """The same matrix with the file's bits; None for a vector and for types that do not keep them.
+
+        label: the file and the tensor, for the messages of errors.
+        """
         if len(self.shape) != 2 or self.type.name not in KEPT_TYPES:
             return None
-        return GgufBlocks(self._rows, self.shape[1], self.type.name)
+        return GgufBlocks(label, self._rows, self.shape[1], self.type.name)
 
     def _dequantised(self, rows: np.ndarray) -> torch.Tensor:
         from gguf.quants import dequantize
@@ -157,9 +160,10 @@ def open_gguf(path: Path) -> Checkpoint:
     stored: dict[str, StoredWeight] = {}
     for spec in specs:
         tensor = tensors[names[spec.name]]
-        stored[spec.name] = (None if spec.name == EMBEDDING_NAME else tensor.blocks()) or ShardedTensor((tensor,))
+        kept = None if spec.name == EMBEDDING_NAME else tensor.blocks(f"{paths[0]}: {names[spec.name]}")
+        stored[spec.name] = kept or ShardedTensor((tensor,))
     has_embedding_as_output = False
-    if params["tied_output"] and (output := embedding.blocks()):
+    if params["tied_output"] and (output := embedding.blocks(f"{paths[0]}: {names[EMBEDDING_NAME]}")):
         params["tied_output"], has_embedding_as_output = False, True
         stored[OUTPUT_NAME] = output
     return Checkpoint(

@@ -23,7 +23,6 @@ from fastllama.checkpoint.quantized_tensor import (
     QuantizedTensor,
     check_parts,
     group_size_in_memory,
-    scales_in_memory,
 )
 from fastllama.checkpoint.safetensors_files import SafetensorsTensor
 from fastllama.kernels.quantized import QuantizedWeight, pack_int4, unpack_int4
@@ -98,7 +97,7 @@ class Gptq:
                     f"{folder}: {short_list([module])} has its columns in an order of their own (act-order, desc_act), "
                     f"which is not read here; take one quantised with desc_act=false, or {USE_ORIGINAL}"
                 )
-        return GptqTensor(parts, shape, group, self._zero_shift)
+        return GptqTensor(f"{folder}: {module}", parts, shape, group, self._zero_shift)
 
 
 class Awq:
@@ -126,7 +125,7 @@ class Awq:
         expected = _expected_parts(folder, module, shape, group)
         expected[QWEIGHT] = (columns, rows // INT4_IN_WORD), WORD_DTYPES
         check_parts(folder, module, parts, expected)
-        return AwqTensor(parts, shape, group)
+        return AwqTensor(f"{folder}: {module}", parts, shape, group)
 
 
 def _expected_parts(folder: Path, module: str, shape: tuple[int, int], group: int) -> dict[str, PartRule]:
@@ -144,13 +143,14 @@ def _expected_parts(folder: Path, module: str, shape: tuple[int, int], group: in
 class GptqTensor(QuantizedTensor):
     """A weight of GPTQ."""
 
-    def __init__(self, parts: Parts, shape: tuple[int, int], stored_group: int, zero_shift: int) -> None:
-        super().__init__(shape, "int4", stored_group)
+    def __init__(self, label: str, parts: Parts, shape: tuple[int, int], stored_group: int, zero_shift: int) -> None:
+        scale_dtype = parts[SCALES].stored_dtype
+        super().__init__(label, shape, "int4", stored_group, scale_dtype=scale_dtype, has_zeros=True)
         self._parts = parts
         self._zero_shift = zero_shift
 
     def read(self, dim: int, start: int, length: int) -> QuantizedWeight:
-        scales = scales_in_memory(self._by_group(self._scales, dim, start, length), self.group_size)
+        scales = self._scales_in_memory(self._by_group(self._scales, dim, start, length))
         zeros = self._by_group(self._zeros, dim, start, length).to(scales.dtype).contiguous()
         return QuantizedWeight("int4", self._values(dim, start, length), scales, zeros, has_zeros=True)
 
@@ -180,8 +180,8 @@ class GptqTensor(QuantizedTensor):
 class AwqTensor(GptqTensor):
     """A weight of AWQ: words run along the rows, and have an order of their own."""
 
-    def __init__(self, parts: Parts, shape: tuple[int, int], stored_group: int) -> None:
-        super().__init__(parts, shape, stored_group, zero_shift=0)
+    def __init__(self, label: str, parts: Parts, shape: tuple[int, int], stored_group: int) -> None:
+        super().__init__(label, parts, shape, stored_group, zero_shift=0)
 
     def _values(self, dim: int, start: int, length: int) -> torch.Tensor:
         rows = (start, start + length) if dim == 0 else (0, self.shape[0])

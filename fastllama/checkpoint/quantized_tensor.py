@@ -11,7 +11,7 @@ import torch
 from fastllama.checkpoint.json_config import short_list
 from fastllama.checkpoint.sharding import ShardedTensor, WeightSpec
 from fastllama.kernels.quantized import BITS, QuantizedWeight, Weight
-from fastllama.quantization import INT4_GROUPS
+from fastllama.quantization import INT4_GROUPS, Scheme
 
 USE_ORIGINAL = "use the original weights, with --quantize for fewer bits"
 # safetensors' names of dtypes.
@@ -19,6 +19,7 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 WORD_DTYPES = ("I32",)
 WORD_BITS = 32
 INT4_IN_WORD = 8
+MAX_SCALE_ERROR = 0.01  # relative, of a scale that is rounded to float16
 
 PartRule = tuple[tuple[int, ...], tuple[str, ...]]  # a shape, and the dtypes that it may have
 
@@ -37,6 +38,7 @@ class QuantizedTensor(ABC):
     """A quantised matrix in a file. Only headers are read until `narrow` is called.
 
     Attributes:
+        label: the file or folder and the matrix, for the messages of errors.
         shape: (OUT, IN).
         format: QuantizedWeight's.
         group_size: columns that share a scale; 0 is a scale per row.
@@ -44,13 +46,29 @@ class QuantizedTensor(ABC):
         head_dim: if set, the rows are q's or k's in transformers' order, and `narrow` returns them in Meta's.
     """
 
-    def __init__(self, shape: tuple[int, int], kind: str, stored_group: int, column_unit: int = 1) -> None:
-        """stored_group: columns that share a scale in the file, 0 if all do; a long group's scale is repeated."""
+    def __init__(
+        self,
+        label: str,
+        shape: tuple[int, int],
+        kind: str,
+        stored_group: int,
+        *,
+        scale_dtype: str = "F16",
+        has_zeros: bool = False,
+        column_unit: int = 1,
+    ) -> None:
+        """stored_group: columns that share a scale in the file, 0 if all do; a long group's scale is repeated.
+
+        scale_dtype: the file's, by safetensors' name.
+        """
+        self.label = label
         self.shape = shape
         self.format = kind
         self.group_size = (group_size_in_memory(stored_group) or stored_group) if stored_group else 0
         self.column_unit = math.lcm(self.group_size or 1, column_unit, 8 // BITS[kind])
         self._stored_group = stored_group
+        self._has_zeros = has_zeros
+        self._has_bfloat16_scales = bool(self.group_size) and scale_dtype == "BF16"
         self.head_dim: int | None = None
 
     def narrow(self, dim: int, start: int, length: int) -> QuantizedWeight:
@@ -77,6 +95,35 @@ class QuantizedTensor(ABC):
         repeated = block(rows, groups).repeat_interleave(self._stored_group // self.group_size, 1)
         begin = first % self._stored_group // self.group_size
         return repeated[:, begin : begin + (last - first) // self.group_size]
+
+    def _scales_in_memory(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales as QuantizedWeight has them: float32 for rows, 16 bits for groups; float32 is rounded to float16.
+
+        ValueError for scales that are not finite, and for those that float16 cannot hold.
+        """
+        self._check_finite(scales)
+        if not self.group_size:
+            return scales.float().contiguous()
+        if scales.dtype != torch.float32:
+            return scales.contiguous()
+        half = scales.half()
+        is_wrong = (half.float() - scales).abs() > MAX_SCALE_ERROR * scales.abs()
+        if bool(is_wrong.any()):
+            raise ValueError(
+                f"{self.label} has scales of groups such as {float(scales[is_wrong][0]):.3g}, and float16, in which "
+                f"they are kept, cannot hold this within {MAX_SCALE_ERROR:.0%}; {USE_ORIGINAL}"
+            )
+        return half.contiguous()
+
+    def _check_finite(self, scales: torch.Tensor) -> None:
+        """Raise ValueError for scales or minima that are infinite or not numbers."""
+        if not bool(scales.isfinite().all()):
+            raise ValueError(f"{self.label} has scales that are not finite; download the checkpoint again")
+
+    @property
+    def scheme(self) -> Scheme:
+        """How what `narrow` returns is quantised."""
+        return Scheme(self.format, self.group_size, self._has_zeros, self._has_bfloat16_scales)
 
     @property
     def description(self) -> str:
@@ -127,13 +174,6 @@ def check_parts(folder: Path, module: str, parts: Mapping[str, Part], expected: 
                 f"{folder}: {short_list([f'{module}.{name}'])}: expected {' or '.join(dtypes)} {tuple(shape)} by "
                 f"config.json, got {part.stored_dtype} {tuple(part.shape)}"
             )
-
-
-def scales_in_memory(scales: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Scales as QuantizedWeight has them: float32 for rows, 16 bits for groups; float32 is rounded to float16."""
-    if not group_size:
-        return scales.float().contiguous()
-    return (scales.half() if scales.dtype == torch.float32 else scales).contiguous()
 
 
 def in_meta_row_order(weight: QuantizedWeight, head_dim: int) -> QuantizedWeight:

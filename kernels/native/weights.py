@@ -17,7 +17,7 @@ from fastllama.kernels.quantized import QuantizedWeight, Weight
 def pack(*parts: Weight) -> Weight:
     """Concatenate weights (rows_i, E) that are applied to the same input -> (sum of rows, E).
 
-    Quantised weights must be alike (`is_alike`).
+    Quantised weights must have the same format, groups and kinds of scales and offsets.
     """
     first = parts[0]
     if isinstance(first, Tensor):

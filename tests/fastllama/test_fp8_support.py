@@ -1,14 +1,19 @@
 """fp8 weights, asked for or stored in the files, are refused on GPUs that cannot convert them."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from fastllama import ModelArgs
-from fastllama.quantization import Scheme, check_quantize, model_schemes
-from tests.support.checkpoints import tiny_params
+from fastllama import ModelArgs, Transformer
+from fastllama.quantization import CHOICES, Scheme, check_quantize, model_schemes, quantized
+from tests.support.checkpoints import random_weights, tiny_params
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-ARGS = ModelArgs(**tiny_params(hidden_dim=192))
+PARAMS = tiny_params(hidden_dim=192)
+ARGS = ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=16)
 PUBLISHED = model_schemes("fp8", ARGS)  # as a checkpoint with fp8 weights stores them
 REFUSED = (
     "fp8 weights need a GPU of compute capability 8.9 or later, and NVIDIA A100 has 8.0: use quantize='int8', which "
@@ -43,6 +48,39 @@ def test_fp8_is_accepted_by_gpus_that_convert_it(capability: tuple[int, int], mo
     use_gpu(monkeypatch, capability)
     check_quantize("fp8", ARGS, CUDA)
     check_quantize(None, ARGS, CUDA, PUBLISHED)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_model_with_fp8_is_not_moved_to_such_a_gpu(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the weights were quantised when they were loaded, or in the files."""
+    model = Transformer(ARGS, device=CPU, backend="reference", quantize="fp8" if asked else None, init_weights=False)
+    weights: dict[str, Any] = random_weights(PARAMS, seed=3)
+    if not asked:
+        weights |= {name: quantized(weights[name], CHOICES["fp8"]) for name in PUBLISHED}
+    model.load_tensors(weights.items())
+    use_gpu(monkeypatch, (8, 0))
+    moved = []
+
+    def to_gpu(tensor: Tensor) -> Any:
+        """As `.cuda()` moves a tensor; there may be no GPU here."""
+        moved.append(tensor)
+        return SimpleNamespace(device=CUDA, dtype=tensor.dtype)
+
+    with pytest.raises(ValueError) as caught:
+        model._apply(to_gpu)
+    assert str(caught.value) == REFUSED
+    assert len(moved) == 1 and model.device == CPU  # the norm whose device is asked for
+    assert torch.equal(model.tok_embeddings, weights["tok_embeddings.weight"])
+
+
+def test_fp8_weights_are_not_loaded_on_such_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_gpu(monkeypatch, (8, 0))
+    model = Transformer(ARGS, device=CPU, backend="reference", init_weights=False)
+    model.device = CUDA
+    name = "layers.0.attention.wo.weight"
+    with pytest.raises(ValueError) as caught:
+        model.load_tensors([(name, quantized(torch.zeros(ARGS.shapes[name]), CHOICES["fp8"]))])
+    assert str(caught.value) == REFUSED
 
 
 def test_a_cpu_is_not_asked_for_its_capability() -> None:

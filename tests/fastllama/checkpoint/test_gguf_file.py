@@ -87,6 +87,19 @@ def test_blocks_of_32_keep_their_bits(tmp_path: Path, kind: str, in_memory: str)
             assert weight.n_bytes == weight.values.numel() + weight.scales.nbytes * (1 + (in_memory == "int4"))
 
 
+@pytest.mark.parametrize(("kind", "byte"), [("Q8_0", 1), ("Q4_0", 1), ("Q4_1", 1), ("Q4_1", 3)])
+def test_scales_and_minima_that_are_not_finite_are_errors(tmp_path: Path, kind: str, byte: int) -> None:
+    """byte: the high one of a block's scale or minimum."""
+    tensors = quantised(WEIGHTS, kind)
+    data = tensors["blk.1.ffn_up.weight"][0]
+    for high in (0x7C, 0x7E, 0xFC):  # infinite, not a number, infinite
+        data[3, byte] = high
+        data[3, byte - 1] = 0
+        path = write_gguf(tmp_path / "model.gguf", FIELDS, tensors)
+        with pytest.raises(ValueError, match=r"model\.gguf: blk\.1\.ffn_up\.weight has scales that are not finite"):
+            dict(open_checkpoint(path).tensors())
+
+
 def test_a_quantised_embedding_is_also_the_output(tmp_path: Path) -> None:
     """Looked up dense, and multiplied with the file's bits; counted once."""
     weights = {name: weight for name, weight in WEIGHTS.items() if name != "output.weight"}

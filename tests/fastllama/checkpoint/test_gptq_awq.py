@@ -155,6 +155,20 @@ def test_damaged_parts_are_errors(tmp_path: Path, kind: str, part: str) -> None:
             open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_scales_that_are_not_finite_are_errors(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    make, fields = (awq_parts, AWQ) if kind == "awq" else (gptq_parts, GPTQ)
+    parts, _ = make(SHAPES[module], 64, seed=2)
+    for value in (torch.nan, torch.inf):
+        scales = parts["scales"].to(dtype).clone()
+        scales[-1, 7] = value
+        write_folder(tmp_path, fields | {"group_size": 64}, {module: parts | {"scales": scales}})
+        with pytest.raises(ValueError, match=r"mlp\.up_proj has scales that are not finite; download the checkpoint"):
+            dict(open_checkpoint(tmp_path).tensors())
+
+
 def test_widths_that_are_not_whole_groups_are_an_error(tmp_path: Path) -> None:
     module = "model.layers.0.self_attn.q_proj"
     write_folder(tmp_path, GPTQ | {"group_size": 512}, {module: gptq_parts(SHAPES[module], 256, seed=2)[0]})

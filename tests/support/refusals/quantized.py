@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+import torch
+
 from fastllama.checkpoint import open_checkpoint
 from fastllama.checkpoint.quantized_writer import write_quantized
 from fastllama.checkpoint.quantized_writer_config import model_config
@@ -27,10 +29,28 @@ def _method(name: str, **fields: Any) -> Refusal:
     return Refusal(f"`quant_method` {name}", partial(_write, {"quant_method": name, **fields}))
 
 
+def _configuration(target: str, weights: dict[str, Any], layout: str) -> dict[str, Any]:
+    groups = {"group_0": {"targets": [target], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": ["lm_head"]}
+
+
 def _compressed(what: str, weights: dict[str, Any], layout: str, **fields: Any) -> Refusal:
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    fixed = {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": ["lm_head"]}
-    return Refusal(f"compressed-tensors: {what}", partial(_write, fixed | fields))
+    return Refusal(f"compressed-tensors: {what}", partial(_write, _configuration("Linear", weights, layout) | fields))
+
+
+def _int4(zero: int, scale: float) -> None:
+    """One module of compressed-tensors in a symmetric scheme, with these zero points and scales."""
+    parts = {
+        "weight_packed": torch.zeros(ROWS, COLUMNS // 8, dtype=torch.int32),
+        "weight_scale": torch.full((ROWS, COLUMNS // 128), scale),
+        "weight_zero_point": torch.full((ROWS, COLUMNS // 128), zero, dtype=torch.int8),
+    }
+    _write(_configuration(MODULE, INT4, "pack-quantized"), parts)
+
+
+def _read() -> None:
+    for _ in open_checkpoint(MODEL).tensors(progress=False):
+        pass
 
 
 def _gptq(what: str, **fields: Any) -> Refusal:
@@ -79,7 +99,10 @@ CASES = [
     _compressed("4-bit floats", FP8 | {"num_bits": 4, "strategy": "tensor_group"}, "nvfp4-pack-quantized"),
     _compressed("other numbers of bits", INT4 | {"num_bits": 3}, "pack-quantized"),
     _compressed("int8 with zero points", INT8 | {"symmetric": False}, "int-quantized"),
+    Refusal("compressed-tensors: zero points in a symmetric scheme", partial(_int4, zero=3, scale=1.0)),
+    Refusal("compressed-tensors: scales of groups beyond float16", partial(_int4, zero=0, scale=1e6), _read),
     _compressed("act-order", INT4 | {"actorder": "group"}, "pack-quantized"),
+    _compressed("expressions with flags, names or references", INT4, "pack-quantized", ignore=["re:(?i).*LM_HEAD"]),
     _compressed("groups of other sizes", INT4 | {"group_size": 48}, "pack-quantized"),
     _compressed("a quantised cache", FP8, "float-quantized", kv_cache_scheme=FP8 | {"strategy": "tensor"}),
     _compressed("sparse weights", FP8, "float-quantized", sparsity_config={"format": "sparse-24-bitmask"}),

@@ -18,7 +18,8 @@ OLDER_TRITON := .cache/triton-3.6.0
 NEWEST_TRITON := .cache/triton-3.9.0
 WITH_TRITON = PYTHONPATH=$(CURDIR)/$< $(BIN)/python
 KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/kernels_report/test_compiled_kernel.py \
-	tests/benchmarks/kernels_report/test_dependence.py tests/benchmarks/gpu_report/test_instruction_rates.py
+	tests/benchmarks/kernels_report/test_dependence.py tests/benchmarks/gpu_report/test_instruction_rates.py \
+	tests/benchmarks/gpu_report/test_compiled_variants.py
 
 # The C++ kernels with a sanitizer, which must be loaded before python.
 COMMA := ,

@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # The longest files start first, or one pytest process would end long after the others.
 LONGEST = (
     "test_compiled.py",
+    "test_compiled_variants.py",
     "test_compiled_kernel.py",
     "test_fused.py",
     "test_sample.py",

@@ -1,6 +1,7 @@
 """Compiles launches that the GPU report tries with quantised weights, and prints those that spill or do not fit.
 
-Arguments: a GPU, a model, a format and the numbers of tokens. Prints JSON: the number of launches, and the bad ones.
+Arguments: a GPU, a model, a format, a number of tokens, and the ops, by default all. Prints JSON: the number of
+launches, and the bad ones.
 """
 
 import json
@@ -18,28 +19,24 @@ from fastllama.kernels.projection.packing import checked
 POSITIONS = 128
 
 
-def main(gpu_name: str, model: str, quantize: str, batches: list[int]) -> None:
-    gpu, args, n_launches, bad = GPUS[gpu_name], MODELS[model], 0, []
-    for batch in batches:
-        for op, case in ops_of(args, batch, POSITIONS, torch.device("cpu")).items():
-            weight = checked(lazy_weight(case.name, case.shape, quantize))  # type: ignore[arg-type]
-            if weight.format != quantize:
-                continue
-            x = torch.zeros(batch, case.shape[1], dtype=DTYPE)
-            with record_launches(gpu) as launches:
-                tried = launches_of(weight, case.tiles, batch)
-                for launch in tried:
-                    project(launch, x, weight, case.epilogue)
-            n_launches += len(tried)
-            for launch, recorded in zip(tried, launches, strict=True):
-                compiled = Compiled(recorded.compiled, gpu)
-                if compiled.spills or compiled.shared > gpu.shared_bytes:
-                    bad.append([batch, op, launch, compiled.spills, compiled.shared])
-                print(
-                    batch, op, launch, compiled.registers, compiled.spills, compiled.shared, file=sys.stderr, flush=True
-                )
+def main(gpu_name: str, model: str, quantize: str, tokens: str, *ops: str) -> None:
+    gpu, batch, n_launches, bad = GPUS[gpu_name], int(tokens), 0, []
+    for op, case in ops_of(MODELS[model], batch, POSITIONS, torch.device("cpu")).items():
+        weight = checked(lazy_weight(case.name, case.shape, quantize))  # type: ignore[arg-type]
+        if weight.format != quantize or (ops and op not in ops):
+            continue
+        x = torch.zeros(batch, case.shape[1], dtype=DTYPE)
+        with record_launches(gpu) as launches:
+            tried = launches_of(weight, case.tiles, batch)
+            for launch in tried:
+                project(launch, x, weight, case.epilogue)
+        n_launches += len(tried)
+        for launch, recorded in zip(tried, launches, strict=True):
+            compiled = Compiled(recorded.compiled, gpu)
+            if compiled.spills or compiled.shared > gpu.shared_bytes:
+                bad.append([op, launch, compiled.spills, compiled.shared])
     print(json.dumps({"launches": n_launches, "bad": bad}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], [int(batch) for batch in sys.argv[4:]])
+    main(*sys.argv[1:])

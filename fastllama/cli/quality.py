@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -21,6 +20,7 @@ from fastllama.cli.options import (
     threads_option,
 )
 from fastllama.cli.standard_streams import write_stdout
+from fastllama.cli.text_files import read_text
 
 DEFAULT_WINDOW = 512
 LONGEST_NUMBER = 1e6  # of a perplexity that is written in full
@@ -111,12 +111,7 @@ def _read_text(path: str | None) -> str:
         from fastllama.builtin.held_out import held_out_text
 
         return held_out_text()
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise click.UsageError(f"--text {path}: cannot be read ({error.strerror or error}).") from error
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"--text {path}: expected text in UTF-8 ({error}).") from error
+    return read_text(path, "--text")
 
 
 def _reference(ours: Side, against: str | None) -> list[Side]:

@@ -35,7 +35,7 @@ NO_TOKENIZER = "there is no tokenizer in {0}, so none was written: copy one into
 @click.option("--calibrate", metavar="FILE", help="Of int4: text in UTF-8 like what the model will work on.")
 @click.option(
     "--max_tokens",
-    type=click.IntRange(2),
+    type=click.IntRange(1),
     default=MAX_TOKENS,
     show_default=True,
     help="Of the calibration text.",

@@ -106,6 +106,7 @@ setup(
         "numpy>=1.26",  # torch warns without it, and triton's interpreter needs it
         "triton>=3.6; sys_platform == 'linux'",
         "tiktoken>=0.9",
+        "regex>=2024.5",  # expressions of configurations, with a time limit; tiktoken has it, too
         "tokenizers>=0.21",  # any tokenizer.json
         "safetensors>=0.5",
         "jinja2>=3.1.6",  # earlier versions have known ways out of the sandbox

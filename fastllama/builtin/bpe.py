@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-import regex  # type: ignore[import-untyped]
+import regex
 import tiktoken
 
 from fastllama.tokenizer import Tokenizer

@@ -58,9 +58,9 @@ def test_other_schemes_are_errors(tmp_path: Path, fields: dict[str, Any], messag
         ({"config_groups": {"W8A8": ["Linear"]}}, "'quantization_config.config_groups.W8A8'"),
         (
             {"config_groups": {"a": {"targets": ["re:("], "weights": INT8}}},
-            r"config_groups\.a\.targets': expected names or .*, got 're:\(': it has a \( without a \)",
+            r"config_groups\.a\.targets': expected names or .*, got 're:\(': missing \)",
         ),
-        ({"ignore": ["re:(?i)lm_head"]}, r"quantization_config\.ignore': expected names or .* got 're:\(\?i\)lm_head'"),
+        ({"ignore": ["re:[lm_head"]}, r"quantization_config\.ignore': expected names or .* got 're:\[lm_head'"),
         ({"config_groups": {"a": {"targets": "Linear", "weights": INT8}}}, r"expected a list of texts, got 'Linear'"),
         ({"config_groups": {"a": {"targets": ["Embedding"], "weights": INT8}}}, "the embedding is not quantised"),
         ({"ignore": [1]}, "expected a list of texts"),

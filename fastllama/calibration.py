@@ -17,6 +17,7 @@ from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch
 from fastllama.kernels.quantized import Weight, split
 from fastllama.packed_weights import LAYER_WEIGHTS
+from fastllama.quantization import naming
 from fastllama.rope import rope_table
 
 EMBEDDING_NAME = "tok_embeddings.weight"
@@ -56,12 +57,12 @@ class Calibration:
             index, _, part = part.partition(".")
             layer[part] = weight
             if len(layer) == self._n_names:
-                for part, result in self._rounded_layer(layer, group_size).items():
+                for part, result in self._rounded_layer(index, layer, group_size).items():
                     yield f"layers.{index}.{part}", result
                 layer = {}
 
-    def _rounded_layer(self, layer: Mapping[str, Tensor], group_size: int) -> dict[str, Weight]:
-        """The layer with its matrices rounded. The hidden states become those after it."""
+    def _rounded_layer(self, index: str, layer: Mapping[str, Tensor], group_size: int) -> dict[str, Weight]:
+        """Layer number `index` with its matrices rounded. The hidden states become those after it."""
         eps, result = self._args.norm_eps, dict[str, Weight](layer)
 
         def packed(attribute: str) -> Tensor | None:
@@ -70,7 +71,8 @@ class Calibration:
 
         def rounded(attribute: str, inputs: Iterable[Tensor]) -> Tensor:
             names = LAYER_WEIGHTS[attribute]
-            weight = gptq(cast(Tensor, packed(attribute)), _moments(inputs), group_size)
+            with naming(", ".join(f"layers.{index}.{name}" for name in names)):
+                weight = gptq(cast(Tensor, packed(attribute)), _moments(inputs), group_size)
             parts = split(weight, [layer[name].shape[0] for name in names])
             result.update({name: part.to(layer[name].device) for name, part in zip(names, parts, strict=True)})
             return weight.dequantized()
@@ -108,5 +110,5 @@ def _moments(inputs: Iterable[Tensor]) -> Tensor:
         total = total.to(x.device) + x.T @ x
         n_tokens += len(x)
     if not bool(total.isfinite().all()):
-        raise ValueError("the model's activations on the calibration text are not finite: the checkpoint is damaged")
+        raise ValueError("its inputs on the calibration text are not finite: the checkpoint is damaged")
     return total / n_tokens

@@ -32,7 +32,7 @@ from fastllama.checkpoint.quantized_writer_config import quantization_config
 from fastllama.checkpoint.safetensors_files import INDEX_NAME, SINGLE_FILE_NAME
 from fastllama.checkpoint.sharding import OUTPUT_NAME, weight_specs
 from fastllama.kernels.quantized import QuantizedWeight, Weight, pack_int4
-from fastllama.quantization import NOT_QUANTIZED, Scheme, quantized, scheme_of
+from fastllama.quantization import NOT_QUANTIZED, Scheme, naming, quantized, scheme_of
 from fastllama.torch_settings import with_default_settings
 
 SHARD_BYTES = 2**31
@@ -140,8 +140,10 @@ def _tensors(
     for name, weight in weights:
         if name == OUTPUT_NAME and params["tied_output"] and not with_output:
             continue
-        if not (name.endswith(NOT_QUANTIZED) or (name == OUTPUT_NAME and not with_output)):
-            weight = weight if isinstance(weight, QuantizedWeight) else quantized(weight, scheme, integer_zeros=True)
+        stays = name.endswith(NOT_QUANTIZED) or (name == OUTPUT_NAME and not with_output)
+        if isinstance(weight, Tensor) and not stays:
+            with naming(name):
+                weight = quantized(weight, scheme, integer_zeros=True)
         if any(f".{part}." in name for part in PERMUTED_PARTS):
             weight = in_transformers_row_order(weight, params["head_dim"])
         (theirs,) = huggingface_names([name]).values()

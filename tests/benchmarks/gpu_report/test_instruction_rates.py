@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.benchmarks.gpu_report import instruction_rates as module
 from fastllama.benchmarks.gpu_report.instruction_rates import (
     ASSEMBLY,
     CHAINS,
     FMA,
     OTHER,
     UNROLL,
+    WARPS,
     instruction_rates,
     run_chains,
 )
@@ -130,3 +132,32 @@ def test_rates_are_reported_beside_that_of_fma(device: torch.device, tmp_path: P
     assert records[0]["ratio_to_fma"] == 1 and all(record["ratio_to_fma"] > 0 for record in records)
     known = [record["per_clock"] is not None and record["clock_mhz"] is not None for record in records]
     assert known == [device.type == "cuda"] * len(records)
+
+
+def test_instructions_per_clock_are_those_of_a_multiprocessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program's instructions, by its clocks and by the time of the launch."""
+    times = iter(10.0 if name == FMA else 20.0 for name in ASSEMBLY)
+    bench = Bench(torch.device("cpu"), TOY, tmp_path)
+    monkeypatch.setattr(bench, "microseconds", lambda calls: next(times))
+    clocks = torch.tensor([2047, 2048, 4096])
+    monkeypatch.setattr(module, "run_chains", lambda *_: (clocks, clocks))
+    first, second, *_ = (record for record in instruction_rates(bench) if isinstance(record, dict))
+    executed = CHAINS * WARPS * 32 * UNROLL * TOY.instruction_loops
+    assert first["per_clock"] == executed / 2048 and first["clock_mhz"] == pytest.approx(204.8)
+    assert first["giga_per_second"] == pytest.approx(executed / 10e-6 / 1e9)
+    assert second["ratio_to_fma"] == 0.5
+
+
+def test_older_gpus_convert_no_fp8_and_others_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(torch.device("cuda"), TOY, tmp_path)
+    monkeypatch.setattr(module, "uses_assembly", lambda target: False)
+    assert list(instruction_rates(bench)) == [{"not_run": "these are NVIDIA's instructions"}]
+    ones = torch.ones(8)
+    for name, value in {"uses_assembly": lambda target: True, "run_chains": lambda *_: (ones, ones)}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(bench, "microseconds", lambda calls: 1.0)
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.zeros(*shape))
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: ones)
+    for capability, left_out in (((8, 0), 1), ((9, 0), 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert len(list(instruction_rates(bench))) == len(ASSEMBLY) - left_out

@@ -7,6 +7,7 @@ Several ranges are tried for each group, and each is refined by least squares. T
 error is taken.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ NOT_FINITE = "holds values that are not finite: the checkpoint is damaged; downl
 # Ranges that are tried for a group, as shares of that from its smallest to its largest weight. A range that leaves out
 # the extremes is finer for the others.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)
+WEIGHED_SHARES = (*SHARES, 0.64, 0.56)  # where the extremes may be in columns that matter little
+SHIFTS = (0, -1, 1)  # of a range, in steps: zeros beside the one in its middle
 REFITS = 2  # least-squares fits of scale and offset to the rounded values, per range
 
 
@@ -43,8 +46,9 @@ def best_rounding(w: Tensor, integer_zeros: bool, importance: Tensor | None = No
         least, most = least.clamp(max=0), most.clamp(min=0)
     middle, width = (least + most) / 2, most - least
     best = _rounded(w, width / MAX_INT4, least, integer_zeros, weights)
-    for share in SHARES:
-        tried = _rounded(w, share * width / MAX_INT4, middle - share * width / 2, integer_zeros, weights)
+    for share, shift in product(SHARES if importance is None else WEIGHED_SHARES, SHIFTS if integer_zeros else (0,)):
+        scale = share * width / MAX_INT4
+        tried = _rounded(w, scale, middle - share * width / 2 + shift * scale, integer_zeros, weights)
         best = _better(best, tried)
         for _ in range(REFITS):
             tried = _rounded(w, *_refitted(w, tried, integer_zeros, weights), integer_zeros, weights)

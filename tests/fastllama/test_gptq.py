@@ -54,17 +54,18 @@ def test_other_inputs_of_the_kind_gain_as_well() -> None:
 
 def test_columns_are_rounded_as_the_formula_says() -> None:
     """Against the definition: after each column the others move to the minimum of the change that is left."""
-    w, x = weight(3, 32).double(), inputs(32).double()
+    w, x = weight(3, 64).double(), inputs(64).double()
     moments = x.T @ x
-    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(32).double()
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(64).double()
     found = gptq(w.float(), moments, GROUP)
-    scale, zero = found.scales.double(), found.offsets.double()  # type: ignore[union-attr]
-    moved = w.clone()
-    for i in range(32):
-        rounded = scale[:, 0] * ((moved[:, i] / scale[:, 0] + zero[:, 0]).round().clamp(0, 15) - zero[:, 0])
-        error, rest = moved[:, i] - rounded, slice(i + 1, None)
-        if i < 31:
-            moved[:, rest] += torch.linalg.solve(damped[rest, rest], torch.outer(damped[rest, i], error)).T
+    scale, zero = (one.double().repeat_interleave(GROUP, 1) for one in (found.scales, found.offsets))  # type: ignore
+    moved, left = w.clone(), moments.diagonal().argsort(descending=True).tolist()
+    while left:
+        i = left.pop(0)
+        rounded = scale[:, i] * ((moved[:, i] / scale[:, i] + zero[:, i]).round().clamp(0, 15) - zero[:, i])
+        error = moved[:, i] - rounded
+        if left:
+            moved[:, left] += torch.linalg.solve(damped[left][:, left], torch.outer(damped[left, i], error)).T
         moved[:, i] = rounded
     different = (found.dequantized().double() - moved).abs() > 1e-6
     assert different.double().mean() < 0.02  # near ties in float32

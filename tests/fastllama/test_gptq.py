@@ -72,7 +72,10 @@ def test_columns_are_rounded_as_the_formula_says() -> None:
 
 
 def test_a_weight_on_the_grid_stays() -> None:
-    w = quantized(weight(), Scheme("int4", GROUP), integer_zeros=True).dequantized()
+    """Values of 4 bits that use the whole range of each group."""
+    q = torch.randint(0, 16, (24, 4, GROUP), generator=torch.Generator().manual_seed(3)).float()
+    q[..., 5], q[..., 9] = 0, 15
+    w = (0.01 * (q - 7)).flatten(1)
     x = inputs(128)
     found = gptq(w, x.T @ x, GROUP)
     steps = found.scales.float().repeat_interleave(GROUP, 1)

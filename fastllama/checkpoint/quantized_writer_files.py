@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from fastllama.checkpoint.base import Checkpoint
 from fastllama.checkpoint.huggingface_config import GENERATION_CONFIG_NAME
+from fastllama.gguf_header import is_gguf_file
 from fastllama.tokenizer_base import DEFAULT_TEMPLATE, BaseTokenizer
 from fastllama.tokenizer_gguf import GgufTokenizer
 from fastllama.tokenizer_open import open_tokenizer
@@ -59,7 +60,7 @@ def write_other_files(checkpoint: Checkpoint, ckpt_dir: str, tokenizer_path: str
     try:
         found = find_tokenizer_file(tokenizer_path or ckpt_dir)
         name = "tokenizer.json" if is_json(first_bytes(found)) else "tokenizer.model"
-        if is_huggingface:
+        if is_huggingface and not is_gguf_file(found):
             _copy(found.parent, TOKENIZER_FILES, folder)
             shutil.copyfile(found, folder / name)
             return name
@@ -70,7 +71,10 @@ def write_other_files(checkpoint: Checkpoint, ckpt_dir: str, tokenizer_path: str
         return None
     ends = sorted({*tokenizer.stop_tokens, *checkpoint.stop_token_ids})
     ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
-    _write_json(folder / GENERATION_CONFIG_NAME, {key: value for key, value in ids.items() if value not in (-1, [])})
+    if not (folder / GENERATION_CONFIG_NAME).exists():
+        _write_json(
+            folder / GENERATION_CONFIG_NAME, {key: value for key, value in ids.items() if value not in (-1, [])}
+        )
     if isinstance(tokenizer, GgufTokenizer):
         _write_gguf_tokenizer(tokenizer, folder)
         return "tokenizer.json"

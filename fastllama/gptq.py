@@ -11,11 +11,13 @@ so that the products change least, as the upper Cholesky factor U of M⁻¹ says
 -(w_i - ŵ_i) / U_ii · U_ij.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from fastllama.int4_rounding import NOT_FINITE, best_rounding, quantized_values
-from fastllama.kernels.quantized import QuantizedWeight, pack_int4
+from fastllama.kernels.quantized import ELEMENTS_AT_ONCE, QuantizedWeight, pack_int4
 
 # Part of the mean of M's diagonal that is added to the diagonal. It keeps M's inverse exact enough, and limits how far
 # columns move for correlations that a short text has by chance.
@@ -29,40 +31,56 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int) -> QuantizedWeight:
     if not bool(w.isfinite().all()):
         raise ValueError(NOT_FINITE)
     damped = _damped(moments)
-    importance = damped.diagonal().float().view(-1, group_size)
-    groups = best_rounding(w.view(w.shape[0], -1, group_size), integer_zeros=True, importance=importance)
-    order = damped.diagonal().argsort(descending=True, stable=True)
-    scale, zero = (one[:, order // group_size, 0].float() for one in (groups.scale, groups.offset))
+    diagonal = damped.diagonal().clone()
+    scale, zero = _scales_and_zeros(w, diagonal.float().view(-1, group_size))
+    order = diagonal.argsort(descending=True, stable=True)
+    factor = _factor(damped[order[:, None], order])
+    del damped
     q = torch.empty_like(w, dtype=torch.uint8)
-    q[:, order] = _rounded_columns(w[:, order], scale, zero, _factor(damped[order][:, order]))
-    return QuantizedWeight("int4", pack_int4(q), groups.scale[..., 0], groups.offset[..., 0], has_zeros=True)
+    q[:, order] = _rounded_columns(w[:, order], scale, zero, order // group_size, factor)
+    return QuantizedWeight("int4", pack_int4(q), scale, zero, has_zeros=True)
 
 
-def _rounded_columns(w: Tensor, scale: Tensor, zero: Tensor, factor: Tensor) -> Tensor:
-    """q (OUT, IN) of columns in the order in which they are rounded, each with its scales and zeros (OUT, IN).
+def _scales_and_zeros(w: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """(OUT, G) float16 each, of the groups of w (OUT, IN), a few rows at a time."""
+    step = max(1, ELEMENTS_AT_ONCE // w.shape[1])
+    parts = [
+        best_rounding(rows.view(rows.shape[0], *importance.shape), integer_zeros=True, importance=importance)
+        for rows in w.split(step)
+    ]
+    return torch.cat([part.scale[..., 0] for part in parts]), torch.cat([part.offset[..., 0] for part in parts])
+
+
+def _rounded_columns(w: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, factor: Tensor) -> Tensor:
+    """q (OUT, IN) of columns in the order in which they are rounded, given each column's group.
 
     A column moves the others of its block at once, those after the block when the block is done.
     """
     q = torch.empty_like(w, dtype=torch.uint8)
     for begin in range(0, w.shape[1], BLOCK):
         end = min(begin + BLOCK, w.shape[1])
+        scale, zero = (one[:, groups[begin:end]].float() for one in (scales, zeros))
         errors = torch.empty_like(w[:, begin:end])
         for i in range(begin, end):
-            q[:, i], rounded = quantized_values(w[:, i], scale[:, i], zero[:, i], integer_zeros=True)
-            errors[:, i - begin] = (w[:, i] - rounded) / factor[i, i]
-            w[:, i + 1 : end] -= torch.outer(errors[:, i - begin], factor[i, i + 1 : end])
+            at = i - begin
+            q[:, i], rounded = quantized_values(w[:, i], scale[:, at], zero[:, at], integer_zeros=True)
+            errors[:, at] = (w[:, i] - rounded) / factor[i, i]
+            w[:, i + 1 : end] -= torch.outer(errors[:, at], factor[i, i + 1 : end])
         w[:, end:] -= errors @ factor[begin:end, end:]
     return q
 
 
 def _damped(moments: Tensor) -> Tensor:
     """M with damping, in float64."""
-    wide = moments.double()
-    mean = wide.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return wide + torch.eye(len(wide), dtype=wide.dtype, device=wide.device) * (mean * DAMPING)
+    wide = moments.to(torch.float64, copy=True)
+    wide.diagonal().add_(wide.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * DAMPING)
+    return wide
 
 
 def _factor(damped: Tensor) -> Tensor:
-    """U, in float32."""
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    return factor.float()
+    """U, in float32. ValueError if M is not positive definite, which its damping prevents."""
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    factor, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed or failed_again:
+        raise ValueError("its inputs on the calibration text cannot be inverted: give another text")
+    return cast(Tensor, factor).float()

@@ -22,6 +22,7 @@ from fastllama.tokenizer_base import BaseTokenizer
 
 PIECE_TOKENS = 128  # whose logits are in memory at once
 LARGE_DIVERGENCE = 0.99  # quantile
+MAX_CHARACTERS = 64  # of a token; a longer one is a run of blanks
 LARGEST_LOGIT = 1e37  # differences and sums of such are still finite in float32
 
 
@@ -61,6 +62,8 @@ def windows_of(
     ValueError for a text of too few tokens to predict one: of none, or of one without a token for the begin.
     """
     begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    if max_tokens is not None:  # a long text need not be encoded to its end
+        text = text[: max_tokens * MAX_CHARACTERS]
     tokens = tokenizer.encode(text, bos=False, eos=False)[:max_tokens]
     step = window_tokens - len(begin)
     windows = [begin + tokens[start : start + step] for start in range(0, len(tokens), step)]

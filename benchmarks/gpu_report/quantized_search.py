@@ -101,7 +101,7 @@ def quantized_variants(bench: Bench) -> Results:
     """Times every projection of every model in every format, with each number of tokens."""
     sizes, device = bench.sizes, bench.device
     formats = supported_formats(device, FORMATS)
-    for (name, args), batch in product(sizes.models.items(), sizes.batches):
+    for batch, (name, args) in product(sizes.batches, sizes.models.items()):  # the time may end before the last
         ops = ops_of(args, batch, sizes.contexts[0], device)
         for quantize, (op, case) in product(formats, ops.items()):
             scheme = scheme_of(quantize, case.name, case.shape[1])

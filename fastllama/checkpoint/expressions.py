@@ -1,14 +1,20 @@
 """Regular expressions of a checkpoint's files, matched in bounded time.
 
 Python's `re` tries one way after another, and an expression such as (.+)+! makes it try more ways than anyone can wait
-for. The package `regex`, which reads the same expressions, stops at a time limit.
+for. The package `regex`, which reads the same expressions, stops at a time limit. It copies what is repeated a number
+of times, so these numbers are bounded, too.
 """
+
+import math
+import re
 
 import regex
 
 from fastllama.checkpoint.json_config import short_repr
 
 MAX_LENGTH = 1000
+MAX_COPIES = 10_000  # the product of all numbers of repetitions
+COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 MAX_SECONDS = 2.0  # for one name. Real expressions take microseconds
 
 
@@ -18,6 +24,9 @@ class Expression:
     def __init__(self, text: str) -> None:
         if len(text) > MAX_LENGTH:
             raise ValueError(f"it is longer than {MAX_LENGTH} characters")
+        counts = (max(int(number or 1) for number in match.groups()) for match in COUNT.finditer(text))
+        if math.prod(max(1, count) for count in counts) > MAX_COPIES:
+            raise ValueError(f"its numbers of repetitions together are more than {MAX_COPIES:,}")
         try:
             self._compiled = regex.compile(text)
         except (regex.error, RecursionError) as error:

@@ -12,6 +12,7 @@ The folder is written under another name beside its place, and then renamed. In 
 files are moved into it at the end, config.json last. So one that was not finished does not open.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -58,14 +59,16 @@ def write_quantized(
     with_output: quantise the output, too; one that is the embedding is then stored beside it.
     config: config.json without its quantization_config. copy_others: adds the other files to a folder.
     calibration: the text by which int4 is rounded, for other formats None.
-    Host memory stays near one weight and one file of `shard_bytes`; with a calibration text near one layer, such a file
-    and the text's activations. ValueError if the checkpoint is quantised already, or the folder is not empty; the
-    folder is left as it was after any error.
+    Host memory stays near one weight and one file of `shard_bytes`. With a calibration text come one layer in float32,
+    the text's activations, and for a weight of IN columns some 40·IN² bytes, where the calibration computes.
+    ValueError if the checkpoint is quantised already, or the folder is not empty; the folder is left as it was after
+    any error.
     """
     _refuse_quantized(checkpoint)
     scheme = common_scheme(checkpoint, quantize)
     check_is_free(folder)
     exists = folder.exists()
+    made = [] if exists else [path for path in folder.absolute().parents if not path.exists()]
     within = folder if exists else folder.parent
     within.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=within, prefix=f".{folder.name}."))
@@ -79,14 +82,29 @@ def write_quantized(
         config |= {"quantization_config": quantization_config(scheme, with_output)}
         (place / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
         place.chmod(0o755)  # mkdtemp makes it private
+        _move(place, folder)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another program has put something there
+            for path in made:
+                path.rmdir()
         raise
-    if not exists:
+
+
+def _move(place: Path, folder: Path) -> None:
+    """Give a folder its name, or move its files into the one of that name, config.json last, all or none."""
+    if not folder.exists():
         os.rename(place, folder)
         return
-    for path in sorted(place.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-        os.rename(path, folder / path.name)
+    paths = sorted(place.iterdir(), key=lambda path: path.name == CONFIG_NAME)
+    try:
+        for path in paths:
+            os.rename(path, folder / path.name)
+    except BaseException:
+        for path in paths:
+            moved = folder / path.name
+            shutil.rmtree(moved) if moved.is_dir() else moved.unlink(missing_ok=True)
+        raise
     place.rmdir()
 
 

@@ -40,6 +40,8 @@ def test_hostile_expressions_end(text: str, monkeypatch: pytest.MonkeyPatch) -> 
     ("text", "message"),
     [
         ("a" * (MAX_LENGTH + 1), "longer than 1000 characters"),
+        ("(((a{90}){90}){90}){90}", "repetitions together are more than 10,000"),
+        ("((ab){,3000}){1000,}", "repetitions together"),
         ("(a", "missing \\)"),
         ("*a", "nothing to repeat"),
         ("(" * 450 + ")" * 450, "recursion"),

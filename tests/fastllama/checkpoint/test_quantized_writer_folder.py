@@ -66,6 +66,33 @@ def test_columns_that_do_not_fill_words_are_an_error_before_any_work(tmp_path: P
     open_checkpoint(write(made, tmp_path / "out", "fp8"))
 
 
+@pytest.mark.parametrize("target", ["new/deeper/out", "empty"])
+@pytest.mark.parametrize("n_renames", [0, 1])
+def test_an_error_at_the_end_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, n_renames: int
+) -> None:
+    made = source(tmp_path / "source", "meta")
+    (tmp_path / "empty").mkdir()
+    rename = os.rename
+    done: list[Path] = []
+
+    def failing(source: Path, place: Path) -> None:
+        if Path(source).name != "0":  # a file of weights that gets its final name
+            if len(done) == n_renames:
+                raise KeyboardInterrupt
+            done.append(place)
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", failing)
+    if target == "empty" or n_renames == 0:
+        with pytest.raises(KeyboardInterrupt):
+            write(made, tmp_path / target, "int8")
+        assert {path.name for path in tmp_path.iterdir()} == {"source", "empty"}
+        assert not list((tmp_path / "empty").iterdir())
+    monkeypatch.undo()
+    open_checkpoint(write(made, tmp_path / target, "int8"))
+
+
 def _interrupted(folder: Path) -> None:
     raise KeyboardInterrupt
 

@@ -97,7 +97,8 @@ def test_quantize_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     expect_error(run("quantize", made, str(tmp_path / "out"), "--to", "fp8", "--group_size", "64"), "is for int4")
     for words, expected in [
         (("--to", "int8", "--calibrate", "x"), "--calibrate is for int4; int8 has"),
-        (("--to", "int4", "--device", "cpu"), "--device is for --calibrate"),
+        (("--to", "int4", "--device", "cpu"), "--device is for --calibrate, which"),
+        (("--to", "int4", "--max_tokens", "5"), "--max_tokens is for --calibrate, which"),
         (("--to", "int4", "--calibrate", str(tmp_path / "no.txt")), "no.txt: cannot be read (No such file"),
     ]:
         expect_error(run("quantize", made, str(tmp_path / "out"), *words), expected)

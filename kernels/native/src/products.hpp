@@ -12,6 +12,7 @@ constexpr int TOKENS = HAS_32_REGISTERS ? 6 : 4;
 constexpr int ROWS = HAS_32_REGISTERS ? 4 : 3;
 constexpr int STREAM_TOKENS = 4;
 constexpr int64_t STREAM_INPUT_BYTES = 32 * 1024;  // which stay in the first cache
+constexpr int64_t LINE_BYTES = 64;         // of a cache
 constexpr int64_t PREFETCH_BYTES = 4096;   // ahead in a stream; of dense weights in tiles, the next tile is prefetched
 constexpr int64_t QUANTIZED_PREFETCH_BYTES = 8192;  // at least, ahead in tiles of fewer bits, whose bytes are read faster
 constexpr int ONCE = 0, REPEATEDLY = 3;    // how often a prefetched weight is read: the locality of __builtin_prefetch
@@ -25,28 +26,39 @@ INLINE int64_t prefetch_distance(int64_t tile_bytes) {
 
 #include "groups.hpp"
 
+// sums[n][r] += w[r][i] · x[n][i], lane by lane, of the columns in a vector.
+template <class T, int R, int N>
+INLINE void add_columns(const T* w, int64_t width, const float* x, int64_t stride_x, V* sums) {
+  V rows[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) rows[r] = load(w + r * width);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) {
+    const V v = load(x + n * stride_x);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sums[n * R + r] = multiply_add(rows[r], v, sums[n * R + r]);
+  }
+}
+
 // out[n][r] = Σ w[r][i] · x[n][i] for R weight rows and N tokens.
 template <class T, int R, int N, bool IS_STREAM = false>
 INLINE void tile(const T* w, int64_t width, const float* x, int64_t stride_x, float* out, int64_t stride_out) {
+  // Columns whose prefetch is one instruction per row: with one token, which memory bounds, a line of the caches.
+  constexpr int64_t STEP = N == 1 && LINE_BYTES / int64_t(sizeof(T)) > LANES ? LINE_BYTES / sizeof(T) : LANES;
   V sums[N * R] = {};
   const int64_t ahead = sizeof(T) == 1 ? prefetch_distance(R * width) : R * width;
   int64_t i = 0;
 #pragma GCC unroll 2
-  for (; i + LANES <= width; i += LANES) {
-    V rows[R];
+  for (; i + STEP <= width; i += STEP) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       if (IS_STREAM) __builtin_prefetch(reinterpret_cast<const char*>(w + r * width + i) + PREFETCH_BYTES, 0, ONCE);
       else __builtin_prefetch(w + r * width + i + ahead, 0, N < TOKENS ? ONCE : REPEATEDLY);
-      rows[r] = load(w + r * width + i);
     }
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) {
-      const V v = load(x + n * stride_x + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[n * R + r] = multiply_add(rows[r], v, sums[n * R + r]);
-    }
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < STEP; j += LANES) add_columns<T, R, N>(w + i + j, width, x + i + j, stride_x, sums);
   }
+  for (; i + LANES <= width; i += LANES) add_columns<T, R, N>(w + i, width, x + i, stride_x, sums);
   if (i < width) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {

@@ -64,8 +64,8 @@ def quantize(
     quantised, with a scale for each row, or for each group of int4. The embedding and the vocabulary projection stay.
 
     int4 loses much less with --calibrate: the text runs through the model, and the weights are rounded so that
-    their products with what they meet there change least (GPTQ). Thirty thousand tokens are enough. Rounding takes some
-    ten times as long as without, about a minute for each 100 million weights on two CPUs.
+    their products with what they meet there change least (GPTQ). Thirty thousand tokens are enough. It takes about
+    a minute for each 100 million weights on two CPUs.
 
     \b
     Examples:

@@ -1,23 +1,28 @@
 """The projections with quantised weights on an NVIDIA GPU, at the widths of real models, against float64."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from fastllama import ModelArgs
+from fastllama.calibration import Calibration
 from fastllama.kernels import fused
 from fastllama.kernels.projection.dequantize import dequantize
 from fastllama.kernels.projection.packing import checked
 from fastllama.kernels.projection.quantized_few_tokens import quantized_few_tokens
 from fastllama.kernels.projection.quantized_matvec import quantized_matvec
+from fastllama.kernels.quantized import QuantizedWeight
 from fastllama.quantization import CHOICES, FP8_CAPABILITY, quantized
 from tests.gpu.test_projections import EPS, WIDTHS, Tensors, assert_near, linear, normalized
+from tests.support.checkpoints import random_weights, tiny_params
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU: torch.cuda.is_available() is False"),
 ]
 WEIGHTS = ("wqkv", "wo", "w13", "w2", "output")
+CPU = torch.device("cpu")
 RUNS = 20
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -83,3 +88,17 @@ def test_norms_are_rounded_as_without_quantisation(device: torch.device) -> None
     ours = quantized_matvec(x, checked(fused.pack(weight)), norm=norm[0], eps=EPS)  # type: ignore[arg-type]
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean() + EPS)).bfloat16() * norm
     assert (ours != normed).float().mean() < 0.01
+
+
+def test_calibration_rounds_as_on_a_cpu(device: torch.device) -> None:
+    params = tiny_params(hidden_dim=96, vocab_size=320)
+    weights = random_weights(params, seed=5)
+    windows = [[(31 * i + 7 * j) % 300 for j in range(40)] for i in range(4)]
+    ordered = [(name, weights[name]) for name in ModelArgs(**params).shapes]
+    ours, theirs = (dict(Calibration(params, windows, one).rounded(iter(ordered), 32)) for one in (device, CPU))
+    for name, weight in ours.items():
+        assert weight.device == CPU
+        if isinstance(weight, QuantizedWeight):
+            expected = cast(QuantizedWeight, theirs[name])
+            same = (weight.values == expected.values).double().mean()
+            assert same > 0.95, name  # near ties are decided otherwise

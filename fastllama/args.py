@@ -9,6 +9,8 @@ from typing import Any
 UNSET: Any = None  # the default of a field whose value follows from other fields
 UNKNOWN_VOCAB_SIZE = -1
 MAX_PROCESSES_LISTED = 64
+# Meta's names of the two tables of the vocabulary, which may be one.
+EMBEDDING_NAME, OUTPUT_NAME = "tok_embeddings.weight", "output.weight"
 IGNORED_NAMES = frozenset({"rope.freqs"})  # rotary frequencies, in some of Meta's files; ModelArgs determines them
 # Meta's params.json has only `use_scaled_rope`. The factor is 32 for the 1B and 3B of Llama 3.2, recognised by their
 # width, and 8 otherwise.
@@ -203,10 +205,10 @@ class ModelArgs:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight by Meta's name, in the order of a forward pass."""
         layer_shapes = self._layer_shapes()
-        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING_NAME: (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
             shapes.update({f"layers.{layer}.{name}": shape for name, shape in layer_shapes.items()})
-        return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
+        return shapes | {"norm.weight": (self.dim,), OUTPUT_NAME: (self.vocab_size, self.dim)}
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastllama.args import ModelArgs
+from fastllama.args import EMBEDDING_NAME, ModelArgs
 from fastllama.gptq import gptq
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch
@@ -19,8 +19,6 @@ from fastllama.kernels.quantized import Weight, split
 from fastllama.packed_weights import LAYER_WEIGHTS
 from fastllama.quantization import naming
 from fastllama.rope import rope_table
-
-EMBEDDING_NAME = "tok_embeddings.weight"
 
 
 class Calibration:

@@ -27,7 +27,7 @@ BLOCK = 128  # columns
 
 def gptq(weight: Tensor, moments: Tensor, group_size: int) -> QuantizedWeight:
     """A weight (OUT, IN) as int4 with zeros, by moments (IN, IN), on their device. ValueError if it is not finite."""
-    w = weight.detach().to(moments.device, torch.float32, copy=True)
+    w = weight.detach().to(moments.device, torch.float32)
     if not bool(w.isfinite().all()):
         raise ValueError(NOT_FINITE)
     damped = _damped(moments)
@@ -52,7 +52,7 @@ def _scales_and_zeros(w: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounded_columns(w: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, factor: Tensor) -> Tensor:
-    """q (OUT, IN) of columns in the order in which they are rounded, given each column's group.
+    """q (OUT, IN) of columns in the order in which they are rounded, given each column's group; w is overwritten.
 
     A column moves the others of its block at once, those after the block when the block is done.
     """

@@ -11,13 +11,13 @@ import psutil
 import torch
 
 from fastllama import cgroups
-from fastllama.args import ModelArgs
+from fastllama.args import OUTPUT_NAME, ModelArgs
 from fastllama.cgroups import FreeMemory
 from fastllama.distributed import environment
 from fastllama.kernels.quantized import ELEMENTS_AT_ONCE
 from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
 from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
-from fastllama.quantization import NOTHING_QUANTIZED, OUTPUT_NAME, Scheme, bytes_of, model_schemes
+from fastllama.quantization import NOTHING_QUANTIZED, Scheme, bytes_of, model_schemes
 
 try:
     import resource

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastllama.args import IGNORED_NAMES, ModelArgs
+from fastllama.args import EMBEDDING_NAME, IGNORED_NAMES, OUTPUT_NAME, ModelArgs
 from fastllama.kernels.quantized import QuantizedWeight, Weight
 from fastllama.quantization import (
     GATE_UP_NAMES,
-    OUTPUT_NAME,
     QKV_NAMES,
     Scheme,
     check_device,
@@ -93,12 +92,12 @@ class PackedModule(nn.Module):
 
     def _possible_weights(self) -> Iterator[PackedWeight]:
         """The packed weights of a model with all biases."""
-        yield PackedWeight(self, "tok_embeddings", ("tok_embeddings.weight",))
+        yield PackedWeight(self, "tok_embeddings", (EMBEDDING_NAME,))
         for index, layer in enumerate(self.layers):
             for attribute, names in LAYER_WEIGHTS.items():
                 yield PackedWeight(layer, attribute, tuple(f"layers.{index}.{name}" for name in names))
         yield PackedWeight(self, "norm", ("norm.weight",))
-        yield PackedWeight(self, "output", ("output.weight",))
+        yield PackedWeight(self, "output", (OUTPUT_NAME,))
 
     def _register_weights(self) -> None:
         """Register every packed weight as a parameter without a value. A bias that the model lacks stays None."""
@@ -107,7 +106,7 @@ class PackedModule(nn.Module):
 
     def _load(self, tensors: Iterable[tuple[str, Weight]]) -> None:
         """Pack and set all weights, given by Meta's names in any order. See `Transformer.load_tensors`."""
-        ignored = IGNORED_NAMES | ({"output.weight"} if self.params.tied_output else set())
+        ignored = IGNORED_NAMES | ({OUTPUT_NAME} if self.params.tied_output else set())
         expected = {name: shape for name, shape in self.share.shapes.items() if name not in ignored}
         packed_by_name = {name: weight for weight in self.packed_weights() for name in weight.names}
         waiting: dict[str, Weight] = {}  # until all parts of a packed weight have arrived
@@ -208,8 +207,8 @@ def check_state_dict(
     and if the output is tied but output.weight differs from the embedding.
     """
     missing = [name for name in shapes if name not in weights]
-    if tied_output and "output.weight" in missing:
-        missing.remove("output.weight")
+    if tied_output and OUTPUT_NAME in missing:
+        missing.remove(OUTPUT_NAME)
     unexpected = [name for name in weights if name not in shapes and name not in ignored]
     misshaped = [
         f"{name} {tuple(weights[name].shape)} instead of {shape}"
@@ -224,7 +223,7 @@ def check_state_dict(
     if any(problems.values()):
         listed = "; ".join(f"{problem}: {first_names(names)}" for problem, names in problems.items() if names)
         raise ValueError(f"the state dict does not fit this model: {listed}")
-    tied = [weights.get(name) for name in ("output.weight", "tok_embeddings.weight")]
+    tied = [weights.get(name) for name in (OUTPUT_NAME, EMBEDDING_NAME)]
     if tied_output and tied[0] is not None and (tied[1] is None or not torch.equal(tied[0], tied[1])):
         raise ValueError("output.weight differs from tok_embeddings.weight, but the model has tied_output=True")
     return LoadedKeys(missing, unexpected)

@@ -12,16 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastllama.args import ModelArgs
+from fastllama.args import EMBEDDING_NAME, OUTPUT_NAME, ModelArgs
 from fastllama.int4_rounding import NOT_FINITE, best_rounding
 from fastllama.kernels.quantized import BITS, ELEMENTS_AT_ONCE, QuantizedWeight, Weight, concatenated, pack_int4
 
-OUTPUT_NAME = "output.weight"
 # A layer's matrices by Meta's names, those together that are packed into one weight.
 QKV_NAMES = ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")
 GATE_UP_NAMES = ("feed_forward.w1.weight", "feed_forward.w3.weight")
 LAYER_MATRICES = (QKV_NAMES, ("attention.wo.weight",), GATE_UP_NAMES, ("feed_forward.w2.weight",))
-NOT_QUANTIZED = ("tok_embeddings.weight", "norm.weight", ".bias")  # ends of names
+NOT_QUANTIZED = (EMBEDDING_NAME, "norm.weight", ".bias")  # ends of names
 INT4_GROUPS = (128, 64, 32)
 FLOAT32_BYTES, HALF_BYTES = 4, 2
 MAX_INT8, MAX_FP8 = 127, 448.0
@@ -142,9 +141,14 @@ def check_quantize(
         check_device(scheme, device)
 
 
+def converts_fp8(device: torch.device) -> bool:
+    """Whether the device has conversions of e4m3, or is a CPU, which needs none."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
 def check_device(scheme: Scheme, device: torch.device) -> None:
     """Raise ValueError if the device cannot run a weight of this scheme."""
-    if scheme.format == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    if scheme.format == "fp8" and not converts_fp8(device):
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ValueError(
             f"fp8 weights need a GPU of compute capability 8.9 or later, and {torch.cuda.get_device_name(device)} has "

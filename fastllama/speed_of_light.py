@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastllama.args import ModelArgs
-from fastllama.quantization import NOTHING_QUANTIZED, OUTPUT_NAME, Scheme, bytes_of
+from fastllama.args import OUTPUT_NAME, ModelArgs
+from fastllama.quantization import NOTHING_QUANTIZED, Scheme, bytes_of
 
 # Meta's names of the weights that a launch of a layer reads.
 OP_WEIGHTS = {

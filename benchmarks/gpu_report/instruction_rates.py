@@ -27,7 +27,7 @@ from fastllama.benchmarks.gpu_report.measurements import Bench, Results
 from fastllama.benchmarks.statistics import GIGA, MICRO
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, current_target
 from fastllama.kernels.projection.packing import uses_assembly
-from fastllama.quantization import FP8_CAPABILITY
+from fastllama.quantization import converts_fp8
 
 FMA = "fma.rn.f32"
 # $1 becomes $0, which the next instruction takes; $2 is a number that the compiler does not know. So none can be left
@@ -164,7 +164,7 @@ def instruction_rates(bench: Bench) -> Results:
     other = torch.tensor([OTHER], dtype=torch.int32, device=device)
     fma: float | None = None
     for instruction in ASSEMBLY:
-        if "e4m3" in instruction and device.type == "cuda" and _capability(device) < FP8_CAPABILITY:
+        if "e4m3" in instruction and not converts_fp8(device):
             continue
         microseconds = bench.microseconds([partial(run_chains, instruction, values, other, loops)])
         clocks = run_chains(instruction, values, other, loops)[1].double().median().item()
@@ -177,7 +177,3 @@ def instruction_rates(bench: Bench) -> Results:
             "giga_per_second": count / microseconds * MICRO / GIGA,  # of a multiprocessor
             "clock_mhz": clocks / microseconds if clocks else None,
         }
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastllama.args import ModelArgs
+from fastllama.args import OUTPUT_NAME, ModelArgs
 from fastllama.benchmarks.gpu_report.launch_search import MIN_CALLS, launch_text, timed
 from fastllama.benchmarks.gpu_report.measurements import DTYPE, Bench, Record, Results
 from fastllama.benchmarks.gpu_report.quantized_models import FORMATS
@@ -29,7 +29,7 @@ from fastllama.kernels.projection.quantized_launch import choose_launch as choos
 from fastllama.kernels.projection.quantized_matvec import choose_launch as choose_matvec
 from fastllama.kernels.projection.quantized_matvec import is_best, quantized_matvec
 from fastllama.kernels.rope import CacheTarget
-from fastllama.quantization import OUTPUT_NAME, scheme_of
+from fastllama.quantization import scheme_of
 
 # Factors by which the table's sizes are multiplied, and limits of the products.
 ROWS, MAX_ROWS = (1, 2, 0.5), 64

@@ -18,7 +18,7 @@ from fastllama.kernels import fused
 from fastllama.kernels.projection.packing import FusedWeight, checked
 from fastllama.kernels.projection.quantized_few_tokens import quantized_few_tokens
 from fastllama.kernels.projection.quantized_matvec import is_best, quantized_matvec
-from fastllama.quantization import FP8_CAPABILITY, Scheme, quantized, scheme_of
+from fastllama.quantization import Scheme, converts_fp8, quantized, scheme_of
 
 FORMATS = ("int8", "fp8", "int4", "int4-g32")
 COPIES = 8  # of a weight, so that none stays in L2
@@ -78,5 +78,4 @@ def random_weight(shape: Sequence[int], scheme: Scheme, device: torch.device) ->
 
 def supported_formats(device: torch.device, formats: Sequence[str] = FORMATS) -> list[str]:
     """Those formats that the device converts."""
-    converts_fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
-    return [quantize for quantize in formats if quantize != "fp8" or converts_fp8]
+    return [quantize for quantize in formats if quantize != "fp8" or converts_fp8(device)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastllama.args import EMBEDDING_NAME, OUTPUT_NAME
 from fastllama.checkpoint.adapter_config import AdapterConfig
 from fastllama.checkpoint.adapter_files import EMBEDDING_MODULE, AdapterTensors, check_folder, read_tensors
 from fastllama.checkpoint.base import Checkpoint, check_shapes
@@ -20,7 +21,7 @@ from fastllama.checkpoint.huggingface import PERMUTED_PARTS, huggingface_names
 from fastllama.checkpoint.json_config import short_list
 from fastllama.checkpoint.quantized_tensor import QuantizedTensor, dense
 from fastllama.checkpoint.safetensors_files import BASE_PREFIX, SafetensorsTensor
-from fastllama.checkpoint.sharding import EMBEDDING_NAME, OUTPUT_NAME, ShardedTensor, weight_specs
+from fastllama.checkpoint.sharding import ShardedTensor, weight_specs
 from fastllama.checkpoint.unsupported_formats import MERGE_WITH_PEFT
 from fastllama.torch_settings import with_default_settings
 

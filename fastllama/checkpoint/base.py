@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastllama.args import EMBEDDING_NAME, OUTPUT_NAME
 from fastllama.checkpoint.json_config import JsonConfig, short_list
 from fastllama.checkpoint.quantized_tensor import QuantizedTensor, cuts_groups, dense
 from fastllama.checkpoint.sharding import (
-    EMBEDDING_NAME,
-    OUTPUT_NAME,
     ShardedTensor,
     WeightSpec,
     check_split,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastllama.args import EMBEDDING_NAME, OUTPUT_NAME
 from fastllama.checkpoint.base import (
     Checkpoint,
     StoredWeight,
@@ -32,8 +33,6 @@ from fastllama.checkpoint.gguf_rope import ROPE_FACTORS_NAME, apply_factors
 from fastllama.checkpoint.json_config import short_list
 from fastllama.checkpoint.sharding import (
     BIAS_SUFFIX,
-    EMBEDDING_NAME,
-    OUTPUT_NAME,
     ShardedTensor,
     rename,
     weight_names,

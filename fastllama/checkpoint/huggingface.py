@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastllama.args import EMBEDDING_NAME, OUTPUT_NAME
 from fastllama.checkpoint.base import (
     Checkpoint,
     StoredWeight,
@@ -29,8 +30,6 @@ from fastllama.checkpoint.quantized_tensor import QuantizedTensor
 from fastllama.checkpoint.safetensors_files import INV_FREQ_NAME, SafetensorsTensor, find_tensors
 from fastllama.checkpoint.sharding import (
     BIAS_SUFFIX,
-    EMBEDDING_NAME,
-    OUTPUT_NAME,
     ShardedTensor,
     rename,
     weight_names,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastllama.args import ROPE_FIELDS, ModelArgs, ffn_width
+from fastllama.args import EMBEDDING_NAME, OUTPUT_NAME, ROPE_FIELDS, ModelArgs, ffn_width
 from fastllama.checkpoint.base import (
     Checkpoint,
     check_dims,
@@ -33,8 +33,6 @@ from fastllama.checkpoint.json_config import MAX_LAYERS, JsonConfig, short_list,
 from fastllama.checkpoint.pth_shard import ROPE_FREQS_NAME, Shard, check_same_tensors, load_shard
 from fastllama.checkpoint.sharding import (
     BIAS_SUFFIX,
-    EMBEDDING_NAME,
-    OUTPUT_NAME,
     ShardedTensor,
     TensorShard,
     WeightSpec,

@@ -25,13 +25,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastllama.args import OUTPUT_NAME
 from fastllama.calibration import Calibration
 from fastllama.checkpoint.base import Checkpoint
 from fastllama.checkpoint.huggingface import CONFIG_NAME, PERMUTED_PARTS, huggingface_names
 from fastllama.checkpoint.quantized_tensor import INT4_IN_WORD, in_transformers_row_order
 from fastllama.checkpoint.quantized_writer_config import quantization_config
 from fastllama.checkpoint.safetensors_files import INDEX_NAME, SINGLE_FILE_NAME
-from fastllama.checkpoint.sharding import OUTPUT_NAME, weight_specs
+from fastllama.checkpoint.sharding import weight_specs
 from fastllama.kernels.quantized import QuantizedWeight, Weight, pack_int4
 from fastllama.quantization import NOT_QUANTIZED, Scheme, naming, quantized, scheme_of
 from fastllama.torch_settings import with_default_settings

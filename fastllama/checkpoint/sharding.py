@@ -31,8 +31,6 @@ SPLIT_AXES = {
     "output": 0,
 }
 
-EMBEDDING_NAME = "tok_embeddings.weight"
-OUTPUT_NAME = "output.weight"
 BIAS_SUFFIX = ".bias"
 KV_PARTS = ("wk", "wv")
 

@@ -1,6 +1,6 @@
 """GPTQ's rounding by the inputs of a weight, and the calibration that finds them."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_columns_are_rounded_as_the_formula_says() -> None:
     moments = x.T @ x
     damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(64).double()
     found = gptq(w.float(), moments, GROUP)
-    scale, zero = (one.double().repeat_interleave(GROUP, 1) for one in (found.scales, found.offsets))  # type: ignore
+    scale, zero = (one.double().repeat_interleave(GROUP, 1) for one in (found.scales, cast(Tensor, found.offsets)))
     moved, left = w.clone(), moments.diagonal().argsort(descending=True).tolist()
     while left:
         i = left.pop(0)

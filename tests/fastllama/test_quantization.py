@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastllama import ModelArgs, Transformer
+from fastllama.args import OUTPUT_NAME
 from fastllama.cli.options import QUANTIZE_CHOICES
 from fastllama.kernels.quantized import QuantizedWeight, pack_int4, unpack_int4
 from fastllama.memory_plan import plan_memory
 from fastllama.quantization import (
     CHOICES,
-    OUTPUT_NAME,
     Scheme,
     model_schemes,
     packed_scheme,

@@ -13,7 +13,7 @@ from fastllama.kernels.projection.packing import checked
 from fastllama.kernels.projection.quantized_few_tokens import quantized_few_tokens
 from fastllama.kernels.projection.quantized_matvec import quantized_matvec
 from fastllama.kernels.quantized import QuantizedWeight
-from fastllama.quantization import CHOICES, FP8_CAPABILITY, quantized
+from fastllama.quantization import CHOICES, converts_fp8, quantized
 from tests.gpu.test_projections import EPS, WIDTHS, Tensors, assert_near, linear, normalized
 from tests.support.checkpoints import random_weights, tiny_params
 
@@ -28,7 +28,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def skip_unless_supported(name: str) -> None:
-    if name == "fp8" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+    if name == "fp8" and not converts_fp8(torch.device("cuda")):
         pytest.skip("fp8 needs compute capability 8.9")
 
 

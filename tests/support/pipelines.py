@@ -1,7 +1,13 @@
-"""Small tokenizers of the kinds that checkpoints have, trained here."""
+"""Small tokenizers of the kinds that checkpoints have, trained here, the same in every process.
+
+The trainers of `tokenizers` decide ties by the order of a hash table, which differs from run to run: so the alphabet
+of a BPE model with a limit, and all pieces of the Unigram model, are chosen here.
+"""
 
 import io
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +22,8 @@ CORPUS = [
     "天地玄黃 宇宙洪荒 日月盈昃 👩‍🚀 🚀🚀\n",
 ]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+N_CHARACTERS = 60  # in the alphabet of a BPE model with bytes: not all of the corpus
+N_PIECES = 60  # of more than one character, in the Unigram model
 
 
 def byte_level() -> Tokenizer:
@@ -24,7 +32,7 @@ def byte_level() -> Tokenizer:
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    return _trained(tokenizer, trainers.BpeTrainer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return _trained(tokenizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
 def normalized() -> Tokenizer:
@@ -53,10 +61,11 @@ def metaspace() -> Tokenizer:
 
 def unigram() -> Tokenizer:
     """A Unigram model whose words begin with a space."""
-    tokenizer = Tokenizer(models.Unigram())
+    tokenizer = Tokenizer(models.Unigram(_frequent_pieces(), unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    return _trained(tokenizer, trainers.UnigramTrainer, unk_token="<unk>", more=["<unk>"])
+    tokenizer.add_special_tokens(["<unk>", *SPECIAL])
+    return _with_think(tokenizer)
 
 
 PIPELINES: dict[str, Callable[[], Tokenizer]] = {
@@ -98,7 +107,9 @@ def _with_bytes(tokenizer: Tokenizer) -> Tokenizer:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     names = [f"<0x{value:02X}>" for value in range(256)]
-    _trained(tokenizer, trainers.BpeTrainer, more=["<unk>", *names], limit_alphabet=60)
+    alphabet = _most_common(Counter("".join(CORPUS).replace(" ", "▁")), N_CHARACTERS)
+    options: dict[str, Any] = {"initial_alphabet": alphabet, "limit_alphabet": N_CHARACTERS}
+    _trained(tokenizer, more=["<unk>", *names], **options)
     document = json.loads(tokenizer.to_str())  # bytes are tokens of the model, not added ones
     document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] not in names]
     return Tokenizer.from_str(json.dumps(document))
@@ -110,10 +121,34 @@ def _begins_texts(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _trained(tokenizer: Tokenizer, trainer: Any, more: list[str] | None = None, **options: Any) -> Tokenizer:
-    special = [*(more or []), *SPECIAL]
-    tokenizer.train_from_iterator(
-        CORPUS * 20, trainer(vocab_size=700, special_tokens=special, show_progress=False, **options)
+def _trained(tokenizer: Tokenizer, more: list[str] | None = None, **options: Any) -> Tokenizer:
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=[*(more or []), *SPECIAL], show_progress=False, **options
     )
+    tokenizer.train_from_iterator(CORPUS * 20, trainer)
+    return _with_think(tokenizer)
+
+
+def _with_think(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     return tokenizer
+
+
+def _frequent_pieces() -> list[tuple[str, float]]:
+    """Every character and the most frequent pieces of words, with log-probabilities, after the unknown token."""
+    counts: Counter[str] = Counter()
+    for line in CORPUS:
+        for word in ("▁" + line.replace(" ", "▁")).split("▁")[1:]:
+            word = "▁" + word
+            ends = [(start, end) for start in range(len(word)) for end in range(start + 1, len(word) + 1)]
+            counts.update(word[start:end] for start, end in ends)
+    characters = sorted(piece for piece in counts if len(piece) == 1)
+    longer = _most_common(Counter({piece: n for piece, n in counts.items() if len(piece) > 1}), N_PIECES)
+    total = sum(counts.values())
+    pieces = [(piece, math.log(counts[piece] * len(piece) / total)) for piece in [*characters, *longer]]
+    return [("<unk>", 0.0), *((token, 0.0) for token in SPECIAL), *pieces]
+
+
+def _most_common(counts: Counter[str], n: int) -> list[str]:
+    """As `counts.most_common(n)`, but equal counts come in the order of the texts."""
+    return sorted(counts, key=lambda text: (-counts[text], text))[:n]

@@ -83,6 +83,7 @@ setup(
         "fastllama.checkpoint",
         "fastllama.cli",
         "fastllama.distributed",
+        "fastllama.engine",
         "fastllama.kernels",
         "fastllama.kernels.attention",
         "fastllama.kernels.launch",

@@ -58,6 +58,7 @@ class ModelArgs:
     rope_theta: float = 500000.0
     max_batch_size: int = 32
     max_seq_len: int = 2048
+    cache_tokens: int | None = None  # positions of all rows together; None: max_seq_len for each row
     use_scaled_rope: bool = False  # Llama 3.1 and later: rope_type "llama3"
     rope_scaling_factor: float = UNSET  # required by linear and yarn; else 32 for the widths of 3.2-1B and 3.2-3B, or 8
     rope_low_freq_factor: float = 1.0
@@ -79,6 +80,8 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
             self._check_positive_integer(name)
         self._check_positive_integer("rope_original_max_seq_len")
+        if self.cache_tokens is not None:
+            self._check_positive_integer("cache_tokens")
         if self.vocab_size != UNKNOWN_VOCAB_SIZE:
             self._check_positive_integer("vocab_size")
         if self.n_kv_heads is None:

@@ -15,6 +15,7 @@ from fastllama.args import EMBEDDING_NAME, ModelArgs
 from fastllama.gptq import gptq
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch
+from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.quantized import Weight, split
 from fastllama.packed_weights import LAYER_WEIGHTS
 from fastllama.quantization import naming
@@ -33,8 +34,7 @@ class Calibration:
         self._device = device
         self.n_tokens = sum(map(len, windows))
         self._rope = rope_table(self._args).to(device)
-        cache = (1, self._args.n_kv_heads, longest, self._args.head_dim)
-        self._cache = torch.zeros(cache, device=device), torch.zeros(cache, device=device)
+        self._cache = LayerCache.of(1, longest, self._args.n_kv_heads, self._args.head_dim, torch.float32, device)
         self._batches = {n: RaggedBatch.of([(0, 0, [0] * n)], device) for n in set(map(len, windows))}
         self._hidden: list[Tensor] = []
 
@@ -92,8 +92,8 @@ class Calibration:
     def _attended(self, h: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What attention makes of a window (N, E) -> (N, H·D)."""
         batch, cache = self._batch(h), self._cache
-        q = reference.norm_qkv_rope_append(h, norm, weight, self._rope, *cache, self._args.norm_eps, batch, bias)
-        return reference.attention(q, *cache, batch)
+        q = reference.norm_qkv_rope_append(h, norm, weight, self._rope, cache, self._args.norm_eps, batch, bias)
+        return reference.attention(q, cache, batch)
 
     def _add(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> None:
         """Add a projection of its inputs to the hidden states."""

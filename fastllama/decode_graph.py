@@ -1,60 +1,43 @@
-"""The decode step: one token for every row, entirely on the device, captured in a CUDA graph.
+"""The decode loop: one token for every row and step, entirely on the device.
 
 A step is embed → layers → logits → sample → write the token and its log-probability → stop test → advance, on the
-static tensors of a `DecodeState`. The same function runs eagerly, or is captured once and replayed. There is one graph
-for each captured batch size, and all graphs share one memory pool. The host enqueues steps ahead of the output it has
-read, and output is copied to it asynchronously (`output_copies.py`), so the device never waits for the host. A row that
-has ended is inactive and costs almost nothing.
+static tensors of a `DecodeState`. The same function runs eagerly, or as a graph (`step_graphs.py`). The host enqueues
+steps ahead of the output it has read, and output is copied to it asynchronously (`output_copies.py`), so the device
+never waits for the host. A row that has ended is inactive and costs almost nothing.
+
+Rows may start and stop between steps, while earlier steps are still queued. This is safe without waiting: all changes
+of the state and of the page table are enqueued on the stream of the steps. So the steps before a change see the old
+state, and those after it the new one. A row that has ended by itself is inactive from that step on: it writes no token,
+and appends to no page, in the steps that were queued before the host knew.
 """
 
-import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fastllama.cuda_graph import CudaGraph
-from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Segment
+from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.graph import Graph
-from fastllama.kernels.launch.options import override_launch_options
 from fastllama.model import Transformer
-from fastllama.output_copies import OutputCopies, StepOutput
-
-logger = logging.getLogger(__name__)
+from fastllama.output_copies import NewestSteps, OutputCopies, StepOutput
+from fastllama.step_graphs import PLAIN, Extras, StepGraphs, step
 
 # Replays enqueued ahead of the one whose output the host reads, so that the device has work while the host is busy.
 # This number is wasted after the last stop token. It is 0 on a CPU, where enqueueing a step runs it.
 REPLAYS_AHEAD = 2
-FINE_BATCH_SIZES = (1, 2, 4, 8, 16)  # of graphs; larger sizes are multiples of the last, up to the model's batch size
-
-
-def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None = None) -> None:
-    """Run the model on every row's newest token and sample the next.
-
-    lengths: each row's tokens, the newest included, so that a backend reads only these cache positions. None: only the
-    device knows the lengths.
-    """
-    keys = lengths or [model.cache.max_seq_len] * state.rows.shape[0]
-    batch = RaggedBatch(
-        tokens=state.tokens,
-        positions=state.positions,
-        rows=state.rows,
-        segments=tuple(Segment(row, row, row + 1, length) for row, length in enumerate(keys)),
-        exact=lengths is not None,
-        workspace=model.workspace,
-    )
-    model.ops.sample_and_advance(model.logits(model.hidden(batch), batch), state, model.workspace)
 
 
 class Decoder:
     """Runs the decode steps of one model on its cache rows 0, 1, …. The caller holds `model.exclusively()`.
 
     A call is `start`, then `sample_first` with the logits of the prompts' last tokens, then `enqueue_steps` and
-    `receive` in turn. `receive` waits for the output it returns. `start` waits for the device only if it has to capture
-    a graph that `capture_graphs` did not capture. Nothing else waits. Graphs are captured again after the model's
-    weights or cache were replaced.
+    `receive` in turn. Or it is `begin`, then rows start and stop at any time (`state`, `set_lengths`), with
+    `enqueue_steps` and `receive_newest` in turn. Receiving waits for the output it returns. The first use of a batch
+    size waits for the device if it has to capture a graph that `capture_graphs` did not capture. Nothing else waits.
+    Graphs are captured again after the model's weights or cache were replaced.
     """
 
     def __init__(
@@ -80,9 +63,11 @@ class Decoder:
             raise ValueError(f"CUDA graphs need a GPU, and the model is on {str(model.device)!r}: leave graphs out")
         self.model = model
         self.unroll = unroll
-        self._use_graphs, self._dependent, self._new_graph = graphs, dependent, new_graph
+        self._graphs = StepGraphs(model, unroll, graphs, dependent, new_graph)
         self._revision = -1
-        self._call_stream: torch.cuda.Stream | None = None
+        self._state: DecodeState
+        self._copies: OutputCopies
+        self._first_steps: deque[tuple[int, int]] = deque()
 
     @property
     def replays_ahead(self) -> int:
@@ -92,13 +77,22 @@ class Decoder:
     @property
     def dependent(self) -> bool:
         """Whether kernels use dependent launches: allowed, supported here, and not turned off by a failed capture."""
-        with self.launch_context():
-            return bool(self.model.ops.uses_dependent_launch())
+        return self._graphs.uses_dependent_launch
+
+    @property
+    def captured_sizes(self) -> list[int]:
+        """The batch sizes of all graphs that are captured."""
+        return sorted({size for size, _ in self._graphs.captured})
 
     @property
     def queued(self) -> int:
         """Output copies that have not been received."""
         return self._copies.queued
+
+    @property
+    def state(self) -> DecodeState:
+        """The state of all rows. Changes belong into a block of `launch_context`."""
+        return self._state
 
     @torch.inference_mode()
     def capture_graphs(self, batch_sizes: Sequence[int]) -> None:
@@ -107,7 +101,7 @@ class Decoder:
             self._use_current_stream()
             self._allocate_for_model()
             for n_rows in batch_sizes:
-                self._graph_for(n_rows)
+                self._graphs.get(self._state, n_rows, PLAIN)
 
     @torch.inference_mode()
     def dry_run(self, n_rows: int) -> None:
@@ -130,6 +124,30 @@ class Decoder:
                 hint = "if dependent launches are the cause, dependent_launch=False turns them off"
                 raise RuntimeError(f"a decode step of {n_rows} rows failed ({error}): {hint}") from error
 
+    def begin(self) -> None:
+        """Begin a call without rows. All its launches go to the stream that is current here."""
+        self._use_current_stream()
+        self._allocate_for_model()
+        with self.launch_context():
+            self._state.deactivate()
+        self._lengths = [0] * self.model.cache.max_batch_size  # of the rows that have not ended, the newest token too
+        self._copies.clear()
+        self._first_steps.clear()
+        self._steps = 0
+
+    def select(self, n_rows: int, greedy: bool = False, extras: Extras = PLAIN) -> None:
+        """The steps from now on run the first n_rows. greedy: no row draws."""
+        if extras != PLAIN:
+            self.add_extras()
+        self._graph = self._graphs.get(self._state, n_rows, extras)
+        self._rows = self._state.first(n_rows).with_greedy(greedy)
+        self._extras = extras
+
+    def add_extras(self) -> None:
+        """Allocate the state's memory for extras, if it is not there."""
+        if self._state.controls is None:
+            self._state = self._state.with_extras()
+
     def start(
         self,
         tokens: Sequence[int],
@@ -137,20 +155,29 @@ class Decoder:
         last: Sequence[int],
         stop_ids: Sequence[int],
         sampling: SamplingTensors,
-    ) -> None:
-        """Start a call. Row i has its newest token tokens[i] at positions[i], and generates up to position last[i].
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> list[int]:
+        """Begin a call. Row i has its newest token tokens[i] at positions[i], and generates up to position last[i].
 
-        All launches of the call go to the stream that is current here, even if another is current later.
+        The rows get pages of the cache for all of it. prompts: their tokens, to begin with pages that are in the cache.
+        Returns how many tokens of each prompt are; all others are to be computed (`prefill`).
         """
-        self._use_current_stream()
-        self._allocate_for_model()
-        self._graph = self._graph_for(len(tokens))
+        self.begin()
+        self.select(len(tokens), sampling.greedy)
+        lengths = [max(end, position + 1) for end, position in zip(last, positions, strict=True)]
+        n_cached = self.model.cache.assign(lengths, prompts)
         self._state.set(tokens, positions, last, stop_ids, sampling)
-        self._rows = self._state.first(len(tokens)).with_greedy(greedy=sampling.greedy)
-        self._lengths = [position + 1 for position in positions]
-        self._finished: set[int] = set()
-        self._steps = 0
-        self._copies.clear()
+        self.set_lengths(dict(enumerate(position + 1 for position in positions)))
+        return n_cached
+
+    def set_lengths(self, lengths: dict[int, int]) -> None:
+        """Tell the decoder how many tokens these rows have, so that eager steps read only their keys."""
+        for row, length in lengths.items():
+            self._lengths[row] = length
+
+    def mark_finished(self, row: int) -> None:
+        """Tell the decoder that a row has ended, so that eager steps do not read its keys."""
+        self._lengths[row] = 0
 
     def sample_first(self, logits: Tensor) -> None:
         """Enqueue sampling of each row's first token, from the prompts' logits (B, V)."""
@@ -165,17 +192,13 @@ class Decoder:
                 self._graph.replay()
             else:
                 for ahead in range(self.unroll):
-                    step(self.model, self._rows, self._row_lengths(ahead))
+                    step(self.model, self._rows, self._row_lengths(ahead), self._extras)
             self._enqueue_copy(self.unroll)
 
     @contextmanager
     def launch_context(self) -> Iterator[None]:
         """A block whose launches use the call's stream and this decoder's setting of dependent launches."""
-        with ExitStack() as stack:
-            if self._call_stream is not None:
-                stack.enter_context(torch.cuda.stream(self._call_stream))
-            if self._dependent is False:
-                stack.enter_context(override_launch_options(dependent=False, prefetch=False))
+        with self._graphs.launch_context():
             yield
 
     def receive(self) -> list[StepOutput]:
@@ -183,109 +206,46 @@ class Decoder:
 
         After a row has ended, its tokens are undefined.
         """
-        return self._copies.receive()
+        first, n_steps = self._first_steps[0]
+        newest = self.receive_newest()
+        return [newest.step(number) for number in range(first, first + n_steps)]
 
-    def mark_finished(self, row: int) -> None:
-        """Tell the decoder that a row has ended, so that eager steps do not read its keys."""
-        self._finished.add(row)
+    def receive_newest(self) -> NewestSteps:
+        """Wait for the oldest enqueued output and return it as the rows' newest steps."""
+        self._first_steps.popleft()
+        return self._copies.receive()
 
     def _use_current_stream(self) -> None:
         """Make the current stream the call's. The previous call's steps may still run on another stream."""
         if self.model.device.type != "cuda":
             return
-        before, now = self._call_stream, torch.cuda.current_stream(self.model.device)
+        before, now = self._graphs.call_stream, torch.cuda.current_stream(self.model.device)
         if before is not None and before != now:
             now.wait_stream(before)
             self.model.workspace.reset()  # those steps have written to it since `exclusively` reset it
-        self._call_stream = now
+        self._graphs.call_stream = now
 
     def _row_lengths(self, ahead: int) -> list[int]:
-        """Upper bounds of the rows' lengths after `ahead` more steps, 1 for a row that is marked finished."""
+        """Upper bounds of the rows' lengths after `ahead` more steps, 1 for a row that has ended."""
         limit = self.model.cache.max_seq_len
-        return [1 if row in self._finished else min(length + ahead, limit) for row, length in enumerate(self._lengths)]
+        lengths = self._lengths[: self._rows.rows.shape[0]]
+        return [min(length + ahead, limit) if length else 1 for length in lengths]
 
     def _enqueue_copy(self, n_steps: int) -> None:
-        self._copies.enqueue(self._steps, n_steps)
+        n_rows = self._rows.rows.shape[0]
+        self._copies.enqueue(self._state, n_rows, self._extras.top_tokens)
+        self._first_steps.append((self._steps, n_steps))
         self._steps += n_steps
-        self._lengths = [length + n_steps for length in self._lengths]
+        self._lengths[:n_rows] = [length + n_steps if length else 0 for length in self._lengths[:n_rows]]
 
     def _allocate_for_model(self) -> None:
         """Allocate the state and drop all graphs, if the model's tensors were replaced since the last time."""
         model = self.model
         if self._revision == model.revision:
             return
-        cache = model.cache
-        self._graphs: dict[int, Graph] = {}
-        self._state = DecodeState.of(
-            cache.max_batch_size, cache.max_seq_len + self.unroll, model.vocab_size, model.device
-        )
-        self._copies = OutputCopies(self._state, self.unroll, REPLAYS_AHEAD + 1)
-        self._new_capture_memory()
+        # The steps that may be written before a copy is read: those of the copies in flight, and of the next replay.
+        n_steps = (REPLAYS_AHEAD + 2) * self.unroll
+        self._state = DecodeState.of(model.cache.max_batch_size, n_steps, model.vocab_size, model.device)
+        self._copies = OutputCopies(REPLAYS_AHEAD + 1, model.device)
+        self._graphs.clear()
         self._revision = model.revision
-
-    def _graph_for(self, n_rows: int) -> Graph | None:
-        """The graph for a batch of n_rows, captured at its first use; None where steps run eagerly."""
-        if self._graph_factory() is None:
-            return None
-        size = graph_size(n_rows, self.model.cache.max_batch_size)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(self._state.first(size))
-        return self._graphs[size]
-
-    def _graph_factory(self) -> Callable[[], Graph] | None:
-        """What makes the graphs; None where steps run eagerly."""
-        model = self.model
-        if self._use_graphs is False:
-            return None
-        if self._new_graph is not None:
-            return self._new_graph
-        if self._use_graphs or model.ops.supports_cuda_graphs(model.device):
-            return lambda: CudaGraph(self._stream, self._pool)
-        # A backend's own graphs do not record collectives.
-        factory: Callable[[], Graph] | None = model.ops.graph_factory(model.device)
-        return factory if model.group.size == 1 else None
-
-    def _capture(self, state: DecodeState) -> Graph:
-        """Capture a graph of `unroll` steps; if it fails with dependent launches, turn them off and try again."""
-
-        def steps() -> None:
-            for _ in range(self.unroll):
-                step(self.model, state)
-
-        try:
-            return self._capture_steps(steps)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if not self.dependent:
-                raise
-            logger.warning(
-                "a graph with dependent launches could not be captured (%s): this model runs without them from now on, "
-                "as with dependent_launch=False",
-                error,
-            )
-        self._dependent = False
-        self._new_capture_memory()
-        return self._capture_steps(steps)
-
-    def _capture_steps(self, steps: Callable[[], None]) -> Graph:
-        factory = self._graph_factory()
-        assert factory is not None
-        graph = factory()
-        self._state.deactivate()  # so that the eager run, which compiles kernels, changes nothing
-        with self.launch_context():
-            steps()
-            graph.capture(steps)
-        return graph
-
-    def _new_capture_memory(self) -> None:
-        """Create the stream to capture on and the memory pool of all graphs."""
-        if self.model.device.type == "cuda":
-            self._stream, self._pool = torch.cuda.Stream(self.model.device), torch.cuda.graph_pool_handle()
-
-
-def graph_size(n_rows: int, max_batch_size: int) -> int:
-    """The number of rows of the graph for a batch of n_rows; its other rows are inactive."""
-    fine = FINE_BATCH_SIZES[-1]
-    size = next((size for size in FINE_BATCH_SIZES if size >= n_rows), -(-n_rows // fine) * fine)
-    return min(size, max_batch_size)

@@ -7,40 +7,30 @@ every row has reached a stop token or its token budget. `generate` collects the 
 
 import itertools
 import os
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastllama import memory_plan, validate
 from fastllama.chat_format import Formatter
 from fastllama.decode_graph import Decoder
 from fastllama.distributed import model_parallel
-from fastllama.kernels.sampling.top_p_torch import nucleus
+from fastllama.engine import Engine, Result, SamplingParams
+from fastllama.engine.engine import STEP_TOKENS, Prompt
+from fastllama.engine.many import in_order
+from fastllama.engine.scoring import Score, score_documents, score_pairs
 from fastllama.loading import AdapterFolders, choose_device, load
 from fastllama.model import Transformer
-from fastllama.stream import Increment, Request, increments
-from fastllama.tokenizer import ChatFormat, Dialog, Message, check_dialog
+from fastllama.predictions import ChatPrediction, CompletionPrediction
+from fastllama.sampling import sample_top_p
+from fastllama.stream import Increment, Request, checked_request, increments
+from fastllama.tokenizer import ChatFormat, Dialog, check_dialog
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.torch_settings import with_default_settings
 from fastllama.warmup import warm_up
 
-
-class CompletionPrediction(TypedDict, total=False):
-    """The continuation of one text."""
-
-    generation: str
-    tokens: list[str]  # only with logprobs
-    logprobs: list[float]  # only with logprobs
-
-
-class ChatPrediction(TypedDict, total=False):
-    """The answer to one dialog."""
-
-    generation: Message
-    tokens: list[str]  # only with logprobs
-    logprobs: list[float]  # only with logprobs
+__all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "sample_top_p"]
 
 
 class Llama:
@@ -56,6 +46,7 @@ class Llama:
         model_parallel_size: int | None = None,
         seed: int = 1,
         *,
+        cache_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         backend: str | None = None,
@@ -74,20 +65,21 @@ class Llama:
         file, or a folder with one of them; None means the checkpoint's own. max_seq_len: positions per row, up to 8192,
         or 131072 if the checkpoint's rope is scaled. max_batch_size: rows of a batch. model_parallel_size: processes
         that share the model, independent of the number of files; None means all that torchrun started. Each process
-        builds and makes the same calls. seed: the default seed of calls. device: None means CUDA if available, else the
-        CPU. dtype: None means bfloat16 on CUDA (float16 if the GPU lacks it), float32 on a CPU. backend: "fused"
-        (Triton kernels), "native" (C++ kernels) or "reference" (plain torch); None means fused on CUDA and native on a
-        CPU. quantize: "int8", "fp8" or "int4" keeps the weights in fewer bits, rounded while they are read ("int4-g64"
-        and "int4-g32" in smaller groups); None keeps them as the files have them. rope_scaling_factor: replaces the
-        checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. adapter: the folder of a LoRA adapter, or
-        a list of folders, merged into the weights in this order while they are read. chat_template: the path of a chat
-        template, the name of one in the checkpoint's folder, or "llama3"; None means the checkpoint's own, and Llama
-        3's format in Meta's layout. template_args: variables for it, such as a date. graph_batch_sizes: numbers of rows
-        whose decode step is captured as a graph during build, not in the first call that needs it; None means 1 and
-        max_batch_size. cuda_graphs: False launches every kernel of every step separately; None captures steps if the
-        backend supports it. dependent_launch: False starts each kernel after the previous one has ended; None lets it
-        start earlier (programmatic dependent launch) from compute capability 9.0. These two are for debugging: False
-        costs speed, and no token changes.
+        builds and makes the same calls. seed: the default seed of calls. cache_tokens: positions of all rows together,
+        in pages of 64, so that many rows share fewer; None reserves max_seq_len for each row. device: None means CUDA
+        if available, else the CPU. dtype: None means bfloat16 on CUDA (float16 if the GPU lacks it), float32 on a CPU.
+        backend: "fused" (Triton kernels), "native" (C++ kernels) or "reference" (plain torch); None means fused on CUDA
+        and native on a CPU. quantize: "int8", "fp8" or "int4" keeps the weights in fewer bits, rounded while they are
+        read ("int4-g64" and "int4-g32" in smaller groups); None keeps them as the files have them. rope_scaling_factor:
+        replaces the checkpoint's or inferred factor, and turns Llama 3.1's scaled rope on. adapter: the folder of a
+        LoRA adapter, or a list of folders, merged into the weights in this order while they are read. chat_template:
+        the path of a chat template, the name of one in the checkpoint's folder, or "llama3"; None means the
+        checkpoint's own, and Llama 3's format in Meta's layout. template_args: variables for it, such as a date.
+        graph_batch_sizes: numbers of rows whose decode step is captured as a graph during build, not in the first call
+        that needs it; None means 1 and max_batch_size. cuda_graphs: False launches every kernel of every step
+        separately; None captures steps if the backend supports it. dependent_launch: False starts each kernel after the
+        previous one has ended; None lets it start earlier (programmatic dependent launch) from compute capability 9.0.
+        These two are for debugging: False costs speed, and no token changes.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer with another vocabulary), ValueError for any other error in the arguments or the files, and
@@ -95,6 +87,8 @@ class Llama:
         """
         seed = validate.seed(seed)
         max_batch_size = validate.whole_number("max_batch_size", max_batch_size, 1)
+        if cache_tokens is not None:
+            cache_tokens = validate.whole_number("cache_tokens", cache_tokens, 1)
         batch_sizes = validate.batch_sizes(graph_batch_sizes, max_batch_size)
         validate.launches(cuda_graphs, dependent_launch, choose_device(device).type)
         model, tokenizer, formatter = load(
@@ -102,6 +96,7 @@ class Llama:
             tokenizer_path,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
+            cache_tokens=cache_tokens,
             model_parallel_size=model_parallel_size,
             device=device,
             dtype=dtype,
@@ -164,6 +159,7 @@ class Llama:
         echo: bool = False,
         *,
         seed: int | Sequence[int] | None = None,
+        reuse_prefix: bool = False,
     ) -> Generator[Increment]:
         """Generate like `generate`, and yield each row's new tokens step by step. It may be closed early.
 
@@ -172,13 +168,14 @@ class Llama:
         probability mass; 0 takes the most likely token, 1 keeps all. logprobs: return the tokens' log-probabilities,
         before temperature and top-p. echo: return the prompts' tokens first, cut at the first stop token. seed: an int
         makes draws repeatable, row i using its i-th random stream; a list has one seed per row, which draws the same in
-        any batch; None continues from the seed given to build.
+        any batch; None continues from the seed given to build. reuse_prefix: what a prompt has in common with an
+        earlier one, in complete pages of the cache, is not computed again.
 
         Raises AssertionError for too many or too long prompts, ValueError for other wrong arguments and for logits that
         are not finite, RuntimeError while another call or stream is running.
         """
-        request = self._request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed)
-        return self._stream(request)
+        call = (prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed)
+        return self._stream(self._request(*call, reuse_prefix=reuse_prefix))
 
     def text_completion(
         self,
@@ -231,42 +228,53 @@ class Llama:
                 answer["logprobs"] = row_scores
         return answers
 
+    def engine(self, *, max_tokens_per_step: int = STEP_TOKENS, reuse_prefixes: bool = True) -> Engine:
+        """An engine of requests on this model. The arguments are those of `Engine`."""
+        return Engine(self, max_tokens_per_step=max_tokens_per_step, reuse_prefixes=reuse_prefixes)
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> Iterator[Result]:
+        """Answer any number of prompts, and yield the results in order as soon as they are there.
+
+        prompts: texts, token ids or dialogs; of an iterator only a few are read ahead. params: of all prompts, or one
+        for each. progress: whether to show a bar on stderr; None shows it on a terminal only. Raises ValueError, naming
+        the prompt, for one that does not fit.
+        """
+        return in_order(self.engine(), prompts, params, progress)
+
+    def score(self, pairs: Iterable[tuple[Prompt, Prompt]], *, progress: bool | None = None) -> list[Score]:
+        """The log-probability of each continuation after its context, token by token: [(context, continuation), ...].
+
+        Texts or token ids. Contexts that begin alike are computed once. An empty context stands for the begin of a
+        text. Raises ValueError for pairs that do not fit the context of the model.
+        """
+        return score_pairs(self.engine(), pairs, progress)
+
+    def score_documents(
+        self, documents: Iterable[Prompt], *, stride: int | None = None, progress: bool | None = None
+    ) -> list[Score]:
+        """The log-probability of every token of each document, in windows of max_seq_len tokens.
+
+        stride: tokens that each window scores, after as many before them as fit; None means complete windows, each
+        after one token of the one before.
+        """
+        return score_documents(self.engine(), documents, stride, progress)
+
     def _max_gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
     @with_default_settings
-    def _request(
-        self,
-        prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: int,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool,
-        seed: int | Sequence[int] | None,
-    ) -> Request:
+    def _request(self, *arguments: Any, reuse_prefix: bool = False) -> Request:
         """Check a call's arguments, and that no other call is running -> the request."""
-        params = self.model.params
-        prompts = validate.prompts(
-            prompt_tokens,
-            vocab_size=params.vocab_size,
-            max_batch_size=params.max_batch_size,
-            max_seq_len=params.max_seq_len,
-        )
-        max_gen_len = validate.whole_number("max_gen_len", max_gen_len, 0)
-        temperature, top_p = validate.temperature(temperature), validate.top_p(top_p)
-        logprobs, echo = validate.flag("logprobs", logprobs), validate.flag("echo", echo)
-        seeds = validate.seeds(seed, len(prompts))
-        self.model.check_idle()
-        stop_ids = validate.stop_ids(self.tokenizer.stop_tokens, params.vocab_size)
-        budgets = [min(max_gen_len, params.max_seq_len - len(prompt)) for prompt in prompts]
-        if echo:  # an echoed prompt with a stop token ends there
-            budgets = [b if stop_ids.isdisjoint(prompt) else 0 for b, prompt in zip(budgets, prompts, strict=True)]
-        streams = self._streams(seeds, len(prompts))
-        return Request(prompts, budgets, stop_ids, temperature, top_p, streams, logprobs, echo)
+        return checked_request(self.model, self.tokenizer, self.random_streams, *arguments, reuse_prefix=reuse_prefix)
 
-    def _streams(self, seeds: list[int] | int | None, n_rows: int) -> list[tuple[int, int, int]]:
-        """The random stream of every row, as (seed, stream, call)."""
+    def random_streams(self, seeds: list[int] | int | None, n_rows: int) -> list[tuple[int, int, int]]:
+        """The random stream of every row of a call, as (seed, stream, call)."""
         if seeds is None:
             call = next(self._calls)
             return [(self._seed, row, call) for row in range(n_rows)]
@@ -281,19 +289,3 @@ class Llama:
     def _increments(self, request: Request, tokenizer: BaseTokenizer | None) -> Generator[Increment]:
         with self.model.exclusively(), memory_plan.explain_out_of_memory(self.model.device):
             yield from increments(self.decoder, request, tokenizer)
-
-
-@with_default_settings
-def sample_top_p(probs: Tensor, p: float) -> Tensor:
-    """Draw one token per row by nucleus sampling with mass p: probs (B, V) -> (B, 1) int64.
-
-    Uses torch's default generator. Raises ValueError for probs that are not (B, V), or a p that is negative or not a
-    number.
-    """
-    if not isinstance(probs, Tensor) or probs.ndim != 2 or 0 in probs.shape or not probs.is_floating_point():
-        got = tuple(probs.shape) if isinstance(probs, Tensor) and probs.is_floating_point() else validate.kind(probs)
-        raise ValueError(f"probs must have shape (B, V), got {got}")
-    p = validate.top_p(p)
-    limit = torch.full(probs.shape[:1], p if p < 1 else torch.inf, dtype=probs.dtype, device=probs.device)
-    keep = nucleus(probs, probs, limit)
-    return torch.multinomial(torch.where(keep, probs, 0), num_samples=1)

@@ -36,6 +36,7 @@ def load(
     *,
     max_seq_len: int,
     max_batch_size: int,
+    cache_tokens: int | None,
     model_parallel_size: int | None,
     device: torch.device | str | None,
     dtype: torch.dtype | str | None,
@@ -61,7 +62,7 @@ def load(
         _check_paths(ckpt_dir, tokenizer_path)
         checkpoint = open_checkpoint(ckpt_dir, _adapter_folders(adapter))
         args, tokenizer = _args_and_tokenizer(
-            checkpoint, tokenizer_path, max_seq_len, max_batch_size, rope_scaling_factor
+            checkpoint, tokenizer_path, rope_scaling_factor, (max_seq_len, max_batch_size, cache_tokens)
         )
         check_quantize(quantize, args.split(group.size), device, checkpoint.schemes(group.size))
         formatter = _formatter(checkpoint, tokenizer, tokenizer_path, chat_template, template_args)
@@ -89,15 +90,15 @@ def load(
 def _args_and_tokenizer(
     checkpoint: Checkpoint,
     tokenizer_path: str,
-    max_seq_len: int,
-    max_batch_size: int,
     rope_scaling_factor: float | None,
+    cache: tuple[int, int, int | None],
 ) -> tuple[ModelArgs, BaseTokenizer]:
     """The model's arguments and its tokenizer. Raises AssertionError if they do not fit together."""
     fields = dict(checkpoint.params)
     if rope_scaling_factor is not None:
         fields.update(use_scaled_rope=True, rope_type="llama3", rope_scaling_factor=rope_scaling_factor)
-    args = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, **fields)
+    max_seq_len, max_batch_size, cache_tokens = cache
+    args = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, cache_tokens=cache_tokens, **fields)
     check_angles(args)
     if args.rope_type == "default":
         _check_max_seq_len(max_seq_len, MAX_SEQ_LEN, " for a checkpoint without scaled rope")

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -12,12 +12,15 @@ import torch
 
 from fastllama import cgroups
 from fastllama.args import OUTPUT_NAME, ModelArgs
+from fastllama.cache import n_pages
 from fastllama.cgroups import FreeMemory
 from fastllama.distributed import environment
+from fastllama.kernels.paged_cache import PAGE_TOKENS, pages_for
 from fastllama.kernels.quantized import ELEMENTS_AT_ONCE
 from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
-from fastllama.prefill import PREFILL_CHUNK_TOKENS, SCORE_CHUNK_TOKENS
+from fastllama.prefill import PREFILL_CHUNK_TOKENS
 from fastllama.quantization import NOTHING_QUANTIZED, Scheme, bytes_of, model_schemes
+from fastllama.token_scores import SCORE_CHUNK_TOKENS
 
 try:
     import resource
@@ -75,8 +78,9 @@ def plan_memory(
     if args.tied_output and OUTPUT_NAME not in quantized:  # backends keep one copy of both
         del shapes[OUTPUT_NAME]
     weights = [quantized.get(name, math.prod(shape) * size) for name, shape in shapes.items()]
-    rope = max_seq_len * head_dim * FLOAT32_BYTES
-    cache = 2 * args.n_layers * max_batch_size * n_kv_heads * max_seq_len * head_dim * size
+    rope = pages_for(max_seq_len) * PAGE_TOKENS * head_dim * FLOAT32_BYTES
+    cache_pages = n_pages(max_batch_size, max_seq_len, args.cache_tokens) + 1  # and one that belongs to no row
+    cache = 2 * args.n_layers * cache_pages * n_kv_heads * PAGE_TOKENS * head_dim * size
     n_tokens = min(PREFILL_CHUNK_TOKENS, max_batch_size * max_seq_len)
     per_token = (
         WIDTHS_OF_DIM * args.dim * FLOAT32_BYTES
@@ -180,8 +184,8 @@ def check_fits(
     limit: what limits the memory, for the error message.
     """
 
-    def plan(max_batch_size: int, max_seq_len: int) -> MemoryPlan:
-        sizes = (args, dtype, max_batch_size, max_seq_len)
+    def plan(max_batch_size: int, max_seq_len: int, cache_tokens: int | None = args.cache_tokens) -> MemoryPlan:
+        sizes = (replace(args, cache_tokens=cache_tokens), dtype, max_batch_size, max_seq_len)
         return plan_memory(*sizes, n_processes=n_processes, quantize=quantize, stored=stored)
 
     needed = plan(args.max_batch_size, args.max_seq_len)
@@ -190,7 +194,9 @@ def check_fits(
     rows = _largest_that_fits(args.max_batch_size, lambda rows: plan(rows, args.max_seq_len).total <= free)
     length = _largest_that_fits(args.max_seq_len, lambda length: plan(args.max_batch_size, length).total <= free)
     precision = quantize or (f"{dtype}, weights as stored," if stored else dtype)
+    tokens = most_cache_tokens(args, dtype, free, n_processes=n_processes, quantize=quantize, stored=stored)
     remedies = [f"max_batch_size={rows} would fit"] * (rows > 0) + [f"max_seq_len={length} would fit"] * (length > 0)
+    remedies += [f"cache_tokens={tokens} for all rows together would fit"] * (tokens >= args.max_seq_len)
     raise DoesNotFit(
         f"max_batch_size={args.max_batch_size} with max_seq_len={args.max_seq_len} in {precision} needs "
         f"{needed.total / GIB:.2f} GiB (weights {needed.weights / GIB:.2f}, cache {needed.cache / GIB:.2f}, "
@@ -200,6 +206,26 @@ def check_fits(
             or "not even one row of one token would fit; use a smaller dtype, quantize, or another device"
         )
     )
+
+
+def most_cache_tokens(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    free: int,
+    *,
+    n_processes: int = 1,
+    quantize: str | None = None,
+    stored: Mapping[str, Scheme] = NOTHING_QUANTIZED,
+) -> int:
+    """The most positions, of all rows together, for which a model of these rows fits in `free` bytes; 0 if none do."""
+
+    def fits(pages: int) -> bool:
+        shape = replace(args, cache_tokens=pages * PAGE_TOKENS)
+        sizes = shape, dtype, args.max_batch_size, args.max_seq_len
+        return plan_memory(*sizes, n_processes=n_processes, quantize=quantize, stored=stored).total <= free
+
+    most = n_pages(args.max_batch_size, args.max_seq_len)
+    return PAGE_TOKENS * _largest_that_fits(most + 1, fits)
 
 
 def _largest_that_fits(below: int, fits: Callable[[int], bool]) -> int:

@@ -113,6 +113,8 @@ class Transformer(PackedModule):
                 raise ValueError(NO_WEIGHTS)
             sizes = self.cache.max_batch_size, self.cache.max_seq_len, self.vocab_size
             start, rows, length = validate.forward(tokens, start_pos, *sizes)
+            self.cache.check_fits([start + length] * rows)
+            self.cache.extend([start + length] * rows)
             with self.suited(rows * length, start + length):
                 return self._forward(tokens, start, rows, length)
 
@@ -132,9 +134,9 @@ class Transformer(PackedModule):
         adds = group.rank == 0  # all processes have the residual and the output's bias, and a sum must hold them once
         h = self._embed(batch)
         for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
-            k, v = self.cache.layer(index)
-            q = ops.norm_qkv_rope_append(h, layer.attention_norm, layer.wqkv, self.rope, k, v, eps, batch, layer.bqkv)
-            attended = ops.attention(q, k, v, batch)
+            cache = self.cache.layer(index)
+            q = ops.norm_qkv_rope_append(h, layer.attention_norm, layer.wqkv, self.rope, cache, eps, batch, layer.bqkv)
+            attended = ops.attention(q, cache, batch)
             residual, bias = (h, layer.bo) if adds else (None, None)
             h = group.all_reduce(ops.linear_residual(attended, layer.wo, residual, batch, bias))
             f = ops.norm_swiglu(h, layer.ffn_norm, layer.w13, eps, batch, layer.b13)
@@ -167,6 +169,8 @@ class Transformer(PackedModule):
         not read. Raises ValueError for a name that is unexpected or repeated, a wrong shape, and missing names.
         """
         self.revision += 1  # before loading: a load that fails half-way has replaced tensors, too
+        if hasattr(self, "cache"):
+            self.cache.pool.forget()
         self._load(tensors)
 
     @with_default_settings
@@ -223,10 +227,11 @@ class Transformer(PackedModule):
         """Allocate the rotary table, the cache and the workspace, for the current device and dtype."""
         p = self.share
         self.revision += 1
-        self.register_buffer("rope", rope_table(p).to(self.device), persistent=False)
         heads = p.n_kv_heads, p.max_seq_len, p.head_dim
         memory = {"device": self.device, "dtype": self.dtype, "allocate": self.ops.allocate}
+        memory["cache_tokens"] = p.cache_tokens
         self.cache = KVCache(p.n_layers, p.max_batch_size, *heads, **memory)
+        self.register_buffer("rope", rope_table(p, self.cache.length).to(self.device), persistent=False)
         self.workspace = self.ops.workspace(
             max_batch_size=p.max_batch_size,
             n_heads=p.n_heads,

@@ -14,9 +14,9 @@ from torch import Tensor
 from fastllama import threads
 from fastllama.kernels.batch import RaggedBatch
 from fastllama.model import Transformer
+from fastllama.token_scores import score_tokens
 
 PREFILL_CHUNK_TOKENS = 2048
-SCORE_CHUNK_TOKENS = 256  # tokens whose logits are in memory at once when prompts are scored
 
 NOT_FINITE_CAUSE = "the weights, or their overflow in this dtype, are the likely cause"
 
@@ -24,17 +24,19 @@ Piece = tuple[int, int, Sequence[int]]  # row, position of its first token, toke
 
 
 def prefill(
-    model: Transformer, prompts: Sequence[Sequence[int]], score: bool = False
+    model: Transformer, prompts: Sequence[Sequence[int]], score: bool = False, n_cached: Sequence[int] | None = None
 ) -> tuple[Tensor, list[list[float]] | None]:
-    """Fill cache rows 0, 1, … with the prompts, each from position 0.
+    """Fill cache rows 0, 1, … with the prompts, each from position 0. Rows get the pages that they lack.
 
-    Returns the logits (B, V) after each prompt's last token, in the model dtype, and, with `score`, each prompt's
-    log-probabilities: one per token, 0.0 for the first token, which nothing predicts.
+    n_cached: how many tokens of each prompt the row's pages hold already. Returns the logits (B, V) after each
+    prompt's last token, in the model dtype, and, with `score`, each prompt's log-probabilities: one per token, 0.0 for
+    the first token, which nothing predicts.
     """
     last = torch.empty(len(prompts), model.params.dim, device=model.device, dtype=model.dtype)
     scores: list[list[float]] = [[0.0] for _ in prompts]
     batch = None
-    for pieces in _chunks(prompts, PREFILL_CHUNK_TOKENS):
+    model.cache.extend([len(prompt) for prompt in prompts])
+    for pieces in _chunks(prompts, PREFILL_CHUNK_TOKENS, n_cached or [0] * len(prompts)):
         batch = RaggedBatch.of(pieces, model.device, model.workspace)
         with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
             h = model.hidden(batch)
@@ -57,12 +59,11 @@ def _end_library_threads(model: Transformer) -> None:
         threads.end_openmp_threads()
 
 
-def _chunks(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[Piece]]:
-    """Cut the concatenated prompts into chunks of `limit` tokens, each a list of pieces of prompts."""
+def _chunks(prompts: Sequence[Sequence[int]], limit: int, n_cached: Sequence[int]) -> Iterator[list[Piece]]:
+    """Cut the concatenated prompts, without their cached tokens, into chunks of `limit` tokens: pieces of prompts."""
     pieces: list[Piece] = []
     left = limit
-    for row, prompt in enumerate(prompts):
-        start = 0
+    for row, (prompt, start) in enumerate(zip(prompts, n_cached, strict=True)):
         while start < len(prompt):
             piece = prompt[start : start + left]
             pieces.append((row, start, piece))
@@ -87,12 +88,8 @@ def _score(
     targets = [(row, t) for row, start, piece in pieces for t in prompts[row][start + 1 : start + 1 + len(piece)]]
     ends = {s.end - 1 for s in batch.segments if s.keys == len(prompts[s.row])}  # nothing follows a prompt's last token
     sources = [token for token in range(h.shape[0]) if token not in ends]
-    for begin in range(0, len(sources), SCORE_CHUNK_TOKENS):
-        chosen = targets[begin : begin + SCORE_CHUNK_TOKENS]
-        logits = model.logits(h[sources[begin : begin + SCORE_CHUNK_TOKENS]], batch).float()
-        following = torch.tensor([token for _, token in chosen], dtype=torch.int64, device=h.device)
-        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, following[:, None])[:, 0]
-        for (row, _), logprob in zip(chosen, logprobs.tolist(), strict=True):
-            if math.isnan(logprob):
-                raise ValueError(f"the logits of row {row} are not finite numbers in its prompt; {NOT_FINITE_CAUSE}")
-            scores[row].append(logprob)
+    found = score_tokens(model, h, batch, sources, [token for _, token in targets])
+    for (row, _), score in zip(targets, found, strict=True):
+        if math.isnan(score.logprob):
+            raise ValueError(f"the logits of row {row} are not finite numbers in its prompt; {NOT_FINITE_CAUSE}")
+        scores[row].append(score.logprob)

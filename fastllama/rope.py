@@ -10,13 +10,14 @@ from fastllama.args import ROPE_FIELDS, ModelArgs
 EMPTY_RAMP_WIDTH = 0.001  # transformers' width of YaRN's ramp if both bounds are one pair
 
 
-def rope_table(args: ModelArgs) -> Tensor:
-    """cos and sin of every position's angles: (max_seq_len, head_dim/2, 2) float32.
+def rope_table(args: ModelArgs, length: int | None = None) -> Tensor:
+    """cos and sin of every position's angles: (length, head_dim/2, 2) float32; length None means max_seq_len.
 
     With YaRN and with factors, both are multiplied by the attention factor. So the scores of attention grow by its
     square.
     """
-    angles = torch.outer(torch.arange(args.max_seq_len, device="cpu").float(), rope_frequencies(args))
+    positions = torch.arange(length or args.max_seq_len, device="cpu").float()
+    angles = torch.outer(positions, rope_frequencies(args))
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
     return table * args.rope_attention_factor if "rope_attention_factor" in ROPE_FIELDS[args.rope_type] else table
 

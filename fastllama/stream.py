@@ -5,15 +5,17 @@ tests for stop tokens and advances the rows (`decode_graph`). The host reads its
 the last stop token late and ignores the steps enqueued after it.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from fastllama import validate
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import NO_TOKEN
+from fastllama.model import Transformer
 from fastllama.prefill import NOT_FINITE_CAUSE, prefill
 from fastllama.tokenizer_base import BaseTokenizer, TextStream
 
@@ -47,6 +49,44 @@ class Request:
     streams: list[tuple[int, int, int]]  # each row's (seed, stream, call)
     logprobs: bool
     echo: bool
+    reuse_prefix: bool
+
+
+def checked_request(
+    model: Transformer,
+    tokenizer: BaseTokenizer,
+    random_streams: Callable[[list[int] | int | None, int], list[tuple[int, int, int]]],
+    prompt_tokens: Sequence[Sequence[int]],
+    max_gen_len: int,
+    temperature: float,
+    top_p: float,
+    logprobs: bool,
+    echo: bool,
+    seed: int | Sequence[int] | None,
+    *,
+    reuse_prefix: bool,
+) -> Request:
+    """Check the arguments of `Llama.stream`, and that no other call uses the model -> the request."""
+    params = model.params
+    prompts = validate.prompts(
+        prompt_tokens,
+        vocab_size=params.vocab_size,
+        max_batch_size=params.max_batch_size,
+        max_seq_len=params.max_seq_len,
+    )
+    max_gen_len = validate.whole_number("max_gen_len", max_gen_len, 0)
+    temperature, top_p = validate.temperature(temperature), validate.top_p(top_p)
+    logprobs, echo = validate.flag("logprobs", logprobs), validate.flag("echo", echo)
+    reuse_prefix = validate.flag("reuse_prefix", reuse_prefix)
+    seeds = validate.seeds(seed, len(prompts))
+    model.check_idle()
+    stop_ids = validate.stop_ids(tokenizer.stop_tokens, params.vocab_size)
+    budgets = [min(max_gen_len, params.max_seq_len - len(prompt)) for prompt in prompts]
+    if echo:  # an echoed prompt with a stop token ends there
+        budgets = [b if stop_ids.isdisjoint(prompt) else 0 for b, prompt in zip(budgets, prompts, strict=True)]
+    model.cache.check_fits([len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True)])
+    streams = random_streams(seeds, len(prompts))
+    return Request(prompts, budgets, stop_ids, temperature, top_p, streams, logprobs, echo, reuse_prefix)
 
 
 @dataclass
@@ -57,8 +97,13 @@ class _Row:
     prompt: list[int]
     last: int  # the last position that may get a token
     text: TextStream | None
-    length: int  # tokens so far, the prompt's included; also the position of the next token
+    tokens: list[int]  # so far, the prompt's included
     finished: bool = False
+
+    @property
+    def length(self) -> int:
+        """The number of tokens so far; also the position of the next one."""
+        return len(self.tokens)
 
     def _increment(self, tokens: list[int], logprobs: list[float] | None, reason: FinishReason | None) -> Increment:
         """An increment of these tokens, with the text that they complete."""
@@ -87,7 +132,7 @@ class _Row:
         if token in request.stop_ids:
             return self._increment([], [] if request.logprobs else None, "stop")
         reason: FinishReason | None = "length" if self.length == self.last else None
-        self.length += reason is None
+        self.tokens.append(token)
         return self._increment([token], [logprob] if request.logprobs else None, reason)
 
 
@@ -105,7 +150,7 @@ def increments(decoder: Decoder, request: Request, tokenizer: BaseTokenizer | No
             prompt,
             last=len(prompt) - 1 + budget,
             text=TextStream(tokenizer) if tokenizer else None,
-            length=len(prompt),
+            tokens=list(prompt),
             finished=budget == 0,
         )
         for index, (prompt, budget) in enumerate(zip(request.prompts, request.budgets, strict=True))
@@ -116,15 +161,28 @@ def increments(decoder: Decoder, request: Request, tokenizer: BaseTokenizer | No
         return
     # Uploaded here, at the first `next`: the CUDA stream that is current here is the call's.
     sampling = SamplingTensors.of(request.temperature, request.top_p, request.streams, decoder.model.device)
-    decoder.start(
+    n_cached = decoder.start(
         [row.prompt[-1] for row in rows],
         [row.length - 1 for row in rows],
         [row.last for row in rows],
         sorted(request.stop_ids),
         sampling,
+        request.prompts if request.reuse_prefix and not scoring else None,
     )
+    try:
+        yield from _decoded(decoder, request, rows, scoring, n_cached)
+    finally:
+        if request.reuse_prefix:
+            for row in rows:  # the newest token was not fed
+                decoder.model.cache.remember(row.index, row.tokens[:-1])
+
+
+def _decoded(
+    decoder: Decoder, request: Request, rows: list[_Row], scoring: bool, n_cached: list[int]
+) -> Generator[Increment]:
+    """Prefill, then steps until all rows have ended. n_cached: tokens of each prompt that are in the cache."""
     with decoder.launch_context():
-        logits, scores = prefill(decoder.model, request.prompts, scoring)
+        logits, scores = prefill(decoder.model, request.prompts, scoring, n_cached)
     for row in rows:
         if request.echo or row.finished:
             yield row.first_increment(request, scores[row.index] if scores else None)

@@ -161,11 +161,24 @@ def _ndim(value: Any) -> int:
     return int(getattr(value, "ndim", 0))
 
 
-def _real(name: str, value: Any, below: float | None, expected: str) -> float:
-    number = math.nan
+def real(name: str, value: Any, least: float, most: float) -> float:
+    """value as a float. Raises ValueError unless it is a number from `least` to `most`."""
+    number = _as_float(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r:.80}")
+    return number
+
+
+def _as_float(value: Any) -> float:
+    """value as a float, NaN if it is no number."""
     if not isinstance(value, bool | TEXTS) and not _ndim(value):
         with contextlib.suppress(Exception):  # as in _as_int
-            number = float(value)
+            return float(value)
+    return math.nan
+
+
+def _real(name: str, value: Any, below: float | None, expected: str) -> float:
+    number = _as_float(value)
     if not number >= 0 or (below is not None and number >= below):
         raise ValueError(f"{name} must be {expected}, got {value!r:.80}")
     return number

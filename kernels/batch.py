@@ -112,18 +112,25 @@ class SamplingTensors:
         cls, temperature: float, top_p: float, streams: Sequence[tuple[int, int, int]], device: torch.device
     ) -> "SamplingTensors":
         """The same temperature and top_p for every row, and (seed, stream, call) per row."""
+        return cls.per_row([(temperature, top_p)] * len(streams), streams, device)
+
+    @classmethod
+    def per_row(
+        cls, parameters: Sequence[tuple[float, float]], streams: Sequence[tuple[int, int, int]], device: torch.device
+    ) -> "SamplingTensors":
+        """(temperature, top_p) and (seed, stream, call) per row."""
         signed = [[seed - 2**64 if seed >= 2**63 else seed, stream, call] for seed, stream, call in streams]
-        seed, stream, call = upload(signed, torch.int64, device).T.contiguous()
-        greedy = temperature == 0 or top_p == 0
-        clamped = temperature and min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
-        full = torch.full((len(streams),), clamped, dtype=torch.float64, device=device)
-        return cls(full, torch.full_like(full, top_p), seed, stream, call, greedy)
+        seed, stream, call = upload(signed, torch.int64, device).view(-1, 3).T.contiguous()
+        clamped = [(t and min(max(t, MIN_TEMPERATURE), MAX_TEMPERATURE), top_p) for t, top_p in parameters]
+        temperature, top_p = upload(clamped, torch.float64, device).view(-1, 2).T.contiguous()
+        greedy = all(t == 0 or top_p == 0 for t, top_p in parameters)
+        return cls(temperature, top_p, seed, stream, call, greedy)
 
     def first(self, n_rows: int) -> "SamplingTensors":
         """The first n_rows rows, sharing memory."""
         return replace(self, **{name: getattr(self, name)[:n_rows] for name in PER_ROW})
 
-    def copy_(self, other: "SamplingTensors") -> None:
-        """Copy another's per-row values into these tensors; `greedy` is not copied."""
+    def set_rows(self, rows: Tensor, other: "SamplingTensors") -> None:
+        """Set these rows, (n,) int64, to another's n rows; `greedy` is not copied."""
         for name in PER_ROW:
-            getattr(self, name).copy_(getattr(other, name))
+            getattr(self, name).index_copy_(0, rows, getattr(other, name))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.batch import SamplingTensors, upload
+from fastllama.kernels.sampling.controls import LogitControls, TopTokens
 
 NO_TOKEN = -1  # returned by `sample` for a row whose logits are not numbers
 INACTIVE = -1  # position of a row that generates nothing
@@ -20,17 +21,19 @@ INACTIVE = -1  # position of a row that generates nothing
 
 @dataclass(frozen=True)
 class DecodeState:
-    """State of B rows; row i is cache row i. A row's s-th new token of a call goes to `out_tokens[s]`."""
+    """State of B rows; row i is cache row i. A row's s-th new token goes to `out_tokens[s % steps]`."""
 
     rows: Tensor  # (B,) int64: 0, 1, …
     tokens: Tensor  # (B,) int64, the newest token of each row, fed in the next step
     positions: Tensor  # (B,) int64, the position of that token, or INACTIVE
     starts: Tensor  # (B,) int64, the position of the row's first generated token
     last: Tensor  # (B,) int64, the last position that may get a token
-    is_stop: Tensor  # (V,) bool, the stop tokens
+    is_stop: Tensor  # (B, V) bool, each row's stop tokens
     sampling: SamplingTensors
-    out_tokens: Tensor  # (steps, B) int64; undefined after a row's end
+    out_tokens: Tensor  # (steps, B) int64, the newest steps of each row; undefined after a row's end
     out_logprobs: Tensor  # (steps, B) float32
+    controls: LogitControls | None = None  # only where a row needs them
+    top: TopTokens | None = None  # only where a row asks for the most likely tokens
 
     @classmethod
     def of(cls, n_rows: int, n_steps: int, vocab_size: int, device: torch.device) -> "DecodeState":
@@ -45,7 +48,7 @@ class DecodeState:
             positions=zeros() + INACTIVE,
             starts=zeros(),
             last=zeros(),
-            is_stop=torch.zeros(vocab_size, dtype=torch.bool, device=device),
+            is_stop=torch.zeros(n_rows, vocab_size, dtype=torch.bool, device=device),
             sampling=replace(SamplingTensors.of(0.0, 0.0, [(0, 0, 0)] * n_rows, device), greedy=False),
             out_tokens=torch.zeros(n_steps, n_rows, dtype=torch.int64, device=device),
             out_logprobs=torch.zeros(n_steps, n_rows, dtype=torch.float32, device=device),
@@ -59,10 +62,12 @@ class DecodeState:
             positions=self.positions[:n_rows],
             starts=self.starts[:n_rows],
             last=self.last[:n_rows],
-            is_stop=self.is_stop,
+            is_stop=self.is_stop[:n_rows],
             sampling=self.sampling.first(n_rows),
             out_tokens=self.out_tokens[:, :n_rows],
             out_logprobs=self.out_logprobs[:, :n_rows],
+            controls=self.controls and self.controls.first(n_rows),
+            top=self.top and self.top.first(n_rows),
         )
 
     def set(
@@ -73,24 +78,56 @@ class DecodeState:
         stop_ids: Sequence[int],
         sampling: SamplingTensors,
     ) -> None:
-        """Set the first rows to these newest tokens and positions, and deactivate the other rows.
+        """Start the first rows at these newest tokens and positions, and deactivate the other rows.
 
         Each row generates up to its position `last`. Does not wait for the device.
         """
         n_rows, device = len(tokens), self.tokens.device
         self.deactivate()
-        new = upload([tokens, positions, last], torch.int64, device)
-        self.tokens[:n_rows] = new[0]
-        self.positions[:n_rows] = torch.where(new[1] < new[2], new[1], INACTIVE)
-        self.starts[:n_rows] = new[1] + 1
-        self.last[:n_rows] = new[2]
-        self.is_stop.zero_()
-        self.is_stop.index_fill_(0, upload(stop_ids, torch.int64, device), True)
-        self.sampling.first(n_rows).copy_(sampling)
+        self.start_rows(range(n_rows), tokens, positions, [position + 1 for position in positions], last)
+        self.is_stop[:n_rows] = False
+        self.is_stop[:n_rows].index_fill_(1, upload(stop_ids, torch.int64, device), True)
+        self.sampling.set_rows(self.rows[:n_rows], sampling)
+
+    def start_rows(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        starts: Sequence[int],
+        last: Sequence[int],
+    ) -> None:
+        """Set these rows' newest tokens and positions, first generated positions and last positions."""
+        index, tokens_, positions_, starts_, last_ = upload(
+            [list(rows), tokens, positions, starts, last], torch.int64, self.tokens.device
+        )
+        self.tokens[index] = tokens_
+        self.positions[index] = torch.where(positions_ < last_, positions_, INACTIVE)
+        self.starts[index] = starts_
+        self.last[index] = last_
+
+    def set_stops(self, rows: Sequence[int], stop_ids: Sequence[Sequence[int]]) -> None:
+        """Set these rows' stop tokens."""
+        device = self.tokens.device
+        places = [(row, token) for row, ids in zip(rows, stop_ids, strict=True) for token in ids]
+        self.is_stop.index_fill_(0, upload(rows, torch.int64, device), False)
+        if places:
+            index, ids = upload(places, torch.int64, device).T
+            self.is_stop[index, ids] = True
+
+    def stop_rows(self, rows: Sequence[int]) -> None:
+        """Make these rows inactive."""
+        self.positions.index_fill_(0, upload(rows, torch.int64, self.tokens.device), INACTIVE)
 
     def deactivate(self) -> None:
         """Make every row inactive."""
         self.positions.fill_(INACTIVE)
+
+    def with_extras(self) -> "DecodeState":
+        """The same state with memory for controls and for the most likely tokens."""
+        (n_rows, vocab_size), device = self.is_stop.shape, self.tokens.device
+        top = TopTokens.of(self.out_tokens.shape[0], n_rows, vocab_size, device)
+        return replace(self, controls=LogitControls.of(n_rows, vocab_size, device), top=top)
 
     def with_greedy(self, greedy: bool) -> "DecodeState":
         """The same state with this `greedy` flag, which tells an eager backend whether any row draws."""

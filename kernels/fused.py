@@ -37,6 +37,7 @@ from fastllama.kernels.graph import Graph
 from fastllama.kernels.launch import interpreter
 from fastllama.kernels.launch.checks import check_head_dim
 from fastllama.kernels.launch.dependent import is_dependent
+from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.projection import quantized_matvec
 from fastllama.kernels.projection.dequantize import linear
 from fastllama.kernels.projection.few_tokens import MAX_TOKENS, few_tokens
@@ -151,30 +152,29 @@ def norm_qkv_rope_append(
     norm: Tensor,
     weight: Weight,
     rope: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
+    cache: LayerCache,
     eps: float,
     batch: RaggedBatch,
     bias: Tensor | None = None,
 ) -> Tensor:
     """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
     if h.shape[0] > MAX_TOKENS:
-        return rope_append(linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
-    target = CacheTarget.of(cache_k, cache_v, rope, batch)
+        return rope_append(linear(rms_norm(h, norm, eps), weight, bias), rope, cache, batch)
+    target = CacheTarget.of(cache, rope, batch)
     q = _project(h, weight, bias=bias, norm=norm, eps=eps, append_to=target)
-    return q.view(h.shape[0], -1, cache_k.shape[3])
+    return q.view(h.shape[0], -1, cache.k.shape[3])
 
 
 @_on_tensor_device
-def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
     if not batch.is_decode_step:
-        return attention_prefill(q, cache_k, cache_v, batch)
+        return attention_prefill(q, cache, batch)
     if isinstance(batch.workspace, FusedWorkspace):
         scratch = batch.workspace.attention
     else:
-        scratch = AttentionScratch.of(q.shape[0], cache_k.shape[1], q.shape[1], q.shape[2], q.device)
-    return attention_decode(q, cache_k, cache_v, batch.positions, scratch)
+        scratch = AttentionScratch.of(q.shape[0], cache.k.shape[1], q.shape[1], q.shape[2], q.device)
+    return attention_decode(q, cache, batch.positions, scratch)
 
 
 @_on_tensor_device

@@ -12,7 +12,7 @@ and the functions below have that order. Functions for weight layouts and machin
 Dims, here and in every shape below:
 
     B rows · N tokens in this call · T cache positions · E model width · H query heads · K kv heads · G = H / K
-    D head dim · F ffn width · V vocabulary · L layers
+    D head dim · F ffn width · V vocabulary · L layers · P pages of the cache
 
 Results are rounded to the model dtype where Meta's code rounds. Attention scores and softmax stay in float32.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 from fastllama.kernels.batch import MAX_TEMPERATURE, MIN_TEMPERATURE, RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
 from fastllama.kernels.graph import Graph
+from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.quantized import QuantizedWeight, Weight, concatenated, split
 from fastllama.kernels.sampling.philox import uniform
 from fastllama.kernels.sampling.top_p_torch import nucleus
@@ -51,8 +52,7 @@ def norm_qkv_rope_append(
     norm: Tensor,
     weight: Weight,
     rope: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
+    cache: LayerCache,
     eps: float,
     batch: RaggedBatch,
     bias: Tensor | None = None,
@@ -60,13 +60,15 @@ def norm_qkv_rope_append(
     """RMSNorm, query/key/value projection, rotary embedding, cache append.
 
         q, k, v = split(rms_norm(h, norm) · weightᵀ + bias)
-        cache_k[row, :, position], cache_v[row, :, position] = rotate(k), v
+        page, place = cache.table[row, position // 64], position % 64
+        cache.k[page, :, place], cache.v[page, :, place] = rotate(k), v
         return rotate(q)
 
     h (N, E), norm (E,), packed weight ((H + 2K)·D, E) and bias, rope (T, D/2, 2) float32 with cos and sin, one layer's
-    cache_k and cache_v (B, K, T, D), written at each token's row and position. Returns q (N, H, D).
+    cache, written at each token's row and position. Returns q (N, H, D). A token at a position outside the cache
+    appends nothing that is read.
     """
-    return rope_append(_linear(rms_norm(h, norm, eps), weight, bias), rope, cache_k, cache_v, batch)
+    return rope_append(_linear(rms_norm(h, norm, eps), weight, bias), rope, cache, batch)
 
 
 def _linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -82,42 +84,43 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 
-def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+def rope_append(heads: Tensor, rope: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
     """Rotate queries and keys and append keys and values to the cache.
 
     The pair (a, b) of elements 2i and 2i + 1 becomes (a·cos − b·sin, a·sin + b·cos), in float32, with the angle of the
     token's position, and is rounded to the model dtype. heads (N, (H + 2K)·D), the rest as in `norm_qkv_rope_append`.
     Returns q (N, H, D).
     """
-    n_kv_heads, head_dim = cache_k.shape[1], cache_k.shape[3]
+    n_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
     heads = heads.unflatten(-1, (-1, head_dim))
     pairs = torch.view_as_complex(heads[:, :-n_kv_heads].float().unflatten(-1, (-1, 2)))
     turned = pairs * torch.view_as_complex(rope[batch.positions])[:, None]
     rotated = torch.view_as_real(turned).flatten(-2).to(heads.dtype)
-    cache_k[batch.rows, :, batch.positions] = rotated[:, -n_kv_heads:]
-    cache_v[batch.rows, :, batch.positions] = heads[:, -n_kv_heads:]
+    pages, places = cache.places(batch.rows, batch.positions)
+    cache.k[pages, :, places] = rotated[:, -n_kv_heads:]
+    cache.v[pages, :, places] = heads[:, -n_kv_heads:]
     return rotated[:, :-n_kv_heads]
 
 
-def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
     """Causal grouped-query attention of each token over its row's cache, up to its own position.
 
-        out[n, h] = softmax(q[n, h] · k[row, h // G]ᵀ / √D) · v[row, h // G]    over the positions [0, positions[n]]
+        k, v = the keys and values of the row's pages, one after another
+        out[n, h] = softmax(q[n, h] · k[h // G]ᵀ / √D) · v[h // G]    over the positions [0, positions[n]]
 
-    q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D). The G query heads that share a kv head are G
-    rows of queries against it, so that keys and values are read once. Positions after a row's last token have no
-    influence, even if they hold NaN.
+    q (N, H, D), one layer's cache -> (N, H·D). The G query heads that share a kv head are G rows of queries against it,
+    so that keys and values are read once. Positions after a row's last token have no influence, even if they hold NaN.
     """
     lengths = {segment.keys for segment in batch.segments}
     if batch.is_decode_step and batch.exact and len(lengths) == 1:  # a decode step of equally long rows needs no mask
-        (keys,), rows = lengths, q.shape[0]
-        return _grouped_attention(q[:, None], cache_k[:rows, :, :keys], cache_v[:rows, :, :keys], None).flatten(1)
+        return _grouped_attention(q[:, None], *cache.rows(0, q.shape[0], *lengths), None).flatten(1)
     out = torch.empty_like(q)
     for segment in batch.segments:
+        row_k, row_v = cache.rows(segment.row, segment.row + 1, segment.keys)
         for begin in range(segment.begin, segment.end, QUERY_BLOCK_TOKENS):
             end = min(begin + QUERY_BLOCK_TOKENS, segment.end)
             keys = segment.keys - (segment.end - end)
-            k, v = cache_k[segment.row, None, :, :keys], cache_v[segment.row, None, :, :keys]
+            k, v = row_k[:, :, :keys], row_v[:, :, :keys]
             live = torch.arange(keys, device=q.device) <= batch.positions[begin:end, None].clamp(min=0)
             if not batch.exact:  # zero the masked keys and values: their weight is 0, but 0 · NaN is NaN
                 k, v = (torch.where(live[-1, :, None], tensor, 0) for tensor in (k, v))
@@ -222,11 +225,12 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     following = state.positions + 1
     tokens, logprobs = sample(logits, state.sampling, following, workspace)
     running = state.positions >= 0
-    at = torch.where(running, following - state.starts, 0)[None]
+    at = torch.where(running, following - state.starts, 0)[None] % state.out_tokens.shape[0]
     for out, new in ((state.out_tokens, tokens), (state.out_logprobs, logprobs)):
         out.scatter_(0, at, torch.where(running, new, out.gather(0, at)))
     known = tokens.clamp(min=0)
-    ends = (tokens == NO_TOKEN) | state.is_stop[known] | (following >= state.last)
+    stops = state.is_stop.gather(1, known[:, None])[:, 0]
+    ends = (tokens == NO_TOKEN) | stops | (following >= state.last)
     state.tokens.copy_(torch.where(running, known, state.tokens))
     state.positions.copy_(torch.where(running & ~ends, following, INACTIVE))
 

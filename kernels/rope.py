@@ -1,8 +1,8 @@
 """Rotary embedding and cache append of many tokens, after the library's qkv projection (Su et al., 2021).
 
     q[n, h]                     = rotate(heads[n, h])          H query heads
-    cache_k[row, k, position]   = rotate(heads[n, H + k])      K key heads
-    cache_v[row, k, position]   = heads[n, H + K + k]          K value heads
+    cache.k at row, position    = rotate(heads[n, H + k])      K key heads
+    cache.v at row, position    = heads[n, H + K + k]          K value heads
     rotate: (a, b) → (a·cos − b·sin, a·sin + b·cos) for the interleaved pairs 2i, 2i + 1, in float32, rounded to the
     model dtype; cos and sin are the table's at the token's position, for plain and scaled rope alike
 
@@ -18,33 +18,38 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.batch import RaggedBatch
-from fastllama.kernels.launch.checks import check_head_dim, check_model_dtype, check_tensor
+from fastllama.kernels.launch.checks import check_cache, check_head_dim, check_model_dtype, check_tensor
 from fastllama.kernels.launch.sizes import ceil_div
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD
+from fastllama.kernels.paged_cache import PAGE_TOKENS, LayerCache
 
+PAGE = tl.constexpr(PAGE_TOKENS)
 BLOCK_PAIRS = 512  # of one token: 1024 elements, eight (a 16-byte load) per thread of 128
 
 
 class CacheTarget(NamedTuple):
     """Where a qkv projection writes its keys and values. rows must exist in the cache."""
 
-    cache_k: Tensor  # (B, K, T, D) in the model dtype
-    cache_v: Tensor
+    cache: LayerCache
     rope: Tensor  # (T, D/2, 2) float32, cos and sin
     positions: Tensor  # (N,) int64
     rows: Tensor  # (N,) int64
 
     @classmethod
-    def of(cls, cache_k: Tensor, cache_v: Tensor, rope: Tensor, batch: RaggedBatch) -> "CacheTarget":
+    def of(cls, cache: LayerCache, rope: Tensor, batch: RaggedBatch) -> "CacheTarget":
         """The cache at each batch token's row and position."""
-        return cls(cache_k, cache_v, rope, batch.positions, batch.rows)
+        return cls(cache, rope, batch.positions, batch.rows)
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        """The tensors in the order of the kernels' arguments."""
+        return *self.cache, self.rope, self.positions, self.rows
 
     def query_heads(self, n_tokens: int, out_features: int, dtype: torch.dtype, device: torch.device) -> int:
         """H of a projection to out_features. Raises ValueError if tensors do not match."""
-        check_tensor("cache_k", self.cache_k, ("B", "K", "T", "D"), dtype, device)
-        _, n_kv_heads, length, head_dim = self.cache_k.shape
+        check_cache(self.cache, "D", dtype, device)
+        n_kv_heads, head_dim, length = self.cache.k.shape[1], self.cache.k.shape[3], self.cache.length
         check_head_dim(head_dim)
-        check_tensor("cache_v", self.cache_v, tuple(self.cache_k.shape), dtype, device)
         check_tensor("rope", self.rope, ("T", head_dim // 2, 2), torch.float32, device)
         if self.rope.shape[0] < length:
             raise ValueError(f"rope must hold the cache's {length} positions, got {self.rope.shape[0]}")
@@ -66,12 +71,13 @@ def rotate(even, odd, cos, sin):
     return (a * cos - b * sin).to(even.dtype), (a * sin + b * cos).to(even.dtype)
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr", "pages_ptr"])
 def _rope_append_kernel(
     heads_ptr,
     q_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     rope_ptr,
     positions_ptr,
     rows_ptr,
@@ -102,31 +108,32 @@ def _rope_append_kernel(
 
     head, dim = elements // D, elements % D
     tl.store(q_ptr + token.to(tl.int64) * H * D + elements, values, mask=head < H)
-    key_at = ((row * K + (head - H)) * T + position) * D + dim
+    page = tl.load(pages_ptr + row * (T // PAGE) + position // PAGE, mask=inside, other=0).to(tl.int64)
+    key_at = ((page * K + (head - H)) * PAGE + position % PAGE) * D + dim
     tl.store(cache_k_ptr + key_at, values, mask=inside & (head >= H) & (head < H + K))
-    value_at = ((row * K + (head - H - K)) * T + position) * D + dim
+    value_at = ((page * K + (head - H - K)) * PAGE + position % PAGE) * D + dim
     tl.store(cache_v_ptr + value_at, values, mask=inside & (head >= H + K) & live)
 
 
-def rope_append(heads: Tensor, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+def rope_append(heads: Tensor, rope: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
     """Rotate queries and keys, and append keys and values to the cache.
 
-    heads (N, (H + 2K)·D), rope (T, D/2, 2) float32, one layer's cache_k and cache_v (B, K, T, D) -> q (N, H, D). Raises
-    ValueError if tensors do not match.
+    heads (N, (H + 2K)·D), rope (T, D/2, 2) float32, one layer's cache -> q (N, H, D). Raises ValueError if tensors do
+    not match.
     """
     check_model_dtype("heads", heads)
     check_tensor("heads", heads, ("N", "(H + 2K)·D"), heads.dtype, heads.device)
-    target = CacheTarget.of(cache_k, cache_v, rope, batch)
+    target = CacheTarget.of(cache, rope, batch)
     n_tokens, width = heads.shape
     n_heads = target.query_heads(n_tokens, width, heads.dtype, heads.device)
-    _, n_kv_heads, length, head_dim = cache_k.shape
+    n_kv_heads, head_dim = cache.k.shape[1], cache.k.shape[3]
     q = torch.empty(n_tokens, n_heads, head_dim, dtype=heads.dtype, device=heads.device)
     if n_tokens:
         _rope_append_kernel[(n_tokens, ceil_div(width // 2, BLOCK_PAIRS))](
             heads,
             q,
-            *target,
-            length,
+            *target.pointers,
+            cache.length,
             H=n_heads,
             K=n_kv_heads,
             D=head_dim,

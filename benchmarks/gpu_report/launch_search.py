@@ -61,7 +61,8 @@ def variants(bench: Bench) -> Results:
 def _projections(bench: Bench, name: str, batch: int) -> Iterator[Record]:
     model = bench.model(name)
     positions = RaggedBatch.of([(row, bench.sizes.contexts[0] - 1, [1]) for row in range(batch)], bench.device)
-    target = CacheTarget.of(*model.cache.layer(0), model.rope, positions)
+    model.cache.extend([bench.sizes.contexts[0]] * batch)
+    target = CacheTarget.of(model.cache.layer(0), model.rope, positions)
     # Launches also differ in whether the norm comes before or after the weights, so it is included.
     norm = {"norm": model.norm.detach(), "eps": model.params.norm_eps}
     # (every layer's weight, tiles of rows in a program, keywords of the epilogue)
@@ -160,7 +161,7 @@ def _attention(bench: Bench, name: str) -> Iterator[Record]:
                     batch, args.n_kv_heads, args.n_heads, args.head_dim, bench.device, num_splits=splits
                 )
                 calls = [
-                    partial(attention_decode, q, *model.cache.layer(layer), positions, scratch, pairs)
+                    partial(attention_decode, q, model.cache.layer(layer), positions, scratch, pairs)
                     for layer in range(model.n_layers)
                 ]
                 case = {"model": name, "batch": batch, "op": f"attention over {context}"}

@@ -210,8 +210,8 @@ def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -
     n_steps = warm_steps + timed_steps
     tokens, positions, last = [row + 1 for row in range(batch)], [context - 1] * batch, [context + n_steps] * batch
     with model.exclusively():
-        fill_cache(model, batch, context)
         decoder.start(tokens, positions, last, [], sampling_tensors(batch, bench.device))
+        fill_cache(model, batch, context)  # after the rows have their pages
         synchronize(bench.device)
         received = [time.perf_counter() for _ in decode_steps(decoder, n_steps)]
     seconds = (received[-1] - received[warm_steps - 1]) / timed_steps

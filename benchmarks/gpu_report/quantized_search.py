@@ -20,6 +20,7 @@ from fastllama.benchmarks.gpu_report.quantized_models import FORMATS
 from fastllama.benchmarks.gpu_report.quantized_weights import random_weight, supported_formats
 from fastllama.kernels.launch.sizes import ceil_div
 from fastllama.kernels.launch.target import current_target
+from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.projection import matvec
 from fastllama.kernels.projection.few_tokens import MIN_COLUMNS, SHARED_BYTES_SPARE
 from fastllama.kernels.projection.packing import WORD_BYTES, FusedWeight
@@ -81,10 +82,10 @@ class Op(NamedTuple):
 def ops_of(args: ModelArgs, batch: int, positions: int, device: torch.device) -> dict[str, Op]:
     """The projections of a decode step, with norms and a cache of this many positions."""
     kv_width = args.n_kv_heads * args.head_dim
-    cache = torch.zeros(2, batch, args.n_kv_heads, positions, args.head_dim, device=device, dtype=DTYPE)
-    rope = torch.zeros(positions, args.head_dim // 2, 2, device=device)
+    cache = LayerCache.of(batch, positions, args.n_kv_heads, args.head_dim, DTYPE, device)
+    rope = torch.zeros(cache.length, args.head_dim // 2, 2, device=device)
     rows = torch.arange(batch, device=device)
-    target = CacheTarget(cache[0], cache[1], rope, torch.full_like(rows, positions - 1), rows)
+    target = CacheTarget(cache, rope, torch.full_like(rows, positions - 1), rows)
     norm = {"norm": torch.ones(args.dim, device=device, dtype=DTYPE), "eps": args.norm_eps}
     heads, hidden = args.n_heads * args.head_dim, args.hidden_dim
     return {

@@ -22,11 +22,13 @@ from fastllama.benchmarks.gpu_report.measurements import (
 from fastllama.benchmarks.gpu_report.run_tests import compile_ahead
 from fastllama.benchmarks.gpu_report.sizes import ends
 from fastllama.benchmarks.suites.step_launches import fill_cache, launch_times
-from fastllama.decode_graph import Decoder, step
+from fastllama.decode_graph import Decoder
 from fastllama.kernels.attention.decode import attention_decode
 from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.paged_cache import LayerCache
 from fastllama.model import Transformer
 from fastllama.prefill import prefill
+from fastllama.step_graphs import step
 
 PROMPTS = ([5, 250, 17], [9], [31, 32])
 CHECKED_STEPS = 4
@@ -125,8 +127,8 @@ def whole_steps(bench: Bench) -> Results:
 def _with_pairs(ops: Any, pairs: int) -> Any:
     """The backend, with this number of pairs of tiles in flight in decode attention."""
 
-    def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Any) -> Tensor:
-        return attention_decode(q, cache_k, cache_v, batch.positions, batch.workspace.attention, pairs)
+    def attention(q: Tensor, cache: LayerCache, batch: Any) -> Tensor:
+        return attention_decode(q, cache, batch.positions, batch.workspace.attention, pairs)
 
     return SimpleNamespace(**vars(ops) | {"attention": attention})
 
@@ -136,9 +138,10 @@ def _whole_step(bench: Bench, name: str, model: Transformer, batch: int, context
     times = launch_times(model, batch, context, repeats=bench.sizes.repeats)
     parts = sum(one.work.count * one.microseconds.p50 for one in times)
     n_steps = 2 * bench.sizes.repeats + 8  # at least one before capture, and one for each replay
-    state = _state(model, batch, context, n_steps)
+    last = min(context - 1 + n_steps, model.cache.max_seq_len - 1)
+    state = _state(model, batch, context, n_steps, last)
     with model.exclusively():
-        fill_cache(model, batch, context)
+        fill_cache(model, batch, last + 1)
         microseconds = bench.microseconds([partial(step, model, state)])
     yield {
         "model": name,
@@ -151,10 +154,9 @@ def _whole_step(bench: Bench, name: str, model: Transformer, batch: int, context
     }
 
 
-def _state(model: Transformer, batch: int, context: int, n_steps: int) -> DecodeState:
-    """Greedy rows at the end of a context, with output space for n_steps."""
+def _state(model: Transformer, batch: int, context: int, n_steps: int, last: int) -> DecodeState:
+    """Greedy rows at the end of a context, with output space for n_steps, that end at position `last`."""
     state = DecodeState.of(batch, n_steps, model.vocab_size, model.device)
-    last = min(context - 1 + n_steps, model.cache.max_seq_len - 1)
     sampling = sampling_tensors(batch, model.device)
     state.set([row + 1 for row in range(batch)], [context - 1] * batch, [last] * batch, [], sampling)
     return state.with_greedy(greedy=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fastllama.benchmarks.kernels_report.llvm_ir import KernelIR, Load, loaded_bytes, pointers_in
 
 IMMUTABLE = {"weight_ptr", "scales_ptr", "bias_ptr", "norm_ptr"}
-PREFETCH_INPUTS = {"positions_ptr"}  # may be loaded before the wait, to decide what is prefetched
+PREFETCH_INPUTS = {"positions_ptr", "pages_ptr"}  # may be loaded before the wait, to decide what is prefetched
 PREFETCHED = {"weight_ptr", "cache_k_ptr", "cache_v_ptr"}
 WAIT, TRIGGER, PREFETCH = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2"
 # Affects one program or one thread only. Tensor memory belongs to a multiprocessor.

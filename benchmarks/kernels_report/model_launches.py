@@ -15,7 +15,6 @@ from torch import Tensor
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import PUBLISHED_MODELS
 from fastllama.benchmarks.suites.op_cases import LOGITS_STD
-from fastllama.decode_graph import step
 from fastllama.distributed.model_parallel import Group
 from fastllama.kernels import fused
 from fastllama.kernels.attention.prefill import attention_prefill
@@ -31,6 +30,7 @@ from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
 from fastllama.packed_weights import assign
 from fastllama.quantization import scheme_of
+from fastllama.step_graphs import step
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -87,12 +87,16 @@ class _NoCollectives(Group):
 def _lazy_model(
     args: ModelArgs, n_processes: int, rows: int, positions: int, quantize: str | None = None
 ) -> Transformer:
-    """The first process's part of a model on the fused backend. All layers share one layer's weights."""
+    """The first process's part of a model on the fused backend, whose rows have pages for all positions.
+
+    All layers share one layer's weights.
+    """
     args = replace(args, max_batch_size=rows, max_seq_len=positions)
     group = _NoCollectives(0, n_processes)
     model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False, group=group)
     model.ops = fused
     model._allocate()  # again, for this backend's workspace
+    model.cache.assign([positions] * rows)
     shapes, weights = model.share.shapes, dict[str, Weight]()
     for packed in model.packed_weights():
         if packed.attribute not in weights:
@@ -111,7 +115,7 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str |
     model = _lazy_model(replace(args, n_layers=1), n_processes, rows, CONTEXT_TOKENS, quantize)
     share, eps, workspace = model.share, args.norm_eps, model.workspace
     layer: Any = model.layers[0]
-    k, v = model.cache.layer(0)
+    cache = model.cache.layer(0)
     batch = RaggedBatch.of([(row, CONTEXT_TOKENS - 1, [1]) for row in range(rows)], CPU, workspace)
     h, f = _lazy_zeros(rows, args.dim), _lazy_zeros(rows, share.hidden_dim)
     q = _lazy_zeros(rows, share.n_heads, share.head_dim)
@@ -121,10 +125,10 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str |
     yield (
         "layer qkv",
         lambda: fused.norm_qkv_rope_append(
-            h, layer.attention_norm, layer.wqkv, model.rope, k, v, eps, batch, layer.bqkv
+            h, layer.attention_norm, layer.wqkv, model.rope, cache, eps, batch, layer.bqkv
         ),
     )
-    yield "layer attention", lambda: fused.attention(q, k, v, batch)
+    yield "layer attention", lambda: fused.attention(q, cache, batch)
     yield "layer output", lambda: fused.linear_residual(a, layer.wo, h, batch, layer.bo)
     yield "layer gate+up", lambda: fused.norm_swiglu(h, layer.ffn_norm, layer.w13, eps, batch, layer.b13)
     yield "layer down", lambda: fused.linear_residual(f, layer.w2, h, batch, layer.b2)
@@ -160,13 +164,13 @@ def prefill_ops(args: ModelArgs, n_processes: int = 1, quantize: str | None = No
         yield "dequantize", lambda: dequantize(weight, _lazy_zeros(*weight.shape))
         return
     share, tokens = model.share, PREFILL_TOKENS
-    k, v = model.cache.layer(0)
+    cache = model.cache.layer(0)
     batch = RaggedBatch.of([(0, CONTEXT_TOKENS - tokens, [1] * tokens)], CPU)
     h, gate_up = _lazy_zeros(tokens, args.dim), _lazy_zeros(tokens, 2 * share.hidden_dim)
     q = _lazy_zeros(tokens, share.n_heads, share.head_dim)
     qkv = _lazy_zeros(tokens, (share.n_heads + 2 * share.n_kv_heads) * share.head_dim)
     yield "embed", lambda: embed(model.tok_embeddings, batch.tokens)
     yield "norm", lambda: rms_norm(h, model.norm, args.norm_eps)
-    yield "rotary, append", lambda: rope_append(qkv, model.rope, k, v, batch)
-    yield "attention", lambda: attention_prefill(q, k, v, batch)
+    yield "rotary, append", lambda: rope_append(qkv, model.rope, cache, batch)
+    yield "attention", lambda: attention_prefill(q, cache, batch)
     yield "swiglu", lambda: silu_mul(gate_up)

@@ -29,6 +29,7 @@ from fastllama.benchmarks.kernels_report.traffic import count_traffic, least_byt
 from fastllama.benchmarks.kernels_report.weight_streaming import streaming_metrics
 from fastllama.kernels.attention.online_softmax import DEFAULT_SHARED_BYTES
 from fastllama.kernels.launch import dependent
+from fastllama.kernels.paged_cache import pages_for
 
 Row = dict[str, Any]
 STREAMED = ("weight_ptr", "table_ptr", "cache_k_ptr", "cache_v_ptr")  # read from memory, not from L2
@@ -38,8 +39,8 @@ MUST_READ = {
     "_quantized_matvec_kernel": ("weight", "scales"),
     "_quantized_few_tokens_kernel": ("weight", "scales"),
     "_dequantize_kernel": ("weight", "scales"),
-    "_attention_decode_kernel": ("cache_k", "cache_v"),
-    "_attention_prefill_kernel": ("cache_k", "cache_v"),
+    "_attention_decode_kernel": ("cache_k", "cache_v", "pages"),
+    "_attention_prefill_kernel": ("cache_k", "cache_v", "pages"),
     "_embed_kernel": ("table",),
 }
 PROJECTIONS = {"_matvec_kernel", "_few_tokens_kernel", "_quantized_matvec_kernel", "_quantized_few_tokens_kernel"}
@@ -153,7 +154,9 @@ def _live_bytes(args: ModelArgs, tokens: int, op: str) -> dict[str, int]:
     positions = tokens * (CONTEXT_TOKENS if op == "layer attention" else 1)
     cache = positions * args.n_kv_heads * args.head_dim * 2
     written = {"is_stop_ptr": tokens, "tokens_ptr": 8 * tokens, "logprobs_ptr": 4 * tokens} if op == "sample" else {}
+    pages = tokens * (pages_for(CONTEXT_TOKENS) if op == "layer attention" else 1)
     return written | {
+        "pages_ptr": 4 * pages,
         "table_ptr": tokens * args.dim * 2,
         "rope_ptr": tokens * args.head_dim * 4,
         "cache_k_ptr": cache,

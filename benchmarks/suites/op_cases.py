@@ -2,7 +2,8 @@
 
 An op of a decode step has the name of its launch ("qkv", "attention" and so on, as in `fastllama.speed_of_light`). The
 name of a prefill's op begins with "prefill". The library is torch: cuBLAS or oneDNN through `F.linear`, `F.rms_norm`,
-scaled_dot_product_attention with grouped queries, and top-p by sorting.
+scaled_dot_product_attention with grouped queries, and top-p by sorting. It cannot read pages: its attention reads a
+dense copy of the cache, and its append gets the tokens' places in the pages. Both are made before the call.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors
+from fastllama.kernels.paged_cache import PAGE_TOKENS, LayerCache, pages_for
 from fastllama.rope import rope_table
 from fastllama.speed_of_light import Work, decode_step, prefill
 
@@ -39,15 +41,23 @@ class Inputs:
     norm: Tensor
     residual: Tensor
     rope: Tensor
-    cache_k: Tensor
-    cache_v: Tensor
+    cache: LayerCache
+    places: tuple[Tensor, Tensor]  # the tokens' pages and places in them, which the library does not look up
+    dense: tuple[Tensor, Tensor]  # a copy of the rows' keys and values (B, K, T, D), for the library's attention
     sampling: SamplingTensors
     eps: float
 
     @property
     def n_bytes(self) -> int:
+        """The bytes that calls may read. The dense copy does not count: who reads it does not read the cache."""
         tensors = (getattr(self, one.name) for one in fields(self))
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        return sum(tensor.nbytes for tensor in (*tensors, *self.cache) if isinstance(tensor, Tensor))
+
+    @property
+    def appended(self) -> tuple[Tensor, Tensor]:
+        """The keys and values (N, K, D) at the batch's places in the cache."""
+        pages, places = self.places
+        return self.cache.k[pages, :, places], self.cache.v[pages, :, places]
 
 
 class OpSpec(NamedTuple):
@@ -97,16 +107,14 @@ class Op:
     def clear_appended(self, inputs: Inputs) -> None:
         """Overwrite the cache with NaN where a call appends, so that a missing append is noticed."""
         if self.appends:
-            for cache in (inputs.cache_k, inputs.cache_v):
-                cache[inputs.batch.rows, :, inputs.batch.positions] = torch.nan
+            pages, places = inputs.places
+            for memory in (inputs.cache.k, inputs.cache.v):
+                memory[pages, :, places] = torch.nan
 
     def results(self, inputs: Inputs, output: Output) -> tuple[Tensor, ...]:
         """What a call returned, and what it appended to the cache."""
         found = output if isinstance(output, tuple) else (output,)
-        if not self.appends:
-            return found
-        rows, positions = inputs.batch.rows, inputs.batch.positions
-        return *found, inputs.cache_k[rows, :, positions], inputs.cache_v[rows, :, positions]
+        return (*found, *inputs.appended) if self.appends else found
 
 
 def _library_linear(i: Inputs) -> Tensor:
@@ -115,20 +123,21 @@ def _library_linear(i: Inputs) -> Tensor:
 
 
 def _library_qkv(i: Inputs) -> Tensor:
-    n_kv_heads, head_dim = i.cache_k.shape[1], i.cache_k.shape[3]
+    n_kv_heads, head_dim = i.cache.k.shape[1], i.cache.k.shape[3]
     heads = _library_linear(i).unflatten(-1, (-1, head_dim))
     pairs = torch.view_as_complex(heads[:, :-n_kv_heads].float().unflatten(-1, (-1, 2)))
     rotated_pairs = torch.view_as_real(pairs * torch.view_as_complex(i.rope[i.batch.positions])[:, None]).flatten(-2)
     rotated = rotated_pairs.to(heads.dtype)
-    i.cache_k[i.batch.rows, :, i.batch.positions] = rotated[:, -n_kv_heads:]
-    i.cache_v[i.batch.rows, :, i.batch.positions] = heads[:, -n_kv_heads:]
+    pages, places = i.places
+    i.cache.k[pages, :, places] = rotated[:, -n_kv_heads:]
+    i.cache.v[pages, :, places] = heads[:, -n_kv_heads:]
     return rotated[:, :-n_kv_heads]
 
 
 def _library_attention(i: Inputs) -> Tensor:
     rows = len(i.batch.segments)
     q = i.x.unflatten(0, (rows, -1)).transpose(1, 2)  # (B, H, S, D): all rows have S tokens
-    out = F.scaled_dot_product_attention(q, i.cache_k, i.cache_v, is_causal=q.shape[2] > 1, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, *i.dense, is_causal=q.shape[2] > 1, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
@@ -169,12 +178,12 @@ SPECS = {
     ),
     "qkv": OpSpec(
         "linear",
-        lambda ops, i: ops.norm_qkv_rope_append(i.x, i.norm, i.weight, i.rope, i.cache_k, i.cache_v, i.eps, i.batch),
+        lambda ops, i: ops.norm_qkv_rope_append(i.x, i.norm, i.weight, i.rope, i.cache, i.eps, i.batch),
         _library_qkv,
     ),
     "attention": OpSpec(
         "attention",
-        lambda ops, i: ops.attention(i.x, i.cache_k, i.cache_v, i.batch),
+        lambda ops, i: ops.attention(i.x, i.cache, i.batch),
         _library_attention,
         packed=False,
     ),
@@ -221,7 +230,7 @@ def _input_maker(name: str, model: ModelSpec, batch: int, context: int, length: 
         "head": ((args.dim,), (args.vocab_size, args.dim)),
     }
     x_shape, weight_shape = shapes.get(name, ((args.vocab_size,), (1, 1)))
-    rope = rope_table(replace(args, max_seq_len=context)).to(device)
+    rope = rope_table(args, pages_for(context) * PAGE_TOKENS).to(device)
 
     def make(copy: int) -> Inputs:
         generator = torch.Generator(device).manual_seed(SEED + copy)
@@ -231,16 +240,20 @@ def _input_maker(name: str, model: ModelSpec, batch: int, context: int, length: 
 
         ids = torch.randint(args.vocab_size, (batch, length), generator=generator, device=device).tolist()
         pieces = [(row, context - length, tokens) for row, tokens in enumerate(ids)]
-        cache = (batch, n_kv_heads, context, head_dim) if name in ("qkv", "attention") else (1, 1, 1, 1)
+        ragged = RaggedBatch.of(pieces, device)
+        in_cache = (context, n_kv_heads, head_dim) if name in ("qkv", "attention") else (1, 1, 1)
+        cache = _shuffled_cache(batch, *in_cache, random)
+        dense_k, dense_v = cache.rows(0, batch, context if name == "attention" else 1)
         return Inputs(
-            batch=RaggedBatch.of(pieces, device),
+            batch=ragged,
             x=random(batch * length, *x_shape, scale=LOGITS_STD if name in ("greedy", "top-p") else 1.0),
             weight=random(*weight_shape, scale=1 / math.sqrt(weight_shape[1])),
             norm=1 + random(args.dim, scale=0.1),
             residual=random(batch * length, args.dim),
             rope=rope,
-            cache_k=random(*cache),
-            cache_v=random(*cache),
+            cache=cache,
+            places=cache.places(ragged.rows, ragged.positions),
+            dense=(dense_k.contiguous(), dense_v.contiguous()),
             sampling=SamplingTensors.of(
                 0.0 if name == "greedy" else TEMPERATURE, TOP_P, [(1, row, copy) for row in range(batch)], device
             ),
@@ -248,6 +261,16 @@ def _input_maker(name: str, model: ModelSpec, batch: int, context: int, length: 
         )
 
     return make
+
+
+def _shuffled_cache(
+    n_rows: int, length: int, n_kv_heads: int, head_dim: int, random: Callable[..., Tensor]
+) -> LayerCache:
+    """Random keys and values. The rows' pages are in random order, as after many calls."""
+    n_pages = n_rows * pages_for(length)
+    k, v = (random(n_pages + 1, n_kv_heads, PAGE_TOKENS, head_dim) for _ in range(2))
+    order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(SEED))
+    return LayerCache(k, v, order.view(n_rows, -1).to(k.device, torch.int32))
 
 
 def compiled(ops: Any) -> SimpleNamespace:

@@ -18,11 +18,12 @@ import torch
 from fastllama.benchmarks.statistics import MICRO, MILLI, Summary, summarize
 from fastllama.benchmarks.tables import Columns, Record
 from fastllama.benchmarks.timing import replayed, time_calls
-from fastllama.decode_graph import step
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.paged_cache import pages_for
 from fastllama.model import Transformer
 from fastllama.speed_of_light import Machine, Work, decode_step
+from fastllama.step_graphs import step
 
 REPEATS = 10
 MIN_CALLS_PER_GRAPH = 16  # enough to make the launch of the graph itself negligible
@@ -107,8 +108,8 @@ def launch_times(
 ) -> list[LaunchTime]:
     """The launches of a decode step of the first `batch` rows over `context` positions each, in order.
 
-    Overwrites those rows of the cache with random numbers. Raises ValueError for more rows or positions than the cache
-    has, RuntimeError while a call or an open stream uses the model.
+    Overwrites those rows' pages of the cache with random numbers. Raises ValueError for more rows or positions than the
+    cache has, RuntimeError while a call or an open stream uses the model.
     """
     cache = model.cache
     if not (1 <= batch <= cache.max_batch_size and 1 <= context <= cache.max_seq_len):
@@ -139,10 +140,12 @@ def _collectives(model: Transformer, batch: int) -> list[tuple[Work, Callable[[]
 
 
 def fill_cache(model: Transformer, batch: int, context: int) -> None:
-    """Fill the first rows with random numbers: with zeros a GPU uses less power and is faster."""
+    """Give the first rows pages, and fill those with random numbers: with zeros a GPU uses less power and is faster."""
+    model.cache.extend([context] * batch)
+    pages = model.cache.table[:batch, : pages_for(context)].flatten()
     for cached in (model.cache.k, model.cache.v):
         for layer in cached:
-            layer[:batch, :, :context].normal_()
+            layer[pages] = torch.randn(len(pages), *layer.shape[1:], dtype=layer.dtype, device=layer.device)
 
 
 def _recorded(model: Transformer, batch: int, context: int, temperature: float, spare_steps: int) -> list[_Call]:

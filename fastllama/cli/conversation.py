@@ -61,7 +61,7 @@ class Conversation:
         length = self._context if self._max_gen_len is None else self._max_gen_len
         text, n_tokens = "", 0
         reason: str | None = None
-        stream = self._llm.stream([prompt], length, self._temperature, self._top_p)
+        stream = self._llm.stream([prompt], length, self._temperature, self._top_p, reuse_prefix=True)
         with closing(stream):  # an interrupted stream must not stay open
             try:
                 for increment in stream:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 GPUS = ("A100", "H100", "H200", "B200")
 DEFAULT_MAX_SEQ_LEN = 2048
 DEFAULT_MAX_BATCH_SIZE = 1
-SIZES = ("max_seq_len", "max_batch_size")  # of the cache, not of the model
+SIZES = ("max_seq_len", "max_batch_size", "cache_tokens")  # of the cache, not of the model
 
 
 @click.command()

@@ -3,7 +3,7 @@
     out[b, h] = softmax(q[b, h] · k[b, h // G]ᵀ / √D) · v[b, h // G]    over the positions [0, positions[b]]
 
 Scores and softmax are float32. p is rounded to the model dtype for the product with v, whose sums are float32. The
-result is rounded once. q (B, H, D), cache_k and cache_v (B, K, T, D), positions (B,) -> (B, H·D).
+result is rounded once. q (B, H, D), a layer's cache of pages, positions (B,) -> (B, H·D).
 
 Reads 2·K·D elements per position once, for 4·H·D flops: bound by memory. The work is split along the keys
 (flash-decoding), so that few or unequal rows still occupy the GPU. The grid does not depend on the lengths, so a CUDA
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.attention.online_softmax import AttentionDims, attend, stream_launch
+from fastllama.kernels.attention.online_softmax import PAGE, AttentionDims, attend, stream_launch
 from fastllama.kernels.attention.scratch import AttentionScratch
 from fastllama.kernels.launch.checks import check_tensor
 from fastllama.kernels.launch.dependent import (
@@ -34,6 +34,7 @@ from fastllama.kernels.launch.dependent import (
     wait_for_inputs,
 )
 from fastllama.kernels.launch.sizes import next_power_of_2
+from fastllama.kernels.paged_cache import LayerCache
 
 FEW_ROWS, MANY_ROWS = 2, 32  # sizes of BLOCK_B: batches of up to 2 rows and of up to 32 rows share one kernel each
 MIN_SPLIT_KEYS = 128  # with shorter splits, merging costs more than splitting saves
@@ -83,20 +84,40 @@ def _find_split(
 
 
 @triton.jit
-def _prefetch_cache(cache_k_ptr, cache_v_ptr, positions_ptr, split, head_tile, B, T, K, TILES, D, KEYS, KEY_BYTES):
+def _prefetch_cache(
+    cache_k_ptr,
+    cache_v_ptr,
+    pages_ptr,
+    positions_ptr,
+    split,
+    head_tile,
+    B,
+    T,
+    n_pages,
+    K,
+    TILES,
+    D,
+    KEYS: tl.constexpr,
+    KEY_BYTES,
+):
     """Prefetch KEYS keys and values of some row to L2, before the wait. Earlier steps have written them.
 
     Lengths may change until the wait, so which program needs which keys is not known yet: programs take the rows in
-    turn. A position that is read too early prefetches the wrong keys and has no other effect.
+    turn. A position that is read too early prefetches the wrong keys and has no other effect. Pages are clamped: any
+    value in the table must lead to an address inside the cache.
     """
     row, begin = split % B, split // B * KEYS
     # Clamp before the cast to 32 bits: any value must lead to an address inside the cache.
     length = tl.minimum(tl.maximum(tl.load(positions_ptr + row), 0), T).to(tl.int32)
-    n_keys = tl.minimum(tl.maximum(length - begin, 0), KEYS)
-    wanted = ((n_keys > 0) & (head_tile % TILES == 0)).to(tl.int32)
-    at = ((row.to(tl.int64) * K + head_tile // TILES) * T + begin) * D
-    prefetch_block(cache_k_ptr + at, wanted, n_keys * KEY_BYTES)
-    prefetch_block(cache_v_ptr + at, wanted, n_keys * KEY_BYTES)
+    for of_page in tl.static_range(0, KEYS, PAGE):
+        n_keys = tl.minimum(tl.maximum(length - begin - of_page, 0), PAGE)
+        wanted = ((n_keys > 0) & (head_tile % TILES == 0)).to(tl.int32)
+        number = tl.minimum((begin + of_page) // PAGE, T // PAGE - 1)
+        page = tl.load(pages_ptr + row.to(tl.int64) * (T // PAGE) + number)
+        page = tl.minimum(tl.maximum(page, 0), n_pages - 1).to(tl.int64)
+        at = (page * K + head_tile // TILES) * (PAGE * D)
+        prefetch_block(cache_k_ptr + at, wanted, n_keys * KEY_BYTES)
+        prefetch_block(cache_v_ptr + at, wanted, n_keys * KEY_BYTES)
 
 
 @triton.jit
@@ -139,11 +160,12 @@ def _merge_splits(
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_head[:, None] & (dim < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "T"], do_not_specialize_on_alignment=["positions_ptr"])
+@triton.jit(do_not_specialize=["B", "T", "n_pages"], do_not_specialize_on_alignment=["positions_ptr", "pages_ptr"])
 def _attention_decode_kernel(
     q_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     positions_ptr,
     out_ptr,
     acc_ptr,
@@ -152,6 +174,7 @@ def _attention_decode_kernel(
     counters_ptr,
     B,
     T,
+    n_pages,
     scale_log2,
     K: tl.constexpr,
     TILES: tl.constexpr,  # tiles of heads per kv head
@@ -171,8 +194,8 @@ def _attention_decode_kernel(
     head_tile = tl.program_id(1)
     if PREFETCH > 0:
         # fmt: off
-        _prefetch_cache(cache_k_ptr, cache_v_ptr, positions_ptr, split, head_tile, B, T, K, TILES, D, MIN_KEYS,
-                        PREFETCH)
+        _prefetch_cache(cache_k_ptr, cache_v_ptr, pages_ptr, positions_ptr, split, head_tile, B, T, n_pages, K, TILES,
+                        D, MIN_KEYS, PREFETCH)
         # fmt: on
     wait_for_inputs(DEPENDENT)
     # fmt: off
@@ -186,13 +209,14 @@ def _attention_decode_kernel(
         row_tile = row.to(tl.int64) * (K * TILES) + head_tile
         tile = group[:, None] * D + dim[None, :]
         q = tl.load(q_ptr + row_tile * (G * D) + tile, mask=live, other=0.0)
-        cache_at = (row.to(tl.int64) * K + head_tile // TILES) * T * D
+        head_at = head_tile // TILES * PAGE * D
         begin = index * split_keys
         end = tl.minimum(begin + split_keys, length)
         score_max, p_sum, acc = attend(
             q,
-            cache_k_ptr + cache_at,
-            cache_v_ptr + cache_at,
+            cache_k_ptr + head_at,
+            cache_v_ptr + head_at,
+            pages_ptr + row.to(tl.int64) * (T // PAGE),
             begin,
             end,
             tl.zeros((BLOCK_G,), tl.int32) + (end - 1),
@@ -200,6 +224,7 @@ def _attention_decode_kernel(
             tl.full((BLOCK_G,), float("-inf"), tl.float32),
             tl.zeros((BLOCK_G,), tl.float32),
             tl.zeros((BLOCK_G, BLOCK_D), tl.float32),
+            K,
             D,
             BLOCK_T,
             BLOCK_D,
@@ -224,18 +249,18 @@ def _attention_decode_kernel(
 
 
 def attention_decode(
-    q: Tensor, cache_k: Tensor, cache_v: Tensor, positions: Tensor, scratch: AttentionScratch, pairs: int = 1
+    q: Tensor, cache: LayerCache, positions: Tensor, scratch: AttentionScratch, pairs: int = 1
 ) -> Tensor:
-    """Attention of one token per row: q (B, H, D), one layer's cache_k and cache_v (rows, K, T, D) -> (B, H·D).
+    """Attention of one token per row: q (B, H, D), one layer's cache -> (B, H·D).
 
     Token i belongs to cache row i and attends to positions [0, positions[i]], positions (B,) int64. Later positions
     have no influence, even if they hold NaN. pairs: see `stream_launch`. Raises ValueError if tensors do not match, and
     for a scratch of other heads or fewer rows.
     """
-    dims = AttentionDims.of(q, cache_k, cache_v)
-    rows, length = q.shape[0], cache_k.shape[2]
-    if cache_k.shape[0] < rows:
-        raise ValueError(f"the cache must have a row for each of the {rows} tokens, got {cache_k.shape[0]} rows")
+    dims = AttentionDims.of(q, cache)
+    rows = q.shape[0]
+    if cache.table.shape[0] < rows:
+        raise ValueError(f"the cache must have a row for each of the {rows} tokens, got {cache.table.shape[0]} rows")
     check_tensor("positions", positions, (rows,), torch.int64, q.device)
     scratch.check(rows, dims, q.device)
     out = torch.empty(rows, q.shape[1] * dims.head_dim, dtype=q.dtype, device=q.device)
@@ -244,8 +269,7 @@ def attention_decode(
     launch = stream_launch(dims.block_heads, dims.block_d * q.itemsize, q.itemsize, pairs)
     _attention_decode_kernel[(scratch.num_splits + rows, dims.n_kv_heads * dims.tiles)](
         q,
-        cache_k,
-        cache_v,
+        *cache,
         positions,
         out,
         scratch.acc,
@@ -253,7 +277,8 @@ def attention_decode(
         scratch.p_sum,
         scratch.counters,
         rows,
-        length,
+        cache.length,
+        cache.k.shape[0],
         dims.scale_log2,
         K=dims.n_kv_heads,
         TILES=dims.tiles,

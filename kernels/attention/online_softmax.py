@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.launch.checks import check_head_dim, check_model_dtype, check_tensor
+from fastllama.kernels.launch.checks import check_cache, check_head_dim, check_model_dtype, check_tensor
 from fastllama.kernels.launch.sizes import next_power_of_2
 from fastllama.kernels.launch.target import current_target
+from fastllama.kernels.paged_cache import PAGE_TOKENS, LayerCache
 
 MIN_DOT_ROWS = 16  # smallest size of a matrix instruction's operand, in each direction
 MAX_GROUPS = 128
 MAX_TILE_HEADS = {2: 64, 4: 16}  # by element size in bytes: what fits in registers beside a tile of keys
 MAX_POSITIONS = 2**31 - 2**14  # of all cache rows together: lengths are summed in int32
-MAX_STREAM_KEYS = 64
+PAGE = tl.constexpr(PAGE_TOKENS)  # a tile of keys lies in one page
+MAX_STREAM_KEYS = PAGE_TOKENS
 MAX_STAGES = 5
 PAIR_BYTES = 32768  # of a pair: one tile of keys and one tile of values
 # Shared memory that needs no opt-in. A launch that uses more may make the GPU repartition shared memory and L1 cache,
@@ -74,15 +76,14 @@ class AttentionDims(NamedTuple):
     length: int  # T
 
     @classmethod
-    def of(cls, q: Tensor, cache_k: Tensor, cache_v: Tensor) -> "AttentionDims":
-        """Dims of q (N, H, D), cache_k and cache_v (B, K, T, D). Raises ValueError if they do not match."""
+    def of(cls, q: Tensor, cache: LayerCache) -> "AttentionDims":
+        """Dims of q (N, H, D) and one layer's cache. Raises ValueError if they do not match."""
         check_model_dtype("q", q)
         check_tensor("q", q, ("N", "H", "D"), q.dtype, q.device)
         n_heads, head_dim = q.shape[1:]
         check_head_dim(head_dim)
-        check_tensor("cache_k", cache_k, ("B", "K", "T", head_dim), q.dtype, q.device)
-        check_tensor("cache_v", cache_v, tuple(cache_k.shape), q.dtype, q.device)
-        n_rows, n_kv_heads, length, _ = cache_k.shape
+        check_cache(cache, head_dim, q.dtype, q.device)
+        n_kv_heads, n_rows, length = cache.k.shape[1], cache.table.shape[0], cache.length
         if n_kv_heads == 0 or n_heads % n_kv_heads or not 1 <= n_heads // n_kv_heads <= MAX_GROUPS:
             raise ValueError(
                 f"H must be a multiple of the cache's {n_kv_heads} kv heads, at most {MAX_GROUPS} times as many, got "
@@ -120,6 +121,7 @@ def attend(
     q,
     k_ptr,
     v_ptr,
+    pages_ptr,
     begin,
     end,
     last,
@@ -127,6 +129,7 @@ def attend(
     score_max,
     p_sum,
     acc,
+    K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -134,6 +137,8 @@ def attend(
 ):
     """Continue the online softmax of queries q (R, BLOCK_D) over the keys [begin, end) of one row and kv head.
 
+    k_ptr, v_ptr: the kv head of page 0. pages_ptr: the row's pages. begin is a multiple of BLOCK_T, and BLOCK_T divides
+    PAGE. Pages are loaded two tiles ahead: the pipeliner issues the copies of a tile one tile ahead, and must not wait.
     score_max (R,): the largest scaled score so far. p_sum (R,): the sum of p. acc (R, BLOCK_D): the sum of p · v.
     MASKED: end need not be a multiple of BLOCK_T, and query r attends to keys up to position last (R,)[r]. Otherwise
     every query attends to every key.
@@ -141,9 +146,17 @@ def attend(
     key = tl.arange(0, BLOCK_T)
     dim = tl.arange(0, BLOCK_D)
     tile = key[:, None] * D + dim[None, :]
+    last_page = tl.maximum(end - 1, 0) // PAGE
+    first_tile = tl.cast(begin, tl.int32)
+    page = tl.load(pages_ptr + tl.minimum(first_tile // PAGE, last_page)).to(tl.int64)
+    next_page = tl.load(pages_ptr + tl.minimum((first_tile + BLOCK_T) // PAGE, last_page))
     for first in tl.range(begin, end, BLOCK_T):
-        k_tile = k_ptr + tl.cast(first, tl.int64) * D + tile
-        v_tile = v_ptr + tl.cast(first, tl.int64) * D + tile
+        position = tl.cast(first, tl.int32)
+        at = (page * (K * PAGE) + position % PAGE) * D
+        page = next_page.to(tl.int64)  # a cast: triton does not pipeline a loop that passes its own argument on
+        next_page = tl.load(pages_ptr + tl.minimum((position + 2 * BLOCK_T) // PAGE, last_page))
+        k_tile = k_ptr + at + tile
+        v_tile = v_ptr + at + tile
         if MASKED:
             live = (first + key < end)[:, None] & (dim < D)[None, :]
             k = tl.load(k_tile, mask=live, other=0.0)

@@ -3,9 +3,9 @@
     out[n, h] = softmax(q[n, h] · k[row, h // G]ᵀ / √D) · v[row, h // G]    over the positions [0, positions[n]]
 
 Scores and softmax are float32. p is rounded to the model dtype for the product with v, whose sums are float32. The
-result is rounded once. q (N, H, D), cache_k and cache_v (B, K, T, D) -> (N, H·D). The cache already holds the tokens'
-own keys and values, after those of earlier calls. So the first chunk of a prompt, a later chunk and a continuation are
-the same case.
+result is rounded once. q (N, H, D), a layer's cache of pages -> (N, H·D). The cache already holds the tokens' own keys
+and values, after those of earlier calls. So the first chunk of a prompt, a later chunk and a continuation are the same
+case.
 
 A program serves a block of tokens of one row and one kv head. Its tile of queries has G rows per token, one for each
 head that shares the kv head, so that keys and values are read once for all of them. It first loops over the keys before
@@ -21,17 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.attention.online_softmax import AttentionDims, Launch, attend, stream_launch
+from fastllama.kernels.attention.online_softmax import PAGE, AttentionDims, Launch, attend, stream_launch
 from fastllama.kernels.batch import RaggedBatch
 from fastllama.kernels.launch.checks import check_tensor
 from fastllama.kernels.launch.target import FUSED_MULTIPLY_ADD, current_target
+from fastllama.kernels.paged_cache import LayerCache
 
 WARPS = 8
 # (rows of queries, keys, stages) by matrix unit and bytes per key. wgmma (Hopper, Blackwell) reads queries from shared
 # memory; three stages use half of it. The others hold queries in registers. The accumulator takes a quarter to a half
 # of the registers, so fewer rows or keys avoid spills. gfx942 has 64 KB of shared memory.
 TILES = {
-    "wgmma": {128: (128, 128, 3), 256: (128, 64, 3), 512: (128, 32, 3)},
+    "wgmma": {128: (128, 64, 4), 256: (128, 64, 3), 512: (128, 32, 3)},
     "mma": {128: (128, 64, 3), 256: (128, 64, 2), 512: (64, 32, 2)},
     "mfma": {128: (128, 64, 2), 256: (128, 32, 2), 512: (64, 32, 2)},
 }
@@ -50,11 +51,12 @@ def choose_launch(longest: int, dims: AttentionDims, itemsize: int) -> Launch:
     return Launch(max(rows, few), keys, stages, WARPS)
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "pages_ptr"])
 def _attention_prefill_kernel(
     q_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     positions_ptr,
     blocks_ptr,
     out_ptr,
@@ -89,9 +91,10 @@ def _attention_prefill_kernel(
     lowest = tl.minimum(tl.load(positions_ptr + first_token), T - 1).to(tl.int32)
     highest = tl.minimum(tl.load(positions_ptr + last_token), T - 1).to(tl.int32)
 
-    cache_at = (cache_row.to(tl.int64) * K + head_tile // TILES) * T * D
-    k_ptr = cache_k_ptr + cache_at
-    v_ptr = cache_v_ptr + cache_at
+    head_at = head_tile // TILES * PAGE * D
+    k_ptr = cache_k_ptr + head_at
+    v_ptr = cache_v_ptr + head_at
+    row_pages_ptr = pages_ptr + cache_row.to(tl.int64) * (T // PAGE)
     score_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     p_sum = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -99,25 +102,25 @@ def _attention_prefill_kernel(
     unmasked_end = 0
     if not FEW:  # with few rows, memory is the limit and a mask costs less than a second loop
         unmasked_end = (lowest + 1) // BLOCK_T * BLOCK_T
-        score_max, p_sum, acc = attend(q, k_ptr, v_ptr, 0, unmasked_end, position, scale_log2, score_max, p_sum, acc,
-                                       D, BLOCK_T, BLOCK_D, False)
-    score_max, p_sum, acc = attend(q, k_ptr, v_ptr, unmasked_end, highest + 1, position, scale_log2, score_max, p_sum,
-                                   acc, D, BLOCK_T, BLOCK_D, True)
+        score_max, p_sum, acc = attend(q, k_ptr, v_ptr, row_pages_ptr, 0, unmasked_end, position, scale_log2,
+                                       score_max, p_sum, acc, K, D, BLOCK_T, BLOCK_D, False)
+    score_max, p_sum, acc = attend(q, k_ptr, v_ptr, row_pages_ptr, unmasked_end, highest + 1, position, scale_log2,
+                                   score_max, p_sum, acc, K, D, BLOCK_T, BLOCK_D, True)
     # fmt: on
     out = (acc / p_sum[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + tile, out, mask=live[:, None] & live_dim)
 
 
-def attention_prefill(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
-    """Causal attention of a batch's tokens: q (N, H, D), one layer's cache_k and cache_v (B, K, T, D) -> (N, H·D).
+def attention_prefill(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
+    """Causal attention of a batch's tokens: q (N, H, D), one layer's cache -> (N, H·D).
 
     Each token attends to its row's cache up to its own position. Positions after a row's last token have no
     influence, even if they hold NaN. Raises ValueError if tensors do not match.
     """
-    dims = AttentionDims.of(q, cache_k, cache_v)
+    dims = AttentionDims.of(q, cache)
     n_tokens = q.shape[0]
     check_tensor("batch.positions", batch.positions, (n_tokens,), torch.int64, q.device)
-    _check_segments(batch, n_tokens, cache_k.shape[0])
+    _check_segments(batch, n_tokens, cache.table.shape[0])
     out = torch.empty(n_tokens, q.shape[1] * dims.head_dim, dtype=q.dtype, device=q.device)
     if n_tokens == 0:
         return out
@@ -127,8 +130,7 @@ def attention_prefill(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: Ragged
     blocks = batch.query_blocks(block_n)
     _attention_prefill_kernel[(blocks.shape[0] * dims.n_kv_heads * dims.tiles,)](
         q,
-        cache_k,
-        cache_v,
+        *cache,
         batch.positions,
         blocks,
         out,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastllama.kernels.paged_cache import PAGE_TOKENS, LayerCache
+
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -39,3 +41,10 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, got {tensor.device}: move it first")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: make a copy with .contiguous()")
+
+
+def check_cache(cache: LayerCache, head_dim: int | str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless a layer's cache has this head dim, dtype and device."""
+    check_tensor("cache.k", cache.k, ("P", "K", PAGE_TOKENS, head_dim), dtype, device)
+    check_tensor("cache.v", cache.v, tuple(cache.k.shape), dtype, device)
+    check_tensor("cache.table", cache.table, ("B", "M"), torch.int32, device)

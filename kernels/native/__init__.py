@@ -30,6 +30,7 @@ from fastllama.kernels.native.library import (
     recording,
     run,
 )
+from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.quantized import QuantizedWeight, Weight
 
 MAX_FLOAT32_TOKENS = 64  # of a projection by the kernels; more are faster by the library's matrix product
@@ -62,8 +63,7 @@ def norm_qkv_rope_append(
     norm: Tensor,
     weight: Weight,
     rope: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
+    cache: LayerCache,
     eps: float,
     batch: RaggedBatch,
     bias: Tensor | None = None,
@@ -71,32 +71,28 @@ def norm_qkv_rope_append(
     """h (N, E) -> q (N, H, D); appends keys and values to the cache."""
     if _uses_library(h, weight):
         heads = many_tokens.linear(reference.rms_norm(h, norm, eps), weight, bias)
-        return reference.rope_append(heads, rope, cache_k, cache_v, batch)
+        return reference.rope_append(heads, rope, cache, batch)
     arguments.check_projection(h, weight, norm, bias=bias)
-    sizes = arguments.check_heads(h, weight.shape[0], rope, cache_k, cache_v, batch)
-    q = empty((h.shape[0], sizes["n_heads"], sizes["head_dim"]), h.dtype)
-    tensors = {"rope": rope, "cache_k": cache_k, "cache_v": cache_v, "positions": batch.positions, "rows": batch.rows}
-    fields = {"norm": norm, "eps": eps, "bias": bias, **tensors, **sizes}
+    n_heads = arguments.check_heads(h, weight.shape[0], rope, cache, batch)
+    q = empty((h.shape[0], n_heads, cache.k.shape[3]), h.dtype)
+    fields = {"norm": norm, "eps": eps, "bias": bias, "rope": rope, "n_heads": n_heads, **_cache_fields(cache, batch)}
     _linear(h, weight, Epilogue.ROTATE_AND_APPEND, q, weight.shape[0], **fields)
     return q
 
 
-def attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
     if _uses_library(q):
-        return reference.attention(q, cache_k, cache_v, batch)
-    arguments.check_attention(q, cache_k, cache_v, batch)
+        return reference.attention(q, cache, batch)
+    arguments.check_attention(q, cache, batch)
     n_tokens, n_heads, head_dim = q.shape
-    cache_rows, n_kv_heads, length, _ = cache_k.shape
-    groups = min(-(-length // SPLIT_KEYS), MAX_SPLIT_GROUPS)
+    groups = min(-(-cache.length // SPLIT_KEYS), MAX_SPLIT_GROUPS)
     out = empty((n_tokens, n_heads * head_dim), q.dtype)
     is_merged = groups > 1 and n_tokens <= MAX_MERGED_TOKENS
     partial = empty((n_tokens, n_heads, groups, head_dim + 2), torch.float32) if is_merged else None
     fields: dict[str, Tensor | int | None] = {
-        **{"x": q, "out": out, "cache_k": cache_k, "cache_v": cache_v, "partial": partial},
-        **{"positions": batch.positions, "rows": batch.rows, "n_tokens": n_tokens, "n_heads": n_heads},
-        **{"n_kv_heads": n_kv_heads, "head_dim": head_dim, "length": length, "cache_rows": cache_rows},
-        **{"split": SPLIT_KEYS, "groups": groups},
+        **{"x": q, "out": out, "partial": partial, "n_tokens": n_tokens, "n_heads": n_heads},
+        **{"split": SPLIT_KEYS, "groups": groups, **_cache_fields(cache, batch)},
     }
     run(Kind.ATTENTION, q.dtype, **fields)
     if is_merged:
@@ -167,6 +163,7 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
         is_stop=state.is_stop,
         out_tokens=state.out_tokens,
         out_logprobs=state.out_logprobs,
+        n_steps=state.out_tokens.shape[0],
         out_stride=state.out_tokens.stride(0),
     )
 
@@ -183,6 +180,16 @@ def _uses_library(x: Tensor, weight: Weight | None = None) -> bool:
     if recording.ops is not None:
         return False
     return x.shape[0] > max_tokens(x.dtype, quantized=isinstance(weight, QuantizedWeight))
+
+
+def _cache_fields(cache: LayerCache, batch: RaggedBatch) -> dict[str, Tensor | int]:
+    """The fields of an op that describe a layer's cache, and the tokens' places in it."""
+    n_pages, n_kv_heads, _, head_dim = cache.k.shape
+    return {
+        **{"cache_k": cache.k, "cache_v": cache.v, "pages": cache.table, "n_pages": n_pages},
+        **{"n_kv_heads": n_kv_heads, "head_dim": head_dim, "length": cache.length, "cache_rows": cache.table.shape[0]},
+        **{"positions": batch.positions, "rows": batch.rows},
+    }
 
 
 def _linear(

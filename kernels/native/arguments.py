@@ -5,7 +5,8 @@ from torch import Tensor
 
 from fastllama.kernels.batch import PER_ROW, RaggedBatch, SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.launch.checks import check_model_dtype, check_tensor
+from fastllama.kernels.launch.checks import check_cache, check_model_dtype, check_tensor
+from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.quantized import FORMATS, PLAIN, QuantizedWeight, Weight
 
 CPU = torch.device("cpu")
@@ -81,44 +82,46 @@ def half(rows: int) -> int:
     return rows // 2
 
 
-def check_heads(
-    x: Tensor, width: int, rope: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch
-) -> dict[str, int]:
-    """Check a layer's cache, the rotary table and heads of this width together, from x (N, ·) -> the sizes of an op."""
-    sizes = _check_caches(cache_k, cache_v, x.dtype)
-    head_dim, n_kv_heads = sizes["head_dim"], sizes["n_kv_heads"]
+def check_heads(x: Tensor, width: int, rope: Tensor, cache: LayerCache, batch: RaggedBatch) -> int:
+    """Check a layer's cache, the rotary table and heads of this width together, from x (N, ·) -> H."""
+    n_kv_heads, head_dim = _check_cache(cache, x.dtype)
     n_heads = width // head_dim - 2 * n_kv_heads
     if width % head_dim or n_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(
             f"queries, keys and values must have (H + 2·{n_kv_heads})·{head_dim} elements together, with H a multiple "
             f"of {n_kv_heads}, got {width}"
         )
-    check_tensor("rope", rope, (sizes["length"], head_dim // 2, 2), torch.float32, CPU)
+    check_tensor("rope", rope, ("T", head_dim // 2, 2), torch.float32, CPU)
+    if rope.shape[0] < cache.length:
+        raise ValueError(f"rope must hold the cache's {cache.length} positions, got {rope.shape[0]}")
     _check_places(batch, x.shape[0])
-    return {**sizes, "n_heads": n_heads}
+    return n_heads
 
 
-def check_attention(q: Tensor, cache_k: Tensor, cache_v: Tensor, batch: RaggedBatch) -> None:
+def check_attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> None:
     """Check queries (N, H, D) and a layer's cache."""
     check_model_dtype("q", q)
     check_tensor("q", q, ("N", "H", "D"), q.dtype, CPU)
-    sizes = _check_caches(cache_k, cache_v, q.dtype)
-    n_heads, head_dim = q.shape[1:]
-    if head_dim != sizes["head_dim"] or n_heads < 1 or n_heads % sizes["n_kv_heads"]:
+    n_kv_heads, head_dim = _check_cache(cache, q.dtype)
+    n_heads = q.shape[1]
+    if q.shape[2] != head_dim or n_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(
-            f"q must have head dim {sizes['head_dim']} and a multiple of the cache's {sizes['n_kv_heads']} heads, got "
-            f"(H, D) = ({n_heads}, {head_dim})"
+            f"q must have head dim {head_dim} and a multiple of the cache's {n_kv_heads} heads, got (H, D) = "
+            f"({n_heads}, {q.shape[2]})"
         )
     _check_places(batch, q.shape[0])
 
 
-def _check_caches(cache_k: Tensor, cache_v: Tensor, dtype: torch.dtype) -> dict[str, int]:
-    check_tensor("cache_k", cache_k, ("B", "K", "T", "D"), dtype, CPU)
-    check_tensor("cache_v", cache_v, tuple(cache_k.shape), dtype, CPU)
-    cache_rows, n_kv_heads, length, head_dim = cache_k.shape
-    if head_dim % 2:
-        raise ValueError(f"the head dim must be even, got {head_dim}")
-    return {"cache_rows": cache_rows, "n_kv_heads": n_kv_heads, "length": length, "head_dim": head_dim}
+def _check_cache(cache: LayerCache, dtype: torch.dtype) -> tuple[int, int]:
+    """Check a layer's cache -> (K, D)."""
+    check_cache(cache, "D", dtype, CPU)
+    n_pages, n_kv_heads, _, head_dim = cache.k.shape
+    if min(n_pages, cache.length, n_kv_heads, head_dim) < 1 or head_dim % 2:
+        raise ValueError(
+            "the cache must have pages, positions, kv heads and an even head dim, got (P, T, K, D) = "
+            f"({n_pages}, {cache.length}, {n_kv_heads}, {head_dim})"
+        )
+    return n_kv_heads, head_dim
 
 
 def _check_places(batch: RaggedBatch, n_tokens: int) -> None:
@@ -144,7 +147,7 @@ def check_state(logits: Tensor, state: DecodeState) -> None:
     n_rows, vocab = logits.shape
     for name in ("tokens", "starts", "last"):
         check_tensor(f"state.{name}", getattr(state, name), (n_rows,), torch.int64, CPU)
-    check_tensor("state.is_stop", state.is_stop, (vocab,), torch.bool, CPU)
+    check_tensor("state.is_stop", state.is_stop, (n_rows, vocab), torch.bool, CPU)
     out = state.out_tokens, state.out_logprobs
     same = out[0].shape == out[1].shape and out[0].stride() == out[1].stride() and out[0].stride(1) == 1
     if not same or out[0].shape[1] != n_rows or (out[0].dtype, out[1].dtype) != (torch.int64, torch.float32):

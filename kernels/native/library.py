@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4  # as in src/op.hpp
+ABI_VERSION = 5  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
 ISAS = ("neon",) if platform.machine().lower() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
@@ -48,13 +48,13 @@ FORMATS = {"int8": 1, "fp8": 2, "int4": 3}  # 0 is a weight in the model dtype
 _INT32 = ("kind", "dtype", "epilogue", "has_state", "format", "scale_dtype", "has_zeros")
 _POINTERS = (
     *("tokens", "positions", "rows", "x", "norm", "weight", "scales", "offsets", "bias", "residual", "out", "rope"),
-    *("cache_k", "cache_v", "partial"),
+    *("cache_k", "cache_v", "pages", "partial"),
     *("temperature", "top_p", "seed", "stream", "call", "logprobs", "state_tokens", "state_positions", "starts"),
     *("last", "is_stop", "out_tokens", "out_logprobs"),
 )
 _SIZES = (
-    *("n_tokens", "width", "outputs", "n_heads", "n_kv_heads", "head_dim", "length", "cache_rows", "vocab", "begin"),
-    *("out_stride", "split", "groups", "n_scales"),
+    *("n_tokens", "width", "outputs", "n_heads", "n_kv_heads", "head_dim", "length", "cache_rows"),
+    *("n_pages", "vocab", "begin", "n_steps", "out_stride", "split", "groups", "n_scales"),
 )
 
 

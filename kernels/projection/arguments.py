@@ -50,7 +50,8 @@ class Projection(NamedTuple):
         n_heads = n_kv_heads = head_dim = 0
         if append_to is not None:
             n_heads = append_to.query_heads(n_tokens, rows, *like_x)
-            _, n_kv_heads, length, head_dim = append_to.cache_k.shape
+            cache = append_to.cache
+            n_kv_heads, head_dim, length = cache.k.shape[1], cache.k.shape[3], cache.length
             epilogue, tiles, width = "rotary", 2, n_heads * head_dim
         elif swiglu:
             if rows % 2:
@@ -65,7 +66,7 @@ class Projection(NamedTuple):
             y,
             rows // tiles,
             tiles,
-            (y, bias, residual, *(append_to or (None,) * 5)),
+            (y, bias, residual, *(append_to.pointers if append_to else (None,) * 6)),
             length,
             {
                 "IN": in_features,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastllama.kernels.launch.dependent import prefetch_block
-from fastllama.kernels.rope import rotate
+from fastllama.kernels.rope import PAGE, rotate
 from fastllama.kernels.swiglu import silu_times
 
 
@@ -75,6 +75,7 @@ def store_token(
     y_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     rope_ptr,
     positions_ptr,
     rows_ptr,
@@ -99,7 +100,7 @@ def store_token(
             token = tl.zeros((1,), tl.int32)
             # fmt: off
             rotate_and_store(y[:, None], y_2[:, None], out, token, live[:, None], y_ptr, cache_k_ptr, cache_v_ptr,
-                          rope_ptr, positions_ptr, rows_ptr, T, H, K, D)
+                          pages_ptr, rope_ptr, positions_ptr, rows_ptr, T, H, K, D)
             # fmt: on
 
 
@@ -124,6 +125,7 @@ def store_tokens(
     y_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     rope_ptr,
     positions_ptr,
     rows_ptr,
@@ -145,8 +147,8 @@ def store_tokens(
     if EPILOGUE == "rotary":
         y_2 = sums_2.to(y_ptr.dtype.element_ty)
         # fmt: off
-        rotate_and_store(y, y_2, out, tokens, live, y_ptr, cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr, rows_ptr,
-                      T, H, K, D)
+        rotate_and_store(y, y_2, out, tokens, live, y_ptr, cache_k_ptr, cache_v_ptr, pages_ptr, rope_ptr, positions_ptr,
+                      rows_ptr, T, H, K, D)
         # fmt: on
     else:
         at = tokens[None, :].to(tl.int64) * OUT + out[:, None]
@@ -167,6 +169,7 @@ def rotate_and_store(
     q_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     rope_ptr,
     positions_ptr,
     rows_ptr,
@@ -198,10 +201,12 @@ def rotate_and_store(
     q_at = q_ptr + (tokens[None, :].to(tl.int64) * H + head) * D + dim
     tl.store(q_at, first, mask=is_query)
     tl.store(q_at + 1, second, mask=is_query)
-    key_at = ((row * K + (head - H)) * T + position) * D + dim
+    page_at = pages_ptr + row * (T // PAGE) + position // PAGE
+    page = tl.load(page_at, mask=exists[None, :], other=0).to(tl.int64)
+    key_at = ((page * K + (head - H)) * PAGE + position % PAGE) * D + dim
     tl.store(cache_k_ptr + key_at, first, mask=is_key)
     tl.store(cache_k_ptr + key_at + 1, second, mask=is_key)
     is_value = inside & (head >= H + K)
-    value_at = ((row * K + (head - H - K)) * T + position) * D + dim
+    value_at = ((page * K + (head - H - K)) * PAGE + position % PAGE) * D + dim
     tl.store(cache_v_ptr + value_at, even, mask=is_value)
     tl.store(cache_v_ptr + value_at + 1, odd, mask=is_value)

@@ -182,7 +182,7 @@ def _multiply(
     return sums, sums_2
 
 
-@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr", "pages_ptr"])
 def _few_tokens_kernel(
     x_ptr,
     norm_ptr,
@@ -192,6 +192,7 @@ def _few_tokens_kernel(
     residual_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     rope_ptr,
     positions_ptr,
     rows_ptr,
@@ -229,7 +230,7 @@ def _few_tokens_kernel(
     # fmt: on
     # fmt: off
     store_tokens(sums, sums_2, out, exists, tokens, token_exists, bias_ptr, residual_ptr, y_ptr, cache_k_ptr,
-                 cache_v_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
+                 cache_v_ptr, pages_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
     # fmt: on
 
 

@@ -146,7 +146,7 @@ def _inverse_norm(x, eps, IN: tl.constexpr, BLOCK_IN: tl.constexpr):
     return tl.rsqrt(tl.sum(squares, 0) / IN + eps)
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr", "pages_ptr"])
 def _matvec_kernel(
     x_ptr,
     norm_ptr,
@@ -156,6 +156,7 @@ def _matvec_kernel(
     residual_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     rope_ptr,
     positions_ptr,
     rows_ptr,
@@ -222,7 +223,7 @@ def _matvec_kernel(
             sums_2 += weights_2[i].to(tl.float32) * value[None, :]
     # fmt: off
     store_token(tl.sum(sums, 1), tl.sum(sums_2, 1) if TWO_TILES else 0.0, biases, residuals, out, live, y_ptr,
-                cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
+                cache_k_ptr, cache_v_ptr, pages_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
     # fmt: on
 
 

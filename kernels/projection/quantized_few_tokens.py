@@ -146,7 +146,7 @@ def _multiply(
 # fmt: on
 
 
-@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr", "pages_ptr"])
 def _quantized_few_tokens_kernel(
     x_ptr,
     norm_ptr,
@@ -157,6 +157,7 @@ def _quantized_few_tokens_kernel(
     residual_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     rope_ptr,
     positions_ptr,
     rows_ptr,
@@ -202,7 +203,7 @@ def _quantized_few_tokens_kernel(
                              IN, ROW_BYTES, TWO_TILES, EVEN, FORMAT, GROUPS, BLOCK, SCALE_DTYPE, HAS_ZEROS, ASM,
                              BLOCK_N, BLOCK_ROWS, BYTES, UNROLL, SPLIT)
     store_tokens(sums, sums_2, out, exists, tokens, token_exists, bias_ptr, residual_ptr, y_ptr, cache_k_ptr,
-                 cache_v_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
+                 cache_v_ptr, pages_ptr, rope_ptr, positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
     # fmt: on
 
 

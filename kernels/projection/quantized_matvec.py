@@ -125,7 +125,7 @@ def _row_sums(totals, scales, GROUPS: tl.constexpr):
     return sums * scales[0] if GROUPS == 0 else sums
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr", "pages_ptr"])
 def _quantized_matvec_kernel(
     x_ptr,
     norm_ptr,
@@ -136,6 +136,7 @@ def _quantized_matvec_kernel(
     residual_ptr,
     cache_k_ptr,
     cache_v_ptr,
+    pages_ptr,
     rope_ptr,
     positions_ptr,
     rows_ptr,
@@ -213,8 +214,8 @@ def _quantized_matvec_kernel(
     sums = _row_sums(totals, scales, GROUPS)
     sums_2 = _row_sums(totals_2, scales_2, GROUPS) if TWO_TILES else sums
     # fmt: off
-    store_token(sums, sums_2, biases, residuals, out, live, y_ptr, cache_k_ptr, cache_v_ptr, rope_ptr, positions_ptr,
-                rows_ptr, T, OUT, H, K, D, EPILOGUE)
+    store_token(sums, sums_2, biases, residuals, out, live, y_ptr, cache_k_ptr, cache_v_ptr, pages_ptr, rope_ptr,
+                positions_ptr, rows_ptr, T, OUT, H, K, D, EPILOGUE)
     # fmt: on
 
 

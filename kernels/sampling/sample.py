@@ -68,19 +68,22 @@ def _random_number(seed_ptr, stream_ptr, call_ptr, position, row):
     return (word >> 8).to(tl.float64) * (1.0 / 16777216)
 
 
+# fmt: off
 @triton.jit
-def _advance_row(
-    row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr, logprobs_ptr, stride
-):
+def _advance_row(row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr,
+                 logprobs_ptr, n_steps, stride, V: tl.constexpr):
+    # fmt: on
     """Write a row's token to the output and advance the row, or deactivate it if it ends. Skip an inactive row."""
     position = tl.load(positions_ptr + row)
     if position >= 0:
         following = position + 1
-        at = (following - tl.load(starts_ptr + row)) * stride + row
+        at = (following - tl.load(starts_ptr + row)) % n_steps * stride + row
         tl.store(tokens_ptr + at, token.to(tl.int64))
         tl.store(logprobs_ptr + at, logprob)
         known = tl.maximum(token, 0).to(tl.int64)
-        ends = (token < 0) | (following >= tl.load(last_ptr + row)) | tl.load(is_stop_ptr + known)
+        ends = (
+            (token < 0) | (following >= tl.load(last_ptr + row)) | tl.load(is_stop_ptr + row.to(tl.int64) * V + known)
+        )
         tl.store(newest_ptr + row, known)
         tl.store(positions_ptr + row, tl.where(ends, -1, following))
 
@@ -112,7 +115,7 @@ def _statistics_kernel(
     tl.store(masses_ptr + slot, tl.sum(tl.exp2((x - base) * _load_scale(temperature_ptr, row)), 0))
 
 
-@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=["n_steps", "stride"], do_not_specialize_on_alignment=PER_ROW)
 def _draw_kernel(
     logits_ptr,
     temperature_ptr,
@@ -135,6 +138,7 @@ def _draw_kernel(
     last_ptr,
     is_stop_ptr,
     newest_ptr,
+    n_steps,  # of the output
     stride,  # between the results of successive steps
     V: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -186,7 +190,7 @@ def _draw_kernel(
         if newest_ptr is not None:
             # fmt: off
             _advance_row(row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_stop_ptr, newest_ptr, tokens_ptr,
-                     logprobs_ptr, stride)
+                         logprobs_ptr, n_steps, stride, V)
             # fmt: on
         else:
             tl.store(tokens_ptr + row, token.to(tl.int64))
@@ -220,10 +224,17 @@ def sample_and_advance(logits: Tensor, state: DecodeState, scratch: SamplingScra
     device = logits.device
     for name in ("tokens", "starts", "last"):
         check_tensor(f"state.{name}", getattr(state, name), (rows,), torch.int64, device)
-    check_tensor("state.is_stop", state.is_stop, (logits.shape[1],), torch.bool, device)
+    check_tensor("state.is_stop", state.is_stop, (rows, logits.shape[1]), torch.bool, device)
     if state.out_tokens.shape != state.out_logprobs.shape or state.out_tokens.stride() != state.out_logprobs.stride():
         raise ValueError("state.out_tokens and state.out_logprobs must have one layout: make it with DecodeState.of")
-    advance = (state.starts, state.last, state.is_stop, state.tokens, state.out_tokens.stride(0))
+    advance = (
+        state.starts,
+        state.last,
+        state.is_stop,
+        state.tokens,
+        state.out_tokens.shape[0],
+        state.out_tokens.stride(0),
+    )
     _launch(logits, state.sampling, state.positions, scratch, state.out_tokens, state.out_logprobs, advance)
 
 
@@ -255,7 +266,7 @@ def _launch(
     scratch: SamplingScratch,
     tokens: Tensor,
     logprobs: Tensor,
-    advance: tuple[Tensor | int | None, ...] = (None, None, None, None, 0),
+    advance: tuple[Tensor | int | None, ...] = (None, None, None, None, 0, 0),
 ) -> None:
     if logits.shape[0] == 0:
         return

@@ -14,6 +14,7 @@ from docs.pictures.attention import LENGTHS, assign_splits
 from docs.pictures.svg import Drawing
 from fastllama.kernels.attention.decode import attention_decode
 from fastllama.kernels.attention.scratch import AttentionScratch
+from fastllama.kernels.paged_cache import LayerCache
 
 LETTER = 0.62  # of its size, the width of an average letter of a wide font
 
@@ -49,9 +50,9 @@ def test_splits_are_those_of_the_kernel(device: torch.device) -> None:
     rows, head_dim = len(LENGTHS), 16
     scratch = AttentionScratch.of(rows, 1, 1, head_dim, device)
     scratch.p_sum.fill_(-1)
-    cache = torch.zeros(rows, 1, max(LENGTHS), head_dim, device=device)
+    cache = LayerCache.of(rows, max(LENGTHS), 1, head_dim, torch.float32, device)
     positions = torch.tensor(LENGTHS, device=device) - 1
-    attention_decode(torch.zeros(rows, 1, head_dim, device=device), cache, cache, positions, scratch)
+    attention_decode(torch.zeros(rows, 1, head_dim, device=device), cache, positions, scratch)
     expected = [-1.0] * scratch.p_sum.shape[0]
     for _, group in groupby(enumerate(assign_splits(LENGTHS, 64)), key=lambda numbered: numbered[1].row):
         splits = list(group)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama import Llama, decode_graph
+from fastllama import Llama, decode_graph, step_graphs
 from fastllama.cuda_graph import CudaGraph
 from fastllama.decode_graph import Decoder
 from fastllama.kernels import batch
@@ -85,13 +85,14 @@ def test_a_call_keeps_the_stream_on_which_it_starts(
     llm: Llama, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran_on: list[str] = []
-    step = decode_graph.step
+    step = step_graphs.step
 
-    def noted(*arguments: Any) -> None:
+    def noted(*arguments: Any, **options: Any) -> None:
         ran_on.append(Stream.current.name)
-        step(*arguments)
+        step(*arguments, **options)
 
-    monkeypatch.setattr(decode_graph, "step", noted)
+    for module in (decode_graph, step_graphs):
+        monkeypatch.setattr(module, "step", noted)
     monkeypatch.setattr(llm, "decoder", decoder)
     first, second = Stream("first"), Stream("second")
     with first.use():
@@ -279,6 +280,6 @@ def test_build_passes_its_launch_options_to_the_decoder(tmp_path: Path) -> None:
     tiny_llama(tmp_path)  # writes the checkpoint
     files = (str(tmp_path), str(tmp_path / "tokenizer.model"), 16, 2)
     llm = Llama.build(*files, device="cpu", cuda_graphs=False, dependent_launch=False)
-    assert (llm.decoder._use_graphs, llm.decoder._dependent) == (False, False)
+    assert (llm.decoder._graphs.use_graphs, llm.decoder._graphs.dependent) == (False, False)
     llm = Llama.build(*files, device="cpu")
-    assert (llm.decoder._use_graphs, llm.decoder._dependent) == (None, None)
+    assert (llm.decoder._graphs.use_graphs, llm.decoder._graphs.dependent) == (None, None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastllama import ModelArgs, Transformer, cgroups, memory_plan
+from fastllama.kernels.paged_cache import PAGE_TOKENS
 from fastllama.memory_plan import DoesNotFit, check_fits, plan_memory
 from fastllama.quantization import Scheme
 from tests.support.checkpoints import tiny_params
@@ -29,7 +30,7 @@ def published(**changes: Any) -> ModelArgs:
 def test_plan_of_llama3_8b() -> None:
     plan = plan_memory(published(), torch.bfloat16, max_batch_size=1, max_seq_len=8192)
     assert plan.weights == 8_030_261_248 * 2 + 8192 * 128 * 4
-    assert plan.cache == 8192 * 131_072
+    assert plan.cache == (8192 + PAGE_TOKENS) * 131_072
     assert plan.total == plan.weights + plan.cache + plan.workspace and plan.workspace < 2 * 2**30
 
 

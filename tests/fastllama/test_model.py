@@ -155,6 +155,7 @@ def test_ragged_batch_equals_rows_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 576, (n,), generator=generator).tolist() for n in (20, 9, 33)]
     pasts = [12, 8, 0]
+    model.cache.assign([len(row) for row in rows])
     with torch.inference_mode():
         first = RaggedBatch.of([(row, 0, rows[row][:past]) for row, past in enumerate(pasts) if past], model.device)
         model.hidden(first)
@@ -172,7 +173,7 @@ def test_prefill_in_chunks_equals_one_pass(monkeypatch: pytest.MonkeyPatch, chun
     with torch.inference_mode():
         expected, expected_scores = prefill(model, prompts, score=True)
         monkeypatch.setattr("fastllama.prefill.PREFILL_CHUNK_TOKENS", chunk)
-        monkeypatch.setattr("fastllama.prefill.SCORE_CHUNK_TOKENS", 3)
+        monkeypatch.setattr("fastllama.token_scores.SCORE_CHUNK_TOKENS", 3)
         monkeypatch.setattr("fastllama.kernels.reference.QUERY_BLOCK_TOKENS", 4)
         logits, scores = prefill(model, prompts, score=True)
     assert_same_logits(logits, expected)

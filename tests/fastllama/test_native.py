@@ -13,6 +13,7 @@ from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.native import library
 from fastllama.kernels.native.graph import NativeGraph
+from fastllama.step_graphs import PLAIN
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.support.comparisons import assert_same_answers
 
@@ -66,7 +67,8 @@ def test_replays_like_eager(unroll: int, tmp_path: Path) -> None:
     for _ in range(2):
         for call, wanted in zip(CALLS, expected, strict=True):
             assert_same_answers(llm.generate(max_gen_len=12, logprobs=True, **call), wanted)
-    assert sorted(llm.decoder._graphs) == [1, 4] and isinstance(llm.decoder._graphs[4], NativeGraph)
+    assert llm.decoder.captured_sizes == [1, 4]
+    assert isinstance(llm.decoder._graphs.captured[4, PLAIN], NativeGraph)
 
 
 def test_more_rows_than_the_kernels_take_alone(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fastllama.kernels.native import library
 from fastllama.kernels.native.graph import NativeGraph
 from fastllama.kernels.quantized import QuantizedWeight
 from fastllama.quantization import CHOICES
+from fastllama.step_graphs import PLAIN
 from fastllama.tokenizer import Tokenizer
 from tests.support.checkpoints import write_tokenizer
 from tests.support.comparisons import assert_same_answers
@@ -70,7 +71,7 @@ def test_replays_like_eager(quantize: str, tmp_path: Path) -> None:
     llm.decoder = Decoder(llm.model)
     for _ in range(2):
         assert_same_answers(llm.generate(PROMPTS, 12, temperature=0, logprobs=True), expected)
-    assert isinstance(llm.decoder._graphs[4], NativeGraph)
+    assert isinstance(llm.decoder._graphs.captured[4, PLAIN], NativeGraph)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

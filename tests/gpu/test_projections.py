@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastllama.kernels import fused
 from fastllama.kernels.batch import RaggedBatch
+from fastllama.kernels.paged_cache import LayerCache, pages_for
+from tests.kernels.pages import shuffled_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +35,7 @@ TOKENS = (1, 2, 4, 8, 16, 17, 300)
 LENGTH = 512
 EPS = 1e-5
 RUNS = 100
-LARGE_CACHE = (17, 8, 131072, 128)  # 2.3e9 elements
+LARGE_CACHE = (17, 131072, 8, 128)  # rows, positions, kv heads, head dim: 2.3e9 elements
 # Relative to the root mean square: half an ulp of bfloat16 is 2^-9, and about three roundings occur.
 MAX_RELATIVE_ERROR = 6e-3
 MAX_ELEMENT_ERROR = 5e-2
@@ -71,14 +73,19 @@ class Tensors:
         self.attended = torch.randn(n_tokens, n_heads * head_dim, device=device).bfloat16()
         angles = torch.rand(LENGTH, head_dim // 2, device=device) * 6.3
         self.rope = torch.stack([angles.cos(), angles.sin()], -1)
-        cache = (16, n_kv_heads, LENGTH, head_dim)
-        self.cache_k, self.cache_v = (torch.zeros(cache, device=device, dtype=torch.bfloat16) for _ in range(2))
+        ordered = LayerCache.of(16, LENGTH, n_kv_heads, head_dim, torch.bfloat16, device)
+        self.cache = ordered._replace(table=shuffled_table(16, LENGTH, device))
+
+    @property
+    def appended(self) -> tuple[Tensor, Tensor]:
+        """The batch's keys and values in the cache, (N, K, D) each."""
+        pages, places = self.cache.places(self.batch.rows, self.batch.positions)
+        return self.cache.k[pages, :, places], self.cache.v[pages, :, places]
 
     def run(self) -> dict[str, Tensor]:
         """One layer's projections and the head, each with the previous one's result as input."""
         h = fused.embed(self.table, self.batch)
-        caches = self.cache_k, self.cache_v
-        q = fused.norm_qkv_rope_append(h, self.norm, self.wqkv, self.rope, *caches, EPS, self.batch, self.bqkv)
+        q = fused.norm_qkv_rope_append(h, self.norm, self.wqkv, self.rope, self.cache, EPS, self.batch, self.bqkv)
         middle = fused.linear_residual(self.attended, self.wo, h, self.batch, self.bo)
         hidden = fused.norm_swiglu(middle, self.norm, self.w13, EPS, self.batch, self.b13)
         last = fused.linear_residual(hidden, self.w2, middle, self.batch, self.b2)
@@ -117,10 +124,10 @@ def test_projections_match_float64(model: str, with_biases: bool, n_tokens: int,
     angles = torch.view_as_complex(tensors.rope.double()[batch.positions])[:, None]
     rotated = torch.view_as_real(pairs * angles).flatten(-2)
     assert_near("q", out["q"], rotated[:, :n_heads])
-    at = batch.rows, slice(None), batch.positions
-    assert_near("cache_k", tensors.cache_k[at], rotated[:, n_heads:])
-    assert_near("cache_v", tensors.cache_v[at], heads[:, n_heads + n_kv_heads :])
-    assert tensors.cache_k.count_nonzero() <= n_tokens * n_kv_heads * head_dim
+    keys, values = tensors.appended
+    assert_near("keys", keys, rotated[:, n_heads:])
+    assert_near("values", values, heads[:, n_heads + n_kv_heads :])
+    assert tensors.cache.k.count_nonzero() <= n_tokens * n_kv_heads * head_dim
     assert_near("output", out["middle"], out["h"].double() + linear(tensors.attended, tensors.wo, tensors.bo))
     gate, up = linear(normalized(out["middle"], tensors.norm), tensors.w13, tensors.b13).chunk(2, -1)
     assert_near("swiglu", out["hidden"], torch.nn.functional.silu(gate) * up)
@@ -141,20 +148,21 @@ def test_projections_repeat_bit_for_bit(n_tokens: int, device: torch.device) -> 
 @pytest.mark.parametrize("n_tokens", [1, 3, 40], ids=lambda n: f"N{n}")
 def test_append_reaches_beyond_32_bits(n_tokens: int, device: torch.device) -> None:
     """Append at the last positions of a cache of more than 2^31 elements, with each of the three appending kernels."""
-    rows, n_kv_heads, length, head_dim = LARGE_CACHE
+    rows, length, n_kv_heads, head_dim = LARGE_CACHE
     batch = RaggedBatch.of([(rows - 1, length - n_tokens, [1] * n_tokens)], device)
     torch.manual_seed(2)
     h, norm = torch.randn(n_tokens, 256, device=device).bfloat16(), torch.ones(256, device=device).bfloat16()
     weight = torch.randn(3 * n_kv_heads * head_dim, 256, device=device).div(16).bfloat16()
     angles = torch.rand(length, head_dim // 2, device=device) * 6.3
     rope = torch.stack([angles.cos(), angles.sin()], -1)
-    cache_k, cache_v = (torch.zeros(LARGE_CACHE, dtype=torch.bfloat16, device=device) for _ in range(2))
-    q = fused.norm_qkv_rope_append(h, norm, weight, rope, cache_k, cache_v, EPS, batch)
+    cache = LayerCache.of(*LARGE_CACHE, torch.bfloat16, device)
+    q = fused.norm_qkv_rope_append(h, norm, weight, rope, cache, EPS, batch)
     heads = (normalized(h, norm) @ weight.double().T).unflatten(-1, (-1, head_dim))
     pairs = torch.view_as_complex(heads[:, : 2 * n_kv_heads].unflatten(-1, (-1, 2)))
     rotated = torch.view_as_real(pairs * torch.view_as_complex(rope.double()[-n_tokens:])[:, None]).flatten(-2)
     assert_near("q", q, rotated[:, :n_kv_heads])
-    for cache, expected in ((cache_k, rotated[:, n_kv_heads:]), (cache_v, heads[:, 2 * n_kv_heads :])):
-        written = cache[-1, :, -n_tokens:]
+    page = rows * pages_for(length) - 1  # the last row's last one; another follows that belongs to no row
+    for pages, expected in ((cache.k, rotated[:, n_kv_heads:]), (cache.v, heads[:, 2 * n_kv_heads :])):
+        written = pages[page, :, -n_tokens:]
         assert_near("cache", written.transpose(0, 1), expected)
-        assert cache.count_nonzero() == written.count_nonzero()
+        assert pages.count_nonzero() == written.count_nonzero()

@@ -46,8 +46,7 @@ def test_projections_match_float64(model: str, name: str, n_tokens: int, device:
     out = tensors.run()
     heads = linear(normalized(out["h"], tensors.norm), wide["wqkv"], tensors.bqkv)
     heads = heads.unflatten(-1, (-1, tensors.widths.head_dim))
-    at = tensors.batch.rows, slice(None), tensors.batch.positions
-    assert_near("cache_v", tensors.cache_v[at], heads[:, -tensors.widths.n_kv_heads :])
+    assert_near("values", tensors.appended[1], heads[:, -tensors.widths.n_kv_heads :])
     assert_near("output", out["middle"], out["h"].double() + linear(tensors.attended, wide["wo"], tensors.bo))
     gate, up = linear(normalized(out["middle"], tensors.norm), wide["w13"], tensors.b13).chunk(2, -1)
     assert_near("swiglu", out["hidden"], torch.nn.functional.silu(gate) * up)

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Segment
+from tests.kernels.cases import random
+from tests.kernels.guards import GuardedMemory
+from tests.kernels.pages import dense, empty_cache, write_row
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
@@ -31,11 +30,11 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
 
 
 ATTENTION_CASES = {
-    "decode-equal": [(0, 9, 1), (1, 9, 1), (2, 9, 1)],
+    "decode-equal": [(0, 69, 1), (1, 69, 1), (2, 69, 1)],
     "decode-ragged": [(0, 0, 1), (1, 30, 1), (2, 7, 1)],
     "decode-one-row-elsewhere": [(2, 12, 1)],
     "prefill": [(0, 0, 17), (1, 0, 5)],
-    "chunks-and-decode": [(1, 20, 11), (0, 3, 1), (2, 8, 4)],
+    "chunks-and-decode": [(1, 60, 11), (0, 3, 1), (2, 8, 4)],
 }
 
 
@@ -43,12 +42,11 @@ ATTENTION_CASES = {
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "bounds"])
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_attention_ignores_cache_past_end(
-    monkeypatch: pytest.MonkeyPatch, case: str, exact: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, guarded: GuardedMemory, case: str, exact: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(reference, "QUERY_BLOCK_TOKENS", 4)
-    n_rows, n_kv_heads, groups, length, head_dim = 3, 2, 3, 37, 8
-    k, v = random(n_rows, n_kv_heads, length, head_dim, seed=1), random(n_rows, n_kv_heads, length, head_dim, seed=2)
-    k, v = k.to(dtype), v.to(dtype)
+    n_rows, n_kv_heads, groups, length, head_dim = 3, 2, 3, 97, 8
+    k, v = (random(n_rows, n_kv_heads, length, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
     batch = RaggedBatch.of([(row, start, [0] * count) for row, start, count in ATTENTION_CASES[case]], CPU)
     for segment in batch.segments:
         k[segment.row, :, segment.keys :] = torch.nan
@@ -56,37 +54,49 @@ def test_attention_ignores_cache_past_end(
     if not exact:
         segments = tuple(segment._replace(keys=length) for segment in batch.segments)
         batch = RaggedBatch(batch.tokens, batch.positions, batch.rows, segments, exact=False)
+    cache = empty_cache(guarded, n_rows, length, n_kv_heads, head_dim, dtype, CPU)
+    for row in range(n_rows):
+        write_row(cache, row, k[row], v[row])
     q = random(len(batch.tokens), n_kv_heads * groups, head_dim, dtype=dtype, seed=3)
-    out = reference.attention(q, k, v, batch).view(q.shape)
+    out = reference.attention(q, cache, batch).view(q.shape)
     for token, (row, position) in enumerate(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)):
         expected = naive_attention(q[token], k[row], v[row], position)
         torch.testing.assert_close(out[token].double(), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
-def test_qkv_rotates_pairs_and_appends_at_the_tokens_positions() -> None:
+def test_qkv_rotates_pairs_and_appends_at_the_tokens_positions(guarded: GuardedMemory) -> None:
     n_heads, n_kv_heads, head_dim, dim = 4, 2, 6, 10
     h, norm = random(3, dim, seed=1), random(dim, seed=2)
     weight = random((n_heads + 2 * n_kv_heads) * head_dim, dim, seed=3)
-    angles = random(20, head_dim // 2, seed=4)
+    angles = random(128, head_dim // 2, seed=4)
     rope = torch.stack([angles.cos(), angles.sin()], -1)
-    cache_k, cache_v = torch.full((2, n_kv_heads, 20, head_dim), 9.0), torch.full((2, n_kv_heads, 20, head_dim), 9.0)
-    batch = RaggedBatch.of([(1, 4, [0, 0]), (0, 11, [0])], CPU)
+    cache = empty_cache(guarded, 2, 128, n_kv_heads, head_dim, torch.float32, CPU)
+    batch = RaggedBatch.of([(1, 63, [0, 0]), (0, 11, [0])], CPU)
     packed = reference.pack(*weight.split([24, 12, 12]))
-    q = reference.norm_qkv_rope_append(h, norm, packed, rope, cache_k, cache_v, 1e-5, batch)
+    q = reference.norm_qkv_rope_append(h, norm, packed, rope, cache, 1e-5, batch)
 
     normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm
     heads = (normed @ weight.T).view(3, -1, head_dim)
     expected = heads.clone()
-    for token, position in enumerate((4, 5, 11)):
+    for token, position in enumerate((63, 64, 11)):
         for pair in range(head_dim // 2):
             cos, sin = rope[position, pair]
             a, b = heads[token, :6, 2 * pair], heads[token, :6, 2 * pair + 1]
             expected[token, :6, 2 * pair], expected[token, :6, 2 * pair + 1] = a * cos - b * sin, a * sin + b * cos
     torch.testing.assert_close(q, expected[:, :4])
-    for token, (row, position) in enumerate(((1, 4), (1, 5), (0, 11))):
-        torch.testing.assert_close(cache_k[row, :, position], expected[token, 4:6])
-        torch.testing.assert_close(cache_v[row, :, position], expected[token, 6:])
-    assert (cache_k == 9).sum() == (cache_v == 9).sum() == (40 - 3) * n_kv_heads * head_dim
+    k, v = dense(cache)
+    for token, (row, position) in enumerate(((1, 63), (1, 64), (0, 11))):
+        torch.testing.assert_close(k[row, :, position], expected[token, 4:6])
+        torch.testing.assert_close(v[row, :, position], expected[token, 6:])
+    assert (~cache.k.isnan()).sum() == (~cache.v.isnan()).sum() == 3 * n_kv_heads * head_dim
+
+
+def test_tokens_outside_the_cache_append_to_no_row(guarded: GuardedMemory) -> None:
+    cache = empty_cache(guarded, 2, 64, 1, 2, torch.float32, CPU)
+    batch = RaggedBatch.of([(1, 3, [0, 0])], CPU)
+    batch.positions.copy_(torch.tensor([-1, 64]))
+    reference.rope_append(random(2, 8), torch.ones(65, 1, 2), cache, batch)
+    assert all(one.isnan().all() for one in dense(cache))
 
 
 def test_rms_norm_rounds_before_the_weight_as_llama3_does() -> None:

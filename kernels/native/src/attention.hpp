@@ -5,6 +5,8 @@
 // its G query heads. If there are few tokens, so that chunks are few, it is one group only, and ATTENTION_MERGE adds them.
 
 constexpr int64_t BLOCK_KEYS = 64;  // their keys and values stay in the first cache for all query heads
+static_assert(BLOCK_KEYS == PAGE_TOKENS);  // a block is one page: its keys are adjacent
+constexpr int64_t START_KEYS = 16;         // of a block, prefetched ahead of the others
 
 INLINE int64_t row_length(const Op& op, int64_t n) {  // 0: an inactive row
   const int64_t position = op.positions[n], row = op.rows[n];
@@ -47,8 +49,10 @@ INLINE void score_keys(const T* k, const T* v, int64_t count, int64_t D, const f
 }
 
 // acc[g][d] = acc[g][d] · scale[g] + Σ p[g][t] · v[t][d] for COUNT vectors of d, of which `left` values are in a row.
+// `next`: the keys of the next block, which are prefetched.
 template <class T, int HEADS, int COUNT>
-INLINE void add_values(const T* k, const T* v, int64_t keys, int64_t D, int64_t left, const float* p, const V* scale, float* acc, int64_t stride) {
+INLINE void add_values(const T* next, const T* v, int64_t keys, int64_t D, int64_t left, const float* p, const V* scale,
+                       float* acc, int64_t stride) {
   V sums[HEADS][COUNT];
 #pragma GCC unroll 4
   for (int g = 0; g < HEADS; g++)
@@ -59,7 +63,7 @@ INLINE void add_values(const T* k, const T* v, int64_t keys, int64_t D, int64_t 
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
       values[i] = load_up_to(v + t * D + i * LANES, left - i * LANES);
-      __builtin_prefetch(k + (t + BLOCK_KEYS) * D + i * LANES);
+      __builtin_prefetch(next + t * D + i * LANES);
     }
 #pragma GCC unroll 4
     for (int g = 0; g < HEADS; g++) {
@@ -76,8 +80,8 @@ INLINE void add_values(const T* k, const T* v, int64_t keys, int64_t D, int64_t 
 
 // Adds up to BLOCK_KEYS keys to the running (sum of p·v, max, sum of p) of HEADS query heads.
 template <class T, int HEADS>
-static void add_keys(const T* k, const T* v, int64_t count, int64_t D, const float* queries, int64_t stride, float* acc,
-                     float* max, float* total) {
+static void add_keys(const T* k, const T* v, const T* next, int64_t count, int64_t D, const float* queries,
+                     int64_t stride, float* acc, float* max, float* total) {
   float p[HEADS * BLOCK_KEYS];
   V scales[HEADS];
   score_keys<T, HEADS>(k, v, count, D, queries, stride, p);
@@ -99,20 +103,20 @@ static void add_keys(const T* k, const T* v, int64_t count, int64_t D, const flo
   }
   int64_t d = 0;
   for (; d + 4 * LANES <= D; d += 4 * LANES)
-    add_values<T, HEADS, 4>(k + d, v + d, count, D, 4 * LANES, p, scales, acc + d, stride);
-  for (; d < D; d += LANES) add_values<T, HEADS, 1>(k + d, v + d, count, D, D - d, p, scales, acc + d, stride);
+    add_values<T, HEADS, 4>(next + d, v + d, count, D, 4 * LANES, p, scales, acc + d, stride);
+  for (; d < D; d += LANES) add_values<T, HEADS, 1>(next + d, v + d, count, D, D - d, p, scales, acc + d, stride);
 }
 
 // All G query heads of a kv head, as many at a time as the registers take.
 template <class T>
-static void add_keys_to_heads(const T* k, const T* v, int64_t count, int64_t D, int64_t G, const float* queries,
-                              int64_t stride, float* acc, float* max, float* total) {
+static void add_keys_to_heads(const T* k, const T* v, const T* next, int64_t count, int64_t D, int64_t G,
+                              const float* queries, int64_t stride, float* acc, float* max, float* total) {
   constexpr int MOST = HAS_32_REGISTERS ? 4 : 2;
   int64_t g = 0;
   for (; g + MOST <= G; g += MOST)
-    add_keys<T, MOST>(k, v, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
+    add_keys<T, MOST>(k, v, next, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
   for (; g < G; g++)
-    add_keys<T, 1>(k, v, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
+    add_keys<T, 1>(k, v, next, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
 }
 
 // A kv head's queries, and the running sums of a group.
@@ -121,20 +125,42 @@ struct Heads {
   float *queries, *acc, *max, *total;
 };
 
-// The splits of one group, to parts[h][group] of the kv head's query heads.
+// Where a kv head's keys, or values, of the row's block at position t begin in the cache. A number that is no page's
+// stands for the nearest page: whatever the table holds, nothing outside the cache is read.
+INLINE int64_t block_at(const Op& op, const int32_t* pages, int64_t kv_head, int64_t t) {
+  const int64_t number = pages[t / PAGE_TOKENS], last = op.n_pages - 1;
+  const int64_t page = number < 0 ? 0 : number < last ? number : last;
+  return (page * op.n_kv_heads + kv_head) * PAGE_TOKENS * op.head_dim;
+}
+
+// Prefetches the first keys, or values, of a block. The processor's own prefetching ends with each page, and takes some
+// misses to begin again.
+template <class T> INLINE void prefetch_start(const T* block, int64_t D) {
+  for (int64_t i = 0; i < START_KEYS * D; i += LINE_BYTES / int64_t(sizeof(T))) __builtin_prefetch(block + i);
+}
+
+// The splits of one group, to parts[h][group] of the kv head's query heads. A split is a number of whole blocks.
 template <class T>
 static void attend(const Op& op, int64_t n, int64_t kv_head, int64_t group, const Heads& heads, float* parts) {
   const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, length = row_length(op, n);
-  const int64_t head = (op.rows[n] * op.n_kv_heads + kv_head) * op.length * D;
-  const T *k = static_cast<const T*>(op.cache_k) + head, *v = static_cast<const T*>(op.cache_v) + head;
+  const int32_t* pages = op.pages + op.rows[n] * (op.length / PAGE_TOKENS);
+  const T *k = static_cast<const T*>(op.cache_k), *v = static_cast<const T*>(op.cache_v);
+  int64_t at = block_at(op, pages, kv_head, group * op.split);  // the caller knows that the group has keys
   __builtin_memset(heads.acc, 0, G * heads.stride * sizeof(float));
   for (int64_t g = 0; g < G; g++) heads.max[g] = -__builtin_inff(), heads.total[g] = 0;
   for (int64_t split = group * op.split; split < length; split += op.groups * op.split) {
     const int64_t end = split + op.split < length ? split + op.split : length;
     for (int64_t t = split; t < end; t += BLOCK_KEYS) {
       const int64_t count = end - t < BLOCK_KEYS ? end - t : BLOCK_KEYS;
-      add_keys_to_heads(k + t * D, v + t * D, count, D, G, heads.queries, heads.stride, heads.acc, heads.max,
+      int64_t following = t + BLOCK_KEYS < end ? t + BLOCK_KEYS : split + op.groups * op.split;
+      if (following >= length) following = (group + 1) * op.split;  // the thread's next chunk, as a rule
+      // After the row's last block, the prefetch meets keys that are in the first cache already.
+      const int64_t next = following < length ? block_at(op, pages, kv_head, following) : at;
+      prefetch_start(v + at, D);
+      prefetch_start(k + next, D);
+      add_keys_to_heads(k + at, v + at, k + next, count, D, G, heads.queries, heads.stride, heads.acc, heads.max,
                         heads.total);
+      at = next;
     }
   }
   for (int64_t g = 0; g < G; g++) {

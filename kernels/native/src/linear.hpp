@@ -7,6 +7,7 @@ template <class T> INLINE V silu_times(V gate, V up) {
 }
 
 // Rotates a token's query or key pair, or passes a value pair on, and stores it: `output` is the even row of the weight.
+// A key or value whose position is outside the cache, or has no page, is not stored.
 template <class T> INLINE void rotate_and_store(const Op& op, int64_t n, int64_t output, float even, float odd) {
   const int64_t D = op.head_dim, head = output / D, d = output % D;
   const int64_t position = op.positions[n], row = op.rows[n];
@@ -23,10 +24,12 @@ template <class T> INLINE void rotate_and_store(const Op& op, int64_t n, int64_t
     to = static_cast<T*>(op.out) + (n * op.n_heads + head) * D + d;
   } else {
     if (!inside) return;
+    const int64_t page = op.pages[row * (op.length / PAGE_TOKENS) + position / PAGE_TOKENS];
+    if (page < 0 || page >= op.n_pages) return;
     const bool is_key = head < op.n_heads + op.n_kv_heads;
     const int64_t kv_head = head - op.n_heads - (is_key ? 0 : op.n_kv_heads);
     to = static_cast<T*>(is_key ? op.cache_k : op.cache_v) +
-         ((row * op.n_kv_heads + kv_head) * op.length + position) * D + d;
+         ((page * op.n_kv_heads + kv_head) * PAGE_TOKENS + position % PAGE_TOKENS) * D + d;
   }
   put(to, a);
   put(to + 1, b);

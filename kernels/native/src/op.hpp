@@ -4,14 +4,17 @@
 
 namespace fastllama {
 
-constexpr int64_t ABI_VERSION = 4;  // increased with every change of Op or of an exported function
+constexpr int64_t ABI_VERSION = 5;  // increased with every change of Op or of an exported function
+
+constexpr int64_t PAGE_TOKENS = 64;  // positions of a cache page, as in kernels/paged_cache.py
 
 enum Kind : int32_t { EMBED, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE, DEQUANTIZE };
 enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 enum Format : int32_t { DENSE, INT8, FP8, INT4 };  // of a weight: the model dtype, or as kernels/quantized.py says
 enum Epilogue : int32_t { STORE, ADD_RESIDUAL, SWIGLU, ROTATE_AND_APPEND };  // of LINEAR
 
-// Dims as in kernels/reference.py: N tokens (or rows of logits), T cache positions, H heads, K kv heads, D head dim.
+// Dims as in kernels/reference.py: N tokens (or rows of logits), T cache positions, H heads, K kv heads, D head dim. The
+// cache is pages: kernels/paged_cache.py says where a position is.
 // Tensors are contiguous and in the model dtype unless a comment says otherwise. Unused fields are 0.
 struct Op {
   int32_t kind, dtype, epilogue, has_state;
@@ -25,20 +28,21 @@ struct Op {
   const void* bias;      // a value per row of the weight, or null
   const void* residual;  // (N, outputs)
   void* out;             // (N, outputs); DEQUANTIZE: (outputs, width); ATTENTION: (N, H, D); SAMPLE: tokens (N,) int64
-  const float* rope;     // (T, D/2, 2)
-  void *cache_k, *cache_v;  // (cache_rows, K, T, D)
+  const float* rope;     // (T or more, D/2, 2)
+  void *cache_k, *cache_v;  // (n_pages, K, PAGE_TOKENS, D)
+  const int32_t* pages;     // (cache_rows, length / PAGE_TOKENS): the page table. Any number may be in it
   float* partial;           // ATTENTION: (N, H, groups, D + 2) or null: see attention.hpp; STATISTICS: (N, groups, 4)
   const double *temperature, *top_p;      // (N,)
   const int64_t *seed, *stream, *call;    // (N,)
   float* logprobs;                        // (N,), where has_state is 0
   int64_t *state_tokens, *state_positions;  // (N,), the fields of DecodeState, where has_state is 1
   const int64_t *starts, *last;             // (N,)
-  const bool* is_stop;                      // (vocab,)
-  int64_t* out_tokens;                      // (steps, N) with a stride of out_stride
+  const bool* is_stop;                      // (N, vocab)
+  int64_t* out_tokens;                      // (n_steps, N) with a stride of out_stride: a row's newest steps
   float* out_logprobs;
-  int64_t n_tokens, width, outputs, n_heads, n_kv_heads, head_dim, length, cache_rows, vocab;
+  int64_t n_tokens, width, outputs, n_heads, n_kv_heads, head_dim, length, cache_rows, n_pages, vocab;
   int64_t begin;  // EMBED: the table's first id, or -1 where it is the complete vocabulary
-  int64_t out_stride;
+  int64_t n_steps, out_stride;
   int64_t split, groups;  // a row is divided into splits of so many keys or logits, and they into groups
   int64_t n_scales;  // of a row of the weight
   double eps;

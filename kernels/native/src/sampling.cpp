@@ -127,11 +127,12 @@ int64_t draw(const Op& op, int64_t row, const Statistics& statistics, float* x, 
 void advance(const Op& op, int64_t row, int64_t token, float logprob) {
   const int64_t position = op.state_positions[row], following = position + 1;
   if (position < 0) return;
-  const int64_t known = token < 0 ? 0 : token, at = (following - op.starts[row]) * op.out_stride + row;
+  const int64_t known = token < 0 ? 0 : token;
+  const int64_t at = (following - op.starts[row]) % op.n_steps * op.out_stride + row;
   op.out_tokens[at] = token;
   op.out_logprobs[at] = logprob;
   op.state_tokens[row] = known;
-  const bool ends = token == NO_TOKEN || op.is_stop[known] || following >= op.last[row];
+  const bool ends = token == NO_TOKEN || op.is_stop[row * op.vocab + known] || following >= op.last[row];
   op.state_positions[row] = ends ? INACTIVE : following;
 }
 

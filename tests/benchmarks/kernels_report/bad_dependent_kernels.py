@@ -17,17 +17,19 @@ BLOCK = 1024
 
 
 @triton.jit
-def sound(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def sound(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + at)
     first = tl.minimum(tl.maximum(tl.load(positions_ptr), 0), N)
     prefetch_block(weight_ptr + first * BLOCK, 1, 2 * BLOCK)
+    page = tl.minimum(tl.maximum(tl.load(pages_ptr), 0), N - 1)
+    prefetch_block(weight_ptr + page.to(tl.int64) * BLOCK, 1, 2 * BLOCK)
     wait_for_inputs(True)
-    tl.store(y_ptr + at, tl.load(x_ptr + at + tl.load(positions_ptr)) + weight)
+    tl.store(y_ptr + at, tl.load(x_ptr + at + tl.load(positions_ptr) + tl.load(pages_ptr)) + weight)
 
 
 @triton.jit
-def early_input(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def early_input(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at) + tl.load(weight_ptr + at)
     wait_for_inputs(True)
@@ -35,14 +37,14 @@ def early_input(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def early_store(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def early_store(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(y_ptr + at, tl.load(weight_ptr + at))
     wait_for_inputs(True)
 
 
 @triton.jit
-def early_atomic(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def early_atomic(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     tl.atomic_add(positions_ptr, 1)
     wait_for_inputs(True)
     at = tl.arange(0, BLOCK)
@@ -50,7 +52,7 @@ def early_atomic(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr
 
 
 @triton.jit
-def early_trigger(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def early_trigger(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
@@ -58,7 +60,7 @@ def early_trigger(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexp
 
 
 @triton.jit
-def early_position(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def early_position(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     """A number that was loaded before the wait decides what is loaded after it."""
     at = tl.arange(0, BLOCK)
     position = tl.load(positions_ptr)
@@ -67,7 +69,17 @@ def early_position(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constex
 
 
 @triton.jit
-def wait_in_loop(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def early_page(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    """A page that was found before the wait is read after it."""
+    at = tl.arange(0, BLOCK)
+    page = tl.load(pages_ptr)
+    prefetch_block(weight_ptr + page.to(tl.int64) * BLOCK, 1, 2 * BLOCK)
+    wait_for_inputs(True)
+    tl.store(y_ptr + at, tl.load(x_ptr + page.to(tl.int64) * BLOCK + at))
+
+
+@triton.jit
+def wait_in_loop(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in tl.range(0, N, BLOCK, num_stages=3):
@@ -78,7 +90,7 @@ def wait_in_loop(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr
 
 
 @triton.jit
-def wait_in_branch(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def wait_in_branch(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     if tl.program_id(0) < N:
         wait_for_inputs(True)
@@ -86,13 +98,13 @@ def wait_in_branch(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constex
 
 
 @triton.jit
-def no_wait(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def no_wait(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(y_ptr + at, tl.load(x_ptr + at))
 
 
 @triton.jit
-def two_waits(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def two_waits(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     wait_for_inputs(True)
     x = tl.load(x_ptr + at)
@@ -101,14 +113,14 @@ def two_waits(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def no_trigger(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def no_trigger(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.extra.cuda.gdc_wait()
     tl.store(y_ptr + at, tl.load(x_ptr + at))
 
 
 @triton.jit
-def prefetched_input(x_ptr, weight_ptr, positions_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def prefetched_input(x_ptr, weight_ptr, positions_ptr, pages_ptr, y_ptr, N, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     prefetch_block(x_ptr, 1, 2 * BLOCK)
     wait_for_inputs(True)
@@ -121,11 +133,11 @@ KERNELS = [value for value in vars().values() if getattr(value, "__module__", ""
 def main() -> None:
     gpu = GPUS["sm_90"]
     x, y = torch.empty(1 << 16, dtype=torch.bfloat16), torch.empty(1 << 16, dtype=torch.bfloat16)
-    positions = torch.empty(16, dtype=torch.int64)
+    positions, pages = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.int32)
     found = {}
     for kernel in KERNELS:
         with record_launches(gpu) as launches:
-            kernel[(4,)](x, y, positions, x, 4096, BLOCK=BLOCK, launch_pdl=True)
+            kernel[(4,)](x, y, positions, pages, x, 4096, BLOCK=BLOCK, launch_pdl=True)
         (launch,) = launches
         compiled = Compiled(launch.compiled, gpu)
         found[launch.kernel] = {

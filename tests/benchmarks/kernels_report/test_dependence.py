@@ -20,6 +20,7 @@ VIOLATIONS = {
     "early_atomic": ["writes before it waits"],
     "early_trigger": ["lets the next kernel begin before it has waited"],
     "early_position": ["loads positions_ptr before it waits, and uses it for more than prefetches"],
+    "early_page": ["loads pages_ptr before it waits, and uses it for more than prefetches"],
     "wait_in_loop": ["waits after a branch, a loop or a return"],
     "wait_in_branch": ["waits after a branch, a loop or a return"],
     "no_wait": ["has 0 waits, not one"],

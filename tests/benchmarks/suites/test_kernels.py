@@ -126,9 +126,9 @@ def test_a_projection_that_appends_nothing_is_wrong(bench: Callable[..., Bench])
     op = OPS["qkv"]
 
     def without_append(inputs: Inputs) -> Any:
-        before = inputs.cache_v.clone()
+        before = inputs.cache.v.clone()
         found = op.spec.library(inputs)
-        inputs.cache_v.copy_(before)
+        inputs.cache.v.copy_(before)
         return found
 
     wrong = dataclasses.replace(op, spec=op.spec._replace(library=without_append))

@@ -37,7 +37,8 @@ def test_every_launch_of_a_step_is_timed(temperature: float) -> None:
     assert [one.work.name for one in times] == NAMES
     assert all(one.microseconds.count == 2 and one.microseconds.minimum > 0 for one in times)
     assert model.ops.__name__ == "fastllama.kernels.reference"
-    assert model.cache.k[:, :, :, :5].all() and not model.cache.k[:, :, :, 5:].any()
+    used = model.cache.table[:, 0]
+    assert len(set(used.tolist())) == 2 and model.cache.k[:, used].all() and model.cache.k.any((0, 2, 3, 4)).sum() == 2
 
 
 def test_a_step_is_recorded_call_by_call(device: torch.device) -> None:
@@ -94,7 +95,12 @@ def test_a_busy_model_is_refused_and_works_afterwards() -> None:
 def test_fill_cache_does_not_change_other_rows() -> None:
     model = transformer()
     fill_cache(model, 1, 3)
-    assert model.cache.v[:, 0, :, :3].all() and not model.cache.v[:, 1].any() and not model.cache.v[:, 0, :, 3:].any()
+    first = model.cache.table[0, 0]
+    before = model.cache.v[:, first].clone()
+    assert before.all() and model.cache.v.any((0, 2, 3, 4)).nonzero().tolist() == [[first]]
+    fill_cache(model, 2, 3)
+    assert model.cache.table[0, 0] == first != model.cache.table[1, 0]
+    assert not torch.equal(model.cache.v[:, first], before) and model.cache.v[:, model.cache.table[1, 0]].all()
 
 
 def test_records_and_table_hold_times_against_the_limit() -> None:

@@ -26,7 +26,8 @@ def test_inspect_json_describes_a_meta_checkpoint(checkpoint: str, llm: Llama) -
     assert found["architecture"]["n_kv_heads"] == 2 and found["architecture"]["hidden_dim"] > 0
     memory = found["memory"]
     assert (memory["dtype"], memory["max_batch_size"], memory["max_seq_len"]) == ("bfloat16", 3, 100)
-    assert memory["cache"] == 2 * 2 * 3 * 2 * 100 * 8 * 2  # k and v, layers, rows, kv heads, positions, width, bytes
+    positions = 3 * 128 + 64  # of three rows, in pages of 64, and of the page that belongs to no row
+    assert memory["cache"] == 2 * 2 * positions * 2 * 8 * 2  # k and v, layers, positions, kv heads, width, bytes
     assert memory["total"] == memory["weights"] + memory["cache"] + memory["workspace"]
     assert [file["name"] for file in found["files"]] == ["consolidated.00.pth"]
     machine = found["this_machine"]

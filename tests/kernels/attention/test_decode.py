@@ -49,9 +49,9 @@ CASES = {case.id: case for case in CASE_LIST}
 
 def run(tensors: Tensors, scratch: AttentionScratch | None = None) -> Tensor:
     """Attention of a decode step. Asserts that the scratch's counters are zero afterwards."""
-    q, cache_k, cache_v, batch = tensors
+    q, cache, batch = tensors
     scratch = scratch or scratch_for(tensors)
-    out = attention_decode(q, cache_k, cache_v, batch.positions, scratch)
+    out = attention_decode(q, cache, batch.positions, scratch)
     assert not scratch.counters.any()
     return out
 
@@ -120,23 +120,23 @@ def test_attention_decode_splits_any_lengths(seed: int, guarded: GuardedMemory, 
 
 def test_attention_decode_stays_inside_the_cache(guarded: GuardedMemory, device: torch.device) -> None:
     """A position outside the cache reads up to the nearest position inside."""
-    q, cache_k, cache_v, batch = build(decode_case([200, 90, 1], 2, 2, 16, FP32), guarded, device)
-    cache_k.copy_(random(*cache_k.shape, seed=1))
-    cache_v.copy_(random(*cache_v.shape, seed=2))
-    scratch = scratch_for(Tensors(q, cache_k, cache_v, batch))
-    last = cache_k.shape[2] - 1
+    q, cache, batch = build(decode_case([200, 90, 1], 2, 2, 16, FP32), guarded, device)
+    cache.k.copy_(random(*cache.k.shape, seed=1))
+    cache.v.copy_(random(*cache.v.shape, seed=2))
+    scratch = scratch_for(Tensors(q, cache, batch))
+    last = cache.length - 1
     outside, nearest = (
-        attention_decode(q, cache_k, cache_v, torch.tensor(positions, device=device), scratch)
+        attention_decode(q, cache, torch.tensor(positions, device=device), scratch)
         for positions in ([last + 1, 2**40, -3], [last, last, 0])
     )
     assert torch.equal(outside, nearest)
 
 
 def test_attention_decode_accepts_zero_tokens(guarded: GuardedMemory, device: torch.device) -> None:
-    _, cache_k, cache_v, _ = build(CASE_LIST[0], guarded, device)
+    _, cache, _ = build(CASE_LIST[0], guarded, device)
     q = guarded.empty(0, 8, 64, dtype=BF16, device=device)
     positions = RaggedBatch.of([], device).positions
-    assert attention_decode(q, cache_k, cache_v, positions, AttentionScratch.of(1, 2, 8, 64, device)).shape == (0, 512)
+    assert attention_decode(q, cache, positions, AttentionScratch.of(1, 2, 8, 64, device)).shape == (0, 512)
 
 
 def test_attention_scratch_grows_with_the_rows_only() -> None:
@@ -152,26 +152,26 @@ def test_attention_decode_rejects(fault: str, guarded: GuardedMemory, device: to
     tensors = build(decode_case([9, 20], 2, 2, 16, FP32), guarded, device)
     spoil, message = REJECTED[fault]
     scratch = scratch_for(tensors)
-    q, cache_k, cache_v, batch = spoil(tensors)
+    q, cache, batch = spoil(tensors)
     with pytest.raises(ValueError, match=message):
-        attention_decode(q, cache_k, cache_v, batch.positions, scratch)
+        attention_decode(q, cache, batch.positions, scratch)
 
 
 def test_attention_decode_rejects_positions_cache_and_scratch(guarded: GuardedMemory, device: torch.device) -> None:
-    q, cache_k, cache_v, batch = tensors = build(decode_case([9, 20], 2, 2, 16, FP32), guarded, device)
+    q, cache, batch = tensors = build(decode_case([9, 20], 2, 2, 16, FP32), guarded, device)
     scratch, positions = scratch_for(tensors), batch.positions
     with pytest.raises(ValueError, match=r"positions must be torch.int64, got torch.int32"):
-        attention_decode(q, cache_k, cache_v, positions.int(), scratch)
+        attention_decode(q, cache, positions.int(), scratch)
     with pytest.raises(ValueError, match=r"positions must have shape \(2\), got \(1\)"):
-        attention_decode(q, cache_k, cache_v, positions[:1], scratch)
+        attention_decode(q, cache, positions[:1], scratch)
     with pytest.raises(ValueError, match="the cache must have a row for each of the 2 tokens, got 1"):
-        attention_decode(q, cache_k[:1], cache_v[:1], positions, scratch)
+        attention_decode(q, cache._replace(table=cache.table[:1]), positions, scratch)
     with pytest.raises(ValueError, match="scratch must be for at least 2 rows .* got one for 1 rows"):
-        attention_decode(q, cache_k, cache_v, positions, scratch_for(tensors, max_rows=1))
+        attention_decode(q, cache, positions, scratch_for(tensors, max_rows=1))
     with pytest.raises(ValueError, match=r"\(K, G, D\) = \(2, 2, 16\), got one for 2 rows and \(2, 1, 16\)"):
-        attention_decode(q, cache_k, cache_v, positions, AttentionScratch.of(2, 2, 2, 16, device))
+        attention_decode(q, cache, positions, AttentionScratch.of(2, 2, 2, 16, device))
     with pytest.raises(ValueError, match="scratch must be on .*, got meta"):
-        attention_decode(q, cache_k, cache_v, positions, replace(scratch, acc=scratch.acc.to("meta")))
+        attention_decode(q, cache, positions, replace(scratch, acc=scratch.acc.to("meta")))
 
 
 @pytest.mark.parametrize(("head_dim", "itemsize"), [(64, 2), (128, 2), (256, 2), (64, 4), (128, 4)])

@@ -60,10 +60,10 @@ def test_attention_prefill_handles_large_scores(guarded: GuardedMemory, device: 
 
 def test_attention_prefill_needs_no_exact_lengths(guarded: GuardedMemory, device: torch.device) -> None:
     """The segments of a captured step hold only upper bounds of the lengths."""
-    q, cache_k, cache_v, batch = build(Case([(0, 40, 30), (1, 7, 1)], 2, 4, 64, BF16), guarded, device)
-    bounds = tuple(segment._replace(keys=cache_k.shape[2]) for segment in batch.segments)
+    q, cache, batch = build(Case([(0, 40, 30), (1, 7, 1)], 2, 4, 64, BF16), guarded, device)
+    bounds = tuple(segment._replace(keys=cache.length) for segment in batch.segments)
     loose = RaggedBatch(batch.tokens, batch.positions, batch.rows, bounds, exact=False)
-    assert torch.equal(attention_prefill(q, cache_k, cache_v, loose), attention_prefill(q, cache_k, cache_v, batch))
+    assert torch.equal(attention_prefill(q, cache, loose), attention_prefill(q, cache, batch))
 
 
 def test_attention_prefill_repeats_bit_for_bit(guarded: GuardedMemory, device: torch.device) -> None:
@@ -72,9 +72,9 @@ def test_attention_prefill_repeats_bit_for_bit(guarded: GuardedMemory, device: t
 
 
 def test_attention_prefill_accepts_zero_tokens(guarded: GuardedMemory, device: torch.device) -> None:
-    _, cache_k, cache_v, _ = build(CASE_LIST[0], guarded, device)
+    _, cache, _ = build(CASE_LIST[0], guarded, device)
     q = guarded.empty(0, 8, 64, dtype=BF16, device=device)
-    assert attention_prefill(q, cache_k, cache_v, RaggedBatch.of([], device)).shape == (0, 512)
+    assert attention_prefill(q, cache, RaggedBatch.of([], device)).shape == (0, 512)
 
 
 def test_query_blocks_start_with_the_most_keys(device: torch.device) -> None:
@@ -94,7 +94,7 @@ def test_attention_prefill_rejects(fault: str, guarded: GuardedMemory, device: t
 
 
 def test_attention_prefill_rejects_segments_of_another_batch(guarded: GuardedMemory, device: torch.device) -> None:
-    q, cache_k, cache_v, batch = build(Case([(0, 0, 4), (1, 0, 3)], 2, 2, 16, FP32), guarded, device)
+    q, cache, batch = build(Case([(0, 0, 4), (1, 0, 3)], 2, 2, 16, FP32), guarded, device)
     first, second = batch.segments
     spoiled = {
         "must be the 7 tokens of q, got 4": (first,),
@@ -103,4 +103,4 @@ def test_attention_prefill_rejects_segments_of_another_batch(guarded: GuardedMem
     }
     for message, segments in spoiled.items():
         with pytest.raises(ValueError, match=message):
-            attention_prefill(q, cache_k, cache_v, RaggedBatch(batch.tokens, batch.positions, batch.rows, segments))
+            attention_prefill(q, cache, RaggedBatch(batch.tokens, batch.positions, batch.rows, segments))

@@ -8,9 +8,11 @@ import torch
 from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import native, reference
 from fastllama.kernels.batch import RaggedBatch
+from fastllama.kernels.paged_cache import LayerCache
 from tests.kernels.attention.cases import BF16, FP16, FP32, Case, build, decode_case, oracle
 from tests.kernels.cases import random
 from tests.kernels.guards import GuardedMemory
+from tests.kernels.native.pages import NO_PAGES, no_page
 
 CPU = torch.device("cpu")
 CASE_LIST = [
@@ -36,58 +38,88 @@ pytestmark = pytest.mark.usefixtures("isa", "threads")
 
 @pytest.mark.parametrize("case", CASE_LIST, ids=lambda case: case.id)
 def test_attention_matches_reference(case: Case, guarded: GuardedMemory) -> None:
-    q, cache_k, cache_v, batch = build(case, guarded, CPU)
-    ours = native.attention(q, cache_k, cache_v, batch)
-    assert_matches("attention", ours, reference.attention(q, cache_k, cache_v, batch))
-    assert_matches("attention", ours, oracle(q, cache_k, cache_v, batch))
+    q, cache, batch = build(case, guarded, CPU)
+    ours = native.attention(q, cache, batch)
+    assert_matches("attention", ours, reference.attention(q, cache, batch))
+    assert_matches("attention", ours, oracle(q, cache, batch))
 
 
 def test_inactive_rows_read_nothing(guarded: GuardedMemory) -> None:
     """A row without a position, and a position after the cache, which stands for its end."""
-    q, cache_k, cache_v, batch = build(decode_case([700, 20, 705], 2, 2, 16, FP32), guarded, CPU)
-    cache_k, cache_v = (guarded.copy(cache[:, :, :705]) for cache in (cache_k, cache_v))
-    expected = native.attention(q, cache_k, cache_v, batch)
+    q, cache, batch = build(decode_case([700, 20, 768], 2, 2, 16, FP32), guarded, CPU)
+    cache = cache._replace(table=guarded.copy(cache.table[:, :12]))
+    assert cache.length == 768
+    expected = native.attention(q, cache, batch)
     moved = replace(batch, positions=torch.tensor([699, -1, 2**40]))
-    cache_k[1], cache_v[1] = torch.nan, torch.nan
-    ours = native.attention(q, cache_k, cache_v, moved)
+    for pages in (cache.k, cache.v):
+        pages[cache.table[1]] = torch.nan
+    cache.table[1] = 2**31 - 1
+    ours = native.attention(q, cache, moved)
     assert torch.equal(ours[::2], expected[::2]) and not ours[1].any()
+
+
+@pytest.mark.parametrize("kind", NO_PAGES)
+def test_table_entries_that_are_no_pages_read_nothing_outside_the_cache(kind: str, guarded: GuardedMemory) -> None:
+    """Not those of a row's keys, nor those after them, which no prefetch follows. Other layers hold NaN."""
+    q, cache, batch = build(decode_case([600, 700, 64], 2, 3, 16, FP32), guarded, CPU)
+    expected = native.attention(q, cache, batch)
+    cache.table[0, 10:], cache.table[1, 11:], cache.table[2, 1:] = (no_page(kind, cache),) * 3
+    assert torch.equal(native.attention(q, cache, batch), expected)
+    for pages in (cache.k, cache.v):
+        pages.nan_to_num_(0.0, posinf=0.0)
+    cache.table[0, 2:9] = no_page(kind, cache)
+    ours = native.attention(q, cache, batch)
+    assert ours[0].isfinite().all() and torch.equal(ours[1:], expected[1:])
+
+
+def test_rows_share_pages(guarded: GuardedMemory) -> None:
+    """Rows with the same beginning, and a page that stands in one row twice."""
+    q, cache, batch = build(decode_case([600, 600, 300], 2, 2, 16, FP32), guarded, CPU)
+    cache.table[1, :5] = cache.table[0, :5]
+    cache.table[2, 3] = cache.table[2, 1]
+    assert_matches("attention", native.attention(q, cache, batch), oracle(q, cache, batch))
 
 
 def test_a_token_attends_with_the_same_result_in_any_batch(guarded: GuardedMemory) -> None:
     """Tokens of rows of one group and of several, together and a few at a time: bit for bit."""
-    q, cache_k, cache_v, batch = build(Case([(0, 1500, 12), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
-    together = native.attention(q, cache_k, cache_v, batch)
+    q, cache, batch = build(Case([(0, 1500, 12), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
+    together = native.attention(q, cache, batch)
     assert together.shape[0] > native.MAX_MERGED_TOKENS
     for begin in range(0, q.shape[0], 5):
         some = slice(begin, begin + 5)
         part = replace(batch, positions=batch.positions[some], rows=batch.rows[some])
-        assert torch.equal(native.attention(q[some], cache_k, cache_v, part), together[some])
+        assert torch.equal(native.attention(q[some], cache, part), together[some])
 
 
 def test_many_tokens_attend_by_the_library(guarded: GuardedMemory) -> None:
     count = int(native.max_tokens(torch.float32)) + 1
-    q, cache_k, cache_v, batch = build(Case([(0, 0, count - 9), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
-    expected = reference.attention(q, cache_k, cache_v, batch)
-    assert torch.equal(native.attention(q, cache_k, cache_v, batch), expected)
+    q, cache, batch = build(Case([(0, 0, count - 9), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
+    expected = reference.attention(q, cache, batch)
+    assert torch.equal(native.attention(q, cache, batch), expected)
 
 
 def test_large_scores_stay_finite(guarded: GuardedMemory) -> None:
-    q, cache_k, cache_v, batch = build(decode_case([600], 1, 2, 16, FP32), guarded, CPU)
+    q, cache, batch = build(decode_case([600], 1, 2, 16, FP32), guarded, CPU)
     q *= 300
-    assert_matches("attention", native.attention(q, cache_k, cache_v, batch), oracle(q, cache_k, cache_v, batch))
+    assert_matches("attention", native.attention(q, cache, batch), oracle(q, cache, batch))
 
 
 def test_attention_rejects_what_does_not_belong_together() -> None:
-    cache = torch.zeros(2, 2, 9, 8)
+    cache = LayerCache.of(2, 64, n_kv_heads=2, head_dim=8, dtype=FP32, device=CPU)
+    half = cache.k[:, :, ::2]
     q, batch = random(2, 4, 8), RaggedBatch.of([(0, 1, [0]), (1, 1, [0])], CPU)
     refusals = {
-        "q must be float32": lambda: native.attention(q.double(), cache, cache, batch),
-        "cache_v must have shape (2, 2, 9, 8)": lambda: native.attention(q, cache, cache[:1], batch),
-        "cache_k must be contiguous": lambda: native.attention(q, cache[:, :, ::2], cache, batch),
-        "a multiple of the cache's 2 heads, got (H, D) = (3, 8)": lambda: native.attention(
-            q[:, :3].contiguous(), cache, cache, batch
+        "q must be float32": lambda: native.attention(q.double(), cache, batch),
+        "cache.v must have shape (3, 2, 64, 8)": lambda: native.attention(q, cache._replace(v=cache.v[:1]), batch),
+        "cache.k must have shape (P, K, 64, D)": lambda: native.attention(q, cache._replace(k=half), batch),
+        "cache.table must be torch.int32": lambda: native.attention(q, cache._replace(table=cache.table.long()), batch),
+        "the cache must have pages, positions, kv heads": lambda: native.attention(
+            q, cache._replace(k=cache.k[:0], v=cache.v[:0]), batch
         ),
-        "batch.positions must have shape (1), got (2)": lambda: native.attention(q[:1], cache, cache, batch),
+        "a multiple of the cache's 2 heads, got (H, D) = (3, 8)": lambda: native.attention(
+            q[:, :3].contiguous(), cache, batch
+        ),
+        "batch.positions must have shape (1), got (2)": lambda: native.attention(q[:1], cache, batch),
     }
     for message, call in refusals.items():
         with pytest.raises(ValueError) as caught:

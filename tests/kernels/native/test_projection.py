@@ -9,6 +9,7 @@ from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import native, reference
 from tests.kernels.cases import DTYPES
 from tests.kernels.guards import GuardedMemory
+from tests.kernels.native.pages import NO_PAGES, no_page
 from tests.kernels.projection.cases import EPS, SHAPES, Case, Shape, assert_appended, outside
 
 CPU = torch.device("cpu")
@@ -27,11 +28,10 @@ def test_projections_match_reference(
     monkeypatch.setattr(native, "max_tokens", lambda dtype, **_: MOST)
     for n_tokens in (*TOKENS, MANY):
         case = Case(shape, n_tokens, dtype, CPU, guarded, with_biases=with_biases)
-        cache_k, cache_v, rope = case.target[:3]
         q = native.norm_qkv_rope_append(
-            case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, case.batch, case.bqkv
+            case.h, case.norm, case.wqkv, case.target.rope, case.cache, EPS, case.batch, case.bqkv
         )
-        for ours, expected in zip((q.flatten(1), cache_k, cache_v), case.expected_qkv(), strict=True):
+        for ours, expected in zip((q.flatten(1), case.cache.k, case.cache.v), case.expected_qkv(), strict=True):
             assert_appended(ours, expected)
             assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
         swiglu = native.norm_swiglu(case.h, case.norm, case.w13, EPS, case.batch, case.b13)
@@ -68,9 +68,8 @@ def test_many_tokens_are_several_ops(monkeypatch: pytest.MonkeyPatch, guarded: G
     monkeypatch.setattr(native, "MAX_TOKENS_PER_OP", 5)
     for n_tokens in (4, 5, 6, 10, 13):
         case = Case(SHAPES["E100-H3-K1-D20-F90"], n_tokens, torch.float32, CPU, guarded)
-        cache_k, cache_v, rope = case.target[:3]
-        q = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, case.batch)
-        for ours, expected in zip((q.flatten(1), cache_k, cache_v), case.expected_qkv(), strict=True):
+        q = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, case.target.rope, case.cache, EPS, case.batch)
+        for ours, expected in zip((q.flatten(1), case.cache.k, case.cache.v), case.expected_qkv(), strict=True):
             assert_appended(ours, expected)
             assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
         y = native.linear_residual(case.x, case.w2, case.h, case.batch)
@@ -80,12 +79,27 @@ def test_many_tokens_are_several_ops(monkeypatch: pytest.MonkeyPatch, guarded: G
 @pytest.mark.usefixtures("isa", "threads")
 def test_projections_append_nothing_outside_the_cache(guarded: GuardedMemory) -> None:
     case = Case(SHAPES["E64-H8-K4-D8-F172"], 4, torch.bfloat16, CPU, guarded)
-    cache_k, cache_v, rope = case.target[:3]
     places = outside(4, CPU)
     for batch in (places, replace(places, positions=torch.zeros(4, dtype=torch.int64), rows=places.positions)):
-        q = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, batch)
+        q = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, case.target.rope, case.cache, EPS, batch)
         assert q.isfinite().all()
-    assert cache_k[1:].isnan().all() and cache_v[1:].isnan().all()
+    assert case.cache.k.isnan().all() and case.cache.v.isnan().all()
+
+
+@pytest.mark.usefixtures("isa", "threads")
+@pytest.mark.parametrize("kind", NO_PAGES)
+def test_projections_append_nothing_where_the_table_has_no_page(kind: str, guarded: GuardedMemory) -> None:
+    """Rows 0, 2 and 3 have tokens: row 0's first page is none."""
+    case = Case(SHAPES["E64-H8-K4-D8-F172"], 16, torch.float32, CPU, guarded)
+    q, k, v = case.expected_qkv()
+    page = int(case.cache.table[0, 0])
+    assert not k[page].isnan().all()
+    k[page], v[page] = torch.nan, torch.nan
+    case.cache.table[0, 0] = no_page(kind, case.cache)
+    ours = native.norm_qkv_rope_append(case.h, case.norm, case.wqkv, case.target.rope, case.cache, EPS, case.batch)
+    for one, expected in zip((ours.flatten(1), case.cache.k, case.cache.v), (q, k, v), strict=True):
+        assert_appended(one, expected)
+        assert_matches("linear", one.nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.usefixtures("isa")
@@ -100,7 +114,7 @@ def test_norms_keep_digits_of_small_and_large_inputs(scale: float, guarded: Guar
 def test_projections_reject_what_does_not_belong_together(guarded: GuardedMemory) -> None:
     case = Case(SHAPES["E64-H8-K4-D8-F172"], 3, torch.float32, CPU, guarded)
     h, norm, batch = case.h, case.norm, case.batch
-    cache_k, cache_v, rope = case.target[:3]
+    cache, rope = case.cache, case.target.rope
     refusals = {
         "x must be float32, bfloat16 or float16": lambda: native.norm_lm_head(
             h.double(), norm.double(), case.w13.double(), EPS, batch
@@ -112,13 +126,21 @@ def test_projections_reject_what_does_not_belong_together(guarded: GuardedMemory
         "residual must have shape (3, 64)": lambda: native.linear_residual(case.x, case.w2, h[:2], batch),
         "2·F rows together, got 343": lambda: native.norm_swiglu(h, norm, case.w13[:343], EPS, batch),
         "a multiple of 4, got 120": lambda: native.norm_qkv_rope_append(
-            h, norm, case.wqkv[:120], rope, cache_k, cache_v, EPS, batch
+            h, norm, case.wqkv[:120], rope, cache, EPS, batch
         ),
-        "rope must have shape (37, 4, 2)": lambda: native.norm_qkv_rope_append(
-            h, norm, case.wqkv, rope[:9], cache_k, cache_v, EPS, batch
+        "rope must hold the cache's 128 positions, got 9": lambda: native.norm_qkv_rope_append(
+            h, norm, case.wqkv, rope[:9], cache, EPS, batch
         ),
         "batch.positions must have shape (2), got (3)": lambda: native.norm_qkv_rope_append(
-            h[:2], norm, case.wqkv, rope, cache_k, cache_v, EPS, batch
+            h[:2], norm, case.wqkv, rope, cache, EPS, batch
+        ),
+        "cache.table must be torch.int32": lambda: native.norm_qkv_rope_append(
+            h, norm, case.wqkv, rope, cache._replace(table=cache.table.long()), EPS, batch
+        ),
+        "the cache must have pages, positions, kv heads and an even head dim, got (P, T, K, D) = (9, 0, 4, 8)": (
+            lambda: native.norm_qkv_rope_append(
+                h, norm, case.wqkv, rope, cache._replace(table=cache.table[:, :0]), EPS, batch
+            )
         ),
     }
     for message, call in refusals.items():

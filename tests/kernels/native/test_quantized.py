@@ -59,11 +59,10 @@ def test_quantized_projections_match_reference(
         return  # no weight of this shape has such groups
     for n_tokens, dtype in (*((n, torch.float32) for n in TOKENS), *((n, torch.bfloat16) for n in HALF_TOKENS)):
         case = QuantizedCase(kind, shape, n_tokens, dtype, guarded)
-        cache_k, cache_v, rope = case.target[:3]
         q = native.norm_qkv_rope_append(
-            case.h, case.norm, case.wqkv, rope, cache_k, cache_v, EPS, case.batch, case.bqkv
+            case.h, case.norm, case.wqkv, case.target.rope, case.cache, EPS, case.batch, case.bqkv
         )
-        for ours, expected in zip((q.flatten(1), cache_k, cache_v), case.expected_qkv(), strict=True):
+        for ours, expected in zip((q.flatten(1), case.cache.k, case.cache.v), case.expected_qkv(), strict=True):
             assert_appended(ours, expected)
             assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
         swiglu = native.norm_swiglu(case.h, case.norm, case.w13, EPS, case.batch, case.b13)

@@ -127,6 +127,17 @@ def test_sample_and_advance_repeats_step_by_step() -> None:
         assert_same(*states)
 
 
+def test_output_goes_round_and_each_row_has_its_own_stop_tokens() -> None:
+    states = [state_of([START + 7] * ROWS, [START + 20] * ROWS, CPU) for _ in range(2)]
+    greedy = int(logits_on(CPU)[1].argmax())
+    for state in states:
+        state.set_stops([1, 5], [[greedy], []])
+    native.sample_and_advance(logits_on(CPU), states[0])
+    reference.sample_and_advance(logits_on(CPU), states[1])
+    assert_same(*states)
+    assert (states[0].positions == -1).tolist() == [row == 1 for row in range(ROWS)]
+
+
 def test_sample_rejects_what_does_not_belong_together() -> None:
     logits, how = random(3, 80), sampling([1.0], [0.9], [(0, row, 0) for row in range(3)], CPU)
     zero, state = torch.zeros(3, dtype=torch.int64), DecodeState.of(3, 4, 80, CPU)
@@ -136,8 +147,8 @@ def test_sample_rejects_what_does_not_belong_together() -> None:
         "a vocabulary of at least 1 token": lambda: native.sample(logits[:, :0].contiguous(), how, zero),
         "sampling.temperature must have shape (2), got (3)": lambda: native.sample(logits[:2], how, zero[:2]),
         "positions must be torch.int64": lambda: native.sample(logits, how, zero.int()),
-        "state.is_stop must have shape (80), got (79)": lambda: native.sample_and_advance(
-            logits, replace(state, is_stop=state.is_stop[:79])
+        "state.is_stop must have shape (3, 80), got (2, 80)": lambda: native.sample_and_advance(
+            logits, replace(state, is_stop=state.is_stop[:2])
         ),
         "must have one layout": lambda: native.sample_and_advance(
             logits, replace(state, out_tokens=state.out_tokens[:2])

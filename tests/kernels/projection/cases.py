@@ -7,12 +7,14 @@ from torch import Tensor
 
 from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, Segment
+from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.rope import CacheTarget
 from tests.kernels.cases import random
 from tests.kernels.guards import GuardedMemory
+from tests.kernels.pages import empty_cache
 
 EPS = 1e-5
-LENGTH, N_ROWS = 37, 4  # of the cache
+LENGTH, N_ROWS = 128, 4  # of the cache
 
 
 class Shape(NamedTuple):
@@ -66,18 +68,18 @@ class Case:
         )
         angles = random(LENGTH, head_dim // 2, seed=7)
         rope = memory.copy(torch.stack([angles.cos(), angles.sin()], -1).to(device))
-        cache = (N_ROWS, n_kv_heads, LENGTH, head_dim)
-        cache_k, cache_v = (memory.empty(*cache, dtype=dtype, device=device) for _ in range(2))
-        self.target = CacheTarget.of(cache_k, cache_v, rope, self.batch)
+        self.cache = empty_cache(memory, N_ROWS, LENGTH, n_kv_heads, head_dim, dtype, device)
+        self.target = CacheTarget.of(self.cache, rope, self.batch)
 
     def expected_qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q (N, H·D) and both caches, with NaN where nothing is written."""
-        cache_k, cache_v = (torch.full_like(cache, torch.nan) for cache in self.target[:2])
+        """q (N, H·D) and the cache's pages of keys and values, with NaN where nothing is written."""
+        k, v = (torch.full_like(pages, torch.nan) for pages in (self.cache.k, self.cache.v))
+        cache = LayerCache(k, v, self.cache.table)
         packed = reference.pack(self.wqkv)
         q = reference.norm_qkv_rope_append(
-            self.h, self.norm, packed, self.target.rope, cache_k, cache_v, EPS, self.batch, self.bqkv
+            self.h, self.norm, packed, self.target.rope, cache, EPS, self.batch, self.bqkv
         )
-        return q.flatten(1), cache_k, cache_v
+        return q.flatten(1), k, v
 
     def expected_swiglu(self) -> Tensor:
         """(N, F)."""
@@ -89,10 +91,10 @@ class Case:
 
 
 def scattered(n_tokens: int, device: torch.device) -> RaggedBatch:
-    """Tokens of up to three rows, which are not in order, at positions that differ by row."""
+    """Tokens of up to three rows, which are not in order, at positions that differ by row, on two pages."""
     third = n_tokens // 3
     counts = {3: n_tokens - 2 * third, 0: third, 2: third}
-    return RaggedBatch.of([(row, 5 * row + 1, [0] * count) for row, count in counts.items() if count], device)
+    return RaggedBatch.of([(row, 5 * row + 50, [0] * count) for row, count in counts.items() if count], device)
 
 
 def outside(n_tokens: int, device: torch.device) -> RaggedBatch:

@@ -29,7 +29,7 @@ def test_few_tokens_matches_reference(
         swiglu = few_tokens(case.h, case.w13, bias=case.b13, norm=case.norm, eps=EPS, swiglu=True)
         assert_matches("linear", swiglu, case.expected_swiglu())
         q = few_tokens(case.h, case.wqkv, bias=case.bqkv, norm=case.norm, eps=EPS, append_to=case.target)
-        for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
+        for ours, expected in zip((q, case.cache.k, case.cache.v), case.expected_qkv(), strict=True):
             assert_appended(ours, expected)
             assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
         for residual in (None, case.h):
@@ -41,7 +41,7 @@ def test_few_tokens_appends_nothing_outside_the_cache(device: torch.device, guar
     case = Case(STORIES, 4, torch.bfloat16, device, guarded)
     target = case.target._replace(positions=outside(4, device).positions)
     few_tokens(case.h, case.wqkv, append_to=target)
-    assert case.target.cache_k.isnan().all() and case.target.cache_v.isnan().all()
+    assert case.cache.k.isnan().all() and case.cache.v.isnan().all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0])

@@ -42,7 +42,7 @@ def test_matvec_matches_reference(
         swiglu = matvec(case.h, case.w13, bias=case.b13, norm=case.norm, eps=EPS, swiglu=True)
         assert_matches("linear", swiglu, case.expected_swiglu())
         q = matvec(case.h, case.wqkv, bias=case.bqkv, norm=case.norm, eps=EPS, append_to=case.target)
-        for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
+        for ours, expected in zip((q, case.cache.k, case.cache.v), case.expected_qkv(), strict=True):
             assert_appended(ours, expected)
             assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
 
@@ -53,7 +53,7 @@ def test_matvec_appends_nothing_outside_the_cache(device: torch.device, guarded:
         batch = outside(2, device)
         target = case.target._replace(positions=batch.positions[position : position + 1].clone())
         matvec(case.h, case.wqkv, norm=case.norm, eps=EPS, append_to=target)
-    assert case.target.cache_k.isnan().all() and case.target.cache_v.isnan().all()
+    assert case.cache.k.isnan().all() and case.cache.v.isnan().all()
 
 
 def test_matvec_rounds_like_llama3(device: torch.device) -> None:
@@ -126,8 +126,8 @@ def test_matvec_rejects_invalid_arguments(device: torch.device, guarded: Guarded
         "2·F rows together, got 171": lambda: matvec(case.h, case.w13[:171], swiglu=True),
         "float32, bfloat16 or float16, got torch.int64": lambda: matvec(case.h.long(), case.w13),
         "multiple of 4, got 120 rows": lambda: matvec(case.h, case.wqkv[:120], append_to=case.target),
-        "cache's 37 positions, got 36": lambda: matvec(
-            case.h, case.wqkv, append_to=case.target._replace(rope=case.target.rope[:36])
+        "cache's 128 positions, got 127": lambda: matvec(
+            case.h, case.wqkv, append_to=case.target._replace(rope=case.target.rope[:127])
         ),
         "rows must be torch.int64, got torch.int32": lambda: matvec(
             case.h, case.wqkv, append_to=case.target._replace(rows=case.target.rows.int())

@@ -37,10 +37,10 @@ def assert_all_ops_match(case: Case) -> None:
     for kernel in kernels:
         swiglu = kernel(case.h, w13, bias=case.b13, norm=case.norm, eps=EPS, swiglu=True)
         assert_matches("linear", swiglu, case.expected_swiglu())
-        for cache in case.target[:2]:
+        for cache in (case.cache.k, case.cache.v):
             cache.fill_(torch.nan)
         q = kernel(case.h, wqkv, bias=case.bqkv, norm=case.norm, eps=EPS, append_to=case.target)
-        for ours, expected in zip((q, *case.target[:2]), case.expected_qkv(), strict=True):
+        for ours, expected in zip((q, case.cache.k, case.cache.v), case.expected_qkv(), strict=True):
             assert_appended(ours, expected)
             assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
         for residual in (None, case.h):
@@ -101,7 +101,7 @@ def test_nothing_is_appended_outside_the_cache(n_tokens: int, device: torch.devi
     target = case.target._replace(positions=outside(n_tokens, device).positions)
     kernel = quantized_matvec if n_tokens == 1 else quantized_few_tokens
     kernel(case.h, checked(fused.pack(case.wqkv)), append_to=target)  # type: ignore[arg-type]
-    assert case.target.cache_k.isnan().all() and case.target.cache_v.isnan().all()
+    assert case.cache.k.isnan().all() and case.cache.v.isnan().all()
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4-g128"])

@@ -76,12 +76,26 @@ def test_sample_and_advance_matches_reference_over_several_steps(device: torch.d
     assert bool(same[1] & same[5]) and not bool(same.all()), "equal logits: greedy rows repeat their token, others draw"
 
 
+def test_output_goes_round_and_each_row_has_its_own_stop_tokens(device: torch.device) -> None:
+    """The steps beyond the output's size begin at its front. A token stops only the rows that it is a stop token of."""
+    position = START + 2 * STEPS
+    states = [state_of([position] * ROWS, [position + 9] * ROWS, device) for _ in range(2)]
+    greedy = int(logits_on(device)[1].argmax())
+    for state in states:
+        state.set_stops([1, 5], [[greedy], []])
+    sample_and_advance(logits_on(device), states[0], SamplingScratch.of(ROWS, VOCABULARY, device))
+    reference.sample_and_advance(logits_on(device), states[1])
+    assert_same(*states)
+    assert (states[0].out_tokens[1] != -7).all() and (states[0].out_tokens[[0, 2, 3, 4]] == -7).all()
+    assert states[0].positions[1] == INACTIVE and (states[0].positions != INACTIVE).sum() == ROWS - 1
+
+
 def test_sample_and_advance_rejects_a_state_of_other_shapes(device: torch.device) -> None:
     scratch = SamplingScratch.of(ROWS, VOCABULARY, device)
     state = state_of([START] * ROWS, [START + 9] * ROWS, device)
     with pytest.raises(ValueError, match=r"sampling.temperature must have shape \(3\), got \(7\)"):
         sample_and_advance(logits_on(device)[:3], state, scratch)
-    with pytest.raises(ValueError, match=r"state.is_stop must have shape \(300\), got \(299\)"):
-        sample_and_advance(logits_on(device), replace(state, is_stop=state.is_stop[:299]), scratch)
+    with pytest.raises(ValueError, match=r"state.is_stop must have shape \(7, 300\), got \(6, 300\)"):
+        sample_and_advance(logits_on(device), replace(state, is_stop=state.is_stop[:6]), scratch)
     with pytest.raises(ValueError, match="must have one layout: make it with DecodeState.of"):
         sample_and_advance(logits_on(device), replace(state, out_tokens=state.out_tokens[:2]), scratch)

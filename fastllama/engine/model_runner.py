@@ -1,0 +1,170 @@
+"""Runs the scheduler's decisions on the model: chunks of prompts, and decode steps of all rows together.
+
+Everything is enqueued on one stream, in this order: changes of the page table, chunks of prompts, rows that start and
+stop, decode steps. So no launch sees a page or a row before or after its time, and nothing waits for the device.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from typing import NamedTuple
+
+import torch
+
+from fastllama import threads
+from fastllama.decode_graph import Decoder
+from fastllama.engine.scheduler import Chunk, rows_in_use
+from fastllama.engine.sequence import Sequence, TopLogprobs
+from fastllama.kernels.batch import RaggedBatch, SamplingTensors, upload
+from fastllama.kernels.sampling.controls import RowControls
+from fastllama.output_copies import NewestSteps
+from fastllama.step_graphs import Extras
+from fastllama.token_scores import TokenScore, score_tokens
+
+
+class NewToken(NamedTuple):
+    """A decode step's token of one sequence."""
+
+    sequence: Sequence
+    token: int
+    logprob: float
+    top: TopLogprobs
+
+
+class ModelRunner:
+    """The model's side of an engine. All methods but `receive` return without waiting for the device."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.model = decoder.model
+        self._in_flight: deque[list[tuple[Sequence, int]]] = deque()  # each step's sequences, with their step numbers
+
+    @property
+    def queued(self) -> int:
+        """Steps whose output has not been received."""
+        return len(self._in_flight)
+
+    def begin(self) -> None:
+        """Begin with no rows. No row of an earlier call keeps its pages."""
+        self.decoder.begin()
+        self.model.cache.release()
+        self._in_flight.clear()
+
+    def set_pages(self, entries: dict[tuple[int, int], int]) -> None:
+        """Write entries of the page table."""
+        with self.decoder.launch_context():
+            self.model.cache.set_entries(entries)
+
+    def prefill(self, chunks: Items[Chunk]) -> dict[Sequence, list[TokenScore]]:
+        """Compute the keys and values of these tokens -> the scores of those whose log-probabilities are wanted."""
+        model = self.model
+        pieces = [(one.sequence.placed_row, one.begin, one.sequence.tokens[one.begin : one.end]) for one in chunks]
+        with self.decoder.launch_context():
+            batch = RaggedBatch.of(pieces, model.device, model.workspace)
+            with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
+                h = model.hidden(batch)
+                scores: dict[Sequence, list[TokenScore]] = {}
+                for chunk, segment in zip(chunks, batch.segments, strict=True):
+                    if chunk.sequence.first_scored is not None:
+                        scores[chunk.sequence] = self._score(chunk, h[segment.begin : segment.end], batch)
+            if model.device.type == "cpu":
+                threads.end_openmp_threads()
+        return scores
+
+    def start(self, sequences: Items[Sequence]) -> None:
+        """These sequences take part in the steps from now on. Their newest tokens are fed first."""
+        if not sequences:
+            return
+        state, rows = self.decoder.state, [one.placed_row for one in sequences]
+        with self.decoder.launch_context():
+            state.start_rows(
+                rows,
+                [one.tokens[-1] for one in sequences],
+                [len(one.tokens) - 1 for one in sequences],
+                [one.n_prompt for one in sequences],
+                [one.last for one in sequences],
+            )
+            state.set_stops(rows, [sorted(one.stop_ids) for one in sequences])
+            drawn = SamplingTensors.per_row(
+                [(one.params.temperature, one.params.top_p) for one in sequences],
+                [one.stream for one in sequences],
+                self.model.device,
+            )
+            state.sampling.set_rows(upload(rows, torch.int64, self.model.device), drawn)
+            if state.controls is not None:
+                self._set_controls(sequences)
+        self.decoder.set_lengths({one.placed_row: len(one.tokens) for one in sequences})
+        for sequence in sequences:
+            sequence.is_decoding = True
+
+    def stop(self, rows: Items[int]) -> None:
+        """These rows generate nothing in the steps from now on."""
+        with self.decoder.launch_context():
+            self.decoder.state.stop_rows(rows)
+        for row in rows:
+            self.decoder.mark_finished(row)
+
+    def step(self, sequences: Items[Sequence]) -> None:
+        """Enqueue the next step of these sequences."""
+        n_rows, params = rows_in_use(sequences), [one.params for one in sequences]
+        extras = Extras(any(one.needs_controls for one in params), any(one.logprobs for one in params))
+        if extras.controls and self.decoder.state.controls is None:
+            self.decoder.add_extras()
+            with self.decoder.launch_context():
+                self._set_controls(sequences)
+        self.decoder.select(n_rows, all(one.is_greedy for one in params), extras)
+        with self.model.suited(n_rows, max(len(one.tokens) for one in sequences)):
+            self.decoder.enqueue_steps()
+        self._in_flight.append([(one, one.n_generated + one.in_flight) for one in sequences])
+        for sequence in sequences:
+            sequence.in_flight += self.decoder.unroll
+
+    def receive(self) -> Iterable[NewToken]:
+        """Wait for the oldest step -> the tokens of the sequences that had not ended before."""
+        unroll = self.decoder.unroll
+        newest = self.decoder.receive_newest()
+        for sequence, first in self._in_flight.popleft():
+            sequence.in_flight -= unroll
+            for number in range(first, first + unroll):
+                if sequence.finish_reason is None:
+                    yield _new_token(sequence, newest, number)
+
+    def _set_controls(self, sequences: Items[Sequence]) -> None:
+        controls = self.decoder.state.controls
+        assert controls is not None
+        for sequence in sequences:
+            controls.set_row(sequence.placed_row, _controls(sequence))
+
+    def _score(self, chunk: Chunk, h: torch.Tensor, batch: RaggedBatch) -> list[TokenScore]:
+        """Score the tokens that follow a chunk's tokens, from the first that is wanted: h (chunk, dim)."""
+        sequence = chunk.sequence
+        assert sequence.first_scored is not None
+        begin = max(chunk.begin, sequence.first_scored - 1)
+        targets = sequence.tokens[begin + 1 : min(chunk.end, sequence.n_prompt - 1) + 1]
+        sources = range(begin - chunk.begin, begin - chunk.begin + len(targets))
+        return score_tokens(self.model, h, batch, sources, targets, sequence.n_top_scored)
+
+
+def _new_token(sequence: Sequence, newest: NewestSteps, number: int) -> NewToken:
+    at, row = number % len(newest.tokens), sequence.placed_row
+    top: TopLogprobs = []
+    if newest.top_ids is not None and newest.top_logprobs is not None:
+        top = list(zip(newest.top_ids[at][row], newest.top_logprobs[at][row], strict=True))
+    return NewToken(sequence, newest.tokens[at][row], newest.logprobs[at][row], top)
+
+
+def _controls(sequence: Sequence) -> RowControls:
+    params = sequence.params
+    if not params.needs_controls:
+        return RowControls()
+    return RowControls(
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        min_p=params.min_p,
+        top_k=params.top_k,
+        min_position=sequence.n_prompt + params.min_tokens,
+        bias=params.logit_bias,
+        prompt=sequence.tokens[: sequence.n_prompt],
+        generated=sequence.tokens[sequence.n_prompt : -1],  # the newest one is counted when it is fed
+    )

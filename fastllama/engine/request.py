@@ -1,0 +1,191 @@
+"""A request and its handle: what was asked, and the answers as they come."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fastllama.engine.sampling_params import SamplingParams
+from fastllama.engine.sequence import FinishReason, Increment, Sequence, TopLogprobs
+from fastllama.token_scores import TokenScore
+
+
+class Runner(Protocol):
+    """What a request needs of its engine."""
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether steps run without the request's doing."""
+
+    def step(self) -> bool:
+        """Run one step."""
+
+    def cancel(self, request: "Request") -> None:
+        """End the request's answers."""
+
+
+@dataclass
+class Answer:
+    """One answer of a request."""
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)  # never a stop token
+    logprobs: list[float] | None = None  # one per token; None if they were not requested
+    top_logprobs: list[TopLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or stop string that ended it
+    error: str | None = None  # with finish_reason "error"
+
+    def add(self, increment: Increment) -> None:
+        """Add what was generated since."""
+        self.text += increment.text
+        self.tokens += increment.tokens
+        if increment.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + increment.logprobs
+        if increment.top_logprobs is not None:
+            self.top_logprobs = (self.top_logprobs or []) + increment.top_logprobs
+        self.finish_reason, self.stop_reason = increment.finish_reason, increment.stop_reason
+
+
+@dataclass
+class Times:
+    """When things happened to a request, in seconds of time.perf_counter."""
+
+    arrival: float
+    first_token: float | None = None
+    tokens: list[float] = field(default_factory=list)  # of the first answer
+    end: float | None = None
+
+
+@dataclass
+class Result:
+    """A request's answers."""
+
+    prompt_tokens: list[int]
+    answers: list[Answer]
+    prompt_scores: list[TokenScore] | None = None  # of the prompt's last tokens, where they were requested
+    cached_tokens: int = 0  # of the prompt, that were found in the cache
+    times: Times = field(default_factory=lambda: Times(time.perf_counter()))
+
+    @property
+    def answer(self) -> Answer:
+        """The first answer."""
+        return self.answers[0]
+
+
+class Request:
+    """The handle of a submitted request.
+
+    Iterating over it yields the increments of all answers and runs the engine meanwhile, unless the engine runs in its
+    own thread. `async for` needs that thread. `result()` waits for the end. `cancel()` ends it.
+    """
+
+    def __init__(self, engine: Runner, number: int, params: SamplingParams, sequences: list[Sequence]) -> None:
+        self.number, self.params, self.sequences = number, params, sequences
+        first = sequences[0]
+        prompt = first.tokens[: first.n_prompt]
+        answers = [self._new_answer(one) for one in sequences]
+        self.partial = Result(prompt, answers)  # what has come so far
+        self.error: Exception | None = None  # of the engine
+        self._engine = engine
+        self._increments: deque[Increment] = deque()
+        self._n_open = len(sequences)
+        self._changed = threading.Condition()
+        self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all answers have ended."""
+        return self._n_open == 0 or self.error is not None
+
+    def result(self) -> Result:
+        """Wait for the end of all answers."""
+        for _ in self:
+            pass
+        return self.partial
+
+    def cancel(self) -> None:
+        """End all answers that are not finished. Their last increment has the finish reason "cancelled"."""
+        self._engine.cancel(self)
+
+    def __iter__(self) -> Iterator[Increment]:
+        while True:
+            with self._changed:
+                increment = self._increments.popleft() if self._increments else None
+            if increment is not None:
+                yield increment
+            elif self.is_finished:
+                self._raise_error()
+                return
+            elif self._engine.has_thread:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._increments or self.is_finished)
+            else:
+                self._engine.step()
+
+    async def __aiter__(self) -> AsyncIterator[Increment]:
+        if not self._engine.has_thread:
+            raise RuntimeError("`async for` needs an engine that runs in its own thread: call engine.start() first")
+        event = asyncio.Event()
+        self._wake = asyncio.get_running_loop(), event
+        try:
+            while True:
+                event.clear()
+                with self._changed:
+                    increment = self._increments.popleft() if self._increments else None
+                if increment is not None:
+                    yield increment
+                elif self.is_finished:
+                    self._raise_error()
+                    return
+                else:
+                    await event.wait()
+        finally:
+            self._wake = None
+
+    async def aresult(self) -> Result:
+        """Wait for the end of all answers, without blocking other tasks."""
+        async for _ in self:
+            pass
+        return self.partial
+
+    # The engine calls these.
+
+    def add(self, increment: Increment) -> None:
+        """Take an increment of one answer."""
+        now, times = time.perf_counter(), self.partial.times
+        self.partial.answers[increment.index].add(increment)
+        if increment.tokens:
+            times.first_token = times.first_token or now
+            if increment.index == 0:
+                times.tokens.append(now)
+        with self._changed:
+            self._increments.append(increment)
+            self._n_open -= increment.finish_reason is not None
+            if not self._n_open:
+                times.end = now
+        self._notify()
+
+    def fail(self, error: Exception) -> None:
+        """The engine has failed: whoever waits for this request gets its error."""
+        self.error = error
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        if self._wake is not None:
+            loop, event = self._wake
+            loop.call_soon_threadsafe(event.set)
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _new_answer(self, sequence: Sequence) -> Answer:
+        wanted = self.params.logprobs
+        return Answer(sequence.index, logprobs=None if wanted is None else [], top_logprobs=[] if wanted else None)

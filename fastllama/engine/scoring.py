@@ -1,0 +1,142 @@
+"""Scoring: the log-probabilities of given continuations, and of whole documents.
+
+A pair of context and continuation is a prompt whose last tokens are scored. Nothing is generated. Pairs are sorted, so
+that those with the same context follow each other and find its pages in the cache.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from fastllama import validate
+from fastllama.engine.engine import Engine, Prompt
+from fastllama.engine.many import Submission, run_in_order
+from fastllama.engine.request import Result
+from fastllama.engine.sampling_params import SamplingParams
+
+SCORING = SamplingParams(max_gen_len=0, prompt_logprobs=0)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a continuation is."""
+
+    tokens: list[int]  # of the continuation
+    logprobs: list[float]  # of each token, given those before it
+    greedy: list[bool]  # whether each token is the most likely one
+
+    @property
+    def total(self) -> float:
+        """The log-probability of the continuation."""
+        return sum(self.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy generation would give this continuation."""
+        return all(self.greedy)
+
+
+def score_pairs(engine: Engine, pairs: Iterable[tuple[Prompt, Prompt]], progress: bool | None) -> list[Score]:
+    """See `Llama.score`."""
+    return score_tokens(engine, [tokens_of_pair(engine, *pair) for pair in pairs], progress)
+
+
+def score_tokens(
+    engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: bool | None
+) -> list[Score]:
+    """The scores of (context, continuation) pairs of token ids; a context has at least one."""
+    most = engine.llm.model.params.max_seq_len + 1  # the last token is predicted, and not fed
+    for index, (context, continuation) in enumerate(pairs):
+        n_tokens = len(context) + len(continuation)
+        if n_tokens > most:
+            raise ValueError(
+                f"pair {index} has {n_tokens} tokens, and at most {most} can be scored: shorten it, or build with a "
+                "larger max_seq_len"
+            )
+    # The same contexts follow each other, long ones first: so memory that does not suffice shows at once.
+    order = sorted(range(len(pairs)), key=lambda index: (-len(pairs[index][0]), *pairs[index]))
+    order = [index for index in order if pairs[index][1]]
+    scores = [Score([], [], []) for _ in pairs]
+    ordered = (pairs[index] for index in order)
+    submissions = (Submission([*context, *tokens], SCORING, len(context)) for context, tokens in ordered)
+    for index, result in zip(order, run_in_order(engine, submissions, len(order), "scoring", progress), strict=True):
+        scores[index] = _score(list(pairs[index][1]), result)
+    return scores
+
+
+def score_documents(
+    engine: Engine, documents: Iterable[Prompt], stride: int | None, progress: bool | None
+) -> list[Score]:
+    """See `Llama.score_documents`."""
+    most = engine.llm.model.params.max_seq_len
+    if stride is not None:
+        validate.whole_number("stride", stride, 1, most)
+    windows: list[tuple[list[int], list[int]]] = []
+    n_windows: list[int] = []
+    for document in documents:
+        tokens = _encoded(engine, document)
+        of_document = list(_windows([_first_token(engine), *tokens], most, stride))
+        windows += of_document
+        n_windows.append(len(of_document))
+    found = iter(score_tokens(engine, windows, progress))
+    return [_joined([next(found) for _ in range(count)]) for count in n_windows]
+
+
+def tokens_of_pair(engine: Engine, context: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
+    """The token ids of a context and its continuation, which may be texts or ids.
+
+    Texts are encoded together, as the model would have read them, and spaces at the end of the context belong to the
+    continuation.
+    """
+    if isinstance(context, str) and isinstance(continuation, str):
+        kept = context.rstrip()
+        context, continuation = kept, context[len(kept) :] + continuation
+        if not context:
+            return [_first_token(engine)], _encoded(engine, continuation)
+        encode = engine.llm.tokenizer.encode
+        together, before = (encode(text, bos=True, eos=False) for text in (context + continuation, context))
+        return before, together[len(before) :]
+    if isinstance(context, str) or isinstance(continuation, str):
+        raise ValueError("a pair must be two texts or two lists of token ids, got one of each")
+    ids = [_encoded(engine, part) for part in (context, continuation)]
+    return ids[0] or [_first_token(engine)], ids[1]
+
+
+def _windows(tokens: list[int], most: int, stride: int | None) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut tokens into (context, continuation) pairs that fit and score each token but the first once."""
+    begin = 1
+    while begin < len(tokens):
+        end = min(begin + (stride or most), len(tokens))
+        first = begin - 1 if stride is None else max(0, end - most - 1)
+        yield tokens[first:begin], tokens[begin:end]
+        begin = end
+
+
+def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
+    """Token ids without a begin of text; of none, too."""
+    if isinstance(prompt, str):
+        return engine.llm.tokenizer.encode(prompt, bos=False, eos=False)
+    return engine.checked(cast(Sequence[int], prompt)) if len(prompt) else []
+
+
+def _first_token(engine: Engine) -> int:
+    """The token before a text: the begin of a text, or the end of another where the tokenizer has none."""
+    tokenizer = engine.llm.tokenizer
+    return tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+
+
+def _score(tokens: list[int], result: Result) -> Score:
+    if (error := result.answer.error) is not None:
+        raise ValueError(error)
+    scores = result.prompt_scores or []
+    return Score(tokens, [score.logprob for score in scores], [score.is_greedy for score in scores])
+
+
+def _joined(scores: Sequence[Score]) -> Score:
+    """The scores of adjacent parts as one."""
+    joined = Score([], [], [])
+    for score in scores:
+        joined.tokens.extend(score.tokens)
+        joined.logprobs.extend(score.logprobs)
+        joined.greedy.extend(score.greedy)
+    return joined

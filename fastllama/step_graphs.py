@@ -1,0 +1,173 @@
+"""The decode step, and its graphs: captured once for each batch size, replayed for each token.
+
+All graphs of a model share one memory pool, so only one of them may run at a time. Steps run eagerly where the backend
+has no graphs.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+
+from fastllama.cuda_graph import CudaGraph
+from fastllama.kernels.batch import RaggedBatch, Segment
+from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.graph import Graph
+from fastllama.kernels.launch.options import override_launch_options
+from fastllama.kernels.sampling.extras import sample_with_extras
+from fastllama.model import Transformer
+
+logger = logging.getLogger(__name__)
+
+FINE_BATCH_SIZES = (1, 2, 4, 8, 16)  # of graphs; larger sizes are multiples of the last, up to the model's batch size
+
+
+class Extras(NamedTuple):
+    """What a step does beyond drawing each row's token. Both cost launches, so they are off unless a row needs them."""
+
+    controls: bool = False  # penalties, biases and so on
+    top_tokens: bool = False  # output of the most likely tokens
+
+
+PLAIN = Extras()
+
+
+def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None = None, extras: Extras = PLAIN) -> None:
+    """Run the model on every row's newest token and sample the next.
+
+    lengths: each row's tokens, the newest included, so that a backend reads only these cache positions. None: only the
+    device knows the lengths.
+    """
+    keys = lengths or [model.cache.max_seq_len] * state.rows.shape[0]
+    batch = RaggedBatch(
+        tokens=state.tokens,
+        positions=state.positions,
+        rows=state.rows,
+        segments=tuple(Segment(row, row, row + 1, length) for row, length in enumerate(keys)),
+        exact=lengths is not None,
+        workspace=model.workspace,
+    )
+    logits = model.logits(model.hidden(batch), batch)
+    if extras == PLAIN:
+        model.ops.sample_and_advance(logits, state, model.workspace)
+    else:
+        controls = state.controls if extras.controls else None
+        top = state.top if extras.top_tokens else None
+        sample_with_extras(model.ops, logits, state, model.workspace, controls, top)
+
+
+class StepGraphs:
+    """The graphs of one model's decode steps on one state, each of `unroll` steps."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        unroll: int,
+        graphs: bool | None,
+        dependent: bool | None,
+        new_graph: Callable[[], Graph] | None,
+    ) -> None:
+        """The arguments are those of `Decoder`."""
+        self.model, self.unroll = model, unroll
+        self.use_graphs, self.dependent, self._new_graph = graphs, dependent, new_graph
+        self.captured: dict[tuple[int, Extras], Graph] = {}
+        self.call_stream: torch.cuda.Stream | None = None
+
+    def clear(self) -> None:
+        """Drop all graphs: the model's tensors were replaced."""
+        self.captured = {}
+        self._new_capture_memory()
+
+    def get(self, state: DecodeState, n_rows: int, extras: Extras) -> Graph | None:
+        """The graph for a batch of n_rows, captured at its first use; None where steps run eagerly.
+
+        Capturing leaves all rows of the state as they are if they are inactive.
+        """
+        if self._factory(extras) is None:
+            return None
+        key = graph_size(n_rows, self.model.cache.max_batch_size), extras
+        if key not in self.captured:
+            self.captured[key] = self._capture(state, *key)
+        return self.captured[key]
+
+    @contextmanager
+    def launch_context(self) -> Iterator[None]:
+        """A block whose launches use the call's stream and this decoder's setting of dependent launches."""
+        with ExitStack() as stack:
+            if self.call_stream is not None:
+                stack.enter_context(torch.cuda.stream(self.call_stream))
+            if self.dependent is False:
+                stack.enter_context(override_launch_options(dependent=False, prefetch=False))
+            yield
+
+    @property
+    def uses_dependent_launch(self) -> bool:
+        """Whether kernels use dependent launches: allowed, supported here, and not turned off by a failed capture."""
+        with self.launch_context():
+            return bool(self.model.ops.uses_dependent_launch())
+
+    def _factory(self, extras: Extras) -> Callable[[], Graph] | None:
+        """What makes the graphs; None where steps run eagerly."""
+        model = self.model
+        if self.use_graphs is False:
+            return None
+        if self._new_graph is not None:
+            return self._new_graph
+        if self.use_graphs or model.ops.supports_cuda_graphs(model.device):
+            return lambda: CudaGraph(self._stream, self._pool)
+        # A backend's own graphs do not record collectives, nor the operations of torch that extras use.
+        factory: Callable[[], Graph] | None = model.ops.graph_factory(model.device)
+        return factory if model.group.size == 1 and extras == PLAIN else None
+
+    def _capture(self, state: DecodeState, n_rows: int, extras: Extras) -> Graph:
+        """Capture a graph of `unroll` steps; if it fails with dependent launches, turn them off and try again."""
+        rows = state.first(n_rows)
+
+        def steps() -> None:
+            for _ in range(self.unroll):
+                step(self.model, rows, extras=extras)
+
+        with self.launch_context():
+            positions = state.positions.clone()
+            state.deactivate()  # so that the eager run, which compiles kernels, changes nothing
+        try:
+            return self._capture_steps(steps, extras)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not self.uses_dependent_launch:
+                raise
+            logger.warning(
+                "a graph with dependent launches could not be captured (%s): this model runs without them from now on, "
+                "as with dependent_launch=False",
+                error,
+            )
+            self.dependent = False
+            self._new_capture_memory()
+            return self._capture_steps(steps, extras)
+        finally:
+            with self.launch_context():
+                state.positions.copy_(positions)
+
+    def _capture_steps(self, steps: Callable[[], None], extras: Extras) -> Graph:
+        factory = self._factory(extras)
+        assert factory is not None
+        graph = factory()
+        with self.launch_context():
+            steps()
+            graph.capture(steps)
+        return graph
+
+    def _new_capture_memory(self) -> None:
+        """Create the stream to capture on and the memory pool of all graphs."""
+        if self.model.device.type == "cuda":
+            self._stream, self._pool = torch.cuda.Stream(self.model.device), torch.cuda.graph_pool_handle()
+
+
+def graph_size(n_rows: int, max_batch_size: int) -> int:
+    """The number of rows of the graph for a batch of n_rows; its other rows are inactive."""
+    fine = FINE_BATCH_SIZES[-1]
+    size = next((size for size in FINE_BATCH_SIZES if size >= n_rows), -(-n_rows // fine) * fine)
+    return min(size, max_batch_size)

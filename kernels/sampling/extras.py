@@ -1,0 +1,58 @@
+"""The end of a decode step that needs more than a draw: controls (`controls.py`), or the most likely tokens as output.
+
+Plain torch on any device, with static shapes and without a value on the host, so that a graph can capture it.
+Log-probabilities stay those of the model, before the controls.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllama.kernels.batch import Workspace
+from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.sampling.controls import LogitControls, TopTokens
+
+
+def controlled(logits: Tensor, state: DecodeState, controls: LogitControls) -> Tensor:
+    """The logits (B, V) after the controls, in their dtype. Counts each row's newest token if it was generated."""
+    counts = controls.counts
+    is_generated = (state.positions >= state.starts)[:, None]
+    counts.scatter_add_(1, state.tokens[:, None], is_generated.to(counts.dtype))
+    x = logits.float()
+    r = controls.repetition[:, None]
+    x = torch.where(controls.in_prompt | (counts > 0), torch.where(x > 0, x / r, x * r), x)
+    x = x - controls.presence[:, None] * (counts > 0) - controls.frequency[:, None] * counts + controls.bias
+    too_early = (state.positions + 1 < controls.min_position)[:, None]
+    x = x.masked_fill(state.is_stop & too_early, -torch.inf)
+    distance = state.sampling.temperature.float() * controls.min_p.log()  # -inf: every token is near enough
+    least = x.amax(-1, keepdim=True) + torch.where(controls.min_p > 0, distance, -torch.inf)[:, None]
+    k = torch.where(controls.top_k > 0, controls.top_k, x.shape[1]).clamp(max=x.shape[1])
+    kth = x.sort(dim=-1, descending=True).values.gather(-1, k[:, None] - 1)
+    return x.masked_fill(x < torch.maximum(least, kth), -torch.inf).to(logits.dtype)
+
+
+def sample_with_extras(
+    ops: Any,
+    logits: Tensor,
+    state: DecodeState,
+    workspace: Workspace | None,
+    controls: LogitControls | None,
+    top: TopTokens | None,
+) -> None:
+    """`ops.sample_and_advance` of logits (B, V) with controls, and with the most likely tokens as output, if not None.
+
+    The log-probabilities are those of `logits`.
+    """
+    running, rows = state.positions >= 0, state.rows
+    step = torch.where(running, state.positions + 1 - state.starts, 0) % state.out_tokens.shape[0]
+    ops.sample_and_advance(controlled(logits, state, controls) if controls else logits, state, workspace)
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    if controls:
+        tokens, logprobs = state.out_tokens[step, rows], state.out_logprobs[step, rows]
+        chosen = scores.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
+        state.out_logprobs[step, rows] = torch.where(running & (tokens >= 0), chosen, logprobs)
+    if top:
+        values, ids = scores.topk(top.ids.shape[2], dim=-1)
+        for out, new in ((top.ids, ids), (top.logprobs, values)):
+            out[step, rows] = torch.where(running[:, None], new, out[step, rows])

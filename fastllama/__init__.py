@@ -1,4 +1,4 @@
-"""A fast implementation of Meta's Llama 3 interface: build, generate, stream, complete, chat.
+"""A fast implementation of Meta's Llama 3 interface: build, generate, stream, complete, chat; and an engine of requests.
 
 Public names are imported at first use, so that `fastllama --help` does not wait for torch.
 """
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastllama.args import ModelArgs
     from fastllama.builtin import builtin_checkpoint
+    from fastllama.engine import Engine, Result, SamplingParams
     from fastllama.generation import ChatPrediction, CompletionPrediction, Llama
     from fastllama.model import Transformer
     from fastllama.stream import Increment
@@ -21,10 +22,13 @@ __all__ = [
     "ChatPrediction",
     "CompletionPrediction",
     "Dialog",
+    "Engine",
     "Increment",
     "Llama",
     "Message",
     "ModelArgs",
+    "Result",
+    "SamplingParams",
     "Tokenizer",
     "Transformer",
     "builtin_checkpoint",
@@ -33,6 +37,7 @@ __all__ = [
 _PUBLIC_NAMES = {
     "args": ("ModelArgs",),
     "builtin": ("builtin_checkpoint",),
+    "engine": ("Engine", "Result", "SamplingParams"),
     "generation": ("ChatPrediction", "CompletionPrediction", "Llama"),
     "model": ("Transformer",),
     "stream": ("Increment",),

@@ -58,7 +58,6 @@ class ModelArgs:
     rope_theta: float = 500000.0
     max_batch_size: int = 32
     max_seq_len: int = 2048
-    cache_tokens: int | None = None  # positions of all rows together; None: max_seq_len for each row
     use_scaled_rope: bool = False  # Llama 3.1 and later: rope_type "llama3"
     rope_scaling_factor: float = UNSET  # required by linear and yarn; else 32 for the widths of 3.2-1B and 3.2-3B, or 8
     rope_low_freq_factor: float = 1.0
@@ -75,6 +74,7 @@ class ModelArgs:
     rope_factors: tuple[float, ...] = UNSET  # factors: what each of the head_dim/2 frequencies is divided by
     attention_bias: bool = False  # wq, wk, wv and wo add a bias
     mlp_bias: bool = False  # w1, w2 and w3 add a bias
+    cache_tokens: int | None = None  # positions of all rows together; None: max_seq_len for each row
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):

@@ -1,4 +1,4 @@
-"""A fast implementation of Meta's Llama 3 interface: build, generate, stream, complete, chat; and an engine of requests.
+"""A fast implementation of Meta's Llama 3 interface, from build and generate to an engine of requests.
 
 Public names are imported at first use, so that `fastllama --help` does not wait for torch.
 """

@@ -12,7 +12,7 @@ and appends to no page, in the steps that were queued before the host knew.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -100,8 +100,12 @@ class Decoder:
         with self.model.exclusively():
             self._use_current_stream()
             self._allocate_for_model()
-            for n_rows in batch_sizes:
-                self._graphs.get(self._state, n_rows, PLAIN)
+            self.capture_sizes(batch_sizes)
+
+    def capture_sizes(self, batch_sizes: Iterable[int]) -> None:
+        """Capture the graphs of these batch sizes that are not captured, in a call that has begun."""
+        for n_rows in batch_sizes:
+            self._graphs.get(self._state, n_rows, PLAIN)
 
     @torch.inference_mode()
     def dry_run(self, n_rows: int) -> None:
@@ -134,19 +138,24 @@ class Decoder:
         self._copies.clear()
         self._first_steps.clear()
         self._steps = 0
+        self._selected: tuple[int, bool, Extras] | None = None
 
     def select(self, n_rows: int, greedy: bool = False, extras: Extras = PLAIN) -> None:
         """The steps from now on run the first n_rows. greedy: no row draws."""
         if extras != PLAIN:
             self.add_extras()
+        if self._selected == (n_rows, greedy, extras):
+            return
         self._graph = self._graphs.get(self._state, n_rows, extras)
         self._rows = self._state.first(n_rows).with_greedy(greedy)
         self._extras = extras
+        self._selected = n_rows, greedy, extras
 
     def add_extras(self) -> None:
         """Allocate the state's memory for extras, if it is not there."""
         if self._state.controls is None:
             self._state = self._state.with_extras()
+            self._selected = None
 
     def start(
         self,

@@ -166,6 +166,11 @@ class StepGraphs:
             self._stream, self._pool = torch.cuda.Stream(self.model.device), torch.cuda.graph_pool_handle()
 
 
+def graph_sizes(max_batch_size: int) -> list[int]:
+    """The numbers of rows of all graphs that batches of up to max_batch_size need."""
+    return sorted({graph_size(n_rows, max_batch_size) for n_rows in range(1, max_batch_size + 1)})
+
+
 def graph_size(n_rows: int, max_batch_size: int) -> int:
     """The number of rows of the graph for a batch of n_rows; its other rows are inactive."""
     fine = FINE_BATCH_SIZES[-1]

@@ -18,7 +18,7 @@ from fastllama.engine.sequence import Sequence, TopLogprobs
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, upload
 from fastllama.kernels.sampling.controls import RowControls
 from fastllama.output_copies import NewestSteps
-from fastllama.step_graphs import Extras
+from fastllama.step_graphs import Extras, graph_sizes
 from fastllama.token_scores import TokenScore, score_tokens
 
 
@@ -45,8 +45,12 @@ class ModelRunner:
         return len(self._in_flight)
 
     def begin(self) -> None:
-        """Begin with no rows. No row of an earlier call keeps its pages."""
+        """Begin with no rows. No row of an earlier call keeps its pages.
+
+        The first time, the steps of all numbers of rows are captured: a capture waits for the device.
+        """
         self.decoder.begin()
+        self.decoder.capture_sizes(graph_sizes(self.model.cache.max_batch_size))
         self.model.cache.release()
         self._in_flight.clear()
 

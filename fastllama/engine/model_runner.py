@@ -47,10 +47,12 @@ class ModelRunner:
     def begin(self) -> None:
         """Begin with no rows. No row of an earlier call keeps its pages.
 
-        The first time, the steps of all numbers of rows are captured: a capture waits for the device.
+        The first time, CUDA graphs of all numbers of rows are captured: a capture waits for the device. A CPU's own
+        graphs take a moment, and memory for each, so they are captured when they are needed.
         """
         self.decoder.begin()
-        self.decoder.capture_sizes(graph_sizes(self.model.cache.max_batch_size))
+        if self.model.device.type == "cuda":
+            self.decoder.capture_sizes(graph_sizes(self.model.cache.max_batch_size))
         self.model.cache.release()
         self._in_flight.clear()
 

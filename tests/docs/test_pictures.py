@@ -38,9 +38,9 @@ def test_texts_are_large_enough_and_inside(name: str) -> None:
         assert float(text.attrib["y"]) < float(root.attrib["height"]), content
 
 
-def test_the_page_shows_every_picture_with_an_alternative_text() -> None:
-    page = (pictures.FOLDER.parent / "kernels.md").read_text(encoding="utf-8")
-    shown = {name: alt for alt, name in re.findall(r"!\[([^]]*)\]\(pictures/([^)]*)\)", page)}
+def test_the_pages_show_every_picture_with_an_alternative_text() -> None:
+    pages = [(pictures.FOLDER.parent / name).read_text(encoding="utf-8") for name in ("kernels.md", "engine.md")]
+    shown = {name: alt for alt, name in re.findall(r"!\[([^]]*)\]\(pictures/([^)]*)\)", "\n".join(pages))}
     assert sorted(shown) == sorted(pictures.PICTURES) == sorted(path.name for path in pictures.FOLDER.glob("*.svg"))
     assert all(len(alt) > 40 for alt in shown.values())
 

@@ -86,6 +86,7 @@ class EngineCore:
             scheduler.remember(chunk.sequence)
         for sequence, found in scores.items():
             request = self.requests[sequence]
+            sequence.count_scored(len(found))
             if sequence.index == 0:
                 request.partial.prompt_scores = (request.partial.prompt_scores or []) + found
             if any(score.logprob != score.logprob for score in found):
@@ -96,9 +97,11 @@ class EngineCore:
         ready = [one for one in self.scheduler.running if one.is_prefilled and not one.is_decoding]
         for sequence in ready:
             request = self.requests[sequence]
-            if not sequence.n_generated:
-                request.partial.cached_tokens = max(request.partial.cached_tokens, sequence.n_cached)
-                self.n_cached_tokens += sequence.n_cached
+            if not sequence.has_begun:
+                sequence.has_begun = True
+                n_cached = sequence.n_cached or 0
+                request.partial.cached_tokens = max(request.partial.cached_tokens, n_cached)
+                self.n_cached_tokens += n_cached
                 if sequence.params.echo:
                     request.add(self._echo(sequence, request))
         starting = [one for one in ready if one.steps_to_enqueue > 0]
@@ -137,6 +140,8 @@ class EngineCore:
         if increment.finish_reason is not None:
             if isinstance(increment.stop_reason, str):  # a stop string, which the device does not know
                 self._runner.stop([sequence.placed_row])
+            else:
+                self.decoder.mark_finished(sequence.placed_row)
             self.scheduler.remove(sequence)
         if increment.tokens or increment.text or increment.finish_reason is not None:
             self._give(sequence, increment)

@@ -107,7 +107,7 @@ class Engine:
         llm = self.llm
         if isinstance(prompt, str):
             prompt = llm.tokenizer.encode(prompt, bos=True, eos=False)
-        elif prompt and isinstance(prompt, list | tuple) and all(isinstance(message, dict) for message in prompt):
+        elif isinstance(prompt, list | tuple) and prompt and all(isinstance(message, dict) for message in prompt):
             check_dialog(prompt, "the prompt")
             prompt = llm.formatter.encode_dialog_prompt(prompt)
         return self.checked(cast(Items[int], prompt), spare)

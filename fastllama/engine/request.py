@@ -1,6 +1,7 @@
 """A request and its handle: what was asked, and the answers as they come."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -89,13 +90,14 @@ class Request:
         first = sequences[0]
         prompt = first.tokens[: first.n_prompt]
         answers = [self._new_answer(one) for one in sequences]
-        self.partial = Result(prompt, answers)  # what has come so far
+        scores: list[TokenScore] | None = None if first.first_scored is None else []
+        self.partial = Result(prompt, answers, scores)  # what has come so far
         self.error: Exception | None = None  # of the engine
         self._engine = engine
         self._increments: deque[Increment] = deque()
         self._n_open = len(sequences)
         self._changed = threading.Condition()
-        self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._wakes: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()  # of `async for` loops
 
     @property
     def is_finished(self) -> bool:
@@ -114,11 +116,10 @@ class Request:
 
     def __iter__(self) -> Iterator[Increment]:
         while True:
-            with self._changed:
-                increment = self._increments.popleft() if self._increments else None
+            increment, is_last = self._next()
             if increment is not None:
                 yield increment
-            elif self.is_finished:
+            elif is_last:
                 self._raise_error()
                 return
             elif self._engine.has_thread:
@@ -131,21 +132,23 @@ class Request:
         if not self._engine.has_thread:
             raise RuntimeError("`async for` needs an engine that runs in its own thread: call engine.start() first")
         event = asyncio.Event()
-        self._wake = asyncio.get_running_loop(), event
+        wake = asyncio.get_running_loop(), event
+        with self._changed:
+            self._wakes.add(wake)
         try:
             while True:
                 event.clear()
-                with self._changed:
-                    increment = self._increments.popleft() if self._increments else None
+                increment, is_last = self._next()
                 if increment is not None:
                     yield increment
-                elif self.is_finished:
+                elif is_last:
                     self._raise_error()
                     return
                 else:
                     await event.wait()
         finally:
-            self._wake = None
+            with self._changed:
+                self._wakes.discard(wake)
 
     async def aresult(self) -> Result:
         """Wait for the end of all answers, without blocking other tasks."""
@@ -178,9 +181,14 @@ class Request:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-        if self._wake is not None:
-            loop, event = self._wake
-            loop.call_soon_threadsafe(event.set)
+            for loop, event in self._wakes:
+                with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
+                    loop.call_soon_threadsafe(event.set)
+
+    def _next(self) -> tuple[Increment | None, bool]:
+        """The next increment, or None and whether there will be none."""
+        with self._changed:
+            return (self._increments.popleft(), False) if self._increments else (None, self.is_finished)
 
     def _raise_error(self) -> None:
         if self.error is not None:

@@ -124,7 +124,7 @@ class Scheduler:
         sequence.pages = found + self.pool.take(missing)
         sequence.n_computed = len(found) * PAGE_TOKENS
         sequence.n_remembered = len(found)
-        if not sequence.n_generated:
+        if sequence.n_cached is None:
             sequence.n_cached = sequence.n_computed
         return True
 

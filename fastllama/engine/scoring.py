@@ -116,7 +116,7 @@ def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
     """Token ids without a begin of text; of none, too."""
     if isinstance(prompt, str):
         return engine.llm.tokenizer.encode(prompt, bos=False, eos=False)
-    return engine.checked(cast(Sequence[int], prompt)) if len(prompt) else []
+    return engine.checked(cast(Sequence[int], prompt), spare=len(prompt)) if len(prompt) else []  # of any length
 
 
 def _first_token(engine: Engine) -> int:

@@ -45,10 +45,11 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     digests: list[Digest] = field(default_factory=list)  # of its full pages
     n_computed: int = 0  # tokens whose keys and values are in the cache, or will be before later launches
-    n_cached: int = 0  # tokens of the prompt that were found in the cache
+    n_cached: int | None = None  # tokens that were found in the cache when it first ran; None before
     n_remembered: int = 0  # full pages that can be found again
     in_flight: int = 0  # steps enqueued whose output is not known
     is_decoding: bool = False
+    has_begun: bool = False  # to decode, also if it was put back since
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -81,6 +82,13 @@ class Sequence:
         """Whether all tokens but the newest are in the cache: a decode step computes that one."""
         return self.n_computed >= len(self.tokens) - 1
 
+    def count_scored(self, n_tokens: int) -> None:
+        """So many more of the prompt's log-probabilities are known, and not computed again if it is put back."""
+        if self.first_scored is not None:
+            self.first_scored += n_tokens
+            if self.first_scored >= self.n_prompt:
+                self.first_scored = None
+
     def add_token(self, token: int, logprob: float, top: TopLogprobs) -> Increment:
         """A generated token, which may end the answer -> what is certain now."""
         self.n_computed = len(self.tokens)
@@ -93,14 +101,11 @@ class Sequence:
         released = self._stop_strings.push(text)
         self._n_released += len(released)
         if self._stop_strings.found is not None:
-            # A token stays whose text begins before the stop string.
-            self._pending = [one for one in self._pending if one[3] < self._n_released]
-            self.finish_reason, self.stop_reason = "stop", self._stop_strings.found
-            return self._increment(released, len(self._pending))
+            return self._stopped(released)
         if len(self.tokens) - 1 >= self.last:
             return self._finished("length", None, released)
-        ready = 0
-        while ready < len(self._pending) and self._pending[ready][4] <= self._n_released:
+        ready = 0  # a token without text waits for that of the next, which may be in the middle of its character
+        while ready < len(self._pending) and self._pending[ready][3] < self._n_released >= self._pending[ready][4]:
             ready += 1
         return self._increment(released, ready)
 
@@ -108,9 +113,18 @@ class Sequence:
         """End the answer from outside -> all that was held back."""
         return self._finished(reason, None)
 
+    def _stopped(self, released: str) -> Increment:
+        """End the answer at a stop string. A token stays whose text begins before it."""
+        self._pending = [one for one in self._pending if one[3] < self._n_released]
+        self.finish_reason, self.stop_reason = "stop", self._stop_strings.found
+        return self._increment(released, len(self._pending))
+
     def _finished(self, reason: FinishReason, stop: int | None, released: str = "") -> Increment:
         # The decoder's rest, of an incomplete character, may still complete a stop string.
         rest = self._stop_strings.push(self.text.finish())
+        self._n_released += len(rest)
+        if rest and self._stop_strings.found is not None and reason != "error":
+            return self._stopped(released + rest)
         self.finish_reason, self.stop_reason = reason, stop
         return self._increment(released + rest + self._stop_strings.finish(), len(self._pending))
 

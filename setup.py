@@ -90,6 +90,7 @@ setup(
         "fastllama.kernels.native",
         "fastllama.kernels.projection",
         "fastllama.kernels.sampling",
+        "fastllama.openai_api",
     ],
     package_data={"fastllama.builtin": ["checkpoint/*", "data/*"]},
     cmdclass={"build_ext": BuildNative},

@@ -22,6 +22,7 @@ COMMANDS = (
     "fastllama",
     "fastllama complete",
     "fastllama chat",
+    "fastllama batch",
     "fastllama inspect",
     "fastllama quantize",
     "fastllama quality",

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ import click
 
 from fastllama.cli.inspect_plans import (
     AS_STORED,
+    Planner,
+    machine_section,
     precision_plans,
     precisions_section,
     process_plan,
@@ -22,6 +24,7 @@ from fastllama.cli.options import (
     DTYPES,
     LONGEST_SEQUENCE,
     adapter_option,
+    cache_tokens_option,
     checkpoint_and_tokenizer,
     json_option,
     quantize_option,
@@ -59,6 +62,7 @@ SIZES = ("max_seq_len", "max_batch_size", "cache_tokens")  # of the cache, not o
     show_default=True,
     help="To plan for.",
 )
+@cache_tokens_option
 @click.option("--dtype", type=Choice(DTYPES), help="To plan for. Default: the one stored.")
 @quantize_option
 @click.option(
@@ -77,6 +81,7 @@ def inspect(
     adapter: tuple[str, ...],
     max_seq_len: int,
     max_batch_size: int,
+    cache_tokens: int | None,
     dtype: str | None,
     quantize: str | None,
     nproc: tuple[int, ...],
@@ -85,7 +90,8 @@ def inspect(
 ) -> None:
     """Describe the checkpoint CKPT, a folder or a GGUF file.
 
-    The output is its architecture, files, memory and tokenizer, and what several GPUs bring.
+    The output is its architecture, files, memory and tokenizer, and what several GPUs bring. Cache tokens are those
+    that fit of all rows together, up to --max_seq_len for each.
 
     No weight is read, but for those that several files must agree on. The tokens a second are a limit: what reading
     the weights and the cache, and exchanging sums, takes at least by the GPU's data sheet.
@@ -95,52 +101,58 @@ def inspect(
       fastllama inspect Meta-Llama-3-8B
       fastllama inspect Meta-Llama-3-8B --max_batch_size 8 --max_seq_len 8192 --dtype bfloat16
       fastllama inspect Meta-Llama-3-70B --nproc 2,4,8 --gpu H200
+      fastllama inspect Meta-Llama-3-8B --max_batch_size 64 --max_seq_len 8192 --cache_tokens 100000
     """
     if checkpoint is not None and ckpt_dir is not None:
         raise click.UsageError("CKPT and --ckpt_dir are the same: give one of them.")
     folder, tokenizer_file = checkpoint_and_tokenizer(checkpoint or ckpt_dir, tokenizer_path, quiet=as_json)
-    sizes: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "dtype": dtype}
-    sizes["quantize"] = quantize
-    description = describe(folder, tokenizer_file, adapters=adapter, nproc=nproc, gpu=gpu, **sizes)
+    shape = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len, "cache_tokens": cache_tokens}
+    precision = {"dtype": dtype, "quantize": quantize}
+    description = describe(folder, tokenizer_file, shape, **precision, adapters=adapter, nproc=nproc, gpu=gpu)
     write_stdout(json.dumps(description) if as_json else render(description))
 
 
 def describe(
     ckpt_dir: str,
     tokenizer_path: str,
+    shape: Mapping[str, Any],
     *,
-    max_seq_len: int,
-    max_batch_size: int,
     dtype: str | None,
     quantize: str | None,
     nproc: Sequence[int],
     gpu: str,
     adapters: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Describe a checkpoint without reading its weights -> JSON values; sizes in bytes."""
+    """Describe a checkpoint without reading its weights -> JSON values; sizes in bytes.
+
+    shape: ModelArgs' sizes of the cache, by name.
+    """
     import torch
 
     from fastllama.args import ROPE_FIELDS, ModelArgs
     from fastllama.checkpoint import open_checkpoint
     from fastllama.checkpoint.base import dtype_name
-    from fastllama.memory_plan import plan_memory
+    from fastllama.memory_plan import most_cache_tokens, plan_memory
     from fastllama.quantization import model_schemes
 
     checkpoint = open_checkpoint(ckpt_dir, adapters)
-    args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    args = ModelArgs(**checkpoint.params, **shape)
     planned: torch.dtype = checkpoint.dtype if dtype is None else getattr(torch, dtype)
 
     def plan_of(n: int, choice: str | None) -> "MemoryPlan":
-        sizes = args, planned, max_batch_size, max_seq_len
+        sizes = args, planned, args.max_batch_size, args.max_seq_len
         return plan_memory(*sizes, n_processes=n, quantize=choice, stored=checkpoint.schemes(n))
+
+    def tokens_in(memory: int, n: int) -> int:
+        return most_cache_tokens(args, planned, memory, n_processes=n, quantize=quantize, stored=checkpoint.schemes(n))
 
     def schemes_of(n: int) -> "Mapping[str, Scheme]":
         return model_schemes(quantize, args.split(n), checkpoint.schemes(n))
 
     kept = AS_STORED if checkpoint.precisions else dtype_name(planned)
     precision = {"dtype": dtype_name(planned), "quantize": quantize, "precision": quantize or kept}
-    plan, shape = plan_of(1, quantize), {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
-    planner = partial(plan_of, choice=quantize)
+    plan = plan_of(1, quantize)
+    planner = Planner(args, planned, gpu, partial(plan_of, choice=quantize), schemes_of, tokens_in)
     # Fields that only other rope types read have no effect.
     without_effect = {name for names in ROPE_FIELDS.values() for name in names}.difference(ROPE_FIELDS[args.rope_type])
     hidden = without_effect.union(SIZES)
@@ -157,25 +169,28 @@ def describe(
         "passed_over": [{"path": os.path.relpath(path, ckpt_dir), "why": why} for path, why in checkpoint.passed_over],
         "memory": {**precision, **shape, **asdict(plan), "total": plan.total},
         "precisions": precision_plans(kept, plan_of),
-        "this_machine": _describe_machine(),
+        "this_machine": _describe_machine(tokens_in),
         "gpu": gpu,
-        "processes": [process_plan(args, planned, n, gpu, planner, schemes_of) for n in dict.fromkeys(nproc)],
+        "processes": [process_plan(planner, n) for n in dict.fromkeys(nproc)],
         "tokenizer": describe_tokenizer(tokenizer_path, checkpoint, named=tokenizer_path != ckpt_dir),
     }
 
 
-def _describe_machine() -> dict[str, Any]:
-    """What runs a model here by default."""
-    from fastllama import threads
+def _describe_machine(tokens_in: Callable[[int, int], int]) -> dict[str, Any]:
+    """What runs a model here by default. tokens_in: the cache tokens that fit in some memory."""
+    from fastllama import memory_plan, threads
     from fastllama.kernels import select
     from fastllama.loading import choose_device
 
     device = choose_device(None)
+    free = memory_plan.free_memory(device)
     return {
         "device": str(device),
         "backend": select.backend(None, device).__name__.rpartition(".")[2],
         "instruction_set": select.instruction_set(None, device),
         "threads": threads.available(),
+        "free_memory": free,
+        "cache_tokens": tokens_in(free, 1),
     }
 
 
@@ -184,7 +199,9 @@ def render(description: dict[str, Any]) -> str:
     memory, tokenizer = description["memory"], description["tokenizer"]
     files, passed_over = description["files"], description["passed_over"]
     total = sum(file["bytes"] for file in files)
-    shape = f"{memory['max_batch_size']} rows of {memory['max_seq_len']} tokens in {memory['dtype']}"
+    shape = f"{memory['max_batch_size']} rows of {memory['max_seq_len']} tokens"
+    shape += f", {memory['cache_tokens']} together," if memory["cache_tokens"] else ""
+    shape += f" in {memory['dtype']}"
     shape += f", weights: {memory['precision']}" if memory["precision"] != memory["dtype"] else ""
     sections = [
         (
@@ -217,9 +234,9 @@ def render(description: dict[str, Any]) -> str:
             [(name, size_text(memory[name])) for name in ("weights", "cache", "workspace", "total")],
         ),
         precisions_section(description["precisions"]),
-        ("on this machine", [(name, str(value)) for name, value in description["this_machine"].items() if value]),
+        machine_section(description["this_machine"]),
         (
-            f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange",
+            f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange, cache tokens",
             [(str(one["n"]), process_plan_text(one)) for one in description["processes"]],
         ),
         tokenizer_section(tokenizer, description["architecture"]["vocab_size"])

@@ -1,7 +1,7 @@
 """What `fastllama inspect` plans: the memory at every precision, and the memory and speed on several processes."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -48,15 +48,22 @@ def _precision_text(plan: dict[str, Any]) -> str:
     return f"{size_text(plan['weights']):>10}  {size_text(plan['total']):>10}  {', '.join(plan['gpus']) or 'none'}"
 
 
-def process_plan(
-    args: "ModelArgs",
-    dtype: "torch.dtype",
-    n_processes: int,
-    gpu: str,
-    plan_of: Callable[[int], "MemoryPlan"],
-    schemes_of: Callable[[int], "Mapping[str, Scheme]"],
-) -> dict[str, Any]:
-    """Memory of each of `n_processes`, and their limit of tokens per second; or why such a split is impossible."""
+class Planner(NamedTuple):
+    """What a plan for several processes needs."""
+
+    args: "ModelArgs"
+    dtype: "torch.dtype"
+    gpu: str
+    plan_of: Callable[[int], "MemoryPlan"]
+    schemes_of: Callable[[int], "Mapping[str, Scheme]"]
+    tokens_in: Callable[[int, int], int]  # the cache tokens that fit in so many bytes on each of so many GPUs
+
+
+def process_plan(planner: Planner, n_processes: int) -> dict[str, Any]:
+    """Memory of each of `n_processes`, their limit of tokens per second, and the tokens that fit in the cache.
+
+    Or why such a split is impossible.
+    """
     from fastllama.speed_of_light import (
         COLLECTIVE_LATENCY_S,
         DATA_SHEETS,
@@ -66,9 +73,10 @@ def process_plan(
         least_seconds,
     )
 
+    args, dtype, gpu = planner.args, planner.dtype, planner.gpu
     obstacles = args.obstacles(n_processes)
     try:
-        plan = None if obstacles else plan_of(n_processes)
+        plan = None if obstacles else planner.plan_of(n_processes)
     except ValueError as error:  # groups of columns that cannot be divided so
         plan, obstacles = None, [str(error)]
     if plan is None:
@@ -77,7 +85,7 @@ def process_plan(
     sheet = DATA_SHEETS[gpu]
     links = Links(sheet.link_bandwidth, COLLECTIVE_LATENCY_S)
     exchanging = collectives_seconds(args, dtype, batch, n_processes, links)
-    step = decode_step(args.split(n_processes), dtype, batch, context, schemes_of(n_processes))
+    step = decode_step(args.split(n_processes), dtype, batch, context, planner.schemes_of(n_processes))
     seconds = least_seconds(step, sheet.machine) + exchanging
     return {
         "n": n_processes,
@@ -85,6 +93,7 @@ def process_plan(
         "fits": plan.total <= sheet.memory,
         "most_tokens_per_second": batch / seconds,
         "share_of_exchanging": exchanging / seconds,
+        "cache_tokens": planner.tokens_in(int(sheet.memory), n_processes),
     }
 
 
@@ -94,7 +103,18 @@ def process_plan_text(plan: dict[str, Any]) -> str:
         return "not possible: " + "; ".join(plan["obstacles"])
     rate, share = plan["most_tokens_per_second"], plan["share_of_exchanging"]
     misfit = "" if plan["fits"] else "  does not fit"
-    return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}{misfit}"
+    return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}  {plan['cache_tokens']:12,}{misfit}"
+
+
+def machine_section(machine: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """The title and the lines of the section about this machine."""
+    texts = {
+        "free_memory": size_text(machine["free_memory"]),
+        "cache_tokens": f"{machine['cache_tokens']:,} fit",
+    }
+    return "on this machine", [
+        (name.replace("_", " "), texts.get(name, str(value))) for name, value in machine.items() if value is not None
+    ]
 
 
 def size_text(count: int) -> str:

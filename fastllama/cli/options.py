@@ -145,6 +145,15 @@ def model_options(max_seq_len: int) -> Decorator:
     )
 
 
+def cache_tokens_option(command: Any) -> Any:
+    """--cache_tokens."""
+    return click.option(
+        "--cache_tokens",
+        type=click.IntRange(min=1),
+        help="Tokens in the cache, of all rows together. Default: --max_seq_len for each row.",
+    )(command)
+
+
 def nproc_option(command: Any) -> Any:
     """--nproc."""
     return click.option(

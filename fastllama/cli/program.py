@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from fastllama.cli import standard_streams
+from fastllama.cli.batch import batch
 from fastllama.cli.bench import bench
 from fastllama.cli.chat import chat
 from fastllama.cli.complete import complete
@@ -157,7 +158,7 @@ def _print_version(context: click.Context, parameter: click.Parameter, value: bo
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
 )
 def program() -> None:
-    """Run Llama 3 models: complete text, chat, look at a checkpoint, quantise it, measure quality and speed.
+    """Run Llama 3 models: complete text, chat, answer files of requests, and look at, quantise and measure checkpoints.
 
     Without a checkpoint the small model in the package is used.
 
@@ -168,5 +169,5 @@ def program() -> None:
     """
 
 
-for command in (complete, chat, inspect, quantize, quality, bench):
+for command in (complete, chat, batch, inspect, quantize, quality, bench):
     program.add_command(command)

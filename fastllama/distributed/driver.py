@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from fastllama.distributed import environment
+from fastllama.distributed import environment, model_parallel
 from fastllama.distributed.rendezvous import connect_store
 from fastllama.distributed.worker_processes import POLL_SECONDS, WorkerProcesses
 from fastllama.generation import Llama
@@ -115,6 +115,23 @@ class Driver:
 def run_on_all(llm: Llama, function: Callable[..., Any], **arguments: Any) -> Any:
     """Call `function(llm, **arguments)`, in all processes if `llm` is a Driver -> this process's result."""
     return llm.run_on_all(function, **arguments) if isinstance(llm, Driver) else function(llm, **arguments)
+
+
+def gather(name: str, value: Any) -> list[Any] | None:
+    """The values of all processes, by rank, in the driver; None in the others. JSON values, once for each name.
+
+    Ctrl-C ends the wait for them.
+    """
+    launch = environment.distributed_environment()
+    if launch is None:
+        return [value]
+    _store().set(f"{name} {launch.rank}", json.dumps(value))
+    if launch.rank > 0:
+        return None
+    keys = [f"{name} {rank}" for rank in range(launch.world_size)]
+    while not _store().check(keys):
+        time.sleep(POLL_SECONDS)
+    return [json.loads(_store().get(key)) for key in keys]
 
 
 def start_workers(count: int) -> None:
@@ -226,6 +243,7 @@ def _distributed_environment() -> environment.DistributedEnvironment:
 
 def control_group() -> "dist.ProcessGroup":
     """A gloo group for commands between the hosts. All processes must create it together."""
+    model_parallel.connect_world()
     return dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # type: ignore[no-any-return]
 
 

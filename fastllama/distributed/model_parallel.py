@@ -86,6 +86,12 @@ def is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def connect_world() -> None:
+    """Connect all processes of the launch over gloo, unless they are connected: models of one process each are not."""
+    if not dist.is_initialized():
+        _initialise_world(torch.device("cpu"))
+
+
 def gpu_index() -> int:
     """The index of this process's GPU: LOCAL_RANK, or the current GPU.
 

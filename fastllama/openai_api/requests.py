@@ -1,0 +1,207 @@
+"""Bodies of /v1/completions and /v1/chat/completions → prompts and SamplingParams, and their submission to an engine.
+
+    request = completion_request({"prompt": "Once upon a time", "max_tokens": 16})
+    results = [one.result() for one in submit(engine, request)]
+
+What a body leaves out is as in OpenAI's API: temperature and top_p are 1, a completion has 16 tokens, and a chat's
+answer may fill the context.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastllama.engine.engine import Engine, Prompt
+from fastllama.engine.request import Request
+from fastllama.engine.sampling_params import SamplingParams
+from fastllama.openai_api.errors import InvalidRequest
+from fastllama.openai_api.fields import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_FIELDS, honoured_fields
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+MAX_ANSWERS = 128  # OpenAI's limit of n
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+LIMIT_CODE = "context_length_exceeded"
+NO_LIMIT = 2**40  # of a prompt's tokens, where they are counted later
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiRequest:
+    """What a body asks for, in the engine's terms."""
+
+    prompts: list[Prompt]  # of a chat: its dialog
+    params: SamplingParams  # of every prompt
+    is_chat: bool
+    model: str | None = None
+    stream: bool = False
+    include_usage: bool = False  # in a stream
+
+    @property
+    def prompt_field(self) -> str:
+        """The field of the body that holds the prompts."""
+        return "messages" if self.is_chat else "prompt"
+
+
+def completion_request(body: object, *, allow_unknown: bool = False) -> ApiRequest:
+    """The body of /v1/completions. Raises InvalidRequest, which names the field."""
+    fields = honoured_fields(body, COMPLETION_FIELDS, allow_unknown=allow_unknown)
+    more = {"echo": _flag(fields, "echo")}
+    if "logprobs" in fields:
+        more["logprobs"] = fields["logprobs"]
+    limit = {"max_tokens": fields.get("max_tokens", COMPLETION_MAX_TOKENS)}
+    prompts = _prompts(_required(fields, "prompt"))
+    return ApiRequest(prompts=prompts, params=_params(fields, limit, more), is_chat=False, **_rest(fields))
+
+
+def chat_request(body: object, *, allow_unknown: bool = False) -> ApiRequest:
+    """The body of /v1/chat/completions. Raises InvalidRequest, which names the field."""
+    fields = honoured_fields(body, CHAT_FIELDS, allow_unknown=allow_unknown)
+    limits = {name: fields[name] for name in ("max_tokens", "max_completion_tokens") if name in fields}
+    if len(limits) > 1 and fields["max_tokens"] != fields["max_completion_tokens"]:
+        raise InvalidRequest("max_tokens and max_completion_tokens are the same: give one of them", param="max_tokens")
+    more: dict[str, Any] = {}
+    if _flag(fields, "logprobs"):
+        more["logprobs"] = fields.get("top_logprobs", 0)
+    elif "top_logprobs" in fields:
+        raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    dialog = _dialog(_required(fields, "messages"))
+    params = _params(fields, dict(list(limits.items())[-1:]), more)
+    return ApiRequest(prompts=[dialog], params=params, is_chat=True, **_rest(fields))
+
+
+def encode(engine: Engine, request: ApiRequest) -> list[list[int]]:
+    """The token ids of every prompt. Raises InvalidRequest for one that does not fit the context."""
+    context, params = engine.llm.model.params.max_seq_len, request.params
+    # The last token of a prompt that is only scored needs no place; an answer needs at least one.
+    most = context + 1 if params.max_gen_len == 0 else context - 1
+    encoded: list[list[int]] = []
+    for number, prompt in enumerate(request.prompts):
+        name = f"prompt {number}" if len(request.prompts) > 1 else "the prompt"
+        try:
+            tokens = engine.encode(prompt, spare=NO_LIMIT)
+        except ValueError as error:
+            raise InvalidRequest(str(error).replace("prompt 0", name), param=request.prompt_field) from None
+        if len(tokens) > most:
+            where = "" if params.max_gen_len == 0 else ", with the answer"
+            raise InvalidRequest(
+                f"{name} has {len(tokens)} tokens, and {context} (max_seq_len) fit in the context{where}: shorten it",
+                param=request.prompt_field,
+                code=LIMIT_CODE,
+            )
+        encoded.append(tokens)
+    return encoded
+
+
+def submit(engine: Engine, request: ApiRequest) -> list[Request]:
+    """Submit all prompts of a request, or none. Raises InvalidRequest."""
+    submitted: list[Request] = []
+    try:
+        for tokens in encode(engine, request):
+            submitted.append(engine.submit(tokens, request.params))
+    except ValueError as error:
+        for one in submitted:
+            one.cancel()
+        if isinstance(error, InvalidRequest):
+            raise
+        raise InvalidRequest(str(error)) from None
+    return submitted
+
+
+def _params(fields: Mapping[str, Any], limit: dict[str, Any], more: dict[str, Any]) -> SamplingParams:
+    """SamplingParams of a body. limit: the most tokens, under the name that the body uses."""
+    _flag(fields, "ignore_eos")
+    given = {name: fields[name] for name in SAMPLING_FIELDS if name in fields} | more
+    for name, value in given.items():  # each alone, so that the error names it
+        _checked(name, {name: value})
+    if given.get("top_p", 1) > 1:
+        raise InvalidRequest(f"top_p must be a number from 0 to 1, got {given['top_p']}", param="top_p")
+    if given.get("n", 1) > MAX_ANSWERS:
+        raise InvalidRequest(f"n must be at most {MAX_ANSWERS}, got {given['n']}", param="n")
+    defaults = {"temperature": 1.0, "top_p": 1.0}
+    for name, value in limit.items():
+        _checked(name, {"max_gen_len": value})
+        return _checked(name, defaults | given | {"max_gen_len": value})
+    return _checked(None, defaults | given)
+
+
+def _checked(field: str | None, arguments: dict[str, Any]) -> SamplingParams:
+    try:
+        return SamplingParams(**arguments)
+    except ValueError as error:
+        raise InvalidRequest(str(error).replace("max_gen_len", field or ""), param=field) from None
+
+
+def _rest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    model, options = fields.get("model"), fields.get("stream_options", {})
+    if model is not None and not isinstance(model, str):
+        raise InvalidRequest(f"model must be a text, got {model!r:.60}", param="model")
+    if not isinstance(options, dict):
+        raise InvalidRequest(f"stream_options must be an object, got {options!r:.60}", param="stream_options")
+    stream, include_usage = _flag(fields, "stream"), _flag(options, "include_usage")
+    if options and not stream:
+        raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+    return {"model": model, "stream": stream, "include_usage": include_usage}
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false, got {value!r:.60}", param=name)
+    return bool(value)
+
+
+def _required(fields: Mapping[str, Any], name: str) -> Any:
+    if name not in fields:
+        raise InvalidRequest(f"the body has no {name}", param=name, code="missing_required_parameter")
+    return fields[name]
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """One prompt, a text or token ids, or a list of them. The engine checks the ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(one, int) for one in value):
+            return [value]
+        if all(isinstance(one, str) for one in value) or all(isinstance(one, list) for one in value):
+            return list(value)
+    raise InvalidRequest(
+        f"prompt must be a text, a list of token ids, or a list of texts or of lists of token ids, got {value!r:.60}",
+        param="prompt",
+    )
+
+
+def _dialog(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(f"messages must be a list with at least one message, got {value!r:.60}", param="messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: Any, name: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{name} must be an object with role and content, got {message!r:.60}", param=name)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        known = ", ".join(ROLES)
+        raise InvalidRequest(f"{name}.role must be one of {known}, got {role!r:.60}", param=f"{name}.role")
+    for field, value in message.items():
+        if field not in ("role", "content") and value not in (None, []):
+            raise InvalidRequest(
+                f"{name}.{field} is not supported: leave it out",
+                param=f"{name}.{field}",
+                code="unsupported_parameter",
+            )
+    return {"role": ROLES[role], "content": _content(message.get("content"), f"{name}.content")}
+
+
+def _content(content: Any, name: str) -> str:
+    """A message's text, which may come in parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{name} must be a text or a list of text parts, got {content!r:.60}", param=name)
+        texts.append(text)
+    return "".join(texts)

@@ -1,0 +1,84 @@
+"""Results of the engine → bodies of responses of /v1/completions and /v1/chat/completions."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastllama.engine.engine import Prompt
+from fastllama.engine.request import Answer, Result
+from fastllama.openai_api.errors import AnswerFailed
+from fastllama.openai_api.logprobs import chat_logprobs, completion_logprobs
+from fastllama.openai_api.requests import ApiRequest
+from fastllama.tokenizer_base import BaseTokenizer
+
+
+def response(request: ApiRequest, results: Sequence[Result], tokenizer: BaseTokenizer, model: str) -> dict[str, Any]:
+    """The body that answers a request, whose prompts have these results. Raises AnswerFailed if an answer failed.
+
+    model: the name of the model, where the request has none.
+    """
+    choices: list[dict[str, Any]] = []
+    for prompt, result in zip(request.prompts, results, strict=True):
+        for answer in result.answers:
+            if answer.error is not None:
+                raise AnswerFailed(answer.error)
+            choice = (
+                _chat_choice(answer, tokenizer)
+                if request.is_chat
+                else _choice(request, prompt, result, answer, tokenizer)
+            )
+            choices.append({"index": len(choices), **choice, "finish_reason": answer.finish_reason})
+    kind, prefix = ("chat.completion", "chatcmpl") if request.is_chat else ("text_completion", "cmpl")
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": request.model or model,
+        "choices": choices,
+        "usage": usage(request, results),
+    }
+
+
+def usage(request: ApiRequest, results: Sequence[Result]) -> dict[str, Any]:
+    """The numbers of tokens. Those of the answers are without stop tokens, and without an echoed prompt."""
+    n_prompt = sum(len(result.prompt_tokens) for result in results)
+    n_answer = sum(len(answer.tokens) - n_echoed(request, result) for result in results for answer in result.answers)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_answer,
+        "total_tokens": n_prompt + n_answer,
+        "prompt_tokens_details": {"cached_tokens": sum(result.cached_tokens for result in results)},
+    }
+
+
+def n_echoed(request: ApiRequest, result: Result) -> int:
+    """How many of an answer's first tokens repeat the prompt."""
+    return len(result.prompt_tokens) if request.params.echo else 0
+
+
+def _chat_choice(answer: Answer, tokenizer: BaseTokenizer) -> dict[str, Any]:
+    logprobs = None
+    if answer.logprobs is not None:
+        logprobs = chat_logprobs(tokenizer, answer.tokens, answer.logprobs, answer.top_logprobs)
+    return {"message": {"role": "assistant", "content": answer.text, "refusal": None}, "logprobs": logprobs}
+
+
+def _choice(
+    request: ApiRequest, prompt: Prompt, result: Result, answer: Answer, tokenizer: BaseTokenizer
+) -> dict[str, Any]:
+    text, n_added = answer.text, 0
+    if request.params.echo and isinstance(prompt, str):  # its text and tokens, without those that begin every text
+        begin = tokenizer.encode("", bos=True, eos=False)
+        space = " " if begin and tokenizer.strips_space else ""
+        text, n_added = text.removeprefix(tokenizer.decode(begin)).removeprefix(space), len(begin)
+    logprobs = None
+    if answer.logprobs is not None:
+        known: list[float | None] = list(answer.logprobs)
+        if request.params.echo:
+            known[0] = None  # of the first token nothing is known
+        tops = answer.top_logprobs
+        logprobs = completion_logprobs(
+            tokenizer, answer.tokens[n_added:], known[n_added:], tops[n_added:] if tops else None
+        )
+    return {"text": text, "logprobs": logprobs}

@@ -75,6 +75,7 @@ class Engine:
         self._held: ExitStack | None = None  # the model, while there are requests
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
+        self._turnstile = threading.Lock()  # the thread passes it before a step, so that callers get their turn
         self._thread: threading.Thread | None = None
         self._closing = False
 
@@ -87,7 +88,7 @@ class Engine:
         params = params or SamplingParams()
         tokens = self.encode(prompt, spare=params.max_gen_len == 0)
         params.check_vocabulary(self.llm.model.vocab_size)
-        with self._work:
+        with self._turnstile, self._work:
             if self._closing:
                 raise RuntimeError("the engine is closed: make another")
             self._hold_model()
@@ -144,7 +145,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End the answers of a request that have not ended."""
-        with self._lock, default_settings(), torch.inference_mode():
+        with self._turnstile, self._lock, default_settings(), torch.inference_mode():
             for sequence in request.sequences:
                 if sequence in self._core.requests:
                     self._core.end(sequence, "cancelled")
@@ -178,8 +179,10 @@ class Engine:
         """Cancel all requests and end the thread."""
         with self._work:
             self._closing = True
-            for request in set(self._core.requests.values()):
-                self.cancel(request)
+            requests = set(self._core.requests.values())
+        for request in requests:
+            self.cancel(request)
+        with self._work:
             self._work.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -193,6 +196,8 @@ class Engine:
 
     def _run_thread(self) -> None:
         while True:
+            with self._turnstile:
+                pass
             with self._work:
                 self._work.wait_for(lambda: self._core.requests or self._closing)
                 if self._closing:

@@ -99,9 +99,8 @@ class EngineCore:
             request = self.requests[sequence]
             if not sequence.has_begun:
                 sequence.has_begun = True
-                n_cached = sequence.n_cached or 0
-                request.partial.cached_tokens = max(request.partial.cached_tokens, n_cached)
-                self.n_cached_tokens += n_cached
+                request.partial.cached_tokens = max(request.partial.cached_tokens, sequence.n_cached)
+                self.n_cached_tokens += sequence.n_cached
                 if sequence.params.echo:
                     request.add(self._echo(sequence, request))
         starting = [one for one in ready if one.steps_to_enqueue > 0]

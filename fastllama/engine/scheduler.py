@@ -124,8 +124,8 @@ class Scheduler:
         sequence.pages = found + self.pool.take(missing)
         sequence.n_computed = len(found) * PAGE_TOKENS
         sequence.n_remembered = len(found)
-        if sequence.n_cached is None:
-            sequence.n_cached = sequence.n_computed
+        if sequence.is_new:
+            sequence.is_new, sequence.n_cached = False, sequence.n_computed
         return True
 
     def _cached_pages(self, sequence: Sequence) -> list[int] | None:

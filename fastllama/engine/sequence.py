@@ -45,7 +45,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     digests: list[Digest] = field(default_factory=list)  # of its full pages
     n_computed: int = 0  # tokens whose keys and values are in the cache, or will be before later launches
-    n_cached: int | None = None  # tokens that were found in the cache when it first ran; None before
+    is_new: bool = True  # it had no row yet
+    n_cached: int = 0  # tokens that were found in the cache when it got its first row
     n_remembered: int = 0  # full pages that can be found again
     in_flight: int = 0  # steps enqueued whose output is not known
     is_decoding: bool = False
@@ -123,7 +124,7 @@ class Sequence:
         # The decoder's rest, of an incomplete character, may still complete a stop string.
         rest = self._stop_strings.push(self.text.finish())
         self._n_released += len(rest)
-        if rest and self._stop_strings.found is not None and reason != "error":
+        if self._stop_strings.found is not None and reason != "error":
             return self._stopped(released + rest)
         self.finish_reason, self.stop_reason = reason, stop
         return self._increment(released + rest + self._stop_strings.finish(), len(self._pending))

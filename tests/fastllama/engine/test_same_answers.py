@@ -57,7 +57,7 @@ def random_request(source: random.Random) -> tuple[list[int], SamplingParams]:
 
 def run_traffic(engine: Engine, count: int, seed: int) -> tuple[list[Request], Stats]:
     """Submit at random steps, cancel some -> the requests and the engine's counts."""
-    source, requests = random.Random(seed), []
+    source, requests = random.Random(seed), list[Request]()
     while len(requests) < count or not all(request.is_finished for request in requests):
         if len(requests) < count and source.random() < 0.4:
             for _ in range(min(source.randint(1, 4), count - len(requests))):

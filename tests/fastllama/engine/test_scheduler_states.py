@@ -1,6 +1,7 @@
 """Any sequence of submissions, cancellations, steps and errors, on a simulated device that checks every page."""
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -174,7 +175,7 @@ class Traffic(RuleBasedStateMachine):
             assert len(answer.logprobs or []) == len(answer.tokens)
         if request.params.prompt_logprobs is not None and request.number not in self.cancelled:
             number, expected_scores = ROOT, []
-            for token, target in zip(prompt, prompt[1:], strict=False):
+            for token, target in pairwise(prompt):
                 number = following(number, token)
                 expected_scores.append(score_of(number, target))
             assert [score.logprob for score in result.prompt_scores or []] == expected_scores
@@ -201,7 +202,7 @@ class Traffic(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         scheduler = self.engine._core.scheduler
-        rows = [one.row for one in scheduler.running]
+        rows = [one.placed_row for one in scheduler.running]
         assert sorted([*rows, *scheduler._free_rows]) == list(range(len(rows) + len(scheduler._free_rows)))
         arrivals = [one.arrival for one in [*scheduler.running, *scheduler.waiting]]
         assert arrivals == sorted(arrivals), "who came first runs first"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastllama import Dialog, Llama
+from fastllama import Dialog, Llama, SamplingParams
 from fastllama.benchmarks.suites.load_and_memory import own_bytes, peak_host_memory
 from fastllama.chat_format import NoFormat
 from tests.support.comparisons import assert_same_logits, assert_same_logprobs
@@ -20,6 +20,7 @@ DIALOGS: list[Dialog] = [
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12 apples?"}],
 ]
 N_TEXT_TOKENS = 8
+REQUEST = SamplingParams(max_gen_len=6, temperature=0.8, seed=3, logprobs=2, repetition_penalty=1.2)
 
 
 def build(folder: str, **options: Any) -> Llama:
@@ -48,10 +49,12 @@ def answers(llm: Llama) -> dict[str, Any]:
     greedy = llm.generate(PROMPTS, STEPS, temperature=0.0, logprobs=True, echo=True)
     drawn = llm.generate(PROMPTS, STEPS, temperature=0.9, top_p=0.8, logprobs=True, seed=3)
     unseeded = llm.generate(PROMPTS, STEPS, temperature=1.0, top_p=0.9)
+    many = [result.answer for result in llm.generate_many(PROMPTS * 3, REQUEST)]  # more prompts than rows
+    scores = llm.score([([1, 2, 3], [4, 5]), ([1, 2, 3], [6])])
     logits = llm.model.forward(torch.tensor([[1, 2, 3]]), 0)
     return {
-        "tokens": [greedy[0], drawn[0], unseeded[0]],
-        "logprobs": [greedy[1], drawn[1]],
+        "tokens": [greedy[0], drawn[0], unseeded[0], [answer.tokens for answer in many]],
+        "logprobs": [greedy[1], drawn[1], [answer.logprobs for answer in many], [score.logprobs for score in scores]],
         "logits": logits[0, -1].tolist(),
         "cached": llm.model.cache.k.numel(),
         "weights": sum(tensor.numel() for tensor in llm.model.state_dict().values()),

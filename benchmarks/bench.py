@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -14,10 +14,12 @@ from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.models import ModelSource, ModelSpec, build_from_json
 from fastllama.benchmarks.peers.registry import PEERS, Peer, start_peers
 from fastllama.benchmarks.result_file import AS_STORED, FAILED, ResultFile, write_result
-from fastllama.benchmarks.runners import Ours, Runner
+from fastllama.benchmarks.runners import FixedBatches, OurEngine, Ours, Runner
 from fastllama.benchmarks.suites import decode, generate, interleaved, kernels, load_and_memory, prefill, step_launches
+from fastllama.benchmarks.suites import requests as requests_suite
 from fastllama.benchmarks.suites.interleaved import Case, Progress, Suite
 from fastllama.benchmarks.suites.op_cases import ops_of
+from fastllama.benchmarks.suites.requests import DEFAULT_REQUESTS, FIXED, RequestsCase
 from fastllama.benchmarks.tables import Record
 from fastllama.checkpoint.base import dtype_name
 from fastllama.distributed import driver, environment
@@ -27,7 +29,8 @@ from fastllama.quantization import check_quantize
 
 DEFAULT_BATCHES = (1, 4)
 DEFAULT_CONTEXTS = (32, 512)
-PEER_SUITES = ("decode", "prefill", "generate")  # run ours and the peers
+PEER_SUITES = ("decode", "prefill", "generate")  # run one batch on ours and the peers
+SERVING_SUITES = ("requests",)  # run many requests on ours and the peers
 CHILD_PROCESS_SUITES = ("load", "memory")  # build a model in a child process
 
 
@@ -47,6 +50,8 @@ class Plan:
     rounds: int = interleaved.DEFAULT_ROUNDS
     peers: Sequence[str] = ()
     gpt_fast: str | None = None  # the folder of its code
+    requests: int = DEFAULT_REQUESTS  # in the requests suite
+    prefix: int = 0  # tokens that all its prompts begin with
     nproc: int = 1  # processes that share our model, one on each GPU; a peer has one
 
     def __post_init__(self) -> None:
@@ -55,13 +60,16 @@ class Plan:
                 raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(interleaved.SUITES)}")
         if self.quantize and "kernels" in self.suites:
             raise ValueError("the kernels suite measures the ops of dense weights: omit it or quantize")
-        if self.nproc > 1 and "kernels" in self.suites:
-            raise ValueError("the kernels suite measures the launches of one process: omit it or nproc")
+        for suite, measured in (("kernels", "the launches"), ("requests", "the engine")):
+            if self.nproc > 1 and suite in self.suites:
+                raise ValueError(f"the {suite} suite measures {measured} of one process: omit it or nproc")
+        if self.requests < 1 or self.prefix < 0:
+            raise ValueError(f"expected at least 1 request and no prefix below 0, got {self.requests}, {self.prefix}")
 
     def cases(self, suites: Sequence[str]) -> list[Case]:
         """The plan's cases whose suite is in `suites`."""
         cases = [
-            Case(suite, batch, context, 1 if suite == "prefill" else self.steps, self.rounds)
+            self._case(suite, batch, context)
             for suite in self.suites
             if suite in suites
             for context in self.contexts
@@ -71,10 +79,16 @@ class Plan:
         largest = max(self.batches), max(self.contexts)
         return [case for case in cases if case.suite != "load" or (case.batch, case.context) == largest]
 
+    def _case(self, suite: Suite, batch: int, context: int) -> Case:
+        if suite == "requests":
+            return RequestsCase(suite, batch, context, self.steps, self.rounds, self.requests, self.prefix)
+        return Case(suite, batch, context, 1 if suite == "prefill" else self.steps, self.rounds)
+
     @cached_property
     def model(self) -> ModelSpec:
         """The model, with a cache just large enough for every case."""
-        sizes = max(self.batches), max(self.contexts) + self.steps
+        prefix = self.prefix if "requests" in self.suites else 0
+        sizes = max(self.batches), prefix + max(self.contexts) + self.steps
         return ModelSpec(self.source, self.device, self.dtype, *sizes, self.backend, self.quantize)
 
     def record_of(self, case: Case) -> Record:
@@ -131,19 +145,27 @@ def _records(plan: Plan, probes: Probes, progress: Progress) -> Iterator[Record]
     for case in plan.cases(["kernels"]):
         yield from _op_records(plan, case, probes, progress)
     torch.cuda.empty_cache()  # for the peers' processes
-    if cases := plan.cases(PEER_SUITES):
-        with start_peers(plan.peers, plan.model, plan.gpt_fast, progress) as peers:
-            progress(f"loading {plan.source.name}")
-            llm = _build(plan)
-            for case in cases:
-                yield _case_record(plan, case, llm, peers, probes, progress)
-        del llm
-        if plan.nproc > 1:
-            driver.shut_down()
-        torch.cuda.empty_cache()
+    for suites in (PEER_SUITES, SERVING_SUITES):
+        if cases := plan.cases(suites):
+            yield from _records_with_peers(plan, cases, suites is SERVING_SUITES, probes, progress)
     for case in plan.cases(CHILD_PROCESS_SUITES):
         progress(f"{case.suite} {plan.source.name} {case.label}")
         yield plan.record_of(case) | _child_process_record(plan, case, probes)
+
+
+def _records_with_peers(
+    plan: Plan, cases: list[Case], serves: bool, probes: Probes, progress: Progress
+) -> Iterator[Record]:
+    """Measure cases on ours and the peers. serves: those of many requests."""
+    with start_peers(plan.peers, plan.model, plan.gpt_fast, progress, serves=serves) as peers:
+        progress(f"loading {plan.source.name}")
+        llm = _build(plan)
+        for case in cases:
+            yield _case_record(plan, case, llm, peers, probes, progress)
+    del llm
+    if plan.nproc > 1:
+        driver.shut_down()
+    torch.cuda.empty_cache()
 
 
 def _build(plan: Plan) -> Llama:
@@ -184,19 +206,21 @@ def _case_record(
     begin = time.perf_counter()
     driver.run_on_all(llm, _warm, batch=case.batch)
     record = plan.record_of(case) | {"capture_seconds": time.perf_counter() - begin}
-    runners = {name: runner_for(name, peer, case) for name, peer in peers.items()}
     samples = AdjacentSamples(probes.matmul)
     devices = plan.nproc if plan.device.type == "cuda" else 1
-    case_runs = interleaved.run_case(
+    run_case = partial(
+        interleaved.run_case,
         case,
         args.vocab_size,
-        Ours(llm),
-        runners,
-        probes.read,
-        None if plan.model.quantize else plan.dtype,
-        progress,
-        devices,
+        probe=probes.read,
+        dtype=None if plan.model.quantize else plan.dtype,
+        progress=progress,
+        devices=devices,
     )
+    if isinstance(case, RequestsCase):
+        case_runs = run_case(OurEngine(llm), {FIXED: FixedBatches(llm), **peers})
+        return record | requests_suite.record(case, case_runs)
+    case_runs = run_case(Ours(llm), {name: runner_for(name, peer, case) for name, peer in peers.items()})
     matmul = samples.higher()
     if case.suite == "decode":
         record |= decode.record(case, case_runs, args, plan.dtype, plan.model.schemes)

@@ -13,7 +13,7 @@ DRIFT = 0.1  # change of the machine's bandwidth that gets a warning
 # Two records belong to the same case if these keys have the same values.
 IDENTITY = (
     *("suite", "model", "dtype", "quantize", "op", "launch", "variant", "case"),
-    *("batch", "context", "tokens", "steps", "dependent_launch", "interpreted"),
+    *("batch", "context", "tokens", "steps", "requests", "prefix", "dependent_launch", "interpreted"),
 )
 # A record's figures. From each line, the first name that both records have is compared.
 FIGURES = (

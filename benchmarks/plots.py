@@ -1,7 +1,9 @@
-"""Plots of a result: tokens per second by batch size, a step's launches, latencies. Needs matplotlib (optional)."""
+"""Plots of a result: tokens per second by batch size, a step's launches, latencies; of the requests suite, tokens per
+second by the number of requests at a time. Needs matplotlib (optional).
+"""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from fastllama.benchmarks.runners import OURS
 from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, percentile
 from fastllama.benchmarks.tables import Record
 
-NAMES = ("throughput", "launches", "latency")
+DECODE_NAMES = ("throughput", "launches", "latency")
+NAMES = (*DECODE_NAMES, "requests")
 NOT_INSTALLED = "no plots: matplotlib is not installed (pip install matplotlib)"
 PANEL_INCHES = (5.2, 4.0)
 DOTS_PER_INCH = 110
@@ -25,55 +28,79 @@ PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
 LAUNCH_COLORS = ("#bbbbbb", "#0072b2", "#e69f00", "#009e73", "#c0392b", "#56b4e9", "#cc79a7", "#444444")
 COLLECTIVE_COLORS = ("#f0e442", "#888800")  # of the collectives of processes that share a model
 
+Panel = Callable[[Any, list[Record]], None]  # draws records on axes
+
 
 def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(result: ResultFile, folder: Path) -> list[Path]:
-    """Write the plots of the result's decode records into `folder`, which is created. Returns their paths."""
-    records = [record for record in result.records if record["suite"] == "decode" and "itls" in record]
-    if not records:
-        return []
+    """Write the plots of the result's decode and requests records into `folder`, which is created -> their paths."""
+    decode = [record for record in result.records if record["suite"] == "decode" and "itls" in record]
+    requests = [record for record in result.records if record["suite"] == "requests"]
+    paths = []
+    if decode:
+        panels = dict(zip(DECODE_NAMES, (_throughput, _launches, _latency), strict=True))
+        paths += [_draw(result, decode, folder / f"{name}.png", panel) for name, panel in panels.items()]
+    if requests:
+        paths.append(_draw(result, requests, folder / "requests.png", _requests))
+    return paths
+
+
+def _draw(
+    result: ResultFile, records: Sequence[Record], path: Path, panel: Callable[[Any, list[Record]], None]
+) -> Path:
+    """Write one plot, with a panel for each context."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     contexts = list(dict.fromkeys(record["context"] for record in records))
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, panel in zip(NAMES, (_throughput, _launches, _latency), strict=True):
-        # pyplot is not used, because it has global state and needs a display.
-        figure = Figure(figsize=(PANEL_INCHES[0] * len(contexts), PANEL_INCHES[1]), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, len(contexts), squeeze=False)[0]
-        for axis, context in zip(axes, contexts, strict=True):
-            of_context = [record for record in records if record["context"] == context]
-            panel(axis, sorted(of_context, key=lambda record: record["batch"]))
-        if name != "latency":  # its panels have their own legends
-            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True)
-        first, environment = records[0], result.environment
-        figure.suptitle(f"{first['model']} in {first['dtype']} on {environment.device_name}", fontsize=10)
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return paths
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # pyplot is not used, because it has global state and needs a display.
+    figure = Figure(figsize=(PANEL_INCHES[0] * len(contexts), PANEL_INCHES[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(contexts), squeeze=False)[0]
+    for axis, context in zip(axes, contexts, strict=True):
+        of_context = [record for record in records if record["context"] == context]
+        panel(axis, sorted(of_context, key=lambda record: record["batch"]))
+    if panel is not _latency:  # its panels have their own legends
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True)
+    first, environment = records[0], result.environment
+    figure.suptitle(f"{first['model']} in {first['dtype']} on {environment.device_name}", fontsize=10)
+    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return path
 
 
 def _throughput(axis: Any, records: Sequence[Record]) -> None:
     """Tokens per second by batch size: ours, the peers', and the limit set by reading a step's bytes."""
-    from matplotlib.ticker import LogLocator
-
     batches = [record["batch"] for record in records]
     limits = [
         record["batch"] * record["read_gb_per_second"]["p50"] * GIGA / record["bytes_per_step"] for record in records
     ]
     axis.plot(batches, limits, color=LIMIT_COLOR, linestyle="--", marker="_", label="limit: read bandwidth")
+    _all_rates(axis, records)
+    axis.set(xlabel="batch", ylabel="tokens/s", title=_title(records))
+
+
+def _requests(axis: Any, records: Sequence[Record]) -> None:
+    """Tokens per second by the number of requests at a time: ours and the peers'."""
+    _all_rates(axis, records)
+    axis.set(xlabel="requests at a time", ylabel="tokens/s, of answers", title=f"prompts up to {records[0]['context']}")
+
+
+def _all_rates(axis: Any, records: Sequence[Record]) -> None:
+    """Curves of ours and of the peers, on logarithmic axes."""
+    from matplotlib.ticker import LogLocator
+
+    batches = [record["batch"] for record in records]
     _rates(axis, batches, records, OURS, OURS_COLOR)
     peers = [(name, record["batch"], peer) for record in records for name, peer in record["peers"].items()]
     measured = [peer for peer in peers if peer[2]["status"] == "measured"]
     for name, color in zip(dict.fromkeys(peer[0] for peer in measured), cycle(PEER_COLORS)):
         points = [(batch, record) for peer, batch, record in measured if peer == name]
         _rates(axis, [batch for batch, _ in points], [record for _, record in points], name, color)
-    axis.set(xlabel="batch", ylabel="tokens/s", title=_title(records), yscale="log")
+    axis.set_yscale("log")
     axis.set_xscale("log", base=2)
     axis.set_xticks(batches, [str(batch) for batch in batches])
     axis.minorticks_off()

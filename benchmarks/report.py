@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fastllama.benchmarks.ceilings import Ceiling
 from fastllama.benchmarks.result_file import AS_STORED, ResultFile
-from fastllama.benchmarks.suites import decode, generate, kernels, load_and_memory, prefill, step_launches
+from fastllama.benchmarks.suites import decode, generate, kernels, load_and_memory, prefill, requests, step_launches
 from fastllama.benchmarks.tables import Columns, Record, Table, peer_columns, table_of
 
 COLUMNS: dict[str, Columns] = {
@@ -12,6 +12,7 @@ COLUMNS: dict[str, Columns] = {
     "decode": decode.COLUMNS,
     "prefill": prefill.COLUMNS,
     "generate": generate.COLUMNS,
+    "requests": requests.COLUMNS,
     "load": load_and_memory.LOAD_COLUMNS,
     "memory": load_and_memory.MEMORY_COLUMNS,
 }
@@ -48,9 +49,20 @@ def _title(suite: str, first: Record) -> str:
         "decode": f"decode of {model}, {first['steps']} greedy tokens",
         "prefill": f"prefill of {model}",
         "generate": f"generate on {model}: ragged prompts, {first['steps']} greedy tokens each",
+        "requests": f"requests to {model}{_requests_text(first)}",
         "load": f"load {first['model']} as {precision}{where}, {first['rounds']} rounds",
         "memory": f"memory of {first['model']} in {precision}{where}, MiB{' of the first' if where else ''}",
     }[suite]
+
+
+def _requests_text(first: Record) -> str:
+    """The workload of the requests suite. A record of a case that was not run lacks it."""
+    if "num_prompts" not in first:
+        return ""
+    ranges = (f"{min(first[name])}-{max(first[name])}" for name in ("input_lens", "output_lens"))
+    common = f", {first['prefix']} of them common" if first["prefix"] else ""
+    prompts, answers = ranges
+    return f": {first['num_prompts']} with prompts of {prompts} tokens{common}, answers of {answers}"
 
 
 def _weights_text(quantize: str | None) -> str:

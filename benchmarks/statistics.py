@@ -68,7 +68,7 @@ def throughput(tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def latency(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation, p90 and p99 in ms. name: vLLM's name of the latency: ttft, itl or e2el."""
+    """Mean, median, standard deviation, p90 and p99 in ms. name: vLLM's name of it: ttft, tpot, itl, e2el."""
     samples = [MILLI * second for second in seconds]
     return {
         f"mean_{name}_ms": fmean(samples),

@@ -32,7 +32,7 @@ COMMANDS = (
     "fastllama.benchmarks.kernels_report",
     "fastllama.builtin.train",
 )
-SUITES = "kernels,decode,prefill,generate,memory"
+SUITES = "kernels,decode,prefill,generate,requests,memory"
 BENCH = ("--batch", "2", "--context", "4", "--steps", "3", "--rounds", "1", "--device", "cpu", "--threads", "1")
 # A generated model, compared with a peer; and a model that is read from files.
 RUNS = (("--suite", SUITES, "--model", "random-toy", "--peers", "reference"), ("--suite", "load", "--peers", "none"))

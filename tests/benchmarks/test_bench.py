@@ -103,6 +103,7 @@ def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.Monk
         "decode": 3,
         "prefill": 1,
         "generate": 3,
+        "requests": 3,
         "load": 3,
         "memory": 3,
     }
@@ -110,7 +111,7 @@ def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.Monk
     for in_markdown in (False, True):
         shown = report(result, in_markdown)
         parts = ["kernels of tiny", "decode of tiny", "prefill of tiny", "ttft ms p50", "generate on tiny"]
-        parts += ["memory of tiny", "not run: random"]
+        parts += ["requests to tiny", "memory of tiny", "not run: random"]
         assert all(part in shown for part in parts)
         assert ("| --- |" in shown) is in_markdown
 

@@ -13,10 +13,11 @@ from PIL import Image
 from fastllama.benchmarks import plots
 from fastllama.benchmarks.environment import describe_environment
 from fastllama.benchmarks.result_file import ResultFile
-from fastllama.benchmarks.runners import Run
+from fastllama.benchmarks.runners import Run, ServedRun
 from fastllama.benchmarks.statistics import summarize
-from fastllama.benchmarks.suites import decode
+from fastllama.benchmarks.suites import decode, requests
 from fastllama.benchmarks.suites.interleaved import Case, CaseRuns
+from fastllama.benchmarks.suites.requests import RequestsCase
 from fastllama.benchmarks.suites.step_launches import LaunchTime
 from fastllama.speed_of_light import Machine, Work
 from tests.benchmarks.cases import ARGS
@@ -49,7 +50,7 @@ def result(*records: dict[str, Any]) -> ResultFile:
 def test_draws_three_plots_with_a_panel_for_each_context(tmp_path: Path) -> None:
     found = plots.draw(result(*(record(batch, context) for context in (8, 16) for batch in (1, 4))), tmp_path / "run")
     assert [path.name for path in found] == ["throughput.png", "launches.png", "latency.png"]
-    assert {path.stem for path in found} == set(plots.NAMES)
+    assert {path.stem for path in found} == set(plots.DECODE_NAMES)
     for path in found:
         with Image.open(path) as image:
             size = image.size
@@ -80,6 +81,27 @@ def test_launches_are_stacked_for_measured_and_least_times() -> None:
     plots._launches(axis, [record(1, 8)])
     heights = [bar.get_height() for bar in axis.patches]  # type: ignore[attr-defined]
     assert heights == pytest.approx([0.8, 0.1, 0.4, 0.0])  # 2 x 400 and 2 x 50 µs; 2 x 200 µs and nothing
+
+
+def requests_record(batch: int, times: list[float]) -> dict[str, Any]:
+    case = RequestsCase("requests", batch, 16, steps=3, rounds=1, requests=2)
+    ours, peer = ([ServedRun([[0] * 3] * 2, [0.0, 0.0], [[end], [end]])] for end in times)
+    runs = {"fastllama": ours, "fixed-8": peer}
+    measured = CaseRuns(runs, {"fastllama": [1.0], "fixed-8": [1.0]}, {"fixed-8": {"status": "measured"}}, 0.0, 0.0)
+    return dataclasses.asdict(case) | requests.record(case, measured) | {"model": "tiny", "dtype": "float32"}
+
+
+def test_requests_has_a_curve_of_ours_and_of_each_peer(tmp_path: Path) -> None:
+    records = [requests_record(4, [0.5, 2.0]), requests_record(1, [1.0, 2.0])]
+    assert plots.draw(result(*records), tmp_path / "run") == [tmp_path / "run" / "requests.png"]
+    axis = Figure().subplots()
+    plots._requests(axis, sorted(records, key=lambda one: int(one["batch"])))
+    n_tokens = sum(records[0]["output_lens"])
+    curves = [bars for bars in axis.containers if isinstance(bars, ErrorbarContainer)]
+    assert {bars.get_label(): _heights(bars.lines[0]) for bars in curves} == {
+        "fastllama": pytest.approx([n_tokens, n_tokens / 0.5]),
+        "fixed-8": pytest.approx([n_tokens / 2.0] * 2),
+    }
 
 
 def test_a_result_without_decode_has_no_plots(tmp_path: Path) -> None:

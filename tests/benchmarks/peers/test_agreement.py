@@ -37,6 +37,12 @@ def test_compare_accepts_different_tokens_only_at_a_tie() -> None:
     assert not compare(ours, clear, torch.float32).agrees
 
 
+def test_compare_uses_our_margins_if_the_oracle_has_none() -> None:
+    without = Run([[1, 2]], [], [[-1.0, -1.0]])
+    assert compare(run_of([[1, 9]], margin=5e-5), without, torch.float32).agrees
+    assert not compare(run_of([[1, 9]], margin=2e-4), without, torch.float32).agrees
+
+
 def test_compare_rejects_a_constant_oracle() -> None:
     constant = run_of([[0, 0, 0]], logprob=-9.0, margin=0.0)
     found = compare(run_of([[5, 6, 7]]), constant, torch.float32)

@@ -13,6 +13,7 @@ from fastllama.benchmarks.models import ModelSource
 from fastllama.benchmarks.peers import gpt_fast, huggingface, llama_cpp, meta, registry, vllm_cpu
 from fastllama.benchmarks.peers.meta import unsupported
 from fastllama.benchmarks.peers.registry import Peer, unavailable
+from fastllama.benchmarks.runners import Workload
 from tests.benchmarks.cases import ARGS, SHAPE, SPEC
 
 
@@ -80,6 +81,21 @@ def test_gpt_fast_needs_a_checkout_and_its_packages(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert unavailable("gpt-fast", ARGS, str(tmp_path)) is None
     assert "head_dim" in str(unavailable("gpt-fast", ModelArgs(**{**SHAPE, "head_dim": 16}), str(tmp_path)))
+
+
+def test_peers_of_one_batch_and_of_many_requests_are_told_apart() -> None:
+    assert unavailable("reference", ARGS, serves=True) == "it is not measured with many requests"
+    assert unavailable("transformers-continuous", ARGS) == "it is measured in the requests suite only"
+    assert unavailable("transformers-continuous", ARGS, serves=True) is None
+
+
+def test_an_answer_of_another_length_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = Peer.__new__(Peer)
+    found = {"tokens": [[7], [7, 8]], "starts": [0.0] * 2, "times": [[1.0]] * 2}
+    monkeypatch.setattr(peer, "ask", lambda request: found)
+    with pytest.raises(ChildError, match=r"answers have \[1, 2\] tokens, not \[1, 3\]"):
+        peer.serve(Workload([[1], [2]], [1, 3], 2))
+    assert peer.serve(Workload([[1], [2]], [1, 2], 2)).tokens == [[7], [7, 8]]
 
 
 def test_every_peer_is_a_module() -> None:

@@ -113,7 +113,8 @@ class DecodeState:
         self.is_stop.index_fill_(0, upload(rows, torch.int64, device), False)
         if places:
             index, ids = upload(places, torch.int64, device).T
-            self.is_stop[index, ids] = True
+            # Not `= True`: a value of the host would be copied from memory that is not pinned, which waits.
+            self.is_stop.index_put_((index, ids), torch.ones((), dtype=torch.bool, device=device))
 
     def stop_rows(self, rows: Sequence[int]) -> None:
         """Make these rows inactive."""

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,11 @@ ID_PREFIX = "batch_req_"
 LINE_BEGIN = f'{{"id": "{ID_PREFIX}'.encode()
 DUPLICATE = "duplicate_custom_id"  # the code of an error
 FIELDS = {"id", "custom_id", "response", "error"}
-# Bytes far behind the end of the file, whose locks are taken.
-RUN_LOCK, APPEND_LOCK = 2**62, 2**62 + 1
+# Bytes far behind the end of the file, whose locks are taken: one to append, and one by each group of processes as long
+# as it lives. A run begins when all of these are free.
+APPEND_LOCK, GROUP_LOCKS, MAX_GROUPS = 2**61, 2**62, 2**20
+RELEASE_SECONDS = 5.0  # for the other processes of a run whose first one was killed
+POLL_SECONDS = 0.05
 SEARCH_BYTES = 65536
 
 
@@ -45,11 +49,13 @@ class Answered:
 
 
 class OutputFile:
-    """A file to which answers are appended. shared: other processes append, too."""
+    """A file to which one or several groups of processes append answers. The first one's `begin` comes before."""
 
-    def __init__(self, path: str, *, shared: bool = False) -> None:
-        self.path, self._shared = path, shared
+    def __init__(self, path: str, group: int = 0, n_groups: int = 1) -> None:
+        self.path, self._n_groups = path, n_groups
         self._file: IO[bytes] = open(path, "a+b", buffering=0)  # noqa: SIM115
+        if group > 0 and fcntl is not None:
+            fcntl.lockf(self._file, fcntl.LOCK_EX, 1, GROUP_LOCKS + group)
 
     def append(self, record: dict[str, Any]) -> None:
         """Append one line. Raises OSError, which names the file."""
@@ -120,17 +126,22 @@ class OutputFile:
     def _lock_for_run(self) -> None:
         if fcntl is None:
             return
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, RUN_LOCK)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ValueError(
-                    f"{self.path} is being written by another run: wait for its end, or name another file"
-                ) from None  # other errors: the file system has no locks
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, MAX_GROUPS, GROUP_LOCKS)
+                fcntl.lockf(self._file, fcntl.LOCK_UN, MAX_GROUPS - 1, GROUP_LOCKS + 1)  # for the other groups
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):  # the file system has no locks
+                    return
+            if time.monotonic() > deadline:
+                raise ValueError(f"{self.path} is being written by another run: wait for its end, or name another file")
+            time.sleep(POLL_SECONDS)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        if not self._shared or fcntl is None:
+        if self._n_groups == 1 or fcntl is None:
             yield
             return
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, APPEND_LOCK)

@@ -161,7 +161,7 @@ def answer_lines(
         source = stack.enter_context(open_input(in_file))
         out = None
         if shared_by.rank == 0:
-            out = stack.enter_context(OutputFile(out_file, shared=n_groups > 1))
+            out = stack.enter_context(OutputFile(out_file, group, n_groups))
         run = BatchRun(llm, out, answered, seed, model)
         try:
             disable = None if progress and rank == 0 else True

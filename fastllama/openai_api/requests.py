@@ -61,6 +61,7 @@ def chat_request(body: object, *, allow_unknown: bool = False) -> ApiRequest:
     more: dict[str, Any] = {}
     if _flag(fields, "logprobs"):
         more["logprobs"] = fields.get("top_logprobs", 0)
+        _checked("top_logprobs", more, "logprobs")
     elif "top_logprobs" in fields:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     dialog = _dialog(_required(fields, "messages"))
@@ -123,11 +124,12 @@ def _params(fields: Mapping[str, Any], limit: dict[str, Any], more: dict[str, An
     return _checked(None, defaults | given)
 
 
-def _checked(field: str | None, arguments: dict[str, Any]) -> SamplingParams:
+def _checked(field: str | None, arguments: dict[str, Any], own_name: str = "max_gen_len") -> SamplingParams:
+    """SamplingParams, with errors that name the body's field instead of our own."""
     try:
         return SamplingParams(**arguments)
     except ValueError as error:
-        raise InvalidRequest(str(error).replace("max_gen_len", field or ""), param=field) from None
+        raise InvalidRequest(str(error).replace(own_name, field or own_name), param=field) from None
 
 
 def _rest(fields: Mapping[str, Any]) -> dict[str, Any]:

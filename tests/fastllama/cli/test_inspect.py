@@ -155,3 +155,24 @@ def test_inspect_plans_for_several_processes(checkpoint: str) -> None:
     shown = run("inspect", checkpoint, "--nproc", "2,3").stdout
     assert "on several H100" in shown and "not possible: n_heads=8" in shown
     expect_error(run("inspect", checkpoint, "--gpu", "abacus"), "abacus")
+
+
+def test_inspect_plans_for_a_cache_that_rows_share(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("inspect", checkpoint, "--max_batch_size", "8", "--max_seq_len", "1024", "--nproc", "1,2,3")
+    whole = json.loads(run(*words, "--json").stdout)
+    shared = json.loads(run(*words, "--cache_tokens", "1000", "--json").stdout)
+    assert whole["memory"]["cache_tokens"] is None and shared["memory"]["cache_tokens"] == 1000
+    per_page = 2 * 2 * 64 * 2 * 8 * 4  # k and v, layers, positions, kv heads, width, bytes
+    assert whole["memory"]["cache"] == (8 * 16 + 1) * per_page  # with the page that belongs to no row
+    assert shared["memory"]["cache"] == (16 + 1) * per_page
+    assert shared["processes"][0]["bytes_each"] == shared["memory"]["total"] < whole["memory"]["total"]
+    # A GPU holds all positions of all rows, and this machine what is free.
+    assert [one.get("cache_tokens") for one in whole["processes"]] == [8192, 8192, None]
+    free = shared["memory"]["total"]
+    monkeypatch.setattr("fastllama.memory_plan.free_memory", lambda device: free)
+    machine = json.loads(run(*words, "--json").stdout)["this_machine"]
+    assert (machine["free_memory"], machine["cache_tokens"]) == (free, 1024)
+    shown = run(*words, "--cache_tokens", "1000").stdout
+    assert "memory for 8 rows of 1024 tokens, 1000 together, in float32" in shown
+    assert "cache tokens     1,024 fit" in shown and "         8,192\n" in shown
+    expect_error(run("inspect", checkpoint, "--cache_tokens", "0"), "--cache_tokens")

@@ -102,16 +102,20 @@ def _run(llm: Any, in_file: str, out_file: str, answered: "Answered", seed: int,
 def _text(report: dict[str, Any]) -> str:
     """The object of --json as a line."""
     parts = [
-        f"{report['requests']:,} requests in {report['seconds']:.1f} s",
+        f"{_counted(report['requests'], 'request')} in {report['seconds']:.1f} s",
         f"{report['tokens']:,} tokens",
         f"{report['tokens_per_second']:,.1f} tokens/s",
         f"{report['cached_tokens']:,} of {report['prompt_tokens']:,} prompt tokens from the cache",
     ]
     if report["errors"]:
-        parts.insert(1, f"{report['errors']:,} errors")
+        parts.insert(1, _counted(report["errors"], "error"))
     if report["answered_before"]:
         parts.append(f"{report['answered_before']:,} answered before")
     return ", ".join(parts)
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count:,} {name}" + "s" * (count != 1)
 
 
 def _check_input(path: str, is_shared: bool) -> None:

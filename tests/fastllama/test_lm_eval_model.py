@@ -79,16 +79,17 @@ def test_results_are_those_of_hf(folder: Path, chat: bool) -> None:
     tasks = [task for task in SCORED + GENERATED if not chat or task != "fastllama_stories"]
     ours, theirs = (evaluate(model, folder, tasks, apply_chat_template=chat) for model in ("fastllama", "hf"))
     for task in tasks:
-        if task in GENERATED:
-            assert responses(ours, task) == responses(theirs, task)
-        for a, b in zip(responses(ours, task), responses(theirs, task), strict=True):
-            for one, other in zip(_flat(a), _flat(b), strict=True):
-                assert one == pytest.approx(other, rel=1e-5, abs=1e-3)
+        pairs = zip(_flat(responses(ours, task)), _flat(responses(theirs, task)), strict=True)
+        assert all(_agree(one, other) for one, other in pairs)
         for name, value in theirs["results"][task].items():
-            assert ours["results"][task][name] == pytest.approx(value, rel=1e-3), name
+            assert _agree(ours["results"][task][name], value), name
         arguments = [[sample["arguments"] for sample in found["samples"][task]] for found in (ours, theirs)]
         assert arguments[0] == arguments[1]  # prompts, chat templates included
     assert ours["config"]["model_dtype"] == "torch.float32"
+
+
+def _agree(one: Any, other: Any) -> bool:
+    return bool(one == other) if isinstance(other, str | bool) else one == pytest.approx(other, rel=1e-5, abs=1e-3)
 
 
 def _flat(value: Any) -> list[Any]:
@@ -106,7 +107,9 @@ def model(folder: Path) -> Any:
 
 def test_pairs_of_any_kind_are_scored_as_by_hf(folder: Path, model: FastLlama) -> None:
     pairs = [("", "the dog"), ("the", " quick"), ("the  ", "fox"), ("<s>Once", " upon"), ("a\n", "a"), ("x" * 300, "y")]
-    theirs = get_model("hf")(pretrained=str(folder), dtype="float32", max_length=128, device="cpu")
+    # Its cache of logits takes a wrong place where answers of two lengths end at the same token (lm-eval 0.4.13).
+    options = {"dtype": "float32", "max_length": 128, "device": "cpu", "logits_cache": False}
+    theirs = get_model("hf")(pretrained=str(folder), **options)
     expected = theirs.loglikelihood(instances("loglikelihood", *pairs))
     for one, other in zip(model.loglikelihood(instances("loglikelihood", *pairs)), expected, strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-3) and one[1] == other[1]

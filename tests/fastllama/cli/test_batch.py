@@ -145,7 +145,7 @@ def test_the_summary_is_a_line_on_stderr(tmp_path: Path) -> None:
     path = write_batch(tmp_path / "in.jsonl", [completion("a")])
     result = run("batch", path, str(tmp_path / "out.jsonl"), *BATCH)
     assert result.stdout == "" and result.stderr.splitlines()[0].startswith("no --ckpt_dir")
-    assert result.stderr.splitlines()[-1].startswith("1 requests in ") and "6 tokens, " in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("1 request in ") and "6 tokens, " in result.stderr
     empty = run("batch", write_batch(tmp_path / "empty.jsonl", []), str(tmp_path / "none.jsonl"), *BATCH)
     assert empty.exit_code == 0 and "0 requests in" in empty.stderr
 

@@ -115,8 +115,8 @@ class Scheduler:
         if found is None:
             return False
         missing = pages_for(min(len(sequence.tokens), sequence.last)) - len(found)
-        # Every running sequence may soon need one more, and it should not push this one out again.
-        spare = len(self.running)
+        # A running sequence that may grow soon needs one more, and it should not push this one out again.
+        spare = sum(len(one.pages) < pages_for(one.last) for one in self.running)
         self.pool.share(found)
         if missing + spare > self.pool.n_available:
             self.pool.release(found)

@@ -204,7 +204,9 @@ def _case_record(
     args = llm.model.params
     progress = _prefixed(progress, f"{case.suite} {plan.source.name} {case.label}")
     begin = time.perf_counter()
-    driver.run_on_all(llm, _warm, batch=case.batch)
+    # The engine runs fewer rows when requests end.
+    sizes = list(range(1, case.batch + 1)) if isinstance(case, RequestsCase) else [case.batch]
+    driver.run_on_all(llm, _warm, sizes=sizes)
     record = plan.record_of(case) | {"capture_seconds": time.perf_counter() - begin}
     samples = AdjacentSamples(probes.matmul)
     devices = plan.nproc if plan.device.type == "cuda" else 1
@@ -252,8 +254,8 @@ def _prefixed(progress: Progress, prefix: str) -> Progress:
     return lambda text: progress(f"{prefix}: {text}")
 
 
-def _warm(llm: Llama, batch: int) -> None:
-    llm.decoder.capture_graphs([batch])
+def _warm(llm: Llama, sizes: list[int]) -> None:
+    llm.decoder.capture_graphs(sizes)
 
 
 def _launches(llm: Llama, case: Case, probes: Probes, matmul: float, n_sharing: int) -> list[Record]:

@@ -36,6 +36,7 @@ from fastllama.tokenizer_open import open_tokenizer
 RANDOM_SEED = 20240418
 RANDOM_STD = 0.02
 BYTES = 256
+LEAST_VOCABULARY = BYTES + NUM_SPECIAL_TOKENS  # tokens of a random model's tokenizer
 SEEDS_PER_MODEL = 1_000_003  # more than a model has tensors: two models' tensors never share a seed
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     # To check that everything runs.
@@ -197,6 +198,11 @@ def _tokenizer(source: ModelSource, vocab_size: int) -> BaseTokenizer:
         tokenizer = open_tokenizer(source.tokenizer_path)
         tokenizer.n_rows = vocab_size  # more than it has tokens, where a vocabulary is padded
         return tokenizer
+    return random_tokenizer(vocab_size)
+
+
+def random_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer for random weights, of bytes and words of letters."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
         path.write_bytes(_ranks(vocab_size - NUM_SPECIAL_TOKENS))

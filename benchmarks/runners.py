@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from fastllama.benchmarks.timing import synchronize
-from fastllama.engine import Request, SamplingParams
+from fastllama.engine import Engine, Request, SamplingParams
 from fastllama.generation import Llama
 
 OURS = "fastllama"
@@ -101,24 +101,13 @@ class OurEngine:
         self._llm = llm
 
     def serve(self, workload: Workload, logprobs: bool = False) -> ServedRun:
-        model, (prompts, output_lens, max_concurrency) = self._llm.model, workload
-        model.cache.pool.forget()
+        self._llm.model.cache.pool.forget()
         engine = self._llm.engine()
-        requests: list[Request] = []
-        running: list[Request] = []
-        synchronize(model.device)
+        synchronize(self._llm.model.device)
         begin = time.perf_counter()
-        while running or len(requests) < len(prompts):
-            while len(running) < max_concurrency and len(requests) < len(prompts):
-                place = len(requests)
-                scored = 2 if logprobs else None  # of the two best tokens
-                params = SamplingParams(
-                    max_gen_len=output_lens[place], temperature=0.0, ignore_eos=True, logprobs=scored
-                )
-                requests.append(engine.submit(prompts[place], params))
-                running.append(requests[-1])
-            engine.step()
-            running = [request for request in running if not request.is_finished]
+        requests: list[Request] = []
+        for _ in steps_of(engine, workload, requests, logprobs):
+            pass
         answers = [request.partial.answer for request in requests]
         margins = [[first[1] - second[1] for first, second, *_ in one.top_logprobs or []] for one in answers]
         return ServedRun(
@@ -130,6 +119,24 @@ class OurEngine:
             cached_tokens=engine.stats.cached_tokens,
             preemptions=engine.stats.preemptions,
         )
+
+
+def steps_of(
+    engine: Engine, workload: Workload, requests: list[Request], logprobs: bool = False
+) -> Iterator[list[Request]]:
+    """Answer a workload. Adds its requests to `requests`, and yields those that are running before each step."""
+    prompts, output_lens, max_concurrency = workload
+    scored = 2 if logprobs else None  # of the two best tokens
+    running: list[Request] = []
+    while running or len(requests) < len(prompts):
+        while len(running) < max_concurrency and len(requests) < len(prompts):
+            length = output_lens[len(requests)]
+            params = SamplingParams(max_gen_len=length, temperature=0.0, ignore_eos=True, logprobs=scored)
+            requests.append(engine.submit(prompts[len(requests)], params))
+            running.append(requests[-1])
+        yield running
+        engine.step()
+        running = [request for request in running if not request.is_finished]
 
 
 class FixedBatches:

@@ -13,6 +13,7 @@ TITLES = {
     "tests": "GPU tests",
     "launches": "A decode step, launch by launch",
     "decode": "Tokens a second",
+    "engine": "Many requests through the engine",
     "quantised models": "Tokens a second with quantised weights",
     "whole step": "A whole step, compared with the sum of its launches",
     "prefill": "Prefill",

@@ -54,7 +54,8 @@ def gpu_tests(bench: Bench) -> Results:
     sizes = bench.sizes
     options = [(True, True), (True, False), (False, False)]
     formats = supported_formats(bench.device, MODEL_FORMATS)
-    with compile_ahead(bench, sizes.models.values(), sizes.batches, options, formats=formats):
+    batches = list(dict.fromkeys((*sizes.batches, *sizes.requests_at_a_time)))
+    with compile_ahead(bench, sizes.models.values(), batches, options, formats=formats):
         for path, seconds in GPU_TESTS:
             yield from _tests(bench, (path,), seconds)
 

@@ -183,14 +183,17 @@ def _describe_machine(tokens_in: Callable[[int, int], int]) -> dict[str, Any]:
     from fastllama.loading import choose_device
 
     device = choose_device(None)
-    free = memory_plan.free_memory(device)
+    try:
+        free = memory_plan.free_memory(device)
+    except ValueError:  # a launcher's variables are invalid, and nothing is launched
+        free = None
     return {
         "device": str(device),
         "backend": select.backend(None, device).__name__.rpartition(".")[2],
         "instruction_set": select.instruction_set(None, device),
         "threads": threads.available(),
         "free_memory": free,
-        "cache_tokens": tokens_in(free, 1),
+        "cache_tokens": None if free is None else tokens_in(free, 1),
     }
 
 

@@ -108,12 +108,9 @@ def process_plan_text(plan: dict[str, Any]) -> str:
 
 def machine_section(machine: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """The title and the lines of the section about this machine."""
-    texts = {
-        "free_memory": size_text(machine["free_memory"]),
-        "cache_tokens": f"{machine['cache_tokens']:,} fit",
-    }
+    texts: dict[str, Callable[[int], str]] = {"free_memory": size_text, "cache_tokens": "{:,} fit".format}
     return "on this machine", [
-        (name.replace("_", " "), texts.get(name, str(value))) for name, value in machine.items() if value is not None
+        (name.replace("_", " "), texts.get(name, str)(value)) for name, value in machine.items() if value is not None
     ]
 
 

@@ -14,7 +14,7 @@ PROMPT = list(range(150))
 
 
 def cache_of(**changes: Any) -> KVCache:
-    memory = {"device": torch.device("cpu"), "dtype": torch.float32, "allocate": allocate}
+    memory: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "allocate": allocate}
     return KVCache(**{**SIZES, **changes}, **memory)
 
 
@@ -74,7 +74,9 @@ def test_rows_of_an_earlier_call_give_their_pages_when_they_are_needed() -> None
 def test_rows_that_do_not_fit_together_are_refused() -> None:
     cache = cache_of(cache_tokens=4 * 64)
     cache.check_fits([128, 128])
-    with pytest.raises(ValueError, match="2 rows of up to 129 positions need 5 pages of 64 positions, and the cache has 4"):
+    with pytest.raises(
+        ValueError, match="2 rows of up to 129 positions need 5 pages of 64 positions, and the cache has 4"
+    ):
         cache.check_fits([128, 129])
     with pytest.raises(OutOfPages):
         cache.assign([200, 200])

@@ -114,7 +114,7 @@ def test_forgetting_frees_unused_pages_and_keeps_users() -> None:
 @given(st.lists(st.integers(0, 2**40), min_size=0, max_size=3 * PAGE_TOKENS), st.integers(0, 3 * PAGE_TOKENS - 1))
 def test_a_digest_is_of_all_tokens_before_it(tokens: list[int], changed: int) -> None:
     digests = digests_of(tokens)
-    assert len(digests) == len(tokens) // PAGE_TOKENS and digests == digests_of(tokens + [1])[: len(digests)]
+    assert len(digests) == len(tokens) // PAGE_TOKENS and digests == digests_of([*tokens, 1])[: len(digests)]
     if changed < len(tokens):
         tokens[changed] += 1
         same = [one == other for one, other in zip(digests, digests_of(tokens), strict=True)]

@@ -109,11 +109,17 @@ def test_draws_stay_among_the_likely_tokens(llm: Llama, given: dict[str, Any]) -
 def test_no_stop_token_comes_before_min_tokens(llm: Llama) -> None:
     engine = llm.engine()
     plain = answer_of(engine, PROMPT, **GREEDY)
-    stops = {"stop_token_ids": plain[:3]}
+    stops: dict[str, Any] = {"stop_token_ids": plain[:3]}
     assert answer_of(engine, PROMPT, **GREEDY, **stops) == []
     forced = engine.submit(PROMPT, SamplingParams(**GREEDY, **stops, min_tokens=10)).result().answer
     assert len(forced.tokens) >= 10 and not set(forced.tokens) & set(plain[:3])
-    exact = {"max_gen_len": 30, "seed": 1, "logit_bias": {3: 100.0}, "stop_token_ids": [3], "min_tokens": 7}
+    exact: dict[str, Any] = {
+        "max_gen_len": 30,
+        "seed": 1,
+        "logit_bias": {3: 100.0},
+        "stop_token_ids": [3],
+        "min_tokens": 7,
+    }
     answer = engine.submit(PROMPT, SamplingParams(**exact)).result().answer
     assert len(answer.tokens) == 7 and (answer.finish_reason, answer.stop_reason) == ("stop", 3)
 
@@ -143,10 +149,16 @@ def test_controls_survive_preemption_and_any_company(tmp_path: Path, kind: str) 
     alone = llm.decoder
     if DECODERS[kind]:
         llm.decoder = DECODERS[kind](llm)
-    asked = []
+    asked: list[tuple[list[int], SamplingParams]] = []
     for number in range(7):
         given = list(CONTROLS.values())[number] if number < len(CONTROLS) else {}
-        draws = {"temperature": 0.9, "top_p": 1.0, "seed": number, "logprobs": number % 3, "max_gen_len": 80}
+        draws: dict[str, Any] = {
+            "temperature": 0.9,
+            "top_p": 1.0,
+            "seed": number,
+            "logprobs": number % 3,
+            "max_gen_len": 80,
+        }
         prompt = [(number * 31 + place) % 320 for place in range(50 + 3 * number)]
         asked.append((prompt, SamplingParams(**draws, **given)))
     engine = llm.engine()
@@ -166,7 +178,7 @@ def test_controls_survive_preemption_and_any_company(tmp_path: Path, kind: str) 
 
 def test_answers_of_one_seed_are_different_streams(llm: Llama) -> None:
     engine = llm.engine()
-    params = {"max_gen_len": 16, "temperature": 1.0, "seed": 9}
+    params: dict[str, Any] = {"max_gen_len": 16, "temperature": 1.0, "seed": 9}
     several = engine.submit(PROMPT, SamplingParams(**params, n=5)).result().answers
     assert len({tuple(answer.tokens) for answer in several}) == 5
     assert [answer.index for answer in several] == list(range(5))

@@ -62,6 +62,18 @@ def test_a_short_request_does_not_wait_for_a_long_one(llm: Llama) -> None:
     long.cancel()
 
 
+def test_rows_that_have_ended_are_not_read_by_later_steps(llm: Llama) -> None:
+    engine = llm.engine()
+    short = [engine.submit([5, number], SamplingParams(max_gen_len=3, seed=1)) for number in range(3)]
+    last = engine.submit([6], SamplingParams(max_gen_len=50, seed=1))
+    for _ in range(10):
+        engine.step()
+    assert all(request.is_finished for request in short)
+    assert llm.decoder._lengths[:3] == [0, 0, 0] and llm.decoder._lengths[3] == len(last.partial.answer.tokens) + 1
+    last.cancel()
+    assert llm.decoder._lengths == [0] * 4
+
+
 def test_a_step_computes_one_chunk_of_prompts_beside_running_answers(
     llm: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +248,11 @@ def test_stop_strings_end_answers_of_the_model(llm: Llama) -> None:
     stop = plain.text[len(plain.text) // 2 :][:3]
     at = plain.text.index(stop)
     other = engine.submit([9], SamplingParams(max_gen_len=60, seed=2))
-    answer = engine.submit([5, 6], SamplingParams(max_gen_len=20, temperature=1.0, seed=5, logprobs=0, stop=stop)).result().answer
+    answer = (
+        engine.submit([5, 6], SamplingParams(max_gen_len=20, temperature=1.0, seed=5, logprobs=0, stop=stop))
+        .result()
+        .answer
+    )
     assert (answer.text, answer.finish_reason, answer.stop_reason) == (plain.text[:at], "stop", stop)
     assert answer.tokens == plain.tokens[: len(answer.tokens)] and len(answer.logprobs or []) == len(answer.tokens)
     assert llm.tokenizer.decode(answer.tokens).startswith(answer.text)

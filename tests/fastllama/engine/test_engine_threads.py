@@ -53,14 +53,14 @@ def assert_all_alone(llm: Llama, found: list[list[int]]) -> None:
 
 
 def test_many_threads_submit_and_read(llm: Llama) -> None:
-    def ask(number: int) -> list[int]:
+    def ask(engine: Engine, number: int) -> list[int]:
         if number % 2:
             return engine.submit([5, number], params_of(number)).result().answer.tokens
         return [token for one in engine.submit([5, number], params_of(number)) for token in one.tokens]
 
     with llm.engine().start() as engine:
         assert engine.has_thread and engine.start() is engine
-        found = in_threads([lambda number=number: ask(number) for number in range(16)])  # type: ignore[misc]
+        found = in_threads([lambda number=number: ask(engine, number) for number in range(16)])  # type: ignore[misc]
         assert engine.stats.finished_requests == 16
     assert_all_alone(llm, found)
 
@@ -92,8 +92,8 @@ def test_every_increment_reaches_its_reader(engine: Engine) -> None:
 def test_two_tasks_may_wait_for_one_request(engine: Engine) -> None:
     async def wait() -> list[Any]:
         request = engine.submit([5], SamplingParams(max_gen_len=30, seed=1))
-        waiting = asyncio.gather(request.aresult(), request.aresult(), request.aresult())
-        return await asyncio.wait_for(waiting, HANG_SECONDS)
+        async with asyncio.timeout(HANG_SECONDS):
+            return await asyncio.gather(*(request.aresult() for _ in range(3)))
 
     results = asyncio.run(wait())
     assert results[0] is results[1] is results[2] and len(results[0].answer.tokens) == 30
@@ -106,7 +106,9 @@ def test_async_iteration_needs_the_thread(llm: Llama) -> None:
 
     engine = llm.engine()
     request = engine.submit([5], ENDLESS)
-    with pytest.raises(RuntimeError, match="`async for` needs an engine that runs in its own thread: call engine.start"):
+    with pytest.raises(
+        RuntimeError, match="`async for` needs an engine that runs in its own thread: call engine.start"
+    ):
         asyncio.run(read(request))
     engine.close()
 
@@ -193,7 +195,10 @@ def test_an_error_in_the_thread_reaches_every_request_and_the_next_works(
         with pytest.raises(ArithmeticError, match="out of numbers"):
             asyncio.run(read(request))
     begun.clear()
-    assert engine.submit([5, 3], params_of(3)).result().answer.tokens == engine.submit([5, 3], params_of(3)).result().answer.tokens
+    assert (
+        engine.submit([5, 3], params_of(3)).result().answer.tokens
+        == engine.submit([5, 3], params_of(3)).result().answer.tokens
+    )
 
 
 def test_a_loop_that_was_closed_does_not_disturb_the_engine(engine: Engine) -> None:

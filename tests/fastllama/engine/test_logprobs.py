@@ -14,7 +14,9 @@ PROMPT = [(11 * place + 3) % 320 for place in range(140)]
 
 def assert_scores(found: list[float], tokens: list[int], logits: torch.Tensor, first: int) -> None:
     """Assert that these are the log-probabilities of tokens[first:]."""
-    expected = torch.log_softmax(logits, -1)[first - 1 : len(tokens) - 1].gather(1, torch.tensor(tokens[first:])[:, None])
+    expected = torch.log_softmax(logits, -1)[first - 1 : len(tokens) - 1].gather(
+        1, torch.tensor(tokens[first:])[:, None]
+    )
     torch.testing.assert_close(torch.tensor(found), expected[:, 0], atol=TOLERANCE, rtol=0)
 
 
@@ -32,7 +34,9 @@ def answered(llm: Llama, **params: object) -> Result:
     return llm.engine().submit(PROMPT, SamplingParams(**given)).result()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("controls", [{}, {"logit_bias": {7: 4.0}, "frequency_penalty": 1.0}], ids=["plain", "controls"])
+@pytest.mark.parametrize(
+    "controls", [{}, {"logit_bias": {7: 4.0}, "frequency_penalty": 1.0}], ids=["plain", "controls"]
+)
 def test_answers_have_the_models_log_probabilities(llm: Llama, controls: dict[str, object]) -> None:
     answer = answered(llm, logprobs=4, **controls).answer
     tokens = PROMPT + answer.tokens

@@ -34,7 +34,8 @@ def count_prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("length", "cached"), [(63, 0), (64, 0), (65, 64), (127, 64), (128, 64), (129, 128), (130, 128), (192, 128), (193, 192)]
+    ("length", "cached"),
+    [(63, 0), (64, 0), (65, 64), (127, 64), (128, 64), (129, 128), (130, 128), (192, 128), (193, 192)],
 )
 def test_a_prompt_that_was_computed_is_found_but_for_its_last_token(llm: Llama, length: int, cached: int) -> None:
     engine = llm.engine()

@@ -74,7 +74,8 @@ def test_answers_are_those_of_each_request_alone(tmp_path: Path, kind: str) -> N
     llm = engine_llama(tmp_path, backend=backend, cache_tokens=CACHE_TOKENS)
     usual = llm.decoder
     llm.decoder = decoder_of(llm)
-    requests, stats = run_traffic(llm.engine(max_tokens_per_step=48), 40, seed=11)
+    count = 40 if backend == "native" else 20
+    requests, stats = run_traffic(llm.engine(max_tokens_per_step=48), count, seed=11)
     assert stats.preemptions > 0 and stats.cached_tokens > 0 and stats.used_pages == 0
     llm.decoder = usual
     ties = ended = 0
@@ -84,7 +85,7 @@ def test_answers_are_those_of_each_request_alone(tmp_path: Path, kind: str) -> N
             continue
         ended += 1
         ties += assert_as_alone(llm, result, request.params)
-    assert ended >= 30 and ties <= 1, f"{ties} near-ties"
+    assert ended >= 0.7 * count and ties <= 1, f"{ties} near-ties"
 
 
 def test_a_near_tie_is_told_from_a_wrong_token(tmp_path: Path) -> None:

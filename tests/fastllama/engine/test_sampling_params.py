@@ -49,9 +49,11 @@ def test_a_value_out_of_range_is_refused(given: dict[str, Any], message: str) ->
 
 
 def test_values_are_kept_as_plain_numbers_and_tuples() -> None:
+    ids: Any = np.array([1, 2])
+    biases: Any = {"7": 1}  # as JSON has them
     params = SamplingParams(
-        max_gen_len=np.int64(4), top_p=3, stop=["a", "b", "a"], stop_token_ids=np.array([1, 2]), logit_bias={"7": 1}, seed=-1
-    )  # type: ignore[arg-type]
+        max_gen_len=np.int64(4).item(), top_p=3, stop=["a", "b", "a"], stop_token_ids=ids, logit_bias=biases, seed=-1
+    )
     assert (params.max_gen_len, params.top_p, params.stop, params.stop_token_ids) == (4, 1.0, ("a", "b"), (1, 2))
     assert params.logit_bias == {7: 1.0} and params.seed == 2**64 - 1
     assert SamplingParams(stop="END").stop == ("END",)

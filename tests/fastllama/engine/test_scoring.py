@@ -1,6 +1,7 @@
 """Scores of continuations and of documents, against the logits of the model's forward pass."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from fastllama import Llama
 from fastllama.engine.scoring import Score, score_pairs
 from tests.fastllama.engine.llamas import MAX_SEQ_LEN, TOLERANCE, logits_of
 
-TEXTS = [("a story about ", "a cat"), ("a story about", " a dog"), ("", "once upon"), ("a story", ""), ("the cat ", "sat")]
+TEXTS = [
+    ("a story about ", "a cat"),
+    ("a story about", " a dog"),
+    ("", "once upon"),
+    ("a story", ""),
+    ("the cat ", "sat"),
+]
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -27,7 +34,10 @@ def assert_score(llm: Llama, score: Score, context: list[int], tokens: list[int]
 
 
 def test_continuations_have_the_models_log_probabilities_in_the_order_of_the_pairs(llm: Llama) -> None:
-    pairs = [(ids(length, length), ids(count, 1000 + count)) for length, count in ((150, 5), (1, 1), (64, 64), (65, 3), (20, 180))]
+    pairs = [
+        (ids(length, length), ids(count, 1000 + count))
+        for length, count in ((150, 5), (1, 1), (64, 64), (65, 3), (20, 180))
+    ]
     for score, (context, tokens) in zip(llm.score(pairs), pairs, strict=True):
         assert_score(llm, score, context, tokens)
 
@@ -109,7 +119,7 @@ def test_documents_are_scored_in_windows(llm: Llama, length: int, stride: int | 
 
 def test_several_documents_and_texts_keep_their_order(llm: Llama) -> None:
     encode = llm.tokenizer.encode
-    documents = ["a cat", "", ids(100, 6), "the end of a story"]
+    documents: list[Any] = ["a cat", "", ids(100, 6), "the end of a story"]
     for score, document in zip(llm.score_documents(documents), documents, strict=True):
         tokens = encode(document, bos=False, eos=False) if isinstance(document, str) else document
         if tokens:

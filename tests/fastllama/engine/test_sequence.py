@@ -1,6 +1,5 @@
 """Sequence: tokens become increments of text, cut at stop strings together with their log-probabilities."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,7 +102,9 @@ def test_alternatives_are_as_many_as_were_asked_for(tokenizer: Tokenizer) -> Non
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(
-    pieces=st.lists(st.sampled_from([*range(97, 100), *range(0xC2, 0xC4), 0xA9, 0xA4, 257, 283, 300, STOP_ID]), max_size=20),
+    pieces=st.lists(
+        st.sampled_from([*range(97, 100), *range(0xC2, 0xC4), 0xA9, 0xA4, 257, 283, 300, STOP_ID]), max_size=20
+    ),
     stops=st.lists(st.sampled_from(["a", "ab", "bca", "é", "cé", "ä"]), max_size=2),
     budget=st.integers(1, 20),
 )

@@ -1,4 +1,8 @@
-"""Random traffic for a while: memory stays flat, and nothing is left. FASTLLAMA_SOAK_SECONDS makes the while longer."""
+"""Random traffic for a while: memory stays flat, and nothing is left. FASTLLAMA_SOAK_SECONDS makes the while longer.
+
+oneDNN, in the native backend, keeps what it has compiled for the last 1024 shapes of a matrix product: that many are
+used before the measurement begins. The reference backend has no such cache.
+"""
 
 import gc
 import os
@@ -11,10 +15,11 @@ import pytest
 
 from fastllama import SamplingParams
 from fastllama.engine import Engine, Request
-from tests.fastllama.engine.llamas import engine_llama
+from tests.fastllama.engine.llamas import MAX_SEQ_LEN, engine_llama
 
-SECONDS = float(os.environ.get("FASTLLAMA_SOAK_SECONDS", "20"))
-GROWTH_BYTES = 16 * 2**20  # between the end of the first third and the end: of the allocator, not of requests
+SECONDS = float(os.environ.get("FASTLLAMA_SOAK_SECONDS", "10"))
+# Between the end of the first third and the end: of the allocator and, with oneDNN, of shapes that replace others.
+GROWTH_BYTES = {"reference": 12 * 2**20, "native": 48 * 2**20}
 OPEN_REQUESTS = 12
 
 
@@ -40,8 +45,11 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * SECONDS + 900)
-def test_memory_is_flat_under_random_traffic(tmp_path: Path) -> None:
-    llm = engine_llama(tmp_path, cache_tokens=7 * 64)
+@pytest.mark.parametrize("backend", GROWTH_BYTES)
+def test_memory_is_flat_under_random_traffic(tmp_path: Path, backend: str) -> None:
+    llm = engine_llama(tmp_path, backend=backend, cache_tokens=7 * 64)
+    for length in range(1, MAX_SEQ_LEN):
+        llm.generate([[length % 320] * length], 1)
     engine, source = llm.engine(max_tokens_per_step=64), random.Random(1)
     requests: list[Request] = []
     begin, before, ended = time.monotonic(), 0, 0
@@ -61,5 +69,5 @@ def test_memory_is_flat_under_random_traffic(tmp_path: Path) -> None:
     stats = engine.stats
     assert (stats.running, stats.waiting, stats.used_pages) == (0, 0, 0) and stats.preemptions > 0
     assert engine._core.scheduler.pool.n_available == stats.pages and stats.finished_requests >= ended > 100
-    assert resident_bytes() - before < GROWTH_BYTES
+    assert resident_bytes() - before < GROWTH_BYTES[backend]
     llm.model.check_idle()

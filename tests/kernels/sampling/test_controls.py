@@ -109,7 +109,12 @@ def test_tokens_are_counted_when_they_are_fed() -> None:
     assert state.controls is not None
     state.start_rows([0], [20], [PROMPT_LENGTH - 1], [PROMPT_LENGTH], [99])
     counts: list[int] = []
-    for token, position in ((20, PROMPT_LENGTH - 1), (7, PROMPT_LENGTH), (7, PROMPT_LENGTH + 1), (8, PROMPT_LENGTH + 2)):
+    for token, position in (
+        (20, PROMPT_LENGTH - 1),
+        (7, PROMPT_LENGTH),
+        (7, PROMPT_LENGTH + 1),
+        (8, PROMPT_LENGTH + 2),
+    ):
         state.tokens[0], state.positions[0] = token, position
         controlled(logits_for(1), state, state.controls)
         counts.append(int(state.controls.counts[0].sum()))
@@ -198,5 +203,7 @@ def test_first_rows_share_memory() -> None:
     top.first(1).ids[1, 0, 0] = 9
     assert controls.counts[1, 5] == 7 and top.ids[1, 0, 0] == 9
     assert TopTokens.of(1, 1, 5, CPU).ids.shape == (1, 1, 5), "a small vocabulary has fewer tokens"
-    values: dict[str, Any] = {name: getattr(controls.first(2), name).shape[0] for name in ("bias", "top_k", "in_prompt")}
+    values: dict[str, Any] = {
+        name: getattr(controls.first(2), name).shape[0] for name in ("bias", "top_k", "in_prompt")
+    }
     assert set(values.values()) == {2}

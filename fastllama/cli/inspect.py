@@ -28,6 +28,7 @@ from fastllama.cli.options import (
     checkpoint_and_tokenizer,
     json_option,
     quantize_option,
+    threads_option,
 )
 from fastllama.cli.parameter_types import Choice, Integers
 from fastllama.cli.standard_streams import write_stdout
@@ -73,6 +74,7 @@ SIZES = ("max_seq_len", "max_batch_size", "cache_tokens")  # of the cache, not o
     help="Numbers of processes, one on each GPU, to plan for.",
 )
 @click.option("--gpu", type=Choice(GPUS), default="H100", show_default=True, help="Whose data sheet sets the limit.")
+@threads_option
 @json_option("one object")
 def inspect(
     checkpoint: str | None,

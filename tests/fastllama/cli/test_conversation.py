@@ -28,8 +28,9 @@ class ScriptedLlama:
         return [0] * sum(FRAME + len(message["content"]) for message in dialog)
 
     def stream(
-        self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float
+        self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float, *, reuse_prefix: bool
     ) -> Iterator[Increment]:
+        assert reuse_prefix, "the earlier turns are computed again"
         self.calls.append((len(prompts[0]), max_gen_len, temperature, top_p))
         self.open_streams += 1
         try:

@@ -33,6 +33,8 @@ def test_inspect_json_describes_a_meta_checkpoint(checkpoint: str, llm: Llama) -
     machine = found["this_machine"]
     assert machine["device"] == "cpu" and machine["threads"] >= 1
     assert (machine["backend"] == "native") == (machine["instruction_set"] is not None)
+    on_one = json.loads(run("inspect", checkpoint, "--threads", "1", "--json").stdout)
+    assert on_one["this_machine"]["threads"] == 1
     assert found["tokenizer"]["n_words"] == 576 and found["tokenizer"]["fits_checkpoint"]
     assert found["tokenizer"]["stop_tokens"] == sorted(llm.tokenizer.stop_tokens)
 

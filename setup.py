@@ -124,6 +124,8 @@ setup(
         "gguf": [GGUF],
         "sentencepiece": [SENTENCEPIECE],
         "train": ["regex>=2024.4"],
+        "eval": ["lm-eval>=0.4.13"],
+        "ray": ["ray[data]>=2.51"],
         "dev": [
             *PLOTS,
             *REFERENCE,
@@ -144,5 +146,8 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["fastllama = fastllama.cli:main"]},
+    entry_points={
+        "console_scripts": ["fastllama = fastllama.cli:main"],
+        "lm_eval.models": ["fastllama = fastllama.lm_eval_model:FastLlama"],
+    },
 )

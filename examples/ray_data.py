@@ -3,11 +3,13 @@
     python examples/ray_data.py
     python examples/ray_data.py --ckpt_dir Meta-Llama-3-8B --num_gpus 1 --concurrency 8     # on a cluster with 8 GPUs
 
-Ray Data reads the prompts in blocks and hands each to an actor that is free. An actor is a process with one Llama, built
-once; its engine answers a block's prompts in rows that are refilled as they end, so blocks should have many more
-prompts than the engine has rows. The first command prints, on a laptop:
+Ray Data reads the prompts in blocks and hands each block to an actor that is free. An actor is a process with one
+Llama, built once; its engine answers a block's prompts in rows that are refilled as they end. So a block should have
+many more prompts than the engine has rows. The first command prints, on a laptop:
 
-OUTPUT
+    In a small house lived a fox named Pip.
+    Once upon a time, there was a very small fox.
+    One day, the fox named Pip woke up very early.
 """
 
 import argparse

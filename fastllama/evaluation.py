@@ -127,9 +127,10 @@ def render_chat(formatter: Formatter, messages: Sequence[Message], *, adds_promp
     """
     if isinstance(formatter, NoFormat):
         raise ValueError(formatter.reason)
-    messages = [dict(message) for message in messages]
+    messages = list(messages)
     if not adds_prompt:
-        messages[-1]["content"] += MARK + " "
+        last = messages[-1]
+        messages[-1] = {"role": last["role"], "content": last["content"] + MARK + " "}
     if isinstance(formatter, TemplateFormat):
         pieces = formatter.template.render(
             messages,

@@ -27,6 +27,7 @@ from fastllama.evaluation import (
     stated_context,
 )
 from fastllama.generation import Llama
+from fastllama.tokenizer import Message
 
 try:
     import lm_eval.models  # noqa: F401 - the harness registers its own only while nobody else has
@@ -48,7 +49,7 @@ Arguments = tuple[tuple[str, str] | None, list[int], list[int]]  # the texts for
 
 
 @register_model("fastllama")
-class FastLlama(TemplateLM):  # type: ignore[misc]
+class FastLlama(TemplateLM):
     """A Llama that the harness can evaluate."""
 
     def __init__(
@@ -147,7 +148,7 @@ class FastLlama(TemplateLM):  # type: ignore[misc]
         documents = [
             list(rolling_windows(self.tok_encode(text), self.prefix_token_id, self.max_length)) for text in texts
         ]
-        windows = [(None, *window) for document in documents for window in document]
+        windows: list[Arguments] = [(None, *window) for document in documents for window in document]
         found = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
         totals = [sum(next(found)[0] for _ in document) for document in documents]
         for text, total in zip(texts, totals, strict=True):
@@ -189,7 +190,7 @@ class FastLlama(TemplateLM):  # type: ignore[misc]
             )
         return room
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """A conversation as a prompt. A template that refuses system messages gets none."""
         try:
             return render_chat(self.llm.formatter, chat_history, adds_prompt=add_generation_prompt)

@@ -25,8 +25,12 @@ class PagePool:
 
     def __init__(self, n_pages: int) -> None:
         self.n_pages = n_pages
-        self._users = [0] * n_pages
-        self._free = deque(range(n_pages))  # without content
+        self.reset()
+
+    def reset(self) -> None:
+        """Free all pages, whoever uses them: after an error that came in the middle of a change."""
+        self._users = [0] * self.n_pages
+        self._free = deque(range(self.n_pages))  # without content
         self._page_of: dict[Digest, int] = {}
         self._digest_of: dict[int, Digest] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # with content and without users, oldest first

@@ -105,6 +105,8 @@ LAYERS = {
     "loading": 5,
     "generation": 6,
     "quality": 6.1,
+    "evaluation": 5.4,
+    "lm_eval_model": 6.1,
     "distributed.worker_processes": 6,
     "distributed.driver": 6.1,
     "distributed.worker": 6.2,

@@ -64,12 +64,13 @@ class EngineCore:
         self._give(sequence, increment)
 
     def fail(self, error: Exception) -> None:
-        """All requests end with this error. The next one begins anew."""
+        """All requests end with this error. The next one begins anew, whatever was left half done."""
         requests = set(self.requests.values())
         for sequence in self.requests:
             sequence.finish_reason = "error"
-            self.scheduler.remove(sequence, is_intact=False)
         self.requests.clear()
+        self.scheduler.pool.reset()
+        self.scheduler = self._new_scheduler()
         for request in requests:
             request.fail(error)
 

@@ -91,13 +91,12 @@ class Scheduler:
         insort(self.waiting, sequence, key=lambda one: one.arrival)
         return sequence
 
-    def remove(self, sequence: Sequence, *, is_intact: bool = True) -> None:
-        """A sequence has ended: its row and pages are free. is_intact: its computed tokens are in the cache."""
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended: its row and pages are free."""
         if sequence.row is None:
             self.waiting.remove(sequence)
             return
-        if is_intact:
-            self.remember(sequence)
+        self.remember(sequence)
         self._take_back(sequence)
 
     def remember(self, sequence: Sequence) -> None:

@@ -42,7 +42,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture(scope="module", params=["normalized", "byte-level", "byte-fallback"])
+@pytest.fixture(scope="module", params=["normalized", "byte-level", "unigram"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose tokenizer begins texts, or does not."""
     made = tmp_path_factory.mktemp("checkpoint")
@@ -79,8 +79,8 @@ def test_results_are_those_of_hf(folder: Path, chat: bool) -> None:
     tasks = [task for task in SCORED + GENERATED if not chat or task != "fastllama_stories"]
     ours, theirs = (evaluate(model, folder, tasks, apply_chat_template=chat) for model in ("fastllama", "hf"))
     for task in tasks:
-        pairs = zip(_flat(responses(ours, task)), _flat(responses(theirs, task)), strict=True)
-        assert all(_agree(one, other) for one, other in pairs)
+        for one, other in zip(_flat(responses(ours, task)), _flat(responses(theirs, task)), strict=True):
+            assert _agree(one, other), (one, other)
         for name, value in theirs["results"][task].items():
             assert _agree(ours["results"][task][name], value), name
         arguments = [[sample["arguments"] for sample in found["samples"][task]] for found in (ours, theirs)]
@@ -107,6 +107,7 @@ def model(folder: Path) -> Any:
 
 def test_pairs_of_any_kind_are_scored_as_by_hf(folder: Path, model: FastLlama) -> None:
     pairs = [("", "the dog"), ("the", " quick"), ("the  ", "fox"), ("<s>Once", " upon"), ("a\n", "a"), ("x" * 300, "y")]
+    pairs = [pair for pair in pairs if not pair[0] or model._encode_pair(*pair)[1]]  # `hf` takes no empty answers
     # Its cache of logits takes a wrong place where answers of two lengths end at the same token (lm-eval 0.4.13).
     options = {"dtype": "float32", "max_length": 128, "device": "cpu", "logits_cache": False}
     theirs = get_model("hf")(pretrained=str(folder), **options)

@@ -111,6 +111,14 @@ def test_forgetting_frees_unused_pages_and_keeps_users() -> None:
     assert sorted(pool.take(3)) == [0, 1, 2]
 
 
+def test_a_reset_frees_every_page_and_content() -> None:
+    pool = PagePool(3)
+    remembered(pool, "ab")
+    pool.share(pool.find([b"a"]))
+    pool.reset()
+    assert pool.find([b"a"]) == [] and sorted(pool.take(3)) == [0, 1, 2]
+
+
 @given(st.lists(st.integers(0, 2**40), min_size=0, max_size=3 * PAGE_TOKENS), st.integers(0, 3 * PAGE_TOKENS - 1))
 def test_a_digest_is_of_all_tokens_before_it(tokens: list[int], changed: int) -> None:
     digests = digests_of(tokens)

@@ -2,7 +2,8 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import NamedTuple, cast
 
 from tqdm import tqdm
 
@@ -76,4 +77,13 @@ def _submissions(
 ) -> Iterator[Submission]:
     if params is None or isinstance(params, SamplingParams):
         return (Submission(prompt, params) for prompt in prompts)
-    return (Submission(*pair) for pair in zip(prompts, params, strict=True))
+    return _paired(prompts, params)
+
+
+def _paired(prompts: Iterable[Prompt], params: Iterable[SamplingParams]) -> Iterator[Submission]:
+    missing = object()
+    for count, (prompt, one) in enumerate(zip_longest(prompts, params, fillvalue=missing)):
+        if prompt is missing or one is missing:
+            shorter = "prompts" if prompt is missing else "params"
+            raise ValueError(f"there must be one SamplingParams for each prompt, and the {shorter} end after {count}")
+        yield Submission(cast(Prompt, prompt), cast(SamplingParams, one))

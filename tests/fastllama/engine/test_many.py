@@ -76,8 +76,10 @@ def test_an_error_names_the_prompt_and_frees_the_model(llm: Llama) -> None:
     llm.model.check_idle()
     with pytest.raises(ValueError, match=r"prompts must be a list or another iterable of prompts: for one prompt pass"):
         llm.generate_many("a cat")
-    with pytest.raises(ValueError, match="zip"):
-        list(llm.generate_many([[1], [2]], [PARAMS]))
+    for params, shorter, count in (([PARAMS], "params", 1), ([PARAMS] * 3, "prompts", 2)):
+        message = f"there must be one SamplingParams for each prompt, and the {shorter} end after {count}"
+        with pytest.raises(ValueError, match=message):
+            list(llm.generate_many([[1], [2]], params))
     llm.model.check_idle()
 
 

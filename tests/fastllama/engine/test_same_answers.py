@@ -37,7 +37,7 @@ DECODERS: dict[str, tuple[str, Callable[[Llama], Decoder]]] = {
     "reference-graphs-ahead": ("reference", recorded),
     "reference-graphs-ahead-unroll-2": ("reference", lambda llm: recorded(llm, unroll=2)),
 }
-QUICK = {"native", "reference-ahead-unroll-3", "reference-graphs-ahead"}
+QUICK = {"native", "native-ahead", "reference-ahead-unroll-3", "reference-graphs-ahead"}
 
 
 def random_request(source: random.Random) -> tuple[list[int], SamplingParams]:

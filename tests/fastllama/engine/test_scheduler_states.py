@@ -204,6 +204,7 @@ class Traffic(RuleBasedStateMachine):
         scheduler = self.engine._core.scheduler
         rows = [one.placed_row for one in scheduler.running]
         assert sorted([*rows, *scheduler._free_rows]) == list(range(len(rows) + len(scheduler._free_rows)))
+        assert {row for row, _ in scheduler.new_entries} <= set(rows), "a row that is free has no pages"
         arrivals = [one.arrival for one in [*scheduler.running, *scheduler.waiting]]
         assert arrivals == sorted(arrivals), "who came first runs first"
         assert {one.arrival for one in self.engine._core.requests} == set(arrivals)

@@ -129,9 +129,9 @@ class FastLlama(TemplateLM):
         pairs = [(one[1][max(0, len(one[1]) + len(one[2]) - most) :], one[2]) for one in requests]
         scores = score_tokens(self.llm.engine(), pairs, progress=False if disable_tqdm else None)
         results = [(score.total, score.is_greedy) for score in scores]
-        for (texts, _, _), result in zip(requests, results, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, result)
+        for request, result in zip(requests, results, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], result)
         return results
 
     def _warn_of_cuts(self, lengths: Iterable[int], most: int, what: str) -> None:
@@ -145,9 +145,8 @@ class FastLlama(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each document, in windows of max_length tokens."""
         texts = [request.args[0] for request in requests]
-        documents = [
-            list(rolling_windows(self.tok_encode(text), self.prefix_token_id, self.max_length)) for text in texts
-        ]
+        first, most = self.prefix_token_id, self.max_length
+        documents = [list(rolling_windows(self.tok_encode(text), first, most)) for text in texts]
         windows: list[Arguments] = [(None, *window) for document in documents for window in document]
         found = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
         totals = [sum(next(found)[0] for _ in document) for document in documents]

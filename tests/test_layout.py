@@ -130,6 +130,7 @@ LAYERS = {
     "benchmarks.update_docs": 7.8,
     "benchmarks.bench": 7.8,
     "benchmarks.test_kernels": 7.8,
+    "benchmarks.lm_eval_comparison": 7.8,
     "cli": 8,
     "__main__": 9,
     "__init__": 10,

@@ -29,7 +29,8 @@ COMMA := ,
 build-native = CFLAGS="$(1)" CXXFLAGS="$(1)" LDFLAGS="$(1)" $(BIN)/python setup.py -q build_ext --inplace --force
 sanitizer = $(shell $(or $(CXX),c++) -print-file-name=lib$(1).so)
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 test-lm-eval native test-install \
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 test-lm-eval native \
+	test-install \
 	kernels-report gpu-report docs check-docs bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory \
 	lint types hooks clean
 

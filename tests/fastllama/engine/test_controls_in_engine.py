@@ -151,7 +151,8 @@ def test_controls_survive_preemption_and_any_company(tmp_path: Path, kind: str) 
         llm.decoder = DECODERS[kind](llm)
     asked: list[tuple[list[int], SamplingParams]] = []
     for number in range(7):
-        given = list(CONTROLS.values())[number] if number < len(CONTROLS) else {}
+        least = {"min_tokens": 45, "stop_token_ids": range(576 // 2)}
+        given: dict[str, Any] = [*CONTROLS.values()][-1 - number // 2] if number % 2 else least
         draws: dict[str, Any] = {
             "temperature": 0.9,
             "top_p": 1.0,

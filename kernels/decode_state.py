@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastllama.kernels.batch import SamplingTensors, upload
+from fastllama.kernels.batch import PER_ROW, SamplingTensors, upload
 from fastllama.kernels.sampling.controls import LogitControls, TopTokens
 
 NO_TOKEN = -1  # returned by `sample` for a row whose logits are not numbers
@@ -115,6 +115,18 @@ class DecodeState:
             index, ids = upload(places, torch.int64, device).T
             # Not `= True`: a value of the host would be copied from memory that is not pinned, which waits.
             self.is_stop.index_put_((index, ids), torch.ones((), dtype=torch.bool, device=device))
+
+    def move_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Let these rows go on at other, inactive rows. Their output so far stays where it is."""
+        device = self.tokens.device
+        source, target = upload([list(sources), list(targets)], torch.int64, device)
+        tensors = [self.tokens, self.positions, self.starts, self.last, self.is_stop]
+        tensors += [getattr(self.sampling, name) for name in PER_ROW]
+        if self.controls is not None:
+            tensors += self.controls.tensors
+        for tensor in tensors:
+            tensor.index_copy_(0, target, tensor[source])
+        self.positions.index_fill_(0, source, INACTIVE)
 
     def stop_rows(self, rows: Sequence[int]) -> None:
         """Make these rows inactive."""

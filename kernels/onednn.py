@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rounded_up(n_tokens: int) -> int:
     """The next of eight numbers between each power of two and the next: at most an eighth more."""
-    step = 2 ** max(0, (n_tokens - 1).bit_length() - 4)
+    step = 1 << max(0, (n_tokens - 1).bit_length() - 4)
     return -(-n_tokens // step) * step
 
 

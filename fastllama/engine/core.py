@@ -1,7 +1,8 @@
 """The loop of the engine: one step at a time, on one thread.
 
-A step admits waiting sequences, computes a chunk of their prompts, lets those that are complete join the rows that
-decode, makes room for the next token of every row, enqueues one decode step, and takes in the output of an earlier one.
+A step admits waiting sequences, moves running ones to low rows, computes a chunk of prompts, lets those that are
+complete join the rows that decode, makes room for the next token of every row, enqueues one decode step, and takes in
+the output of an earlier one.
 """
 
 from fastllama.decode_graph import Decoder
@@ -11,6 +12,7 @@ from fastllama.engine.scheduler import Scheduler
 from fastllama.engine.sequence import FinishReason, Increment, Sequence
 from fastllama.kernels.decode_state import NO_TOKEN
 from fastllama.prefill import NOT_FINITE_CAUSE, PREFILL_CHUNK_TOKENS
+from fastllama.step_graphs import graph_size
 
 
 class EngineCore:
@@ -44,6 +46,7 @@ class EngineCore:
         """Run one step. There must be a request."""
         scheduler, runner = self.scheduler, self._runner
         scheduler.admit()
+        self._compact()
         self._prefill()
         self._start_prefilled()
         self._make_room()
@@ -73,6 +76,18 @@ class EngineCore:
         self.scheduler = self._new_scheduler()
         for request in requests:
             request.fail(error)
+
+    def _compact(self) -> None:
+        """Give low rows to the sequences on high ones, if the steps then run fewer rows."""
+        while self._runner.queued and self.scheduler.is_sparse(self._size_of):
+            self._receive()  # the output of a queued step lies where its sequence was
+        if moves := self.scheduler.compact(self._size_of):
+            self._flush_entries()
+            self._runner.move(moves)
+
+    def _size_of(self, n_rows: int) -> int:
+        """How many rows a step of so many rows runs."""
+        return graph_size(n_rows, self.decoder.model.cache.max_batch_size)
 
     def _prefill(self) -> None:
         """Compute the next chunk of prompts."""

@@ -13,7 +13,7 @@ import torch
 
 from fastllama import threads
 from fastllama.decode_graph import Decoder
-from fastllama.engine.scheduler import Chunk, rows_in_use
+from fastllama.engine.scheduler import Chunk, Move, rows_in_use
 from fastllama.engine.sequence import Sequence, TopLogprobs
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, upload
 from fastllama.kernels.sampling.controls import RowControls
@@ -102,6 +102,17 @@ class ModelRunner:
         self.decoder.set_lengths({one.placed_row: len(one.tokens) for one in sequences})
         for sequence in sequences:
             sequence.is_decoding = True
+
+    def move(self, moves: Items[Move]) -> None:
+        """These sequences go on at other rows. None of their steps may be in flight."""
+        rows = [(one.source, one.target) for one in moves if one.sequence.is_decoding]
+        if rows:
+            with self.decoder.launch_context():
+                self.decoder.state.move_rows(*zip(*rows, strict=True))
+        for one in moves:
+            self.decoder.mark_finished(one.source)
+            if one.sequence.is_decoding:
+                self.decoder.set_lengths({one.target: len(one.sequence.tokens)})
 
     def stop(self, rows: Items[int]) -> None:
         """These rows generate nothing in the steps from now on."""

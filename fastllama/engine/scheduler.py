@@ -8,6 +8,7 @@ every sequence ends.
 """
 
 from bisect import insort
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -24,11 +25,19 @@ class Chunk(NamedTuple):
     end: int
 
 
+class Move(NamedTuple):
+    """A running sequence changes its row."""
+
+    sequence: Sequence
+    source: int
+    target: int
+
+
 class Scheduler:
     """Sequences, waiting and running, and the pages they hold.
 
-    A step is `admit`, then `next_chunks`, then `grow`. The caller applies `new_entries` to the page table before it
-    launches anything that reads them.
+    A step is `admit`, `compact`, `next_chunks`, then `grow`. The caller applies `new_entries` to the page table before
+    it launches anything that reads them.
     """
 
     def __init__(self, pool: PagePool, n_rows: int, *, reuses_prefixes: bool = True) -> None:
@@ -63,6 +72,27 @@ class Scheduler:
             insort(self.running, sequence, key=lambda one: one.arrival)
             started.append(sequence)
         return started
+
+    def compact(self, size_of: Callable[[int], int]) -> list[Move]:
+        """Move running sequences from high rows to free low ones, if steps become smaller by it -> the moves.
+
+        size_of: the number of rows that a step of so many rows runs.
+        """
+        moves: list[Move] = []
+        while self.is_sparse(size_of):
+            sequence = max(self.running, key=lambda one: one.placed_row)
+            source, target = sequence.placed_row, min(self._free_rows)
+            self._free_rows.remove(target)
+            self._free_rows.append(source)
+            self._drop_entries(source)
+            sequence.row = target
+            self._set_entries(sequence, 0)
+            moves.append(Move(sequence, source, target))
+        return moves
+
+    def is_sparse(self, size_of: Callable[[int], int]) -> bool:
+        """Whether `compact` has anything to do."""
+        return size_of(rows_in_use(self.running)) > size_of(len(self.running))
 
     def next_chunks(self, n_tokens: int) -> list[Chunk]:
         """The next tokens to be computed, at most n_tokens, of the oldest sequences first. They count as computed."""
@@ -174,10 +204,13 @@ class Scheduler:
         assert row is not None
         self.running.remove(sequence)
         self._free_rows.append(row)
-        for place in [place for place in self.new_entries if place[0] == row]:
-            del self.new_entries[place]
+        self._drop_entries(row)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.row, sequence.n_remembered = [], None, 0
+
+    def _drop_entries(self, row: int) -> None:
+        for place in [place for place in self.new_entries if place[0] == row]:
+            del self.new_entries[place]
 
 
 def rows_in_use(sequences: Items[Sequence]) -> int:

@@ -74,9 +74,14 @@ class LogitControls:
             counts=zeros(n_rows, vocab_size, dtype=torch.int32),
         )
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [getattr(self, one.name) for one in fields(self)]
+
     def first(self, n_rows: int) -> "LogitControls":
         """The first n_rows rows, sharing memory."""
-        return LogitControls(*(getattr(self, one.name)[:n_rows] for one in fields(self)))
+        return LogitControls(*(tensor[:n_rows] for tensor in self.tensors))
 
     def set_row(self, row: int, controls: RowControls) -> None:
         """Set a row's controls. Does not wait for the device."""

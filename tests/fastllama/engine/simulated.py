@@ -110,6 +110,13 @@ class Runner:
                 self.active[one.placed_row] = state
             one.is_decoding = True
 
+    def move(self, moves: Sequence[scheduler.Move]) -> None:
+        assert not self.outputs, "a row moves whose output is not known"
+        for _, source, target in moves:
+            assert target not in self.active, "a row moves to one that is in use"
+            if source in self.active:
+                self.active[target] = self.active.pop(source)
+
     def stop(self, rows: Sequence[int]) -> None:
         for row in rows:
             self.active.pop(row, None)

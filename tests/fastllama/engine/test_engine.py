@@ -69,7 +69,7 @@ def test_rows_that_have_ended_are_not_read_by_later_steps(llm: Llama) -> None:
     for _ in range(10):
         engine.step()
     assert all(request.is_finished for request in short)
-    assert llm.decoder._lengths[:3] == [0, 0, 0] and llm.decoder._lengths[3] == len(last.partial.answer.tokens) + 1
+    assert sorted(llm.decoder._lengths)[-2:] == [0, len(last.partial.answer.tokens) + 1]
     last.cancel()
     assert llm.decoder._lengths == [0] * 4
 

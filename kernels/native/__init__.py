@@ -33,7 +33,7 @@ from fastllama.kernels.native.library import (
 from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.quantized import QuantizedWeight, Weight
 
-MAX_FLOAT32_TOKENS = 64  # of a projection by the kernels; more are faster by the library's matrix product
+MAX_FLOAT32_TOKENS = 128  # of a projection by the kernels; more are faster by the library's matrix product
 MAX_BFLOAT16_TOKENS = 32  # the same, where the CPU multiplies bfloat16; without, the library is never faster
 # The same for a quantised weight, which must be dequantised for the library. In float32 the kernels are as fast as the
 # library at any number of tokens.

@@ -154,7 +154,8 @@ class Decoder:
     def add_extras(self) -> None:
         """Allocate the state's memory for extras, if it is not there."""
         if self._state.controls is None:
-            self._state = self._state.with_extras()
+            with self.launch_context():
+                self._state = self._state.with_extras()
             self._selected = None
 
     def start(

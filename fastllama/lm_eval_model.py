@@ -16,7 +16,7 @@ from typing import Any
 
 from fastllama.builtin import builtin_checkpoint
 from fastllama.chat_format import TemplateFormat
-from fastllama.engine.scoring import score_tokens
+from fastllama.engine.scoring import score_token_pairs
 from fastllama.evaluation import (
     MAX_GEN_TOKS,
     answer_text,
@@ -46,6 +46,13 @@ BUILD_ARGUMENTS = set(inspect.signature(Llama.build).parameters)
 OWN_NAMES = {"ckpt_dir": "pretrained", "tokenizer_path": "tokenizer", "max_seq_len": "max_length"}  # as in `hf`
 
 Arguments = tuple[tuple[str, str] | None, list[int], list[int]]  # the texts for the harness's cache, and their ids
+
+
+def _cut(context: list[int], continuation: list[int], most: int) -> tuple[list[int], list[int]]:
+    """The last `most` tokens of both, of which the first is context."""
+    together = [*context, *continuation][-most:]
+    n_context = max(1, len(together) - len(continuation))
+    return together[:n_context], together[n_context:]
 
 
 @register_model("fastllama")
@@ -126,8 +133,8 @@ class FastLlama(TemplateLM):
         requests = list(requests)
         most = self.max_length + 1  # the last token is predicted, and not fed
         self._warn_of_cuts((len(one[1]) + len(one[2]) for one in requests), most, "contexts with their answers")
-        pairs = [(one[1][max(0, len(one[1]) + len(one[2]) - most) :], one[2]) for one in requests]
-        scores = score_tokens(self.llm.engine(), pairs, progress=False if disable_tqdm else None)
+        pairs = [_cut(one[1], one[2], most) for one in requests]
+        scores = score_token_pairs(self.llm.engine(), pairs, progress=False if disable_tqdm else None)
         results = [(score.total, score.is_greedy) for score in scores]
         for request, result in zip(requests, results, strict=True):
             if request[0] is not None:

@@ -35,6 +35,7 @@ WIDTHS_OF_DIM = 4  # the residual stream, its norm in float32 (twice a bfloat16)
 WIDTHS_OF_HEADS = 3  # queries and keys before and after the rotary embedding, the attention's output
 WIDTHS_OF_HIDDEN = 4  # gate and up, the activated gate, their product
 QUANTIZING_COPIES = 12  # of the rows that are quantised together, in float32
+STATE_BYTES_PER_LOGIT = 10  # stop tokens, and controls where a request has them: biases, counts, tokens of the prompt
 SAMPLING_BYTES_PER_LOGIT = 64  # float64 probabilities, sorted and accumulated, their order and masks
 
 
@@ -92,8 +93,8 @@ def plan_memory(
     logits = size if n_processes == 1 else 3 * size  # this process's, all as gathered, and reordered
     scoring = SCORE_CHUNK_TOKENS * vocab_size * (logits + 2 * FLOAT32_BYTES)
     sampling = max_batch_size * vocab_size * (logits + SAMPLING_BYTES_PER_LOGIT)
-    outputs = max_batch_size * max_seq_len * 12
-    forward = n_tokens * per_token + mask + max(scoring, sampling) + outputs
+    state = max_batch_size * vocab_size * STATE_BYTES_PER_LOGIT
+    forward = n_tokens * per_token + mask + max(scoring, sampling) + state
     loading = max(math.prod(shape) for shape in shapes.values()) * size  # a weight, before it is packed
     if quantized:
         largest = max(math.prod(shapes[name]) for name in quantized)

@@ -166,8 +166,10 @@ class Transformer(PackedModule):
         """Set all weights from (Meta's name, weight) pairs in any order, packing each as soon as its parts are there.
 
         In a group, the weights are this process's slices. With a tied output, `output.weight` is the embedding and is
-        not read. Raises ValueError for a name that is unexpected or repeated, a wrong shape, and missing names.
+        not read. Raises ValueError for a name that is unexpected or repeated, a wrong shape, and missing names, and
+        RuntimeError while a call, an open stream or an engine with requests uses the model.
         """
+        self.check_idle()
         self.revision += 1  # before loading: a load that fails half-way has replaced tensors, too
         if hasattr(self, "cache"):
             self.cache.pool.forget()

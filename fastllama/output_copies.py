@@ -25,8 +25,8 @@ class NewestSteps(NamedTuple):
 
     tokens: list[list[int]]  # (steps, B)
     logprobs: list[list[float]]
-    top_ids: list[list[list[int]]] | None  # (steps, B, n): the most likely tokens, where they were asked for
-    top_logprobs: list[list[list[float]]] | None
+    top_ids: Tensor | None  # (steps, B, n): the most likely tokens, where they were asked for
+    top_logprobs: Tensor | None
 
     def step(self, number: int) -> StepOutput:
         """All rows' output of one step, where all rows started together."""
@@ -80,9 +80,12 @@ class OutputCopies:
         number, n_rows, with_top_tokens = self._in_flight.popleft()
         if self._stream is not None:
             self._copied[number].synchronize()
-        names = ("tokens", "logprobs", "top_ids", "top_logprobs")[: 4 if with_top_tokens else 2]
-        found = [self._buffers[number][name][:, :n_rows].tolist() for name in names]
-        return NewestSteps(*found, *[None] * (4 - len(found)))
+        buffer = self._buffers[number]
+        tokens, logprobs = (buffer[name][:, :n_rows].tolist() for name in ("tokens", "logprobs"))
+        if not with_top_tokens:
+            return NewestSteps(tokens, logprobs, None, None)
+        # Copies, since the buffer is written again. Of their many numbers only a few are wanted.
+        return NewestSteps(tokens, logprobs, buffer["top_ids"].clone(), buffer["top_logprobs"].clone())
 
     def _copy(self, number: int, sources: dict[str, Tensor]) -> None:
         buffer = self._buffers[number]

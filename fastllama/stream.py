@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fastllama import validate
 from fastllama.decode_graph import Decoder
@@ -169,20 +170,21 @@ def increments(decoder: Decoder, request: Request, tokenizer: BaseTokenizer | No
         sampling,
         request.prompts if request.reuse_prefix and not scoring else None,
     )
+    with decoder.launch_context():
+        logits, scores = prefill(decoder.model, request.prompts, scoring, n_cached)
     try:
-        yield from _decoded(decoder, request, rows, scoring, n_cached)
+        yield from _decoded(decoder, request, rows, logits, scores)
     finally:
         if request.reuse_prefix:
             for row in rows:  # the newest token was not fed
                 decoder.model.cache.remember(row.index, row.tokens[:-1])
+            decoder.model.cache.release()  # what others may find is not written again
 
 
 def _decoded(
-    decoder: Decoder, request: Request, rows: list[_Row], scoring: bool, n_cached: list[int]
+    decoder: Decoder, request: Request, rows: list[_Row], logits: Tensor, scores: list[list[float]] | None
 ) -> Generator[Increment]:
-    """Prefill, then steps until all rows have ended. n_cached: tokens of each prompt that are in the cache."""
-    with decoder.launch_context():
-        logits, scores = prefill(decoder.model, request.prompts, scoring, n_cached)
+    """Steps until all rows have ended, from the logits (B, V) of the prompts' last tokens."""
     for row in rows:
         if request.echo or row.finished:
             yield row.first_increment(request, scores[row.index] if scores else None)

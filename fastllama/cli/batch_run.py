@@ -19,6 +19,7 @@ from fastllama.cli.batch_input import BadLine, BatchLine, LineSource, count_line
 from fastllama.cli.batch_output import DUPLICATE, ID_PREFIX, Answered, OutputFile
 from fastllama.distributed import driver, environment
 from fastllama.engine import Request
+from fastllama.engine.many import UNFINISHED_PER_ROW
 from fastllama.openai_api.errors import AnswerFailed, InvalidRequest
 from fastllama.openai_api.requests import ApiRequest, submit
 from fastllama.openai_api.responses import response
@@ -26,7 +27,6 @@ from fastllama.openai_api.responses import response
 if TYPE_CHECKING:
     from fastllama.generation import Llama
 
-UNFINISHED_PER_ROW = 2  # answers submitted per row of the cache: one runs, one waits
 SEED_BYTES = 8
 STATUS_OK = 200
 

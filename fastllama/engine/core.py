@@ -115,7 +115,8 @@ class EngineCore:
             request = self.requests[sequence]
             if not sequence.has_begun:
                 sequence.has_begun = True
-                request.partial.cached_tokens = max(request.partial.cached_tokens, sequence.n_cached)
+                if sequence.index == 0:  # the others find what the first has computed
+                    request.partial.cached_tokens = sequence.n_cached
                 self.n_cached_tokens += sequence.n_cached
                 if sequence.params.echo:
                     request.add(self._echo(sequence, request))
@@ -163,9 +164,9 @@ class EngineCore:
 
     def _give(self, sequence: Sequence, increment: Increment) -> None:
         request = self.requests[sequence]
+        request.add(increment)
         if increment.finish_reason is not None:
             del self.requests[sequence]
-        request.add(increment)
         self.n_finished += request.is_finished
 
     def _echo(self, sequence: Sequence, request: Request) -> Increment:

@@ -25,6 +25,7 @@ from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.sequence import Sequence
 from fastllama.model import Transformer
+from fastllama.prefill import PREFILL_CHUNK_TOKENS
 from fastllama.tokenizer import Dialog, check_dialog
 from fastllama.tokenizer_base import BaseTokenizer, TextStream
 from fastllama.torch_settings import default_settings
@@ -63,11 +64,12 @@ class Engine:
 
     def __init__(self, llm: Model, *, max_tokens_per_step: int = STEP_TOKENS, reuse_prefixes: bool = True) -> None:
         """max_tokens_per_step: of prompts, computed in one step while answers are running: the longest that these wait.
+        At most 2048, which a step computes while none are.
 
         reuse_prefixes: prompts that begin alike share the pages of what they have in common.
         """
         self.llm = llm
-        step_tokens = validate.whole_number("max_tokens_per_step", max_tokens_per_step, 1)
+        step_tokens = validate.whole_number("max_tokens_per_step", max_tokens_per_step, 1, PREFILL_CHUNK_TOKENS)
         self._core = EngineCore(
             llm.decoder, step_tokens, reuses_prefixes=validate.flag("reuse_prefixes", reuse_prefixes)
         )
@@ -85,9 +87,14 @@ class Engine:
         first_scored: the position of the first token whose log-probability is wanted, with prompt_logprobs. Raises
         ValueError for a prompt that does not fit, and RuntimeError while another call uses the model.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {validate.kind(params)}")
         tokens = self.encode(prompt, spare=params.max_gen_len == 0)
         params.check_vocabulary(self.llm.model.vocab_size)
+        first_scored = validate.whole_number("first_scored", first_scored, 1, max(1, len(tokens)))
+        if params.echo and first_scored > 1:
+            raise ValueError(f"echo needs the scores of all tokens, and first_scored is {first_scored}: leave one out")
         with self._turnstile, self._work:
             if self._closing:
                 raise RuntimeError("the engine is closed: make another")
@@ -119,8 +126,8 @@ class Engine:
         sizes = {"vocab_size": model.vocab_size, "max_seq_len": model.params.max_seq_len + spare}
         try:
             return validate.prompts([prompt], max_batch_size=1, **sizes)[0]
-        except AssertionError as error:  # Meta's type for a long prompt
-            raise ValueError(str(error)) from None
+        except (AssertionError, ValueError) as error:  # the first is Meta's type for a long prompt
+            raise ValueError(str(error).replace("prompt 0", "the prompt")) from None
 
     def step(self) -> bool:
         """Run one step -> whether there are unfinished requests."""
@@ -225,7 +232,7 @@ class Engine:
                 stream=stream,
                 stop_ids=stops | set(params.stop_token_ids),
                 text=TextStream(llm.tokenizer),
-                first_scored=max(1, first_scored) if scored else None,
+                first_scored=first_scored if scored and index == 0 else None,  # the other answers find its pages
                 n_top_scored=max(params.prompt_logprobs or 0, params.logprobs or 0 if params.echo else 0),
             )
             sequences.append(sequence)

@@ -1,7 +1,7 @@
 """Any number of prompts through an engine, with results in order and bounded memory."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sized
 from itertools import zip_longest
 from typing import NamedTuple, cast
 
@@ -38,7 +38,7 @@ def in_order(
 
 def run_in_order(
     engine: Engine, submissions: Iterable[Submission], total: int | None, title: str, progress: bool | None
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Submit as rows become free, and yield the results in order. Closes the engine at the end.
 
     total, title, progress: of the bar. Raises ValueError, naming the prompt, for one that does not fit.

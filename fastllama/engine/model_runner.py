@@ -32,7 +32,7 @@ class NewToken(NamedTuple):
 
 
 class ModelRunner:
-    """The model's side of an engine. All methods but `receive` return without waiting for the device."""
+    """The model's side of an engine. Only `receive`, scores of prompts and captures of graphs wait for the device."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -166,7 +166,7 @@ def _new_token(sequence: Sequence, newest: NewestSteps, number: int) -> NewToken
     at, row = number % len(newest.tokens), sequence.placed_row
     top: TopLogprobs = []
     if newest.top_ids is not None and newest.top_logprobs is not None:
-        top = list(zip(newest.top_ids[at][row], newest.top_logprobs[at][row], strict=True))
+        top = list(zip(newest.top_ids[at, row].tolist(), newest.top_logprobs[at, row].tolist(), strict=True))
     return NewToken(sequence, newest.tokens[at][row], newest.logprobs[at][row], top)
 
 

@@ -10,6 +10,8 @@ from fastllama.kernels.sampling.controls import MAX_TOP_TOKENS
 MAX_PENALTY = 2.0  # of presence and frequency, in both directions, as in OpenAI's API
 MAX_BIAS = 100.0
 MAX_STOP_STRINGS = 64
+MAX_ANSWERS = 1024
+MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +46,14 @@ class SamplingParams:
             "max_gen_len": None if self.max_gen_len is None else check("max_gen_len", self.max_gen_len, 0),
             "temperature": validate.temperature(self.temperature),
             "top_p": validate.top_p(self.top_p),
-            "top_k": check("top_k", self.top_k, 0),
+            "top_k": check("top_k", self.top_k, 0, MOST_TOKENS),
             "min_p": validate.real("min_p", self.min_p, 0.0, 1.0),
             "seed": None if self.seed is None else validate.seed(self.seed),
-            "n": check("n", self.n, 1),
+            "n": check("n", self.n, 1, MAX_ANSWERS),
             "stop": _stop_strings(self.stop),
             "stop_token_ids": tuple(check("a stop token id", i, 0) for i in self._list("stop_token_ids")),
             "ignore_eos": validate.flag("ignore_eos", self.ignore_eos),
-            "min_tokens": check("min_tokens", self.min_tokens, 0),
+            "min_tokens": check("min_tokens", self.min_tokens, 0, MOST_TOKENS),
             "echo": validate.flag("echo", self.echo),
             "repetition_penalty": validate.real("repetition_penalty", self.repetition_penalty, 1e-3, 1e3),
             "logit_bias": self._biases(),

@@ -5,6 +5,7 @@ that those with the same context follow each other and find its pages in the cac
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,15 +39,17 @@ class Score:
 
 def score_pairs(engine: Engine, pairs: Iterable[tuple[Prompt, Prompt]], progress: bool | None) -> list[Score]:
     """See `Llama.score`."""
-    return score_tokens(engine, [tokens_of_pair(engine, *pair) for pair in pairs], progress)
+    return score_token_pairs(engine, [tokens_of_pair(engine, *pair) for pair in pairs], progress)
 
 
-def score_tokens(
+def score_token_pairs(
     engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: bool | None
 ) -> list[Score]:
     """The scores of (context, continuation) pairs of token ids; a context has at least one."""
     most = engine.llm.model.params.max_seq_len + 1  # the last token is predicted, and not fed
     for index, (context, continuation) in enumerate(pairs):
+        if not context:
+            raise ValueError(f"pair {index} has no context: give it at least the token before a text")
         n_tokens = len(context) + len(continuation)
         if n_tokens > most:
             raise ValueError(
@@ -59,8 +62,9 @@ def score_tokens(
     scores = [Score([], [], []) for _ in pairs]
     ordered = (pairs[index] for index in order)
     submissions = (Submission([*context, *tokens], SCORING, len(context)) for context, tokens in ordered)
-    for index, result in zip(order, run_in_order(engine, submissions, len(order), "scoring", progress), strict=True):
-        scores[index] = _score(list(pairs[index][1]), result)
+    with closing(run_in_order(engine, submissions, len(order), "scoring", progress)) as results:
+        for index, result in zip(order, results, strict=True):
+            scores[index] = _score(list(pairs[index][1]), result)
     return scores
 
 
@@ -78,7 +82,7 @@ def score_documents(
         of_document = list(_windows([_first_token(engine), *tokens], most, stride))
         windows += of_document
         n_windows.append(len(of_document))
-    found = iter(score_tokens(engine, windows, progress))
+    found = iter(score_token_pairs(engine, windows, progress))
     return [_joined([next(found) for _ in range(count)]) for count in n_windows]
 
 

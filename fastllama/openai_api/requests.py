@@ -21,6 +21,7 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 MAX_ANSWERS = 128  # OpenAI's limit of n
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 LIMIT_CODE = "context_length_exceeded"
+ALL_TOKENS = -1  # vLLM's value of top_k that keeps all
 NO_LIMIT = 2**40  # of a prompt's tokens, where they are counted later
 
 
@@ -80,7 +81,7 @@ def encode(engine: Engine, request: ApiRequest) -> list[list[int]]:
         try:
             tokens = engine.encode(prompt, spare=NO_LIMIT)
         except ValueError as error:
-            raise InvalidRequest(str(error).replace("prompt 0", name), param=request.prompt_field) from None
+            raise InvalidRequest(str(error).replace("the prompt", name), param=request.prompt_field) from None
         if len(tokens) > most:
             where = "" if params.max_gen_len == 0 else ", with the answer"
             raise InvalidRequest(
@@ -111,6 +112,8 @@ def _params(fields: Mapping[str, Any], limit: dict[str, Any], more: dict[str, An
     """SamplingParams of a body. limit: the most tokens, under the name that the body uses."""
     _flag(fields, "ignore_eos")
     given = {name: fields[name] for name in SAMPLING_FIELDS if name in fields} | more
+    if given.get("top_k") == ALL_TOKENS:
+        given["top_k"] = 0
     for name, value in given.items():  # each alone, so that the error names it
         _checked(name, {name: value})
     if given.get("top_p", 1) > 1:

@@ -112,11 +112,11 @@ def test_prompts_of_any_length_up_to_the_context(llm: Llama) -> None:
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        ([9] * (MAX_SEQ_LEN + 1), {}, "prompt 0 has 257 tokens, more than the max_seq_len of 256: shorten it"),
-        ([], {}, "prompt 0 is empty"),
-        ([576], {}, "token 0 of prompt 0 must be a whole number from 0 to 575, got 576"),
-        ([[1]], {}, "token 0 of prompt 0 must be a whole number"),
-        (3, {}, "prompt 0 must be a list of token ids"),
+        ([9] * (MAX_SEQ_LEN + 1), {}, "the prompt has 257 tokens, more than the max_seq_len of 256: shorten it"),
+        ([], {}, "the prompt is empty"),
+        ([576], {}, "token 0 of the prompt must be a whole number from 0 to 575, got 576"),
+        ([[1]], {}, "token 0 of the prompt must be a whole number"),
+        (3, {}, "the prompt must be a list of token ids"),
         ([1], {"stop_token_ids": [576]}, "stop_token_ids must have token ids from 0 to 575, got 576"),
     ],
     ids=["long", "empty", "outside", "nested", "number", "stop"],
@@ -271,7 +271,7 @@ def test_a_closed_engine_takes_no_requests(llm: Llama) -> None:
 
 
 def test_wrong_settings_are_refused(llm: Llama) -> None:
-    with pytest.raises(ValueError, match="max_tokens_per_step must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_tokens_per_step must be a whole number from 1 to 2048, got 0"):
         llm.engine(max_tokens_per_step=0)
     with pytest.raises(ValueError, match="reuse_prefixes must be True or False, got str"):
         Engine(llm, reuse_prefixes="yes")  # type: ignore[arg-type]

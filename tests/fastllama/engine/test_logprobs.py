@@ -1,12 +1,14 @@
 """Log-probabilities of answers and prompts, with alternatives, against the logits of the model's forward pass."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastllama import Llama, SamplingParams
-from fastllama.engine import Result
+from fastllama.engine import Result, model_runner
+from fastllama.token_scores import TokenScore, score_tokens
 from tests.fastllama.engine.llamas import TOLERANCE, engine_llama, logits_of
 
 PROMPT = [(11 * place + 3) % 320 for place in range(140)]
@@ -121,3 +123,29 @@ def test_prompts_are_scored_and_echoed_once_also_if_they_are_preempted(tmp_path:
         for answer in request.result().answers:
             assert answer.tokens[: len(prompt)] == prompt and len(answer.tokens) == len(prompt) + 90
             assert_scores((answer.logprobs or [])[1:], answer.tokens, logits_of(llm, answer.tokens), 1)
+
+
+def test_several_answers_score_their_prompt_once(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+
+    def counting(model: Any, h: Any, batch: Any, sources: Any, *rest: Any) -> list[TokenScore]:
+        scored.append(len(sources))
+        return score_tokens(model, h, batch, sources, *rest)
+
+    monkeypatch.setattr(model_runner, "score_tokens", counting)
+    params = SamplingParams(n=4, echo=True, logprobs=1, max_gen_len=3, seed=1)
+    for prompt in ([5, 6, 7], [(7 * place) % 320 for place in range(100)]):
+        scored.clear()
+        result = llm.engine().submit(prompt, params).result()
+        assert sum(scored) == len(prompt) - 1
+        for answer in result.answers:
+            assert answer.logprobs is not None and len(answer.logprobs) == len(answer.tokens) == len(prompt) + 3
+        assert result.cached_tokens == 0
+
+
+@pytest.mark.parametrize("first_scored", [0, 4, 1.5, "x"])
+def test_a_first_scored_outside_the_prompt_is_refused(llm: Llama, first_scored: Any) -> None:
+    with pytest.raises(ValueError, match="first_scored must be a whole number from 1 to 3"):
+        llm.engine().submit([1, 2, 3], SamplingParams(prompt_logprobs=0), first_scored=first_scored)
+    with pytest.raises(ValueError, match="leave one out"):
+        llm.engine().submit([1, 2, 3], SamplingParams(echo=True, logprobs=0), first_scored=2)

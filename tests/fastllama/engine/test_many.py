@@ -71,7 +71,7 @@ def test_results_that_wait_for_a_long_one_are_bounded(llm: Llama) -> None:
 
 def test_an_error_names_the_prompt_and_frees_the_model(llm: Llama) -> None:
     results = llm.generate_many([[1], [2], [9] * 300, [3]], PARAMS)
-    with pytest.raises(ValueError, match="prompt 2: prompt 0 has 300 tokens, more than the max_seq_len of 256"):
+    with pytest.raises(ValueError, match="prompt 2: the prompt has 300 tokens, more than the max_seq_len of 256"):
         list(results)
     llm.model.check_idle()
     with pytest.raises(ValueError, match=r"prompts must be a list or another iterable of prompts: for one prompt pass"):

@@ -87,7 +87,7 @@ def test_controlled_is_the_definition(dtype: torch.dtype, temperature: float) ->
     state, logits = state_of(rows, temperature), logits_for(len(rows), dtype)
     assert state.controls is not None
     ours = controlled(logits, state, state.controls)
-    assert ours.dtype == dtype
+    assert ours.dtype == torch.float32
     position = PROMPT_LENGTH + 2
     for row, controls in enumerate(rows):
         expected = torch.tensor(by_hand(logits[row].tolist(), controls, NEWEST, position, temperature))
@@ -207,3 +207,16 @@ def test_first_rows_share_memory() -> None:
         name: getattr(controls.first(2), name).shape[0] for name in ("bias", "top_k", "in_prompt")
     }
     assert set(values.values()) == {2}
+
+
+def test_small_penalties_do_not_vanish_in_16_bits() -> None:
+    """bfloat16 logits near 20 lie 0.125 apart."""
+    state = DecodeState.of(1, 4, VOCABULARY, CPU)
+    state.start_rows([0], [1], [PROMPT_LENGTH], [PROMPT_LENGTH + 1], [90])
+    controls = LogitControls.of(1, VOCABULARY, CPU)
+    controls.set_row(0, RowControls(bias={5: -0.05}))
+    logits = torch.full((1, VOCABULARY), 20.25, dtype=torch.bfloat16)
+    found = controlled(logits, state, controls)
+    assert found.dtype == torch.float32 and found[0, 5] < found[0, 6]
+    reference.sample_and_advance(found, state)
+    assert state.tokens[0] == 0

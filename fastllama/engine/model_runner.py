@@ -158,7 +158,10 @@ class ModelRunner:
         assert sequence.first_scored is not None
         begin = max(chunk.begin, sequence.first_scored - 1)
         targets = sequence.tokens[begin + 1 : min(chunk.end, sequence.n_prompt - 1) + 1]
-        sources = range(begin - chunk.begin, begin - chunk.begin + len(targets))
+        sources = list(range(begin - chunk.begin, begin - chunk.begin + len(targets)))
+        if sources and chunk.begin + sources[-1] == sequence.n_prompt - 2:
+            targets += sequence.alternatives
+            sources += sources[-1:] * len(sequence.alternatives)
         return score_tokens(self.model, h, batch, sources, targets, sequence.n_top_scored)
 
 

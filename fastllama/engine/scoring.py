@@ -1,7 +1,8 @@
 """Scoring: the log-probabilities of given continuations, and of whole documents.
 
-A pair of context and continuation is a prompt whose last tokens are scored. Nothing is generated. Pairs are sorted, so
-that those with the same context follow each other and find its pages in the cache.
+A pair of context and continuation is a prompt whose last tokens are scored. Nothing is generated. Pairs that differ in
+their last token only are one prompt, whose last logits score them all. Pairs are sorted, so that those with the same
+context follow each other and find its pages in the cache.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from fastllama.engine.engine import Engine, Prompt
 from fastllama.engine.many import Submission, run_in_order
 from fastllama.engine.request import Result
 from fastllama.engine.sampling_params import SamplingParams
+from fastllama.token_scores import TokenScore
 
 SCORING = SamplingParams(max_gen_len=0, prompt_logprobs=0)
 
@@ -56,15 +58,21 @@ def score_token_pairs(
                 f"pair {index} has {n_tokens} tokens, and at most {most} can be scored: shorten it, or build with a "
                 "larger max_seq_len"
             )
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for index, (context, continuation) in enumerate(pairs):
+        if continuation:
+            groups.setdefault((tuple(context), tuple(continuation[:-1])), []).append(index)
     # The same contexts follow each other, long ones first: so memory that does not suffice shows at once.
-    order = sorted(range(len(pairs)), key=lambda index: (-len(pairs[index][0]), *pairs[index]))
-    order = [index for index in order if pairs[index][1]]
+    order = sorted(groups, key=lambda group: (-len(group[0]), *group))
+    last = {group: [pairs[index][1][-1] for index in groups[group]] for group in order}
+    submissions = (Submission([*c, *t, last[c, t][0]], SCORING, len(c), last[c, t][1:]) for c, t in order)
     scores = [Score([], [], []) for _ in pairs]
-    ordered = (pairs[index] for index in order)
-    submissions = (Submission([*context, *tokens], SCORING, len(context)) for context, tokens in ordered)
     with closing(run_in_order(engine, submissions, len(order), "scoring", progress)) as results:
-        for index, result in zip(order, results, strict=True):
-            scores[index] = _score(list(pairs[index][1]), result)
+        for group, result in zip(order, results, strict=True):
+            n_common = len(group[1])
+            for number, index in enumerate(groups[group]):
+                found = _scores_of(result)
+                scores[index] = _score(pairs[index][1], [*found[:n_common], found[n_common + number]])
     return scores
 
 
@@ -129,11 +137,14 @@ def _first_token(engine: Engine) -> int:
     return tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
 
 
-def _score(tokens: list[int], result: Result) -> Score:
+def _scores_of(result: Result) -> list[TokenScore]:
     if (error := result.answer.error) is not None:
         raise ValueError(error)
-    scores = result.prompt_scores or []
-    return Score(tokens, [score.logprob for score in scores], [score.is_greedy for score in scores])
+    return result.prompt_scores or []
+
+
+def _score(tokens: Sequence[int], scores: Sequence[TokenScore]) -> Score:
+    return Score(list(tokens), [score.logprob for score in scores], [score.is_greedy for score in scores])
 
 
 def _joined(scores: Sequence[Score]) -> Score:

@@ -39,6 +39,7 @@ class Sequence:
     stop_ids: frozenset[int]
     text: TextStream
     first_scored: int | None = None  # the prompt's log-probabilities are wanted from this position on
+    alternatives: tuple[int, ...] = ()  # scored, too, in place of the prompt's last token
     n_top_scored: int = 0  # and so many of the most likely tokens at each of them
 
     row: int | None = None  # the cache row, None while it waits

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastllama import Llama
-from fastllama.engine.scoring import Score, score_pairs
+from fastllama.engine.scoring import Score, score_pairs, score_token_pairs
 from tests.fastllama.engine.llamas import MAX_SEQ_LEN, TOLERANCE, logits_of
 
 TEXTS = [
@@ -145,3 +145,16 @@ def test_logits_that_are_not_numbers_are_an_error(llm: Llama) -> None:
         assert_score(llm, llm.score([([5], [6, 8])])[0], [5], [6, 8])
     finally:
         llm.model.load_state_dict(weights)
+
+
+def test_answers_that_differ_in_their_last_token_are_one_request(llm: Llama) -> None:
+    context = [(5 * place) % 320 for place in range(100)]
+    pairs = [(context, [token]) for token in (3, 9, 77)] + [(context, [8, token]) for token in (4, 5)]
+    engine = llm.engine()
+    scores = score_token_pairs(engine, pairs, progress=False)
+    assert engine.stats.finished_requests == 2
+    for (_, continuation), score in zip(pairs, scores, strict=True):
+        assert_score(llm, score, context, continuation)
+    best = int(llm.model.forward(torch.tensor([context]), 0)[0, -1].argmax())
+    found = llm.score([(context, [3]), (context, [best]), (context, [9])])
+    assert [score.is_greedy for score in found] == [False, True, False]

@@ -15,7 +15,10 @@ from fastllama.kernels.sampling.controls import LogitControls, TopTokens
 
 
 def controlled(logits: Tensor, state: DecodeState, controls: LogitControls) -> Tensor:
-    """The logits (B, V) after the controls, in their dtype. Counts each row's newest token if it was generated."""
+    """The logits (B, V) after the controls, in float32: small penalties would vanish in the model dtype.
+
+    Counts each row's newest token if it was generated.
+    """
     counts = controls.counts
     is_generated = (state.positions >= state.starts)[:, None]
     counts.scatter_add_(1, state.tokens[:, None], is_generated.to(counts.dtype))
@@ -29,7 +32,7 @@ def controlled(logits: Tensor, state: DecodeState, controls: LogitControls) -> T
     least = x.amax(-1, keepdim=True) + torch.where(controls.min_p > 0, distance, -torch.inf)[:, None]
     k = torch.where(controls.top_k > 0, controls.top_k, x.shape[1]).clamp(max=x.shape[1])
     kth = x.sort(dim=-1, descending=True).values.gather(-1, k[:, None] - 1)
-    return x.masked_fill(x < torch.maximum(least, kth), -torch.inf).to(logits.dtype)
+    return x.masked_fill(x < torch.maximum(least, kth), -torch.inf)
 
 
 def sample_with_extras(

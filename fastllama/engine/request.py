@@ -125,8 +125,8 @@ class Request:
             elif self._engine.has_thread:
                 with self._changed:
                     self._changed.wait_for(lambda: self._increments or self.is_finished)
-            else:
-                self._engine.step()
+            elif not self._engine.step() and not self.is_finished:
+                raise RuntimeError("the engine does not run this request any more: submit it again")
 
     async def __aiter__(self) -> AsyncIterator[Increment]:
         if not self._engine.has_thread:

@@ -65,7 +65,7 @@ ROPE_NUMBERS = (
 ROPE_INTEGERS = ("rope_original_max_seq_len",)
 ROPE_TYPE, ROPE_TRUNCATE, ROPE_FACTORS = "rope_type", "rope_truncate", "rope_factors"
 # Limits of a run, not of the weights: the caller of Llama.build sets them.
-IGNORED_FIELDS = frozenset({"max_batch_size", "max_seq_len"})
+IGNORED_FIELDS = frozenset({"max_batch_size", "max_seq_len", "cache_tokens"})
 QUANTISED_FIELDS = ("quantization_args", "lora_args")
 KNOWN_FIELDS = META_FIELDS.union(
     OWN_FIELDS, ROPE_NUMBERS, ROPE_INTEGERS, {ROPE_TYPE, ROPE_TRUNCATE, ROPE_FACTORS}, IGNORED_FIELDS, QUANTISED_FIELDS

@@ -6,7 +6,7 @@ a rendered chat template has them.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +59,6 @@ def encode(
         return tokens
     usual = tokenizer.encode("", bos=True, eos=False)
     return [*(usual or ([tokenizer.bos_id] if add_bos and tokenizer.bos_id >= 0 else [])), *tokens]
-
-
-def rolling_windows(tokens: Sequence[int], first: int, most: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Cut a document into (context, continuation) pairs of at most `most` + 1 tokens that score each token once.
-
-    `first` is the token before the document. Each window begins with the last token of the one before; the last window
-    has as much context as fits.
-    """
-    whole = [first, *tokens]
-    begin = 1
-    while begin < len(whole):
-        end = min(begin + most, len(whole))
-        yield whole[max(0, end - most - 1) : begin], whole[begin:end]
-        begin = end
 
 
 def sampling_params(

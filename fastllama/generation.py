@@ -260,8 +260,8 @@ class Llama:
     ) -> list[Score]:
         """The log-probability of every token of each document, in windows of max_seq_len tokens.
 
-        stride: tokens that each window scores, after as many before them as fit; None means complete windows, each
-        after one token of the one before.
+        stride: tokens that each window scores, after as many before them as fit; None means complete windows, each but
+        the last after one token of the one before.
         """
         return score_documents(self.engine(), documents, stride, progress)
 

@@ -16,13 +16,12 @@ from typing import Any
 
 from fastllama.builtin import builtin_checkpoint
 from fastllama.chat_format import TemplateFormat
-from fastllama.engine.scoring import score_token_pairs
+from fastllama.engine.scoring import document_windows, score_token_pairs
 from fastllama.evaluation import (
     MAX_GEN_TOKS,
     answer_text,
     encode,
     render_chat,
-    rolling_windows,
     sampling_params,
     stated_context,
 )
@@ -153,7 +152,7 @@ class FastLlama(TemplateLM):
         """The log-probability of each document, in windows of max_length tokens."""
         texts = [request.args[0] for request in requests]
         first, most = self.prefix_token_id, self.max_length
-        documents = [list(rolling_windows(self.tok_encode(text), first, most)) for text in texts]
+        documents = [list(document_windows([first, *self.tok_encode(text)], most)) for text in texts]
         windows: list[Arguments] = [(None, *window) for document in documents for window in document]
         found = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
         totals = [sum(next(found)[0] for _ in document) for document in documents]

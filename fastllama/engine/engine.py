@@ -63,10 +63,11 @@ class Engine:
     """Runs requests on a Llama. While it has requests, no other call may use the model."""
 
     def __init__(self, llm: Model, *, max_tokens_per_step: int = STEP_TOKENS, reuse_prefixes: bool = True) -> None:
-        """max_tokens_per_step: of prompts, computed in one step while answers are running: the longest that these wait.
-        At most 2048, which a step computes while none are.
+        """Make an engine; nothing runs yet.
 
-        reuse_prefixes: prompts that begin alike share the pages of what they have in common.
+        max_tokens_per_step: of prompts, computed in one step while answers are running, which wait for them. While none
+        are, a step computes up to 2048, which is the most here, too. reuse_prefixes: prompts that begin alike share the
+        pages of what they have in common.
         """
         self.llm = llm
         step_tokens = validate.whole_number("max_tokens_per_step", max_tokens_per_step, 1, PREFILL_CHUNK_TOKENS)

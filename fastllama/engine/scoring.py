@@ -69,9 +69,8 @@ def score_token_pairs(
     scores = [Score([], [], []) for _ in pairs]
     with closing(run_in_order(engine, submissions, len(order), "scoring", progress)) as results:
         for group, result in zip(order, results, strict=True):
-            n_common = len(group[1])
+            n_common, found = len(group[1]), _scores_of(result)
             for number, index in enumerate(groups[group]):
-                found = _scores_of(result)
                 scores[index] = _score(pairs[index][1], [*found[:n_common], found[n_common + number]])
     return scores
 
@@ -87,7 +86,7 @@ def score_documents(
     n_windows: list[int] = []
     for document in documents:
         tokens = _encoded(engine, document)
-        of_document = list(_windows([_first_token(engine), *tokens], most, stride))
+        of_document = list(document_windows([_first_token(engine), *tokens], most, stride))
         windows += of_document
         n_windows.append(len(of_document))
     found = iter(score_token_pairs(engine, windows, progress))
@@ -114,13 +113,15 @@ def tokens_of_pair(engine: Engine, context: Prompt, continuation: Prompt) -> tup
     return ids[0] or [_first_token(engine)], ids[1]
 
 
-def _windows(tokens: list[int], most: int, stride: int | None) -> Iterator[tuple[list[int], list[int]]]:
-    """Cut tokens into (context, continuation) pairs that fit and score each token but the first once."""
+def document_windows(tokens: list[int], most: int, stride: int | None = None) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut tokens into (context, continuation) pairs that score each token but the first once.
+
+    A window scores `stride` tokens, `most` if it is None, after as many as fit: it has at most `most` + 1 tokens.
+    """
     begin = 1
     while begin < len(tokens):
         end = min(begin + (stride or most), len(tokens))
-        first = begin - 1 if stride is None else max(0, end - most - 1)
-        yield tokens[first:begin], tokens[begin:end]
+        yield tokens[max(0, end - most - 1) : begin], tokens[begin:end]
         begin = end
 
 

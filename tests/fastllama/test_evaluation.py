@@ -9,7 +9,7 @@ import pytest
 from fastllama import Llama, builtin_checkpoint
 from fastllama.chat_format import NoFormat, TemplateFormat
 from fastllama.chat_template import ChatTemplate
-from fastllama.evaluation import answer_text, encode, render_chat, rolling_windows, sampling_params, stated_context
+from fastllama.evaluation import answer_text, encode, render_chat, sampling_params, stated_context
 from fastllama.tokenizer_huggingface import HuggingFaceTokenizer
 from tests.support.pipelines import PIPELINES, write_pipeline
 
@@ -37,18 +37,6 @@ def test_a_text_that_spells_its_begin_gets_no_other(tokenizer: HuggingFaceTokeni
     assert encode(tokenizer, "<s>the dog", first="<s>").count(tokenizer.bos_id) == 1
     assert encode(tokenizer, "the dog", add_bos=True) == [tokenizer.bos_id, *plain]
     assert tokenizer.bos_id not in plain
-
-
-@pytest.mark.parametrize("most", [1, 4, 7, 10, 30])
-def test_windows_score_each_token_once_with_the_context_that_fits(most: int) -> None:
-    windows = list(rolling_windows(range(1, 11), 0, most))
-    assert [token for _, scored in windows for token in scored] == list(range(1, 11))
-    for context, scored in windows:
-        whole = [*context, *scored]
-        assert len(context) >= 1 and len(whole) <= most + 1
-        assert whole == list(range(whole[0], whole[0] + len(whole)))
-    assert len(windows[-1][0]) + len(windows[-1][1]) == min(most, 10) + 1
-    assert list(rolling_windows([], 0, most)) == []
 
 
 def test_settings_of_a_task_become_sampling_params() -> None:

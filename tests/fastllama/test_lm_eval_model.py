@@ -18,7 +18,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from fastllama.evaluation import rolling_windows
+from fastllama.engine.scoring import document_windows
 from fastllama.lm_eval_model import FastLlama
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface
 from tests.support.pipelines import PIPELINES, write_pipeline
@@ -124,7 +124,7 @@ def test_pairs_of_any_kind_are_scored_as_by_hf(folder: Path, model: FastLlama) -
 def test_windows_are_those_of_the_harness(n_tokens: int) -> None:
     tokens = list(range(1, n_tokens + 1))
     theirs = map(make_disjoint_window, get_rolling_token_windows(tokens, 0, 7, 1))
-    assert list(rolling_windows(tokens, 0, 7)) == list(theirs)
+    assert list(document_windows([0, *tokens], 7)) == list(theirs)
 
 
 def test_what_does_not_fit_is_cut_at_the_left(model: FastLlama, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastllama import Llama
-from fastllama.engine.scoring import Score, score_pairs, score_token_pairs
+from fastllama.engine.scoring import Score, document_windows, score_pairs, score_token_pairs
 from tests.fastllama.engine.llamas import MAX_SEQ_LEN, TOLERANCE, logits_of
 
 TEXTS = [
@@ -109,7 +109,7 @@ def test_documents_are_scored_in_windows(llm: Llama, length: int, stride: int | 
     whole = [llm.tokenizer.bos_id, *tokens]
     for begin in range(1, len(whole), stride or MAX_SEQ_LEN):
         end = min(begin + (stride or MAX_SEQ_LEN), len(whole))
-        first = begin - 1 if stride is None else max(0, end - MAX_SEQ_LEN - 1)
+        first = max(0, end - MAX_SEQ_LEN - 1)
         if stride == 1 and begin % 50 != 1:
             continue
         part = slice(begin - 1, end - 1)
@@ -158,3 +158,15 @@ def test_answers_that_differ_in_their_last_token_are_one_request(llm: Llama) -> 
     best = int(llm.model.forward(torch.tensor([context]), 0)[0, -1].argmax())
     found = llm.score([(context, [3]), (context, [best]), (context, [9])])
     assert [score.is_greedy for score in found] == [False, True, False]
+
+
+@pytest.mark.parametrize("most", [1, 4, 7, 10, 30])
+def test_windows_score_each_token_once_with_the_context_that_fits(most: int) -> None:
+    windows = list(document_windows(list(range(11)), most))
+    assert [token for _, scored in windows for token in scored] == list(range(1, 11))
+    for context, scored in windows:
+        whole = [*context, *scored]
+        assert len(context) >= 1 and len(whole) <= most + 1
+        assert whole == list(range(whole[0], whole[0] + len(whole)))
+    assert len(windows[-1][0]) + len(windows[-1][1]) == min(most, 10) + 1
+    assert list(document_windows([0], most)) == []

@@ -46,12 +46,17 @@ class RaggedBatch:
     segments: tuple[Segment, ...]  # one per row in the batch, in the order of the flat tokens
     exact: bool = True  # True: the segments' `keys` are the rows' true lengths. False: they are upper bounds
     workspace: Workspace | None = None  # the backend's; an op that needs one and gets None allocates its own
+    tokens_per_row: int = 1  # S, of a decode step: more than 1 where it checks guesses
     _query_blocks: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by block size
 
     @cached_property
     def is_decode_step(self) -> bool:
-        """True for a decode step: one token per row, and token i belongs to row i."""
-        return all(s.row == i and s.begin == i and s.end == i + 1 for i, s in enumerate(self.segments))
+        """True for a decode step: S tokens per row, and tokens [i·S, (i + 1)·S) belong to row i.
+
+        Where it checks guesses, a row's last tokens may be inactive: their position is negative.
+        """
+        size = self.tokens_per_row
+        return all(s.row == i and s.begin == i * size and s.end == s.begin + size for i, s in enumerate(self.segments))
 
     def query_blocks(self, size: int) -> Tensor:
         """Split the tokens into blocks of at most `size` tokens of one row -> (blocks, 3) int32 on the tokens' device.
@@ -129,6 +134,10 @@ class SamplingTensors:
     def first(self, n_rows: int) -> "SamplingTensors":
         """The first n_rows rows, sharing memory."""
         return replace(self, **{name: getattr(self, name)[:n_rows] for name in PER_ROW})
+
+    def repeated(self, n_draws: int) -> "SamplingTensors":
+        """Each row's parameters for n_draws adjacent draws."""
+        return replace(self, **{name: getattr(self, name).repeat_interleave(n_draws) for name in PER_ROW})
 
     def set_rows(self, rows: Tensor, other: "SamplingTensors") -> None:
         """Set these rows, (n,) int64, to another's n rows; `greedy` is not copied."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllama.kernels.batch import PER_ROW, SamplingTensors, upload
+from fastllama.kernels.guesses import Guesses
 from fastllama.kernels.sampling.controls import LogitControls, TopTokens
 
 NO_TOKEN = -1  # returned by `sample` for a row whose logits are not numbers
@@ -34,6 +35,7 @@ class DecodeState:
     out_logprobs: Tensor  # (steps, B) float32
     controls: LogitControls | None = None  # only where a row needs them
     top: TopTokens | None = None  # only where a row asks for the most likely tokens
+    guesses: Guesses | None = None  # only where steps check guesses
 
     @classmethod
     def of(cls, n_rows: int, n_steps: int, vocab_size: int, device: torch.device) -> "DecodeState":
@@ -68,6 +70,7 @@ class DecodeState:
             out_logprobs=self.out_logprobs[:, :n_rows],
             controls=self.controls and self.controls.first(n_rows),
             top=self.top and self.top.first(n_rows),
+            guesses=self.guesses and self.guesses.first(n_rows),
         )
 
     def set(
@@ -124,6 +127,8 @@ class DecodeState:
         tensors += [getattr(self.sampling, name) for name in PER_ROW]
         if self.controls is not None:
             tensors += self.controls.tensors
+        if self.guesses is not None:
+            tensors += self.guesses.tensors
         for tensor in tensors:
             tensor.index_copy_(0, target, tensor[source])
         self.positions.index_fill_(0, source, INACTIVE)
@@ -141,6 +146,10 @@ class DecodeState:
         (n_rows, vocab_size), device = self.is_stop.shape, self.tokens.device
         top = TopTokens.of(self.out_tokens.shape[0], n_rows, vocab_size, device)
         return replace(self, controls=LogitControls.of(n_rows, vocab_size, device), top=top)
+
+    def with_guesses(self, length: int) -> "DecodeState":
+        """The same state with memory for guesses, of rows of up to `length` tokens."""
+        return replace(self, guesses=Guesses.of(self.rows.shape[0], length, self.tokens.device))
 
     def with_greedy(self, greedy: bool) -> "DecodeState":
         """The same state with this `greedy` flag, which tells an eager backend whether any row draws."""

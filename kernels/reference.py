@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllama.kernels import checking
 from fastllama.kernels.batch import MAX_TEMPERATURE, MIN_TEMPERATURE, RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
 from fastllama.kernels.graph import Graph
@@ -187,6 +188,7 @@ def sample(
     that needs no sort. temperature or top_p 0 selects the lowest id of the largest logit.
 
     logits x (B, V) in the model dtype, positions (B,) int64 of the new tokens, which are the random stream's counter.
+    With S times as many logits and positions as rows of `sampling`, each row has S adjacent draws.
     Returns tokens (B,) int64 and float32 log-probabilities (B,). A row whose logits hold a NaN or have no finite
     maximum gets NO_TOKEN.
     """
@@ -194,6 +196,8 @@ def sample(
     scores = torch.log_softmax(x, dim=-1)
     tokens = x.argmax(dim=-1)
     if not sampling.greedy:
+        if logits.shape[0] > sampling.temperature.shape[0]:
+            sampling = sampling.repeated(logits.shape[0] // sampling.temperature.shape[0])
         deterministic = (sampling.temperature == 0) | (sampling.top_p == 0)
         tokens = torch.where(deterministic, tokens, _draw(x, sampling, positions))
     logprobs = scores.gather(-1, tokens[:, None])[:, 0]
@@ -233,6 +237,9 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     ends = (tokens == NO_TOKEN) | stops | (following >= state.last)
     state.tokens.copy_(torch.where(running, known, state.tokens))
     state.positions.copy_(torch.where(running & ~ends, following, INACTIVE))
+
+
+window, accept, look_up = checking.window, checking.accept, checking.look_up  # a step that checks guesses
 
 
 # Weight layouts and machines.

@@ -20,7 +20,7 @@ from fastllama.kernels import reference
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.graph import Graph
-from fastllama.kernels.native import arguments, many_tokens, memory, weights
+from fastllama.kernels.native import arguments, checking, many_tokens, memory, weights
 from fastllama.kernels.native.graph import NativeGraph
 from fastllama.kernels.native.library import (
     Epilogue,
@@ -40,10 +40,10 @@ MAX_BFLOAT16_TOKENS = 32  # the same, where the CPU multiplies bfloat16; without
 MAX_QUANTIZED_BFLOAT16_TOKENS = 128
 MAX_TOKENS_PER_OP = 256  # of a LINEAR op, which keeps the inputs of all its tokens; more are several ops
 # Attention splits a row at every SPLIT_KEYS keys, and deals the splits to at most MAX_SPLIT_GROUPS groups. For up to
-# MAX_MERGED_TOKENS tokens, every group is a chunk of work of its own.
+# MAX_MERGED_ROWS rows, every group is a chunk of work of its own.
 SPLIT_KEYS = 512
 MAX_SPLIT_GROUPS = 16
-MAX_MERGED_TOKENS = 16
+MAX_MERGED_ROWS = 16
 PER_TOKEN = ("residual", "positions", "rows")  # fields of a LINEAR op with a value per token, beside x and out
 STATISTICS_LOGITS = 4096  # logits of a row in one chunk of sampling's statistics
 
@@ -84,15 +84,16 @@ def attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
     if _uses_library(q):
         return reference.attention(q, cache, batch)
-    arguments.check_attention(q, cache, batch)
+    n_rows = arguments.check_attention(q, cache, batch)
     n_tokens, n_heads, head_dim = q.shape
     groups = min(-(-cache.length // SPLIT_KEYS), MAX_SPLIT_GROUPS)
     out = empty((n_tokens, n_heads * head_dim), q.dtype)
-    is_merged = groups > 1 and n_tokens <= MAX_MERGED_TOKENS
+    is_merged = groups > 1 and n_rows <= MAX_MERGED_ROWS
     partial = empty((n_tokens, n_heads, groups, head_dim + 2), torch.float32) if is_merged else None
     fields: dict[str, Tensor | int | None] = {
         **{"x": q, "out": out, "partial": partial, "n_tokens": n_tokens, "n_heads": n_heads},
-        **{"split": SPLIT_KEYS, "groups": groups, **_cache_fields(cache, batch)},
+        **{"split": SPLIT_KEYS, "groups": groups, "tokens_per_row": batch.tokens_per_row},
+        **_cache_fields(cache, batch),
     }
     run(Kind.ATTENTION, q.dtype, **fields)
     if is_merged:
@@ -140,11 +141,11 @@ def norm_lm_head(h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: Rag
 def sample(
     logits: Tensor, sampling: SamplingTensors, positions: Tensor, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor]:
-    """logits (B, V) -> tokens (B,) int64 and their log-probabilities (B,) float32."""
-    arguments.check_sampling(logits, sampling, positions)
-    n_rows = logits.shape[0]
-    tokens, logprobs = empty((n_rows,), torch.int64), empty((n_rows,), torch.float32)
-    _sample(logits, sampling, positions=positions, out=tokens, logprobs=logprobs)
+    """logits (B·S, V) -> tokens (B·S,) int64 and their log-probabilities (B·S,) float32, S draws a row of sampling."""
+    draws = arguments.check_sampling(logits, sampling, positions)
+    shape = positions.shape
+    tokens, logprobs = empty(shape, torch.int64), empty(shape, torch.float32)
+    _sample(logits, sampling, positions=positions, out=tokens, logprobs=logprobs, tokens_per_row=draws)
     return tokens, logprobs
 
 
@@ -156,6 +157,7 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
         logits,
         state.sampling,
         has_state=1,
+        tokens_per_row=1,
         state_tokens=state.tokens,
         state_positions=state.positions,
         starts=state.starts,
@@ -166,6 +168,9 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
         n_steps=state.out_tokens.shape[0],
         out_stride=state.out_tokens.stride(0),
     )
+
+
+window, accept, look_up = checking.window, checking.accept, checking.look_up  # a step that checks guesses
 
 
 def max_tokens(dtype: torch.dtype, *, quantized: bool = False) -> float:

@@ -1,10 +1,14 @@
 """Checks of the tensors that a native op receives. All raise ValueError for tensors that do not belong together."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastllama.kernels.batch import PER_ROW, RaggedBatch, SamplingTensors
+from fastllama.kernels.checking import guesses_of
 from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.guesses import MAX_GUESSES, Guesses
 from fastllama.kernels.launch.checks import check_cache, check_model_dtype, check_tensor
 from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.quantized import FORMATS, PLAIN, QuantizedWeight, Weight
@@ -98,8 +102,8 @@ def check_heads(x: Tensor, width: int, rope: Tensor, cache: LayerCache, batch: R
     return n_heads
 
 
-def check_attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> None:
-    """Check queries (N, H, D) and a layer's cache."""
+def check_attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> int:
+    """Check queries (N, H, D) and a layer's cache -> the rows, of S adjacent tokens each."""
     check_model_dtype("q", q)
     check_tensor("q", q, ("N", "H", "D"), q.dtype, CPU)
     n_kv_heads, head_dim = _check_cache(cache, q.dtype)
@@ -110,6 +114,9 @@ def check_attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> None:
             f"({n_heads}, {q.shape[2]})"
         )
     _check_places(batch, q.shape[0])
+    if batch.tokens_per_row < 1 or q.shape[0] % batch.tokens_per_row:
+        raise ValueError(f"a batch must have tokens_per_row = {batch.tokens_per_row} for every row, got {q.shape[0]}")
+    return q.shape[0] // batch.tokens_per_row
 
 
 def _check_cache(cache: LayerCache, dtype: torch.dtype) -> tuple[int, int]:
@@ -129,26 +136,80 @@ def _check_places(batch: RaggedBatch, n_tokens: int) -> None:
     check_tensor("batch.rows", batch.rows, (n_tokens,), torch.int64, CPU)
 
 
-def check_sampling(logits: Tensor, sampling: SamplingTensors, positions: Tensor) -> None:
-    """Check logits (B, V), the sampling parameters and the positions of B rows."""
+def check_sampling(logits: Tensor, sampling: SamplingTensors, positions: Tensor) -> int:
+    """Check logits (B·S, V), the sampling parameters of B rows, and the positions (B·S,) -> S, the draws of a row."""
     check_model_dtype("logits", logits)
     check_tensor("logits", logits, ("B", "V"), logits.dtype, CPU)
-    rows = logits.shape[:1]
+    n_draws, n_rows = logits.shape[0], sampling.temperature.shape[0]
     if logits.shape[1] < 1:
         raise ValueError("sampling takes a vocabulary of at least 1 token, got 0")
     for name in PER_ROW:
         dtype = torch.float64 if name in ("temperature", "top_p") else torch.int64
-        check_tensor(f"sampling.{name}", getattr(sampling, name), tuple(rows), dtype, CPU)
-    check_tensor("positions", positions, tuple(rows), torch.int64, CPU)
+        check_tensor(f"sampling.{name}", getattr(sampling, name), (n_rows,), dtype, CPU)
+    check_tensor("positions", positions, (n_draws,), torch.int64, CPU)
+    return draws_per_row("logits", n_draws, n_rows)
+
+
+def draws_per_row(name: str, n_draws: int, n_rows: int) -> int:
+    """S of (B·S, ·) values for B rows."""
+    per_row = n_draws // max(n_rows, 1)
+    if per_row * n_rows != n_draws or (n_rows and not per_row):
+        raise ValueError(f"{name} must have S for each of B = {n_rows} rows, B·S in all with S >= 1, got {n_draws}")
+    return max(per_row, 1)
 
 
 def check_state(logits: Tensor, state: DecodeState) -> None:
     """Check the state that rows of logits (B, V) advance."""
-    n_rows, vocab = logits.shape
-    for name in ("tokens", "starts", "last"):
+    check_rows(state, logits.shape[0], ("tokens", "starts", "last"))
+    check_output(state, *logits.shape)
+
+
+def check_rows(state: DecodeState, n_rows: int, names: Sequence[str]) -> None:
+    """Check fields of the state of B rows that have a number for each."""
+    for name in names:
         check_tensor(f"state.{name}", getattr(state, name), (n_rows,), torch.int64, CPU)
+
+
+def check_output(state: DecodeState, n_rows: int, vocab: int | str) -> None:
+    """Check where the tokens of B rows go, and the stop tokens."""
     check_tensor("state.is_stop", state.is_stop, (n_rows, vocab), torch.bool, CPU)
     out = state.out_tokens, state.out_logprobs
     same = out[0].shape == out[1].shape and out[0].stride() == out[1].stride() and out[0].stride(1) == 1
     if not same or out[0].shape[1] != n_rows or (out[0].dtype, out[1].dtype) != (torch.int64, torch.float32):
         raise ValueError("state.out_tokens and out_logprobs must have one layout: make it with DecodeState.of")
+
+
+def check_guesses(state: DecodeState, names: Sequence[str]) -> Guesses:
+    """Check the guesses of a state's rows, and these fields of the state -> the guesses."""
+    guesses, n_rows = guesses_of(state), state.rows.shape[0]
+    check_rows(state, n_rows, names)
+    check_tensor("guesses.history", guesses.history, (n_rows, "T"), torch.int64, CPU)
+    if guesses.history.shape[1] < 1:
+        raise ValueError("guesses.history must have at least 1 position, got 0")
+    check_tensor("guesses.tokens", guesses.tokens, (n_rows, MAX_GUESSES), torch.int64, CPU)
+    for name in ("matched", "newest"):
+        check_tensor(f"guesses.{name}", getattr(guesses, name), (n_rows,), torch.int64, CPU)
+    return guesses
+
+
+def check_window(begin: int, end: int) -> None:
+    """Check the first and the last token of a window, by their distance from the newest."""
+    if not begin < end <= MAX_GUESSES + 1:
+        raise ValueError(f"a window must have begin < end <= {MAX_GUESSES + 1}, got begin {begin} and end {end}")
+
+
+def check_draws(state: DecodeState, drawn: Tensor, logprobs: Tensor) -> int:
+    """Check draws and their log-probabilities (B·S,) after the newest token and S - 1 guesses of B rows -> S."""
+    check_tensor("drawn", drawn, ("B·S",), torch.int64, CPU)
+    check_tensor("logprobs", logprobs, tuple(drawn.shape), torch.float32, CPU)
+    check_output(state, state.rows.shape[0], "V")
+    per_row = draws_per_row("drawn", drawn.shape[0], state.rows.shape[0])
+    if per_row > MAX_GUESSES + 1:
+        raise ValueError(f"drawn must have at most {MAX_GUESSES + 1} tokens a row, got {per_row}")
+    return per_row
+
+
+def check_look_up(n_guesses: int) -> None:
+    """Check a number of guesses."""
+    if not 0 <= n_guesses <= MAX_GUESSES:
+        raise ValueError(f"a row has 0 to {MAX_GUESSES} guesses, got {n_guesses}")

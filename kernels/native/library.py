@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 5  # as in src/op.hpp
+ABI_VERSION = 6  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
 ISAS = ("neon",) if platform.machine().lower() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
@@ -31,6 +31,9 @@ class Kind(IntEnum):
     STATISTICS = 4
     SAMPLE = 5
     DEQUANTIZE = 6
+    WINDOW = 7
+    ACCEPT = 8
+    LOOK_UP = 9
 
 
 class Epilogue(IntEnum):
@@ -50,11 +53,12 @@ _POINTERS = (
     *("tokens", "positions", "rows", "x", "norm", "weight", "scales", "offsets", "bias", "residual", "out", "rope"),
     *("cache_k", "cache_v", "pages", "partial"),
     *("temperature", "top_p", "seed", "stream", "call", "logprobs", "state_tokens", "state_positions", "starts"),
-    *("last", "is_stop", "out_tokens", "out_logprobs"),
+    *("last", "is_stop", "out_tokens", "out_logprobs", "history", "guesses", "matched", "newest"),
 )
 _SIZES = (
     *("n_tokens", "width", "outputs", "n_heads", "n_kv_heads", "head_dim", "length", "cache_rows"),
     *("n_pages", "vocab", "begin", "n_steps", "out_stride", "split", "groups", "n_scales"),
+    *("tokens_per_row", "n_guesses", "max_guesses"),
 )
 
 

@@ -1,18 +1,14 @@
 // Attention of each token over its row's cache, up to its own position. Included by kernels.hpp.
 //
 // The keys of a row are divided into splits, and the splits into groups: group g has the splits g, g + groups, … with an
-// online softmax over them, and the groups' (Σ p·v, max, Σ p) are added in order. A chunk is one token and one kv head with
-// its G query heads. If there are few tokens, so that chunks are few, it is one group only, and ATTENTION_MERGE adds them.
+// online softmax over them, and the groups' (Σ p·v, max, Σ p) are added in order. A chunk is a row's S adjacent tokens and
+// one kv head with its G query heads: a block of keys is read once for all of them, and each token has its own number of
+// keys. If there are few rows, so that chunks are few, it is one group only, and ATTENTION_MERGE adds them. A head's sums
+// are in the same order whatever it is computed with.
 
 constexpr int64_t BLOCK_KEYS = 64;  // their keys and values stay in the first cache for all query heads
 static_assert(BLOCK_KEYS == PAGE_TOKENS);  // a block is one page: its keys are adjacent
 constexpr int64_t START_KEYS = 16;         // of a block, prefetched ahead of the others
-
-INLINE int64_t row_length(const Op& op, int64_t n) {  // 0: an inactive row
-  const int64_t position = op.positions[n], row = op.rows[n];
-  if (position < 0 || row < 0 || row >= op.cache_rows) return 0;
-  return position < op.length ? position + 1 : op.length;
-}
 
 // p[g][t] = q[g] · k[t] for HEADS query heads and LANES / HEADS keys at a time, whose sums end in one vector. Rows of p
 // have BLOCK_KEYS values; those from `count` on are undefined.
@@ -119,7 +115,24 @@ static void add_keys_to_heads(const T* k, const T* v, const T* next, int64_t cou
     add_keys<T, 1>(k, v, next, count, D, queries + g * stride, stride, acc + g * stride, max + g, total + g);
 }
 
-// A kv head's queries, and the running sums of a group.
+// A row's tokens in a batch. All have the row of the first.
+struct RowTokens {
+  const Op& op;
+  int64_t first, count;
+  int64_t row() const { return op.rows[first]; }
+  int64_t length(int64_t s) const {  // keys of token s; 0: it is inactive
+    const int64_t position = op.positions[first + s];
+    if (position < 0 || row() < 0 || row() >= op.cache_rows) return 0;
+    return position < op.length ? position + 1 : op.length;
+  }
+  int64_t longest() const {
+    int64_t most = 0;
+    for (int64_t s = 0; s < count; s++) most = length(s) > most ? length(s) : most;
+    return most;
+  }
+};
+
+// The queries of the tokens' heads of one kv head, S · G of them, and the running sums of a group.
 struct Heads {
   int64_t stride;  // of a head's queries and sums
   float *queries, *acc, *max, *total;
@@ -139,34 +152,58 @@ template <class T> INLINE void prefetch_start(const T* block, int64_t D) {
   for (int64_t i = 0; i < START_KEYS * D; i += LINE_BYTES / int64_t(sizeof(T))) __builtin_prefetch(block + i);
 }
 
-// The splits of one group, to parts[h][group] of the kv head's query heads. A split is a number of whole blocks.
+// Adds the block at position t to the running sums of all tokens that have keys in it, up to `end` where the split ends.
+// Adjacent tokens with as many keys, which is most, are so many more heads.
 template <class T>
-static void attend(const Op& op, int64_t n, int64_t kv_head, int64_t group, const Heads& heads, float* parts) {
-  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, length = row_length(op, n);
-  const int32_t* pages = op.pages + op.rows[n] * (op.length / PAGE_TOKENS);
+static void add_block(const RowTokens& tokens, const T* k, const T* v, const T* next, int64_t t, int64_t end, int64_t D,
+                      int64_t G, const Heads& heads) {
+  const auto count = [&](int64_t s) {
+    const int64_t length = tokens.length(s), stop = length < end ? length : end;
+    return stop - t < BLOCK_KEYS ? stop - t : BLOCK_KEYS;
+  };
+  for (int64_t s = 0, following; s < tokens.count; s = following) {
+    const int64_t keys = count(s);
+    for (following = s + 1; following < tokens.count && count(following) == keys;) following++;
+    if (keys <= 0) continue;
+    const int64_t g = s * G;
+    add_keys_to_heads(k, v, next, keys, D, (following - s) * G, heads.queries + g * heads.stride, heads.stride,
+                      heads.acc + g * heads.stride, heads.max + g, heads.total + g);
+  }
+}
+
+// The splits of one group, to heads.acc, max and total. A split is a number of whole blocks.
+template <class T>
+static void attend(const RowTokens& tokens, int64_t length, int64_t kv_head, int64_t group, const Heads& heads) {
+  const Op& op = tokens.op;
+  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads;
+  const int32_t* pages = op.pages + tokens.row() * (op.length / PAGE_TOKENS);
   const T *k = static_cast<const T*>(op.cache_k), *v = static_cast<const T*>(op.cache_v);
   int64_t at = block_at(op, pages, kv_head, group * op.split);  // the caller knows that the group has keys
-  __builtin_memset(heads.acc, 0, G * heads.stride * sizeof(float));
-  for (int64_t g = 0; g < G; g++) heads.max[g] = -__builtin_inff(), heads.total[g] = 0;
+  __builtin_memset(heads.acc, 0, tokens.count * G * heads.stride * sizeof(float));
+  for (int64_t g = 0; g < tokens.count * G; g++) heads.max[g] = -__builtin_inff(), heads.total[g] = 0;
   for (int64_t split = group * op.split; split < length; split += op.groups * op.split) {
     const int64_t end = split + op.split < length ? split + op.split : length;
     for (int64_t t = split; t < end; t += BLOCK_KEYS) {
-      const int64_t count = end - t < BLOCK_KEYS ? end - t : BLOCK_KEYS;
       int64_t following = t + BLOCK_KEYS < end ? t + BLOCK_KEYS : split + op.groups * op.split;
       if (following >= length) following = (group + 1) * op.split;  // the thread's next chunk, as a rule
       // After the row's last block, the prefetch meets keys that are in the first cache already.
       const int64_t next = following < length ? block_at(op, pages, kv_head, following) : at;
       prefetch_start(v + at, D);
       prefetch_start(k + next, D);
-      add_keys_to_heads(k + at, v + at, k + next, count, D, G, heads.queries, heads.stride, heads.acc, heads.max,
-                        heads.total);
+      add_block(tokens, k + at, v + at, k + next, t, end, D, G, heads);
       at = next;
     }
   }
+}
+
+// The sums of a token's heads, from head `first` of `heads` on, to parts[g][group].
+INLINE void store_parts(const Op& op, int64_t group, const Heads& heads, int64_t first, float* parts) {
+  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads;
   for (int64_t g = 0; g < G; g++) {
     float* part = parts + (g * op.groups + group) * (D + 2);
-    for (int64_t d = 0; d < D; d += LANES) store_up_to(part + d, load(heads.acc + g * heads.stride + d), D - d);
-    part[D] = heads.max[g], part[D + 1] = heads.total[g];
+    const float* acc = heads.acc + (first + g) * heads.stride;
+    for (int64_t d = 0; d < D; d += LANES) store_up_to(part + d, load(acc + d), D - d);
+    part[D] = heads.max[first + g], part[D + 1] = heads.total[first + g];
   }
 }
 
@@ -192,30 +229,50 @@ INLINE int64_t used_groups(const Op& op, int64_t length) {
   return splits < op.groups ? splits : op.groups;
 }
 
+// The tokens' queries of the heads of one kv head, times 1 / √D.
+template <class T> static void load_queries(const RowTokens& tokens, int64_t kv_head, const Heads& heads) {
+  const Op& op = tokens.op;
+  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads;
+  const V scale = splat(1.0f / __builtin_sqrtf(float(D)));
+  for (int64_t i = 0; i < tokens.count * G; i++) {
+    const T* q = static_cast<const T*>(op.x) + ((tokens.first + i / G) * op.n_heads + kv_head * G + i % G) * D;
+    for (int64_t d = 0; d < D; d += LANES) store(heads.queries + i * heads.stride + d, load_up_to(q + d, D - d) * scale);
+  }
+}
+
 template <class T> static void attention_chunk(const Op& op, int64_t chunk, Scratch& scratch) {
   const bool one_group = op.partial != nullptr;  // ATTENTION_MERGE adds the groups; else this chunk does
   const int64_t group = one_group ? chunk % op.groups : 0;
   if (one_group) chunk /= op.groups;
-  const int64_t n = chunk / op.n_kv_heads, kv_head = chunk % op.n_kv_heads, used = used_groups(op, row_length(op, n));
-  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D), first = n * op.n_heads + kv_head * G;
-  T* out = static_cast<T*>(op.out) + first * D;
-  if (used == 0 && group == 0) __builtin_memset(out, 0, G * D * sizeof(T));
-  if (group >= used) return;
-  float* memory = scratch.results(2 * G * (stride + 1) + G * op.groups * (D + 2));
-  const Heads heads = {stride, memory, memory + G * stride, memory + 2 * G * stride, memory + 2 * G * stride + G};
-  float* parts = one_group ? op.partial + first * op.groups * (D + 2) : memory + 2 * G * (stride + 1);
-  const V scale = splat(1.0f / __builtin_sqrtf(float(D)));
-  for (int64_t g = 0; g < G; g++)
-    for (int64_t d = 0; d < D; d += LANES) {
-      const T* q = static_cast<const T*>(op.x) + (first + g) * D + d;
-      store(heads.queries + g * stride + d, load_up_to(q, D - d) * scale);
-    }
-  for (int64_t i = group; i < (one_group ? group + 1 : used); i++) attend<T>(op, n, kv_head, i, heads, parts);
-  if (!one_group || used == 1) merge_groups(parts, G, used, op.groups, D, out);
+  const int64_t D = op.head_dim, G = op.n_heads / op.n_kv_heads, stride = padded(D), S = op.tokens_per_row;
+  const int64_t kv_head = chunk % op.n_kv_heads;
+  const RowTokens tokens = {op, chunk / op.n_kv_heads * S, S};
+  const int64_t length = tokens.longest(), used = used_groups(op, length), size = G * op.groups * (D + 2);
+  float* memory = scratch.results(2 * S * G * (stride + 1) + S * size);
+  float* sums = memory + S * G * stride;
+  const Heads heads = {stride, memory, sums, sums + S * G * stride, sums + S * G * stride + S * G};
+  // A token's partial results, and where they are adjacent for the tokens.
+  float* parts = one_group ? op.partial + (tokens.first * op.n_heads + kv_head * G) * op.groups * (D + 2)
+                           : memory + 2 * S * G * (stride + 1);
+  const int64_t stride_parts = one_group ? op.n_heads * op.groups * (D + 2) : size;
+  if (group < used) load_queries<T>(tokens, kv_head, heads);
+  for (int64_t i = group; i < (one_group ? group + 1 : used) && i < used; i++) {
+    attend<T>(tokens, length, kv_head, i, heads);
+    for (int64_t s = 0; s < S; s++)
+      if (i < used_groups(op, tokens.length(s))) store_parts(op, i, heads, s * G, parts + s * stride_parts);
+  }
+  for (int64_t s = 0; s < S; s++) {
+    T* out = static_cast<T*>(op.out) + ((tokens.first + s) * op.n_heads + kv_head * G) * D;
+    const int64_t of_token = used_groups(op, tokens.length(s));
+    if (of_token == 0 && group == 0) __builtin_memset(out, 0, G * D * sizeof(T));
+    if (of_token > group && (!one_group || of_token == 1))
+      merge_groups(parts + s * stride_parts, G, of_token, op.groups, D, out);
+  }
 }
 
 template <class T> static void merge_token(const Op& op, int64_t n) {
-  const int64_t used = used_groups(op, row_length(op, n)), D = op.head_dim, first = n * op.n_heads;
+  const int64_t s = n % op.tokens_per_row, D = op.head_dim, first = n * op.n_heads;
+  const int64_t used = used_groups(op, RowTokens{op, n - s, op.tokens_per_row}.length(s));
   if (used > 1)
     merge_groups(op.partial + first * op.groups * (D + 2), op.n_heads, used, op.groups, D,
                  static_cast<T*>(op.out) + first * D);

@@ -10,7 +10,6 @@
 namespace fastllama {
 namespace {
 
-constexpr int64_t NO_TOKEN = -1, INACTIVE = -1;                     // as in kernels/decode_state.py
 constexpr double MIN_TEMPERATURE = 1e-38, MAX_TEMPERATURE = 1e37;  // as in kernels/batch.py
 
 struct Statistics {
@@ -86,11 +85,12 @@ int64_t draw(const Op& op, int64_t row, const Statistics& statistics, float* x, 
   const int64_t vocab = op.vocab;
   double* mass = reinterpret_cast<double*>(x + ceil_div(vocab, 2) * 2);
   int32_t* ids = reinterpret_cast<int32_t*>(mass + vocab);
-  const double inverse = 1 / std::min(std::max(op.temperature[row], MIN_TEMPERATURE), MAX_TEMPERATURE);
+  const int64_t of = row / op.tokens_per_row;  // whose parameters these are
+  const double inverse = 1 / std::min(std::max(op.temperature[of], MIN_TEMPERATURE), MAX_TEMPERATURE);
   const double total = fill_masses(op, row, statistics.max, inverse, x, mass);
   Last last{-std::numeric_limits<float>::infinity(), vocab};  // keeps all
-  if (op.top_p[row] < 1) {
-    const double limit = op.top_p[row] * total;
+  if (op.top_p[of] < 1) {
+    const double limit = op.top_p[of] * total;
     // A token as small as this has more than `limit` before it: at most `vocab` tokens are no larger.
     const double smallest = (total - limit) / vocab * (1 - 1e-9);
     int64_t count = 0;
@@ -109,7 +109,7 @@ int64_t draw(const Op& op, int64_t row, const Statistics& statistics, float* x, 
     above += x[id] > last.x ? mass[id] : 0;
     tied += x[id] == last.x && id <= last.id ? mass[id] : 0;
   }
-  const double number = uniform(op.seed[row], op.stream[row], op.call[row],
+  const double number = uniform(op.seed[of], op.stream[of], op.call[of],
                                 op.has_state ? op.state_positions[row] + 1 : op.positions[row]);
   const double target = number * (above + tied);
   const bool is_above = target < above;
@@ -146,7 +146,7 @@ void sample_row(const Op& op, int64_t row, Scratch& scratch, FillMasses fill_mas
   if (statistics.is_distribution) {
     float chosen = statistics.max;
     token = statistics.first;
-    if (op.temperature[row] != 0 && op.top_p[row] != 0) {
+    if (op.temperature[row / op.tokens_per_row] != 0 && op.top_p[row / op.tokens_per_row] != 0) {
       float* x = scratch.results(4 * op.vocab + 2);
       token = draw(op, row, statistics, x, fill_masses);
       chosen = x[token];

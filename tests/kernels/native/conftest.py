@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastllama.kernels import native
-from fastllama.kernels.native import library, many_tokens
+from fastllama.kernels.native import checking, library, many_tokens
 from tests.kernels.native import emulator
 
 THREADS = (1, 3)
@@ -36,7 +36,7 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulator.ArmProces
 def isa(request: pytest.FixtureRequest, built: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each instruction set that this CPU runs, and Arm's in an emulator."""
     if request.param == EMULATED:
-        for module in (native, many_tokens):
+        for module in (native, many_tokens, checking):
             monkeypatch.setattr(module, "run", request.getfixturevalue("arm").run)
         yield EMULATED
         return

@@ -32,6 +32,15 @@ CASE_LIST = [
     Case([(0, 0, 20), (1, 5, 9)], 2, 2, 16, FP32),
     Case([(0, 1015, 30)], 1, 4, 24, FP16),
 ]
+# S tokens a row, within a block, across blocks and splits.
+CHECKED = [
+    Case([(0, 5, 2), (1, 700, 2), (2, 62, 2)], 2, 3, 64, FP32),
+    Case([(0, 0, 5), (1, 60, 5), (2, 509, 5), (3, 1022, 5), (4, 3, 5)], 2, 4, 24, BF16),
+    Case([(0, 510, 3), (1, 511, 3), (2, 127, 3)], 1, 7, 48, FP16),
+    Case([(0, 56, 16), (1, 1530, 16), (2, 0, 16)], 1, 2, 6, FP32),
+    Case([(row, 31 * row + 500, 4) for row in range(20)], 1, 5, 16, FP32),
+    Case([(0, 8187, 8), (1, 9000, 8)], 1, 1, 8, FP32),
+]
 
 pytestmark = pytest.mark.usefixtures("isa", "threads")
 
@@ -84,11 +93,32 @@ def test_a_token_attends_with_the_same_result_in_any_batch(guarded: GuardedMemor
     """Tokens of rows of one group and of several, together and a few at a time: bit for bit."""
     q, cache, batch = build(Case([(0, 1500, 12), (1, 5, 9)], 2, 2, 16, FP32), guarded, CPU)
     together = native.attention(q, cache, batch)
-    assert together.shape[0] > native.MAX_MERGED_TOKENS
+    assert together.shape[0] > native.MAX_MERGED_ROWS
     for begin in range(0, q.shape[0], 5):
         some = slice(begin, begin + 5)
         part = replace(batch, positions=batch.positions[some], rows=batch.rows[some])
         assert torch.equal(native.attention(q[some], cache, part), together[some])
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.id)
+def test_tokens_of_a_row_attend_together_as_alone(case: Case, guarded: GuardedMemory) -> None:
+    """Bit for bit, with inactive tokens at the end of a row, and NaN in the keys after each row."""
+    q, cache, batch = build(case, guarded, CPU)
+    per_row = case.pieces[0][2]
+    for inactive in range(min(per_row, 3)):
+        positions = batch.positions.view(-1, per_row).clone()
+        positions[::2, per_row - inactive :] = -1
+        some = replace(batch, positions=positions.flatten())
+        ours = native.attention(q, cache, replace(some, tokens_per_row=per_row))
+        assert torch.equal(ours, native.attention(q, cache, some))
+        for s in range(per_row):
+            one = slice(s, None, per_row)
+            single = replace(some, positions=some.positions[one].contiguous(), rows=some.rows[one].contiguous())
+            assert torch.equal(ours[one], native.attention(q[one].contiguous(), cache, single))
+        if inactive == 0:
+            assert_matches("attention", ours, oracle(q, cache, batch))
+    moved = replace(batch, positions=torch.full_like(batch.positions, -1), tokens_per_row=per_row)
+    assert not native.attention(q, cache, moved).any()
 
 
 def test_many_tokens_attend_by_the_library(guarded: GuardedMemory) -> None:
@@ -118,6 +148,9 @@ def test_attention_rejects_what_does_not_belong_together() -> None:
         ),
         "a multiple of the cache's 2 heads, got (H, D) = (3, 8)": lambda: native.attention(
             q[:, :3].contiguous(), cache, batch
+        ),
+        "a batch must have tokens_per_row = 3 for every row, got 2": lambda: native.attention(
+            q, cache, replace(batch, tokens_per_row=3)
         ),
         "batch.positions must have shape (1), got (2)": lambda: native.attention(q[:1], cache, batch),
     }

@@ -2,15 +2,18 @@
 
 import functools
 import weakref
+from typing import Any
 
 import pytest
 import torch
 
-from fastllama.kernels import native
+from fastllama.kernels import checking, native
 from fastllama.kernels.batch import RaggedBatch
+from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.native.graph import NativeGraph
 from fastllama.kernels.paged_cache import PAGE_TOKENS, LayerCache
 from tests.kernels.cases import random
+from tests.kernels.native.checking_cases import assert_same_states
 from tests.kernels.pages import shuffled_table
 
 CPU = torch.device("cpu")
@@ -58,6 +61,48 @@ def test_a_replay_follows_the_page_table_as_it_is_then() -> None:
         graph.replay()
         assert torch.equal(out[0], expected_out)
         assert torch.equal(pages[0], expected.k) and torch.equal(pages[1], expected.v)
+
+
+def test_a_step_that_checks_guesses_is_recorded() -> None:
+    """Rows repeat themselves, so that look_up's guesses are accepted; the expected states come from torch's ops."""
+    n_rows, per_row, width, vocab, length, head_dim = 3, 4, 16, 20, 128, 8
+    table, norm = random(vocab, width, seed=1), random(width, seed=2)
+    weights = [random(rows, width, seed=rows) / 4 for rows in (4 * head_dim, 2 * width, vocab)]
+    rope = random(length, head_dim // 2, 2, seed=4)
+
+    def fresh() -> tuple[DecodeState, LayerCache]:
+        state = DecodeState.of(n_rows + 1, 9, vocab, CPU).with_guesses(length).first(n_rows)
+        state.start_rows(range(n_rows), [3, 4, 5], [20, 21, 0], [21, 22, 1], [99, 30, 99])
+        assert state.guesses is not None
+        state.guesses.history[:, :20] = torch.arange(20) % 7
+        pages = torch.zeros(2 * n_rows, 1, PAGE_TOKENS, head_dim)
+        return state, LayerCache(pages, pages.clone(), shuffled_table(n_rows, length))
+
+    def step(state: DecodeState, cache: LayerCache, ops: Any) -> torch.Tensor:
+        window = ops.window(state, 0, per_row)
+        batch = RaggedBatch(window.tokens, window.positions, window.rows, (), exact=False, tokens_per_row=per_row)
+        h = native.embed(table, batch)
+        q = native.norm_qkv_rope_append(h, norm, weights[0], rope, cache, 1e-5, batch)
+        h = native.linear_residual(native.attention(q, cache, batch), weights[1][:width], h, batch)
+        h = native.norm_swiglu(h, norm, weights[1], 1e-5, batch)
+        logits = native.norm_lm_head(h, norm, weights[2], 1e-5, batch)
+        drawn, logprobs = native.sample(logits, state.sampling, window.following)
+        ops.accept(state, drawn, logprobs)
+        ops.look_up(state, per_row - 1)
+        return drawn
+
+    (ours, cache), (expected, expected_cache) = fresh(), fresh()
+    graph, out = NativeGraph(), []
+    graph.capture(lambda: out.append(step(ours, cache, native)))
+    accepted = 0
+    for _ in range(30):
+        before = expected.positions.clone()
+        drawn = step(expected, expected_cache, checking)
+        accepted += int((expected.positions - before > 1).sum())
+        graph.replay()
+        assert torch.equal(out[0], drawn) and torch.equal(cache.k, expected_cache.k)
+        assert_same_states(ours, expected)
+    assert accepted > 3 and not (expected.positions >= 0).all()
 
 
 def test_more_tokens_than_a_product_takes_alone_are_recorded_too() -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("isa", "threads")
 
 def assert_like_reference(logits: Tensor, how: SamplingTensors, positions: Tensor | None = None) -> Tensor:
     """Assert the reference's tokens and log-probabilities -> the tokens."""
-    positions = torch.zeros_like(how.seed) if positions is None else positions
+    positions = torch.zeros(len(logits), dtype=torch.int64) if positions is None else positions
     ours, expected = native.sample(logits, how, positions), reference.sample(logits, how, positions)
     assert ours[0].tolist() == expected[0].tolist()
     torch.testing.assert_close(ours[1], expected[1], atol=1e-5, rtol=1e-5, equal_nan=True)
@@ -40,6 +40,18 @@ def test_sample_draws_what_the_reference_draws(vocabulary: int, dtype: torch.dty
         streams = [(2**64 - 1 - row * 2**40, 2**32 - 1 - row - trial, 2**31 + row) for row in range(rows)]
         how = sampling([t for t, _ in PARAMETERS], [p for _, p in PARAMETERS], streams, CPU)
         assert_like_reference(logits, how, torch.arange(rows) * 1000)
+
+
+@pytest.mark.parametrize("draws", [2, 3, 16])
+def test_sample_draws_several_times_for_a_row_of_parameters(draws: int) -> None:
+    rows = len(PARAMETERS)
+    logits = random(rows * draws, 257, seed=draws) * 3
+    how = sampling([t for t, _ in PARAMETERS], [p for _, p in PARAMETERS], [(7, row, 1) for row in range(rows)], CPU)
+    positions = torch.arange(rows * draws) // draws * 50 + torch.arange(rows * draws) % draws
+    tokens = assert_like_reference(logits, how, positions).view(rows, draws)
+    for draw in range(draws):
+        alone = native.sample(logits[draw::draws].contiguous(), how, positions[draw::draws].contiguous())[0]
+        assert torch.equal(tokens[:, draw], alone)
 
 
 def test_sample_takes_large_vocabularies() -> None:
@@ -145,7 +157,14 @@ def test_sample_rejects_what_does_not_belong_together() -> None:
         "logits must be contiguous": lambda: native.sample(logits.T.contiguous().T, how, zero),
         "logits must be float32, bfloat16 or float16": lambda: native.sample(logits.double(), how, zero),
         "a vocabulary of at least 1 token": lambda: native.sample(logits[:, :0].contiguous(), how, zero),
-        "sampling.temperature must have shape (2), got (3)": lambda: native.sample(logits[:2], how, zero[:2]),
+        "logits must have S for each of B = 3 rows, B·S in all with S >= 1, got 2": lambda: native.sample(
+            logits[:2], how, zero[:2]
+        ),
+        "B·S in all with S >= 1, got 4": lambda: native.sample(logits[[0, 1, 2, 0]], how, zero[[0, 1, 2, 0]]),
+        "sampling.top_p must have shape (3), got (2)": lambda: native.sample(
+            logits, replace(how, top_p=how.top_p[:2]), zero
+        ),
+        "positions must have shape (6), got (3)": lambda: native.sample(logits.repeat(2, 1), how, zero),
         "positions must be torch.int64": lambda: native.sample(logits, how, zero.int()),
         "state.is_stop must have shape (3, 80), got (2, 80)": lambda: native.sample_and_advance(
             logits, replace(state, is_stop=state.is_stop[:2])

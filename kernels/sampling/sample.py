@@ -34,7 +34,15 @@ from fastllama.kernels.launch.dependent import dependent_launch, wait_for_inputs
 from fastllama.kernels.launch.sizes import next_power_of_2
 from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.sampling.scratch import SamplingScratch, choose_launch
-from fastllama.kernels.sampling.top_p_triton import INT32_MAX, collect_candidates, draw_token, min_candidate_mass
+from fastllama.kernels.sampling.top_p_triton import (
+    INT32_MAX,
+    LOG2_E,
+    collect_candidates,
+    draw_token,
+    load_scale,
+    min_candidate_mass,
+    random_number,
+)
 
 # Bits of a logit's key: those of float32 (sign, exponent, mantissa) without the mantissa bits that are always zero.
 # float16 needs 19, since its subnormals have exponents of their own in float32.
@@ -46,26 +54,6 @@ DRAW_REGISTERS, MAX_REGISTERS = 65536 // 2, 255
 PER_ROW = ["temperature_ptr", "top_p_ptr", "seed_ptr", "stream_ptr", "call_ptr", "positions_ptr", "tokens_ptr"]
 PER_ROW += ["logprobs_ptr", "starts_ptr", "last_ptr", "newest_ptr"]
 MAX_CHUNK = tl.constexpr(128)  # candidates per block and pass: with few blocks, registers are the limit
-LOG2_E = tl.constexpr(1.4426950408889634)
-# Keep 1 / temperature a finite, normal float32, so that 0 · inf cannot occur.
-MIN_TEMPERATURE = tl.constexpr(1e-38)
-MAX_TEMPERATURE = tl.constexpr(1e37)
-
-
-@triton.jit
-def _load_scale(temperature_ptr, row):
-    """log2(e) / temperature of a row."""
-    temperature = tl.load(temperature_ptr + row)
-    inverse = 1.0 / tl.minimum(tl.maximum(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
-    return (inverse * LOG2_E).to(tl.float32)
-
-
-@triton.jit
-def _random_number(seed_ptr, stream_ptr, call_ptr, position, row):
-    """A row's random number in [0, 1), equal to `philox.uniform`."""
-    stream, call = tl.load(stream_ptr + row).to(tl.uint32), tl.load(call_ptr + row).to(tl.uint32)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr + row), position.to(tl.uint32), stream, call, tl.zeros((), tl.uint32))
-    return (word >> 8).to(tl.float64) * (1.0 / 16777216)
 
 
 # fmt: off
@@ -88,7 +76,7 @@ def _advance_row(row, token, logprob, positions_ptr, starts_ptr, last_ptr, is_st
         tl.store(positions_ptr + row, tl.where(ends, -1, following))
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature_ptr"])
+@triton.jit(do_not_specialize=["n_draws"], do_not_specialize_on_alignment=["temperature_ptr"])
 def _statistics_kernel(
     logits_ptr,
     temperature_ptr,
@@ -96,6 +84,7 @@ def _statistics_kernel(
     first_ids_ptr,
     sums_ptr,
     masses_ptr,
+    n_draws,  # of each row of the parameters
     V: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -112,10 +101,10 @@ def _statistics_kernel(
     tl.store(maxima_ptr + slot, maximum)
     tl.store(first_ids_ptr + slot, tl.min(tl.where(x == maximum, ids, V), 0))
     tl.store(sums_ptr + slot, tl.sum(tl.exp2((x - base) * LOG2_E), 0))
-    tl.store(masses_ptr + slot, tl.sum(tl.exp2((x - base) * _load_scale(temperature_ptr, row)), 0))
+    tl.store(masses_ptr + slot, tl.sum(tl.exp2((x - base) * load_scale(temperature_ptr, row // n_draws)), 0))
 
 
-@triton.jit(do_not_specialize=["n_steps", "stride"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=["n_draws", "n_steps", "stride"], do_not_specialize_on_alignment=PER_ROW)
 def _draw_kernel(
     logits_ptr,
     temperature_ptr,
@@ -134,6 +123,7 @@ def _draw_kernel(
     counters_ptr,
     tokens_ptr,
     logprobs_ptr,
+    n_draws,
     starts_ptr,  # this and the next three: only in a decode step; positions_ptr has the previous tokens' positions
     last_ptr,
     is_stop_ptr,
@@ -149,6 +139,7 @@ def _draw_kernel(
 ):
     wait_for_inputs(DEPENDENT)
     row, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    owner = row // n_draws  # the row of the parameters
     blocks = tl.arange(0, BLOCK_BLOCKS)
     exists, slots = blocks < BLOCKS, row * BLOCKS + blocks
     maxima = tl.load(maxima_ptr + slots, mask=exists, other=float("-inf"))
@@ -159,9 +150,9 @@ def _draw_kernel(
     # The result of a row that does not draw, written by one program of the row.
     token = tl.where(is_distribution, tl.min(tl.where(maxima == maximum, first_ids, V), 0), -1)
     logprob = tl.where(is_distribution, -tl.log(total), float("nan"))
-    top_p, writes = tl.load(top_p_ptr + row), block == 0
-    if is_distribution & (tl.load(temperature_ptr + row) != 0.0) & (top_p != 0.0):
-        scale = _load_scale(temperature_ptr, row)
+    top_p, writes = tl.load(top_p_ptr + owner), block == 0
+    if is_distribution & (tl.load(temperature_ptr + owner) != 0.0) & (top_p != 0.0):
+        scale = load_scale(temperature_ptr, owner)
         mass = tl.sum(tl.load(masses_ptr + slots, mask=exists, other=0.0) * tl.exp2((maxima - maximum) * scale), 0)
         limit = tl.where(top_p >= 1.0, float("inf"), top_p * mass.to(tl.float64))
         row_logits_ptr, slot = logits_ptr + row.to(tl.int64) * V, (row * BLOCKS + block).to(tl.int64)
@@ -178,7 +169,7 @@ def _draw_kernel(
             position = tl.load(positions_ptr + row)
             if newest_ptr is not None:
                 position += 1
-            u = _random_number(seed_ptr, stream_ptr, call_ptr, position, row)
+            u = random_number(seed_ptr, stream_ptr, call_ptr, position, owner)
             row_candidates_ptr = candidates_ptr + (slot - block) * BLOCK_V
             CHUNK: tl.constexpr = min(BLOCK_V // BLOCK_BLOCKS, MAX_CHUNK)
             # fmt: off
@@ -202,6 +193,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Sample each row's next token: logits (B, V) in the model dtype, positions (B,) int64 of the new tokens.
 
+    With S times as many logits and positions as rows of `sampling`, each row has S adjacent draws.
     Returns tokens (B,) int64 and their float32 log-probabilities (B,) before temperature and top-p. A row whose logits
     hold a NaN or +inf, or are all -inf, gets token -1 and log-probability NaN. Ignores `sampling.greedy`, since a
     captured graph is replayed with other parameters than those of its capture. Calls that share a scratch must run one
@@ -243,10 +235,13 @@ def _check_logits(logits: Tensor, sampling: SamplingTensors, positions: Tensor, 
     check_model_dtype("logits", logits)
     check_tensor("logits", logits, ("B", "V"), logits.dtype, logits.device)
     rows, vocab_size = logits.shape
+    n_params = sampling.temperature.shape[0]
+    if not n_params or rows % n_params:
+        n_params = rows
     for name in ("temperature", "top_p"):
-        check_tensor(f"sampling.{name}", getattr(sampling, name), (rows,), torch.float64, logits.device)
+        check_tensor(f"sampling.{name}", getattr(sampling, name), (n_params,), torch.float64, logits.device)
     for name in ("seed", "stream", "call"):
-        check_tensor(f"sampling.{name}", getattr(sampling, name), (rows,), torch.int64, logits.device)
+        check_tensor(f"sampling.{name}", getattr(sampling, name), (n_params,), torch.int64, logits.device)
     check_tensor("positions", positions, (rows,), torch.int64, logits.device)
     scratch.check(rows, vocab_size, logits.device)
     return rows
@@ -275,7 +270,8 @@ def _launch(
     constants = {"V": logits.shape[1], "BLOCKS": launch.blocks, "BLOCK_V": launch.block, "num_warps": launch.warps}
     constants |= dependent_launch()
     statistics = (scratch.maxima, scratch.first_ids, scratch.sums, scratch.masses)
-    _statistics_kernel[grid](logits, sampling.temperature, *statistics, **constants)
+    n_draws = logits.shape[0] // sampling.temperature.shape[0]
+    _statistics_kernel[grid](logits, sampling.temperature, *statistics, n_draws, **constants)
     _draw_kernel[grid](
         logits,
         sampling.temperature,
@@ -291,6 +287,7 @@ def _launch(
         scratch.counters,
         tokens,
         logprobs,
+        n_draws,
         *advance,
         KEY_BITS=KEY_BITS[logits.dtype],
         BLOCK_BLOCKS=next_power_of_2(launch.blocks),

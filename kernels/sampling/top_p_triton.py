@@ -12,6 +12,26 @@ INT32_MAX = tl.constexpr(2147483647)
 CANDIDATE_SLACK = tl.constexpr(1e-5)
 CANDIDATE_SHARE = tl.constexpr(0.999)
 PER_THREAD = tl.constexpr(4)  # adjacent candidates that one thread holds: one 16-byte load
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Keep 1 / temperature a finite, normal float32, so that 0 · inf cannot occur.
+MIN_TEMPERATURE = tl.constexpr(1e-38)
+MAX_TEMPERATURE = tl.constexpr(1e37)
+
+
+@triton.jit
+def load_scale(temperature_ptr, row):
+    """log2(e) / temperature of a row."""
+    temperature = tl.load(temperature_ptr + row)
+    inverse = 1.0 / tl.minimum(tl.maximum(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
+    return (inverse * LOG2_E).to(tl.float32)
+
+
+@triton.jit
+def random_number(seed_ptr, stream_ptr, call_ptr, position, row):
+    """A row's random number in [0, 1), equal to `philox.uniform`."""
+    stream, call = tl.load(stream_ptr + row).to(tl.uint32), tl.load(call_ptr + row).to(tl.uint32)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr + row), position.to(tl.uint32), stream, call, tl.zeros((), tl.uint32))
+    return (word >> 8).to(tl.float64) * (1.0 / 16777216)
 
 
 @triton.jit

@@ -264,3 +264,14 @@ def test_sample_rejects_invalid_arguments(device: torch.device) -> None:
         with pytest.raises(ValueError) as caught:
             call()
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("n_draws", [2, 5])
+def test_sample_draws_several_times_a_row(n_draws: int, device: torch.device) -> None:
+    """Adjacent draws of a row are those with its parameters repeated."""
+    rows = 3
+    logits = random(rows * n_draws, 300, seed=9, device=device)
+    positions = torch.arange(rows * n_draws, device=device) * 3
+    params = sampling([1.0, 0.0, 0.7], [0.9, 0.9, 1.0], [(6, row, 1) for row in range(rows)], device)
+    ours = drawn(logits, params, positions)
+    assert all(torch.equal(a, b) for a, b in zip(ours, drawn(logits, params.repeated(n_draws), positions), strict=True))

@@ -24,8 +24,8 @@ from typing import ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fastllama.kernels import checking_triton, rope
 from fastllama.kernels import rms_norm as norms
-from fastllama.kernels import rope
 from fastllama.kernels import swiglu as activation
 from fastllama.kernels.attention.decode import attention_decode
 from fastllama.kernels.attention.prefill import attention_prefill
@@ -34,6 +34,7 @@ from fastllama.kernels.batch import RaggedBatch, SamplingTensors, Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed as gather
 from fastllama.kernels.graph import Graph
+from fastllama.kernels.guesses import Window
 from fastllama.kernels.launch import interpreter
 from fastllama.kernels.launch.checks import check_head_dim
 from fastllama.kernels.launch.dependent import is_dependent
@@ -210,7 +211,7 @@ def norm_lm_head(h: Tensor, norm: Tensor, weight: Weight, eps: float, batch: Rag
 def sample(
     logits: Tensor, sampling: SamplingTensors, positions: Tensor, workspace: Workspace | None = None
 ) -> tuple[Tensor, Tensor]:
-    """logits (B, V) -> tokens (B,) int64 and their log-probabilities (B,) float32, in two launches."""
+    """logits (B·S, V) -> tokens (B·S,) int64 and their log-probabilities (B·S,) float32, in two launches."""
     return sampler.sample(logits, sampling, positions, _sampling_scratch(logits, workspace))
 
 
@@ -220,8 +221,31 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     sampler.sample_and_advance(logits, state, _sampling_scratch(logits, workspace))
 
 
+def window(state: DecodeState, begin: int, end: int) -> Window:
+    """The tokens from p + begin to p + end - 1 of every row, in one launch."""
+    with torch.cuda.device(_index_of(state)):
+        return checking_triton.window(state, begin, end)
+
+
+def accept(state: DecodeState, drawn: Tensor, logprobs: Tensor) -> None:
+    """drawn, logprobs (B·S,) -> each row advances up to its first draw that was not guessed, in one launch."""
+    with torch.cuda.device(_index_of(state)):
+        checking_triton.accept(state, drawn, logprobs)
+
+
+def look_up(state: DecodeState, n_guesses: int) -> None:
+    """The first n_guesses guesses of every row, from its own tokens, in one launch."""
+    with torch.cuda.device(_index_of(state)):
+        checking_triton.look_up(state, n_guesses)
+
+
+def _index_of(state: DecodeState) -> int:
+    """The state's GPU, on which Triton launches; -1 for a CPU."""
+    return -1 if state.rows.device.index is None else state.rows.device.index
+
+
 def _sampling_scratch(logits: Tensor, workspace: Workspace | None) -> SamplingScratch:
-    if isinstance(workspace, FusedWorkspace):
+    if isinstance(workspace, FusedWorkspace) and workspace.sampling.counters.shape[0] >= logits.shape[0]:
         return workspace.sampling
     return SamplingScratch.of(logits.shape[0], logits.shape[1], logits.device)
 

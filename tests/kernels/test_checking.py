@@ -1,0 +1,68 @@
+"""The kernels of a step that checks guesses equal the plain-torch ops."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from fastllama.kernels import checking, checking_triton
+from fastllama.kernels.decode_state import DecodeState
+
+ROWS, LENGTH, VOCABULARY, STEPS = 6, 40, 4, 20
+
+
+def state_of(seed: int, device: torch.device) -> DecodeState:
+    """The first rows of a larger state, with random tokens, guesses, stops and last positions."""
+    random = torch.Generator().manual_seed(seed)
+
+    def numbers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=random).to(device)
+
+    state = DecodeState.of(ROWS + 2, STEPS, VOCABULARY, device).with_guesses(LENGTH).first(ROWS)
+    assert state.guesses is not None
+    state.guesses.history.copy_(numbers(0, VOCABULARY, ROWS, LENGTH))
+    state.guesses.tokens.copy_(numbers(-1, VOCABULARY, *state.guesses.tokens.shape))
+    state.positions.copy_(numbers(-1, LENGTH - 17, ROWS))
+    state.starts.copy_((state.positions - numbers(0, 5, ROWS)).clamp(min=0))
+    state.last.copy_(state.positions + numbers(1, 18, ROWS))
+    state.is_stop.copy_(numbers(0, 8, ROWS, VOCABULARY) == 0)
+    return state
+
+
+def assert_same(ours: DecodeState, expected: DecodeState) -> None:
+    assert ours.guesses is not None and expected.guesses is not None
+    for name in ("tokens", "positions", "out_tokens", "out_logprobs"):
+        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+    for field in fields(ours.guesses):
+        assert torch.equal(getattr(ours.guesses, field.name), getattr(expected.guesses, field.name)), field.name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_window_matches_reference(seed: int, device: torch.device) -> None:
+    for begin, end in ((0, 1), (0, 4), (0, 16), (-1, 1), (-1, 3), (2, 5)):
+        ours = checking_triton.window(state_of(seed, device), begin, end)
+        for one, other in zip(ours, checking.window(state_of(seed, device), begin, end), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+def test_accept_matches_reference(size: int, device: torch.device) -> None:
+    for seed in range(6):
+        states = [state_of(seed, device) for _ in range(2)]
+        assert states[0].guesses is not None
+        drawn = states[0].guesses.tokens[:, [*range(size - 1), 0]].clone()  # guesses that are right, up to a change
+        drawn[::2, seed % size] = seed % 5 - 1
+        scores = torch.randn(ROWS * size, generator=torch.Generator().manual_seed(seed)).to(device)
+        checking_triton.accept(states[0], drawn.flatten(), scores)
+        checking.accept(states[1], drawn.flatten(), scores)
+        assert_same(*states)
+
+
+@pytest.mark.parametrize("n_guesses", [1, 4, 15])
+def test_look_up_matches_reference(n_guesses: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking_triton, "BLOCK_T", 8)
+    for seed in range(8):
+        states = [state_of(seed, device) for _ in range(2)]
+        checking_triton.look_up(states[0], n_guesses)
+        checking.look_up(states[1], n_guesses)
+        assert_same(*states)

@@ -66,3 +66,44 @@ def test_look_up_matches_reference(n_guesses: int, device: torch.device, monkeyp
         checking_triton.look_up(states[0], n_guesses)
         checking.look_up(states[1], n_guesses)
         assert_same(*states)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reference_accepts_like_single_steps(seed: int, device: torch.device) -> None:
+    """A loop over tokens, in Python numbers."""
+    state, size = state_of(seed, device), 4
+    assert state.guesses is not None
+    before, guesses = state.positions.tolist(), state.guesses.tokens.tolist()
+    drawn = [[*guesses[row][: size - 1], 1] for row in range(ROWS)]
+    drawn[seed][1] = 2
+    checking.accept(state, torch.tensor(drawn, device=device).flatten(), torch.zeros(ROWS * size, device=device))
+    for row, position in enumerate(before):
+        for i in range(size if position >= 0 else 0):
+            token, position = drawn[row][i], position + 1
+            known = max(token, 0)
+            assert int(state.out_tokens[(position - int(state.starts[row])) % STEPS, row]) == token
+            assert int(state.guesses.history[row, position]) == known and int(state.guesses.newest[row]) >= position
+            if token < 0 or bool(state.is_stop[row, known]) or position >= int(state.last[row]):
+                position = -1
+                break
+            if token != guesses[row][i]:
+                break
+        assert int(state.positions[row]) == position
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reference_looks_up_like_a_loop(seed: int, device: torch.device) -> None:
+    state = state_of(seed, device)
+    assert state.guesses is not None
+    checking.look_up(state, 3)
+    for row, newest in enumerate(state.positions.tolist()):
+        text = state.guesses.history[row, : newest + 1].tolist()
+        matched, expected = 0, [-1] * 3
+        for n in (3, 2, 1):
+            ends = [end for end in range(n - 1, newest) if text[end - n + 1 : end + 1] == text[newest - n + 1 :]]
+            if ends and newest >= n - 1:
+                end = ends[-1]
+                matched, expected = n, [text[end + 1 + i % (newest - end)] for i in range(3)]
+                break
+        assert int(state.guesses.matched[row]) == matched
+        assert state.guesses.tokens[row, :3].tolist() == expected

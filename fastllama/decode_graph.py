@@ -11,6 +11,7 @@ state, and those after it the new one. A row that has ended by itself is inactiv
 and appends to no page, in the steps that were queued before the host knew.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fastllama.guess_control import GuessControl
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.graph import Graph
+from fastllama.kernels.guesses import MAX_GUESSES
 from fastllama.model import Transformer
 from fastllama.output_copies import NewestSteps, OutputCopies, StepOutput
-from fastllama.step_graphs import PLAIN, Extras, StepGraphs, step
+from fastllama.speculation import Guesser, advance
+from fastllama.step_graphs import PLAIN, Extras, StepGraphs
 
 # Replays enqueued ahead of the one whose output the host reads, so that the device has work while the host is busy.
 # This number is wasted after the last stop token. It is 0 on a CPU, where enqueueing a step runs it.
@@ -48,26 +52,34 @@ class Decoder:
         dependent: bool | None = None,
         unroll: int = 1,
         new_graph: Callable[[], Graph] | None = None,
+        guesser: Guesser | None = None,
+        n_guesses: int | None = None,
     ) -> None:
         """Prepare to decode with a model; memory is allocated at the first use.
 
         graphs: whether to capture steps; None does so if the backend supports it. dependent: False turns
         dependent launches (`kernels/launch/dependent.py`) off; otherwise they are used if the GPU supports them.
-        unroll: steps in one replay. new_graph: makes the graphs, in place of CudaGraph.
+        unroll: steps in one replay. new_graph: makes the graphs, in place of CudaGraph. guesser: steps check its
+        guesses of the next tokens (`speculation.py`): n_guesses, or as many as pay off if it is None.
 
-        Raises ValueError for an unroll below 1, and for graphs=True on a CPU.
+        Raises ValueError for an unroll below 1, or above 1 with a guesser, and for graphs=True on a CPU.
         """
+        if guesser is not None and unroll != 1:
+            raise ValueError(f"unroll must be 1 for steps that check guesses, got {unroll}")
         if unroll < 1:
             raise ValueError(f"unroll must be at least 1 step, got {unroll}")
         if graphs and new_graph is None and model.device.type != "cuda":
             raise ValueError(f"CUDA graphs need a GPU, and the model is on {str(model.device)!r}: leave graphs out")
         self.model = model
         self.unroll = unroll
-        self._graphs = StepGraphs(model, unroll, graphs, dependent, new_graph)
+        self._graphs = StepGraphs(model, unroll, graphs, dependent, new_graph, guesser)
+        self._guesser = guesser
+        # Times differ between the processes that share a model, and they must decide alike.
+        self.control = GuessControl(n_guesses, measures=model.group.size == 1)
         self._revision = -1
         self._state: DecodeState
         self._copies: OutputCopies
-        self._first_steps: deque[tuple[int, int]] = deque()
+        self._first_steps: deque[tuple[int, int]] = deque()  # each copy's first step, and its steps
 
     @property
     def replays_ahead(self) -> int:
@@ -82,12 +94,17 @@ class Decoder:
     @property
     def captured_sizes(self) -> list[int]:
         """The batch sizes of all graphs that are captured."""
-        return sorted({size for size, _ in self._graphs.captured})
+        return sorted({size for size, *_ in self._graphs.captured})
 
     @property
     def queued(self) -> int:
         """Output copies that have not been received."""
         return self._copies.queued
+
+    @property
+    def queued_steps(self) -> int:
+        """Their steps."""
+        return sum(n_steps for _, n_steps in self._first_steps)
 
     @property
     def state(self) -> DecodeState:
@@ -98,14 +115,15 @@ class Decoder:
     def capture_graphs(self, batch_sizes: Sequence[int]) -> None:
         """Capture the graphs of these batch sizes before they are first used. Waits for the device."""
         with self.model.exclusively():
-            self._use_current_stream()
+            self._graphs.use_current_stream()
             self._allocate_for_model()
             self.capture_sizes(batch_sizes)
 
     def capture_sizes(self, batch_sizes: Iterable[int]) -> None:
         """Capture the graphs of these batch sizes that are not captured, in a call that has begun."""
         for n_rows in batch_sizes:
-            self._graphs.get(self._state, n_rows, PLAIN)
+            for n_guesses in self._guess_counts(n_rows):
+                self._graphs.get(self._state, n_rows, PLAIN, n_guesses)
 
     @torch.inference_mode()
     def dry_run(self, n_rows: int) -> None:
@@ -114,23 +132,15 @@ class Decoder:
         Raises RuntimeError if it fails. With dependent launches, the message names the option that turns them off.
         """
         with self.model.exclusively():
-            self._use_current_stream()
+            self._graphs.use_current_stream()
             self._allocate_for_model()
             self._state.deactivate()
-            try:
-                with self.launch_context():
-                    step(self.model, self._state.first(n_rows))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if not self.dependent:
-                    raise
-                hint = "if dependent launches are the cause, dependent_launch=False turns them off"
-                raise RuntimeError(f"a decode step of {n_rows} rows failed ({error}): {hint}") from error
+            for n_guesses in self._guess_counts(n_rows):
+                self._graphs.dry_run(self._state.first(n_rows), n_guesses)
 
     def begin(self) -> None:
         """Begin a call without rows. All its launches go to the stream that is current here."""
-        self._use_current_stream()
+        self._graphs.use_current_stream()
         self._allocate_for_model()
         with self.launch_context():
             self._state.deactivate()
@@ -139,6 +149,7 @@ class Decoder:
         self._first_steps.clear()
         self._steps = 0
         self._selected: tuple[int, bool, Extras] | None = None
+        self.control.begin()
 
     def select(self, n_rows: int, greedy: bool = False, extras: Extras = PLAIN) -> None:
         """The steps from now on run the first n_rows. greedy: no row draws."""
@@ -146,7 +157,6 @@ class Decoder:
             self.add_extras()
         if self._selected == (n_rows, greedy, extras):
             return
-        self._graph = self._graphs.get(self._state, n_rows, extras)
         self._rows = self._state.first(n_rows).with_greedy(greedy)
         self._extras = extras
         self._selected = n_rows, greedy, extras
@@ -180,6 +190,18 @@ class Decoder:
         self.set_lengths(dict(enumerate(position + 1 for position in positions)))
         return n_cached
 
+    @property
+    def speculates(self) -> bool:
+        """Whether steps check guesses. Then a row's tokens have to be set by `set_histories` when it starts."""
+        return self._guesser is not None
+
+    def set_histories(self, tokens: dict[int, Sequence[int]]) -> None:
+        """Tell the device all tokens of these rows, for guesses; without speculation, do nothing."""
+        if self._state.guesses is not None:
+            with self.launch_context():
+                for row, history in tokens.items():
+                    self._state.guesses.set_history(row, history)
+
     def set_lengths(self, lengths: dict[int, int]) -> None:
         """Tell the decoder how many tokens these rows have, so that eager steps read only their keys."""
         for row, length in lengths.items():
@@ -188,22 +210,33 @@ class Decoder:
     def mark_finished(self, row: int) -> None:
         """Tell the decoder that a row has ended, so that eager steps do not read its keys."""
         self._lengths[row] = 0
+        self.control.end_row(row)
 
     def sample_first(self, logits: Tensor) -> None:
         """Enqueue sampling of each row's first token, from the prompts' logits (B, V)."""
         with self.launch_context():
-            self.model.ops.sample_and_advance(logits, self._rows, self.model.workspace)
-            self._enqueue_copy(1)
+            if self._guesser is None:
+                self.model.ops.sample_and_advance(logits, self._rows, self.model.workspace)
+            else:
+                advance(self.model, self._rows, self._guesser, 0, logits, self._rows.positions + 1)
+            self._enqueue_copy(1, 0)
 
     def enqueue_steps(self) -> None:
-        """Enqueue the next `unroll` steps."""
+        """Enqueue the next `unroll` steps, or one that checks as many guesses as `control` chooses."""
+        n_rows, n_guesses = self._rows.rows.shape[0], 0
+        if self._guesser is not None and self._extras == PLAIN:
+            n_guesses = self.control.choose(n_rows)
+        graph = self._graphs.get(self._state, n_rows, self._extras, n_guesses)
+        begin = time.perf_counter()
         with self.launch_context():
-            if self._graph is not None:
-                self._graph.replay()
+            if graph is not None:
+                graph.replay()
             else:
                 for ahead in range(self.unroll):
-                    step(self.model, self._rows, self._row_lengths(ahead), self._extras)
-            self._enqueue_copy(self.unroll)
+                    self._graphs.run(self._rows, self._row_lengths(ahead), self._extras, n_guesses)
+            self._enqueue_copy(self.unroll, n_guesses)
+        if self.replays_ahead == 0:
+            self.control.note_time(n_rows, n_guesses, time.perf_counter() - begin)
 
     @contextmanager
     def launch_context(self) -> Iterator[None]:
@@ -223,17 +256,14 @@ class Decoder:
     def receive_newest(self) -> NewestSteps:
         """Wait for the oldest enqueued output and return it as the rows' newest steps."""
         self._first_steps.popleft()
-        return self._copies.receive()
-
-    def _use_current_stream(self) -> None:
-        """Make the current stream the call's. The previous call's steps may still run on another stream."""
-        if self.model.device.type != "cuda":
-            return
-        before, now = self._graphs.call_stream, torch.cuda.current_stream(self.model.device)
-        if before is not None and before != now:
-            now.wait_stream(before)
-            self.model.workspace.reset()  # those steps have written to it since `exclusively` reset it
-        self._graphs.call_stream = now
+        newest = self._copies.receive()
+        if newest.newest is not None:
+            if self.replays_ahead:
+                self.control.note_received(newest, time.perf_counter(), is_busy=self.queued > 0)
+            if not self.queued:
+                known = zip(newest.newest, self._lengths, strict=False)
+                self._lengths[: len(newest.newest)] = [at + 1 if length else 0 for at, length in known]
+        return newest
 
     def _row_lengths(self, ahead: int) -> list[int]:
         """Upper bounds of the rows' lengths after `ahead` more steps, 1 for a row that has ended."""
@@ -241,12 +271,17 @@ class Decoder:
         lengths = self._lengths[: self._rows.rows.shape[0]]
         return [min(length + ahead, limit) if length else 1 for length in lengths]
 
-    def _enqueue_copy(self, n_steps: int) -> None:
+    def _guess_counts(self, n_rows: int) -> list[int]:
+        """The numbers of guesses that steps of so many rows may check."""
+        return self.control.choices(n_rows) if self._guesser else [0]
+
+    def _enqueue_copy(self, n_steps: int, n_guesses: int) -> None:
         n_rows = self._rows.rows.shape[0]
-        self._copies.enqueue(self._state, n_rows, self._extras.top_tokens)
+        self._copies.enqueue(self._state, n_rows, self._extras.top_tokens, n_steps, n_guesses)
         self._first_steps.append((self._steps, n_steps))
         self._steps += n_steps
-        self._lengths[:n_rows] = [length + n_steps if length else 0 for length in self._lengths[:n_rows]]
+        most = n_steps + n_guesses  # new tokens of a row
+        self._lengths[:n_rows] = [length + most if length else 0 for length in self._lengths[:n_rows]]
 
     def _allocate_for_model(self) -> None:
         """Allocate the state and drop all graphs, if the model's tensors were replaced since the last time."""
@@ -255,7 +290,11 @@ class Decoder:
             return
         # The steps that may be written before a copy is read: those of the copies in flight, and of the next replay.
         n_steps = (REPLAYS_AHEAD + 2) * self.unroll
+        if self._guesser is not None:
+            n_steps *= MAX_GUESSES + 1
         self._state = DecodeState.of(model.cache.max_batch_size, n_steps, model.vocab_size, model.device)
+        if self._guesser is not None:
+            self._state = self._state.with_guesses(model.cache.length + 1)
         self._copies = OutputCopies(REPLAYS_AHEAD + 1, model.device)
         self._graphs.clear()
         self._revision = model.revision

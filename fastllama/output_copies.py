@@ -25,13 +25,37 @@ class NewestSteps(NamedTuple):
 
     tokens: list[list[int]]  # (steps, B)
     logprobs: list[list[float]]
-    top_ids: Tensor | None  # (steps, B, n): the most likely tokens, where they were asked for
-    top_logprobs: Tensor | None
+    n_steps: int = 1  # the copy's steps; without speculation, each made one token of every row
+    top_ids: Tensor | None = None  # (steps, B, n): the most likely tokens, where they were asked for
+    top_logprobs: Tensor | None = None
+    newest: list[int] | None = None  # the position of each row's newest token, where steps check guesses
+    n_guesses: int = 0  # that the step checked
+    guesses: list[list[int]] | None = None  # (B, n): of the tokens after it
+    matched: list[int] | None = None  # the length of the n-gram they come from
+
+    def new_tokens(self, row: int, start: int, n_known: int) -> list[tuple[int, float]]:
+        """A row's tokens after its first n_known, with log-probabilities; the first of all is at position `start`.
+
+        Where steps check no guesses, these may go beyond the row's end.
+        """
+        end = n_known + self.n_steps if self.newest is None else self.newest[row] - start + 1
+        places = [number % len(self.tokens) for number in range(n_known, end)]
+        return [(self.tokens[at][row], self.logprobs[at][row]) for at in places]
 
     def step(self, number: int) -> StepOutput:
         """All rows' output of one step, where all rows started together."""
         at = number % len(self.tokens)
         return StepOutput(self.tokens[at], self.logprobs[at])
+
+
+class _Copy(NamedTuple):
+    """A copy in flight."""
+
+    buffer: int
+    n_rows: int
+    names: list[str]  # of the tensors
+    n_steps: int
+    n_guesses: int
 
 
 class OutputCopies:
@@ -42,7 +66,7 @@ class OutputCopies:
         self._buffers: list[dict[str, Tensor]] = [{} for _ in range(n_buffers)]
         self._stream = torch.cuda.Stream(device) if self._pinned else None
         self._copied = [torch.cuda.Event() for _ in range(n_buffers)] if self._pinned else []
-        self._in_flight: deque[tuple[int, int, bool]] = deque()  # (buffer, rows, with top tokens), oldest first
+        self._in_flight: deque[_Copy] = deque()  # oldest first
         self._next_buffer = 0
 
     @property
@@ -54,9 +78,12 @@ class OutputCopies:
         """Drop all copies that have not been received."""
         self._in_flight.clear()
 
-    def enqueue(self, state: DecodeState, n_rows: int, with_top_tokens: bool = False) -> None:
-        """Copy the output of the first n_rows, whose steps the current stream already has in its queue.
+    def enqueue(
+        self, state: DecodeState, n_rows: int, with_top_tokens: bool = False, n_steps: int = 1, n_guesses: int = 0
+    ) -> None:
+        """Copy the output of the first n_rows, whose n_steps the current stream already has in its queue.
 
+        n_guesses: those that the steps check.
         All rows of `state` are copied: memory without gaps is copied without waiting.
         """
         n_buffers = len(self._buffers)
@@ -66,6 +93,9 @@ class OutputCopies:
         sources = {"tokens": state.out_tokens, "logprobs": state.out_logprobs}
         if with_top_tokens and state.top is not None:
             sources |= {"top_ids": state.top.ids, "top_logprobs": state.top.logprobs}
+        if state.guesses is not None:
+            guesses = state.guesses
+            sources |= {"newest": guesses.newest, "guesses": guesses.tokens, "matched": guesses.matched}
         if self._stream is None:
             self._copy(buffer, sources)
         else:
@@ -73,19 +103,23 @@ class OutputCopies:
             with torch.cuda.stream(self._stream):
                 self._copy(buffer, sources)
                 self._copied[buffer].record(self._stream)
-        self._in_flight.append((buffer, n_rows, "top_ids" in sources))
+        self._in_flight.append(_Copy(buffer, n_rows, list(sources), n_steps, n_guesses))
 
     def receive(self) -> NewestSteps:
         """Wait for the oldest copy and return it."""
-        number, n_rows, with_top_tokens = self._in_flight.popleft()
+        number, n_rows, names, n_steps, n_guesses = self._in_flight.popleft()
         if self._stream is not None:
             self._copied[number].synchronize()
         buffer = self._buffers[number]
         tokens, logprobs = (buffer[name][:, :n_rows].tolist() for name in ("tokens", "logprobs"))
-        if not with_top_tokens:
-            return NewestSteps(tokens, logprobs, None, None)
-        # Copies, since the buffer is written again. Of their many numbers only a few are wanted.
-        return NewestSteps(tokens, logprobs, buffer["top_ids"].clone(), buffer["top_logprobs"].clone())
+        newest = NewestSteps(tokens, logprobs, n_steps)
+        if "top_ids" in names:
+            # Copies, since the buffer is written again. Of their many numbers only a few are wanted.
+            newest = newest._replace(top_ids=buffer["top_ids"].clone(), top_logprobs=buffer["top_logprobs"].clone())
+        if "newest" in names:
+            known, guesses, matched = (buffer[name][:n_rows].tolist() for name in ("newest", "guesses", "matched"))
+            newest = newest._replace(newest=known, n_guesses=n_guesses, guesses=guesses, matched=matched)
+        return newest
 
     def _copy(self, number: int, sources: dict[str, Tensor]) -> None:
         buffer = self._buffers[number]

@@ -18,6 +18,7 @@ from fastllama.kernels.graph import Graph
 from fastllama.kernels.launch.options import override_launch_options
 from fastllama.kernels.sampling.extras import sample_with_extras
 from fastllama.model import Transformer
+from fastllama.speculation import Guesser, checked_step, record
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,24 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None =
         sample_with_extras(model.ops, logits, state, model.workspace, controls, top)
 
 
+def speculative_step(
+    model: Transformer,
+    state: DecodeState,
+    guesser: Guesser,
+    n_guesses: int,
+    lengths: Sequence[int] | None = None,
+    extras: Extras = PLAIN,
+) -> None:
+    """`step` that checks n_guesses of every row, and guesses again. With extras it is a single step."""
+    if extras == PLAIN:
+        checked_step(model, state, guesser, n_guesses, lengths)
+        return
+    was_running = state.positions >= 0
+    step(model, state, lengths, extras)
+    record(state, was_running)
+    guesser.guess(state, n_guesses)
+
+
 class StepGraphs:
     """The graphs of one model's decode steps on one state, each of `unroll` steps."""
 
@@ -68,11 +87,12 @@ class StepGraphs:
         graphs: bool | None,
         dependent: bool | None,
         new_graph: Callable[[], Graph] | None,
+        guesser: Guesser | None,
     ) -> None:
         """The arguments are those of `Decoder`."""
-        self.model, self.unroll = model, unroll
+        self.model, self.unroll, self.guesser = model, unroll, guesser
         self.use_graphs, self.dependent, self._new_graph = graphs, dependent, new_graph
-        self.captured: dict[tuple[int, Extras], Graph] = {}
+        self.captured: dict[tuple[int, Extras, int], Graph] = {}  # by rows, extras and guesses
         self.call_stream: torch.cuda.Stream | None = None
 
     def clear(self) -> None:
@@ -80,17 +100,49 @@ class StepGraphs:
         self.captured = {}
         self._new_capture_memory()
 
-    def get(self, state: DecodeState, n_rows: int, extras: Extras) -> Graph | None:
-        """The graph for a batch of n_rows, captured at its first use; None where steps run eagerly.
+    def run(
+        self, state: DecodeState, lengths: Sequence[int] | None = None, extras: Extras = PLAIN, n_guesses: int = 0
+    ) -> None:
+        """A step without a graph. The arguments are those of `step` and `speculative_step`."""
+        if self.guesser is None:
+            step(self.model, state, lengths, extras)
+        else:
+            speculative_step(self.model, state, self.guesser, n_guesses, lengths, extras)
+
+    def get(self, state: DecodeState, n_rows: int, extras: Extras, n_guesses: int = 0) -> Graph | None:
+        """The graph for a batch of n_rows and n_guesses, captured at its first use; None where steps run eagerly.
 
         Capturing leaves all rows of the state as they are if they are inactive.
         """
         if self._factory(extras) is None:
             return None
-        key = graph_size(n_rows, self.model.cache.max_batch_size), extras
+        key = graph_size(n_rows, self.model.cache.max_batch_size), extras, n_guesses
         if key not in self.captured:
             self.captured[key] = self._capture(state, *key)
         return self.captured[key]
+
+    def dry_run(self, state: DecodeState, n_guesses: int) -> None:
+        """Run an eager step of inactive rows. Raises RuntimeError as `Decoder.dry_run`."""
+        try:
+            with self.launch_context():
+                self.run(state, n_guesses=n_guesses)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not self.uses_dependent_launch:
+                raise
+            hint = "if dependent launches are the cause, dependent_launch=False turns them off"
+            raise RuntimeError(f"a decode step of {len(state.rows)} rows failed ({error}): {hint}") from error
+
+    def use_current_stream(self) -> None:
+        """Make the current stream the call's. The previous call's steps may still run on another stream."""
+        if self.model.device.type != "cuda":
+            return
+        before, now = self.call_stream, torch.cuda.current_stream(self.model.device)
+        if before is not None and before != now:
+            now.wait_stream(before)
+            self.model.workspace.reset()  # those steps have written to it since `exclusively` reset it
+        self.call_stream = now
 
     @contextmanager
     def launch_context(self) -> Iterator[None]:
@@ -121,13 +173,13 @@ class StepGraphs:
         factory: Callable[[], Graph] | None = model.ops.graph_factory(model.device)
         return factory if model.group.size == 1 and extras == PLAIN else None
 
-    def _capture(self, state: DecodeState, n_rows: int, extras: Extras) -> Graph:
+    def _capture(self, state: DecodeState, n_rows: int, extras: Extras, n_guesses: int) -> Graph:
         """Capture a graph of `unroll` steps; if it fails with dependent launches, turn them off and try again."""
         rows = state.first(n_rows)
 
         def steps() -> None:
             for _ in range(self.unroll):
-                step(self.model, rows, extras=extras)
+                self.run(rows, extras=extras, n_guesses=n_guesses)
 
         with self.launch_context():
             positions = state.positions.clone()

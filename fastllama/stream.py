@@ -123,18 +123,32 @@ class _Row:
         logprobs = (scores[:end] if scores else []) if request.logprobs else None
         return self._increment(echoed[:end], logprobs, reason)
 
-    def next_increment(self, request: Request, token: int, logprob: float) -> Increment:
-        """The increment of one step. Raises NotFiniteError if the step's logits were not numbers."""
-        if token == NO_TOKEN:
+    def next_increments(self, request: Request, found: Sequence[tuple[int, float]]) -> Generator[Increment]:
+        """The increment of one step's tokens and log-probabilities, up to the row's end.
+
+        Raises NotFiniteError, after the tokens before, if the logits of one were not numbers.
+        """
+        tokens: list[int] = []
+        logprobs: list[float] | None = [] if request.logprobs else None
+        reason: FinishReason | None = None
+        for token, logprob in found:
+            if token == NO_TOKEN or reason is not None:
+                break
+            if token in request.stop_ids:
+                reason = "stop"
+                break
+            reason = "length" if self.length == self.last else None
+            self.tokens.append(token)
+            tokens.append(token)
+            if logprobs is not None:
+                logprobs.append(logprob)
+        if tokens or reason is not None:
+            yield self._increment(tokens, logprobs, reason)
+        if reason is None and found[-1][0] == NO_TOKEN:
             raise NotFiniteError(
                 f"the logits of row {self.index} are not finite numbers at step {self.length - len(self.prompt)} "
                 f"(position {self.length}); {NOT_FINITE_CAUSE}"
             )
-        if token in request.stop_ids:
-            return self._increment([], [] if request.logprobs else None, "stop")
-        reason: FinishReason | None = "length" if self.length == self.last else None
-        self.tokens.append(token)
-        return self._increment([token], [logprob] if request.logprobs else None, reason)
 
 
 @torch.inference_mode()
@@ -170,6 +184,7 @@ def increments(decoder: Decoder, request: Request, tokenizer: BaseTokenizer | No
         sampling,
         request.prompts if request.reuse_prefix and not scoring else None,
     )
+    decoder.set_histories(dict(enumerate(request.prompts)))
     with decoder.launch_context():
         logits, scores = prefill(decoder.model, request.prompts, scoring, n_cached)
     try:
@@ -192,15 +207,18 @@ def _decoded(
     if running:
         with decoder.model.suited(len(rows), 0):
             decoder.sample_first(logits)
-    steps_left = max(request.budgets) - 1  # steps still to enqueue
     while running:
-        while steps_left > 0 and decoder.queued <= decoder.replays_ahead:
+        steps_left = max(row.last - row.length + 1 for row in running)  # the most that rows need beyond those received
+        while steps_left > decoder.queued_steps and decoder.queued <= decoder.replays_ahead:
             with decoder.model.suited(len(rows), max(row.length for row in running)):
                 decoder.enqueue_steps()
-            steps_left -= decoder.unroll
-        for tokens, logprobs in decoder.receive():
-            yield from (row.next_increment(request, tokens[row.index], logprobs[row.index]) for row in running)
-            for row in running:
-                if row.finished:
-                    decoder.mark_finished(row.index)
-            running = [row for row in running if not row.finished]
+        newest = decoder.receive_newest()
+        for row in running:
+            n_known = row.length - len(row.prompt)
+            found = decoder.control.new_tokens(newest, row.index, len(row.prompt), n_known)
+            yield from row.next_increments(request, found)
+        decoder.control.note_guesses(newest)
+        for row in running:
+            if row.finished:
+                decoder.mark_finished(row.index)
+        running = [row for row in running if not row.finished]

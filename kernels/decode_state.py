@@ -108,6 +108,8 @@ class DecodeState:
         self.positions[index] = torch.where(positions_ < last_, positions_, INACTIVE)
         self.starts[index] = starts_
         self.last[index] = last_
+        if self.guesses is not None:
+            self.guesses.start_rows(index, tokens_, positions_)
 
     def set_stops(self, rows: Sequence[int], stop_ids: Sequence[Sequence[int]]) -> None:
         """Set these rows' stop tokens."""

@@ -48,13 +48,16 @@ class Guesses:
         """The first n_rows rows, sharing memory."""
         return Guesses(*(tensor[:n_rows] for tensor in self.tensors))
 
-    def start_row(self, row: int, tokens: Sequence[int]) -> None:
-        """A row begins after these tokens, without guesses. Does not wait for the device."""
-        device = self.history.device
-        self.history[row, : len(tokens)].copy_(upload(tokens, torch.int64, device))
-        self.tokens[row].fill_(NO_GUESS)
-        self.matched[row].fill_(0)
-        self.newest[row].fill_(len(tokens) - 1)
+    def start_rows(self, rows: Tensor, tokens: Tensor, positions: Tensor) -> None:
+        """Rows (n,) have these newest tokens and no guesses. `set_history` writes the tokens before."""
+        self.history[rows, positions] = tokens
+        self.newest[rows] = positions
+        self.tokens.index_fill_(0, rows, NO_GUESS)
+        self.matched.index_fill_(0, rows, 0)
+
+    def set_history(self, row: int, tokens: Sequence[int]) -> None:
+        """Write a row's tokens from position 0 on. Does not wait for the device."""
+        self.history[row, : len(tokens)].copy_(upload(tokens, torch.int64, self.history.device))
 
 
 class Window(NamedTuple):

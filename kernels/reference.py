@@ -124,7 +124,7 @@ def attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
             k, v = row_k[:, :, :keys], row_v[:, :, :keys]
             live = torch.arange(keys, device=q.device) <= batch.positions[begin:end, None].clamp(min=0)
             if not batch.exact:  # zero the masked keys and values: their weight is 0, but 0 · NaN is NaN
-                k, v = (torch.where(live[-1, :, None], tensor, 0) for tensor in (k, v))
+                k, v = (torch.where(live.any(0)[:, None], tensor, 0) for tensor in (k, v))
             single = batch.exact and end - begin == 1
             out[begin:end] = _grouped_attention(q[None, begin:end], k, v, None if single else live[None])[0]
     return out.flatten(1)

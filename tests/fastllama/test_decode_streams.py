@@ -16,6 +16,7 @@ from fastllama.decode_graph import Decoder
 from fastllama.kernels import batch
 from fastllama.kernels.batch import RaggedBatch
 from fastllama.kernels.launch.options import LaunchOptions, launch_options, override_launch_options
+from fastllama.step_graphs import StepGraphs
 from tests.support.fake_graph import RecordedGraph
 from tests.support.tiny import tiny_llama
 
@@ -67,18 +68,19 @@ class Stream:
 def decoder(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> Decoder:
     """A decoder that sees its model on a GPU while it reads the current stream."""
 
-    class OnGpu(Decoder):
-        def _use_current_stream(self) -> None:
+    class OnGpu(StepGraphs):
+        def use_current_stream(self) -> None:
             device, self.model.device = self.model.device, torch.device("cuda", 0)
             try:
-                super()._use_current_stream()
+                super().use_current_stream()
             finally:
                 self.model.device = device
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current)
     monkeypatch.setattr(torch.cuda, "stream", Stream.use)
     Stream.current = Stream("the default")
-    return OnGpu(llm.model)
+    monkeypatch.setattr(decode_graph, "StepGraphs", OnGpu)
+    return Decoder(llm.model)
 
 
 def test_a_call_keeps_the_stream_on_which_it_starts(
@@ -91,8 +93,7 @@ def test_a_call_keeps_the_stream_on_which_it_starts(
         ran_on.append(Stream.current.name)
         step(*arguments, **options)
 
-    for module in (decode_graph, step_graphs):
-        monkeypatch.setattr(module, "step", noted)
+    monkeypatch.setattr(step_graphs, "step", noted)
     monkeypatch.setattr(llm, "decoder", decoder)
     first, second = Stream("first"), Stream("second")
     with first.use():
@@ -233,7 +234,7 @@ def test_a_failed_dry_run_names_the_option(llm: Llama, monkeypatch: pytest.Monke
     full = torch.OutOfMemoryError("out of memory")
     for depend, error, message in ((True, refused, named), (False, refused, str(refused)), (True, full, str(full))):
         monkeypatch.setattr(llm.model.ops, "uses_dependent_launch", lambda depend=depend: depend)
-        monkeypatch.setattr(decode_graph, "step", failing(error))
+        monkeypatch.setattr(step_graphs, "step", failing(error))
         with pytest.raises(type(error)) as caught:
             Decoder(llm.model).dry_run(2)
         assert str(caught.value) == message

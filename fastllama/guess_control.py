@@ -1,0 +1,152 @@
+"""How many guesses to check in a step: decided on the host from what was accepted so far and what steps cost.
+
+A guess's chance of being right is estimated for each length of the n-gram that lookup found, from all tokens of the
+call: also from those of steps that checked nothing, since lookup guesses in every step. With the chance a, a row's step
+of k guesses makes 1 + a + a² + … + aᵏ tokens. The number is chosen with the most tokens per second.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastllama.kernels.guesses import MAX_GUESSES, MAX_NGRAM
+from fastllama.output_copies import NewestSteps
+
+GUESS_COUNTS = (0, 1, 2, 3, 5, 7, 11, MAX_GUESSES)  # each has a graph of its own for every number of rows
+MAX_CHECKED_TOKENS = 16  # of all rows together: what the kernels for few tokens take
+MEMORY = 0.93  # how much an earlier guess counts, per guess since
+PRIOR = {0: (0.0, 1.0), 1: (0.2, 1.0), 2: (0.8, 2.0), 3: (1.4, 2.0)}  # by n-gram: (right, all) before the first guess
+N_TIMES = 16  # of a kind of step that are remembered
+ASSUMED_COST = 0.03  # of checking one more token, as a part of a plain step, before it was measured
+
+
+@dataclass
+class SpeculationStats:
+    """What speculation did, summed over all steps and rows of a decoder."""
+
+    steps: int = 0  # a row's steps, the same with and without guesses
+    tokens: int = 0  # that they made
+    checked: int = 0  # guesses that were checked
+    accepted: int = 0  # guesses that were right
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a row's step made on average; 1 without speculation."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """The share of the checked guesses that were right."""
+        return self.accepted / self.checked if self.checked else 0.0
+
+    def since(self, earlier: "SpeculationStats") -> "SpeculationStats":
+        """What was added after `earlier`, a copy of these statistics."""
+        return SpeculationStats(
+            self.steps - earlier.steps,
+            self.tokens - earlier.tokens,
+            self.checked - earlier.checked,
+            self.accepted - earlier.accepted,
+        )
+
+
+@dataclass
+class _Guessed:
+    """The newest guesses of a row that the host knows."""
+
+    position: int  # of the token before the first guess
+    tokens: Sequence[int]
+    matched: int
+
+
+@dataclass
+class GuessControl:
+    """Chooses the number of guesses of each step. n_guesses: always so many; None: by acceptance and cost."""
+
+    n_guesses: int | None = None
+    measures: bool = True  # False: costs are assumed, so that all processes that share a model decide alike
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    _rates: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _rows: dict[int, _Guessed] = field(default_factory=dict)
+    _received_at: float | None = None
+    _times: dict[tuple[int, int], deque[float]] = field(default_factory=dict)  # by (rows, guesses)
+
+    def begin(self) -> None:
+        """A call begins: nothing is known about its text. Costs stay known."""
+        self._rates = dict(PRIOR)
+        self._rows.clear()
+        self._received_at = None
+
+    def choose(self, n_rows: int) -> int:
+        """The number of guesses to check in the next step of the first n_rows."""
+        if self.n_guesses is not None:
+            return self.n_guesses
+        chances = [self._chance(one.matched) for row, one in self._rows.items() if row < n_rows]
+        if not any(chances):
+            return 0
+        return max(self.choices(n_rows), key=lambda k: (n_rows + _expected(chances, k)) / self._cost(n_rows, k))
+
+    def choices(self, n_rows: int) -> list[int]:
+        """All numbers that may be chosen for a step of so many rows."""
+        if self.n_guesses is not None:
+            return sorted({0, self.n_guesses})
+        return [k for k in GUESS_COUNTS if k == 0 or (k + 1) * n_rows <= MAX_CHECKED_TOKENS]
+
+    def note_time(self, n_rows: int, n_guesses: int, seconds: float) -> None:
+        """A step of so many rows and guesses took so long."""
+        if self.measures:
+            self._times.setdefault((n_rows, n_guesses), deque(maxlen=N_TIMES)).append(seconds)
+
+    def note_received(self, newest: NewestSteps, now: float, *, is_busy: bool) -> None:
+        """A GPU's output was received at this time. is_busy: further steps are queued, so that it works on."""
+        if self._received_at is not None:
+            self.note_time(len(newest.tokens[0]), newest.n_guesses, now - self._received_at)
+        self._received_at = now if is_busy else None
+
+    def new_tokens(self, newest: NewestSteps, row: int, start: int, n_known: int) -> list[tuple[int, float]]:
+        """`newest.new_tokens`, which are noted. To be called once for every row that has not ended."""
+        found = newest.new_tokens(row, start, n_known)
+        if newest.newest is not None and found:
+            self.note_tokens(row, start + n_known, [token for token, _ in found], newest.n_guesses)
+        return found
+
+    def note_tokens(self, row: int, position: int, tokens: Sequence[int], n_checked: int) -> None:
+        """A step gave a row these tokens, the first at this position."""
+        self.stats.steps += 1
+        self.stats.tokens += len(tokens)
+        self.stats.checked += n_checked
+        self.stats.accepted += len(tokens) - 1
+        guessed = self._rows.get(row)
+        if guessed is None or guessed.position + 1 != position or not guessed.matched:
+            return
+        for token, guess in zip(tokens, guessed.tokens, strict=False):
+            right, total = self._rates[guessed.matched]
+            self._rates[guessed.matched] = right * MEMORY + (token == guess), total * MEMORY + 1
+            if token != guess:
+                return
+
+    def note_guesses(self, newest: NewestSteps) -> None:
+        """Note the guesses in the output received last, after its tokens."""
+        if newest.newest is not None and newest.guesses is not None and newest.matched is not None:
+            for row, guessed in enumerate(zip(newest.newest, newest.guesses, newest.matched, strict=True)):
+                self._rows[row] = _Guessed(*guessed)
+
+    def end_row(self, row: int) -> None:
+        """A row has ended."""
+        self._rows.pop(row, None)
+
+    def _chance(self, matched: int) -> float:
+        right, total = self._rates[min(matched, MAX_NGRAM)]
+        return right / total
+
+    def _cost(self, n_rows: int, n_guesses: int) -> float:
+        """Of a step; the least that was measured lately, since other programs only add to it."""
+        known = self._times.get((n_rows, n_guesses))
+        if known:
+            return min(known)
+        plain = self._times.get((n_rows, 0))
+        return (min(plain) if plain else 1.0) * (1 + ASSUMED_COST * n_guesses * n_rows)
+
+
+def _expected(chances: Sequence[float], n_guesses: int) -> float:
+    """How many of n_guesses each row's step is expected to accept, summed over the rows."""
+    return sum(sum(chance**i for i in range(1, n_guesses + 1)) for chance in chances)

@@ -159,6 +159,7 @@ class Decoder:
             return
         self._rows = self._state.first(n_rows).with_greedy(greedy)
         self._extras = extras
+        self._replayed: dict[int, Graph | None] = {0: self._graphs.get(self._state, n_rows, extras)}  # by guesses
         self._selected = n_rows, greedy, extras
 
     def add_extras(self) -> None:
@@ -189,11 +190,6 @@ class Decoder:
         self._state.set(tokens, positions, last, stop_ids, sampling)
         self.set_lengths(dict(enumerate(position + 1 for position in positions)))
         return n_cached
-
-    @property
-    def speculates(self) -> bool:
-        """Whether steps check guesses. Then a row's tokens have to be set by `set_histories` when it starts."""
-        return self._guesser is not None
 
     def set_histories(self, tokens: dict[int, Sequence[int]]) -> None:
         """Tell the device all tokens of these rows, for guesses; without speculation, do nothing."""
@@ -226,8 +222,9 @@ class Decoder:
         n_rows, n_guesses = self._rows.rows.shape[0], 0
         if self._guesser is not None and self._extras == PLAIN:
             n_guesses = self.control.choose(n_rows)
-        graph = self._graphs.get(self._state, n_rows, self._extras, n_guesses)
-        begin = time.perf_counter()
+        if n_guesses not in self._replayed:
+            self._replayed[n_guesses] = self._graphs.get(self._state, n_rows, self._extras, n_guesses)
+        graph, begin = self._replayed[n_guesses], time.perf_counter()
         with self.launch_context():
             if graph is not None:
                 graph.replay()
@@ -235,7 +232,7 @@ class Decoder:
                 for ahead in range(self.unroll):
                     self._graphs.run(self._rows, self._row_lengths(ahead), self._extras, n_guesses)
             self._enqueue_copy(self.unroll, n_guesses)
-        if self.replays_ahead == 0:
+        if self._guesser is not None and self.replays_ahead == 0:
             self.control.note_time(n_rows, n_guesses, time.perf_counter() - begin)
 
     @contextmanager
@@ -257,12 +254,12 @@ class Decoder:
         """Wait for the oldest enqueued output and return it as the rows' newest steps."""
         self._first_steps.popleft()
         newest = self._copies.receive()
-        if newest.newest is not None:
+        if newest.positions is not None:
             if self.replays_ahead:
                 self.control.note_received(newest, time.perf_counter(), is_busy=self.queued > 0)
             if not self.queued:
-                known = zip(newest.newest, self._lengths, strict=False)
-                self._lengths[: len(newest.newest)] = [at + 1 if length else 0 for at, length in known]
+                known = zip(newest.positions, self._lengths, strict=False)
+                self._lengths[: len(newest.positions)] = [at + 1 if length else 0 for at, length in known]
         return newest
 
     def _row_lengths(self, ahead: int) -> list[int]:

@@ -39,15 +39,6 @@ class SpeculationStats:
         """The share of the checked guesses that were right."""
         return self.accepted / self.checked if self.checked else 0.0
 
-    def since(self, earlier: "SpeculationStats") -> "SpeculationStats":
-        """What was added after `earlier`, a copy of these statistics."""
-        return SpeculationStats(
-            self.steps - earlier.steps,
-            self.tokens - earlier.tokens,
-            self.checked - earlier.checked,
-            self.accepted - earlier.accepted,
-        )
-
 
 @dataclass
 class _Guessed:
@@ -105,7 +96,7 @@ class GuessControl:
     def new_tokens(self, newest: NewestSteps, row: int, start: int, n_known: int) -> list[tuple[int, float]]:
         """`newest.new_tokens`, which are noted. To be called once for every row that has not ended."""
         found = newest.new_tokens(row, start, n_known)
-        if newest.newest is not None and found:
+        if newest.positions is not None and found:
             self.note_tokens(row, start + n_known, [token for token, _ in found], newest.n_guesses)
         return found
 
@@ -126,8 +117,8 @@ class GuessControl:
 
     def note_guesses(self, newest: NewestSteps) -> None:
         """Note the guesses in the output received last, after its tokens."""
-        if newest.newest is not None and newest.guesses is not None and newest.matched is not None:
-            for row, guessed in enumerate(zip(newest.newest, newest.guesses, newest.matched, strict=True)):
+        if newest.positions is not None and newest.guesses is not None and newest.matched is not None:
+            for row, guessed in enumerate(zip(newest.positions, newest.guesses, newest.matched, strict=True)):
                 self._rows[row] = _Guessed(*guessed)
 
     def end_row(self, row: int) -> None:

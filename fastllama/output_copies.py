@@ -28,7 +28,7 @@ class NewestSteps(NamedTuple):
     n_steps: int = 1  # the copy's steps; without speculation, each made one token of every row
     top_ids: Tensor | None = None  # (steps, B, n): the most likely tokens, where they were asked for
     top_logprobs: Tensor | None = None
-    newest: list[int] | None = None  # the position of each row's newest token, where steps check guesses
+    positions: list[int] | None = None  # the position of each row's newest token, where steps check guesses
     n_guesses: int = 0  # that the step checked
     guesses: list[list[int]] | None = None  # (B, n): of the tokens after it
     matched: list[int] | None = None  # the length of the n-gram they come from
@@ -38,7 +38,7 @@ class NewestSteps(NamedTuple):
 
         Where steps check no guesses, these may go beyond the row's end.
         """
-        end = n_known + self.n_steps if self.newest is None else self.newest[row] - start + 1
+        end = n_known + self.n_steps if self.positions is None else self.positions[row] - start + 1
         places = [number % len(self.tokens) for number in range(n_known, end)]
         return [(self.tokens[at][row], self.logprobs[at][row]) for at in places]
 
@@ -118,7 +118,7 @@ class OutputCopies:
             newest = newest._replace(top_ids=buffer["top_ids"].clone(), top_logprobs=buffer["top_logprobs"].clone())
         if "newest" in names:
             known, guesses, matched = (buffer[name][:n_rows].tolist() for name in ("newest", "guesses", "matched"))
-            newest = newest._replace(newest=known, n_guesses=n_guesses, guesses=guesses, matched=matched)
+            newest = newest._replace(positions=known, n_guesses=n_guesses, guesses=guesses, matched=matched)
         return newest
 
     def _copy(self, number: int, sources: dict[str, Tensor]) -> None:

@@ -15,9 +15,6 @@ from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.guesses import MAX_GUESSES
 from fastllama.model import Transformer
 
-CHOICES = ("lookup",)
-AUTO = "auto"
-
 
 class Guesser(Protocol):
     """Where guesses come from."""
@@ -34,15 +31,6 @@ class LookupGuesser:
 
     def guess(self, state: DecodeState, n_guesses: int) -> None:
         self._ops.look_up(state, MAX_GUESSES)
-
-
-def check_speculate(speculate: str | None, n_guesses: int | str) -> None:
-    """Raise ValueError for arguments of `Llama.build` that say nothing known."""
-    if speculate is not None and speculate not in CHOICES:
-        raise ValueError(f"speculate must be {', '.join(map(repr, CHOICES))} or None, got {speculate!r}")
-    is_number = isinstance(n_guesses, int) and not isinstance(n_guesses, bool)
-    if n_guesses != AUTO and not (is_number and 1 <= int(n_guesses) <= MAX_GUESSES):
-        raise ValueError(f"n_guesses must be {AUTO!r} or a number from 1 to {MAX_GUESSES}, got {n_guesses!r}")
 
 
 def checked_step(

@@ -171,6 +171,11 @@ def attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
     if not batch.is_decode_step:
         return attention_prefill(q, cache, batch)
+    if batch.tokens_per_row != 1:
+        raise ValueError(
+            f"decode attention takes 1 token per row, got {batch.tokens_per_row}: steps that check guesses run on the "
+            "reference and native backends"
+        )
     if isinstance(batch.workspace, FusedWorkspace):
         scratch = batch.workspace.attention
     else:

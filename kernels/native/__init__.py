@@ -151,7 +151,8 @@ def sample(
 
 def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
     """logits (B, V) -> each row advances to its next token."""
-    arguments.check_sampling(logits, state.sampling, state.positions)
+    if arguments.check_sampling(logits, state.sampling, state.positions) != 1:
+        raise ValueError(f"sampling must have {logits.shape[0]} rows, as the logits, got {len(state.sampling.seed)}")
     arguments.check_state(logits, state)
     _sample(
         logits,

@@ -214,6 +214,7 @@ def sample_and_advance(logits: Tensor, state: DecodeState, scratch: SamplingScra
     """
     rows = _check_logits(logits, state.sampling, state.positions, scratch)
     device = logits.device
+    check_tensor("sampling.temperature", state.sampling.temperature, (rows,), torch.float64, device)
     for name in ("tokens", "starts", "last"):
         check_tensor(f"state.{name}", getattr(state, name), (rows,), torch.int64, device)
     check_tensor("state.is_stop", state.is_stop, (rows, logits.shape[1]), torch.bool, device)

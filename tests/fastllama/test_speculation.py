@@ -11,7 +11,7 @@ from fastllama import Llama
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.guesses import MAX_GUESSES
-from fastllama.speculation import Guesser, LookupGuesser, check_speculate
+from fastllama.speculation import Guesser, LookupGuesser
 from fastllama.stream import NotFiniteError
 from tests.support.fake_graph import RecordedGraph
 from tests.support.tiny import MAX_BATCH_SIZE, tiny_llama
@@ -190,13 +190,6 @@ def test_logits_that_are_not_numbers_end_the_call_after_the_tokens_before(llm: L
     assert decoder is llm.decoder and answers(llm, PROMPTS[:1], temperature=0.0)[0][0] == expected
 
 
-def test_arguments_are_checked(llm: Llama) -> None:
-    check_speculate(None, "auto")
-    check_speculate("lookup", 15)
-    with pytest.raises(ValueError, match="speculate must be 'lookup' or None, got 'medusa'"):
-        check_speculate("medusa", "auto")
-    for wrong in (0, 16, True, "many", 2.0):
-        with pytest.raises(ValueError, match="n_guesses must be 'auto' or a number from 1 to 15"):
-            check_speculate("lookup", wrong)  # type: ignore[arg-type]
+def test_a_decoder_refuses_several_steps_a_replay(llm: Llama) -> None:
     with pytest.raises(ValueError, match="unroll must be 1 for steps that check guesses, got 2"):
         Decoder(llm.model, unroll=2, guesser=LookupGuesser(llm.model.ops))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllama.benchmarks.tolerances import assert_matches
-from fastllama.kernels import reference
+from fastllama.kernels import fused, reference
 from fastllama.kernels.attention.decode import attention_decode
 from fastllama.kernels.attention.online_softmax import DEFAULT_SHARED_BYTES, PAIR_BYTES, stream_launch
 from fastllama.kernels.attention.scratch import NUM_SPLITS, AttentionScratch
@@ -188,3 +188,10 @@ def test_stream_launch_fits_default_shared_memory(head_dim: int, itemsize: int) 
 def test_stream_launch_keeps_its_stages() -> None:
     assert [stream_launch(16, 2 * head_dim, 2).stages for head_dim in (64, 128)] == [3, 2]
     assert [stream_launch(16, 2 * head_dim, 2, pairs=2).stages for head_dim in (64, 128)] == [5, 3]
+
+
+def test_the_fused_backend_refuses_several_tokens_a_row(guarded: GuardedMemory, device: torch.device) -> None:
+    q, cache, batch = build(decode_case([40, 41], 1, 2, 16, FP32), guarded, device)
+    segments = (batch.segments[0]._replace(begin=0, end=2),)
+    with pytest.raises(ValueError, match="decode attention takes 1 token per row, got 2"):
+        fused.attention(q, cache, replace(batch, segments=segments, tokens_per_row=2))

@@ -169,6 +169,9 @@ def test_sample_rejects_what_does_not_belong_together() -> None:
         "state.is_stop must have shape (3, 80), got (2, 80)": lambda: native.sample_and_advance(
             logits, replace(state, is_stop=state.is_stop[:2])
         ),
+        "sampling must have": lambda: native.sample_and_advance(
+            logits, replace(state, sampling=state.sampling.first(1))
+        ),
         "must have one layout": lambda: native.sample_and_advance(
             logits, replace(state, out_tokens=state.out_tokens[:2])
         ),

@@ -95,6 +95,8 @@ def test_sample_and_advance_rejects_a_state_of_other_shapes(device: torch.device
     state = state_of([START] * ROWS, [START + 9] * ROWS, device)
     with pytest.raises(ValueError, match=r"sampling.temperature must have shape \(3\), got \(7\)"):
         sample_and_advance(logits_on(device)[:3], state, scratch)
+    with pytest.raises(ValueError, match=r"sampling.temperature must have shape \(7\), got \(1\)"):
+        sample_and_advance(logits_on(device), replace(state, sampling=state.sampling.first(1)), scratch)
     with pytest.raises(ValueError, match=r"state.is_stop must have shape \(7, 300\), got \(6, 300\)"):
         sample_and_advance(logits_on(device), replace(state, is_stop=state.is_stop[:6]), scratch)
     with pytest.raises(ValueError, match="must have one layout: make it with DecodeState.of"):

@@ -12,7 +12,6 @@ and appends to no page, in the steps that were queued before the host knew.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,6 +25,7 @@ from fastllama.kernels.graph import Graph
 from fastllama.kernels.guesses import MAX_GUESSES
 from fastllama.model import Transformer
 from fastllama.output_copies import NewestSteps, OutputCopies, StepOutput
+from fastllama.row_lengths import RowLengths
 from fastllama.speculation import Guesser, advance
 from fastllama.step_graphs import PLAIN, Extras, StepGraphs
 
@@ -79,7 +79,6 @@ class Decoder:
         self._revision = -1
         self._state: DecodeState
         self._copies: OutputCopies
-        self._first_steps: deque[tuple[int, int]] = deque()  # each copy's first step, and its steps
 
     @property
     def replays_ahead(self) -> int:
@@ -104,7 +103,12 @@ class Decoder:
     @property
     def queued_steps(self) -> int:
         """Their steps."""
-        return sum(n_steps for _, n_steps in self._first_steps)
+        return self._copies.queued_steps
+
+    @property
+    def most_new_tokens(self) -> int:
+        """The most tokens that a row may get from the next `enqueue_steps`."""
+        return self.unroll if self._guesser is None else self.control.most_guesses + 1
 
     @property
     def state(self) -> DecodeState:
@@ -144,10 +148,8 @@ class Decoder:
         self._allocate_for_model()
         with self.launch_context():
             self._state.deactivate()
-        self._lengths = [0] * self.model.cache.max_batch_size  # of the rows that have not ended, the newest token too
+        self._lengths = RowLengths(self.model.cache.max_batch_size, self.model.cache.max_seq_len)
         self._copies.clear()
-        self._first_steps.clear()
-        self._steps = 0
         self._selected: tuple[int, bool, Extras] | None = None
         self.control.begin()
 
@@ -201,11 +203,11 @@ class Decoder:
     def set_lengths(self, lengths: dict[int, int]) -> None:
         """Tell the decoder how many tokens these rows have, so that eager steps read only their keys."""
         for row, length in lengths.items():
-            self._lengths[row] = length
+            self._lengths.set(row, length)
 
     def mark_finished(self, row: int) -> None:
         """Tell the decoder that a row has ended, so that eager steps do not read its keys."""
-        self._lengths[row] = 0
+        self._lengths.end(row)
         self.control.end_row(row)
 
     def sample_first(self, logits: Tensor) -> None:
@@ -217,8 +219,11 @@ class Decoder:
                 advance(self.model, self._rows, self._guesser, 0, logits, self._rows.positions + 1)
             self._enqueue_copy(1, 0)
 
-    def enqueue_steps(self) -> None:
-        """Enqueue the next `unroll` steps, or one that checks as many guesses as `control` chooses."""
+    def enqueue_steps(self) -> int:
+        """Enqueue the next `unroll` steps, or one that checks as many guesses as `control` chooses.
+
+        Returns the most tokens that a row gets from it.
+        """
         n_rows, n_guesses = self._rows.rows.shape[0], 0
         if self._guesser is not None and self._extras == PLAIN:
             n_guesses = self.control.choose(n_rows)
@@ -230,10 +235,11 @@ class Decoder:
                 graph.replay()
             else:
                 for ahead in range(self.unroll):
-                    self._graphs.run(self._rows, self._row_lengths(ahead), self._extras, n_guesses)
+                    self._graphs.run(self._rows, self._lengths.bounds(n_rows, ahead), self._extras, n_guesses)
             self._enqueue_copy(self.unroll, n_guesses)
         if self._guesser is not None and self.replays_ahead == 0:
             self.control.note_time(n_rows, n_guesses, time.perf_counter() - begin)
+        return self.unroll + n_guesses
 
     @contextmanager
     def launch_context(self) -> Iterator[None]:
@@ -246,27 +252,17 @@ class Decoder:
 
         After a row has ended, its tokens are undefined.
         """
-        first, n_steps = self._first_steps[0]
-        newest = self.receive_newest()
-        return [newest.step(number) for number in range(first, first + n_steps)]
+        return self.receive_newest().steps()
 
     def receive_newest(self) -> NewestSteps:
         """Wait for the oldest enqueued output and return it as the rows' newest steps."""
-        self._first_steps.popleft()
         newest = self._copies.receive()
         if newest.positions is not None:
             if self.replays_ahead:
                 self.control.note_received(newest, time.perf_counter(), is_busy=self.queued > 0)
             if not self.queued:
-                known = zip(newest.positions, self._lengths, strict=False)
-                self._lengths[: len(newest.positions)] = [at + 1 if length else 0 for at, length in known]
+                self._lengths.correct(newest.positions)
         return newest
-
-    def _row_lengths(self, ahead: int) -> list[int]:
-        """Upper bounds of the rows' lengths after `ahead` more steps, 1 for a row that has ended."""
-        limit = self.model.cache.max_seq_len
-        lengths = self._lengths[: self._rows.rows.shape[0]]
-        return [min(length + ahead, limit) if length else 1 for length in lengths]
 
     def _guess_counts(self, n_rows: int) -> list[int]:
         """The numbers of guesses that steps of so many rows may check."""
@@ -275,14 +271,13 @@ class Decoder:
     def _enqueue_copy(self, n_steps: int, n_guesses: int) -> None:
         n_rows = self._rows.rows.shape[0]
         self._copies.enqueue(self._state, n_rows, self._extras.top_tokens, n_steps, n_guesses)
-        self._first_steps.append((self._steps, n_steps))
-        self._steps += n_steps
-        most = n_steps + n_guesses  # new tokens of a row
-        self._lengths[:n_rows] = [length + most if length else 0 for length in self._lengths[:n_rows]]
+        self._lengths.grow(n_rows, n_steps + n_guesses)
 
     def _allocate_for_model(self) -> None:
         """Allocate the state and drop all graphs, if the model's tensors were replaced since the last time."""
         model = self.model
+        if self._guesser is not None:
+            model.allow_step_sizes(*self.control.step_sizes(model.cache.max_batch_size))
         if self._revision == model.revision:
             return
         # The steps that may be written before a copy is read: those of the copies in flight, and of the next replay.

@@ -76,11 +76,21 @@ class GuessControl:
             return 0
         return max(self.choices(n_rows), key=lambda k: (n_rows + _expected(chances, k)) / self._cost(n_rows, k))
 
+    @property
+    def most_guesses(self) -> int:
+        """The most guesses of a row that a step may check."""
+        return MAX_GUESSES if self.n_guesses is None else self.n_guesses
+
     def choices(self, n_rows: int) -> list[int]:
         """All numbers that may be chosen for a step of so many rows."""
         if self.n_guesses is not None:
             return sorted({0, self.n_guesses})
         return [k for k in GUESS_COUNTS if k == 0 or (k + 1) * n_rows <= MAX_CHECKED_TOKENS]
+
+    def step_sizes(self, max_rows: int) -> tuple[int, int]:
+        """The most tokens of a step of up to max_rows rows: of one row, and of all together."""
+        size = self.most_guesses + 1
+        return size, max(max_rows, MAX_CHECKED_TOKENS) if self.n_guesses is None else max_rows * size
 
     def note_time(self, n_rows: int, n_guesses: int, seconds: float) -> None:
         """A step of so many rows and guesses took so long."""

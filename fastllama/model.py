@@ -93,6 +93,7 @@ class Transformer(PackedModule):
         self.ops = select.backend(backend, self.device, self.dtype)
         check_quantize(self.quantize, self.share, self.device)
         self._lock = threading.Lock()
+        self._step_sizes = 1, params.max_batch_size  # the most tokens of a decode step: of a row, of all rows together
         self.revision = 0  # changes whenever weights, cache or workspace are replaced by other tensors
         self.layers = nn.ModuleList(Layer() for _ in range(params.n_layers))
         self._register_weights()
@@ -229,13 +230,27 @@ class Transformer(PackedModule):
         """Allocate the rotary table, the cache and the workspace, for the current device and dtype."""
         p = self.share
         self.revision += 1
-        heads = p.n_kv_heads, p.max_seq_len, p.head_dim
+        sizes = p.n_layers, p.max_batch_size, p.n_kv_heads, p.max_seq_len, p.head_dim, p.cache_tokens
         memory = {"device": self.device, "dtype": self.dtype, "allocate": self.ops.allocate}
-        memory["cache_tokens"] = p.cache_tokens
-        self.cache = KVCache(p.n_layers, p.max_batch_size, *heads, **memory)
+        self.cache = KVCache(*sizes, **memory)
         self.register_buffer("rope", rope_table(p, self.cache.length).to(self.device), persistent=False)
+        self._allocate_workspace()
+
+    @with_default_settings
+    @torch.inference_mode(False)
+    def allow_step_sizes(self, tokens_per_row: int, tokens: int) -> None:
+        """Let decode steps have so many tokens of a row, and of all rows together: scratch memory for them."""
+        sizes = max(self._step_sizes[0], tokens_per_row), max(self._step_sizes[1], tokens)
+        if sizes != self._step_sizes:
+            self._step_sizes, self.revision = sizes, self.revision + 1
+            self._allocate_workspace()
+
+    def _allocate_workspace(self) -> None:
+        p = self.share
         self.workspace = self.ops.workspace(
             max_batch_size=p.max_batch_size,
+            max_tokens_per_row=self._step_sizes[0],
+            max_tokens=self._step_sizes[1],
             n_heads=p.n_heads,
             n_kv_heads=p.n_kv_heads,
             head_dim=p.head_dim,

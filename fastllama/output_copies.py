@@ -26,6 +26,7 @@ class NewestSteps(NamedTuple):
     tokens: list[list[int]]  # (steps, B)
     logprobs: list[list[float]]
     n_steps: int = 1  # the copy's steps; without speculation, each made one token of every row
+    first_step: int = 0  # the number of the first of them in the call
     top_ids: Tensor | None = None  # (steps, B, n): the most likely tokens, where they were asked for
     top_logprobs: Tensor | None = None
     positions: list[int] | None = None  # the position of each row's newest token, where steps check guesses
@@ -42,10 +43,10 @@ class NewestSteps(NamedTuple):
         places = [number % len(self.tokens) for number in range(n_known, end)]
         return [(self.tokens[at][row], self.logprobs[at][row]) for at in places]
 
-    def step(self, number: int) -> StepOutput:
-        """All rows' output of one step, where all rows started together."""
-        at = number % len(self.tokens)
-        return StepOutput(self.tokens[at], self.logprobs[at])
+    def steps(self) -> list[StepOutput]:
+        """All rows' output of the copy's steps, where all rows started together and no guesses are checked."""
+        places = [number % len(self.tokens) for number in range(self.first_step, self.first_step + self.n_steps)]
+        return [StepOutput(self.tokens[at], self.logprobs[at]) for at in places]
 
 
 class _Copy(NamedTuple):
@@ -54,6 +55,7 @@ class _Copy(NamedTuple):
     buffer: int
     n_rows: int
     names: list[str]  # of the tensors
+    first_step: int
     n_steps: int
     n_guesses: int
 
@@ -67,16 +69,22 @@ class OutputCopies:
         self._stream = torch.cuda.Stream(device) if self._pinned else None
         self._copied = [torch.cuda.Event() for _ in range(n_buffers)] if self._pinned else []
         self._in_flight: deque[_Copy] = deque()  # oldest first
-        self._next_buffer = 0
+        self._next_buffer = self._n_steps = 0
 
     @property
     def queued(self) -> int:
         """Copies that have not been received."""
         return len(self._in_flight)
 
+    @property
+    def queued_steps(self) -> int:
+        """Their steps."""
+        return sum(copy.n_steps for copy in self._in_flight)
+
     def clear(self) -> None:
-        """Drop all copies that have not been received."""
+        """Drop all copies that have not been received, and count steps from 0."""
         self._in_flight.clear()
+        self._n_steps = 0
 
     def enqueue(
         self, state: DecodeState, n_rows: int, with_top_tokens: bool = False, n_steps: int = 1, n_guesses: int = 0
@@ -103,16 +111,17 @@ class OutputCopies:
             with torch.cuda.stream(self._stream):
                 self._copy(buffer, sources)
                 self._copied[buffer].record(self._stream)
-        self._in_flight.append(_Copy(buffer, n_rows, list(sources), n_steps, n_guesses))
+        self._in_flight.append(_Copy(buffer, n_rows, list(sources), self._n_steps, n_steps, n_guesses))
+        self._n_steps += n_steps
 
     def receive(self) -> NewestSteps:
         """Wait for the oldest copy and return it."""
-        number, n_rows, names, n_steps, n_guesses = self._in_flight.popleft()
+        number, n_rows, names, first_step, n_steps, n_guesses = self._in_flight.popleft()
         if self._stream is not None:
             self._copied[number].synchronize()
         buffer = self._buffers[number]
         tokens, logprobs = (buffer[name][:, :n_rows].tolist() for name in ("tokens", "logprobs"))
-        newest = NewestSteps(tokens, logprobs, n_steps)
+        newest = NewestSteps(tokens, logprobs, n_steps, first_step)
         if "top_ids" in names:
             # Copies, since the buffer is written again. Of their many numbers only a few are wanted.
             newest = newest._replace(top_ids=buffer["top_ids"].clone(), top_logprobs=buffer["top_logprobs"].clone())

@@ -87,13 +87,22 @@ def uses_dependent_launch() -> bool:
 
 
 def workspace(
-    *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
+    *,
+    max_batch_size: int,
+    max_tokens_per_row: int = 1,
+    max_tokens: int | None = None,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    vocab_size: int,
+    device: torch.device,
 ) -> Workspace:
     """Scratch memory for a model. Raises ValueError for a head dim or vocabulary that the kernels do not support."""
     check_head_dim(head_dim)
+    most = max_batch_size * max_tokens_per_row if max_tokens is None else max_tokens
     return FusedWorkspace(
         AttentionScratch.of(max_batch_size, n_kv_heads, n_heads, head_dim, device),
-        SamplingScratch.of(max_batch_size, vocab_size, device),
+        SamplingScratch.of(max(max_batch_size, most), vocab_size, device),
     )
 
 

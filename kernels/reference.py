@@ -267,9 +267,21 @@ def unpack(weight: Weight, rows: Sequence[int]) -> tuple[Weight, ...]:
 
 
 def workspace(
-    *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
+    *,
+    max_batch_size: int,
+    max_tokens_per_row: int = 1,
+    max_tokens: int | None = None,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    vocab_size: int,
+    device: torch.device,
 ) -> Workspace:
-    """The scratch memory that the ops of a step share: plain torch needs none."""
+    """The scratch memory that the ops of a step share: plain torch needs none.
+
+    max_tokens_per_row: the most tokens of a row in a decode step. max_tokens: of all rows together; None means as many
+    as max_batch_size rows may have.
+    """
     return Workspace()
 
 

@@ -77,6 +77,7 @@ LAYERS = {
     "chat_template_files": 3.1,
     "chat_template": 3.1,
     "output_copies": 3,
+    "row_lengths": 1.0,
     "cuda_graph": 3,
     "token_scores": 3,
     "guess_control": 3.05,

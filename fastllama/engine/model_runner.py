@@ -37,7 +37,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.model = decoder.model
-        self._in_flight: deque[list[tuple[Sequence, int]]] = deque()  # each step's sequences, with their step numbers
+        self._in_flight: deque[tuple[list[Sequence], int]] = deque()  # sequences of each step, and their most tokens
 
     @property
     def queued(self) -> int:
@@ -99,6 +99,7 @@ class ModelRunner:
             state.sampling.set_rows(upload(rows, torch.int64, self.model.device), drawn)
             if state.controls is not None:
                 self._set_controls(sequences)
+        self.decoder.set_histories({one.placed_row: one.tokens for one in sequences})
         self.decoder.set_lengths({one.placed_row: len(one.tokens) for one in sequences})
         for sequence in sequences:
             sequence.is_decoding = True
@@ -131,20 +132,27 @@ class ModelRunner:
                 self._set_controls(sequences)
         self.decoder.select(n_rows, all(one.is_greedy for one in params), extras)
         with self.model.suited(n_rows, max(len(one.tokens) for one in sequences)):
-            self.decoder.enqueue_steps()
-        self._in_flight.append([(one, one.n_generated + one.in_flight) for one in sequences])
+            most_tokens = self.decoder.enqueue_steps()
+        self._in_flight.append((list(sequences), most_tokens))
         for sequence in sequences:
             sequence.in_flight += self.decoder.unroll
+            sequence.most_in_flight += most_tokens
 
     def receive(self) -> Iterable[NewToken]:
         """Wait for the oldest step -> the tokens of the sequences that had not ended before."""
-        unroll = self.decoder.unroll
-        newest = self.decoder.receive_newest()
-        for sequence, first in self._in_flight.popleft():
-            sequence.in_flight -= unroll
-            for number in range(first, first + unroll):
+        newest, control = self.decoder.receive_newest(), self.decoder.control
+        sequences, most_tokens = self._in_flight.popleft()
+        for sequence in sequences:
+            sequence.in_flight -= self.decoder.unroll
+            sequence.most_in_flight -= most_tokens
+            if sequence.finish_reason is not None:
+                continue
+            first = sequence.n_generated
+            found = control.new_tokens(newest, sequence.placed_row, sequence.n_prompt, first)
+            for number, (token, logprob) in enumerate(found, first):
                 if sequence.finish_reason is None:
-                    yield _new_token(sequence, newest, number)
+                    yield NewToken(sequence, token, logprob, _top_logprobs(sequence, newest, number))
+        control.note_guesses(newest)
 
     def _set_controls(self, sequences: Items[Sequence]) -> None:
         controls = self.decoder.state.controls
@@ -165,12 +173,12 @@ class ModelRunner:
         return score_tokens(self.model, h, batch, sources, targets, sequence.n_top_scored)
 
 
-def _new_token(sequence: Sequence, newest: NewestSteps, number: int) -> NewToken:
+def _top_logprobs(sequence: Sequence, newest: NewestSteps, number: int) -> TopLogprobs:
+    """The most likely tokens in place of the sequence's new token of this number."""
+    if newest.top_ids is None or newest.top_logprobs is None:
+        return []
     at, row = number % len(newest.tokens), sequence.placed_row
-    top: TopLogprobs = []
-    if newest.top_ids is not None and newest.top_logprobs is not None:
-        top = list(zip(newest.top_ids[at, row].tolist(), newest.top_logprobs[at, row].tolist(), strict=True))
-    return NewToken(sequence, newest.tokens[at][row], newest.logprobs[at][row], top)
+    return list(zip(newest.top_ids[at, row].tolist(), newest.top_logprobs[at, row].tolist(), strict=True))
 
 
 def _controls(sequence: Sequence) -> RowControls:

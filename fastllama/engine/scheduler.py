@@ -106,9 +106,9 @@ class Scheduler:
                 n_tokens -= count
         return chunks
 
-    def grow(self, n_steps: int = 1) -> bool:
-        """Give every decoding sequence the pages for its next steps -> whether there were enough."""
-        return all(self._grow(sequence, n_steps) for sequence in self.running if sequence.is_decoding)
+    def grow(self, n_tokens: int = 1) -> bool:
+        """Give every decoding sequence the pages for so many more tokens -> whether there were enough."""
+        return all(self._grow(sequence, n_tokens) for sequence in self.running if sequence.is_decoding)
 
     def preempt(self) -> Sequence:
         """The youngest running sequence gives its row and pages back and waits. None of its steps may be in flight."""
@@ -182,9 +182,9 @@ class Scheduler:
                 coming.update(sequence.digests[sequence.n_remembered :])
         return coming
 
-    def _grow(self, sequence: Sequence, n_steps: int) -> bool:
-        """Pages for the positions of the next steps, as far as the sequence may go."""
-        end = min(len(sequence.tokens) + sequence.in_flight + n_steps - 1, sequence.last)
+    def _grow(self, sequence: Sequence, n_tokens: int) -> bool:
+        """Pages for the positions of the next tokens, as far as the sequence may go."""
+        end = min(len(sequence.tokens) + sequence.most_in_flight + n_tokens - 1, sequence.last)
         missing = pages_for(end) - len(sequence.pages)
         if missing > self.pool.n_available:
             return False

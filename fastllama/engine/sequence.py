@@ -49,7 +49,8 @@ class Sequence:
     is_new: bool = True  # it had no row yet
     n_cached: int = 0  # tokens that were found in the cache when it got its first row
     n_remembered: int = 0  # full pages that can be found again
-    in_flight: int = 0  # steps enqueued whose output is not known
+    in_flight: int = 0  # steps enqueued whose output is not known; each makes a token, or several if guesses are right
+    most_in_flight: int = 0  # the most tokens that they make
     is_decoding: bool = False
     has_begun: bool = False  # to decode, also if it was put back since
     finish_reason: FinishReason | None = None
@@ -76,7 +77,7 @@ class Sequence:
 
     @property
     def steps_to_enqueue(self) -> int:
-        """Decode steps that it may still need."""
+        """Decode steps that it may still need, if each makes one token."""
         return self.last - (len(self.tokens) - 1) - self.in_flight
 
     @property

@@ -237,7 +237,15 @@ rms_norm, rope_append, silu_mul = reference.rms_norm, reference.rope_append, ref
 
 
 def workspace(
-    *, max_batch_size: int, n_heads: int, n_kv_heads: int, head_dim: int, vocab_size: int, device: torch.device
+    *,
+    max_batch_size: int,
+    max_tokens_per_row: int = 1,
+    max_tokens: int | None = None,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    vocab_size: int,
+    device: torch.device,
 ) -> Workspace:
     """The scratch memory that the ops of a step share: each thread of the kernels has its own."""
     return Workspace()

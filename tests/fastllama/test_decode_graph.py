@@ -227,9 +227,13 @@ def test_output_copies_are_received_in_order_and_never_overwritten() -> None:
     with pytest.raises(RuntimeError, match="all 2 buffers are in flight: receive one first"):
         copies.enqueue(state, 2)
     assert copies.receive().tokens == [[0], [2], [4], [6]]
-    copies.enqueue(state, 2)
-    newest = copies.receive()
-    assert [newest.step(number).tokens for number in (0, 3, 5)] == [[0, 1], [6, 7], [2, 3]]
+    copies.enqueue(state, 2, n_steps=5)
+    assert copies.queued_steps == 6
+    assert copies.receive().first_step == 1
+    assert [step.tokens for step in copies.receive().steps()] == [[0, 0]] * 5
+    state.out_tokens.copy_(torch.arange(8).view(4, 2))
+    copies.enqueue(state, 2, n_steps=3)
+    assert [step.tokens for step in copies.receive().steps()] == [[6, 7], [0, 1], [2, 3]]
     copies.clear()
     assert copies.queued == 0
 

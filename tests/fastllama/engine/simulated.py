@@ -128,18 +128,31 @@ class Runner:
         for _ in range(self.decoder.unroll):
             for one, tokens in output:
                 if one.placed_row in self.active:
-                    tokens.append(self._decode(one.placed_row))
+                    tokens += self._check_guesses(one.placed_row)
         for one in sequences:
             one.in_flight += self.decoder.unroll
+            one.most_in_flight += self.decoder.most_new_tokens
         self.outputs.append(output)
 
     def receive(self) -> Iterable[NewToken]:
         self._fail_in("receive")
         for sequence, tokens in self.outputs.popleft():
             sequence.in_flight -= self.decoder.unroll
+            sequence.most_in_flight -= self.decoder.most_new_tokens
             for token in tokens:
                 if sequence.finish_reason is None:
                     yield NewToken(sequence, token, -1.0, [])
+
+    def _check_guesses(self, row: int) -> list[int]:
+        """One row's part of a step: its next token, and those after it whose guesses were right."""
+        begin, last = self.active[row]["position"], self.active[row]["sequence"].last
+        n_guesses = self.decoder.most_new_tokens - self.decoder.unroll
+        tokens = [self._decode(row)]
+        while row in self.active and len(tokens) <= n_guesses and (begin + tokens[-1]) % 3:
+            tokens.append(self._decode(row))
+        for position in range(begin + len(tokens), min(begin + n_guesses + 1, last)):
+            self._append(row, position, -1, -1)  # a wrong guess
+        return tokens
 
     def _decode(self, row: int) -> int:
         """One row's part of a step. It knows only what is on the device, beside the row's constants."""
@@ -185,6 +198,7 @@ def simulated_engine(
     max_seq_len: int,
     ahead: int = 0,
     unroll: int = 1,
+    n_guesses: int = 0,
     step_tokens: int = 8,
     reuse: bool = True,
 ) -> Engine:
@@ -203,7 +217,8 @@ def simulated_engine(
         model.holders -= 1
 
     model.exclusively = exclusively
-    decoder = SimpleNamespace(model=model, replays_ahead=ahead, unroll=unroll, mark_finished=lambda row: None)
+    decoder = SimpleNamespace(model=model, replays_ahead=ahead, unroll=unroll, most_new_tokens=unroll + n_guesses)
+    decoder.mark_finished = lambda row: None
     llm: Any = SimpleNamespace(model=model, tokenizer=Letters(), formatter=None, decoder=decoder)
     llm.random_streams = lambda seed, n: [(seed or 0, index, 0) for index in range(n)]
     return Engine(llm, max_tokens_per_step=step_tokens, reuse_prefixes=reuse)

@@ -69,9 +69,9 @@ def test_rows_that_have_ended_are_not_read_by_later_steps(llm: Llama) -> None:
     for _ in range(10):
         engine.step()
     assert all(request.is_finished for request in short)
-    assert sorted(llm.decoder._lengths)[-2:] == [0, len(last.partial.answer.tokens) + 1]
+    assert sorted(llm.decoder._lengths.bounds(4))[-2:] == [1, len(last.partial.answer.tokens) + 1]
     last.cancel()
-    assert llm.decoder._lengths == [0] * 4
+    assert llm.decoder._lengths.bounds(4) == [1] * 4
 
 
 def test_a_step_computes_one_chunk_of_prompts_beside_running_answers(

@@ -66,12 +66,13 @@ class Traffic(RuleBasedStateMachine):
         rows=st.sampled_from([4, 3, 2, 1]),
         pages=st.sampled_from([8, 9, 10, 12, 5]),
         ahead=st.integers(0, 2),
-        unroll=st.integers(1, 3),
+        steps=st.sampled_from([(1, 0), (1, 1), (1, 5), (2, 0), (3, 0)]),
         step_tokens=st.integers(1, 12),
         reuse=st.sampled_from([True, True, True, False]),
     )
-    def make_engine(self, **sizes: Any) -> None:
-        self.engine = simulated_engine(max_seq_len=MAX_SEQ_LEN, **sizes)
+    def make_engine(self, steps: tuple[int, int], **sizes: Any) -> None:
+        unroll, n_guesses = steps
+        self.engine = simulated_engine(max_seq_len=MAX_SEQ_LEN, unroll=unroll, n_guesses=n_guesses, **sizes)
 
     @rule(asked=st.lists(REQUESTS, min_size=1, max_size=8))
     def submit(self, asked: list[dict[str, Any]]) -> None:

@@ -1,13 +1,14 @@
-"""The ops of a step that checks guesses, in plain torch: `window` before the model, `accept` and `look_up` after it.
+"""The ops of a step that checks guesses, in plain torch: `window` before the model, the others after it.
 
-window → model on S tokens a row → sample → accept → look_up, or a draft model
+window → model on S tokens a row → sample → accept → look_up
+                                                   → (window → draft model → sample → put_guess), k times
 """
 
 import torch
 from torch import Tensor
 
 from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
-from fastllama.kernels.guesses import MAX_NGRAM, NO_GUESS, Guesses, Window
+from fastllama.kernels.guesses import DRAFTED, MAX_NGRAM, NO_GUESS, Guesses, Window
 
 
 def guesses_of(state: DecodeState) -> Guesses:
@@ -82,3 +83,20 @@ def look_up(state: DecodeState, n_guesses: int) -> None:
     copied = history.gather(1, (end + 1 + ahead % (newest - end).clamp(min=1)).clamp(0, length - 1))
     guesses.tokens[:, :n_guesses] = torch.where(end >= 0, copied, NO_GUESS)
     guesses.matched.copy_(matched[:, 0])
+
+
+def put_guess(state: DecodeState, number: int, drawn: Tensor) -> None:
+    """Take the last of each row's draws as its guess of this number, counted from 0. Later guesses are dropped.
+
+    drawn (B·S,) of a draft model. There is no guess where it is outside the vocabulary, or where the one before is not
+    there. Changes the state's guesses.
+    """
+    guesses, n_rows = guesses_of(state), state.rows.shape[0]
+    token = drawn.view(n_rows, -1)[:, -1]
+    known = (token >= 0) & (token < state.is_stop.shape[1])
+    if number > 0:
+        known = known & (guesses.tokens[:, number - 1] >= 0)
+    else:
+        guesses.matched.copy_(torch.where(known, DRAFTED, 0))
+    guesses.tokens[:, number] = torch.where(known, token, NO_GUESS)
+    guesses.tokens[:, number + 1 :] = NO_GUESS

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastllama.kernels.checking import guesses_of
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.guesses import MAX_GUESSES, Guesses, Window
+from fastllama.kernels.guesses import DRAFTED, MAX_GUESSES, Guesses, Window
 from fastllama.kernels.launch.checks import check_tensor
 from fastllama.kernels.launch.dependent import dependent_launch, wait_for_inputs
 
@@ -137,6 +137,29 @@ def _look_up_kernel(
     tl.store(matched_ptr + row, tl.where(found, best // T, 0))
 
 
+@triton.jit(do_not_specialize=["number", "size", "G", "V"])
+def _put_guess_kernel(
+    drawn_ptr,
+    guesses_ptr,
+    matched_ptr,
+    number,
+    size,
+    G,
+    V,
+    DRAFTED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    wait_for_inputs(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(drawn_ptr + row * size + size - 1)
+    before = tl.load(guesses_ptr + row * G + number - 1, mask=number > 0, other=0)
+    known = (token >= 0) & (token < V) & (before >= 0)
+    place = tl.arange(0, BLOCK_GUESSES)
+    guess = tl.where((place == number) & known, token, -1)
+    tl.store(guesses_ptr + row * G + place, guess, mask=(place >= number) & (place < G))
+    tl.store(matched_ptr + row, tl.where(known, DRAFTED, 0), mask=number == 0)
+
+
 def _sizes(guesses: Guesses) -> tuple[int, int]:
     """The strides of history and guesses between rows."""
     return guesses.history.stride(0), guesses.tokens.stride(0)
@@ -187,4 +210,15 @@ def look_up(state: DecodeState, n_guesses: int) -> None:
     if n_rows:
         _look_up_kernel[(n_rows,)](
             *tensors, n_guesses, *_sizes(guesses), BLOCK_T=BLOCK_T, num_warps=4, **dependent_launch()
+        )
+
+
+def put_guess(state: DecodeState, number: int, drawn: Tensor) -> None:
+    """`checking.put_guess`, in one launch. Raises ValueError for a state without guesses."""
+    guesses, n_rows = guesses_of(state), state.rows.shape[0]
+    check_tensor("drawn", drawn, ("B·S",), torch.int64, state.rows.device)
+    if n_rows:
+        sizes = drawn.shape[0] // n_rows, guesses.tokens.stride(0), state.is_stop.shape[1]
+        _put_guess_kernel[(n_rows,)](
+            drawn, guesses.tokens, guesses.matched, number, *sizes, DRAFTED=DRAFTED, num_warps=1, **dependent_launch()
         )

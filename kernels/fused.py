@@ -253,6 +253,12 @@ def look_up(state: DecodeState, n_guesses: int) -> None:
         checking_triton.look_up(state, n_guesses)
 
 
+def put_guess(state: DecodeState, number: int, drawn: Tensor) -> None:
+    """drawn (B·S,) of a draft model -> each row's guess of this number, in one launch."""
+    with torch.cuda.device(_index_of(state)):
+        checking_triton.put_guess(state, number, drawn)
+
+
 def _index_of(state: DecodeState) -> int:
     """The state's GPU, on which Triton launches; -1 for a CPU."""
     return -1 if state.rows.device.index is None else state.rows.device.index

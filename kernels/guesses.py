@@ -19,6 +19,7 @@ from fastllama.kernels.batch import upload
 NO_GUESS = -1
 MAX_GUESSES = 15  # of a row and step: 16 tokens with the newest
 MAX_NGRAM = 3  # tokens that `look_up` tries to find again, falling to 1
+DRAFTED = MAX_NGRAM + 1  # in place of the length of an n-gram, for guesses that a draft model drew
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Guesses:
 
     history: Tensor  # (B, T) int64, each row's tokens by position, up to its newest; undefined after it
     tokens: Tensor  # (B, MAX_GUESSES) int64, guesses of the tokens after the newest, or NO_GUESS
-    matched: Tensor  # (B,) int64, the length of the n-gram that `look_up` found for them, 0: none
+    matched: Tensor  # (B,) int64, the length of the n-gram that `look_up` found for them, or DRAFTED; 0: no guesses
     newest: Tensor  # (B,) int64, the position of the row's newest token, also after its end
 
     @classmethod

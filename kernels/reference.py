@@ -239,10 +239,8 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     state.positions.copy_(torch.where(running & ~ends, following, INACTIVE))
 
 
-window, accept, look_up = checking.window, checking.accept, checking.look_up  # a step that checks guesses
-
-
-# Weight layouts and machines.
+# A step that checks guesses.
+window, accept, look_up, put_guess = checking.window, checking.accept, checking.look_up, checking.put_guess
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

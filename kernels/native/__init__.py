@@ -171,7 +171,8 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     )
 
 
-window, accept, look_up = checking.window, checking.accept, checking.look_up  # a step that checks guesses
+# A step that checks guesses.
+window, accept, look_up, put_guess = checking.window, checking.accept, checking.look_up, checking.put_guess
 
 
 def max_tokens(dtype: torch.dtype, *, quantized: bool = False) -> float:

@@ -213,3 +213,11 @@ def check_look_up(n_guesses: int) -> None:
     """Check a number of guesses."""
     if not 0 <= n_guesses <= MAX_GUESSES:
         raise ValueError(f"a row has 0 to {MAX_GUESSES} guesses, got {n_guesses}")
+
+
+def check_guess(state: DecodeState, number: int, drawn: Tensor) -> int:
+    """Check a guess's number and draws (B·S,) of B rows -> S."""
+    if not 0 <= number < MAX_GUESSES:
+        raise ValueError(f"a row has 1 to {MAX_GUESSES} guesses, got number {number}, counted from 0")
+    check_tensor("drawn", drawn, ("B·S",), torch.int64, CPU)
+    return draws_per_row("drawn", drawn.shape[0], state.rows.shape[0])

@@ -56,6 +56,14 @@ def look_up(state: DecodeState, n_guesses: int) -> None:
     _run(Kind.LOOK_UP, state, guesses, matched=guesses.matched, **sizes)
 
 
+def put_guess(state: DecodeState, number: int, drawn: Tensor) -> None:
+    """The last of each row's draws is its guess of this number; later guesses are dropped: drawn (B·S,)."""
+    guesses = arguments.check_guesses(state, ())
+    per_row = arguments.check_guess(state, number, drawn)
+    sizes = {"n_tokens": drawn.shape[0], "tokens_per_row": per_row, "begin": number, "vocab": state.is_stop.shape[1]}
+    _run(Kind.PUT_GUESS, state, guesses, tokens=drawn, matched=guesses.matched, **sizes)
+
+
 def _run(kind: Kind, state: DecodeState, guesses: Guesses, **fields: Tensor | int) -> None:
     run(
         kind,

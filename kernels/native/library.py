@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 6  # as in src/op.hpp
+ABI_VERSION = 7  # as in src/op.hpp
 ISA_VARIABLE = "FASTLLAMA_NATIVE_ISA"  # environment variable that selects an instruction set, for tests
 ISAS = ("neon",) if platform.machine().lower() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
@@ -34,6 +34,7 @@ class Kind(IntEnum):
     WINDOW = 7
     ACCEPT = 8
     LOOK_UP = 9
+    PUT_GUESS = 10
 
 
 class Epilogue(IntEnum):

@@ -26,7 +26,7 @@ def test_look_up_matches_reference_in_long_histories() -> None:
     assert_same(*states)
 
 
-def test_window_accept_and_look_up_replay_like_eager() -> None:
+def test_the_ops_replay_like_eager() -> None:
     states = [state_of(3, DEVICE) for _ in range(2)]
     drawn, scores = torch.ones(ROWS * SIZE, dtype=torch.int64, device=DEVICE), torch.zeros(ROWS * SIZE, device=DEVICE)
     warm = state_of(4, DEVICE)
@@ -34,15 +34,18 @@ def test_window_accept_and_look_up_replay_like_eager() -> None:
         fused.window(state, 0, SIZE)
         fused.accept(state, drawn, scores)
         fused.look_up(state, SIZE - 1)
+        fused.put_guess(state, 1, drawn)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = fused.window(states[0], 0, SIZE)
         fused.accept(states[0], drawn, scores)
         fused.look_up(states[0], SIZE - 1)
+        fused.put_guess(states[0], 1, drawn)
     for _ in range(3):
         graph.replay()
         expected = checking.window(states[1], 0, SIZE)
         assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))
         checking.accept(states[1], drawn, scores)
         checking.look_up(states[1], SIZE - 1)
+        checking.put_guess(states[1], 1, drawn)
         assert_same(*states)

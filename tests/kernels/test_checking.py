@@ -7,6 +7,7 @@ import torch
 
 from fastllama.kernels import checking, checking_triton
 from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.guesses import DRAFTED
 
 ROWS, LENGTH, VOCABULARY, STEPS = 6, 40, 4, 20
 
@@ -66,6 +67,39 @@ def test_look_up_matches_reference(n_guesses: int, device: torch.device, monkeyp
         checking_triton.look_up(states[0], n_guesses)
         checking.look_up(states[1], n_guesses)
         assert_same(*states)
+
+
+def test_accept_passes_on_scores_that_are_not_numbers(device: torch.device) -> None:
+    """A row whose logits are not numbers has token -1 and a score of NaN."""
+    states = [state_of(1, device) for _ in range(2)]
+    drawn, scores = torch.full((ROWS * 2,), -1, device=device), torch.full((ROWS * 2,), float("nan"), device=device)
+    checking_triton.accept(states[0], drawn, scores)
+    checking.accept(states[1], drawn, scores)
+    for state in states:
+        assert (state.out_tokens == -1).any() and torch.equal(state.out_tokens == -1, state.out_logprobs.isnan())
+        state.out_logprobs.nan_to_num_(nan=1.0)
+    assert_same(*states)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("number", [0, 1, 7, 14])
+def test_put_guess_matches_reference(number: int, size: int, device: torch.device) -> None:
+    for seed in range(4):
+        states = [state_of(seed, device) for _ in range(2)]
+        drawn = torch.randint(-1, VOCABULARY + 1, (ROWS * size,), generator=torch.Generator().manual_seed(seed))
+        checking_triton.put_guess(states[0], number, drawn.to(device))
+        checking.put_guess(states[1], number, drawn.to(device))
+        assert_same(*states)
+
+
+def test_reference_puts_the_last_draw_of_each_row(device: torch.device) -> None:
+    state = DecodeState.of(4, STEPS, VOCABULARY, device).with_guesses(LENGTH)
+    assert state.guesses is not None
+    state.guesses.tokens.fill_(1)
+    checking.put_guess(state, 0, torch.tensor([0, 3, 3, VOCABULARY, 0, -1, 0, 2], device=device))
+    checking.put_guess(state, 1, torch.tensor([3, 3, 3, VOCABULARY], device=device))
+    assert state.guesses.tokens[:, :3].tolist() == [[3, 3, -1], [-1, -1, -1], [-1, -1, -1], [2, -1, -1]]
+    assert state.guesses.matched.tolist() == [DRAFTED, 0, 0, DRAFTED]
 
 
 @pytest.mark.parametrize("seed", range(3))

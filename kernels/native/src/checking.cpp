@@ -6,7 +6,7 @@
 namespace fastllama {
 namespace {
 
-constexpr int64_t MAX_NGRAM = 3;  // as in kernels/guesses.py
+constexpr int64_t MAX_NGRAM = 3, DRAFTED = 4;  // as in kernels/guesses.py
 
 void window_row(const Op& op, int64_t row) {
   const int64_t S = op.tokens_per_row, newest = op.state_positions[row];
@@ -76,6 +76,15 @@ void look_up_row(const Op& op, int64_t row) {
   op.matched[row] = match.n;
 }
 
+void put_guess_row(const Op& op, int64_t row) {
+  const int64_t token = op.tokens[(row + 1) * op.tokens_per_row - 1], number = op.begin;
+  int64_t* guesses = op.guesses + row * op.max_guesses;
+  const bool known = token >= 0 && token < op.vocab && (number == 0 || guesses[number - 1] >= 0);
+  guesses[number] = known ? token : NO_GUESS;
+  std::fill(guesses + number + 1, guesses + op.max_guesses, NO_GUESS);
+  if (number == 0) op.matched[row] = known ? DRAFTED : 0;
+}
+
 }  // namespace
 
 void check_row(const Op& op, int64_t row) {
@@ -83,6 +92,7 @@ void check_row(const Op& op, int64_t row) {
     case WINDOW: return window_row(op, row);
     case ACCEPT: return accept_row(op, row);
     case LOOK_UP: return look_up_row(op, row);
+    case PUT_GUESS: return put_guess_row(op, row);
   }
 }
 

@@ -35,7 +35,7 @@ template <class T> static void run_typed(const Op& op, int64_t chunk, Scratch& s
     case ATTENTION: return attention_chunk<T>(op, chunk, scratch);
     case STATISTICS: return statistics_chunk<T>(op, chunk);
     case SAMPLE: return sample_row(op, chunk, scratch, fill_masses);
-    case WINDOW: case ACCEPT: case LOOK_UP: return check_row(op, chunk);
+    case WINDOW: case ACCEPT: case LOOK_UP: case PUT_GUESS: return check_row(op, chunk);
   }
   for (int64_t n = chunk * CHUNK_TOKENS; n < (chunk + 1) * CHUNK_TOKENS && n < op.n_tokens; n++) {
     if (op.kind == EMBED) embed<T>(op, n);

@@ -4,21 +4,22 @@
 
 namespace fastllama {
 
-constexpr int64_t ABI_VERSION = 6;  // increased with every change of Op or of an exported function
+constexpr int64_t ABI_VERSION = 7;  // increased with every change of Op or of an exported function
 
 constexpr int64_t PAGE_TOKENS = 64;  // positions of a cache page, as in kernels/paged_cache.py
 constexpr int64_t NO_TOKEN = -1, INACTIVE = -1;  // as in kernels/decode_state.py
 constexpr int64_t NO_GUESS = -1;                 // as in kernels/guesses.py
 
 enum Kind : int32_t {
-  EMBED, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE, DEQUANTIZE, WINDOW, ACCEPT, LOOK_UP
+  EMBED, LINEAR, ATTENTION, ATTENTION_MERGE, STATISTICS, SAMPLE, DEQUANTIZE, WINDOW, ACCEPT, LOOK_UP,
+  PUT_GUESS
 };
 enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 enum Format : int32_t { DENSE, INT8, FP8, INT4 };  // of a weight: the model dtype, or as kernels/quantized.py says
 enum Epilogue : int32_t { STORE, ADD_RESIDUAL, SWIGLU, ROTATE_AND_APPEND };  // of LINEAR
 
 // Dims as in kernels/reference.py: N tokens (or rows of logits), T cache positions, H heads, K kv heads, D head dim. Of
-// ATTENTION, SAMPLE, WINDOW, ACCEPT and LOOK_UP they are the S tokens of each of B = N / S rows, a row's tokens adjacent.
+// ATTENTION, SAMPLE and of the ops from WINDOW on they are the S tokens of each of B = N / S rows, which are adjacent.
 // The cache is pages: kernels/paged_cache.py says where a position is.
 // Tensors are contiguous and in the model dtype unless a comment says otherwise. Unused fields are 0.
 struct Op {
@@ -86,7 +87,7 @@ inline int64_t count_chunks(const Op& op) {
     case ATTENTION: return op.n_tokens / op.tokens_per_row * op.n_kv_heads * (op.partial == nullptr ? 1 : op.groups);
     case STATISTICS: return op.n_tokens * op.groups;
     case SAMPLE: return op.n_tokens;
-    case WINDOW: case ACCEPT: case LOOK_UP: return op.n_tokens / op.tokens_per_row;
+    case WINDOW: case ACCEPT: case LOOK_UP: case PUT_GUESS: return op.n_tokens / op.tokens_per_row;
     default: return ceil_div(op.n_tokens, CHUNK_TOKENS);
   }
 }
@@ -118,7 +119,7 @@ extern const Kernels kernels_avx2, kernels_avx512;
 using FillMasses = double (*)(const Op& op, int64_t row, float max, double inverse, float* x, double* mass);
 void sample_row(const Op& op, int64_t row, Scratch& scratch, FillMasses fill_masses);
 
-// One row of WINDOW, ACCEPT or LOOK_UP: of a step that checks guesses.
+// One row of WINDOW, ACCEPT, LOOK_UP or PUT_GUESS: of a step that checks guesses.
 void check_row(const Op& op, int64_t row);
 
 }  // namespace fastllama

@@ -7,7 +7,7 @@ import torch
 
 from fastllama.kernels import checking, native
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.guesses import MAX_GUESSES, NO_GUESS
+from fastllama.kernels.guesses import DRAFTED, MAX_GUESSES, NO_GUESS
 from tests.kernels.native.checking_cases import (
     CPU,
     SEEDS,
@@ -122,11 +122,29 @@ def test_look_up_guesses_what_followed_the_longest_then_latest_place(
     assert guessed(state) == [*guesses, *[9] * (MAX_GUESSES - 5)] and state.guesses.matched.tolist() == [matched]
 
 
+def test_put_guess_is_that_of_torch() -> None:
+    matched = set()
+    for seed in SEEDS:
+        ours, expected = random_states(seed)
+        n_rows, size = rows_of(ours).rows.shape[0], 1 + seed % 2
+        vocab = rows_of(ours).is_stop.shape[1]
+        drawn = torch.randint(-1, vocab + 1, (n_rows * size,), generator=torch.Generator().manual_seed(seed))
+        for number in (seed % MAX_GUESSES, 0, 1):
+            native.put_guess(rows_of(ours), number, drawn)
+            checking.put_guess(rows_of(expected), number, drawn)
+            assert_same_states(ours, expected)
+        after = rows_of(ours).guesses
+        assert after is not None
+        matched |= set(after.matched.tolist())
+    assert {0, DRAFTED} <= matched
+
+
 def test_ops_take_no_rows() -> None:
     state = state_after([1, 2], [3]).first(0)
     assert native.window(state, 0, 3).tokens.shape == (0,)
     native.accept(state, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     native.look_up(state, 3)
+    native.put_guess(state, 0, torch.zeros(0, dtype=torch.int64))
 
 
 def test_ops_reject_what_does_not_belong_together() -> None:
@@ -152,6 +170,7 @@ def test_ops_reject_what_does_not_belong_together() -> None:
             replace(state, guesses=replace(guesses, history=guesses.history[:, :0])), 2
         ),
         "0 to 15 guesses, got 16": lambda: native.look_up(state, 16),
+        "1 to 15 guesses, got number 15": lambda: native.put_guess(state, 15, drawn[:1]),
         "drawn must have S for each of B = 2 rows, B·S in all with S >= 1, got 3": lambda: native.accept(
             two, torch.zeros(3, dtype=torch.int64), torch.zeros(3)
         ),

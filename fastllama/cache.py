@@ -58,6 +58,10 @@ class KVCache:
         """Positions of a row in complete pages: max_seq_len or a few more."""
         return self.table.shape[1] * PAGE_TOKENS
 
+    def share_pages(self, other: "KVCache") -> None:
+        """Use the pages of another cache with as many of them: the same numbers, rows and table."""
+        self.pool, self.table, self._pages_of_row = other.pool, other.table, other._pages_of_row
+
     def layer(self, index: int) -> LayerCache:
         """One layer's pages, as views, with the table."""
         return LayerCache(self.k[index], self.v[index], self.table)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastllama.guess_control import GuessControl
-from fastllama.kernels.batch import SamplingTensors
+from fastllama.kernels.batch import RaggedBatch, SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.graph import Graph
 from fastllama.kernels.guesses import MAX_GUESSES
@@ -39,9 +39,8 @@ class Decoder:
 
     A call is `start`, then `sample_first` with the logits of the prompts' last tokens, then `enqueue_steps` and
     `receive` in turn. Or it is `begin`, then rows start and stop at any time (`state`, `set_lengths`), with
-    `enqueue_steps` and `receive_newest` in turn. Receiving waits for the output it returns. The first use of a batch
-    size waits for the device if it has to capture a graph that `capture_graphs` did not capture. Nothing else waits.
-    Graphs are captured again after the model's weights or cache were replaced.
+    `enqueue_steps` and `receive_newest` in turn. Receiving waits for the output it returns, and so does the first use
+    of a batch size whose graph is not captured. Graphs are captured again after the model's tensors were replaced.
     """
 
     def __init__(
@@ -64,10 +63,9 @@ class Decoder:
 
         Raises ValueError for an unroll below 1, or above 1 with a guesser, and for graphs=True on a CPU.
         """
-        if guesser is not None and unroll != 1:
-            raise ValueError(f"unroll must be 1 for steps that check guesses, got {unroll}")
-        if unroll < 1:
-            raise ValueError(f"unroll must be at least 1 step, got {unroll}")
+        if unroll < 1 or (guesser is not None and unroll > 1):
+            wanted = "at least 1 step" if guesser is None else "1 for steps that check guesses"
+            raise ValueError(f"unroll must be {wanted}, got {unroll}")
         if graphs and new_graph is None and model.device.type != "cuda":
             raise ValueError(f"CUDA graphs need a GPU, and the model is on {str(model.device)!r}: leave graphs out")
         self.model = model
@@ -75,7 +73,8 @@ class Decoder:
         self._graphs = StepGraphs(model, unroll, graphs, dependent, new_graph, guesser)
         self._guesser = guesser
         # Times differ between the processes that share a model, and they must decide alike.
-        self.control = GuessControl(n_guesses, measures=model.group.size == 1)
+        cost = 0.0 if guesser is None else guesser.cost
+        self.control = GuessControl(n_guesses, measures=model.group.size == 1, guess_cost=cost)
         self._revision = -1
         self._state: DecodeState
         self._copies: OutputCopies
@@ -200,6 +199,11 @@ class Decoder:
                 for row, history in tokens.items():
                     self._state.guesses.set_history(row, history)
 
+    @property
+    def follow(self) -> Callable[[RaggedBatch], None] | None:
+        """What is to read the tokens of prompts beside the model: a draft model."""
+        return None if self._guesser is None else self._guesser.follow
+
     def set_lengths(self, lengths: dict[int, int]) -> None:
         """Tell the decoder how many tokens these rows have, so that eager steps read only their keys."""
         for row, length in lengths.items():
@@ -231,6 +235,8 @@ class Decoder:
             self._replayed[n_guesses] = self._graphs.get(self._state, n_rows, self._extras, n_guesses)
         graph, begin = self._replayed[n_guesses], time.perf_counter()
         with self.launch_context():
+            if self._guesser is not None:
+                self._guesser.before_step(self._rows, n_guesses, self._lengths.bounds(n_rows))
             if graph is not None:
                 graph.replay()
             else:
@@ -278,6 +284,7 @@ class Decoder:
         model = self.model
         if self._guesser is not None:
             model.allow_step_sizes(*self.control.step_sizes(model.cache.max_batch_size))
+            self._guesser.prepare()
         if self._revision == model.revision:
             return
         # The steps that may be written before a copy is read: those of the copies in flight, and of the next replay.

@@ -6,7 +6,7 @@ prompts' own log-probabilities, if requested, are computed from a few tokens' lo
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +24,17 @@ Piece = tuple[int, int, Sequence[int]]  # row, position of its first token, toke
 
 
 def prefill(
-    model: Transformer, prompts: Sequence[Sequence[int]], score: bool = False, n_cached: Sequence[int] | None = None
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    score: bool = False,
+    n_cached: Sequence[int] | None = None,
+    follow: Callable[[RaggedBatch], None] | None = None,
 ) -> tuple[Tensor, list[list[float]] | None]:
     """Fill cache rows 0, 1, … with the prompts, each from position 0. Rows get the pages that they lack.
 
-    n_cached: how many tokens of each prompt the row's pages hold already. Returns the logits (B, V) after each
-    prompt's last token, in the model dtype, and, with `score`, each prompt's log-probabilities: one per token, 0.0 for
-    the first token, which nothing predicts.
+    n_cached: how many tokens of each prompt the row's pages hold already. follow: is to read every batch, too. Returns
+    the logits (B, V) after each prompt's last token, in the model dtype, and, with `score`, each prompt's
+    log-probabilities: one per token, 0.0 for the first token, which nothing predicts.
     """
     last = torch.empty(len(prompts), model.params.dim, device=model.device, dtype=model.dtype)
     scores: list[list[float]] = [[0.0] for _ in prompts]
@@ -40,6 +44,8 @@ def prefill(
         batch = RaggedBatch.of(pieces, model.device, model.workspace)
         with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
             h = model.hidden(batch)
+            if follow is not None:
+                follow(batch)
             for segment in batch.segments:
                 if segment.keys == len(prompts[segment.row]):
                     last[segment.row] = h[segment.end - 1]

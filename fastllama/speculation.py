@@ -5,32 +5,84 @@ token after each of them. `fastllama.kernels.guesses` says why the result is tha
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastllama.kernels.batch import RaggedBatch, Segment
 from fastllama.kernels.decode_state import DecodeState
-from fastllama.kernels.guesses import MAX_GUESSES
+from fastllama.kernels.guesses import MAX_GUESSES, Window
 from fastllama.model import Transformer
+
+MAX_CHECKED_TOKENS = 16  # of all rows together: what the kernels for few tokens take
+MAX_CATCH_UP = 256  # tokens that a draft model reads at most after a while without guesses
 
 
 class Guesser(Protocol):
-    """Where guesses come from."""
+    """Where guesses come from.
 
-    def guess(self, state: DecodeState, n_guesses: int) -> None:
-        """Guess the tokens after each row's newest one, at least n_guesses. Can be captured in a graph."""
+    cost: of one guess, as a part of a step without guesses; 0 if guesses are made in every step.
+    """
+
+    cost: float
+
+    def prepare(self) -> None:
+        """A call begins, or the model's tensors were replaced."""
+
+    def follow(self, batch: RaggedBatch) -> None:
+        """The model reads these tokens of prompts."""
+
+    def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
+        """A step with so many guesses comes next. lengths: of the rows, at most."""
+
+    def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
+        """Guess the tokens after each row's newest one, at least n_guesses, at the end of a step that checked as many.
+
+        lengths: as in `step`, before the step. Can be captured in a graph.
+        """
 
 
 class LookupGuesser:
     """A row goes on as it did at an earlier place of its prompt or answer. Costs next to nothing, so it always runs."""
 
-    def __init__(self, ops: Any) -> None:
-        self._ops = ops
+    cost = 0.0
 
-    def guess(self, state: DecodeState, n_guesses: int) -> None:
-        self._ops.look_up(state, MAX_GUESSES)
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+
+    def prepare(self) -> None:
+        """Nothing: the tokens are in the state."""
+
+    def follow(self, batch: RaggedBatch) -> None:
+        """Nothing: the tokens are in the state."""
+
+    def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
+        """Nothing: guesses were made in the step before."""
+
+    def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
+        """Guess as many tokens as there is memory for."""
+        self._model.ops.look_up(state, MAX_GUESSES)
+
+
+def few_tokens_per_row(n_rows: int) -> int:
+    """How many tokens of each row make few tokens in all."""
+    return max(1, MAX_CHECKED_TOKENS // n_rows)
+
+
+def window_batch(model: Transformer, window: Window, n_rows: int, keys: Sequence[int] | None) -> RaggedBatch:
+    """The tokens of a window as a batch of the model. keys: the positions that each row's tokens attend to, at most."""
+    size, longest = window.tokens.shape[0] // n_rows, model.cache.length
+    ends = [longest] * n_rows if keys is None else [min(n_keys, longest) for n_keys in keys]
+    return RaggedBatch(
+        tokens=window.tokens,
+        positions=window.positions,
+        rows=window.rows,
+        segments=tuple(Segment(row, row * size, (row + 1) * size, end) for row, end in enumerate(ends)),
+        exact=False,  # steps may be queued whose numbers of tokens are not known
+        workspace=model.workspace,
+        tokens_per_row=size,
+    )
 
 
 def checked_step(
@@ -41,29 +93,25 @@ def checked_step(
     lengths: as in `step`.
     """
     window = model.ops.window(state, 0, n_guesses + 1)
-    keys = lengths or [model.cache.max_seq_len] * state.rows.shape[0]
-    size, most = n_guesses + 1, model.cache.length
-    segments = (Segment(row, row * size, (row + 1) * size, min(n + n_guesses, most)) for row, n in enumerate(keys))
-    batch = RaggedBatch(
-        tokens=window.tokens,
-        positions=window.positions,
-        rows=window.rows,
-        segments=tuple(segments),
-        exact=False,  # steps may be queued whose numbers of tokens are not known
-        workspace=model.workspace,
-        tokens_per_row=size,
-    )
+    keys = None if lengths is None else [length + n_guesses for length in lengths]
+    batch = window_batch(model, window, state.rows.shape[0], keys)
     logits = model.logits(model.hidden(batch), batch)
-    advance(model, state, guesser, n_guesses, logits, window.following)
+    advance(model, state, guesser, n_guesses, logits, window.following, lengths)
 
 
 def advance(
-    model: Transformer, state: DecodeState, guesser: Guesser, n_guesses: int, logits: Tensor, following: Tensor
+    model: Transformer,
+    state: DecodeState,
+    guesser: Guesser,
+    n_guesses: int,
+    logits: Tensor,
+    following: Tensor,
+    lengths: Sequence[int] | None = None,
 ) -> None:
     """The end of a step: draw from logits (B·S, V) for the positions `following`, accept, and guess again."""
     drawn, logprobs = model.ops.sample(logits, state.sampling, following, model.workspace)
     model.ops.accept(state, drawn, logprobs)
-    guesser.guess(state, n_guesses)
+    guesser.guess(state, n_guesses, lengths)
 
 
 def record(state: DecodeState, was_running: Tensor) -> None:

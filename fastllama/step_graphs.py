@@ -74,7 +74,7 @@ def speculative_step(
     was_running = state.positions >= 0
     step(model, state, lengths, extras)
     record(state, was_running)
-    guesser.guess(state, n_guesses)
+    guesser.guess(state, n_guesses, lengths)
 
 
 class StepGraphs:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllama.kernels.guesses import MAX_GUESSES
+
 TEXTS = str | UserString | bytes | bytearray | memoryview
 UNORDERED = AbstractSet | Mapping
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -82,6 +84,28 @@ def batch_sizes(value: Any, max_batch_size: int) -> list[int]:
         return sorted({1, max_batch_size})
     sizes = listed("graph_batch_sizes", value)
     return [whole_number("a size in graph_batch_sizes", size, 1, max_batch_size) for size in sizes]
+
+
+def speculation(speculate: Any, n_guesses: Any, has_draft: bool) -> tuple[str | None, int | None]:
+    """(where guesses come from, how many a step checks), None for "auto"; a draft model alone means "draft".
+
+    Raises ValueError for other values, and for options that contradict each other.
+    """
+    kind = "draft" if speculate is None and has_draft else speculate
+    if kind not in (None, "lookup", "draft"):
+        raise ValueError(f'speculate must be "lookup", "draft" or None, got {speculate!r:.80}')
+    if kind == "draft" and not has_draft:
+        raise ValueError('speculate="draft" needs a draft model: name its checkpoint in draft, or use "lookup"')
+    if kind == "lookup" and has_draft:
+        raise ValueError('speculate="lookup" uses no draft model: leave draft out, or use speculate="draft"')
+    if isinstance(n_guesses, str) and n_guesses == "auto":
+        return kind, None
+    number = _as_int(n_guesses)
+    if number is None or not 1 <= number <= MAX_GUESSES:
+        raise ValueError(f'n_guesses must be "auto" or a whole number from 1 to {MAX_GUESSES}, got {n_guesses!r:.80}')
+    if kind is None:
+        raise ValueError(f'n_guesses={number} needs speculate="lookup", or a draft model')
+    return kind, number
 
 
 def launches(cuda_graphs: Any, dependent_launch: Any, device_type: str) -> None:

@@ -80,6 +80,8 @@ LAYERS = {
     "row_lengths": 1.0,
     "cuda_graph": 3,
     "token_scores": 3,
+    "speculation_stats": 1.0,
+    "draft": 3.04,
     "guess_control": 3.05,
     "speculation": 3.03,
     "step_graphs": 3.05,

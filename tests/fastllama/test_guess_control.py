@@ -76,11 +76,15 @@ def test_a_row_that_another_prompt_took_teaches_nothing() -> None:
 
 def test_statistics_add_up() -> None:
     control = control_with_costs(0.1)
+    told(control, 4, [1, 2, 9, 9, 9], 3)
     control.note_tokens(0, 5, [1, 2, 3], 4)
+    told(control, 7, [9] * 5, 3)
     control.note_tokens(0, 8, [4], 0)
+    told(control, 8, [-1] * 5, 0)
+    control.note_tokens(0, 9, [4], 3)
     stats = control.stats
-    assert (stats.steps, stats.tokens, stats.checked, stats.accepted) == (2, 4, 4, 2)
-    assert stats.tokens_per_step == 2.0 and stats.acceptance == 0.5
+    assert (stats.steps, stats.tokens, stats.checked, stats.accepted) == (3, 5, 4, 2)
+    assert stats.tokens_per_step == pytest.approx(5 / 3) and stats.acceptance == 0.5
 
 
 def test_times_between_a_gpus_outputs_are_steps_only_where_it_was_busy() -> None:

@@ -25,10 +25,11 @@ CALLS: list[dict[str, Any]] = [
 LENGTH = 28
 
 
-class FixedGuesser:
+class FixedGuesser(LookupGuesser):
     """Guesses the tokens of these answers, except every `wrong`-th."""
 
     def __init__(self, llm: Llama, answers: Sequence[Sequence[int]], wrong: int) -> None:
+        super().__init__(llm.model)
         known = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=False)]
         self.tokens = torch.zeros(MAX_BATCH_SIZE, 200, dtype=torch.int64)
         for row, tokens in enumerate(known):
@@ -36,7 +37,7 @@ class FixedGuesser:
         if wrong:
             self.tokens[:, ::wrong] = (self.tokens[:, ::wrong] + 1) % llm.model.vocab_size
 
-    def guess(self, state: DecodeState, n_guesses: int) -> None:
+    def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
         assert state.guesses is not None
         places = (state.positions[:, None] + 1 + torch.arange(MAX_GUESSES)).clamp(min=0)
         state.guesses.tokens.copy_(self.tokens[: len(places)].gather(1, places))
@@ -69,7 +70,7 @@ def assert_same(found: Any, expected: Any) -> None:
 def test_lookup_gives_the_same_tokens(llm: Llama, n_guesses: int | None, call: dict[str, Any]) -> None:
     for n_rows in (1, 2, 4):
         expected = answers(llm, PROMPTS[:n_rows], **call)
-        decoder = Decoder(llm.model, guesser=LookupGuesser(llm.model.ops), n_guesses=n_guesses)
+        decoder = Decoder(llm.model, guesser=LookupGuesser(llm.model), n_guesses=n_guesses)
         llm.decoder, plain = decoder, llm.decoder
         assert_same(answers(llm, PROMPTS[:n_rows], **call), expected)
         llm.decoder = plain
@@ -145,7 +146,7 @@ def test_steps_queued_ahead_and_replayed_give_the_same(
     monkeypatch.setattr(Decoder, "replays_ahead", 2)
     # A stand-in for CUDA's graph records operations of torch; the native backend has its own graphs.
     for new_graph in (None, RecordedGraph) if llm.model.backend == "reference" else (None,):
-        guesser = LookupGuesser(llm.model.ops)
+        guesser = LookupGuesser(llm.model)
         llm.decoder = Decoder(llm.model, new_graph=new_graph, guesser=guesser, n_guesses=n_guesses)
         for call, wanted in zip(CALLS, expected, strict=True):
             assert_same(answers(llm, **call), wanted)
@@ -162,7 +163,7 @@ def test_a_stream_brings_several_tokens_at_once(llm: Llama) -> None:
 
 def test_echo_brings_the_same_log_probabilities(llm: Llama) -> None:
     expected = answers(llm, temperature=0.0, echo=True)
-    llm.decoder = Decoder(llm.model, guesser=LookupGuesser(llm.model.ops), n_guesses=3)
+    llm.decoder = Decoder(llm.model, guesser=LookupGuesser(llm.model), n_guesses=3)
     assert_same(answers(llm, temperature=0.0, echo=True), expected)
 
 
@@ -192,4 +193,4 @@ def test_logits_that_are_not_numbers_end_the_call_after_the_tokens_before(llm: L
 
 def test_a_decoder_refuses_several_steps_a_replay(llm: Llama) -> None:
     with pytest.raises(ValueError, match="unroll must be 1 for steps that check guesses, got 2"):
-        Decoder(llm.model, unroll=2, guesser=LookupGuesser(llm.model.ops))
+        Decoder(llm.model, unroll=2, guesser=LookupGuesser(llm.model))

@@ -1,0 +1,81 @@
+"""A draft model: a smaller model with the same vocabulary, which guesses the next tokens of a larger one, the target.
+
+It has keys and values of its own, in pages with the same numbers as the target's: a row's page table serves both, and
+prompts that are found in the cache are there for both. A guess is drawn as the target draws: with the same random
+numbers, at the same position. So where both models agree about the probabilities, they draw the same token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fastllama.args import EMBEDDING_NAME
+from fastllama.kernels.batch import RaggedBatch
+from fastllama.kernels.decode_state import DecodeState
+from fastllama.kernels.guesses import NO_GUESS, Window
+from fastllama.model import Transformer
+from fastllama.quantization import bytes_of
+from fastllama.speculation import MAX_CATCH_UP, few_tokens_per_row, window_batch
+
+
+class DraftGuesser:
+    """A Guesser. The draft model reads each prompt with the target, then every token that the target draws."""
+
+    def __init__(self, target: Transformer, draft: Transformer) -> None:
+        """Both models have the same rows, lengths and pages, and vocabularies with the same tokens."""
+        self._target, self.draft = target, draft
+        self.cost = _step_bytes(draft) / _step_bytes(target)
+        self._n_behind = 0  # steps without guesses, whose tokens the draft model has not read
+
+    def prepare(self) -> None:
+        """Use the target's page table, which may be new, and scratch memory without traces of an earlier call."""
+        draft, rows = self.draft, self._target.cache.max_batch_size
+        draft.cache.share_pages(self._target.cache)
+        draft.allow_step_sizes(few_tokens_per_row(1), max(2 * rows, few_tokens_per_row(1)))
+        draft.workspace.reset()
+        self._n_behind = 0
+
+    def follow(self, batch: RaggedBatch) -> None:
+        """Read tokens of prompts."""
+        self.draft.hidden(replace(batch, workspace=self.draft.workspace))
+
+    def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
+        """Read what a step with guesses assumes: all tokens before the newest two. Others are left for later."""
+        if n_guesses == 0:
+            self._n_behind += 1
+            return
+        if self._n_behind and state.guesses is not None:
+            state.guesses.tokens.fill_(NO_GUESS)  # those that are there are older than the newest tokens
+        size = few_tokens_per_row(state.rows.shape[0])
+        for begin in range(-1 - min(self._n_behind, MAX_CATCH_UP), -1, size):
+            self._hidden(self.draft.ops.window(state, begin, min(begin + size, -1)), state, lengths)
+        self._n_behind = 0
+
+    def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
+        """Draw the tokens after each row's newest one, each from the one before, in n_guesses steps of the draft model.
+
+        The first step also reads the token before the newest: where all guesses were right, it was not read yet.
+        """
+        ops, draft = self.draft.ops, self.draft
+        for number in range(n_guesses):
+            window = ops.window(state, *((-1, 1) if number == 0 else (number, number + 1)))
+            keys = None if lengths is None else [length + n_guesses + 1 + number for length in lengths]
+            h, batch = self._hidden(window, state, keys)
+            drawn, _ = ops.sample(draft.logits(h, batch), state.sampling, window.following, draft.workspace)
+            ops.put_guess(state, number, drawn)
+
+    def _hidden(self, window: Window, state: DecodeState, keys: Sequence[int] | None) -> tuple[Tensor, RaggedBatch]:
+        batch = window_batch(self.draft, window, state.rows.shape[0], keys)
+        return self.draft.hidden(batch), batch
+
+
+def _step_bytes(model: Transformer) -> int:
+    """The bytes of the weights that a decode step reads: all but the embedding's table."""
+    schemes, size = model.schemes, model.dtype.itemsize
+    return sum(
+        bytes_of(schemes[name], shape) if name in schemes else math.prod(shape) * size
+        for name, shape in model.share.shapes.items()
+        if name != EMBEDDING_NAME
+    )

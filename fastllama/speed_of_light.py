@@ -3,7 +3,7 @@
 Bytes are those read from memory: the weights of each launch, its norm's scales, the rows of the embedding, and the
 cached keys and values. Activations between launches stay in a cache and are not counted. A multiply-add of a matrix
 product or of attention is two flops. A launch takes at least the longer of the time to read its bytes and the time to
-compute its flops. A step takes at least the sum of its launches.
+compute its flops. A step takes at least the sum of its launches, and of the gaps between them where these are given.
 """
 
 import math
@@ -62,6 +62,8 @@ DATA_SHEETS = {
     "B200": DataSheet(Machine(read=8e12, matmul=2250e12), 900e9, 180e9),
 }
 COLLECTIVE_LATENCY_S = 10e-6  # an assumption, for processes on one machine
+# An assumption, for launches of one CUDA graph: the last programs of one end, and the first loads of the next arrive.
+LAUNCH_GAP_S = 2.5e-6
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,21 @@ def decode_step(
     batch: int,
     context: float,
     schemes: Mapping[str, Scheme] = NOTHING_QUANTIZED,
+    tokens_per_row: int = 1,
 ) -> list[Work]:
-    """The launches of a decode step, in order: one token for each of `batch` rows with `context` cached positions.
+    """The launches of a decode step, in order, for `batch` rows with `context` cached positions.
 
-    schemes: how weights are quantised, by name (`fastllama.quantization.model_schemes`).
+    schemes: how weights are quantised, by name (`fastllama.quantization.model_schemes`). tokens_per_row: the newest
+    token, and guesses. They share the weights, and a row's keys and values; each has its own flops, logits and draw.
+    The launches that only a step with guesses has are in `speculation_limits`. Raises ValueError for fewer than one.
     """
-    attended = batch * context
+    if tokens_per_row < 1:
+        raise ValueError(f"a decode step has at least 1 token per row, got {tokens_per_row}")
+    n_tokens, cached = batch * tokens_per_row, batch * context
     return [
-        Work("embed", 1, batch * args.dim * dtype.itemsize, 0),
-        *_layers(args, dtype, batch, attended, attended, schemes),
-        _head(args, dtype, batch, schemes),
+        Work("embed", 1, n_tokens * args.dim * dtype.itemsize, 0),
+        *_layers(args, dtype, n_tokens, cached, cached * tokens_per_row, schemes),
+        _head(args, dtype, n_tokens, schemes),
         Work("sampling", 2, 0, 0),
     ]
 
@@ -122,9 +129,9 @@ def collectives_seconds(args: ModelArgs, dtype: torch.dtype, batch: int, n_proce
     return (2 * args.n_layers + 1) * all_reduce + links.latency + other_share * logits / links.bandwidth
 
 
-def least_seconds(work: Iterable[Work], machine: Machine) -> float:
-    """The least time of all launches together."""
-    return sum(one.count * one.least_seconds(machine) for one in work)
+def least_seconds(work: Iterable[Work], machine: Machine, launch_gap: float = 0.0) -> float:
+    """The least time of all launches together. launch_gap: seconds from the end of a launch to the next one's work."""
+    return sum(one.count * (one.least_seconds(machine) + launch_gap) for one in work)
 
 
 def total_bytes(work: Iterable[Work]) -> float:

@@ -18,6 +18,7 @@ from fastllama.cli.inspect_plans import (
     process_plan,
     process_plan_text,
     size_text,
+    speculation_section,
 )
 from fastllama.cli.inspect_tokenizer import describe_tokenizer, tokenizer_section
 from fastllama.cli.options import (
@@ -96,7 +97,8 @@ def inspect(
     that fit of all rows together, up to --max_seq_len for each.
 
     No weight is read, but for those that several files must agree on. The tokens a second are a limit: what reading
-    the weights and the cache, and exchanging sums, takes at least by the GPU's data sheet.
+    the weights and the cache, and exchanging sums, takes at least by the GPU's data sheet. The speed-up
+    of guesses is computed likewise, with a gap between launches. Neither is measured.
 
     \b
     Examples:
@@ -244,6 +246,7 @@ def render(description: dict[str, Any]) -> str:
             f"on several {description['gpu']}: memory each, most tokens/s, share of the exchange, cache tokens",
             [(str(one["n"]), process_plan_text(one)) for one in description["processes"]],
         ),
+        *speculation_section(description["gpu"], description["processes"]),
         tokenizer_section(tokenizer, description["architecture"]["vocab_size"])
         if tokenizer
         else ("tokenizer: none in the checkpoint", []),

@@ -1,4 +1,4 @@
-"""What `fastllama inspect` plans: the memory at every precision, and the memory and speed on several processes."""
+"""What `fastllama inspect` plans: memory at every precision; memory, speed and speculation on several processes."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,8 @@ AS_STORED = "as stored"  # weights that are quantised in the files, and stay so
 SHOWN = (None, "int8", "int4")  # fp8 needs as much as int8
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 UNIT_FACTOR = 1024
+PLANNED_GUESSES = 4  # of a row, which a step checks
+PLANNED_ACCEPTANCE = (0.3, 0.5, 0.7, 0.9)  # shares of guesses that are right
 
 
 def precision_plans(kept: str, plan_of: Callable[[int, str | None], "MemoryPlan"]) -> list[dict[str, Any]]:
@@ -94,6 +96,29 @@ def process_plan(planner: Planner, n_processes: int) -> dict[str, Any]:
         "most_tokens_per_second": batch / seconds,
         "share_of_exchanging": exchanging / seconds,
         "cache_tokens": planner.tokens_in(int(sheet.memory), n_processes),
+        "speculation": _speculation_plan(planner, n_processes, batch, context),
+    }
+
+
+def _speculation_plan(planner: Planner, n_processes: int, batch: int, context: float) -> dict[str, Any] | None:
+    """What guesses by lookup cost and gain at most; None for too many rows.
+
+    "checking_cost" is in plain steps, and "speed_up" has one factor for each of PLANNED_ACCEPTANCE.
+    """
+    from fastllama.speculation_limits import Setting, SharedModel, most_guesses, speculation_limits
+    from fastllama.speed_of_light import DATA_SHEETS
+
+    n_guesses = min(PLANNED_GUESSES, most_guesses(batch))
+    if n_guesses == 0:
+        return None
+    target = SharedModel(planner.args, planner.dtype, planner.schemes_of(n_processes), n_processes)
+    setting = Setting(DATA_SHEETS[planner.gpu], batch, context)
+    found = [speculation_limits(target, None, setting, n_guesses, acceptance) for acceptance in PLANNED_ACCEPTANCE]
+    return {
+        "guesses": n_guesses,
+        "checking_cost": found[0].checking_cost,
+        "acceptance": list(PLANNED_ACCEPTANCE),
+        "speed_up": [limits.speed_up for limits in found],
     }
 
 
@@ -104,6 +129,20 @@ def process_plan_text(plan: dict[str, Any]) -> str:
     rate, share = plan["most_tokens_per_second"], plan["share_of_exchanging"]
     misfit = "" if plan["fits"] else "  does not fit"
     return f"{size_text(plan['bytes_each']):>10}  {rate:8.0f}  {share:4.0%}  {plan['cache_tokens']:12,}{misfit}"
+
+
+def speculation_section(gpu: str, plans: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The title and the lines of the section, or nothing where there are too many rows to check guesses."""
+    found = [(str(plan["n"]), plan["speculation"]) for plan in plans if plan.get("speculation")]
+    if not found:
+        return []
+    n_guesses, shares = found[0][1]["guesses"], ", ".join(f"{share:.0%}" for share in PLANNED_ACCEPTANCE)
+    title = f"on several {gpu}, {n_guesses} guesses by lookup: cost of a step, speed-up if {shares} are right"
+    return [(title, [(n, _speculation_text(plan)) for n, plan in found])]
+
+
+def _speculation_text(plan: dict[str, Any]) -> str:
+    return "  ".join([f"{plan['checking_cost']:10.3f}", *(f"{factor:5.2f}" for factor in plan["speed_up"])])
 
 
 def machine_section(machine: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:

@@ -89,6 +89,22 @@ def test_every_weight_is_counted_once() -> None:
     assert (attention.bytes, attention.flops) == (2 * 2 * 8 * 5 * 7 * 4, 4 * 6 * 8 * 5 * 7)
 
 
+def test_tokens_of_a_row_share_what_is_read() -> None:
+    args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=100, hidden_dim=80)
+    plain = decode_step(args, torch.float32, 5, 7)
+    checking = decode_step(args, torch.float32, 5, 7, tokens_per_row=4)
+    assert [(one.name, one.count) for one in checking] == [(one.name, one.count) for one in plain]
+    assert [one.flops for one in checking] == [4 * one.flops for one in plain]
+    assert total_bytes(checking) == total_bytes(plain) + 3 * 5 * 48 * 4  # rows of the embedding
+    with pytest.raises(ValueError, match="at least 1 token per row, got 0"):
+        decode_step(args, torch.float32, 5, 7, tokens_per_row=0)
+
+
+def test_launches_have_gaps_if_asked() -> None:
+    machine, work = Machine(read=100.0, matmul=1000.0), [Work("a", 2, 50, 100), Work("b", 1, 50, 900)]
+    assert least_seconds(work, machine, launch_gap=0.25) == pytest.approx(least_seconds(work, machine) + 3 * 0.25)
+
+
 def test_prefill_attends_causally_and_reads_weights_once() -> None:
     args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=100, hidden_dim=80)
     work = {one.name: one for one in prefill(args, torch.float32, [3, 1])}

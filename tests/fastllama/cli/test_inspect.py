@@ -159,6 +159,35 @@ def test_inspect_plans_for_several_processes(checkpoint: str) -> None:
     expect_error(run("inspect", checkpoint, "--gpu", "abacus"), "abacus")
 
 
+def test_inspect_plans_speculation(checkpoint: str) -> None:
+    words = ("inspect", checkpoint, "--nproc", "1,2,3", "--gpu", "H200")
+    one, two, three = json.loads(run(*words, "--json").stdout)["processes"]
+    found = one["speculation"]
+    assert found.keys() == {"guesses", "checking_cost", "acceptance", "speed_up"} and found["guesses"] == 4
+    n_launches = 5 * 2 + 4  # of two layers, and nearly all of the time: a step that checks has two more, lookup one
+    assert found["checking_cost"] == pytest.approx((n_launches + 2) / n_launches, rel=0.01)
+    for acceptance, speed_up in zip(found["acceptance"], found["speed_up"], strict=True):
+        tokens = sum(acceptance**i for i in range(5))
+        assert speed_up == pytest.approx(tokens * n_launches / (n_launches + 3), rel=0.01)
+    assert 1 < two["speculation"]["checking_cost"] < found["checking_cost"] and "speculation" not in three
+    shown = run(*words).stdout
+    title = "on several H200, 4 guesses by lookup: cost of a step, speed-up if 30%, 50%, 70%, 90% are right\n"
+    _, _, section = shown.partition(title)
+    assert section.startswith(f"  1  {found['checking_cost']:10.3f}  {found['speed_up'][0]:5.2f}")
+
+
+def test_inspect_plans_fewer_guesses_for_more_rows(checkpoint: str) -> None:
+    """The tokens of all rows are 16 at most, where a step checks guesses."""
+    for n_rows, n_guesses in ((3, 4), (5, 2), (8, 1)):
+        words = ("inspect", checkpoint, "--nproc", "1", "--max_batch_size", str(n_rows))
+        (plan,) = json.loads(run(*words, "--json").stdout)["processes"]
+        assert plan["speculation"]["guesses"] == n_guesses
+        assert f"{n_guesses} guesses by lookup" in run(*words).stdout
+    words = ("inspect", checkpoint, "--nproc", "1", "--max_batch_size", "9")
+    assert json.loads(run(*words, "--json").stdout)["processes"][0]["speculation"] is None
+    assert "guesses" not in run(*words).stdout
+
+
 def test_inspect_plans_for_a_cache_that_rows_share(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("inspect", checkpoint, "--max_batch_size", "8", "--max_seq_len", "1024", "--nproc", "1,2,3")
     whole = json.loads(run(*words, "--json").stdout)

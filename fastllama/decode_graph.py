@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastllama.guess_control import GuessControl
-from fastllama.kernels.batch import RaggedBatch, SamplingTensors
+from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.graph import Graph
 from fastllama.kernels.guesses import MAX_GUESSES
@@ -71,7 +71,7 @@ class Decoder:
         self.model = model
         self.unroll = unroll
         self._graphs = StepGraphs(model, unroll, graphs, dependent, new_graph, guesser)
-        self._guesser = guesser
+        self.guesser = guesser
         # Times differ between the processes that share a model, and they must decide alike.
         cost = 0.0 if guesser is None else guesser.cost
         self.control = GuessControl(n_guesses, measures=model.group.size == 1, guess_cost=cost)
@@ -107,7 +107,7 @@ class Decoder:
     @property
     def most_new_tokens(self) -> int:
         """The most tokens that a row may get from the next `enqueue_steps`."""
-        return self.unroll if self._guesser is None else self.control.most_guesses + 1
+        return self.unroll if self.guesser is None else self.control.most_guesses + 1
 
     @property
     def state(self) -> DecodeState:
@@ -199,11 +199,6 @@ class Decoder:
                 for row, history in tokens.items():
                     self._state.guesses.set_history(row, history)
 
-    @property
-    def follow(self) -> Callable[[RaggedBatch], None] | None:
-        """What is to read the tokens of prompts beside the model: a draft model."""
-        return None if self._guesser is None else self._guesser.follow
-
     def set_lengths(self, lengths: dict[int, int]) -> None:
         """Tell the decoder how many tokens these rows have, so that eager steps read only their keys."""
         for row, length in lengths.items():
@@ -217,10 +212,10 @@ class Decoder:
     def sample_first(self, logits: Tensor) -> None:
         """Enqueue sampling of each row's first token, from the prompts' logits (B, V)."""
         with self.launch_context():
-            if self._guesser is None:
+            if self.guesser is None:
                 self.model.ops.sample_and_advance(logits, self._rows, self.model.workspace)
             else:
-                advance(self.model, self._rows, self._guesser, 0, logits, self._rows.positions + 1)
+                advance(self.model, self._rows, self.guesser, 0, logits, self._rows.positions + 1)
             self._enqueue_copy(1, 0)
 
     def enqueue_steps(self) -> int:
@@ -229,22 +224,25 @@ class Decoder:
         Returns the most tokens that a row gets from it.
         """
         n_rows, n_guesses = self._rows.rows.shape[0], 0
-        if self._guesser is not None and self._extras == PLAIN:
+        if self.guesser is not None and self._extras == PLAIN:
             n_guesses = self.control.choose(n_rows)
         if n_guesses not in self._replayed:
             self._replayed[n_guesses] = self._graphs.get(self._state, n_rows, self._extras, n_guesses)
         graph, begin = self._replayed[n_guesses], time.perf_counter()
         with self.launch_context():
-            if self._guesser is not None:
-                self._guesser.before_step(self._rows, n_guesses, self._lengths.bounds(n_rows))
+            if self.guesser is not None:
+                self.guesser.before_step(self._rows, n_guesses, self._lengths.bounds(n_rows))
             if graph is not None:
                 graph.replay()
             else:
                 for ahead in range(self.unroll):
                     self._graphs.run(self._rows, self._lengths.bounds(n_rows, ahead), self._extras, n_guesses)
             self._enqueue_copy(self.unroll, n_guesses)
-        if self._guesser is not None and self.replays_ahead == 0:
-            self.control.note_time(n_rows, n_guesses, time.perf_counter() - begin)
+        if self.guesser is not None:
+            if self.replays_ahead == 0:
+                self.control.note_time(n_rows, n_guesses, time.perf_counter() - begin)
+            seconds = self._graphs.guess_seconds(self._state, n_rows, self._lengths.bounds(n_rows), n_guesses)
+            self.control.stats.guess_seconds += seconds
         return self.unroll + n_guesses
 
     @contextmanager
@@ -272,7 +270,7 @@ class Decoder:
 
     def _guess_counts(self, n_rows: int) -> list[int]:
         """The numbers of guesses that steps of so many rows may check."""
-        return self.control.choices(n_rows) if self._guesser else [0]
+        return self.control.choices(n_rows) if self.guesser else [0]
 
     def _enqueue_copy(self, n_steps: int, n_guesses: int) -> None:
         n_rows = self._rows.rows.shape[0]
@@ -282,17 +280,17 @@ class Decoder:
     def _allocate_for_model(self) -> None:
         """Allocate the state and drop all graphs, if the model's tensors were replaced since the last time."""
         model = self.model
-        if self._guesser is not None:
+        if self.guesser is not None:
             model.allow_step_sizes(*self.control.step_sizes(model.cache.max_batch_size))
-            self._guesser.prepare()
+            self.guesser.prepare()
         if self._revision == model.revision:
             return
         # The steps that may be written before a copy is read: those of the copies in flight, and of the next replay.
         n_steps = (REPLAYS_AHEAD + 2) * self.unroll
-        if self._guesser is not None:
+        if self.guesser is not None:
             n_steps *= MAX_GUESSES + 1
         self._state = DecodeState.of(model.cache.max_batch_size, n_steps, model.vocab_size, model.device)
-        if self._guesser is not None:
+        if self.guesser is not None:
             self._state = self._state.with_guesses(model.cache.length + 1)
         self._copies = OutputCopies(REPLAYS_AHEAD + 1, model.device)
         self._graphs.clear()

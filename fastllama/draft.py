@@ -17,7 +17,7 @@ from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.guesses import NO_GUESS, Window
 from fastllama.model import Transformer
 from fastllama.quantization import bytes_of
-from fastllama.speculation import MAX_CATCH_UP, few_tokens_per_row, window_batch
+from fastllama.speculation import MAX_CATCH_UP, Guesser, LookupGuesser, few_tokens_per_row, window_batch
 
 
 class DraftGuesser:
@@ -42,15 +42,15 @@ class DraftGuesser:
         self.draft.hidden(replace(batch, workspace=self.draft.workspace))
 
     def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
-        """Read what a step with guesses assumes: all tokens before the newest two. Others are left for later."""
+        """Before a step with guesses, read all tokens before the newest that were left out."""
         if n_guesses == 0:
             self._n_behind += 1
             return
         if self._n_behind and state.guesses is not None:
             state.guesses.tokens.fill_(NO_GUESS)  # those that are there are older than the newest tokens
         size = few_tokens_per_row(state.rows.shape[0])
-        for begin in range(-1 - min(self._n_behind, MAX_CATCH_UP), -1, size):
-            self._hidden(self.draft.ops.window(state, begin, min(begin + size, -1)), state, lengths)
+        for begin in range(-min(self._n_behind, MAX_CATCH_UP), 0, size):
+            self._hidden(self.draft.ops.window(state, begin, min(begin + size, 0)), state, lengths)
         self._n_behind = 0
 
     def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
@@ -69,6 +69,13 @@ class DraftGuesser:
     def _hidden(self, window: Window, state: DecodeState, keys: Sequence[int] | None) -> tuple[Tensor, RaggedBatch]:
         batch = window_batch(self.draft, window, state.rows.shape[0], keys)
         return self.draft.hidden(batch), batch
+
+
+def choose_guesser(kind: str | None, model: Transformer, draft: Transformer | None) -> Guesser | None:
+    """The Guesser of `speculate=`."""
+    if kind is None:
+        return None
+    return LookupGuesser(model) if draft is None else DraftGuesser(model, draft)
 
 
 def _step_bytes(model: Transformer) -> int:

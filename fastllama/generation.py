@@ -8,6 +8,7 @@ every row has reached a stop token or its token budget. `generate` collects the 
 import itertools
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from fastllama import memory_plan, validate
 from fastllama.chat_format import Formatter
 from fastllama.decode_graph import Decoder
 from fastllama.distributed import model_parallel
+from fastllama.draft import choose_guesser
 from fastllama.engine import Engine, Result, SamplingParams
 from fastllama.engine.engine import STEP_TOKENS, Prompt
 from fastllama.engine.many import in_order
 from fastllama.engine.scoring import Score, score_documents, score_pairs
 from fastllama.loading import AdapterFolders, choose_device, load
 from fastllama.model import Transformer
-from fastllama.predictions import ChatPrediction, CompletionPrediction
+from fastllama.predictions import ChatPrediction, CompletionPrediction, add_logprobs
 from fastllama.sampling import sample_top_p
+from fastllama.speculation_stats import SpeculationStats
 from fastllama.stream import Increment, Request, checked_request, increments
 from fastllama.tokenizer import ChatFormat, Dialog, check_dialog
 from fastllama.tokenizer_base import BaseTokenizer
@@ -58,6 +61,9 @@ class Llama:
         graph_batch_sizes: Sequence[int] | None = None,
         cuda_graphs: bool | None = None,
         dependent_launch: bool | None = None,
+        draft: str | os.PathLike[str] | None = None,
+        speculate: str | None = None,
+        n_guesses: int | str = "auto",
     ) -> "Llama":
         """Load a checkpoint, Meta's, Hugging Face's or GGUF, in any number of files, and compile all kernels.
 
@@ -76,10 +82,13 @@ class Llama:
         the path of a chat template, the name of one in the checkpoint's folder, or "llama3"; None means the
         checkpoint's own, and Llama 3's format in Meta's layout. template_args: variables for it, such as a date.
         graph_batch_sizes: numbers of rows whose decode step is captured as a graph during build, not in the first call
-        that needs it; None means 1 and max_batch_size. cuda_graphs: False launches every kernel of every step
-        separately; None captures steps if the backend supports it. dependent_launch: False starts each kernel after the
-        previous one has ended; None lets it start earlier (programmatic dependent launch) from compute capability 9.0.
-        These two are for debugging: False costs speed, and no token changes.
+        that needs it; None means 1 and max_batch_size. cuda_graphs: False launches every kernel of every step by
+        itself. dependent_launch: False starts each kernel after the previous one has ended; None lets it start earlier
+        (programmatic dependent launch) from compute capability 9.0. These two are for debugging: False costs speed, and
+        no token changes. speculate: "lookup" or "draft" guesses the next tokens and checks them in one decode step, for
+        the same answers in fewer steps: what followed the newest tokens earlier in prompt and answer, or what a draft
+        model draws. draft: that model's checkpoint, a smaller one with the same vocabulary. n_guesses: guesses in a
+        step, 1 to 15; "auto" follows how many were right lately, and what steps cost.
 
         Raises AssertionError where Meta's build does (max_seq_len out of range, no checkpoint folder, tokenizer file or
         weights, a tokenizer with another vocabulary), ValueError for any other error in the arguments or the files, and
@@ -91,7 +100,8 @@ class Llama:
             cache_tokens = validate.whole_number("cache_tokens", cache_tokens, 1)
         batch_sizes = validate.batch_sizes(graph_batch_sizes, max_batch_size)
         validate.launches(cuda_graphs, dependent_launch, choose_device(device).type)
-        model, tokenizer, formatter = load(
+        kind, most_guesses = validate.speculation(speculate, n_guesses, draft is not None)
+        loaded = load(
             ckpt_dir,
             tokenizer_path,
             max_seq_len=max_seq_len,
@@ -106,10 +116,13 @@ class Llama:
             adapter=adapter,
             chat_template=chat_template,
             template_args=template_args,
+            draft=draft,
+            n_guesses=most_guesses if kind else 0,
         )
-        llm = Llama(model, tokenizer, seed=seed, formatter=formatter)
-        llm.decoder = Decoder(model, graphs=cuda_graphs, dependent=dependent_launch)
-        with memory_plan.explain_out_of_memory(model.device):
+        llm = Llama(loaded.model, loaded.tokenizer, seed=seed, formatter=loaded.formatter)
+        options: dict[str, Any] = {"graphs": cuda_graphs, "dependent": dependent_launch, "n_guesses": most_guesses}
+        llm.decoder = Decoder(loaded.model, guesser=choose_guesser(kind, loaded.model, loaded.draft), **options)
+        with memory_plan.explain_out_of_memory(loaded.model.device):
             warm_up(llm.decoder, batch_sizes, progress=None if model_parallel.is_first_process() else False)
         return llm
 
@@ -195,10 +208,7 @@ class Llama:
             prompt_tokens, self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo, seed=seed
         )
         texts = [CompletionPrediction(generation=self.tokenizer.decode(row)) for row in tokens]
-        if scores is not None:
-            for text, row, row_scores in zip(texts, tokens, scores, strict=True):
-                text["tokens"] = [self.tokenizer.decode([token]) for token in row]
-                text["logprobs"] = row_scores
+        add_logprobs(texts, self.tokenizer, tokens, scores)
         return texts
 
     def chat_completion(
@@ -212,8 +222,7 @@ class Llama:
         seed: int | Sequence[int] | None = None,
     ) -> list[ChatPrediction]:
         """Answer dialogs. max_gen_len None means max_seq_len - 1; the other arguments are those of `stream`."""
-        dialogs = validate.dialogs(dialogs)
-        for index, dialog in enumerate(dialogs):
+        for index, dialog in enumerate(dialogs := validate.dialogs(dialogs)):
             check_dialog(dialog, f"dialog {index}")
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         tokens, scores = self.generate(
@@ -222,11 +231,13 @@ class Llama:
         answers = [
             ChatPrediction(generation={"role": "assistant", "content": self.tokenizer.decode(row)}) for row in tokens
         ]
-        if scores is not None:
-            for answer, row, row_scores in zip(answers, tokens, scores, strict=True):
-                answer["tokens"] = [self.tokenizer.decode([token]) for token in row]
-                answer["logprobs"] = row_scores
+        add_logprobs(answers, self.tokenizer, tokens, scores)
         return answers
+
+    @property
+    def speculation(self) -> SpeculationStats | None:
+        """What speculation did so far, of all calls; None for a model that checks no guesses."""
+        return None if self.decoder.guesser is None else replace(self.decoder.control.stats)
 
     def engine(self, *, max_tokens_per_step: int = STEP_TOKENS, reuse_prefixes: bool = True) -> Engine:
         """An engine of requests on this model. The arguments are those of `Engine`."""
@@ -250,8 +261,8 @@ class Llama:
     def score(self, pairs: Iterable[tuple[Prompt, Prompt]], *, progress: bool | None = None) -> list[Score]:
         """The log-probability of each continuation after its context, token by token: [(context, continuation), ...].
 
-        Texts or token ids. Contexts that begin alike are computed once. An empty context stands for the begin of a
-        text. Raises ValueError for pairs that do not fit the context of the model.
+        Texts or token ids. Contexts that begin alike are computed once; an empty one stands for the begin of a text.
+        Raises ValueError for pairs that do not fit the context of the model.
         """
         return score_pairs(self.engine(), pairs, progress)
 
@@ -275,12 +286,10 @@ class Llama:
 
     def random_streams(self, seeds: list[int] | int | None, n_rows: int) -> list[tuple[int, int, int]]:
         """The random stream of every row of a call, as (seed, stream, call)."""
-        if seeds is None:
-            call = next(self._calls)
-            return [(self._seed, row, call) for row in range(n_rows)]
-        if isinstance(seeds, int):
-            return [(seeds, row, 0) for row in range(n_rows)]
-        return [(seed, 0, 0) for seed in seeds]
+        if isinstance(seeds, list):
+            return [(seed, 0, 0) for seed in seeds]
+        seed, call = (self._seed, next(self._calls)) if seeds is None else (seeds, 0)
+        return [(seed, row, call) for row in range(n_rows)]
 
     @with_default_settings
     def _stream(self, request: Request) -> Generator[Increment]:

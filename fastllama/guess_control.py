@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from fastllama.kernels.guesses import DRAFTED, MAX_GUESSES, NO_GUESS
 from fastllama.output_copies import NewestSteps
-from fastllama.speculation import MAX_CATCH_UP, MAX_CHECKED_TOKENS
+from fastllama.speculation import MAX_CATCH_UP, MAX_CHECKED_TOKENS, most_step_tokens
 from fastllama.speculation_stats import SpeculationStats
 
 GUESS_COUNTS = (0, 1, 2, 3, 5, 7, 11, MAX_GUESSES)  # each has a graph of its own for every number of rows
@@ -104,11 +104,11 @@ class GuessControl:
 
     def step_sizes(self, max_rows: int) -> tuple[int, int]:
         """The most tokens of a step of up to max_rows rows: of one row, and of all together."""
-        size = self.most_guesses + 1
-        return size, max(max_rows, MAX_CHECKED_TOKENS) if self.n_guesses is None else max_rows * size
+        return self.most_guesses + 1, most_step_tokens(max_rows, self.n_guesses)
 
     def note_time(self, n_rows: int, n_guesses: int, seconds: float) -> None:
         """A step of so many rows and guesses took so long."""
+        self.stats.seconds += seconds
         if self.measures:
             self._times.setdefault((n_rows, n_guesses), deque(maxlen=N_TIMES)).append(seconds)
 

@@ -3,8 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,12 +15,14 @@ from fastllama.checkpoint import Checkpoint, open_checkpoint
 from fastllama.checkpoint.vocabulary import vocabulary_mismatch
 from fastllama.distributed import model_parallel
 from fastllama.kernels import select
+from fastllama.kernels.quantized import Weight
 from fastllama.model import Transformer
 from fastllama.quantization import check_quantize
 from fastllama.rope import check_angles
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_open import open_tokenizer
 from fastllama.tokenizer_search import find_tokenizer_file
+from fastllama.vocabulary_difference import first_difference
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,15 @@ MAX_SEQ_LEN = 8192
 MAX_SEQ_LEN_SCALED_ROPE = 131072
 AdapterFolders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Loaded(NamedTuple):
+    """What `load` returns."""
+
+    model: Transformer
+    tokenizer: BaseTokenizer
+    formatter: Formatter
+    draft: Transformer | None
 
 
 def load(
@@ -46,45 +57,101 @@ def load(
     adapter: AdapterFolders,
     chat_template: str | os.PathLike[str] | None,
     template_args: Mapping[str, Any] | None,
-) -> tuple[Transformer, BaseTokenizer, Formatter]:
-    """The model, tokenizer and chat format of `Llama.build`, with its arguments and errors.
+    draft: str | os.PathLike[str] | None = None,
+    n_guesses: int | None = 0,
+) -> Loaded:
+    """The model, tokenizer, chat format and draft model of `Llama.build`, with its arguments and errors.
 
-    If several processes share the model, an error in one while it reads and places the weights is raised in all.
+    n_guesses: of a row, that a decode step checks; None: as many as pay off. If several processes share the model, an
+    error in one while it reads and places the weights is raised in all.
     """
     start = time.perf_counter()
     max_seq_len = _check_max_seq_len(max_seq_len, MAX_SEQ_LEN_SCALED_ROPE, " (8192 without scaled rope)")
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
+    place: dict[str, Any] = {"device": device, "dtype": choose_dtype(dtype, device), "backend": backend}
     select.backend(backend, device)  # raises an error before anything is read
     group = model_parallel.model_group(model_parallel_size, device)
+    sizes = max_seq_len, max_batch_size, cache_tokens
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
         tokenizer_path = ckpt_dir if tokenizer_path is None else tokenizer_path
-        _check_paths(ckpt_dir, tokenizer_path)
+        _check_paths(ckpt_dir, tokenizer_path, draft)
         checkpoint = open_checkpoint(ckpt_dir, _adapter_folders(adapter))
-        args, tokenizer = _args_and_tokenizer(
-            checkpoint, tokenizer_path, rope_scaling_factor, (max_seq_len, max_batch_size, cache_tokens)
-        )
+        args, tokenizer = _args_and_tokenizer(checkpoint, tokenizer_path, rope_scaling_factor, sizes)
         check_quantize(quantize, args.split(group.size), device, checkpoint.schemes(group.size))
         formatter = _formatter(checkpoint, tokenizer, tokenizer_path, chat_template, template_args)
-        weights = checkpoint.tensors(
-            group.rank, group.size, progress=None if model_parallel.is_first_process() else False
-        )
-        memory_plan.check_fits(
-            args,
-            dtype,
-            memory_plan.free_memory(device),
-            limit=memory_plan.free_memory_and_limit(device).limit,
-            n_processes=group.size,
-            quantize=quantize,
-            stored=checkpoint.schemes(group.size),
-        )
+        opened = [_Opened(checkpoint, args, quantize)]
+        if draft is not None:
+            opened.append(_open_draft(draft, tokenizer, sizes, group.size))
+        _check_memory(opened, place["dtype"], device, group.size, n_guesses)
+        weights = [one.weights(group) for one in opened]
     with group.propagate_errors(), memory_plan.explain_out_of_memory(device):
-        model = Transformer(
-            args, device=device, dtype=dtype, backend=backend, quantize=quantize, init_weights=False, group=group
-        )
-        model.load_tensors(weights)
+        models: list[Transformer] = []
+        for one, tensors in zip(opened, weights, strict=True):
+            models.append(Transformer(one.args, quantize=one.quantize, init_weights=False, group=group, **place))
+            models[-1].load_tensors(tensors)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
-    return model, tokenizer, formatter
+    return Loaded(models[0], tokenizer, formatter, models[1] if draft is not None else None)
+
+
+class _Opened(NamedTuple):
+    """A checkpoint whose configuration was read."""
+
+    checkpoint: Checkpoint
+    args: ModelArgs
+    quantize: str | None
+
+    def weights(self, group: model_parallel.Group) -> Iterator[tuple[str, Weight]]:
+        """This process's weights, read as they are taken."""
+        progress = None if model_parallel.is_first_process() else False
+        return self.checkpoint.tensors(group.rank, group.size, progress=progress)
+
+
+def _open_draft(
+    path: str | os.PathLike[str], tokenizer: BaseTokenizer, sizes: tuple[int, int, int | None], n_processes: int
+) -> _Opened:
+    """The draft model's checkpoint. Raises as for the model itself, and ValueError for another vocabulary."""
+    try:
+        folder = os.fspath(path)
+        checkpoint = open_checkpoint(folder, [])
+        args, own = _args_and_tokenizer(checkpoint, folder, None, sizes)
+        args.split(n_processes)
+        if difference := first_difference(tokenizer, own):
+            raise ValueError(f"its vocabulary is another one: {difference}")
+    except AssertionError as error:
+        raise AssertionError(f"the draft model {path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"the draft model {path}: {error}") from error
+    return _Opened(checkpoint, args, None)
+
+
+def _check_memory(
+    opened: Sequence[_Opened], dtype: torch.dtype, device: torch.device, n_processes: int, n_guesses: int | None
+) -> None:
+    """Raise DoesNotFit if the model does not fit the free memory beside its draft model."""
+    free, limit = memory_plan.free_memory(device), memory_plan.free_memory_and_limit(device).limit
+    model, *drafts = opened
+    for draft in drafts:
+        stored = draft.checkpoint.schemes(n_processes)
+        needed = memory_plan.plan_memory(
+            draft.args,
+            dtype,
+            draft.args.max_batch_size,
+            draft.args.max_seq_len,
+            n_processes=n_processes,
+            stored=stored,
+            n_guesses=1,
+        ).total
+        free, limit = free - needed, f"{limit} beside the draft model's {needed / memory_plan.GIB:.2f} GiB"
+    memory_plan.check_fits(
+        model.args,
+        dtype,
+        free,
+        limit=limit,
+        n_processes=n_processes,
+        quantize=model.quantize,
+        stored=model.checkpoint.schemes(n_processes),
+        n_guesses=n_guesses,
+    )
 
 
 def _args_and_tokenizer(
@@ -178,8 +245,12 @@ def _adapter_folders(adapter: AdapterFolders) -> list[str | os.PathLike[str]]:
     return list(folders)
 
 
-def _check_paths(ckpt_dir: object, tokenizer_path: object) -> None:
-    for name, path in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path)):
+def _check_paths(ckpt_dir: object, tokenizer_path: object, draft: object) -> None:
+    for name, path in (
+        ("ckpt_dir", ckpt_dir),
+        ("tokenizer_path", tokenizer_path),
+        ("draft", "" if draft is None else draft),
+    ):
         if not isinstance(path, str | os.PathLike):
             raise ValueError(f"{name} must be a path, got {path!r}")
     if not os.path.exists(str(tokenizer_path)) and os.path.isdir(str(ckpt_dir)):

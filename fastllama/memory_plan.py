@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -20,6 +21,7 @@ from fastllama.kernels.quantized import ELEMENTS_AT_ONCE
 from fastllama.kernels.reference import QUERY_BLOCK_TOKENS
 from fastllama.prefill import PREFILL_CHUNK_TOKENS
 from fastllama.quantization import NOTHING_QUANTIZED, Scheme, bytes_of, model_schemes
+from fastllama.speculation import most_step_tokens
 from fastllama.token_scores import SCORE_CHUNK_TOKENS
 
 try:
@@ -29,7 +31,7 @@ except ImportError:  # on Windows, which has no such limits
 
 KIB, GIB = 2**10, 2**30
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
-FLOAT32_BYTES = 4
+FLOAT32_BYTES, INDEX_BYTES = 4, 8
 # How many activations of each width a forward pass holds at once, per token, rounded up.
 WIDTHS_OF_DIM = 4  # the residual stream, its norm in float32 (twice a bfloat16), the output that is added to it
 WIDTHS_OF_HEADS = 3  # queries and keys before and after the rotary embedding, the attention's output
@@ -65,10 +67,12 @@ def plan_memory(
     n_processes: int = 1,
     quantize: str | None = None,
     stored: Mapping[str, Scheme] = NOTHING_QUANTIZED,
+    n_guesses: int | None = 0,
 ) -> MemoryPlan:
     """The memory that a model of this shape needs on its device, or on each of `n_processes` that share it.
 
-    quantize: as in `Llama.build`. stored: how the weights are quantised that are quantised in the files.
+    quantize: as in `Llama.build`. stored: how the weights are quantised that are quantised in the files. n_guesses:
+    of a row, that a decode step checks; None: as many as pay off.
     """
     size = dtype.itemsize
     vocab_size, args = args.vocab_size, args.split(n_processes)
@@ -92,8 +96,8 @@ def plan_memory(
     mask = queries * max_seq_len * (2 + size)  # booleans, their repetition for each group, and numbers to add
     logits = size if n_processes == 1 else 3 * size  # this process's, all as gathered, and reordered
     scoring = SCORE_CHUNK_TOKENS * vocab_size * (logits + 2 * FLOAT32_BYTES)
-    sampling = max_batch_size * vocab_size * (logits + SAMPLING_BYTES_PER_LOGIT)
-    state = max_batch_size * vocab_size * STATE_BYTES_PER_LOGIT
+    sampling = most_step_tokens(max_batch_size, n_guesses) * vocab_size * (logits + SAMPLING_BYTES_PER_LOGIT)
+    state = max_batch_size * (vocab_size * STATE_BYTES_PER_LOGIT + (0 if n_guesses == 0 else max_seq_len * INDEX_BYTES))
     forward = n_tokens * per_token + mask + max(scoring, sampling) + state
     loading = max(math.prod(shape) for shape in shapes.values()) * size  # a weight, before it is packed
     if quantized:
@@ -179,15 +183,18 @@ def check_fits(
     n_processes: int = 1,
     quantize: str | None = None,
     stored: Mapping[str, Scheme] = NOTHING_QUANTIZED,
+    n_guesses: int | None = 0,
 ) -> MemoryPlan:
     """The plan for `args`. Raises DoesNotFit, which names sizes that would fit, if it needs more than `free` bytes.
 
     limit: what limits the memory, for the error message.
     """
 
+    how: dict[str, Any] = {"n_processes": n_processes, "quantize": quantize, "stored": stored, "n_guesses": n_guesses}
+
     def plan(max_batch_size: int, max_seq_len: int, cache_tokens: int | None = args.cache_tokens) -> MemoryPlan:
         sizes = (replace(args, cache_tokens=cache_tokens), dtype, max_batch_size, max_seq_len)
-        return plan_memory(*sizes, n_processes=n_processes, quantize=quantize, stored=stored)
+        return plan_memory(*sizes, **how)
 
     needed = plan(args.max_batch_size, args.max_seq_len)
     if needed.total <= free:
@@ -195,7 +202,9 @@ def check_fits(
     rows = _largest_that_fits(args.max_batch_size, lambda rows: plan(rows, args.max_seq_len).total <= free)
     length = _largest_that_fits(args.max_seq_len, lambda length: plan(args.max_batch_size, length).total <= free)
     precision = quantize or (f"{dtype}, weights as stored," if stored else dtype)
-    tokens = most_cache_tokens(args, dtype, free, n_processes=n_processes, quantize=quantize, stored=stored)
+    tokens = most_cache_tokens(
+        args, dtype, free, n_processes=n_processes, quantize=quantize, stored=stored, n_guesses=n_guesses
+    )
     remedies = [f"max_batch_size={rows} would fit"] * (rows > 0) + [f"max_seq_len={length} would fit"] * (length > 0)
     remedies += [f"cache_tokens={tokens} for all rows together would fit"] * (tokens >= args.max_seq_len)
     raise DoesNotFit(
@@ -217,13 +226,17 @@ def most_cache_tokens(
     n_processes: int = 1,
     quantize: str | None = None,
     stored: Mapping[str, Scheme] = NOTHING_QUANTIZED,
+    n_guesses: int | None = 0,
 ) -> int:
     """The most positions, of all rows together, for which a model of these rows fits in `free` bytes; 0 if none do."""
 
     def fits(pages: int) -> bool:
         shape = replace(args, cache_tokens=pages * PAGE_TOKENS)
         sizes = shape, dtype, args.max_batch_size, args.max_seq_len
-        return plan_memory(*sizes, n_processes=n_processes, quantize=quantize, stored=stored).total <= free
+        return (
+            plan_memory(*sizes, n_processes=n_processes, quantize=quantize, stored=stored, n_guesses=n_guesses).total
+            <= free
+        )
 
     most = n_pages(args.max_batch_size, args.max_seq_len)
     return PAGE_TOKENS * _largest_that_fits(most + 1, fits)

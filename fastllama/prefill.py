@@ -6,7 +6,7 @@ prompts' own log-probabilities, if requested, are computed from a few tokens' lo
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastllama import threads
 from fastllama.kernels.batch import RaggedBatch
 from fastllama.model import Transformer
+from fastllama.speculation import Guesser
 from fastllama.token_scores import score_tokens
 
 PREFILL_CHUNK_TOKENS = 2048
@@ -28,11 +29,11 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     score: bool = False,
     n_cached: Sequence[int] | None = None,
-    follow: Callable[[RaggedBatch], None] | None = None,
+    guesser: Guesser | None = None,
 ) -> tuple[Tensor, list[list[float]] | None]:
     """Fill cache rows 0, 1, … with the prompts, each from position 0. Rows get the pages that they lack.
 
-    n_cached: how many tokens of each prompt the row's pages hold already. follow: is to read every batch, too. Returns
+    n_cached: how many tokens of each prompt the row's pages hold already. guesser: reads them, too. Returns
     the logits (B, V) after each prompt's last token, in the model dtype, and, with `score`, each prompt's
     log-probabilities: one per token, 0.0 for the first token, which nothing predicts.
     """
@@ -44,8 +45,8 @@ def prefill(
         batch = RaggedBatch.of(pieces, model.device, model.workspace)
         with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
             h = model.hidden(batch)
-            if follow is not None:
-                follow(batch)
+            if guesser is not None:
+                guesser.follow(batch)
             for segment in batch.segments:
                 if segment.keys == len(prompts[segment.row]):
                     last[segment.row] = h[segment.end - 1]

@@ -70,6 +70,11 @@ def few_tokens_per_row(n_rows: int) -> int:
     return max(1, MAX_CHECKED_TOKENS // n_rows)
 
 
+def most_step_tokens(n_rows: int, n_guesses: int | None) -> int:
+    """The most tokens of a decode step of so many rows. n_guesses: of each row; None: as many as pay off."""
+    return max(n_rows, MAX_CHECKED_TOKENS) if n_guesses is None else n_rows * (n_guesses + 1)
+
+
 def window_batch(model: Transformer, window: Window, n_rows: int, keys: Sequence[int] | None) -> RaggedBatch:
     """The tokens of a window as a batch of the model. keys: the positions that each row's tokens attend to, at most."""
     size, longest = window.tokens.shape[0] // n_rows, model.cache.length

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fastllama.cuda_graph import CudaGraph
+from fastllama.guess_timer import GuessTimer
 from fastllama.kernels.batch import RaggedBatch, Segment
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.graph import Graph
@@ -92,8 +93,9 @@ class StepGraphs:
         """The arguments are those of `Decoder`."""
         self.model, self.unroll, self.guesser = model, unroll, guesser
         self.use_graphs, self.dependent, self._new_graph = graphs, dependent, new_graph
-        self.captured: dict[tuple[int, Extras, int], Graph] = {}  # by rows, extras and guesses
+        self.captured: dict[tuple[int, Extras, int, bool], Graph] = {}  # by the arguments of `_capture`
         self.call_stream: torch.cuda.Stream | None = None
+        self._timer = GuessTimer(model.device)
 
     def clear(self) -> None:
         """Drop all graphs: the model's tensors were replaced."""
@@ -109,17 +111,35 @@ class StepGraphs:
         else:
             speculative_step(self.model, state, self.guesser, n_guesses, lengths, extras)
 
-    def get(self, state: DecodeState, n_rows: int, extras: Extras, n_guesses: int = 0) -> Graph | None:
+    def get(
+        self, state: DecodeState, n_rows: int, extras: Extras, n_guesses: int = 0, only_guess: bool = False
+    ) -> Graph | None:
         """The graph for a batch of n_rows and n_guesses, captured at its first use; None where steps run eagerly.
 
-        Capturing leaves all rows of the state as they are if they are inactive.
+        only_guess: of the step's end alone, which guesses. Capturing leaves all rows of the state as they are if they
+        are inactive.
         """
         if self._factory(extras) is None:
             return None
-        key = graph_size(n_rows, self.model.cache.max_batch_size), extras, n_guesses
+        key = graph_size(n_rows, self.model.cache.max_batch_size), extras, n_guesses, only_guess
         if key not in self.captured:
             self.captured[key] = self._capture(state, *key)
         return self.captured[key]
+
+    def guess_seconds(self, state: DecodeState, n_rows: int, lengths: Sequence[int], n_guesses: int) -> float:
+        """The time for guessing at the end of the step before, which is measured from time to time."""
+        guesser = self.guesser
+        if guesser is None or (guesser.cost and n_guesses == 0):
+            return 0.0
+
+        def guess_again() -> Callable[[], None]:
+            graph = self.get(state, n_rows, PLAIN, n_guesses, only_guess=True)
+            return graph.replay if graph is not None else lambda: guesser.guess(state.first(n_rows), n_guesses, lengths)
+
+        count = n_guesses if guesser.cost else 1
+        with self.launch_context():
+            self._timer.after_step(count, guess_again)
+        return count * self._timer.seconds
 
     def dry_run(self, state: DecodeState, n_guesses: int) -> None:
         """Run an eager step of inactive rows. Raises RuntimeError as `Decoder.dry_run`."""
@@ -173,11 +193,14 @@ class StepGraphs:
         factory: Callable[[], Graph] | None = model.ops.graph_factory(model.device)
         return factory if model.group.size == 1 and extras == PLAIN else None
 
-    def _capture(self, state: DecodeState, n_rows: int, extras: Extras, n_guesses: int) -> Graph:
+    def _capture(self, state: DecodeState, n_rows: int, extras: Extras, n_guesses: int, only_guess: bool) -> Graph:
         """Capture a graph of `unroll` steps; if it fails with dependent launches, turn them off and try again."""
-        rows = state.first(n_rows)
+        rows, guesser = state.first(n_rows), self.guesser
 
         def steps() -> None:
+            if only_guess and guesser is not None:
+                guesser.guess(rows, n_guesses, None)
+                return
             for _ in range(self.unroll):
                 self.run(rows, extras=extras, n_guesses=n_guesses)
 

@@ -186,7 +186,7 @@ def increments(decoder: Decoder, request: Request, tokenizer: BaseTokenizer | No
     )
     decoder.set_histories(dict(enumerate(request.prompts)))
     with decoder.launch_context():
-        logits, scores = prefill(decoder.model, request.prompts, scoring, n_cached, decoder.follow)
+        logits, scores = prefill(decoder.model, request.prompts, scoring, n_cached, decoder.guesser)
     try:
         yield from _decoded(decoder, request, rows, logits, scores)
     finally:

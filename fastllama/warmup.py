@@ -48,4 +48,4 @@ def row_classes(max_rows: int, batch_sizes: Sequence[int] = ()) -> list[int]:
 def _prefill(decoder: Decoder, n_tokens: int) -> None:
     model: Transformer = decoder.model
     with model.exclusively(), decoder.launch_context():
-        prefill(model, [[0] * n_tokens], follow=decoder.follow)
+        prefill(model, [[0] * n_tokens], guesser=decoder.guesser)

@@ -10,6 +10,7 @@ import click
 
 from fastllama.cli import standard_streams
 from fastllama.cli.options import ModelOptions, cache_tokens_option, connect_processes, json_option, model_options
+from fastllama.cli.speed import with_speculation
 from fastllama.cli.standard_streams import write_stderr, write_stdout
 from fastllama.distributed import environment
 
@@ -91,9 +92,10 @@ def _run(llm: Any, in_file: str, out_file: str, answered: "Answered", seed: int,
     was_interrupted = counts.pop("interrupted")
     report = {**counts, "seconds": seconds, "tokens_per_second": counts["tokens"] / seconds}
     if as_json:
+        report = with_speculation(report, llm.speculation)
         write_stdout(json.dumps(report | ({"error": INTERRUPTED} if was_interrupted else {})))
     else:
-        write_stderr(_text(report))
+        write_stderr(_text(report) + (f"; {llm.speculation}" if llm.speculation is not None else ""))
     if was_interrupted:
         write_stderr(f"interrupted: the answers so far are in {out_file}; the same command goes on from there")
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from fastllama.cli import standard_streams
 from fastllama.cli.conversation import Conversation, Reply, TooLongError
 from fastllama.cli.options import ModelOptions, connect_processes, json_option, model_options, sampling_options
 from fastllama.cli.parameter_types import Text
-from fastllama.cli.speed import print_speed
+from fastllama.cli.speed import print_speed, with_speculation
 from fastllama.cli.standard_streams import write_stderr, write_stdout
 
 DEFAULT_MAX_SEQ_LEN = 512
@@ -81,7 +81,7 @@ def chat(
             n_tokens += _answer(conversation, line, interactive, as_json)
             seconds += time.perf_counter() - start
     if n_tokens and not as_json:
-        print_speed(n_tokens, seconds)
+        print_speed(n_tokens, seconds, llm.speculation)
 
 
 def _input_lines(interactive: bool) -> Iterator[str]:
@@ -130,10 +130,12 @@ def _answer(conversation: Conversation, message: str, interactive: bool, as_json
     if reply.n_forgotten:
         write_stderr(f"(the context is full: the oldest {reply.n_forgotten} messages were forgotten)")
     if as_json:
-        write_stdout(json.dumps(_reply_object(reply)))
+        write_stdout(json.dumps(with_speculation(_reply_object(reply), reply.speculation)))
         return reply.n_tokens
     # Through a pipe, each reply is one line.
     write_stdout("" if live else LINE_END.sub(" ", reply.text))
+    if live and reply.speculation is not None:
+        write_stderr(f"({reply.speculation})")
     if reply.finish_reason == "length":
         write_stderr("(cut short: --max_gen_len and --max_seq_len set the longest reply)")
     elif reply.finish_reason == "interrupted":

@@ -12,7 +12,7 @@ import click
 from fastllama.cli import standard_streams
 from fastllama.cli.options import ModelOptions, connect_processes, json_option, model_options, sampling_options
 from fastllama.cli.parameter_types import Text
-from fastllama.cli.speed import print_speed
+from fastllama.cli.speed import print_speed, with_speculation
 from fastllama.cli.standard_streams import write_stdout
 
 if TYPE_CHECKING:
@@ -115,9 +115,10 @@ def complete(prompts: tuple[str, ...], as_json: bool, max_batch_size: int | None
         if printer is not None:
             printer.finish(complete=failure is None)
         elif not isinstance(failure, BrokenPipeError):
-            write_stdout(json.dumps(_report(completions, seconds, options["logprobs"], failure)))
+            report = _report(completions, seconds, options["logprobs"], failure)
+            write_stdout(json.dumps(with_speculation(report, llm.speculation)))
     if not as_json:
-        print_speed(sum(completion.n_generated for completion in completions), seconds)
+        print_speed(sum(completion.n_generated for completion in completions), seconds, llm.speculation)
 
 
 def _read_prompt() -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastllama.generation import Llama
+    from fastllama.speculation_stats import SpeculationStats
     from fastllama.tokenizer import Message
 
 # A prompt leaves a fourth of the context for the reply, but at most 64 tokens.
@@ -26,6 +27,7 @@ class Reply:
     n_tokens: int
     finish_reason: str | None
     n_forgotten: int  # messages that were dropped from the conversation before this reply
+    speculation: "SpeculationStats | None" = None  # what it did for this reply
 
 
 class Conversation:
@@ -59,7 +61,7 @@ class Conversation:
         turns, n_forgotten = self._fit([*self._turns, {"role": "user", "content": message}])
         prompt = self._encode(turns)
         length = self._context if self._max_gen_len is None else self._max_gen_len
-        text, n_tokens = "", 0
+        text, n_tokens, before = "", 0, self._llm.speculation
         reason: str | None = None
         stream = self._llm.stream([prompt], length, self._temperature, self._top_p, reuse_prefix=True)
         with closing(stream):  # an interrupted stream must not stay open
@@ -76,7 +78,9 @@ class Conversation:
                 reason = "interrupted"
         # A question without a reply is forgotten: an empty turn would lead the model to more empty replies.
         self._turns = [*turns, {"role": "assistant", "content": text}] if text.strip() else turns[:-1]
-        return Reply(text, n_tokens, reason, n_forgotten)
+        after = self._llm.speculation
+        speculation = None if after is None or before is None else after - before
+        return Reply(text, n_tokens, reason, n_forgotten, speculation)
 
     def _fit(self, turns: "list[Message]") -> "tuple[list[Message], int]":
         """(the latest turns that leave space for a reply, the number of messages dropped)."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastllama.cli import standard_streams
-from fastllama.cli.parameter_types import Choice, Number
+from fastllama.cli.parameter_types import Choice, IntegerOr, Number
 from fastllama.distributed import environment
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("reference", "fused", "native")
 # The keys of quantization.CHOICES, which imports torch. A test compares them.
 QUANTIZE_CHOICES = ("int8", "fp8", "int4", "int4-g64", "int4-g32")
+SPECULATE_CHOICES = ("lookup", "draft")
+MAX_GUESSES = 15  # a copy of that in kernels/guesses.py, which imports torch. A test compares them.
 LONGEST_SEQUENCE = 131072
 LARGEST_SEED = 2**63 - 1
 BUILTIN_NOTICE = "no --ckpt_dir: using the small model in the package, which knows stories and a few hundred facts"
@@ -38,6 +40,9 @@ class ModelOptions:
     max_seq_len: int
     nproc: int
     adapter: tuple[str, ...]
+    speculate: str | None
+    draft: str | None
+    n_guesses: int | str
 
     @classmethod
     def pop_from(cls, options: dict[str, Any]) -> "ModelOptions":
@@ -59,6 +64,9 @@ class ModelOptions:
             "backend": self.backend,
             "quantize": self.quantize,
             "adapter": list(self.adapter),
+            "speculate": self.speculate,
+            "draft": self.draft,
+            "n_guesses": self.n_guesses,
             **more,
         }
         from fastllama.generation import Llama
@@ -137,6 +145,7 @@ def model_options(max_seq_len: int) -> Decorator:
         ),
         device_options,
         quantize_option,
+        speculation_options,
         nproc_option,
         threads_option,
         click.option(
@@ -223,6 +232,25 @@ def quantize_option(command: Any) -> Any:
         "--quantize",
         type=Choice(QUANTIZE_CHOICES),
         help="Keep the weights in fewer bits, rounded while they are read. int4 has groups of 128, 64 or 32 columns.",
+    )(command)
+
+
+def speculation_options(command: Any) -> Any:
+    """--speculate, --draft and --n_guesses."""
+    return _combined(
+        click.option(
+            "--speculate",
+            type=Choice(SPECULATE_CHOICES),
+            help="Several tokens a step, for the same answers: guess what followed earlier (lookup), or with --draft.",
+        ),
+        click.option("--draft", metavar="PATH", help="Checkpoint of a smaller model with the same vocabulary."),
+        click.option(
+            "--n_guesses",
+            type=IntegerOr("auto", 1, MAX_GUESSES),
+            default="auto",
+            show_default=True,
+            help=f"Guesses that a step checks, 1 to {MAX_GUESSES}; auto follows how many were right.",
+        ),
     )(command)
 
 

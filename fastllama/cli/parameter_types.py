@@ -23,6 +23,26 @@ class Number(click.ParamType):
         return number
 
 
+class IntegerOr(click.ParamType):
+    """A whole number from `least` to `most`, or a word."""
+
+    name = "n"
+
+    def __init__(self, word: str, least: int, most: int) -> None:
+        self.word, self.least, self.most = word, least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == self.word:
+            return self.word
+        try:
+            number = int(value)
+        except ValueError:
+            number = self.least - 1
+        if not self.least <= number <= self.most:
+            self.fail(f"{value!r} is neither {self.word} nor a number from {self.least} to {self.most}.", param, ctx)
+        return number
+
+
 class Text(click.ParamType):
     """Text for the model, always valid Unicode."""
 

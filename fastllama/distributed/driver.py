@@ -32,7 +32,12 @@ COMMAND_TIMEOUT = timedelta(days=365)  # for a worker that waits for a command: 
 FORCE_QUIT_INTERRUPTS = 3  # this many Ctrl-C end the process without waiting for the end of a step
 EXIT_INTERRUPTED = 130
 SHUTDOWN_SECONDS = 10  # for workers to exit after the shutdown command
-READABLE_ATTRIBUTES = ("model", "tokenizer", "formatter")  # of a Llama: reading them needs no other process
+READABLE_ATTRIBUTES = (
+    "model",
+    "tokenizer",
+    "formatter",
+    "speculation",
+)  # of a Llama: reading them needs no other process
 # Keys in the store.
 BUILD_KEY = "what to build"
 READY_KEY = "ready "  # followed by the rank of a worker that waits for the build command
@@ -44,7 +49,7 @@ _workers: WorkerProcesses | None = None
 
 
 class Driver:
-    """A Llama whose streams run in all processes. `model`, `tokenizer` and `formatter` may be read."""
+    """A Llama whose streams run in all processes. READABLE_ATTRIBUTES may be read."""
 
     def __init__(self, llm: Llama) -> None:
         self._llm = llm

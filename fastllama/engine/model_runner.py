@@ -69,8 +69,8 @@ class ModelRunner:
             batch = RaggedBatch.of(pieces, model.device, model.workspace)
             with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
                 h = model.hidden(batch)
-                if self.decoder.follow is not None:
-                    self.decoder.follow(batch)
+                if self.decoder.guesser is not None:
+                    self.decoder.guesser.follow(batch)
                 scores: dict[Sequence, list[TokenScore]] = {}
                 for chunk, segment in zip(chunks, batch.segments, strict=True):
                     if chunk.sequence.first_scored is not None:

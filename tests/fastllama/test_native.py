@@ -68,7 +68,7 @@ def test_replays_like_eager(unroll: int, tmp_path: Path) -> None:
         for call, wanted in zip(CALLS, expected, strict=True):
             assert_same_answers(llm.generate(max_gen_len=12, logprobs=True, **call), wanted)
     assert llm.decoder.captured_sizes == [1, 4]
-    assert isinstance(llm.decoder._graphs.captured[4, PLAIN, 0], NativeGraph)
+    assert isinstance(llm.decoder._graphs.captured[4, PLAIN, 0, False], NativeGraph)
 
 
 def test_more_rows_than_the_kernels_take_alone(tmp_path: Path) -> None:

@@ -165,12 +165,18 @@ def write_meta(
     return folder
 
 
-def write_tokenizer(folder: Path, n_ranks: int = N_RANKS) -> Path:
-    """Write tokenizer.model: all bytes and `n_ranks` - 256 tokens of two letters; vocab_size is n_ranks + 256."""
+def write_tokenizer(folder: Path, n_ranks: int = N_RANKS, swapped: tuple[int, int] | None = None) -> Path:
+    """Write tokenizer.model: all bytes and `n_ranks` - 256 tokens of two letters; vocab_size is n_ranks + 256.
+
+    swapped: two tokens that change places.
+    """
     pairs = [" " + letter for letter in ascii_lowercase] + [a + b for a in ascii_lowercase for b in ascii_lowercase]
     tokens = [bytes([byte]) for byte in range(256)] + [pair.encode() for pair in pairs]
     if not 256 <= n_ranks <= len(tokens):
         raise ValueError(f"expected 256 to {len(tokens)} ranks, got {n_ranks}")
+    if swapped is not None:
+        one, other = swapped
+        tokens[one], tokens[other] = tokens[other], tokens[one]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.model"
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens[:n_ranks])]

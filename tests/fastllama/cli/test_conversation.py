@@ -17,6 +17,8 @@ CONTEXT = 100
 class ScriptedLlama:
     """Returns `replies` one after the other; None among a reply's pieces stands for a Ctrl-C."""
 
+    speculation = None
+
     def __init__(self, *replies: Sequence[str | None]) -> None:
         self.replies = list(replies)
         self.model = SimpleNamespace(params=SimpleNamespace(max_seq_len=CONTEXT))

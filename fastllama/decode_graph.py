@@ -141,8 +141,11 @@ class Decoder:
             for n_guesses in self._guess_counts(n_rows):
                 self._graphs.dry_run(self._state.first(n_rows), n_guesses)
 
-    def begin(self) -> None:
-        """Begin a call without rows. All its launches go to the stream that is current here."""
+    def begin(self, is_batch: bool = False) -> None:
+        """Begin a call without rows. All its launches go to the stream that is current here.
+
+        is_batch: no other rows follow the first ones.
+        """
         self._graphs.use_current_stream()
         self._allocate_for_model()
         with self.launch_context():
@@ -150,7 +153,7 @@ class Decoder:
         self._lengths = RowLengths(self.model.cache.max_batch_size, self.model.cache.max_seq_len)
         self._copies.clear()
         self._selected: tuple[int, bool, Extras] | None = None
-        self.control.begin()
+        self.control.begin(is_batch)
 
     def select(self, n_rows: int, greedy: bool = False, extras: Extras = PLAIN) -> None:
         """The steps from now on run the first n_rows. greedy: no row draws."""
@@ -184,7 +187,7 @@ class Decoder:
         The rows get pages of the cache for all of it. prompts: their tokens, to begin with pages that are in the cache.
         Returns how many tokens of each prompt are; all others are to be computed (`prefill`).
         """
-        self.begin()
+        self.begin(is_batch=True)
         self.select(len(tokens), sampling.greedy)
         lengths = [max(end, position + 1) for end, position in zip(last, positions, strict=True)]
         n_cached = self.model.cache.assign(lengths, prompts)

@@ -6,10 +6,14 @@ guesses makes 1 + a + a² + … + aᵏ tokens. The number is chosen with the mos
 Lookup guesses in every step, so tokens of steps that checked nothing count, too; each length of the n-gram that it
 found has an estimate of its own. A draft model costs time, so it does not run where its guesses do not pay off. Then a
 few steps try it again from time to time.
+
+Estimates may be wrong. So a step risks no more than was won: a row's credit is its tokens less the plain steps that its
+steps cost, and a little to begin with. Guesses are checked only if the credit suffices for the case that none is right.
+A batch is as slow as its slowest row, so there every row's credit must suffice.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastllama.kernels.guesses import DRAFTED, MAX_GUESSES, NO_GUESS
@@ -22,10 +26,12 @@ MEMORY = 0.93  # how much an earlier guess counts, per guess since
 # By the length of the n-gram, or DRAFTED: (right, all) before the first guess.
 PRIOR = {0: (0.0, 1.0), 1: (0.2, 1.0), 2: (0.8, 2.0), 3: (1.4, 2.0), DRAFTED: (1.4, 2.0)}
 N_TIMES = 16  # of a kind of step that are remembered
+MIN_TIMES = 3  # of a kind of step, before it is ruled out by them: the first ones may be slow
 ASSUMED_COST = 0.03  # of checking one more token, as a part of a plain step, before it was measured
 TRIAL_STEPS = 4  # of a draft model, which are to cost at most TRIAL_SHARE of the steps since its last ones
 TRIAL_SHARE = 0.015
 TRIAL_MEMORY = 0.25  # how much all earlier guesses count in a trial
+CREDIT, CREDIT_SHARE = 1.0, 0.015  # of a row, in plain steps: to begin with, and more for each of its tokens
 READ_TOGETHER = 8  # tokens that a draft model reads in the time of one guess, when it reads what it left out
 
 
@@ -48,15 +54,23 @@ class GuessControl:
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     _rates: dict[int, tuple[float, ...]] = field(default_factory=dict)
     _rows: dict[int, _Guessed] = field(default_factory=dict)
+    _is_batch: bool = True
+    _accepted: tuple[float, ...] = (1.0, 1.0)  # lately: (guesses that were right, that were expected to be)
+    _credit: dict[int, float] = field(default_factory=dict)  # by row, in plain steps
     _unguessed: int = 0  # steps since the last one with guesses of a draft model
     _trial: int = 0  # steps left in which it is tried again
     _received_at: float | None = None
     _times: dict[tuple[int, int], deque[float]] = field(default_factory=dict)  # by (rows, guesses)
 
-    def begin(self) -> None:
-        """A call begins: nothing is known about its text. Costs stay known."""
-        self._rates = dict(PRIOR)
+    def begin(self, is_batch: bool = True) -> None:
+        """A call begins: nothing is known about its text. Costs stay known.
+
+        is_batch: it ends with its last row. Otherwise other rows follow, and all rows' tokens together count.
+        """
+        self._is_batch = is_batch
+        self._rates, self._accepted = dict(PRIOR), (1.0, 1.0)
         self._rows.clear()
+        self._credit.clear()
         self._received_at = None
         self._unguessed = self._trial = 0
 
@@ -64,9 +78,11 @@ class GuessControl:
         """The number of guesses to check in the next step of the first n_rows."""
         if self.n_guesses is not None:
             return self.n_guesses
+        if self.measures and len(self._times.get((n_rows, 0), ())) < MIN_TIMES - 1:
+            return 0  # to have something to compare with
         if not self.guess_cost:
-            return self._best(n_rows, [self._chance(one.matched) for row, one in self._rows.items() if row < n_rows])
-        best = self._best(n_rows, [self._chance(DRAFTED)] * n_rows)
+            return self._best(n_rows, {row: self._chance(one.matched) for row, one in self._rows.items()})
+        best = self._best(n_rows, dict.fromkeys(range(n_rows), self._chance(DRAFTED)))
         if best == 0 and self._is_worth_a_trial(n_rows):
             self._rates[DRAFTED] = tuple(TRIAL_MEMORY * number for number in self._rates[DRAFTED])
             self._trial = TRIAL_STEPS
@@ -76,16 +92,41 @@ class GuessControl:
         self._unguessed = 0 if best else self._unguessed + 1
         return best
 
-    def _best(self, n_rows: int, chances: Sequence[float]) -> int:
-        """The number with the most tokens per second, for rows whose guesses have these chances."""
-        if not any(chances):
+    def _best(self, n_rows: int, chances: Mapping[int, float]) -> int:
+        """The number with the most tokens per second. chances: of the guesses of rows that have some."""
+        chances = {row: chance for row, chance in chances.items() if row < n_rows and chance}
+        if not chances:
             return 0
-        return max(self.choices(n_rows), key=lambda k: (n_rows + _expected(chances, k)) / self._cost(n_rows, k))
+        right, expected = self._accepted
+        share = min(1.0, right / expected)
+
+        def rate(k: int) -> float:
+            gained = share * sum(_expected(chance, k) for chance in chances.values())
+            return (n_rows + gained) / self._cost(n_rows, k)
+
+        return max((k for k in self.choices(n_rows) if self._is_affordable(n_rows, k)), key=rate)
+
+    def _is_affordable(self, n_rows: int, n_guesses: int, n_steps: int = 1) -> bool:
+        """Whether the rows' credit suffices for steps whose guesses are all wrong, and whether their cost is known.
+
+        A number whose cost was not measured follows the next lower one.
+        """
+        if n_guesses == 0:
+            return True
+        counts = self.choices(n_rows)
+        measured = max((k for k in counts if (n_rows, k) in self._times), default=0)
+        if self.measures and counts.index(n_guesses) > counts.index(measured) + 1:
+            return False
+        credits = [self._credit.get(row, CREDIT) for row in range(n_rows)]
+        loss = n_steps * (self._cost(n_rows, n_guesses) / self._cost(n_rows, 0) - 1)
+        return loss <= (min(credits) if self._is_batch else sum(credits) / n_rows)
 
     def _is_worth_a_trial(self, n_rows: int) -> bool:
         """Whether a draft model that was not used for a while may be tried again, and could pay off."""
         plain, counts = self._cost(n_rows, 0), self.choices(n_rows)[1:]
         if self._trial > 0 or not any((k + 1) * plain > self._cost(n_rows, k) for k in counts):
+            return False
+        if not self._is_affordable(n_rows, counts[0], TRIAL_STEPS):
             return False
         steps = TRIAL_STEPS * max(0.0, self._cost(n_rows, counts[0]) / plain - 1)
         reading = min(self._unguessed, MAX_CATCH_UP) / READ_TOGETHER * self.guess_cost
@@ -122,18 +163,24 @@ class GuessControl:
         """`newest.new_tokens`, which are noted. To be called once for every row that has not ended."""
         found = newest.new_tokens(row, start, n_known)
         if newest.positions is not None and found:
-            self.note_tokens(row, start + n_known, [token for token, _ in found], newest.n_guesses)
+            tokens = [token for token, _ in found]
+            self.note_tokens(row, start + n_known, tokens, newest.n_guesses, len(newest.tokens[0]))
         return found
 
-    def note_tokens(self, row: int, position: int, tokens: Sequence[int], n_checked: int) -> None:
-        """A step gave a row these tokens, the first at this position."""
+    def note_tokens(self, row: int, position: int, tokens: Sequence[int], n_checked: int, n_rows: int = 1) -> None:
+        """A step of n_rows gave a row these tokens, the first at this position."""
         self.stats.steps += 1
         self.stats.tokens += len(tokens)
         self.stats.accepted += len(tokens) - 1
+        cost = self._cost(n_rows, n_checked) / self._cost(n_rows, 0)
+        self._credit[row] = self._credit.get(row, CREDIT) + len(tokens) * (1 + CREDIT_SHARE) - cost
         guessed = self._rows.get(row)
         if guessed is None or guessed.position + 1 != position or not guessed.matched:
             return
         self.stats.checked += sum(guess != NO_GUESS for guess in guessed.tokens[:n_checked])
+        if n_checked:
+            new = len(tokens) - 1, _expected(self._chance(guessed.matched), n_checked)
+            self._accepted = tuple(MEMORY * old + more for old, more in zip(self._accepted, new, strict=True))
         for token, guess in zip(tokens, guessed.tokens, strict=False):
             right, total = self._rates[guessed.matched]
             self._rates[guessed.matched] = right * MEMORY + (token == guess), total * MEMORY + 1
@@ -151,6 +198,7 @@ class GuessControl:
     def end_row(self, row: int) -> None:
         """A row has ended."""
         self._rows.pop(row, None)
+        self._credit.pop(row, None)
 
     def _chance(self, matched: int) -> float:
         right, total = self._rates[matched]
@@ -158,13 +206,19 @@ class GuessControl:
 
     def _cost(self, n_rows: int, n_guesses: int) -> float:
         """Of a step; the least that was measured lately, since other programs only add to it."""
-        known = self._times.get((n_rows, n_guesses))
-        if known:
+        known = self._times.get((n_rows, n_guesses), ())
+        if len(known) >= MIN_TIMES or (known and n_guesses == 0):
             return min(known)
-        plain = self._times.get((n_rows, 0))
-        return (min(plain) if plain else 1.0) * (1 + n_guesses * (ASSUMED_COST * n_rows + self.guess_cost))
+        plain = min(self._times.get((n_rows, 0), ()), default=1.0)
+        measured = [k for k in self.choices(n_rows)[1:] if k != n_guesses and (n_rows, k) in self._times]
+        per_guess = ASSUMED_COST * n_rows + self.guess_cost
+        if measured:
+            nearest = min(measured, key=lambda k: abs(k - n_guesses))
+            per_guess = max(0.0, min(self._times[n_rows, nearest]) / plain - 1) / nearest
+        assumed = plain * (1 + n_guesses * per_guess)
+        return (min(known) + assumed) / 2 if known else assumed
 
 
-def _expected(chances: Sequence[float], n_guesses: int) -> float:
-    """How many of n_guesses each row's step is expected to accept, summed over the rows."""
-    return sum(sum(chance**i for i in range(1, n_guesses + 1)) for chance in chances)
+def _expected(chance: float, n_guesses: int) -> float:
+    """How many of a row's n_guesses are expected to be right."""
+    return sum(chance**i for i in range(1, n_guesses + 1))

@@ -41,6 +41,7 @@ def all_cases(arguments: dict[str, Any]) -> dict[str, Any]:
     results["failure"] = build_error("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
     results["again"] = are_alike(answers(build(arguments["folders"][0])), results["answers"][0])
     if dist.get_world_size() == 2:
+        results["speculation"] = speculation(arguments["folders"][0], results["answers"][0])
         return results | {"memory": memory(arguments["large"]), "fused": fused(arguments["folders"][1])}
     return results | {"subsets": subsets(arguments["folders"][2])}
 
@@ -110,6 +111,23 @@ def memory(folder: str) -> dict[str, Any]:
     with peak_host_memory() as peak:
         llm = build(folder)
     return {"peak": peak.bytes - before, "weights": sum(t.nbytes for t in llm.model.state_dict().values())}
+
+
+def speculation(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
+    """Whether the answers are the expected ones with each kind of guesses, and how many were right."""
+    kinds: dict[str, dict[str, Any]] = {
+        "lookup": {"speculate": "lookup", "n_guesses": 3},
+        "lookup auto": {"speculate": "lookup"},
+        "draft": {"draft": folder, "n_guesses": 3},
+        "draft auto": {"draft": folder},
+    }
+    results: dict[str, Any] = {}
+    for name, options in kinds.items():
+        llm = build(folder, **options)
+        alike = are_alike(answers(llm) | {"cached": expected["cached"]}, expected)
+        stats = llm.speculation
+        results[name] = alike, stats.accepted if stats is not None else None, stats.steps if stats is not None else None
+    return results
 
 
 def fused(folder: str) -> dict[str, Any]:

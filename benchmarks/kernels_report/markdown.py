@@ -5,7 +5,7 @@ from operator import itemgetter
 
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
 from fastllama.benchmarks.kernels_report.model_launches import CONTEXT_TOKENS, MODELS, PREFILL_TOKENS
-from fastllama.benchmarks.kernels_report.table import ALL_MODELS_GPUS, WHOLE_STEP, Row, launch_counts
+from fastllama.benchmarks.kernels_report.table import ALL_MODELS_GPUS, CHECKED_STEP, WHOLE_STEPS, Row, launch_counts
 from fastllama.benchmarks.tables import Columns, markdown, table_of
 
 # The titles of the sections that are not about one GPU.
@@ -74,7 +74,8 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         f"# The kernels, as triton {triton_version} compiles them",
         "`make kernels-report` writes this page, and the tests compare the kernels with it. It lists every launch of a "
         f"decode step with 1, 4 and 16 rows, and every launch around the library's matmul for {PREFILL_TOKENS} tokens "
-        "of a prompt, in bfloat16, made by the real wrappers. 3-70B/8 is one of eight processes. 3.2-1B is compiled "
+        "of a prompt, in bfloat16, made by the real wrappers. Of a step that checks guesses, it lists the launches "
+        "that differ, with 5 and 16 tokens of one row. 3-70B/8 is one of eight processes. 3.2-1B is compiled "
         f"for {', '.join(ALL_MODELS_GPUS)} only. No figure on this page was measured on a GPU.",
         f"## {LAUNCHES}",
         markdown(
@@ -84,7 +85,15 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
                 for (gpu, model, tokens), (layer, step) in launch_counts(compiled).items()
             ],
         ),
-        "There is no kernel of torch's between them.",
+        "There is no kernel of torch's between them. A step that checks looked-up guesses of one row:",
+        markdown(
+            ["GPU", "model", "guesses", "a step", "layers"],
+            [
+                [row["gpu"], row["model"], row["tokens"] - 1, row["launches"], MODELS[row["model"]].n_layers]
+                for row in compiled
+                if row["op"] == CHECKED_STEP
+            ],
+        ),
         f"## {WEIGHTS}",
         "Fit: programs that run at once on a multiprocessor. Waves: how often the programs fill all multiprocessors. "
         "In flight: bytes of the weight that those programs have requested before they wait. Issue slots: the share "
@@ -100,7 +109,7 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         table_of(traffic, MOVED).text(in_markdown=True),
     ]
     for name in dict.fromkeys(row["gpu"] for row in compiled):
-        rows = [row for row in compiled if row["gpu"] == name and row["op"] != WHOLE_STEP]
+        rows = [row for row in compiled if row["gpu"] == name and row["op"] not in WHOLE_STEPS]
         parts += [f"## {heading(name)}", table_of(rows, RESOURCES).text(in_markdown=True)]
     legend = (
         "Spills: bytes of a thread's stack. Shared: bytes of shared memory of a program; the limits are "

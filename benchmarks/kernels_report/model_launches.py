@@ -16,11 +16,12 @@ from fastllama.args import ModelArgs
 from fastllama.benchmarks.models import PUBLISHED_MODELS
 from fastllama.benchmarks.suites.op_cases import LOGITS_STD
 from fastllama.distributed.model_parallel import Group
-from fastllama.kernels import fused
+from fastllama.kernels import checking, fused
 from fastllama.kernels.attention.prefill import attention_prefill
 from fastllama.kernels.batch import RaggedBatch, SamplingTensors
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.embedding import embed
+from fastllama.kernels.guesses import MAX_GUESSES
 from fastllama.kernels.projection.dequantize import dequantize
 from fastllama.kernels.projection.packing import ORDER, FusedWeight
 from fastllama.kernels.quantized import BITS, Weight
@@ -30,12 +31,14 @@ from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
 from fastllama.packed_weights import assign
 from fastllama.quantization import scheme_of
-from fastllama.step_graphs import step
+from fastllama.speculation import LookupGuesser, window_batch
+from fastllama.step_graphs import speculative_step, step
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
 CONTEXT_TOKENS = 2048  # of each row in a decode step
 BATCHES = (1, 4, 16)
+CHECKED_TOKENS = (5, 16)  # of the row, in a step that checks guesses
 PREFILL_TOKENS = 64
 STEP_POSITIONS = 64  # in a complete step's cache; its launches depend only on the number of rows
 PUBLISHED = {"3.2-1B": "llama3.2-1b", "3-8B": "llama3-8b", "3-70B/8": "llama3-70b"}
@@ -85,7 +88,12 @@ class _NoCollectives(Group):
 
 
 def _lazy_model(
-    args: ModelArgs, n_processes: int, rows: int, positions: int, quantize: str | None = None
+    args: ModelArgs,
+    n_processes: int,
+    rows: int,
+    positions: int,
+    quantize: str | None = None,
+    tokens_per_row: int = 1,
 ) -> Transformer:
     """The first process's part of a model on the fused backend, whose rows have pages for all positions.
 
@@ -95,6 +103,7 @@ def _lazy_model(
     group = _NoCollectives(0, n_processes)
     model = Transformer(args, device=CPU, dtype=DTYPE, backend="reference", init_weights=False, group=group)
     model.ops = fused
+    model.allow_step_sizes(tokens_per_row, rows * tokens_per_row)
     model._allocate()  # again, for this backend's workspace
     model.cache.assign([positions] * rows)
     shapes, weights = model.share.shapes, dict[str, Weight]()
@@ -143,6 +152,42 @@ def whole_step(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str |
     model = _lazy_model(args, n_processes, rows, STEP_POSITIONS, quantize)
     state = _state(args, rows, STEP_POSITIONS)
     return lambda: step(model, state)
+
+
+def checking_ops(args: ModelArgs, size: int) -> Calls:
+    """The ops of a step that checks guesses of one row, without those that `decode_ops` has for as many rows."""
+    model = _lazy_model(replace(args, n_layers=1), 1, 1, CONTEXT_TOKENS, tokens_per_row=size)
+    state = _guessing_state(args, CONTEXT_TOKENS)
+    window, cache = checking.window(state, 0, size), model.cache.layer(0)
+    batch = window_batch(model, window, 1, None)
+    q = _lazy_zeros(size, args.n_heads, args.head_dim)
+    random = torch.Generator().manual_seed(1)
+    logits = (LOGITS_STD * torch.randn(size, args.vocab_size, generator=random)).to(DTYPE)
+    drawn, scores = torch.ones(size, dtype=torch.int64), torch.zeros(size)
+    yield "window", lambda: fused.window(state, 0, size)
+    yield "attention, one row", lambda: fused.attention(q, cache, batch)
+    yield "sample, one row", lambda: fused.sample(logits, state.sampling, window.following, model.workspace)
+    yield "accept", lambda: fused.accept(state, drawn, scores)
+    yield "look_up", lambda: fused.look_up(state, MAX_GUESSES)
+    yield "put_guess", lambda: fused.put_guess(state, 0, drawn)
+
+
+def checked_step(args: ModelArgs, size: int) -> Callable[[], None]:
+    """The step of all layers that checks size - 1 looked-up guesses of one row."""
+    model = _lazy_model(args, 1, 1, STEP_POSITIONS, tokens_per_row=size)
+    state, guesser = _guessing_state(args, STEP_POSITIONS), LookupGuesser(model)
+    return lambda: speculative_step(model, state, guesser, size - 1)
+
+
+def _guessing_state(args: ModelArgs, positions: int) -> DecodeState:
+    """One row with room for guesses after its newest token."""
+    state = DecodeState.of(1, positions, args.vocab_size, CPU).with_guesses(positions)
+    newest = positions - MAX_GUESSES - 2
+    state.set([1], [newest], [positions - 1], [2, 3], SamplingTensors.of(0.6, 0.9, [(1, 0, 0)], CPU))
+    guesses = state.guesses
+    assert guesses is not None
+    guesses.tokens.fill_(1)
+    return state
 
 
 def _state(args: ModelArgs, rows: int, positions: int) -> DecodeState:

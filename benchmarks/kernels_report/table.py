@@ -4,7 +4,7 @@ Rows are plain dicts, because the processes that compile for different GPUs send
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,12 +15,15 @@ from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS, Launch, reco
 from fastllama.benchmarks.kernels_report.compiled_kernel import LOAD_BYTES, Compiled
 from fastllama.benchmarks.kernels_report.model_launches import (
     BATCHES,
+    CHECKED_TOKENS,
     COMMON_MODELS,
     CONTEXT_TOKENS,
     MODELS,
     PREFILL_TOKENS,
     PROCESSES,
     QUANTIZED,
+    checked_step,
+    checking_ops,
     decode_ops,
     prefill_ops,
     whole_step,
@@ -51,7 +54,9 @@ MAX_STREAMED = 1.02  # of the least bytes: each weight and each cached key is re
 LAYER_LAUNCHES = 5
 OTHER_LAUNCHES = 4  # of a step: embed, head, two of sampling
 FP8_ARCH = 89  # the first compute capability, times ten, whose GPUs convert e4m3
-WHOLE_STEP = "step"  # the op of a row that counts a step's launches
+WHOLE_STEP, CHECKED_STEP = WHOLE_STEPS = "step", "step that checks guesses"  # ops of rows that count its launches
+CHECKED_LAUNCHES = 3  # of a step that checks looked-up guesses, beyond those of a plain one
+CHECKING_MODELS = ("3.2-1B", "3-8B")
 H200 = "sm_90"
 ALL_MODELS_GPUS = (H200, "sm_86", "sm_120")  # the H200 and consumer GPUs
 
@@ -83,24 +88,30 @@ def compiled_rows(gpu_name: str) -> Iterator[Row]:
     gpu = GPUS[gpu_name]
     seen: dict[str, Compiled] = {}  # by triton's hash: the same kernel serves many launches
     for model in models_for(gpu_name):
-        args, n_processes = MODELS[model], PROCESSES.get(model, 1)
-        quantize = QUANTIZED.get(model)
-        for tokens in (*BATCHES, PREFILL_TOKENS):
-            if tokens == PREFILL_TOKENS:
-                calls = [*prefill_ops(args, n_processes, quantize)]
-            else:
-                step = whole_step(args, tokens, n_processes, quantize)
-                calls = [*decode_ops(args, tokens, n_processes, quantize), (WHOLE_STEP, step)]
-            for op, call in calls:
+        cases = [(tokens, False) for tokens in (*BATCHES, PREFILL_TOKENS)]
+        cases += [(tokens, True) for tokens in CHECKED_TOKENS if model in CHECKING_MODELS]
+        for tokens, checks in cases:
+            for op, call in _calls(model, tokens, checks):
                 with record_launches(gpu) as launches, _TorchKernelCounter() as other:
                     call()
                 row = {"gpu": gpu_name, "model": model, "tokens": tokens, "op": op, "other": other.count}
-                if op == WHOLE_STEP:
+                if op in WHOLE_STEPS:
                     yield row | {"launches": len(launches)}
                     continue
                 for launch in launches:
                     compiled = seen.setdefault(launch.compiled.hash, Compiled(launch.compiled, gpu))
                     yield row | _measured(launch, compiled)
+
+
+def _calls(model: str, tokens: int, checks: bool) -> list[tuple[str, Callable[[], object]]]:
+    """The launches of a model for so many tokens. checks: of a step that checks guesses of one row."""
+    args, n_processes, quantize = MODELS[model], PROCESSES.get(model, 1), QUANTIZED.get(model)
+    if checks:
+        return [*checking_ops(args, tokens), (CHECKED_STEP, checked_step(args, tokens))]
+    if tokens == PREFILL_TOKENS:
+        return [*prefill_ops(args, n_processes, quantize)]
+    step = whole_step(args, tokens, n_processes, quantize)
+    return [*decode_ops(args, tokens, n_processes, quantize), (WHOLE_STEP, step)]
 
 
 def _measured(launch: Launch, compiled: Compiled) -> Row:
@@ -169,7 +180,7 @@ def violations(rows: Sequence[Row]) -> list[str]:
     found = [
         f"{row['gpu']} {row['model']} {row['op']} at {row['tokens']} tokens: {row['kernel']} {what}"
         for row in rows
-        if row["op"] != WHOLE_STEP
+        if row["op"] not in WHOLE_STEPS
         for what, is_broken in _rules(row).items()
         if is_broken
     ]
@@ -196,7 +207,7 @@ def _rules(row: Row) -> dict[str, bool]:
         ", ".join(row["violations"]): bool(row["violations"]),
         "prefetches nothing": should_depend and kernel in PREFETCHING and not row["prefetched"],
         f"takes {row['shared']} bytes of shared memory, more than the default {DEFAULT_SHARED_BYTES}": (
-            kernel == "_attention_decode_kernel" and row["shared"] > DEFAULT_SHARED_BYTES
+            row["op"] == "layer attention" and row["shared"] > DEFAULT_SHARED_BYTES
         ),
         **_streaming_rules(row),
     }
@@ -244,3 +255,9 @@ def _miscounted(rows: Sequence[Row]) -> Iterator[str]:
         expected = LAYER_LAUNCHES * MODELS[model].n_layers + OTHER_LAUNCHES
         if (layer, step) != (LAYER_LAUNCHES, expected):
             yield f"{gpu} {model} at {tokens} rows takes {layer} launches a layer, {step} a step, not 5 and {expected}"
+    for row in rows:
+        if row["op"] == CHECKED_STEP:
+            expected = LAYER_LAUNCHES * MODELS[row["model"]].n_layers + OTHER_LAUNCHES + CHECKED_LAUNCHES
+            if row["launches"] + row["other"] != expected:
+                found = f"{row['launches']} launches and {row['other']} of torch's"
+                yield f"{row['gpu']} {row['model']} checks {row['tokens'] - 1} guesses in {found}, not {expected}"

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllama.kernels.launch.checks import check_cache, check_head_dim, check_model_dtype, check_tensor
-from fastllama.kernels.launch.sizes import next_power_of_2
+from fastllama.kernels.launch.sizes import ceil_div, next_power_of_2
 from fastllama.kernels.launch.target import current_target
 from fastllama.kernels.paged_cache import PAGE_TOKENS, LayerCache
 
@@ -71,12 +71,13 @@ class AttentionDims(NamedTuple):
 
     n_kv_heads: int  # K
     groups: int  # G
-    tile_heads: int  # heads per program: G, or a divisor of G that fits in registers
+    tile_heads: int  # queries per program: G, or a divisor of G that fits in registers; of several tokens, S·G or fewer
     head_dim: int  # D
     length: int  # T
+    tokens_per_row: int  # S, whose heads are packed together
 
     @classmethod
-    def of(cls, q: Tensor, cache: LayerCache) -> "AttentionDims":
+    def of(cls, q: Tensor, cache: LayerCache, tokens_per_row: int = 1) -> "AttentionDims":
         """Dims of q (N, H, D) and one layer's cache. Raises ValueError if they do not match."""
         check_model_dtype("q", q)
         check_tensor("q", q, ("N", "H", "D"), q.dtype, q.device)
@@ -92,13 +93,17 @@ class AttentionDims(NamedTuple):
         if n_rows * length > MAX_POSITIONS:
             raise ValueError(f"the cache must have at most {MAX_POSITIONS} positions, got {n_rows} rows of {length}")
         groups = n_heads // n_kv_heads
-        tile_heads = max(n for n in range(1, MAX_TILE_HEADS[q.itemsize] + 1) if groups % n == 0)
-        return cls(n_kv_heads, groups, tile_heads, head_dim, length)
+        most, queries = MAX_TILE_HEADS[q.itemsize], tokens_per_row * groups
+        if tokens_per_row == 1:
+            tile_heads = max(n for n in range(1, most + 1) if groups % n == 0)
+        else:  # tiles of nearly equal size, of which the last may have fewer queries
+            tile_heads = ceil_div(queries, ceil_div(queries, most))
+        return cls(n_kv_heads, groups, tile_heads, head_dim, length, tokens_per_row)
 
     @property
     def tiles(self) -> int:
-        """Number of tiles of heads per kv head."""
-        return self.groups // self.tile_heads
+        """Number of tiles of queries per kv head."""
+        return ceil_div(self.tokens_per_row * self.groups, self.tile_heads)
 
     @property
     def block_heads(self) -> int:

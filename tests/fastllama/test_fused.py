@@ -11,6 +11,7 @@ from torch import Tensor
 from fastllama import Llama, ModelArgs, Transformer, builtin_checkpoint
 from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.decode_graph import Decoder
+from fastllama.draft import choose_guesser
 from fastllama.kernels import fused as fused_backend
 from fastllama.kernels.attention import scratch
 from fastllama.kernels.batch import RaggedBatch
@@ -200,3 +201,28 @@ def test_head_dims_beyond_the_tiles_are_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match='even head dims up to 256, got 258: build with backend="reference"'):
         Transformer(args, device=device, backend="fused")
     Transformer(args, device=device, backend="reference")
+
+
+GUESSES = {
+    "one-row": ("draft", 2, 1),
+    "two-rows": ("draft", 2, 2),
+    "many-tokens": ("draft", 8, 2),  # 18 in a step
+    "lookup": ("lookup", 3, 2),
+}
+
+
+@pytest.mark.parametrize("case", parameters(GUESSES, quick=("lookup",)))
+def test_steps_that_check_guesses_give_the_reference_tokens(case: tuple[str, int, int], device: torch.device) -> None:
+    """By kernels of single tokens, of several and of more than 16, as a graph."""
+    kind, n_guesses, n_rows = case
+    prompts = [[1, 250, 17, 300, 41, 17, 300], [9, 8, 9, 8]][:n_rows]
+    plain, model = transformers(device, torch.float32, **STORIES260K)
+    draft = transformers(device, torch.float32, **STORIES260K)[1] if kind == "draft" else None
+    llms = [Llama(one, tokenizer=_NoTokenizer()) for one in (plain, model)]  # type: ignore[arg-type]
+    new_graph = None if device.type == "cuda" else RecordedGraph
+    guesser = choose_guesser(kind, model, draft)
+    llms[1].decoder = Decoder(model, new_graph=new_graph, guesser=guesser, n_guesses=n_guesses)
+    expected, found = (llm.generate(prompts, 6, temperature=0, logprobs=True) for llm in llms)
+    assert_same_answers(found, expected)
+    stats = llms[1].speculation
+    assert stats is not None and (kind == "lookup" or stats.accepted > stats.steps / 3)

@@ -1,13 +1,15 @@
 """The complete model on an NVIDIA GPU: the CPU's tokens on both backends, graphs, streams and CUDA's defaults."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastllama import Llama
+from fastllama import Llama, SamplingParams
 from fastllama.decode_graph import Decoder
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.comparisons import assert_same_answers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,6 +83,30 @@ def test_replays_like_eager(folder: Path, unroll: int) -> None:
         llm.decoder = decoder
         answers.append([llm.generate(rows, MAX_GEN_LEN, t, logprobs=True, seed=7) for rows, t in CALLS * 3])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["lookup", "draft"])
+@pytest.mark.parametrize("n_guesses", [3, "auto"])
+def test_steps_that_check_guesses_give_the_same(folder: Path, kind: str, n_guesses: int | str) -> None:
+    """float32, where kernels of several tokens differ by rounding only; eager and replayed, alone and in the engine."""
+    options: dict[str, Any] = {"dtype": "float32", "n_guesses": n_guesses, "speculate": kind}
+    draft = str(folder) if kind == "draft" else None
+    plain = build(folder, None, "float32")
+    llm = Llama.build(str(folder), str(folder / "tokenizer.model"), 64, 4, draft=draft, **options)
+    llm.tokenizer.stop_tokens = plain.tokenizer.stop_tokens
+    expected = [plain.generate(rows, MAX_GEN_LEN, t, logprobs=True, seed=7) for rows, t in CALLS]
+    for _ in range(3):
+        found = [llm.generate(rows, MAX_GEN_LEN, t, logprobs=True, seed=7) for rows, t in CALLS]
+        for ours, wanted in zip(found, expected, strict=True):
+            assert_same_answers(ours, wanted)
+    stats = llm.speculation
+    assert stats is not None and stats.tokens == stats.steps + stats.accepted
+    if kind == "draft" and n_guesses == 3:
+        assert stats.accepted > stats.steps and stats.guess_seconds > 0
+    many = [one.answer.tokens for one in llm.generate_many(PROMPTS * 3, SamplingParams(temperature=0, max_gen_len=9))]
+    assert many == [
+        one.answer.tokens for one in plain.generate_many(PROMPTS * 3, SamplingParams(temperature=0, max_gen_len=9))
+    ]
 
 
 def test_a_stream_yields_the_tokens_of_generate(folder: Path) -> None:

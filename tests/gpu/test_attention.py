@@ -103,9 +103,10 @@ def assert_near(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-def scratch_for(q: Tensor, cache: LayerCache) -> AttentionScratch:
-    rows, n_heads, head_dim = q.shape
-    return AttentionScratch.of(rows, cache.k.shape[1], n_heads, head_dim, q.device)
+def scratch_for(q: Tensor, cache: LayerCache, tokens_per_row: int = 1) -> AttentionScratch:
+    n_tokens, n_heads, head_dim = q.shape
+    rows, n_kv_heads = n_tokens // tokens_per_row, cache.k.shape[1]
+    return AttentionScratch.of(rows, n_kv_heads, n_heads, head_dim, q.device, max_tokens_per_row=tokens_per_row)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=NAMES.get)
@@ -218,3 +219,39 @@ def test_attention_decode_replays_like_eager(device: torch.device) -> None:
         positions.copy_(torch.tensor(lengths).roll(shift) - 1)
         graph.replay()
         assert torch.equal(replayed, attention_decode(q, cache, positions, eager_scratch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=NAMES.get)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("lengths", "size"), [([32768], 5), ([129], 16), ([32768, 5, 777, 8192], 4), ([300] * 64, 2)])
+def test_several_tokens_match_float64(
+    lengths: list[int], size: int, heads: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    pieces = [(row, length - size, size) for row, length in enumerate(lengths)]
+    q, cache, batch = build(pieces, HEADS[heads], dtype, device)
+    scratch = scratch_for(q, cache, size)
+    out = attention_decode(q, cache, batch.positions, scratch, tokens_per_row=size)
+    assert not scratch.counters.any()
+    assert_near(out, oracle(q, cache, batch))
+    for _ in range(REPEATS // 10):
+        assert torch.equal(attention_decode(q, cache, batch.positions, scratch, tokens_per_row=size), out)
+
+
+def test_several_tokens_replay_like_eager(device: torch.device) -> None:
+    heads, size = (N_HEADS, N_KV_HEADS, HEAD_DIM), 4
+    lengths = torch.tensor(DECODE_LENGTHS["B4-T32768"]).clamp(min=size)
+    pieces = [(row, int(lengths.max()) - size, size) for row in range(len(lengths))]
+    q, cache, batch = build(pieces, heads, torch.bfloat16, device)
+    scratch, eager_scratch = scratch_for(q, cache, size), scratch_for(q, cache, size)
+    positions = torch.zeros_like(batch.positions)
+    attention_decode(q, cache, positions, scratch, tokens_per_row=size)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = attention_decode(q, cache, positions, scratch, tokens_per_row=size)
+    for shift in range(len(lengths)):
+        ends = lengths.roll(shift)[:, None] - size + torch.arange(size)
+        ends[shift, 2:] = -1  # inactive
+        positions.copy_(ends.flatten())
+        graph.replay()
+        assert torch.equal(replayed, attention_decode(q, cache, positions, eager_scratch, tokens_per_row=size))

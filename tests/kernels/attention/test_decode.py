@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllama.benchmarks.tolerances import assert_matches
-from fastllama.kernels import fused, reference
+from fastllama.kernels import reference
 from fastllama.kernels.attention.decode import attention_decode
 from fastllama.kernels.attention.online_softmax import DEFAULT_SHARED_BYTES, PAIR_BYTES, stream_launch
 from fastllama.kernels.attention.scratch import NUM_SPLITS, AttentionScratch
@@ -143,6 +143,8 @@ def test_attention_scratch_grows_with_the_rows_only() -> None:
     scratch = AttentionScratch.of(5, 2, 6, 10, torch.device("cpu"))
     held = (scratch.acc, scratch.score_max, scratch.p_sum)
     assert sum(tensor.numel() for tensor in held) == (NUM_SPLITS + 5) * 2 * 3 * (10 + 2)
+    several = AttentionScratch.of(5, 2, 6, 10, torch.device("cpu"), max_tokens_per_row=16, max_tokens=16)
+    assert several.p_sum.numel() == (NUM_SPLITS + 1) * 16 * 6 and several.counters.numel() == 16 * 6
     assert scratch.num_splits == NUM_SPLITS
     assert AttentionScratch.of(5, 2, 6, 10, torch.device("cpu"), num_splits=8).num_splits == 8
 
@@ -166,9 +168,9 @@ def test_attention_decode_rejects_positions_cache_and_scratch(guarded: GuardedMe
         attention_decode(q, cache, positions[:1], scratch)
     with pytest.raises(ValueError, match="the cache must have a row for each of the 2 tokens, got 1"):
         attention_decode(q, cache._replace(table=cache.table[:1]), positions, scratch)
-    with pytest.raises(ValueError, match="scratch must be for at least 2 rows .* got one for 1 rows"):
+    with pytest.raises(ValueError, match="scratch must be for at least 2 rows of 1 tokens .* got one for 1 rows"):
         attention_decode(q, cache, positions, scratch_for(tensors, max_rows=1))
-    with pytest.raises(ValueError, match=r"\(K, G, D\) = \(2, 2, 16\), got one for 2 rows and \(2, 1, 16\)"):
+    with pytest.raises(ValueError, match=r"\(K, G, D\) = \(2, 2, 16\), got one for 2 rows of .* and \(2, 1, 16\)"):
         attention_decode(q, cache, positions, AttentionScratch.of(2, 2, 2, 16, device))
     with pytest.raises(ValueError, match="scratch must be on .*, got meta"):
         attention_decode(q, cache, positions, replace(scratch, acc=scratch.acc.to("meta")))
@@ -188,10 +190,3 @@ def test_stream_launch_fits_default_shared_memory(head_dim: int, itemsize: int) 
 def test_stream_launch_keeps_its_stages() -> None:
     assert [stream_launch(16, 2 * head_dim, 2).stages for head_dim in (64, 128)] == [3, 2]
     assert [stream_launch(16, 2 * head_dim, 2, pairs=2).stages for head_dim in (64, 128)] == [5, 3]
-
-
-def test_the_fused_backend_refuses_several_tokens_a_row(guarded: GuardedMemory, device: torch.device) -> None:
-    q, cache, batch = build(decode_case([40, 41], 1, 2, 16, FP32), guarded, device)
-    segments = (batch.segments[0]._replace(begin=0, end=2),)
-    with pytest.raises(ValueError, match="decode attention takes 1 token per row, got 2"):
-        fused.attention(q, cache, replace(batch, segments=segments, tokens_per_row=2))

@@ -51,8 +51,9 @@ def run(tensors: Tensors, size: int, scratch: AttentionScratch | None = None) ->
     """Attention of a decode step. Asserts that the scratch's counters are zero afterwards."""
     q, cache, batch = tensors
     if scratch is None:
-        rows, heads = q.shape[0] // size, (cache.k.shape[1], *q.shape[1:])
-        scratch = AttentionScratch.of(rows, *heads, q.device, max_tokens_per_row=size)
+        n_heads, head_dim = q.shape[1:]
+        sizes = q.shape[0] // size, cache.k.shape[1], n_heads, head_dim
+        scratch = AttentionScratch.of(*sizes, q.device, max_tokens_per_row=size)
     out = attention_decode(q, cache, batch.positions, scratch, tokens_per_row=size)
     assert not scratch.counters.any()
     return out
@@ -94,7 +95,7 @@ def test_inactive_tokens_change_nothing(seed: int, guarded: GuardedMemory, devic
                 q[token : token + 1],
                 LayerCache(cache.k, cache.v, cache.table[token // size][None]),
                 positions.flatten()[token : token + 1],
-                AttentionScratch.of(1, 1, *q.shape[1:], device),
+                AttentionScratch.of(1, 1, q.shape[1], q.shape[2], device),
             )
             for token in range(len(q))
         ]

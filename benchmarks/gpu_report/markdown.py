@@ -14,6 +14,7 @@ TITLES = {
     "launches": "A decode step, launch by launch",
     "decode": "Tokens a second",
     "engine": "Many requests through the engine",
+    "speculation": "Steps that check guesses, of random models: their cost, beside a plain step",
     "quantised models": "Tokens a second with quantised weights",
     "whole step": "A whole step, compared with the sum of its launches",
     "prefill": "Prefill",

@@ -164,7 +164,7 @@ def decode(bench: Bench) -> Results:
 
 def median_rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -> Record:
     """Tokens per second: the median of several runs, with the slowest and the fastest."""
-    runs = [_rate(bench, name, decoder, batch, context) for _ in range(bench.sizes.rounds)]
+    runs = [rate(bench, name, decoder, batch, context) for _ in range(bench.sizes.rounds)]
     runs.sort(key=lambda record: record["tokens_per_second"])
     rates = [record["tokens_per_second"] for record in runs]
     return runs[len(runs) // 2] | {"slowest": rates[0], "fastest": rates[-1]}
@@ -188,27 +188,31 @@ def switches(bench: Bench) -> Results:
             for _ in range(bench.sizes.rounds):
                 for variant, (options, _) in variants.items():
                     with override_launch_options(**options):  # the first round captures the graph
-                        runs[variant].append(_rate(bench, name, decoders[variant], batch, context))
+                        runs[variant].append(rate(bench, name, decoders[variant], batch, context))
             rates = {name: percentile([run["tokens_per_second"] for run in found], 50) for name, found in runs.items()}
-            for variant, rate in rates.items():
+            for variant, found_rate in rates.items():
                 yield {
                     "model": name,
                     "batch": batch,
                     "context": context,
                     "variant": variant,
                     "dependent_launch": runs[variant][-1]["dependent_launch"],
-                    "tokens_per_second": rate,
-                    "ratio": rate / rates[UNCHANGED],
+                    "tokens_per_second": found_rate,
+                    "ratio": found_rate / rates[UNCHANGED],
                 }
 
 
 @torch.inference_mode()
-def _rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -> Record:
-    """The rate of greedy steps after a context of random keys and values, and the least time of a step."""
+def rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) -> Record:
+    """The rate of greedy steps after a context of random keys and values, and the least time of a step.
+
+    Of steps that check guesses, tokens a second are those of steps whose guesses are all wrong.
+    """
     model, sizes = decoder.model, bench.sizes
     warm_steps, timed_steps = (-(-n // decoder.unroll) * decoder.unroll for n in (sizes.warm_steps, sizes.steps))
     n_steps = warm_steps + timed_steps
-    tokens, positions, last = [row + 1 for row in range(batch)], [context - 1] * batch, [context + n_steps] * batch
+    end = context + n_steps * decoder.most_new_tokens // decoder.unroll
+    tokens, positions, last = [row + 1 for row in range(batch)], [context - 1] * batch, [end] * batch
     with model.exclusively():
         decoder.start(tokens, positions, last, [], sampling_tensors(batch, bench.device))
         fill_cache(model, batch, context)  # after the rows have their pages
@@ -244,15 +248,15 @@ def prefills(bench: Bench) -> Results:
                 times = time_calls(partial(prefill, model, [prompt]), device=bench.device, warmup=1, repeats=repeats)
             seconds = percentile(times, 50)
             work = prefill_work(model.params, model.dtype, [length])
-            rate, least, machine = total_flops(work) / seconds, bench.least(work), bench.machine
+            flops, least, machine = total_flops(work) / seconds, bench.least(work), bench.machine
             yield {
                 "model": name,
                 "tokens": length,
                 "milliseconds": MILLI * seconds,
                 "least_milliseconds": least and MILLI * least,
                 "tokens_per_second": length / seconds,
-                "tflops": rate / TERA,
-                "share_of_matmul": machine and rate / machine.matmul,
+                "tflops": flops / TERA,
+                "share_of_matmul": machine and flops / machine.matmul,
             }
 
 

@@ -43,6 +43,7 @@ SECTIONS = {
     "launches": "fastllama.benchmarks.gpu_report.measurements:launches",
     "decode": "fastllama.benchmarks.gpu_report.measurements:decode",
     "engine": "fastllama.benchmarks.gpu_report.many_requests:many_requests",
+    "speculation": "fastllama.benchmarks.gpu_report.speculation:speculation",
     "quantised models": "fastllama.benchmarks.gpu_report.quantized_models:quantized_models",
     "whole step": "fastllama.benchmarks.gpu_report.whole_steps:whole_steps",
     "prefill": "fastllama.benchmarks.gpu_report.measurements:prefills",

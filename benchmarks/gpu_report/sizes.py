@@ -21,6 +21,7 @@ class Sizes(NamedTuple):
     calls_per_graph: int = 16  # of one op, so that the graph's own launch costs little in comparison
     repeats: int = 20
     rounds: int = 3  # of alternating variants
+    guesses: tuple[int, ...] = (1, 2, 4, 7, 15)  # that a step checks
     requests: int = 256  # through the engine
     requests_at_a_time: tuple[int, ...] = (8, 32, 128)
     longest_prompt: int = 512  # of those requests
@@ -57,6 +58,7 @@ TOY = Sizes(
     warm_steps=1,
     boundary_launches=3,
     unroll=2,
+    guesses=(1,),
     calls_per_graph=1,
     repeats=1,
     rounds=1,

@@ -131,7 +131,8 @@ smoke-kernels:
 	$(BIN)/fastllama bench $(SMOKED) --model random-toy --suite kernels --output $(SMOKE)/kernels.json
 
 smoke-models:
-	$(BIN)/fastllama bench $(SMOKED) --suite decode,prefill,generate,requests --peers reference,transformers,transformers-continuous \
+	$(BIN)/fastllama bench $(SMOKED) --suite decode,prefill,generate,requests,speculate \
+		--peers reference,transformers,transformers-continuous \
 		--output $(SMOKE)/models.json
 
 smoke-memory:

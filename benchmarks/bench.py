@@ -17,9 +17,11 @@ from fastllama.benchmarks.result_file import AS_STORED, FAILED, ResultFile, writ
 from fastllama.benchmarks.runners import FixedBatches, OurEngine, Ours, Runner
 from fastllama.benchmarks.suites import decode, generate, interleaved, kernels, load_and_memory, prefill, step_launches
 from fastllama.benchmarks.suites import requests as requests_suite
+from fastllama.benchmarks.suites import speculate as speculate_suite
 from fastllama.benchmarks.suites.interleaved import Case, Progress, Suite
 from fastllama.benchmarks.suites.op_cases import ops_of
 from fastllama.benchmarks.suites.requests import DEFAULT_REQUESTS, FIXED, RequestsCase
+from fastllama.benchmarks.suites.speculate import DEFAULT_SPECULATION, MOST_PROMPT_TOKENS, Speculation
 from fastllama.benchmarks.tables import Record
 from fastllama.checkpoint.base import dtype_name
 from fastllama.distributed import driver, environment
@@ -52,6 +54,7 @@ class Plan:
     gpt_fast: str | None = None  # the folder of its code
     requests: int = DEFAULT_REQUESTS  # in the requests suite
     prefix: int = 0  # tokens that all its prompts begin with
+    speculation: Speculation = DEFAULT_SPECULATION  # in the speculate suite
     nproc: int = 1  # processes that share our model, one on each GPU; a peer has one
 
     def __post_init__(self) -> None:
@@ -60,7 +63,7 @@ class Plan:
                 raise ValueError(f"unknown suite {suite!r}: expected one of {', '.join(interleaved.SUITES)}")
         if self.quantize and "kernels" in self.suites:
             raise ValueError("the kernels suite measures the ops of dense weights: omit it or quantize")
-        for suite, measured in (("kernels", "the launches"), ("requests", "the engine")):
+        for suite, measured in (("kernels", "the launches"), ("requests", "the engine"), ("speculate", "a model")):
             if self.nproc > 1 and suite in self.suites:
                 raise ValueError(f"the {suite} suite measures {measured} of one process: omit it or nproc")
         if self.requests < 1 or self.prefix < 0:
@@ -75,8 +78,9 @@ class Plan:
             for context in self.contexts
             for batch in self.batches
         ]
-        # Loading depends on the size of the cache only.
+        # Loading depends on the size of the cache only. Speculation has prompts of its own.
         largest = max(self.batches), max(self.contexts)
+        cases = [case for case in cases if case.suite != "speculate" or case.context == self.contexts[0]]
         return [case for case in cases if case.suite != "load" or (case.batch, case.context) == largest]
 
     def _case(self, suite: Suite, batch: int, context: int) -> Case:
@@ -148,6 +152,8 @@ def _records(plan: Plan, probes: Probes, progress: Progress) -> Iterator[Record]
     for suites in (PEER_SUITES, SERVING_SUITES):
         if cases := plan.cases(suites):
             yield from _records_with_peers(plan, cases, suites is SERVING_SUITES, probes, progress)
+    if cases := plan.cases(["speculate"]):
+        yield from _speculation_records(plan, cases, progress)
     for case in plan.cases(CHILD_PROCESS_SUITES):
         progress(f"{case.suite} {plan.source.name} {case.label}")
         yield plan.record_of(case) | _child_process_record(plan, case, probes)
@@ -166,6 +172,16 @@ def _records_with_peers(
     if plan.nproc > 1:
         driver.shut_down()
     torch.cuda.empty_cache()
+
+
+def _speculation_records(plan: Plan, cases: list[Case], progress: Progress) -> Iterator[Record]:
+    """Measure answers with and without guesses."""
+    progress(f"loading {plan.source.name}")
+    llm = speculate_suite.build(replace(plan.model, max_seq_len=MOST_PROMPT_TOKENS + plan.steps), plan.speculation)
+    for case in cases:
+        case_progress = _prefixed(progress, f"speculate {plan.source.name} batch {case.batch}")
+        for record in speculate_suite.records(case, llm, plan.speculation, case_progress):
+            yield plan.record_of(case) | {"context": None} | record
 
 
 def _build(plan: Plan) -> Llama:

@@ -13,6 +13,7 @@ DRIFT = 0.1  # change of the machine's bandwidth that gets a warning
 # Two records belong to the same case if these keys have the same values.
 IDENTITY = (
     *("suite", "model", "dtype", "quantize", "op", "launch", "variant", "case"),
+    *("task", "sampling", "speculate", "draft", "n_guesses"),
     *("batch", "context", "tokens", "steps", "requests", "prefix", "dependent_launch", "interpreted"),
 )
 # A record's figures. From each line, the first name that both records have is compared.
@@ -179,8 +180,10 @@ def _spread(record: Record, name: str) -> tuple[float, float, float]:
 
 
 def _label(of: dict[str, Any]) -> str:
-    plain = [str(of[name]) for name in ("suite", "model", "op", "launch", "variant", "case") if of.get(name)]
-    sizes = [f"{name} {of[name]}" for name in ("batch", "context", "tokens", "dependent_launch") if name in of]
+    names = ("suite", "model", "op", "launch", "variant", "case", "task", "sampling", "speculate")
+    plain = [str(of[name]) for name in names if of.get(name)]
+    counts = ("batch", "context", "tokens", "dependent_launch")
+    sizes = [f"{name} {of[name]}" for name in counts if of.get(name) is not None]
     return " ".join(plain + sizes)
 
 

@@ -1,5 +1,6 @@
 """Plots of a result: tokens per second by batch size, a step's launches, latencies; of the requests suite, tokens per
-second by the number of requests at a time. Needs matplotlib (optional).
+second by the number of requests at a time; of the speculate suite, speed-up by the share of right guesses. Needs
+matplotlib (optional).
 """
 
 import importlib.util
@@ -14,7 +15,7 @@ from fastllama.benchmarks.statistics import GIGA, MICRO, MILLI, percentile
 from fastllama.benchmarks.tables import Record
 
 DECODE_NAMES = ("throughput", "launches", "latency")
-NAMES = (*DECODE_NAMES, "requests")
+NAMES = (*DECODE_NAMES, "requests", "speculate")
 NOT_INSTALLED = "no plots: matplotlib is not installed (pip install matplotlib)"
 PANEL_INCHES = (5.2, 4.0)
 DOTS_PER_INCH = 110
@@ -45,6 +46,8 @@ def draw(result: ResultFile, folder: Path) -> list[Path]:
         paths += [_draw(result, decode, folder / f"{name}.png", panel) for name, panel in panels.items()]
     if requests:
         paths.append(_draw(result, requests, folder / "requests.png", _requests))
+    if speculate := [one for one in result.records if one["suite"] == "speculate" and "ratio" in one]:
+        paths.append(_draw(result, speculate, folder / "speculate.png", _speculate))
     return paths
 
 
@@ -87,6 +90,25 @@ def _requests(axis: Any, records: Sequence[Record]) -> None:
     """Tokens per second by the number of requests at a time: ours and the peers'."""
     _all_rates(axis, records)
     axis.set(xlabel="requests at a time", ylabel="tokens/s, of answers", title=f"prompts up to {records[0]['context']}")
+
+
+def _speculate(axis: Any, records: Sequence[Record]) -> None:
+    """The speed-up of each task with its range, by the share of guesses that were right."""
+    kinds: dict[bool | None, tuple[str, str, str]] = {
+        True: ("tasks that copy", "o", OURS_COLOR),
+        False: ("others", "s", PEER_COLORS[0]),
+        None: ("both together", "^", PEER_COLORS[1]),
+    }
+    for copies, (label, marker, color) in kinds.items():
+        ratios = [(100 * record["acceptance"], record["ratio"]) for record in records if record["copies"] is copies]
+        if ratios:
+            middle = [ratio["p50"] for _, ratio in ratios]
+            low = [ratio["p50"] - ratio["minimum"] for _, ratio in ratios]
+            high = [ratio["maximum"] - ratio["p50"] for _, ratio in ratios]
+            shares = [share for share, _ in ratios]
+            axis.errorbar(shares, middle, [low, high], fmt=marker, color=color, capsize=2, label=label)
+    axis.axhline(1, color=LIMIT_COLOR, linestyle="--", linewidth=1, label="without guesses")
+    axis.set(xlabel="% of the guesses right", ylabel="times the tokens/s without guesses", ylim=(0, None))
 
 
 def _all_rates(axis: Any, records: Sequence[Record]) -> None:

@@ -1,10 +1,20 @@
 """A result as text or Markdown: the machine and its ceilings, then the tables of each suite."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastllama.benchmarks.ceilings import Ceiling
 from fastllama.benchmarks.result_file import AS_STORED, ResultFile
-from fastllama.benchmarks.suites import decode, generate, kernels, load_and_memory, prefill, requests, step_launches
+from fastllama.benchmarks.suites import (
+    decode,
+    generate,
+    kernels,
+    load_and_memory,
+    prefill,
+    requests,
+    speculate,
+    step_launches,
+)
 from fastllama.benchmarks.tables import Columns, Record, Table, peer_columns, table_of
 
 COLUMNS: dict[str, Columns] = {
@@ -13,6 +23,7 @@ COLUMNS: dict[str, Columns] = {
     "prefill": prefill.COLUMNS,
     "generate": generate.COLUMNS,
     "requests": requests.COLUMNS,
+    "speculate": speculate.COLUMNS,
     "load": load_and_memory.LOAD_COLUMNS,
     "memory": load_and_memory.MEMORY_COLUMNS,
 }
@@ -50,6 +61,7 @@ def _title(suite: str, first: Record) -> str:
         "prefill": f"prefill of {model}",
         "generate": f"generate on {model}: ragged prompts, {first['steps']} greedy tokens each",
         "requests": f"requests to {model}{_requests_text(first)}",
+        "speculate": f"answers of {model}, up to {first['steps']} tokens, without and with {_guesses_text(first)}",
         "load": f"load {first['model']} as {precision}{where}, {first['rounds']} rounds",
         "memory": f"memory of {first['model']} in {precision}{where}, MiB{' of the first' if where else ''}",
     }[suite]
@@ -63,6 +75,12 @@ def _requests_text(first: Record) -> str:
     common = f", {first['prefix']} of them common" if first["prefix"] else ""
     prompts, answers = ranges
     return f": {first['num_prompts']} with prompts of {prompts} tokens{common}, answers of {answers}"
+
+
+def _guesses_text(first: Record) -> str:
+    """What is guessed in the speculate suite."""
+    draft = f" of {Path(first['draft']).name}" if first.get("draft") else ""
+    return f"guesses ({first.get('speculate')}{draft}, {first.get('n_guesses')})"
 
 
 def _weights_text(quantize: str | None) -> str:

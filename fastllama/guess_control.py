@@ -61,6 +61,7 @@ class GuessControl:
     _trial: int = 0  # steps left in which it is tried again
     _received_at: float | None = None
     _times: dict[tuple[int, int], deque[float]] = field(default_factory=dict)  # by (rows, guesses)
+    _least: dict[tuple[int, int], float] = field(default_factory=dict)  # of these times
 
     def begin(self, is_batch: bool = True) -> None:
         """A call begins: nothing is known about its text. Costs stay known.
@@ -98,37 +99,32 @@ class GuessControl:
         if not chances:
             return 0
         right, expected = self._accepted
-        share = min(1.0, right / expected)
+        share, plain = min(1.0, right / expected), self._cost(n_rows, 0)
+        credit, best, best_rate = self._least_credit(n_rows), 0, n_rows / plain
+        for k in self.choices(n_rows)[1:]:
+            cost = self._cost(n_rows, k)
+            if cost / plain - 1 > credit:
+                break
+            rate = (n_rows + share * sum(_expected(chance, k) for chance in chances.values())) / cost
+            if rate > best_rate:
+                best, best_rate = k, rate
+            if self.measures and (n_rows, k) not in self._times:
+                break  # a number whose cost is unknown follows the next lower one
+        return best
 
-        def rate(k: int) -> float:
-            gained = share * sum(_expected(chance, k) for chance in chances.values())
-            return (n_rows + gained) / self._cost(n_rows, k)
-
-        return max((k for k in self.choices(n_rows) if self._is_affordable(n_rows, k)), key=rate)
-
-    def _is_affordable(self, n_rows: int, n_guesses: int, n_steps: int = 1) -> bool:
-        """Whether the rows' credit suffices for steps whose guesses are all wrong, and whether their cost is known.
-
-        A number whose cost was not measured follows the next lower one.
-        """
-        if n_guesses == 0:
-            return True
-        counts = self.choices(n_rows)
-        measured = max((k for k in counts if (n_rows, k) in self._times), default=0)
-        if self.measures and counts.index(n_guesses) > counts.index(measured) + 1:
-            return False
+    def _least_credit(self, n_rows: int) -> float:
+        """The plain steps that a step may lose if all its guesses are wrong."""
         credits = [self._credit.get(row, CREDIT) for row in range(n_rows)]
-        loss = n_steps * (self._cost(n_rows, n_guesses) / self._cost(n_rows, 0) - 1)
-        return loss <= (min(credits) if self._is_batch else sum(credits) / n_rows)
+        return min(credits) if self._is_batch else sum(credits) / n_rows
 
     def _is_worth_a_trial(self, n_rows: int) -> bool:
         """Whether a draft model that was not used for a while may be tried again, and could pay off."""
         plain, counts = self._cost(n_rows, 0), self.choices(n_rows)[1:]
         if self._trial > 0 or not any((k + 1) * plain > self._cost(n_rows, k) for k in counts):
             return False
-        if not self._is_affordable(n_rows, counts[0], TRIAL_STEPS):
-            return False
         steps = TRIAL_STEPS * max(0.0, self._cost(n_rows, counts[0]) / plain - 1)
+        if steps > self._least_credit(n_rows):
+            return False
         reading = min(self._unguessed, MAX_CATCH_UP) / READ_TOGETHER * self.guess_cost
         return self._unguessed * TRIAL_SHARE >= steps + reading
 
@@ -151,7 +147,9 @@ class GuessControl:
         """A step of so many rows and guesses took so long."""
         self.stats.seconds += seconds
         if self.measures:
-            self._times.setdefault((n_rows, n_guesses), deque(maxlen=N_TIMES)).append(seconds)
+            times = self._times.setdefault((n_rows, n_guesses), deque(maxlen=N_TIMES))
+            times.append(seconds)
+            self._least[n_rows, n_guesses] = min(times)
 
     def note_received(self, newest: NewestSteps, now: float, *, is_busy: bool) -> None:
         """A GPU's output was received at this time. is_busy: further steps are queued, so that it works on."""
@@ -206,17 +204,17 @@ class GuessControl:
 
     def _cost(self, n_rows: int, n_guesses: int) -> float:
         """Of a step; the least that was measured lately, since other programs only add to it."""
-        known = self._times.get((n_rows, n_guesses), ())
-        if len(known) >= MIN_TIMES or (known and n_guesses == 0):
-            return min(known)
-        plain = min(self._times.get((n_rows, 0), ()), default=1.0)
-        measured = [k for k in self.choices(n_rows)[1:] if k != n_guesses and (n_rows, k) in self._times]
+        known = self._least.get((n_rows, n_guesses))
+        if known is not None and (n_guesses == 0 or len(self._times[n_rows, n_guesses]) >= MIN_TIMES):
+            return known
+        plain = self._least.get((n_rows, 0), 1.0)
+        measured = [k for k in self.choices(n_rows)[1:] if k != n_guesses and (n_rows, k) in self._least]
         per_guess = ASSUMED_COST * n_rows + self.guess_cost
         if measured:
             nearest = min(measured, key=lambda k: abs(k - n_guesses))
-            per_guess = max(0.0, min(self._times[n_rows, nearest]) / plain - 1) / nearest
+            per_guess = max(0.0, self._least[n_rows, nearest] / plain - 1) / nearest
         assumed = plain * (1 + n_guesses * per_guess)
-        return (min(known) + assumed) / 2 if known else assumed
+        return assumed if known is None else (known + assumed) / 2
 
 
 def _expected(chance: float, n_guesses: int) -> float:

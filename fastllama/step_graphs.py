@@ -132,11 +132,12 @@ class StepGraphs:
         if guesser is None or (guesser.cost and n_guesses == 0):
             return 0.0
 
+        count = n_guesses if guesser.cost else 1  # lookup guesses once, however many are checked
+
         def guess_again() -> Callable[[], None]:
-            graph = self.get(state, n_rows, PLAIN, n_guesses, only_guess=True)
+            graph = self.get(state, n_rows, PLAIN, n_guesses if guesser.cost else 0, only_guess=True)
             return graph.replay if graph is not None else lambda: guesser.guess(state.first(n_rows), n_guesses, lengths)
 
-        count = n_guesses if guesser.cost else 1
         with self.launch_context():
             self._timer.after_step(count, guess_again)
         return count * self._timer.seconds

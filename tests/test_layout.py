@@ -121,6 +121,7 @@ LAYERS = {
     "distributed.worker_processes": 6,
     "distributed.driver": 6.1,
     "distributed.worker": 6.2,
+    "benchmarks.near_ties": 7.0,
     "benchmarks.environment": 7.0,
     "benchmarks.models": 7.0,
     "benchmarks.statistics": 7.0,

@@ -19,7 +19,7 @@ from fastllama.benchmarks.runners import OURS, Runner, Server
 from fastllama.benchmarks.statistics import summarize
 from fastllama.benchmarks.timing import Contention
 
-Suite = Literal["kernels", "decode", "prefill", "generate", "requests", "load", "memory"]
+Suite = Literal["kernels", "decode", "prefill", "generate", "requests", "speculate", "load", "memory"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 DEFAULT_STEPS = 32
 DEFAULT_ROUNDS = 3

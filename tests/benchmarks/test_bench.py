@@ -104,6 +104,7 @@ def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.Monk
         "prefill": 1,
         "generate": 3,
         "requests": 3,
+        "speculate": 3,
         "load": 3,
         "memory": 3,
     }

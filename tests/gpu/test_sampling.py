@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.benchmarks.near_ties import possible_tokens
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.sampling.sample import sample
 from fastllama.kernels.sampling.scratch import SamplingScratch
@@ -12,7 +13,6 @@ from tests.kernels.sampling.draws import (
     assert_follows,
     metas_distribution,
     numbers_drawn,
-    possible_tokens,
     rows_of,
     sampling,
 )

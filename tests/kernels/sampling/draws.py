@@ -2,14 +2,13 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fastllama.benchmarks.near_ties import BOUNDARY_MASS
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.sampling.philox import uniform
 
-BOUNDARY_MASS = 1e-6  # float32 sums are reliable at least this far from a boundary, relative to the total mass
 STREAMS = 65536  # number of streams that `stream_near` searches
 MIN_EXPECTED = 5  # expected draws per cell of a chi-square
 
@@ -57,25 +56,6 @@ def metas_distribution(logits: Tensor, temperature: float, top_p: float) -> Tens
     )
     ordered[before > top_p] = 0.0
     return torch.zeros_like(probs).scatter(-1, ids, ordered / ordered.sum())
-
-
-def possible_tokens(logits: Tensor, temperature: float, top_p: float, u: float) -> set[int]:
-    """The tokens that u may select from one row (V,) if rounding moves a boundary by at most BOUNDARY_MASS."""
-    x = logits.double().cpu().numpy()
-    with np.errstate(over="ignore"):
-        mass = np.exp((x - x.max()) / temperature)
-    order = np.argsort(-x, kind="stable")
-    before, total = np.cumsum(mass[order]) - mass[order], mass.sum()
-    tokens = set()
-    for move in (-BOUNDARY_MASS, 0.0, BOUNDARY_MASS):
-        kept = order[before <= max((top_p + move) * total, 0.0)] if top_p < 1 else order
-        lowest = x[kept].min()
-        sequence = np.concatenate([np.sort(kept[x[kept] > lowest]), np.sort(kept[x[kept] == lowest])])
-        running = np.cumsum(mass[sequence])
-        for shift in (-BOUNDARY_MASS, 0.0, BOUNDARY_MASS):
-            place = np.searchsorted(running, max(u + shift, 0.0) * running[-1], side="right")
-            tokens.add(int(sequence[min(place, len(sequence) - 1)]))
-    return tokens
 
 
 def assert_follows(counts: Tensor, distribution: Tensor) -> None:

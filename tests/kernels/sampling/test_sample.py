@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.benchmarks.near_ties import possible_tokens
 from fastllama.benchmarks.tolerances import assert_matches
 from fastllama.kernels import reference
 from fastllama.kernels.batch import SamplingTensors
@@ -17,7 +18,6 @@ from tests.kernels.sampling.draws import (
     assert_follows,
     metas_distribution,
     numbers_drawn,
-    possible_tokens,
     rows_of,
     sampling,
     stream_near,

@@ -108,7 +108,8 @@ def _speculate(axis: Any, records: Sequence[Record]) -> None:
             shares = [share for share, _ in ratios]
             axis.errorbar(shares, middle, [low, high], fmt=marker, color=color, capsize=2, label=label)
     axis.axhline(1, color=LIMIT_COLOR, linestyle="--", linewidth=1, label="without guesses")
-    axis.set(xlabel="% of the guesses right", ylabel="times the tokens/s without guesses", xlim=(-2, 102), ylim=(0, None))
+    axis.set(xlabel="% of the guesses right", ylabel="times the tokens/s without guesses")
+    axis.set(xlim=(-2, 102), ylim=(0, None))
 
 
 def _all_rates(axis: Any, records: Sequence[Record]) -> None:

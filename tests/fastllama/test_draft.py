@@ -155,7 +155,7 @@ def test_the_engine_gives_the_same_answers(plain: Llama, folders: dict[str, str]
         assert stats.accepted > 0
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4-g32"])
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
 def test_quantised_weights_give_the_same_tokens(folders: dict[str, str], quantize: str) -> None:
     plain = build(folders, quantize=quantize)
     for options in ({"speculate": "lookup"}, {"draft": "itself", "n_guesses": 5}):

@@ -30,9 +30,10 @@ class DraftGuesser:
         self._n_behind = 0  # steps without guesses, whose tokens the draft model has not read
 
     def prepare(self) -> None:
-        """Use the target's page table, which may be new, and scratch memory without traces of an earlier call."""
-        draft, rows = self.draft, self._target.cache.max_batch_size
-        draft.cache.share_pages(self._target.cache)
+        """Follow the target, whose device, dtype and page table may be new, and clean the scratch memory."""
+        target, draft, rows = self._target, self.draft, self._target.cache.max_batch_size
+        draft.to(target.device, target.dtype)
+        draft.cache.share_pages(target.cache)
         draft.allow_step_sizes(few_tokens_per_row(1), max(2 * rows, few_tokens_per_row(1)))
         draft.workspace.reset()
         self._n_behind = 0

@@ -155,6 +155,16 @@ def test_the_engine_gives_the_same_answers(plain: Llama, folders: dict[str, str]
         assert stats.accepted > 0
 
 
+def test_a_draft_model_follows_the_model_to_another_dtype(folders: dict[str, str]) -> None:
+    plain, llm = build(folders), build(folders, "itself", n_guesses=3)
+    for one in (plain, llm):
+        one.generate(PROMPTS[:1], 2, temperature=0)
+        one.model.to(torch.bfloat16)
+    assert llm.generate(PROMPTS[:1], LENGTH, temperature=0) == plain.generate(PROMPTS[:1], LENGTH, temperature=0)
+    stats = llm.speculation
+    assert stats is not None and stats.accepted > 0.7 * stats.checked
+
+
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
 def test_quantised_weights_give_the_same_tokens(folders: dict[str, str], quantize: str) -> None:
     plain = build(folders, quantize=quantize)

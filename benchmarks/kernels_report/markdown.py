@@ -75,8 +75,9 @@ def document(triton_version: str, compiled: list[Row], traffic: list[Row]) -> st
         "`make kernels-report` writes this page, and the tests compare the kernels with it. It lists every launch of a "
         f"decode step with 1, 4 and 16 rows, and every launch around the library's matmul for {PREFILL_TOKENS} tokens "
         "of a prompt, in bfloat16, made by the real wrappers. Of a step that checks guesses, it lists the launches "
-        "that differ, with 5 and 16 tokens of one row. 3-70B/8 is one of eight processes. 3.2-1B is compiled "
-        f"for {', '.join(ALL_MODELS_GPUS)} only. No figure on this page was measured on a GPU.",
+        "that differ, with 5 and 16 tokens of one row, and attention of 3 rows of 5. 3-70B/8 is one of eight "
+        f"processes. 3.2-1B is compiled for {', '.join(ALL_MODELS_GPUS)} only. No figure on this page was measured on "
+        "a GPU.",
         f"## {LAUNCHES}",
         markdown(
             ["GPU", "model", "rows", "a layer", "a step", "layers"],

@@ -31,7 +31,7 @@ from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
 from fastllama.packed_weights import assign
 from fastllama.quantization import scheme_of
-from fastllama.speculation import LookupGuesser, window_batch
+from fastllama.speculation import MAX_CHECKED_TOKENS, LookupGuesser, window_batch
 from fastllama.step_graphs import speculative_step, step
 
 CPU = torch.device("cpu")
@@ -39,6 +39,7 @@ DTYPE = torch.bfloat16
 CONTEXT_TOKENS = 2048  # of each row in a decode step
 BATCHES = (1, 4, 16)
 CHECKED_TOKENS = (5, 16)  # of the row, in a step that checks guesses
+CHECKED_ROWS = 3  # of the same tokens, where that makes few tokens in all
 PREFILL_TOKENS = 64
 STEP_POSITIONS = 64  # in a complete step's cache; its launches depend only on the number of rows
 PUBLISHED = {"3.2-1B": "llama3.2-1b", "3-8B": "llama3-8b", "3-70B/8": "llama3-70b"}
@@ -166,10 +167,21 @@ def checking_ops(args: ModelArgs, size: int) -> Calls:
     drawn, scores = torch.ones(size, dtype=torch.int64), torch.zeros(size)
     yield "window", lambda: fused.window(state, 0, size)
     yield "attention, one row", lambda: fused.attention(q, cache, batch)
+    if CHECKED_ROWS * size <= MAX_CHECKED_TOKENS:
+        yield f"attention, {CHECKED_ROWS} rows", _attention_of_rows(args, size)
     yield "sample, one row", lambda: fused.sample(logits, state.sampling, window.following, model.workspace)
     yield "accept", lambda: fused.accept(state, drawn, scores)
     yield "look_up", lambda: fused.look_up(state, MAX_GUESSES)
     yield "put_guess", lambda: fused.put_guess(state, 0, drawn)
+
+
+def _attention_of_rows(args: ModelArgs, size: int) -> Callable[[], object]:
+    """The attention of a step that checks guesses of CHECKED_ROWS rows."""
+    model = _lazy_model(replace(args, n_layers=1), 1, CHECKED_ROWS, CONTEXT_TOKENS, tokens_per_row=size)
+    rows = [(row, CONTEXT_TOKENS - size, [1] * size) for row in range(CHECKED_ROWS)]
+    batch = replace(RaggedBatch.of(rows, CPU, model.workspace), tokens_per_row=size)
+    q, cache = _lazy_zeros(CHECKED_ROWS * size, args.n_heads, args.head_dim), model.cache.layer(0)
+    return lambda: fused.attention(q, cache, batch)
 
 
 def checked_step(args: ModelArgs, size: int) -> Callable[[], None]:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllama.kernels.attention.online_softmax import PAGE, AttentionDims, attend, stream_launch
+from fastllama.kernels.attention.online_softmax import PAGE, AttentionDims, Launch, attend, stream_launch
 from fastllama.kernels.attention.scratch import AttentionScratch
 from fastllama.kernels.attention.splits import find_split, merge_splits, prefetch_cache, query_places
 from fastllama.kernels.launch.checks import check_tensor
@@ -41,15 +41,25 @@ from fastllama.kernels.paged_cache import LayerCache
 FEW_ROWS, MANY_ROWS = 2, 32  # sizes of BLOCK_B: batches of up to 2 rows and of up to 32 rows share one kernel each
 MIN_SPLIT_KEYS = 128  # with shorter splits, merging costs more than splitting saves
 MERGE_BYTES = 65536  # of partial results that the merge holds in registers at a time
+MANY_QUERIES = 32  # of a tile: more are merged in smaller parts
 
 
 def merge_block_heads(dims: AttentionDims, rows: int, num_splits: int, itemsize: int) -> int:
     """Number of heads that are merged at a time: four of D = 128, which fit in 128 registers.
 
-    Half as many for float32, and for more rows than splits: the lengths of many rows need registers, too.
+    Half as many for float32, for more rows than splits, whose lengths need registers, too, and for the many queries of
+    several tokens.
     """
-    merge_bytes = MERGE_BYTES // 2 if itemsize == 4 or rows > num_splits else MERGE_BYTES
+    many = rows > num_splits or (dims.tokens_per_row > 1 and dims.tile_heads > MANY_QUERIES)
+    merge_bytes = MERGE_BYTES // 2 if itemsize == 4 or many else MERGE_BYTES
     return max(1, min(next_power_of_2(dims.tile_heads), merge_bytes // (num_splits * dims.block_d * 4)))
+
+
+def choose_warps(dims: AttentionDims, launch: Launch, itemsize: int) -> int:
+    """Warps of a program. For several tokens the fewest that need no spills, so that more programs are resident."""
+    if dims.tokens_per_row == 1:
+        return launch.warps
+    return 4 if itemsize == 2 and dims.block_d <= 128 else 8
 
 
 @triton.jit(do_not_specialize=["B", "T", "n_pages"], do_not_specialize_on_alignment=["positions_ptr", "pages_ptr"])
@@ -98,14 +108,22 @@ def _attention_decode_kernel(
                                                             BLOCK_B, BLOCK_S, BLOCK_T)
     # fmt: on
     if index < row_splits:
-        queries = tl.arange(0, BLOCK_ROWS)
+        query = tl.arange(0, BLOCK_ROWS)
         dim = tl.arange(0, BLOCK_D)
-        place, partial, token, is_query = query_places(row, head_tile, queries, K, TILES, G, ROWS, S)
+        place, token, is_query = query_places(head_tile, query, K, TILES, G, ROWS, S)
         live = is_query[:, None] & (dim < D)[None, :]
+        row_tile = row.to(tl.int64) * (K * TILES) + head_tile
         tile = place[:, None] * D + dim[None, :]
-        q = tl.load(q_ptr + tile, mask=live, other=0.0)
+        first = row_tile * (ROWS * D)
+        if S > 1:  # the row's first token, this kv head
+            first = (row.to(tl.int64) * (S * K) + head_tile // TILES) * (G * D)
+        q = tl.load(q_ptr + first + tile, mask=live, other=0.0)
+        head_at = head_tile // TILES * PAGE * D
         begin = index * split_keys
         end = tl.minimum(begin + split_keys, length)
+        k_ptr = cache_k_ptr + head_at
+        v_ptr = cache_v_ptr + head_at
+        row_pages_ptr = pages_ptr + row.to(tl.int64) * (T // PAGE)
         last = tl.zeros((BLOCK_ROWS,), tl.int32) + (end - 1)
         no_score = float("-inf")
         if S > 1:
@@ -113,29 +131,29 @@ def _attention_decode_kernel(
             position = tl.load(positions_ptr + row * S + token, mask=is_query, other=0)
             last = tl.minimum(tl.maximum(position, 0), length - 1).to(tl.int32)
             no_score = -1e30  # a split may lie after all that a token attends to: its weight must be 0, not NaN
-        head_at = head_tile // TILES * PAGE * D
         # fmt: off
-        score_max, p_sum, acc = attend(q, cache_k_ptr + head_at, cache_v_ptr + head_at,
-                                       pages_ptr + row.to(tl.int64) * (T // PAGE), begin, end, last, scale_log2,
+        score_max, p_sum, acc = attend(q, k_ptr, v_ptr, row_pages_ptr, begin, end, last, scale_log2,
                                        tl.full((BLOCK_ROWS,), no_score, tl.float32),
                                        tl.zeros((BLOCK_ROWS,), tl.float32),
                                        tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32), K, D, BLOCK_T, BLOCK_D, True)
         # fmt: on
         if row_splits == 1:
-            tl.store(out_ptr + tile, (acc / p_sum[:, None]).to(out_ptr.dtype.element_ty), mask=live)
+            out = (acc / p_sum[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + first + tile, out, mask=live)
         else:
-            at = split.to(tl.int64) * (K * S * G) + partial
-            tl.store(acc_ptr + at[:, None] * D + dim[None, :], acc, mask=live)
-            tl.store(score_max_ptr + at, score_max, mask=is_query)
-            tl.store(p_sum_ptr + at, p_sum, mask=is_query)
+            at = (split.to(tl.int64) * (K * TILES) + head_tile) * ROWS
+            if S > 1:  # the last tile of a kv head may have fewer queries
+                at = (split.to(tl.int64) * K + head_tile // TILES) * (S * G) + head_tile % TILES * ROWS
+            tl.store(acc_ptr + at * D + (query[:, None] * D + dim[None, :]), acc, mask=live)
+            tl.store(score_max_ptr + at + query, score_max, mask=is_query)
+            tl.store(p_sum_ptr + at + query, p_sum, mask=is_query)
             tl.debug_barrier()  # all threads must have stored before one thread adds to the counter
-            counter = counters_ptr + row * (K * TILES) + head_tile
-            done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            done = tl.atomic_add(counters_ptr + row_tile, 1, sem="acq_rel", scope="gpu")
             if done == row_splits - 1:
-                tl.store(counter, 0)
+                tl.store(counters_ptr + row_tile, 0)
                 # fmt: off
-                merge_splits(acc_ptr, score_max_ptr, p_sum_ptr, out_ptr, row, split - index, row_splits, head_tile, K,
-                             TILES, G, ROWS, S, D, NUM_SPLITS, BLOCK_MERGE, BLOCK_D)
+                merge_splits(acc_ptr, score_max_ptr, p_sum_ptr, out_ptr + first, split - index, row_splits, head_tile,
+                             K, TILES, G, ROWS, S, D, NUM_SPLITS, BLOCK_MERGE, BLOCK_D)
                 # fmt: on
 
 
@@ -195,7 +213,7 @@ def attention_decode(
         BLOCK_D=dims.block_d,
         BLOCK_MERGE=merge_block_heads(dims, rows, scratch.num_splits, q.itemsize),
         PREFETCH=prefetch_bytes(dims.head_dim * q.itemsize, PREFETCH_BYTES // MIN_SPLIT_KEYS),
-        num_warps=launch.warps,
+        num_warps=choose_warps(dims, launch, q.itemsize),
         num_stages=launch.stages,
         **dependent_launch(),
     )

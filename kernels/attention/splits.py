@@ -1,7 +1,8 @@
 """The splits of decode attention: which keys a program reads, the queries that it reads them for, and the merge.
 
 A row's queries that share a kv head are packed: query r is head r % G of the row's token r // G. A program has a tile
-of them.
+of ROWS of them, and partial results lie in the order (split, kv head, query). With one token per row, tiles are
+adjacent in q as well, so that addresses need only a tile's number.
 """
 
 import triton
@@ -92,7 +93,6 @@ def prefetch_cache(
 
 @triton.jit
 def query_places(
-    row,
     head_tile,
     queries,
     K: tl.constexpr,
@@ -101,15 +101,16 @@ def query_places(
     ROWS: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Where a tile's queries are -> (of q and the output, of partial results in a split, token, whether they exist).
+    """Numbers of queries in their tile -> (heads of q to skip, tokens in the row, whether the queries exist).
 
-    queries: numbers in the tile of ROWS. G: heads that share a kv head.
+    Heads are skipped from the tile's first on, with several tokens from the kv head's first in the row. G: heads that
+    share a kv head.
     """
-    kv_head = head_tile // TILES
+    if S == 1:
+        return queries, queries * 0, queries < ROWS
     query = head_tile % TILES * ROWS + queries
     token = query // G
-    place = ((row.to(tl.int64) * S + token) * K + kv_head) * G + query % G
-    return place, kv_head * (S * G) + query, token, (queries < ROWS) & (query < S * G)
+    return token * (K * G) + query % G, token, (queries < ROWS) & (query < S * G)
 
 
 @triton.jit
@@ -118,7 +119,6 @@ def merge_splits(
     score_max_ptr,
     p_sum_ptr,
     out_ptr,
-    row,
     first_split,
     row_splits,
     head_tile,
@@ -132,14 +132,21 @@ def merge_splits(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merge the splits of a row for one tile of queries and write their results, BLOCK_ROWS at a time."""
+    """Merge the splits of a row for one tile of queries and write their results, BLOCK_ROWS at a time.
+
+    out_ptr: where `query_places` counts from.
+    """
     split = tl.arange(0, NUM_SPLITS)
+    member = tl.arange(0, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_D)
     for first in tl.range(0, ROWS, BLOCK_ROWS, num_stages=1):
-        queries = first + tl.arange(0, BLOCK_ROWS)
-        place, partial, _, is_query = query_places(row, head_tile, queries, K, TILES, G, ROWS, S)
+        queries = first + member
+        place, _, is_query = query_places(head_tile, queries, K, TILES, G, ROWS, S)
         live = (split < row_splits)[:, None] & is_query[None, :]
-        at = (first_split + split).to(tl.int64)[:, None] * (K * S * G) + partial[None, :]
+        at = ((first_split + split).to(tl.int64) * (K * TILES) + head_tile)[:, None] * ROWS + queries[None, :]
+        if S > 1:  # the last tile may have fewer queries
+            of_kv_head = ((first_split + split).to(tl.int64) * K + head_tile // TILES)[:, None] * (S * G)
+            at = of_kv_head + (head_tile % TILES * ROWS + queries)[None, :]
         live_dim = (dim < D)[None, None, :]
         acc = tl.load(
             acc_ptr + at[:, :, None] * D + dim[None, None, :],

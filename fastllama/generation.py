@@ -2,7 +2,7 @@
 
 A call is check → encode → prefill → decode steps → decode. `text_completion` and `chat_completion` encode and decode
 text. `generate` and `stream` run all prompts through the model in one ragged pass, then repeat the decode step until
-every row has reached a stop token or its token budget. `generate` collects the tokens, `stream` yields them as they come.
+every row has reached a stop token or its token budget. `generate` collects the tokens, `stream` yields them at once.
 """
 
 import itertools

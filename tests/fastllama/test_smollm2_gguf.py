@@ -13,7 +13,7 @@ from fastllama.cli import main
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
-from tests.support.smollm2 import file, reference
+from tests.support.smollm2 import file, reference, write_folder
 
 PROMPTS = [
     "The capital of France is",
@@ -76,8 +76,7 @@ def test_the_same_model_in_hugging_faces_layout_gives_the_same(path: Path, llm: 
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    theirs.save_pretrained(tmp_path)
-    reference(path).save_pretrained(tmp_path)
+    write_folder(path, tmp_path)
     other = Llama.build(str(tmp_path), str(tmp_path), 256, 4, device="cpu", dtype=torch.float32)
     expected = theirs.apply_chat_template(DIALOG, add_generation_prompt=True, return_dict=False)
     for one in (llm, other):

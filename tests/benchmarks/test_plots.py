@@ -104,6 +104,20 @@ def test_requests_has_a_curve_of_ours_and_of_each_peer(tmp_path: Path) -> None:
     }
 
 
+def test_speculate_shows_speed_up_by_right_guesses_with_copying_tasks_apart() -> None:
+    axis = Figure().subplots()
+    records = [
+        {"copies": copies, "acceptance": share, "ratio": {"p50": ratio, "minimum": ratio - 0.1, "maximum": ratio + 0.2}}
+        for copies, share, ratio in ((True, 0.9, 2.0), (True, 0.5, 1.5), (False, 0.1, 1.0))
+    ]
+    plots._speculate(axis, records)
+    kinds = {bars.get_label(): bars.lines[0] for bars in axis.containers if isinstance(bars, ErrorbarContainer)}
+    assert {label: _heights(line) for label, line in kinds.items()} == {"tasks that copy": [2.0, 1.5], "others": [1.0]}
+    shares: Any = kinds["tasks that copy"].get_xdata()
+    assert [float(share) for share in shares] == pytest.approx([90, 50])
+    assert len({line.get_marker() for line in kinds.values()}) == 2
+
+
 def test_a_result_without_decode_has_no_plots(tmp_path: Path) -> None:
     assert plots.draw(result({"suite": "memory"}), tmp_path / "run") == []
     assert not (tmp_path / "run").exists()

@@ -89,6 +89,14 @@ def test_wrong_answers_are_reported(plan: Plan, monkeypatch: pytest.MonkeyPatch)
     assert "not run: row 0 has another token 3 with guesses" in report(result)
 
 
+def test_near_ties_are_counted_and_no_failure(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculate, "partings", lambda *_arguments, **_sampling: [Parting(0, 2, True)])
+    result = run(dataclasses.replace(plan, batches=(1,)), quiet)
+    assert failures(result) == []
+    assert {speculate.COLUMNS["near ties"](one) for one in result.records} == {1}
+    assert {speculate.COLUMNS["part"](one) for one in result.records} == {"1 of 1"}
+
+
 def test_rows_get_the_texts_of_their_group() -> None:
     assert groups_of(1) == list(TASKS) and groups_of(4) == ["copying", "other", "mixed"]
     assert prompts_of("story", 2) == [TASKS["story"].text] * 2

@@ -114,6 +114,9 @@ def test_bench_json_is_the_result_files_object(tmp_path: Path, checkpoint: str, 
         (("--model", "random-176m", "--device", "cuda:99"), ("cuda:99",)),
         (("--model", "random-176m", "--device", "tpu"), ("tpu",)),
         (("--ckpt_dir", "nowhere"), ("nowhere",)),
+        (("--speculate", "lookup"), ("--speculate", "speculate suite")),
+        (("--suite", "decode", "--draft", "x"), ("--draft", "speculate suite")),
+        (("--suite", "prefill,generate", "--n_guesses", "3"), ("--n_guesses", "speculate suite")),
     ],
 )
 def test_bench_errors_name_the_option(words: tuple[str, ...], parts: tuple[str, ...]) -> None:

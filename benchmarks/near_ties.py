@@ -12,7 +12,7 @@ from fastllama.kernels.sampling.philox import uniform
 
 BOUNDARY_MASS = 1e-6  # float32 sums are reliable at least this far from a boundary, relative to the total mass
 # Between kernels that add in other orders, in float32: of logits, and of the probability below a token.
-LOGIT_MARGIN, MASS_MARGIN = 1e-3, 1e-4
+LOGIT_MARGIN, MASS_MARGIN = 2e-4, 1e-4
 
 
 class Parting(NamedTuple):

@@ -14,6 +14,7 @@ and appends to no page, in the steps that were queued before the host knew.
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from fastllama.model import Transformer
 from fastllama.output_copies import NewestSteps, OutputCopies, StepOutput
 from fastllama.row_lengths import RowLengths
 from fastllama.speculation import Guesser, advance
-from fastllama.step_graphs import PLAIN, Extras, StepGraphs
+from fastllama.step_graphs import PLAIN, Extras, StepGraphs, graph_size
 
 # Replays enqueued ahead of the one whose output the host reads, so that the device has work while the host is busy.
 # This number is wasted after the last stop token. It is 0 on a CPU, where enqueueing a step runs it.
@@ -70,11 +71,12 @@ class Decoder:
             raise ValueError(f"CUDA graphs need a GPU, and the model is on {str(model.device)!r}: leave graphs out")
         self.model = model
         self.unroll = unroll
-        self._graphs = StepGraphs(model, unroll, graphs, dependent, new_graph, guesser)
+        self.graphs = StepGraphs(model, unroll, graphs, dependent, new_graph, guesser)
         self.guesser = guesser
         # Times differ between the processes that share a model, and they must decide alike.
         cost = 0.0 if guesser is None else guesser.cost
-        self.control = GuessControl(n_guesses, measures=model.group.size == 1, guess_cost=cost)
+        rows_run = partial(graph_size, max_batch_size=model.cache.max_batch_size)
+        self.control = GuessControl(n_guesses, measures=model.group.size == 1, guess_cost=cost, rows_run=rows_run)
         self._revision = -1
         self._state: DecodeState
         self._copies: OutputCopies
@@ -87,12 +89,7 @@ class Decoder:
     @property
     def dependent(self) -> bool:
         """Whether kernels use dependent launches: allowed, supported here, and not turned off by a failed capture."""
-        return self._graphs.uses_dependent_launch
-
-    @property
-    def captured_sizes(self) -> list[int]:
-        """The batch sizes of all graphs that are captured."""
-        return sorted({size for size, *_ in self._graphs.captured})
+        return self.graphs.uses_dependent_launch
 
     @property
     def queued(self) -> int:
@@ -105,9 +102,9 @@ class Decoder:
         return self._copies.queued_steps
 
     @property
-    def most_new_tokens(self) -> int:
-        """The most tokens that a row may get from the next `enqueue_steps`."""
-        return self.unroll if self.guesser is None else self.control.most_guesses + 1
+    def positions_ahead(self) -> int:
+        """The most positions after a row's newest token that the next `enqueue_steps` may write."""
+        return self.unroll if self.guesser is None else self.control.positions_ahead
 
     @property
     def state(self) -> DecodeState:
@@ -118,7 +115,7 @@ class Decoder:
     def capture_graphs(self, batch_sizes: Sequence[int]) -> None:
         """Capture the graphs of these batch sizes before they are first used. Waits for the device."""
         with self.model.exclusively():
-            self._graphs.use_current_stream()
+            self.graphs.use_current_stream()
             self._allocate_for_model()
             self.capture_sizes(batch_sizes)
 
@@ -126,7 +123,7 @@ class Decoder:
         """Capture the graphs of these batch sizes that are not captured, in a call that has begun."""
         for n_rows in batch_sizes:
             for n_guesses in self._guess_counts(n_rows):
-                self._graphs.get(self._state, n_rows, PLAIN, n_guesses)
+                self.graphs.get(self._state, n_rows, PLAIN, n_guesses)
 
     @torch.inference_mode()
     def dry_run(self, n_rows: int) -> None:
@@ -135,18 +132,18 @@ class Decoder:
         Raises RuntimeError if it fails. With dependent launches, the message names the option that turns them off.
         """
         with self.model.exclusively():
-            self._graphs.use_current_stream()
+            self.graphs.use_current_stream()
             self._allocate_for_model()
             self._state.deactivate()
             for n_guesses in self._guess_counts(n_rows):
-                self._graphs.dry_run(self._state.first(n_rows), n_guesses)
+                self.graphs.dry_run(self._state.first(n_rows), n_guesses)
 
     def begin(self, is_batch: bool = False) -> None:
         """Begin a call without rows. All its launches go to the stream that is current here.
 
         is_batch: no other rows follow the first ones.
         """
-        self._graphs.use_current_stream()
+        self.graphs.use_current_stream()
         self._allocate_for_model()
         with self.launch_context():
             self._state.deactivate()
@@ -163,7 +160,7 @@ class Decoder:
             return
         self._rows = self._state.first(n_rows).with_greedy(greedy)
         self._extras = extras
-        self._replayed: dict[int, Graph | None] = {0: self._graphs.get(self._state, n_rows, extras)}  # by guesses
+        self._replayed: dict[int, Graph | None] = {0: self.graphs.get(self._state, n_rows, extras)}  # by guesses
         self._selected = n_rows, greedy, extras
 
     def add_extras(self) -> None:
@@ -201,6 +198,7 @@ class Decoder:
             with self.launch_context():
                 for row, history in tokens.items():
                     self._state.guesses.set_history(row, history)
+                    self.control.start_row(row)
 
     def set_lengths(self, lengths: dict[int, int]) -> None:
         """Tell the decoder how many tokens these rows have, so that eager steps read only their keys."""
@@ -230,7 +228,7 @@ class Decoder:
         if self.guesser is not None and self._extras == PLAIN:
             n_guesses = self.control.choose(n_rows)
         if n_guesses not in self._replayed:
-            self._replayed[n_guesses] = self._graphs.get(self._state, n_rows, self._extras, n_guesses)
+            self._replayed[n_guesses] = self.graphs.get(self._state, n_rows, self._extras, n_guesses)
         graph, begin = self._replayed[n_guesses], time.perf_counter()
         with self.launch_context():
             if self.guesser is not None:
@@ -239,19 +237,19 @@ class Decoder:
                 graph.replay()
             else:
                 for ahead in range(self.unroll):
-                    self._graphs.run(self._rows, self._lengths.bounds(n_rows, ahead), self._extras, n_guesses)
+                    self.graphs.run(self._rows, self._lengths.bounds(n_rows, ahead), self._extras, n_guesses)
             self._enqueue_copy(self.unroll, n_guesses)
         if self.guesser is not None:
             if self.replays_ahead == 0:
                 self.control.note_time(n_rows, n_guesses, time.perf_counter() - begin)
-            seconds = self._graphs.guess_seconds(self._state, n_rows, self._lengths.bounds(n_rows), n_guesses)
+            seconds = self.graphs.guess_seconds(self._state, n_rows, self._lengths.bounds(n_rows), n_guesses)
             self.control.stats.guess_seconds += seconds
         return self.unroll + n_guesses
 
     @contextmanager
     def launch_context(self) -> Iterator[None]:
         """A block whose launches use the call's stream and this decoder's setting of dependent launches."""
-        with self._graphs.launch_context():
+        with self.graphs.launch_context():
             yield
 
     def receive(self) -> list[StepOutput]:
@@ -296,5 +294,5 @@ class Decoder:
         if self.guesser is not None:
             self._state = self._state.with_guesses(model.cache.length + 1)
         self._copies = OutputCopies(REPLAYS_AHEAD + 1, model.device)
-        self._graphs.clear()
+        self.graphs.clear()
         self._revision = model.revision

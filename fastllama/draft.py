@@ -17,7 +17,14 @@ from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.guesses import NO_GUESS, Window
 from fastllama.model import Transformer
 from fastllama.quantization import bytes_of
-from fastllama.speculation import MAX_CATCH_UP, Guesser, LookupGuesser, few_tokens_per_row, window_batch
+from fastllama.speculation import (
+    MAX_CATCH_UP,
+    MAX_CHECKED_TOKENS,
+    READ_TOGETHER,
+    Guesser,
+    LookupGuesser,
+    window_batch,
+)
 
 
 class DraftGuesser:
@@ -34,7 +41,7 @@ class DraftGuesser:
         target, draft, rows = self._target, self.draft, self._target.cache.max_batch_size
         draft.to(target.device, target.dtype)
         draft.cache.share_pages(target.cache)
-        draft.allow_step_sizes(few_tokens_per_row(1), max(2 * rows, few_tokens_per_row(1)))
+        draft.allow_step_sizes(READ_TOGETHER, max(2 * rows, MAX_CHECKED_TOKENS))
         draft.workspace.reset()
         self._n_behind = 0
 
@@ -49,10 +56,19 @@ class DraftGuesser:
             return
         if self._n_behind and state.guesses is not None:
             state.guesses.tokens.fill_(NO_GUESS)  # those that are there are older than the newest tokens
-        size = few_tokens_per_row(state.rows.shape[0])
-        for begin in range(-min(self._n_behind, MAX_CATCH_UP), 0, size):
-            self._hidden(self.draft.ops.window(state, begin, min(begin + size, 0)), state, lengths)
+        self._catch_up(state, min(self._n_behind, MAX_CATCH_UP), lengths)
         self._n_behind = 0
+
+    def dry_run(self, state: DecodeState) -> None:
+        """Compile the kernels of `before_step`."""
+        self._catch_up(state, 1, None)
+
+    def _catch_up(self, state: DecodeState, n_tokens: int, lengths: Sequence[int] | None) -> None:
+        """Read n_tokens of each row before the newest one, or a few more: every window has the same size."""
+        n_rows = state.rows.shape[0]
+        size = READ_TOGETHER if n_rows * READ_TOGETHER <= MAX_CHECKED_TOKENS else 1
+        for begin in range(-n_tokens // size * size, 0, size):
+            self._hidden(self.draft.ops.window(state, begin, begin + size), state, lengths)
 
     def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
         """Draw the tokens after each row's newest one, each from the one before, in n_guesses steps of the draft model.

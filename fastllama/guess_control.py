@@ -13,12 +13,12 @@ A batch is as slow as its slowest row, so there every row's credit must suffice.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastllama.kernels.guesses import DRAFTED, MAX_GUESSES, NO_GUESS
 from fastllama.output_copies import NewestSteps
-from fastllama.speculation import MAX_CATCH_UP, MAX_CHECKED_TOKENS, most_step_tokens
+from fastllama.speculation import MAX_CATCH_UP, MAX_CHECKED_TOKENS, READ_TOGETHER, most_step_tokens
 from fastllama.speculation_stats import SpeculationStats
 
 GUESS_COUNTS = (0, 1, 2, 3, 5, 7, 11, MAX_GUESSES)  # each has a graph of its own for every number of rows
@@ -32,7 +32,6 @@ TRIAL_STEPS = 4  # of a draft model, which are to cost at most TRIAL_SHARE of th
 TRIAL_SHARE = 0.015
 TRIAL_MEMORY = 0.25  # how much all earlier guesses count in a trial
 CREDIT, CREDIT_SHARE = 1.0, 0.015  # of a row, in plain steps: to begin with, and more for each of its tokens
-READ_TOGETHER = 8  # tokens that a draft model reads in the time of one guess, when it reads what it left out
 
 
 @dataclass
@@ -51,12 +50,14 @@ class GuessControl:
     n_guesses: int | None = None
     measures: bool = True  # False: costs are assumed, so that all processes that share a model decide alike
     guess_cost: float = 0.0  # of the Guesser
+    rows_run: Callable[[int], int] = int  # rows of the graph for so many rows
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     _rates: dict[int, tuple[float, ...]] = field(default_factory=dict)
     _rows: dict[int, _Guessed] = field(default_factory=dict)
     _is_batch: bool = True
     _accepted: tuple[float, ...] = (1.0, 1.0)  # lately: (guesses that were right, that were expected to be)
     _credit: dict[int, float] = field(default_factory=dict)  # by row, in plain steps
+    _ended: set[int] = field(default_factory=set)  # rows
     _unguessed: int = 0  # steps since the last one with guesses of a draft model
     _trial: int = 0  # steps left in which it is tried again
     _received_at: float | None = None
@@ -72,6 +73,7 @@ class GuessControl:
         self._rates, self._accepted = dict(PRIOR), (1.0, 1.0)
         self._rows.clear()
         self._credit.clear()
+        self._ended.clear()
         self._received_at = None
         self._unguessed = self._trial = 0
 
@@ -83,13 +85,13 @@ class GuessControl:
             return 0  # to have something to compare with
         if not self.guess_cost:
             return self._best(n_rows, {row: self._chance(one.matched) for row, one in self._rows.items()})
-        best = self._best(n_rows, dict.fromkeys(range(n_rows), self._chance(DRAFTED)))
+        best = self._best(n_rows, dict.fromkeys(self._running(n_rows), self._chance(DRAFTED)))
         if best == 0 and self._is_worth_a_trial(n_rows):
             self._rates[DRAFTED] = tuple(TRIAL_MEMORY * number for number in self._rates[DRAFTED])
             self._trial = TRIAL_STEPS
         if best == 0 and self._trial > 0:
             self._trial -= 1
-            best = self.choices(n_rows)[1]
+            best = next(iter(self.choices(n_rows)[1:]), 0)  # none for many rows
         self._unguessed = 0 if best else self._unguessed + 1
         return best
 
@@ -99,13 +101,13 @@ class GuessControl:
         if not chances:
             return 0
         right, expected = self._accepted
-        share, plain = min(1.0, right / expected), self._cost(n_rows, 0)
-        credit, best, best_rate = self._least_credit(n_rows), 0, n_rows / plain
+        share, plain, n_running = min(1.0, right / expected), self._cost(n_rows, 0), len(self._running(n_rows))
+        credit, best, best_rate = self._least_credit(n_rows), 0, n_running / plain
         for k in self.choices(n_rows)[1:]:
             cost = self._cost(n_rows, k)
             if cost / plain - 1 > credit:
                 break
-            rate = (n_rows + share * sum(_expected(chance, k) for chance in chances.values())) / cost
+            rate = (n_running + share * sum(_expected(chance, k) for chance in chances.values())) / cost
             if rate > best_rate:
                 best, best_rate = k, rate
             if self.measures and (n_rows, k) not in self._times:
@@ -114,8 +116,12 @@ class GuessControl:
 
     def _least_credit(self, n_rows: int) -> float:
         """The plain steps that a step may lose if all its guesses are wrong."""
-        credits = [self._credit.get(row, CREDIT) for row in range(n_rows)]
-        return min(credits) if self._is_batch else sum(credits) / n_rows
+        credits = [self._credit.get(row, CREDIT) for row in self._running(n_rows)] or [CREDIT]
+        return min(credits) if self._is_batch else sum(credits) / len(credits)
+
+    def _running(self, n_rows: int) -> list[int]:
+        """The first n_rows without those that have ended."""
+        return [row for row in range(n_rows) if row not in self._ended]
 
     def _is_worth_a_trial(self, n_rows: int) -> bool:
         """Whether a draft model that was not used for a while may be tried again, and could pay off."""
@@ -133,11 +139,16 @@ class GuessControl:
         """The most guesses of a row that a step may check."""
         return MAX_GUESSES if self.n_guesses is None else self.n_guesses
 
+    @property
+    def positions_ahead(self) -> int:
+        """The most positions that a step may write: of new tokens, and of a draft model's guesses after them."""
+        return self.most_guesses + 1 + (self.most_guesses if self.guess_cost else 0)
+
     def choices(self, n_rows: int) -> list[int]:
         """All numbers that may be chosen for a step of so many rows."""
         if self.n_guesses is not None:
             return sorted({0, self.n_guesses})
-        return [k for k in GUESS_COUNTS if k == 0 or (k + 1) * n_rows <= MAX_CHECKED_TOKENS]
+        return [k for k in GUESS_COUNTS if k == 0 or (k + 1) * self.rows_run(n_rows) <= MAX_CHECKED_TOKENS]
 
     def step_sizes(self, max_rows: int) -> tuple[int, int]:
         """The most tokens of a step of up to max_rows rows: of one row, and of all together."""
@@ -191,12 +202,29 @@ class GuessControl:
             self._rows.clear()
         elif newest.positions is not None and newest.guesses is not None and newest.matched is not None:
             for row, guessed in enumerate(zip(newest.positions, newest.guesses, newest.matched, strict=True)):
-                self._rows[row] = _Guessed(*guessed)
+                if row not in self._ended:
+                    self._rows[row] = _Guessed(*guessed)
+
+    def start_row(self, row: int) -> None:
+        """A row begins, perhaps after another that had ended."""
+        self.end_row(row)
+        self._ended.discard(row)
+
+    def move_row(self, source: int, target: int) -> None:
+        """A row goes on as another."""
+        known, credit = self._rows.get(source), self._credit.get(source)
+        self.end_row(source)
+        self.start_row(target)
+        if known is not None:
+            self._rows[target] = known
+        if credit is not None:
+            self._credit[target] = credit
 
     def end_row(self, row: int) -> None:
         """A row has ended."""
         self._rows.pop(row, None)
         self._credit.pop(row, None)
+        self._ended.add(row)
 
     def _chance(self, matched: int) -> float:
         right, total = self._rates[matched]

@@ -11,7 +11,7 @@ MILLISECONDS = 1e3  # a second's
 
 
 class GuessTimer:
-    """Times guesses. A GPU's time is known at the next call, so that nothing waits for it."""
+    """Times guesses. A GPU's time is known some steps later, so that nothing waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -23,6 +23,9 @@ class GuessTimer:
     def after_step(self, n_guesses: int, prepare: Callable[[], Callable[[], None]]) -> None:
         """A step made so many guesses. What `prepare` returns makes them again."""
         self._n_steps += 1
+        if self._events and self._events[1].query():
+            self.seconds = self._events[0].elapsed_time(self._events[1]) / MILLISECONDS / self._n_timed
+            self._events = []
         if self._n_steps != FIRST_TIMED_STEP and self._n_steps % TIMED_STEPS:
             return
         guess_again = prepare()
@@ -31,8 +34,6 @@ class GuessTimer:
             guess_again()
             self.seconds = (time.perf_counter() - begin) / n_guesses
             return
-        if self._events and self._events[1].query():
-            self.seconds = self._events[0].elapsed_time(self._events[1]) / MILLISECONDS / self._n_timed
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._n_timed = n_guesses
         self._events[0].record()

@@ -139,8 +139,13 @@ def _check_memory(
             draft.args.max_seq_len,
             n_processes=n_processes,
             stored=stored,
-            n_guesses=1,
+            n_guesses=None,
         ).total
+        if needed > free:
+            sizes = f"{needed / memory_plan.GIB:.2f} GiB and {free / memory_plan.GIB:.2f} GiB are free {limit}"
+            raise memory_plan.DoesNotFit(
+                f"the draft model alone needs {sizes}: use a smaller one, or none, or lower max_seq_len"
+            )
         free, limit = free - needed, f"{limit} beside the draft model's {needed / memory_plan.GIB:.2f} GiB"
     memory_plan.check_fits(
         model.args,
@@ -249,9 +254,9 @@ def _check_paths(ckpt_dir: object, tokenizer_path: object, draft: object) -> Non
     for name, path in (
         ("ckpt_dir", ckpt_dir),
         ("tokenizer_path", tokenizer_path),
-        ("draft", "" if draft is None else draft),
+        ("draft", "." if draft is None else draft),
     ):
-        if not isinstance(path, str | os.PathLike):
+        if not isinstance(path, str | os.PathLike) or (name == "draft" and path == ""):
             raise ValueError(f"{name} must be a path, got {path!r}")
     if not os.path.exists(str(tokenizer_path)) and os.path.isdir(str(ckpt_dir)):
         raise AssertionError(f"the tokenizer file {str(tokenizer_path)!r} does not exist")

@@ -98,12 +98,13 @@ class OutputCopies:
         if len(self._in_flight) == n_buffers:
             raise RuntimeError(f"all {n_buffers} buffers are in flight: receive one first")
         buffer, self._next_buffer = self._next_buffer, (self._next_buffer + 1) % n_buffers
-        sources = {"tokens": state.out_tokens, "logprobs": state.out_logprobs}
+        guesses, sources = state.guesses, {}
+        if guesses is not None:
+            # Before the tokens: a later step may change it during the copy, and must have written none of them then.
+            sources = {"newest": guesses.newest, "guesses": guesses.tokens, "matched": guesses.matched}
+        sources |= {"tokens": state.out_tokens, "logprobs": state.out_logprobs}
         if with_top_tokens and state.top is not None:
             sources |= {"top_ids": state.top.ids, "top_logprobs": state.top.logprobs}
-        if state.guesses is not None:
-            guesses = state.guesses
-            sources |= {"newest": guesses.newest, "guesses": guesses.tokens, "matched": guesses.matched}
         if self._stream is None:
             self._copy(buffer, sources)
         else:

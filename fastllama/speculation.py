@@ -17,6 +17,7 @@ from fastllama.model import Transformer
 
 MAX_CHECKED_TOKENS = 16  # of all rows together: what the kernels for few tokens take
 MAX_CATCH_UP = 256  # tokens that a draft model reads at most after a while without guesses
+READ_TOGETHER = 4  # of a row, at a time
 
 
 class Guesser(Protocol):
@@ -29,6 +30,9 @@ class Guesser(Protocol):
 
     def prepare(self) -> None:
         """A call begins, or the model's tensors were replaced."""
+
+    def dry_run(self, state: DecodeState) -> None:
+        """Compile all kernels of steps of these rows, which are inactive, beside those of `guess`."""
 
     def follow(self, batch: RaggedBatch) -> None:
         """The model reads these tokens of prompts."""
@@ -54,6 +58,9 @@ class LookupGuesser:
     def prepare(self) -> None:
         """Nothing: the tokens are in the state."""
 
+    def dry_run(self, state: DecodeState) -> None:
+        """Nothing beside `guess`."""
+
     def follow(self, batch: RaggedBatch) -> None:
         """Nothing: the tokens are in the state."""
 
@@ -63,11 +70,6 @@ class LookupGuesser:
     def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
         """Guess as many tokens as there is memory for."""
         self._model.ops.look_up(state, MAX_GUESSES)
-
-
-def few_tokens_per_row(n_rows: int) -> int:
-    """How many tokens of each row make few tokens in all."""
-    return max(1, MAX_CHECKED_TOKENS // n_rows)
 
 
 def most_step_tokens(n_rows: int, n_guesses: int | None) -> int:

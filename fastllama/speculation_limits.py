@@ -17,7 +17,7 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.kernels.guesses import MAX_GUESSES
 from fastllama.quantization import NOTHING_QUANTIZED, Scheme
-from fastllama.speculation import few_tokens_per_row
+from fastllama.speculation import MAX_CHECKED_TOKENS
 from fastllama.speed_of_light import (
     COLLECTIVE_LATENCY_S,
     LAUNCH_GAP_S,
@@ -121,7 +121,7 @@ def speculation_limits(
 
 def most_guesses(batch: int) -> int:
     """The most guesses of a row for which the tokens of all rows are few, as the kernels for few tokens need it."""
-    return min(MAX_GUESSES, few_tokens_per_row(batch) - 1)
+    return min(MAX_GUESSES, max(1, MAX_CHECKED_TOKENS // batch) - 1)
 
 
 def best_limits(

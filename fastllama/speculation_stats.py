@@ -9,7 +9,7 @@ class SpeculationStats:
 
     steps: int = 0  # with and without guesses
     tokens: int = 0  # that they made
-    checked: int = 0  # guesses that were checked
+    checked: int = 0  # guesses that were there to be checked, also beyond the row's last position
     accepted: int = 0  # guesses that were right
     seconds: float = 0.0  # of the steps
     guess_seconds: float = 0.0  # of them for guessing

@@ -95,7 +95,12 @@ class StepGraphs:
         self.use_graphs, self.dependent, self._new_graph = graphs, dependent, new_graph
         self.captured: dict[tuple[int, Extras, int, bool], Graph] = {}  # by the arguments of `_capture`
         self.call_stream: torch.cuda.Stream | None = None
-        self._timer = GuessTimer(model.device)
+        self.timer = GuessTimer(model.device)
+
+    @property
+    def captured_sizes(self) -> list[int]:
+        """The batch sizes of all graphs that are captured."""
+        return sorted({size for size, *_ in self.captured})
 
     def clear(self) -> None:
         """Drop all graphs: the model's tensors were replaced."""
@@ -139,14 +144,16 @@ class StepGraphs:
             return graph.replay if graph is not None else lambda: guesser.guess(state.first(n_rows), n_guesses, lengths)
 
         with self.launch_context():
-            self._timer.after_step(count, guess_again)
-        return count * self._timer.seconds
+            self.timer.after_step(count, guess_again)
+        return count * self.timer.seconds
 
     def dry_run(self, state: DecodeState, n_guesses: int) -> None:
         """Run an eager step of inactive rows. Raises RuntimeError as `Decoder.dry_run`."""
         try:
             with self.launch_context():
                 self.run(state, n_guesses=n_guesses)
+                if self.guesser is not None:
+                    self.guesser.dry_run(state)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -206,8 +213,9 @@ class StepGraphs:
                 self.run(rows, extras=extras, n_guesses=n_guesses)
 
         with self.launch_context():
-            positions = state.positions.clone()
-            state.deactivate()  # so that the eager run, which compiles kernels, changes nothing
+            kept = [state.positions] + ([state.guesses.tokens, state.guesses.matched] if state.guesses else [])
+            values = [tensor.clone() for tensor in kept]
+            state.deactivate()  # so that the eager run, which compiles kernels, changes nothing else
         try:
             return self._capture_steps(steps, extras)
         except torch.OutOfMemoryError:
@@ -225,7 +233,8 @@ class StepGraphs:
             return self._capture_steps(steps, extras)
         finally:
             with self.launch_context():
-                state.positions.copy_(positions)
+                for tensor, value in zip(kept, values, strict=True):
+                    tensor.copy_(value)
 
     def _capture_steps(self, steps: Callable[[], None], extras: Extras) -> Graph:
         factory = self._factory(extras)

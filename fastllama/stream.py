@@ -124,7 +124,7 @@ class _Row:
         return self._increment(echoed[:end], logprobs, reason)
 
     def next_increments(self, request: Request, found: Sequence[tuple[int, float]]) -> Generator[Increment]:
-        """The increment of one step's tokens and log-probabilities, up to the row's end.
+        """The increment of one step's tokens and log-probabilities, up to the row's end; none if there are no tokens.
 
         Raises NotFiniteError, after the tokens before, if the logits of one were not numbers.
         """
@@ -144,7 +144,7 @@ class _Row:
                 logprobs.append(logprob)
         if tokens or reason is not None:
             yield self._increment(tokens, logprobs, reason)
-        if reason is None and found[-1][0] == NO_TOKEN:
+        if reason is None and found and found[-1][0] == NO_TOKEN:
             raise NotFiniteError(
                 f"the logits of row {self.index} are not finite numbers at step {self.length - len(self.prompt)} "
                 f"(position {self.length}); {NOT_FINITE_CAUSE}"

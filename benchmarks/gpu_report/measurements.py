@@ -211,7 +211,7 @@ def rate(bench: Bench, name: str, decoder: Decoder, batch: int, context: int) ->
     model, sizes = decoder.model, bench.sizes
     warm_steps, timed_steps = (-(-n // decoder.unroll) * decoder.unroll for n in (sizes.warm_steps, sizes.steps))
     n_steps = warm_steps + timed_steps
-    end = context + n_steps * decoder.most_new_tokens // decoder.unroll
+    end = context + n_steps * decoder.positions_ahead // decoder.unroll
     tokens, positions, last = [row + 1 for row in range(batch)], [context - 1] * batch, [end] * batch
     with model.exclusively():
         decoder.start(tokens, positions, last, [], sampling_tensors(batch, bench.device))

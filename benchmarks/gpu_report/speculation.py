@@ -49,7 +49,6 @@ def _kinds(bench: Bench, name: str, batch: int, draft: str | None, guesser: Gues
             runs[k].append(rate(bench, name, decoder, batch, sizes.contexts[0]))
     step = {k: percentile([run["step_milliseconds"] for run in found], 50) for k, found in runs.items()}
     for k in counts:
-        n_steps = sizes.rounds * (sizes.warm_steps + sizes.steps)
         yield {
             "model": name,
             "draft": draft,
@@ -59,6 +58,6 @@ def _kinds(bench: Bench, name: str, batch: int, draft: str | None, guesser: Gues
             "plain_milliseconds": step[0],
             "cost": step[k] / step[0],
             "goal": GOALS.get(k) if batch == 1 and draft is None else None,
-            "guess_milliseconds": MILLI * decoders[k].control.stats.guess_seconds / n_steps,
+            "guess_milliseconds": MILLI * decoders[k].graphs.timer.seconds * (k if guesser.cost else 1),
             f"tokens_per_second_at_{RIGHT:.0%}": batch * expected_tokens(RIGHT, k) / step[k] * MILLI,
         }

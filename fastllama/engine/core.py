@@ -129,7 +129,7 @@ class EngineCore:
     def _make_room(self) -> None:
         """Pages for the next step of all rows. If there are too few, the youngest sequences are put back."""
         scheduler = self.scheduler
-        while not scheduler.grow(self.decoder.most_new_tokens):
+        while not scheduler.grow(self.decoder.positions_ahead):
             if self._runner.queued:  # it may end sequences, and a sequence that is put back needs its tokens
                 self._receive()
                 continue

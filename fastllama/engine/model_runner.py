@@ -69,7 +69,7 @@ class ModelRunner:
             batch = RaggedBatch.of(pieces, model.device, model.workspace)
             with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
                 h = model.hidden(batch)
-                if self.decoder.guesser is not None:
+                if self.decoder.guesser is not None and any(one.sequence.steps_to_enqueue > 0 for one in chunks):
                     self.decoder.guesser.follow(batch)
                 scores: dict[Sequence, list[TokenScore]] = {}
                 for chunk, segment in zip(chunks, batch.segments, strict=True):
@@ -113,6 +113,7 @@ class ModelRunner:
             with self.decoder.launch_context():
                 self.decoder.state.move_rows(*zip(*rows, strict=True))
         for one in moves:
+            self.decoder.control.move_row(one.source, one.target)
             self.decoder.mark_finished(one.source)
             if one.sequence.is_decoding:
                 self.decoder.set_lengths({one.target: len(one.sequence.tokens)})

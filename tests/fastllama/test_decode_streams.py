@@ -281,6 +281,6 @@ def test_build_passes_its_launch_options_to_the_decoder(tmp_path: Path) -> None:
     tiny_llama(tmp_path)  # writes the checkpoint
     files = (str(tmp_path), str(tmp_path / "tokenizer.model"), 16, 2)
     llm = Llama.build(*files, device="cpu", cuda_graphs=False, dependent_launch=False)
-    assert (llm.decoder._graphs.use_graphs, llm.decoder._graphs.dependent) == (False, False)
+    assert (llm.decoder.graphs.use_graphs, llm.decoder.graphs.dependent) == (False, False)
     llm = Llama.build(*files, device="cpu")
-    assert (llm.decoder._graphs.use_graphs, llm.decoder._graphs.dependent) == (None, None)
+    assert (llm.decoder.graphs.use_graphs, llm.decoder.graphs.dependent) == (None, None)

@@ -77,7 +77,7 @@ def test_greedy_is_deterministic(folder: Path, rows: int) -> None:
 def test_replays_like_eager(folder: Path, unroll: int) -> None:
     """Tokens and log-probabilities are bit-identical: a graph has the same launches."""
     llm = build(folder, None, None)
-    assert llm.decoder.captured_sizes == [1, 4], "build captures the graphs of one row and of all"
+    assert llm.decoder.graphs.captured_sizes == [1, 4], "build captures the graphs of one row and of all"
     answers = []
     for decoder in (Decoder(llm.model, graphs=False), Decoder(llm.model, unroll=unroll)):
         llm.decoder = decoder

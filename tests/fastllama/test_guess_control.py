@@ -8,6 +8,7 @@ import pytest
 from fastllama.guess_control import CREDIT, CREDIT_SHARE, GUESS_COUNTS, MIN_TIMES, GuessControl
 from fastllama.kernels.guesses import DRAFTED, MAX_GUESSES
 from fastllama.output_copies import NewestSteps
+from fastllama.step_graphs import graph_size
 
 
 def told(control: GuessControl, position: int, guesses: Sequence[int], matched: int) -> None:
@@ -90,8 +91,8 @@ def test_no_batch_is_slower_than_plain_steps(chances: list[float], cost: float, 
         allowed = CREDIT + 2 * cost * max(GUESS_COUNTS) ** 0.5
         assert world.seconds <= min(world.tokens) * (1 + CREDIT_SHARE) + allowed
         world.chances = [1 - chance for chance in chances] if part % 2 else chances
-    if min(chances) >= 0.8 and cost <= 0.1:
-        assert world.seconds < 0.8 * min(world.tokens)
+    if min(chances) >= 0.8 and cost <= 0.1:  # half of the time
+        assert world.seconds < (0.9 if guess_cost else 0.8) * min(world.tokens)
 
 
 def test_rows_that_are_followed_by_others_count_together() -> None:
@@ -146,6 +147,36 @@ def test_more_rows_leave_fewer_guesses_to_each() -> None:
     assert GuessControl().choices(16) == [0]
     fixed = GuessControl(n_guesses=5)
     assert fixed.choices(16) == [0, 5] and fixed.choose(16) == 5
+
+
+def test_the_rows_that_a_graph_runs_count() -> None:
+    control = GuessControl(rows_run=lambda n_rows: graph_size(n_rows, 8))
+    assert control.choices(4) == [0, 1, 2, 3] and control.choices(5) == control.choices(8) == [0, 1]
+
+
+def test_a_trial_ends_where_more_rows_leave_no_guesses() -> None:
+    control = control_with_costs(0.2, guess_cost=0.2)
+    control._trial = 3
+    control._rates[DRAFTED] = 0.0, 9.0
+    for _ in range(2):
+        control.note_time(9, 0, 1.0)
+    assert control.choose(1) == 1 and control.choose(9) == 0
+
+
+def test_rows_that_have_ended_do_not_count() -> None:
+    control = control_with_costs(0.3, n_rows=4)
+    for row in range(4):
+        control.start_row(row)
+        control._credit[row] = 9.0
+    matched = [0, 0, 0, 3]
+    control.note_guesses(NewestSteps([[0] * 4], [[0.0]], 1, 0, None, None, [4] * 4, 0, [[7] * 15] * 4, matched))
+    control._rates[3] = 0.5 * 20, 20.0
+    assert control.choose(4) == 0, "three rows would be slower"
+    for row in (0, 1, 2):
+        control.end_row(row)
+    assert control.choose(4) == 1
+    control.move_row(3, 0)
+    assert control._credit == {0: 9.0} and set(control._rows) == {0}
 
 
 def test_a_row_that_another_prompt_took_teaches_nothing() -> None:

@@ -67,8 +67,8 @@ def test_replays_like_eager(unroll: int, tmp_path: Path) -> None:
     for _ in range(2):
         for call, wanted in zip(CALLS, expected, strict=True):
             assert_same_answers(llm.generate(max_gen_len=12, logprobs=True, **call), wanted)
-    assert llm.decoder.captured_sizes == [1, 4]
-    assert isinstance(llm.decoder._graphs.captured[4, PLAIN, 0, False], NativeGraph)
+    assert llm.decoder.graphs.captured_sizes == [1, 4]
+    assert isinstance(llm.decoder.graphs.captured[4, PLAIN, 0, False], NativeGraph)
 
 
 def test_more_rows_than_the_kernels_take_alone(tmp_path: Path) -> None:

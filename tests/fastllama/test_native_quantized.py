@@ -71,7 +71,7 @@ def test_replays_like_eager(quantize: str, tmp_path: Path) -> None:
     llm.decoder = Decoder(llm.model)
     for _ in range(2):
         assert_same_answers(llm.generate(PROMPTS, 12, temperature=0, logprobs=True), expected)
-    assert isinstance(llm.decoder._graphs.captured[4, PLAIN, 0, False], NativeGraph)
+    assert isinstance(llm.decoder.graphs.captured[4, PLAIN, 0, False], NativeGraph)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

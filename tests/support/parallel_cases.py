@@ -152,7 +152,7 @@ def on_gpus(arguments: dict[str, Any]) -> dict[str, Any]:
         "repeats": again["tokens"][:2] == first["tokens"][:2],  # the third has no seed, and so differs between calls
         "alone": alone,
         "bfloat16": bfloat16.generate(PROMPTS, STEPS, temperature=0.7, seed=3),
-        "graphs": llm.decoder.captured_sizes,
+        "graphs": llm.decoder.graphs.captured_sizes,
         "device": str(llm.model.device),
     }
 

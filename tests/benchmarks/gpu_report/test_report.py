@@ -194,8 +194,8 @@ def test_a_self_check_records_that_dependent_launches_were_replaced(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(decoder: Decoder, n_rows: int) -> list[list[int]]:
-        if decoder._graphs.use_graphs is None and n_rows == 1:
-            decoder._graphs.dependent = False  # like a capture that fails
+        if decoder.graphs.use_graphs is None and n_rows == 1:
+            decoder.graphs.dependent = False  # like a capture that fails
         return [[1, 2]]
 
     monkeypatch.setattr(whole_steps, "_greedy", greedy)

@@ -218,7 +218,7 @@ def simulated_engine(
 
     model.exclusively = exclusively
     decoder = SimpleNamespace(model=model, replays_ahead=ahead, unroll=unroll, most_new_tokens=unroll + n_guesses)
-    decoder.mark_finished = lambda row: None
+    decoder.mark_finished, decoder.positions_ahead = lambda row: None, decoder.most_new_tokens
     llm: Any = SimpleNamespace(model=model, tokenizer=Letters(), formatter=None, decoder=decoder)
     llm.random_streams = lambda seed, n: [(seed or 0, index, 0) for index in range(n)]
     return Engine(llm, max_tokens_per_step=step_tokens, reuse_prefixes=reuse)

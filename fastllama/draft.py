@@ -1,7 +1,8 @@
 """A draft model: a smaller model with the same vocabulary, which guesses the next tokens of a larger one, the target.
 
 It has keys and values of its own, in pages with the same numbers as the target's: a row's page table serves both, and
-prompts that are found in the cache are there for both. A guess is drawn as the target draws: with the same random
+prompts that are found in the cache are there for both. (Tokens that steps without guesses made are missing in the
+draft model's part of such pages. It then guesses worse.) A guess is drawn as the target draws: with the same random
 numbers, at the same position. So where both models agree about the probabilities, they draw the same token.
 """
 

@@ -1,4 +1,7 @@
-"""The prompts of the speculate suite: tasks whose answers repeat parts of the prompt, and others."""
+"""The prompts of the speculate suite: tasks whose answers repeat parts of the prompt, and others.
+
+They are worded so that models of 100 million parameters understand them.
+"""
 
 from typing import NamedTuple
 
@@ -18,20 +21,25 @@ _REPORT = (
     "asked to stay near the pier. The island has one shop, which closes at noon, and a well whose water is safe "
     "to drink."
 )
-_CODE = '''def mean_of_column(rows, column):
-    """The mean of a column of numbers."""
-    total = 0.0
-    count = 0
-    for row in rows:
-        value = row[column]
-        if value is None:
-            continue
-        total += value
-        count += 1
-    if count == 0:
-        raise ValueError("the column has no numbers")
-    return total / count
-'''
+_CODE = """def load_settings(path):
+    settings = {}
+    with open(path) as file:
+        for line in file:
+            name, value = line.split("=")
+            settings[name.strip()] = value.strip()
+    return settings
+
+
+def save_settings(path, settings):
+    with open(path, "w") as file:
+        for name, value in settings.items():
+            file.write(f"{name} = {value}\\n")
+
+
+def print_settings(settings):
+    for name, value in settings.items():
+        print(name, value)
+"""
 _RECORDS = """order 1041: Mira Novak, 3 lamps, 59.70, paid, ships to Ljubljana
 order 1042: Tomas Lind, 1 desk, 240.00, unpaid, ships to Uppsala
 order 1043: Awa Diop, 12 chairs, 1140.00, paid, ships to Dakar
@@ -40,17 +48,11 @@ order 1045: Lucia Romero, 1 sofa, 799.00, unpaid, ships to Sevilla
 """
 
 TASKS = {
-    "quotations": Task(
-        f"{_REPORT}\n\nSummarise this notice. Quote the sentences about tickets, dogs and the wind word for word.", True
-    ),
+    "quotation": Task(f"Repeat the following text word for word:\n\n{_REPORT}", True),
     "code edit": Task(
-        f"```python\n{_CODE}```\n\nRename the function to average_of_column and write out the complete function again.",
-        True,
+        f"```python\n{_CODE}```\n\nWrite out this code again, and rename print_settings to show_settings.", True
     ),
-    "extraction": Task(
-        f"{_RECORDS}\nWrite these orders as a JSON list, each with the keys order, name, items, price, paid and city.",
-        True,
-    ),
+    "extraction": Task(f"{_RECORDS}\nList the name and the city of every order.", True),
     "story": Task("Write a short story about a beekeeper who finds a letter in one of her hives.", False),
     "explanation": Task("Explain to a pupil of twelve years why the sea is salty and rivers are not.", False),
     "ideas": Task("I have a free afternoon and a small balcony. What could I do? Answer in a few paragraphs.", False),

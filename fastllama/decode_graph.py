@@ -209,6 +209,8 @@ class Decoder:
         """Tell the decoder that a row has ended, so that eager steps do not read its keys."""
         self._lengths.end(row)
         self.control.end_row(row)
+        if self.guesser is not None:
+            self.guesser.end_row()
 
     def sample_first(self, logits: Tensor) -> None:
         """Enqueue sampling of each row's first token, from the prompts' logits (B, V)."""

@@ -1,13 +1,12 @@
 """A draft model: a smaller model with the same vocabulary, which guesses the next tokens of a larger one, the target.
 
 It has keys and values of its own, in pages with the same numbers as the target's: a row's page table serves both, and
-prompts that are found in the cache are there for both. (Tokens that steps without guesses made are missing in the
-draft model's part of such pages. It then guesses worse.) A guess is drawn as the target draws: with the same random
+prompts that are found in the cache are there for both. A guess is drawn as the target draws: with the same random
 numbers, at the same position. So where both models agree about the probabilities, they draw the same token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -27,6 +26,8 @@ from fastllama.speculation import (
     window_batch,
 )
 
+READ_CACHED_TOKENS = 2048  # at a time
+
 
 class DraftGuesser:
     """A Guesser. The draft model reads each prompt with the target, then every token that the target draws."""
@@ -36,6 +37,7 @@ class DraftGuesser:
         self._target, self.draft = target, draft
         self.cost = _step_bytes(draft) / _step_bytes(target)
         self._n_behind = 0  # steps without guesses, whose tokens the draft model has not read
+        self._has_gaps = False  # rows have ended with such tokens, which a later prompt may find in the cache
 
     def prepare(self) -> None:
         """Follow the target, whose device, dtype and page table may be new, and clean the scratch memory."""
@@ -49,6 +51,17 @@ class DraftGuesser:
     def follow(self, batch: RaggedBatch) -> None:
         """Read tokens of prompts."""
         self.draft.hidden(replace(batch, workspace=self.draft.workspace))
+
+    def read_cached(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """Read tokens that a prompt found in the cache, by row, if the draft model may not have read them."""
+        for row, tokens in prompts.items() if self._has_gaps else ():
+            for begin in range(0, len(tokens), READ_CACHED_TOKENS):
+                piece = row, begin, tokens[begin : begin + READ_CACHED_TOKENS]
+                self.draft.hidden(RaggedBatch.of([piece], self.draft.device, self.draft.workspace))
+
+    def end_row(self) -> None:
+        """Remember whether the row has tokens that were not read."""
+        self._has_gaps |= self._n_behind > 0
 
     def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
         """Before a step with guesses, read all tokens before the newest that were left out."""

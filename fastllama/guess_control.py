@@ -31,7 +31,7 @@ ASSUMED_COST = 0.03  # of checking one more token, as a part of a plain step, be
 TRIAL_STEPS = 4  # of a draft model, which are to cost at most TRIAL_SHARE of the steps since its last ones
 TRIAL_SHARE = 0.015
 TRIAL_MEMORY = 0.25  # how much all earlier guesses count in a trial
-CREDIT, CREDIT_SHARE = 1.0, 0.015  # of a row, in plain steps: to begin with, and more for each of its tokens
+CREDIT, CREDIT_SHARE = 1.0, 0.01  # of a row, in plain steps: to begin with, and more for each of its tokens
 
 
 @dataclass

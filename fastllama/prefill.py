@@ -41,6 +41,8 @@ def prefill(
     scores: list[list[float]] = [[0.0] for _ in prompts]
     batch = None
     model.cache.extend([len(prompt) for prompt in prompts])
+    if guesser is not None and n_cached is not None:
+        guesser.read_cached({row: prompts[row][:count] for row, count in enumerate(n_cached) if count})
     for pieces in _chunks(prompts, PREFILL_CHUNK_TOKENS, n_cached or [0] * len(prompts)):
         batch = RaggedBatch.of(pieces, model.device, model.workspace)
         with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):

@@ -4,7 +4,7 @@ A step reads the weights once, for one token or for several. So several tokens a
 token after each of them. `fastllama.kernels.guesses` says why the result is that of single steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -37,8 +37,14 @@ class Guesser(Protocol):
     def follow(self, batch: RaggedBatch) -> None:
         """The model reads these tokens of prompts."""
 
+    def read_cached(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """Rows begin with these tokens, which the model does not read, as they are in the cache."""
+
     def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
         """A step with so many guesses comes next. lengths: of the rows, at most."""
+
+    def end_row(self) -> None:
+        """A row has ended."""
 
     def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
         """Guess the tokens after each row's newest one, at least n_guesses, at the end of a step that checked as many.
@@ -64,8 +70,14 @@ class LookupGuesser:
     def follow(self, batch: RaggedBatch) -> None:
         """Nothing: the tokens are in the state."""
 
+    def read_cached(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """Nothing: the tokens are in the state."""
+
     def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
         """Nothing: guesses were made in the step before."""
+
+    def end_row(self) -> None:
+        """Nothing."""
 
     def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
         """Guess as many tokens as there is memory for."""

@@ -69,8 +69,7 @@ class ModelRunner:
             batch = RaggedBatch.of(pieces, model.device, model.workspace)
             with model.suited(len(batch.tokens), max(segment.keys for segment in batch.segments)):
                 h = model.hidden(batch)
-                if self.decoder.guesser is not None and any(one.sequence.steps_to_enqueue > 0 for one in chunks):
-                    self.decoder.guesser.follow(batch)
+                self._follow(chunks, batch)
                 scores: dict[Sequence, list[TokenScore]] = {}
                 for chunk, segment in zip(chunks, batch.segments, strict=True):
                     if chunk.sequence.first_scored is not None:
@@ -78,6 +77,16 @@ class ModelRunner:
             if model.device.type == "cpu":
                 threads.end_openmp_threads()
         return scores
+
+    def _follow(self, chunks: Items[Chunk], batch: RaggedBatch) -> None:
+        """Let a draft model read prompts, too, if they are not only scored."""
+        guesser = self.decoder.guesser
+        answered = [one for one in chunks if one.sequence.steps_to_enqueue > 0]
+        if guesser is None or not answered:
+            return
+        begun = [one.sequence for one in answered if one.begin == one.sequence.n_cached > 0]
+        guesser.read_cached({one.placed_row: one.tokens[: one.n_cached] for one in begun})
+        guesser.follow(batch)
 
     def start(self, sequences: Items[Sequence]) -> None:
         """These sequences take part in the steps from now on. Their newest tokens are fed first."""

@@ -120,6 +120,30 @@ def test_prompts_found_in_the_cache_are_there_for_both_models(folders: dict[str,
     assert counts[0].steps == counts[1].steps == 2 + 10 and counts[1].accepted == counts[0].accepted
 
 
+@pytest.mark.parametrize("in_engine", [False, True])
+def test_a_draft_model_reads_answers_that_were_made_without_it(
+    folders: dict[str, str], in_engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second prompt is the first with its answer, which is in the cache. No step of the first checked guesses."""
+    llm = Llama.build(folders["itself"], None, 400, 2, device="cpu", draft=folders["itself"], n_guesses=3)
+    llm.tokenizer.stop_tokens = set()
+
+    def answer(prompt: list[int]) -> list[int]:
+        if in_engine:
+            params = SamplingParams(temperature=0, max_gen_len=150, ignore_eos=True)
+            return next(llm.generate_many([prompt], params, progress=False)).answer.tokens
+        return [token for one in llm.stream([prompt], 150, temperature=0, reuse_prefix=True) for token in one.tokens]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.decoder.control, "choose", lambda n_rows: 0)
+        prompt = [5, 6, 7]
+        prompt += answer(prompt)
+    before = llm.speculation
+    answer(prompt)
+    after = llm.speculation
+    assert before is not None and after is not None and before.checked == 0 and (after - before).acceptance > 0.9
+
+
 @pytest.mark.parametrize(
     "options",
     [{"draft": "itself", "n_guesses": 3}, {"speculate": "lookup"}, {"draft": "nonsense"}, {"draft": "itself"}],

@@ -1,4 +1,4 @@
-"""The pictures of docs/kernels.md: the committed files are what the code draws, and can be read."""
+"""The pictures of the pages in docs/: the committed files are what the code draws, and can be read."""
 
 import re
 from itertools import groupby
@@ -39,7 +39,8 @@ def test_texts_are_large_enough_and_inside(name: str) -> None:
 
 
 def test_the_pages_show_every_picture_with_an_alternative_text() -> None:
-    pages = [(pictures.FOLDER.parent / name).read_text(encoding="utf-8") for name in ("kernels.md", "engine.md")]
+    names = ("kernels.md", "engine.md", "speculation.md")
+    pages = [(pictures.FOLDER.parent / name).read_text(encoding="utf-8") for name in names]
     shown = {name: alt for alt, name in re.findall(r"!\[([^]]*)\]\(pictures/([^)]*)\)", "\n".join(pages))}
     assert sorted(shown) == sorted(pictures.PICTURES) == sorted(path.name for path in pictures.FOLDER.glob("*.svg"))
     assert all(len(alt) > 40 for alt in shown.values())

@@ -55,7 +55,7 @@ def test_a_backend_with_kernels_does_dry_runs_and_shows_a_bar(
     monkeypatch.setattr(llm.model.ops, "supports_cuda_graphs", lambda device: True)
     monkeypatch.setattr(Decoder, "dry_run", lambda self, rows: done.append(rows))
     monkeypatch.setattr(Decoder, "capture_graphs", lambda self, sizes: done.append(list(sizes)))
-    monkeypatch.setattr(warmup, "prefill", lambda model, prompts: done.append([len(prompt) for prompt in prompts]))
+    monkeypatch.setattr(warmup, "prefill", lambda model, prompts, guesser: done.append([*map(len, prompts)]))
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     expected = [1, 3, MAX_BATCH_SIZE, [2], [12], [40], [1, MAX_BATCH_SIZE]]
     warmup.warm_up(llm.decoder, [1, MAX_BATCH_SIZE])

@@ -29,8 +29,8 @@ from fastllama.speculation import (
 READ_CACHED_TOKENS = 2048  # at a time
 
 
-class DraftGuesser:
-    """A Guesser. The draft model reads each prompt with the target, then every token that the target draws."""
+class DraftGuesser(Guesser):
+    """The draft model reads each prompt with the target, then every token that the target draws."""
 
     def __init__(self, target: Transformer, draft: Transformer) -> None:
         """Both models have the same rows, lengths and pages, and vocabularies with the same tokens."""

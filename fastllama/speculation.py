@@ -5,7 +5,6 @@ token after each of them. `fastllama.kernels.guesses` says why the result is tha
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +19,13 @@ MAX_CATCH_UP = 256  # tokens that a draft model reads at most after a while with
 READ_TOGETHER = 4  # of a row, at a time
 
 
-class Guesser(Protocol):
-    """Where guesses come from.
+class Guesser:
+    """Where guesses come from. Whoever needs no more than the state overrides `guess` alone.
 
     cost: of one guess, as a part of a step without guesses; 0 if guesses are made in every step.
     """
 
-    cost: float
+    cost = 0.0
 
     def prepare(self) -> None:
         """A call begins, or the model's tensors were replaced."""
@@ -51,33 +50,14 @@ class Guesser(Protocol):
 
         lengths: as in `step`, before the step. Can be captured in a graph.
         """
+        raise NotImplementedError
 
 
-class LookupGuesser:
+class LookupGuesser(Guesser):
     """A row goes on as it did at an earlier place of its prompt or answer. Costs next to nothing, so it always runs."""
-
-    cost = 0.0
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
-
-    def prepare(self) -> None:
-        """Nothing: the tokens are in the state."""
-
-    def dry_run(self, state: DecodeState) -> None:
-        """Nothing beside `guess`."""
-
-    def follow(self, batch: RaggedBatch) -> None:
-        """Nothing: the tokens are in the state."""
-
-    def read_cached(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        """Nothing: the tokens are in the state."""
-
-    def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
-        """Nothing: guesses were made in the step before."""
-
-    def end_row(self) -> None:
-        """Nothing."""
 
     def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
         """Guess as many tokens as there is memory for."""

@@ -18,6 +18,14 @@ PLOTS = ["matplotlib>=3.9"]
 REFERENCE = ["llama-models==0.3.0", "fairscale==0.4.13"]
 GGUF = "gguf>=0.17"
 SENTENCEPIECE = "sentencepiece>=0.2"
+SERVE = [
+    "fastapi>=0.115",
+    "uvicorn>=0.34",
+    "httptools>=0.6",  # parses HTTP for uvicorn, faster than its own choice
+    "uvloop>=0.21; sys_platform != 'win32'",
+    "prometheus-client>=0.21",
+    "llguidance>=1.3",  # grammars of answers: JSON schemas, tools
+]
 
 NATIVE = "fastllama/kernels/native"
 NATIVE_FLAGS = [
@@ -126,20 +134,25 @@ setup(
         "train": ["regex>=2024.4"],
         "eval": ["lm-eval>=0.4.13"],
         "ray": ["ray[data]>=2.51"],
+        "serve": SERVE,
         "dev": [
             *PLOTS,
             *REFERENCE,
             GGUF,
             SENTENCEPIECE,
+            *SERVE,
             "compressed-tensors>=0.15",
             "hypothesis>=6.100",
             "mypy>=1.15",
+            "openai>=2",  # the client that the server is for
+            "playwright>=1.50",  # drives Debian's chromium
             "pre-commit>=4",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "schemathesis>=4",  # requests from the server's own OpenAPI document
             "regex>=2024.4",
             "transformers>=5",
             "types-psutil",

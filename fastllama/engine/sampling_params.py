@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastllama import validate
+from fastllama.engine.grammar import Grammar
 from fastllama.kernels.sampling.controls import MAX_TOP_TOKENS
 
 MAX_PENALTY = 2.0  # of presence and frequency, in both directions, as in OpenAI's API
@@ -39,6 +40,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # taken from the logits of tokens in the answer
     frequency_penalty: float = 0.0  # the same, times how often they occur
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
+    grammar: Grammar | None = None  # answers follow it; they end where it does, or may at a stop token
 
     def __post_init__(self) -> None:
         check = validate.whole_number
@@ -57,6 +59,7 @@ class SamplingParams:
             "echo": validate.flag("echo", self.echo),
             "repetition_penalty": validate.real("repetition_penalty", self.repetition_penalty, 1e-3, 1e3),
             "logit_bias": self._biases(),
+            "grammar": self._grammar(),
         }
         for name in ("logprobs", "prompt_logprobs"):
             given = getattr(self, name)
@@ -92,6 +95,11 @@ class SamplingParams:
 
     def _list(self, name: str) -> list[Any]:
         return validate.listed(name, getattr(self, name))
+
+    def _grammar(self) -> Grammar | None:
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar must be a Grammar, such as Grammar.json_schema(...), got {self.grammar!r:.80}")
+        return self.grammar
 
     def _biases(self) -> dict[int, float]:
         if not isinstance(self.logit_bias, Mapping):

@@ -7,13 +7,14 @@ What a body leaves out is as in OpenAI's API: temperature and top_p are 1, a com
 answer may fill the context.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastllama.engine.engine import Engine, Prompt
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
+from fastllama.openai_api.answer_parts import AnswerParser, PlainParser
 from fastllama.openai_api.errors import InvalidRequest
 from fastllama.openai_api.fields import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_FIELDS, honoured_fields
 
@@ -35,6 +36,7 @@ class ApiRequest:
     model: str | None = None
     stream: bool = False
     include_usage: bool = False  # in a stream
+    new_parser: Callable[[], AnswerParser] = PlainParser  # of each answer's text
 
     @property
     def prompt_field(self) -> str:

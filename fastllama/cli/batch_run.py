@@ -20,6 +20,7 @@ from fastllama.cli.batch_output import DUPLICATE, ID_PREFIX, Answered, OutputFil
 from fastllama.distributed import driver, environment
 from fastllama.engine import Request
 from fastllama.engine.many import UNFINISHED_PER_ROW
+from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.errors import AnswerFailed, InvalidRequest
 from fastllama.openai_api.requests import ApiRequest, submit
 from fastllama.openai_api.responses import response
@@ -60,7 +61,8 @@ class BatchRun:
         """out: None in processes that do not write. seed: of requests without one. model: of those without a name."""
         self.counts = Counts()
         self._llm, self._engine = llm, llm.engine()
-        self._out, self._answered, self._seed, self._model = out, answered, seed, model
+        self._out, self._answered, self._seed = out, answered, seed
+        self._model = ServedModel(model, llm.tokenizer)
         self._seen: set[str] = set()  # custom_ids
         self._open: list[OpenLine] = []
 
@@ -127,7 +129,7 @@ class BatchRun:
         for one in finished:
             results = [request.result() for request in one.submitted]
             try:
-                body = response(one.request, results, self._llm.tokenizer, self._model)
+                body = response(one.request, results, self._model)
             except AnswerFailed as error:
                 self._write(one.line, error=error)
                 continue

@@ -78,6 +78,28 @@ class Result:
         return self.answers[0]
 
 
+class Wake:
+    """Wakes a task of asyncio from any thread."""
+
+    def __init__(self, *, at_end: bool = False) -> None:
+        """Of the running loop. at_end: only when a request has ended."""
+        self.at_end = at_end
+        self._loop, self._event, self._is_set = asyncio.get_running_loop(), asyncio.Event(), False
+
+    def set(self) -> None:
+        """Wake the task."""
+        if not self._is_set:  # a message to the loop costs more than a step of a small model
+            self._is_set = True
+            with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
+                self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        """Wait until it is set, and make it ready to be set again."""
+        await self._event.wait()
+        self._event.clear()
+        self._is_set = False
+
+
 class Request:
     """The handle of a submitted request.
 
@@ -97,7 +119,7 @@ class Request:
         self._increments: deque[Increment] = deque()
         self._n_open = len(sequences)
         self._changed = threading.Condition()
-        self._wakes: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()  # of `async for` loops
+        self._wakes: set[Wake] = set()
 
     @property
     def is_finished(self) -> bool:
@@ -120,7 +142,7 @@ class Request:
             if increment is not None:
                 yield increment
             elif is_last:
-                self._raise_error()
+                self.raise_error()
                 return
             elif self._engine.has_thread:
                 with self._changed:
@@ -129,32 +151,57 @@ class Request:
                 raise RuntimeError("the engine does not run this request any more: submit it again")
 
     async def __aiter__(self) -> AsyncIterator[Increment]:
+        async for increments in self.batches():
+            for increment in increments:
+                yield increment
+
+    async def batches(self) -> AsyncIterator[list[Increment]]:
+        """What has come since the last time, as soon as there is something."""
+        with self.waking() as wake:
+            while True:
+                is_last = self.is_finished  # before the increments are taken: the last one may come in between
+                if increments := self.take():
+                    yield increments
+                elif is_last:
+                    self.raise_error()
+                    return
+                else:
+                    await wake.wait()
+
+    async def aresult(self) -> Result:
+        """Wait for the end of all answers, without blocking other tasks."""
+        with self.waking(at_end=True) as wake:
+            while not self.is_finished:
+                await wake.wait()
+        self.take()
+        self.raise_error()
+        return self.partial
+
+    def take(self) -> list[Increment]:
+        """All increments that have come and were not read."""
+        with self._changed:
+            increments = list(self._increments)
+            self._increments.clear()
+        return increments
+
+    @contextlib.contextmanager
+    def waking(self, wake: Wake | None = None, *, at_end: bool = False) -> Iterator[Wake]:
+        """A block in which `wake`, or a new one, is set whenever something has come, or only at the end."""
         if not self._engine.has_thread:
             raise RuntimeError("`async for` needs an engine that runs in its own thread: call engine.start() first")
-        event = asyncio.Event()
-        wake = asyncio.get_running_loop(), event
+        wake = wake or Wake(at_end=at_end)
         with self._changed:
             self._wakes.add(wake)
         try:
-            while True:
-                event.clear()
-                increment, is_last = self._next()
-                if increment is not None:
-                    yield increment
-                elif is_last:
-                    self._raise_error()
-                    return
-                else:
-                    await event.wait()
+            yield wake
         finally:
             with self._changed:
                 self._wakes.discard(wake)
 
-    async def aresult(self) -> Result:
-        """Wait for the end of all answers, without blocking other tasks."""
-        async for _ in self:
-            pass
-        return self.partial
+    def raise_error(self) -> None:
+        """Raise the engine's error, if it has failed."""
+        if self.error is not None:
+            raise self.error
 
     # The engine calls these.
 
@@ -181,18 +228,14 @@ class Request:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-            for loop, event in self._wakes:
-                with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
-                    loop.call_soon_threadsafe(event.set)
+            for wake in self._wakes:
+                if self.is_finished or not wake.at_end:
+                    wake.set()
 
     def _next(self) -> tuple[Increment | None, bool]:
         """The next increment, or None and whether there will be none."""
         with self._changed:
             return (self._increments.popleft(), False) if self._increments else (None, self.is_finished)
-
-    def _raise_error(self) -> None:
-        if self.error is not None:
-            raise self.error
 
     def _new_answer(self, sequence: Sequence) -> Answer:
         wanted = self.params.logprobs

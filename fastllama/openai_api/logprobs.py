@@ -10,15 +10,32 @@ LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks, as in Op
 BYTES_PREFIX = "bytes:"  # of a token in a completion that is no complete text
 
 
+class TextOffsets:
+    """Where the text of each token of an answer begins. The tokens may come in pieces."""
+
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._stream, self._length = TextStream(tokenizer), 0
+
+    def push(self, tokens: Iterable[int]) -> list[int]:
+        """The offsets of the next tokens, in characters."""
+        offsets: list[int] = []
+        for token in tokens:
+            offsets.append(self._length)
+            self._length += len(self._stream.push([token]))
+        return offsets
+
+
 def completion_logprobs(
     tokenizer: BaseTokenizer,
     tokens: Sequence[int],
     logprobs: Sequence[float | None],
     tops: Sequence[TopLogprobs] | None,
+    offsets: TextOffsets | None = None,
 ) -> dict[str, Any]:
     """The object of /v1/completions. A log-probability is None for a first token, which nothing came before.
 
-    tops: the most likely tokens at each place; the object has the token itself beside them.
+    tops: the most likely tokens at each place; the object has the token itself beside them. offsets: of an answer that
+    comes in pieces.
     """
     texts = [_token_text(tokenizer, token, BYTES_PREFIX) for token in tokens]
     top_logprobs: list[dict[str, float] | None] = []
@@ -34,7 +51,7 @@ def completion_logprobs(
         "tokens": texts,
         "token_logprobs": [None if logprob is None else _finite(logprob) for logprob in logprobs],
         "top_logprobs": top_logprobs,
-        "text_offset": _offsets(tokenizer, tokens),
+        "text_offset": (offsets or TextOffsets(tokenizer)).push(tokens),
     }
 
 
@@ -62,15 +79,6 @@ def _token_text(tokenizer: BaseTokenizer, token: int, prefix: str = "") -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return prefix + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def _offsets(tokenizer: BaseTokenizer, tokens: Iterable[int]) -> list[int]:
-    """Where the text of each token begins."""
-    stream, offsets, length = TextStream(tokenizer), [], 0
-    for token in tokens:
-        offsets.append(length)
-        length += len(stream.push([token]))
-    return offsets
 
 
 def _finite(logprob: float) -> float:

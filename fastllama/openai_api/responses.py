@@ -1,23 +1,20 @@
 """Results of the engine → bodies of responses of /v1/completions and /v1/chat/completions."""
 
-import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from fastllama.engine.engine import Prompt
 from fastllama.engine.request import Answer, Result
+from fastllama.openai_api.envelope import ServedModel, envelope
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.openai_api.logprobs import chat_logprobs, completion_logprobs
 from fastllama.openai_api.requests import ApiRequest
 from fastllama.tokenizer_base import BaseTokenizer
 
 
-def response(request: ApiRequest, results: Sequence[Result], tokenizer: BaseTokenizer, model: str) -> dict[str, Any]:
-    """The body that answers a request, whose prompts have these results. Raises AnswerFailed if an answer failed.
-
-    model: the name of the model, where the request has none.
-    """
+def response(request: ApiRequest, results: Sequence[Result], model: ServedModel) -> dict[str, Any]:
+    """The body that answers a request, whose prompts have these results. Raises AnswerFailed if an answer failed."""
+    tokenizer = model.tokenizer
     choices: list[dict[str, Any]] = []
     for prompt, result in zip(request.prompts, results, strict=True):
         for answer in result.answers:
@@ -30,14 +27,7 @@ def response(request: ApiRequest, results: Sequence[Result], tokenizer: BaseToke
             )
             choices.append({"index": len(choices), **choice, "finish_reason": answer.finish_reason})
     kind, prefix = ("chat.completion", "chatcmpl") if request.is_chat else ("text_completion", "cmpl")
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": request.model or model,
-        "choices": choices,
-        "usage": usage(request, results),
-    }
+    return {**envelope(prefix, kind, model, request.model), "choices": choices, "usage": usage(request, results)}
 
 
 def usage(request: ApiRequest, results: Sequence[Result]) -> dict[str, Any]:
@@ -50,6 +40,18 @@ def usage(request: ApiRequest, results: Sequence[Result]) -> dict[str, Any]:
         "total_tokens": n_prompt + n_answer,
         "prompt_tokens_details": {"cached_tokens": sum(result.cached_tokens for result in results)},
     }
+
+
+def without_begin(prompt: Prompt, text: str, tokenizer: BaseTokenizer) -> tuple[str, int]:
+    """An echoed text without the tokens that begin every text, and their number.
+
+    A prompt of token ids is echoed as it came.
+    """
+    if not isinstance(prompt, str):
+        return text, 0
+    begin = tokenizer.encode("", bos=True, eos=False)
+    space = " " if begin and tokenizer.strips_space else ""
+    return text.removeprefix(tokenizer.decode(begin)).removeprefix(space), len(begin)
 
 
 def n_echoed(request: ApiRequest, result: Result) -> int:
@@ -68,10 +70,8 @@ def _choice(
     request: ApiRequest, prompt: Prompt, result: Result, answer: Answer, tokenizer: BaseTokenizer
 ) -> dict[str, Any]:
     text, n_added = answer.text, 0
-    if request.params.echo and isinstance(prompt, str):  # its text and tokens, without those that begin every text
-        begin = tokenizer.encode("", bos=True, eos=False)
-        space = " " if begin and tokenizer.strips_space else ""
-        text, n_added = text.removeprefix(tokenizer.decode(begin)).removeprefix(space), len(begin)
+    if request.params.echo:
+        text, n_added = without_begin(prompt, text, tokenizer)
     logprobs = None
     if answer.logprobs is not None:
         known: list[float | None] = list(answer.logprobs)

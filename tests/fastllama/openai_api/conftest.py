@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from fastllama import Llama, builtin_checkpoint
+from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.requests import chat_request, completion_request, submit
 from fastllama.openai_api.responses import response
 
@@ -26,6 +27,6 @@ def answered(llm: Llama) -> Answering:
     def answer(**body: Any) -> dict[str, Any]:
         request = chat_request(body) if "messages" in body else completion_request(body)
         results = [one.result() for one in submit(llm.engine(reuse_prefixes=False), request)]
-        return response(request, results, llm.tokenizer, "served")
+        return response(request, results, ServedModel("served", llm.tokenizer))
 
     return answer

@@ -6,6 +6,7 @@ import pytest
 
 from fastllama import Llama, Result
 from fastllama.engine import Answer
+from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.openai_api.logprobs import LEAST_LOGPROB, chat_logprobs, completion_logprobs
 from fastllama.openai_api.requests import chat_request, completion_request, submit
@@ -148,7 +149,7 @@ def test_stop_strings_cut_text_and_counts_alike(answered: Answering) -> None:
 def test_a_failed_answer_is_an_error(llm: Llama) -> None:
     answer = Answer(0, finish_reason="error", error="the logits are not finite")
     with pytest.raises(AnswerFailed, match="not finite"):
-        response(completion_request({"prompt": "x"}), [Result([1], [answer])], llm.tokenizer, "m")
+        response(completion_request({"prompt": "x"}), [Result([1], [answer])], ServedModel("m", llm.tokenizer))
 
 
 def test_cached_tokens_are_counted(llm: Llama) -> None:
@@ -158,6 +159,6 @@ def test_cached_tokens_are_counted(llm: Llama) -> None:
     for country in ("Spain", "Norway"):
         request = chat_request({"messages": [system, {"role": "user", "content": f"{country}?"}], "max_tokens": 2})
         results = [one.result() for one in submit(engine, request)]
-        usages.append(response(request, results, llm.tokenizer, "m")["usage"])
+        usages.append(response(request, results, ServedModel("m", llm.tokenizer))["usage"])
     cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert cached[0] == 0 and cached[1] >= 64 and cached[1] % 64 == 0

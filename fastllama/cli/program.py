@@ -17,6 +17,7 @@ from fastllama.cli.inspect import inspect
 from fastllama.cli.options import RunAsWorker
 from fastllama.cli.quality import quality
 from fastllama.cli.quantize import quantize
+from fastllama.cli.serve import serve
 from fastllama.distributed import environment
 
 PROGRAM = "fastllama"
@@ -169,5 +170,5 @@ def program() -> None:
     """
 
 
-for command in (complete, chat, batch, inspect, quantize, quality, bench):
+for command in (complete, chat, serve, batch, inspect, quantize, quality, bench):
     program.add_command(command)

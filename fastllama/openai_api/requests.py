@@ -72,8 +72,8 @@ def chat_request(body: object, *, allow_unknown: bool = False) -> ApiRequest:
     return ApiRequest(prompts=[dialog], params=params, is_chat=True, **_rest(fields))
 
 
-def encode(engine: Engine, request: ApiRequest) -> list[list[int]]:
-    """The token ids of every prompt. Raises InvalidRequest for one that does not fit the context."""
+def encode(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = None) -> list[list[int]]:
+    """The token ids of every prompt. Raises InvalidRequest for one that does not fit the context, or is too long."""
     context, params = engine.llm.model.params.max_seq_len, request.params
     # The last token of a prompt that is only scored needs no place; an answer needs at least one.
     most = context + 1 if params.max_gen_len == 0 else context - 1
@@ -91,15 +91,21 @@ def encode(engine: Engine, request: ApiRequest) -> list[list[int]]:
                 param=request.prompt_field,
                 code=LIMIT_CODE,
             )
+        if max_prompt_tokens is not None and len(tokens) > max_prompt_tokens:
+            raise InvalidRequest(
+                f"{name} has {len(tokens)} tokens, and at most {max_prompt_tokens} are taken here: shorten it",
+                param=request.prompt_field,
+                code=LIMIT_CODE,
+            )
         encoded.append(tokens)
     return encoded
 
 
-def submit(engine: Engine, request: ApiRequest) -> list[Request]:
+def submit(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = None) -> list[Request]:
     """Submit all prompts of a request, or none. Raises InvalidRequest."""
     submitted: list[Request] = []
     try:
-        for tokens in encode(engine, request):
+        for tokens in encode(engine, request, max_prompt_tokens):
             submitted.append(engine.submit(tokens, request.params))
     except ValueError as error:
         for one in submitted:

@@ -25,6 +25,7 @@ def test_a_completion_has_openais_shape(llm: Llama, answered: Answering) -> None
     n_prompt = len(llm.tokenizer.encode(PROMPT, bos=True, eos=False))
     assert body == {
         "object": "text_completion",
+        "system_fingerprint": None,
         "model": "named",
         "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}],
         "usage": {
@@ -44,6 +45,7 @@ def test_a_chat_has_openais_shape(llm: Llama, answered: Answering) -> None:
     message = {"role": "assistant", "content": PARIS, "refusal": None}
     assert body == {
         "object": "chat.completion",
+        "system_fingerprint": None,
         "model": "served",  # the request names none
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
         "usage": {

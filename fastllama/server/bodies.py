@@ -1,0 +1,58 @@
+"""Reads the body of a request: at most so many bytes, in time, valid JSON."""
+
+import asyncio
+from typing import Any
+
+from fastapi import Request
+
+from fastllama import strict_json
+from fastllama.openai_api.errors import InvalidRequest
+from fastllama.server.errors import ApiError
+from fastllama.server.settings import ServerSettings
+
+JSON_TYPES = ("application/json", "+json")
+
+
+async def read_json(request: Request, settings: ServerSettings) -> Any:
+    """The body's value. Raises ApiError for a body that is too large, slow or of another type, InvalidRequest for one
+    that is not JSON.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not kind.endswith(JSON_TYPES):
+        raise ApiError(
+            415,
+            f"the header Content-Type must be application/json, got {kind[:100]!r}",
+            code="unsupported_media_type",
+        )
+    try:
+        async with asyncio.timeout(settings.body_seconds):
+            data = await _read(request, settings.max_body_bytes)
+    except TimeoutError:
+        raise ApiError(408, "the body did not arrive in time: send it again", code="timeout") from None
+    try:
+        return strict_json.loads(data)
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:  # also of a wrong encoding
+        raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+async def _read(request: Request, most: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    too_large = announced.isdecimal() and float(announced) > most
+    pieces: list[bytes] = []
+    size = 0
+    if not too_large:
+        async for piece in request.stream():
+            pieces.append(piece)
+            size += len(piece)
+            if too_large := size > most:
+                break
+    if too_large:
+        raise ApiError(
+            413,
+            f"the body has {announced or f'more than {most}'} bytes, and at most {most} are read (--max_body_bytes)",
+            code="body_too_large",
+            Connection="close",
+        )
+    return b"".join(pieces)

@@ -1,0 +1,78 @@
+"""What every request passes first: the API key, and the number of requests in work. Plain ASGI."""
+
+import hmac
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fastllama.server.errors import error_response
+
+OPEN_PATHS = frozenset({"/", "/health"})  # without a key, and however many requests are in work
+BEARER = "bearer"
+
+
+class ApiKeyGuard:
+    """Answers 401 unless the header Authorization has one of the keys."""
+
+    def __init__(self, app: ASGIApp, api_keys: Iterable[str]) -> None:
+        self.app = app
+        self._keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass the request on."""
+        needs_key = scope["type"] == "http" and self._keys and _path(scope) not in OPEN_PATHS
+        if not needs_key or scope["method"] == "OPTIONS" or self._is_known(_bearer(scope)):
+            await self.app(scope, receive, send)
+            return
+        response = error_response(
+            401,
+            "this server needs an API key: send it as 'Authorization: Bearer KEY'",
+            "invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await response(scope, receive, send)
+
+    def _is_known(self, key: bytes) -> bool:
+        # Each in a time that does not depend on where the first difference is.
+        return sum(hmac.compare_digest(key, known) for known in self._keys) > 0
+
+
+class ConcurrencyGuard:
+    """Answers 429 to requests beyond a number in work."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self._most = app, most
+        self._n_open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass the request on."""
+        if scope["type"] != "http" or _path(scope) in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        if self._n_open >= self._most:
+            response = error_response(
+                429,
+                f"the server has {self._most} requests in work (--max_connections): try again later",
+                "too_many_requests",
+                headers={"Retry-After": "1"},
+            )
+            await response(scope, receive, send)
+            return
+        self._n_open += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._n_open -= 1
+
+
+def _path(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) or "/" if root else path
+
+
+def _bearer(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            kind, _, key = bytes(value).partition(b" ")
+            return key.strip() if kind.decode("latin-1").lower() == BEARER else b""
+    return b""

@@ -1,0 +1,144 @@
+"""The server's side of the engine: what is admitted, what runs, and how it stops."""
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+import fastllama
+from fastllama.engine.engine import Engine, Model
+from fastllama.engine.request import Request
+from fastllama.openai_api.envelope import ServedModel
+from fastllama.openai_api.errors import InvalidRequest
+from fastllama.openai_api.requests import ApiRequest, submit
+from fastllama.server.errors import MODEL_NOT_FOUND, ApiError
+from fastllama.server.metrics import Metrics
+from fastllama.server.settings import ServerSettings
+
+SUBMITTING_THREADS = 2  # they encode prompts, which takes long for long ones
+POLL_SECONDS = 0.05
+SMOOTHING = 0.1  # weight of the newest answer in the mean time of an answer
+MAX_RETRY_SECONDS = 60
+FINGERPRINT_BYTES = 5
+
+
+class Service:
+    """An engine that runs in its own thread, and the limits of what it may be asked."""
+
+    def __init__(self, engine: Engine, served: ServedModel, settings: ServerSettings) -> None:
+        self.engine, self.served, self.settings = engine, served, settings
+        self.metrics = Metrics(served.name, engine)
+        self.is_stopping = False
+        self.n_open = 0  # answers that were admitted and have not ended
+        self._n_rows = engine.llm.model.params.max_batch_size
+        self._answer_seconds = 1.0  # smoothed
+        self._threads = ThreadPoolExecutor(SUBMITTING_THREADS, "submit")
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The most tokens of a prompt."""
+        context = self.engine.llm.model.params.max_seq_len
+        return min(self.settings.max_prompt_tokens or context, context)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise InvalidRequest for the name of a model that is not here."""
+        if name is not None and name != self.served.name:
+            raise InvalidRequest(
+                f"the model {name[:100]!r} does not exist here: this server has {self.served.name!r}",
+                param="model",
+                code=MODEL_NOT_FOUND,
+            )
+
+    def check_serving(self) -> None:
+        """Raise ApiError while the server stops, and once its engine has failed."""
+        if self.is_stopping:
+            raise ApiError(
+                503, "the server is stopping: send the request to another one", code="stopping", Retry_After="5"
+            )
+
+    @asynccontextmanager
+    async def submitted(self, request: ApiRequest) -> AsyncIterator[list[Request]]:
+        """Submit all prompts of a request. What has not ended at the end of the block is cancelled.
+
+        Raises InvalidRequest for a request that cannot be answered, and ApiError for one that cannot be admitted now.
+        """
+        self.check_serving()
+        self.check_model(request.model)
+        n_answers = len(request.prompts) * request.params.n
+        self._check_queue(n_answers)
+        self.n_open += n_answers
+        requests: list[Request] = []
+        try:
+            requests = await self._submit(request)
+            yield requests
+        finally:
+            self.n_open -= n_answers
+            for one in requests:
+                if not one.is_finished:
+                    one.cancel()
+            self._note(requests)
+
+    async def in_thread(self, function: Any, *arguments: Any) -> Any:
+        """The result of a function that may take long, without blocking other requests."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until what runs has ended, for as long as the settings say. Then cancel it."""
+        self.is_stopping = True
+        deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
+        while self.n_open and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        await self.in_thread(self.engine.close)
+
+    async def _submit(self, request: ApiRequest) -> list[Request]:
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._threads, submit, self.engine, request, self.settings.max_prompt_tokens)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:  # the client has gone; the thread goes on, and what it submits nobody awaits
+            future.add_done_callback(_cancel_all)
+            raise
+
+    def _check_queue(self, n_answers: int) -> None:
+        most = self._n_rows + self.settings.max_queue
+        if n_answers > most:
+            raise InvalidRequest(
+                f"the request asks for {n_answers} answers, and this server takes up to {most} at a time "
+                "(--max_batch_size and --max_queue): split it"
+            )
+        if self.n_open + n_answers > most:
+            waits = self.n_open / self._n_rows * self._answer_seconds
+            raise ApiError(
+                429,
+                f"the queue is full: {self.n_open} answers are running or waiting, of {most} (--max_queue): try again "
+                "later",
+                code="queue_full",
+                Retry_After=str(min(max(1, math.ceil(waits)), MAX_RETRY_SECONDS)),
+            )
+
+    def _note(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.metrics.note(request)
+            times = request.partial.times
+            if times.end is not None:
+                self._answer_seconds += SMOOTHING * (times.end - times.arrival - self._answer_seconds)
+
+
+def fingerprint(llm: Model) -> str:
+    """A name for what decides about the answers to a request with a seed: this version, the model and its numbers."""
+    model = llm.model
+    weights = {str(getattr(tensor, "dtype", type(tensor).__name__)) for tensor in model.parameters()}
+    facts = [fastllama.__version__, asdict(model.params), model.ops.__name__, model.device.type, sorted(weights)]
+    digest = hashlib.blake2b(json.dumps(facts, default=str).encode(), digest_size=FINGERPRINT_BYTES)
+    return f"fp_{digest.hexdigest()}"
+
+
+def _cancel_all(submitting: "asyncio.Future[list[Request]]") -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        for request in submitting.result():
+            request.cancel()

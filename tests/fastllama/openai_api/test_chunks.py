@@ -1,0 +1,105 @@
+"""Chunks of a stream, joined, are the answer in one body; their order is what OpenAI's clients expect."""
+
+from typing import Any
+
+import pytest
+
+from fastllama import Llama
+from fastllama.engine import Answer, Increment
+from fastllama.openai_api.chunks import Chunk, new_writer
+from fastllama.openai_api.envelope import ServedModel
+from fastllama.openai_api.errors import AnswerFailed
+from fastllama.openai_api.requests import chat_request, completion_request, submit
+from tests.fastllama.openai_api.conftest import Answering
+
+PROMPT = "Once upon a time"
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "completion": {"prompt": PROMPT, "max_tokens": 12, "temperature": 0},
+    "several": {"prompt": [PROMPT, "The cat"], "n": 2, "max_tokens": 9, "seed": 3},
+    "ids": {"prompt": [1, 5, 9], "max_tokens": 4, "echo": True, "temperature": 0},
+    "echo": {"prompt": PROMPT, "max_tokens": 4, "echo": True, "logprobs": 2, "n": 2, "seed": 5},
+    "scored": {"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 1},
+    "no logprobs": {"prompt": PROMPT, "max_tokens": 0, "echo": True},
+    "stop": {"prompt": PROMPT, "stop": [" was", "zzz"], "temperature": 0, "logprobs": 0, "max_tokens": 30},
+    "stop at once": {"prompt": PROMPT, "stop": ",", "temperature": 0},
+    "characters": {"prompt": "☃ é 日本", "max_tokens": 3, "echo": True, "logprobs": 1, "temperature": 0},
+    "chat": {"messages": FRANCE, "temperature": 0},
+    "chat with logprobs": {"messages": FRANCE, "temperature": 0, "logprobs": True, "top_logprobs": 2},
+    "chats": {"messages": FRANCE, "n": 3, "seed": 1, "max_tokens": 5, "temperature": 1.5},
+    "chat with stop": {"messages": FRANCE, "temperature": 0, "stop": "Fra"},
+    "no tokens": {"messages": FRANCE, "max_tokens": 0},
+}
+
+
+def streamed(llm: Llama, body: dict[str, Any]) -> list[Chunk]:
+    """All chunks of a body's stream, the numbers of tokens included."""
+    parse = chat_request if "messages" in body else completion_request
+    request = parse({**body, "stream": True, "stream_options": {"include_usage": True}})
+    submitted = submit(llm.engine(reuse_prefixes=False), request)
+    writer = new_writer(request, submitted, ServedModel("served", llm.tokenizer))
+    chunks = writer.begin()
+    for number, one in enumerate(submitted):
+        for increment in one:
+            chunks += writer.add(number, increment)
+    return chunks + writer.end()
+
+
+def joined(chunks: list[Chunk], is_chat: bool) -> list[dict[str, Any]]:
+    """The choices of a stream as one body has them."""
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            found = choices.setdefault(
+                part["index"], {"index": part["index"], "text": "", "logprobs": None, "finish_reason": None}
+            )
+            assert found["finish_reason"] is None, "nothing comes after the end of an answer"
+            found["finish_reason"] = part["finish_reason"]
+            found["text"] += part["delta"].get("content", "") if is_chat else part["text"]
+            for name, values in (part["logprobs"] or {}).items():
+                found["logprobs"] = found["logprobs"] or {}
+                if values is None:
+                    found["logprobs"][name] = None
+                else:
+                    found["logprobs"].setdefault(name, []).extend(values)
+    return [choices[index] for index in sorted(choices)]
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_joined_chunks_are_the_whole_answer(llm: Llama, answered: Answering, body: dict[str, Any]) -> None:
+    is_chat = "messages" in body
+    whole, chunks = answered(**body), streamed(llm, body)
+    expected = [
+        {**choice, "text": choice.pop("message")["content"]} if is_chat else choice for choice in whole["choices"]
+    ]
+    for choice in expected:  # without tokens there is nothing to join
+        if choice["logprobs"] == {"content": [], "refusal": None}:
+            choice["logprobs"] = None
+    assert joined(chunks, is_chat) == [{name: one[name] for name in joined(chunks, is_chat)[0]} for one in expected]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+
+
+def test_a_chat_begins_with_the_role_and_ends_with_the_reason(llm: Llama) -> None:
+    chunks = [chunk["choices"][0] for chunk in streamed(llm, BODIES["chat"])[:-1]]
+    assert chunks[0]["delta"] == {"role": "assistant", "content": ""} and chunks[0]["finish_reason"] is None
+    assert all(chunk["delta"].keys() == {"content"} and chunk["delta"]["content"] for chunk in chunks[1:-1])
+    assert chunks[-1]["delta"] == {} and chunks[-1]["finish_reason"] == "stop"
+
+
+def test_usage_comes_only_where_it_is_asked_for(llm: Llama) -> None:
+    request = chat_request({"messages": FRANCE, "temperature": 0, "stream": True})
+    submitted = submit(llm.engine(), request)
+    writer = new_writer(request, submitted, ServedModel("served", llm.tokenizer))
+    chunks = [chunk for increment in submitted[0] for chunk in writer.add(0, increment)]
+    assert writer.end() == [] and not any("usage" in chunk for chunk in chunks)
+
+
+def test_a_failed_answer_ends_the_stream(llm: Llama) -> None:
+    request = completion_request({"prompt": "x", "stream": True})
+    (submitted,) = submit(llm.engine(), request)
+    submitted.partial.answers[0] = Answer(0, error="the logits are not finite")
+    writer = new_writer(request, [submitted], ServedModel("served", llm.tokenizer))
+    with pytest.raises(AnswerFailed, match="not finite"):
+        writer.add(0, Increment(0, "", [], None, None, "error", None))

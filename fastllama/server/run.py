@@ -11,6 +11,7 @@ from fastllama.server.app import create_app
 from fastllama.server.service import Service
 
 POLL_SECONDS = 0.5
+KEEP_ALIVE_SECONDS = 60  # of a connection without requests; clients keep them for less
 CLOSE_SECONDS = 5  # for connections to end after the last answer
 BACKLOG = 2048
 
@@ -80,6 +81,7 @@ def serve(service: Service, listener: socket.socket, *, root_path: str = "", log
         backlog=BACKLOG,
         log_level=log_level,
         access_log=log_level == "info",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS,
         server_header=False,
         lifespan="off",

@@ -1,0 +1,104 @@
+"""`fastllama serve` as a process: its address, its errors, and how it stops."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.command_line import ROOT, expect_error, run
+from tests.support.timeouts import HANG_SECONDS
+
+# More tokens than are generated before the signal arrives, on any machine.
+LONG = {"prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True, "stream": True, "temperature": 0}
+OPTIONS = ("--json", "--port", "0", "--device", "cpu", "--max_batch_size", "2", "--max_seq_len", "8192")
+
+
+@contextlib.contextmanager
+def serving(*words: str, **environment: str) -> Iterator[tuple[dict[str, Any], "subprocess.Popen[str]"]]:
+    """A server in a process: what it prints first, and the process, which is killed at the end if it still runs."""
+    command = [sys.executable, "-W", "error", "-m", "fastllama", "serve", *OPTIONS, *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=env) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            yield json.loads(line), process
+        finally:
+            process.kill()
+
+
+def test_a_signal_lets_what_runs_end_and_refuses_the_rest() -> None:
+    patient = str(HANG_SECONDS)
+    with (
+        serving("--drain_seconds", patient) as (server, process),
+        httpx.Client(base_url=server["url"], timeout=HANG_SECONDS) as client,
+    ):
+        assert server["model"] == "builtin" and server["pid"] == process.pid
+        assert client.get("/health").json() == {"status": "ok"}
+        with client.stream("POST", "/v1/completions", json=LONG) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            while (refused := client.get("/health")).status_code == 200:  # until the signal has been handled
+                pass
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
+            refused = client.post("/v1/completions", json={"prompt": "x"})
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+            rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""]
+        assert json.loads(rest[-4].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert process.wait(HANG_SECONDS) == 0
+        assert process.stderr is not None and process.stderr.read() == ""
+
+
+def test_what_runs_for_too_long_is_cut() -> None:
+    with (
+        serving("--drain_seconds", "0") as (server, process),
+        httpx.Client(base_url=server["url"], timeout=HANG_SECONDS) as client,
+    ):
+        with client.stream("POST", "/v1/completions", json=LONG) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""]
+        error = json.loads(rest[-4].removeprefix("data: "))["error"]
+        assert error["code"] == "stopping" and "before the answer was complete" in error["message"]
+        assert process.wait(HANG_SECONDS) == 0
+
+
+def test_keys_come_from_the_environment() -> None:
+    with serving(FASTLLAMA_API_KEY="one two") as (server, _):
+        for key, status in (("one", 200), ("two", 200), ("one two", 401), ("three", 401)):
+            got = httpx.get(f"{server['url']}/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert got.status_code == status, key
+
+
+def test_another_address_needs_a_key() -> None:
+    expect_error(run("serve", "--host", "0.0.0.0"), "--host 0.0.0.0 can be reached by others", "--api_key")
+    expect_error(run("serve", "--host", "::"), "can be reached by others")
+
+
+@pytest.mark.parametrize("key", ["", " a", "a\n", "schlüssel"])
+def test_a_key_that_no_header_holds_is_refused(key: str) -> None:
+    expect_error(run("serve", "--api_key", key), "printable ASCII")
+
+
+def test_a_port_in_use_is_an_error_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        expect_error(run("serve", "--port", str(port), "--ckpt_dir", "nowhere"), f"port {port}", "in use")
+
+
+def test_an_unknown_address_is_an_error() -> None:
+    expect_error(run("serve", "--host", "no.such.host.invalid", "--api_key", "k"), "no.such.host.invalid")

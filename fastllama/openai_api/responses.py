@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from fastllama.engine.engine import Prompt
+from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Answer, Result
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.openai_api.logprobs import chat_logprobs, completion_logprobs

@@ -143,7 +143,7 @@ class EngineCore:
                 self._receive()
             if suspects.first is first:
                 suspects.clear_first()
-            if suspects.first is not None and first.row is not None:
+            if scheduler.waiting and first.row is not None:  # others come first, or alone
                 self._preempt()
             first = suspects.first
         scheduler.admit(suspects.most_together, only=first)

@@ -4,7 +4,7 @@ A step admits waiting sequences, moves running ones to low rows, computes a chun
 complete join the rows that decode, makes room for the next token of every row, enqueues one decode step, and takes in
 the output of an earlier one.
 
-An error in the host's work for one sequence ends that sequence. After any other error all sequences are put back, and
+An error in the host's work for one sequence ends its request. After any other error all sequences are put back, and
 `recovery.py` finds out which of them is to blame.
 """
 
@@ -94,14 +94,14 @@ class EngineCore:
             self._give(sequence, increment)
 
     def end_alone(self, sequence: Sequence, error: Exception) -> None:
-        """After an error in the host's work for one sequence, which ends, and no other.
+        """After an error in the host's work for one sequence its request ends, and no other.
 
         Raises the error if other processes share the model and may not have it.
         """
         if not is_of_one_sequence(error, self.decoder.model):
             raise error
-        logger.warning("an answer failed: %s", describe(error), exc_info=error)
-        self.end(sequence, "error", describe(error))
+        logger.warning("a request failed: %s", describe(error), exc_info=error)
+        self._end_request(self.requests[sequence], describe(error))
 
     def recover(self, error: Exception) -> None:
         """Go on after a step has failed. Raises the error if that cannot be, or nothing ran that could be to blame."""
@@ -115,8 +115,14 @@ class EngineCore:
             self.scheduler.add(sequence)
         self._runner.recover()
         self.n_preemptions += len(ran)
-        for sequence in self._suspects.blame(ran):
-            self.end(sequence, "error", describe(error))
+        for request in dict.fromkeys(self.requests[one] for one in self._suspects.blame(ran)):
+            self._end_request(request, describe(error))
+
+    def _end_request(self, request: Request, error: str) -> None:
+        """End all answers of a request: one may need what another computes, the log-probabilities of the prompt."""
+        for sequence in request.sequences:
+            if sequence in self.requests:
+                self.end(sequence, "error", error)
 
     def fail(self, error: Exception) -> None:
         """All requests end with this error. The next one begins anew, whatever was left half done."""
@@ -143,7 +149,7 @@ class EngineCore:
                 self._receive()
             if suspects.first is first:
                 suspects.clear_first()
-            if suspects.first is not None and first.row is not None:
+            if scheduler.waiting and first.row is not None:  # others come first, or alone
                 self._preempt()
             first = suspects.first
         scheduler.admit(suspects.most_together, only=first)
@@ -183,8 +189,7 @@ class EngineCore:
         """Sequences whose prompts are computed begin to decode."""
         ready = [one for one in self.scheduler.running if one.is_prefilled and not one.is_decoding]
         for sequence in ready:
-            request = self.requests[sequence]
-            if not sequence.has_begun:
+            if not sequence.has_begun and (request := self.requests.get(sequence)):  # another may have ended it
                 sequence.has_begun = True
                 if sequence.index == 0:  # the others find what the first has computed
                     request.partial.cached_tokens = sequence.n_cached

@@ -14,7 +14,6 @@ import itertools
 import threading
 from collections.abc import Sequence as Items
 from contextlib import ExitStack
-from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import torch
 from fastllama import memory_plan, validate
 from fastllama.engine import prompts
 from fastllama.engine.core import EngineCore
-from fastllama.engine.inbox import Cancellation, Command, Inbox, NewRequest
+from fastllama.engine.inbox import Cancellation, Command, Inbox, NewRequest, Task
 from fastllama.engine.prompts import Model, Prompt, checked_request
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
@@ -44,16 +43,10 @@ class Stats(NamedTuple):
     preemptions: int  # answers that gave their pages back and were computed again
 
 
-class Task(Enum):
-    """What comes after the commands have been followed."""
-
-    NOTHING = "nothing"
-    STEP = "step"
-    CLOSE = "close"  # all requests are cancelled
-
-
 class Engine:
     """Runs requests on a Llama. While it has requests, no other call may use the model."""
+
+    leads_processes = False  # whether it tells other processes that share the model what to do
 
     def __init__(self, llm: Model, *, max_tokens_per_step: int = STEP_TOKENS, reuse_prefixes: bool = True) -> None:
         """Make an engine; nothing runs yet.
@@ -140,6 +133,18 @@ class Engine:
                 self._put(Cancellation(request.number), request)
         self._follow_at_once()
 
+    def cancel_number(self, number: int) -> None:
+        """`cancel` by the request's number. It may have ended."""
+        for request in dict.fromkeys(self._core.requests.values()):
+            if request.number == number:
+                self.cancel(request)
+
+    @property
+    def state(self) -> list[int]:
+        """Numbers that are equal in all processes that share the model, between steps."""
+        core, scheduler = self._core, self._core.scheduler
+        return [core.n_ended, len(scheduler.running), len(scheduler.waiting), scheduler.pool.n_available]
+
     @property
     def stats(self) -> Stats:
         """What the engine holds, and has done. Does not wait for a step."""
@@ -156,6 +161,11 @@ class Engine:
 
     def start(self) -> "Engine":
         """Run steps in a thread of the engine's own from now on, whenever there are requests -> the engine."""
+        if self.llm.model.group.size > 1 and not self.leads_processes:
+            raise RuntimeError(
+                "several processes share this model, and with a thread each of them would take in requests at another "
+                "moment: use distributed.shared_engine.open_engine"
+            )
         with self._mail:
             self._check_open()
             if self._thread is None:

@@ -6,6 +6,7 @@ command holds no object of this process: another one that shares the model can d
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import NamedTuple
 
 from fastllama.engine.request import Request
@@ -61,6 +62,14 @@ class Cancellation(NamedTuple):
 
 
 Command = NewRequest | Cancellation
+
+
+class Task(Enum):
+    """What an engine does after it has followed all commands."""
+
+    NOTHING = "nothing"
+    STEP = "step"
+    CLOSE = "close"  # cancel all requests
 
 
 class Inbox:

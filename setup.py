@@ -99,8 +99,9 @@ setup(
         "fastllama.kernels.projection",
         "fastllama.kernels.sampling",
         "fastllama.openai_api",
+        "fastllama.server",
     ],
-    package_data={"fastllama.builtin": ["checkpoint/*", "data/*"]},
+    package_data={"fastllama.builtin": ["checkpoint/*", "data/*"], "fastllama.server": ["page.html"]},
     cmdclass={"build_ext": BuildNative},
     ext_modules=[
         Extension(

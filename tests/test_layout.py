@@ -115,6 +115,7 @@ LAYERS = {
     "openai_api.requests": 5.6,
     "openai_api.logprobs": 5.6,
     "openai_api.responses": 5.7,
+    "server.page": 5.4,
     "loading": 5,
     "generation": 6,
     "quality": 6.1,

@@ -1,0 +1,42 @@
+"""A browser for all tests of a file, and for each test a server and a new profile."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.chat_page import Chat, find_chromium, launch, open_chat
+from tests.support.fake_chat_server import FakeChatServer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    pytest.importorskip("playwright", reason="playwright is not installed: pip install playwright")
+    path = find_chromium()
+    if path is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with launch(path) as browser:
+        yield browser
+
+
+@pytest.fixture
+def chat_server() -> Iterator[FakeChatServer]:
+    with FakeChatServer() as server:
+        yield server
+
+
+@pytest.fixture
+def chat(browser: "Browser", chat_server: FakeChatServer) -> Iterator[Chat]:
+    """The page, opened."""
+    with open_chat(browser, chat_server) as chat:
+        yield chat.open()
+
+
+@pytest.fixture(scope="module")
+def shared(browser: "Browser") -> Iterator[Chat]:
+    """The page, opened once for all tests of a file, which only call its functions."""
+    with FakeChatServer() as server, open_chat(browser, server) as chat:
+        yield chat.open()

@@ -193,10 +193,10 @@ def test_settings_out_of_range_are_not_saved(chat: Chat) -> None:
     ("status", "headers", "hint"),
     [
         (400, {}, "Change the message or the settings"),
-        (413, {}, "Send a shorter message"),
+        pytest.param(413, {}, "Send a shorter message", marks=pytest.mark.slow),
         (429, {"Retry_After": "3"}, "Try again in 3 s."),
         (503, {}, "The server is starting or stopping."),
-        (500, {}, "the server's log has the reason"),
+        pytest.param(500, {}, "the server's log has the reason", marks=pytest.mark.slow),
     ],
 )
 def test_refusal_is_shown(

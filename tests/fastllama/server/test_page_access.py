@@ -102,7 +102,7 @@ def test_contrast_is_enough(browser: "Browser", chat_server: FakeChatServer, the
     assert [one for one in found if one[2] < one[1]] == []
 
 
-@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_theme_is_switched_and_kept(browser: "Browser", chat_server: FakeChatServer, theme: str) -> None:
     colors = {"light": "rgb(253, 252, 250)", "dark": "rgb(24, 25, 27)"}
     other = THEMES[theme == "light"]
@@ -227,7 +227,11 @@ def test_keyboard_alone_is_enough(chat: Chat, chat_server: FakeChatServer) -> No
     assert chat_server.bodies[1]["seed"] == 5
 
 
-@pytest.mark.parametrize("event", [{"isComposing": True}, {"keyCode": 229}], ids=["composing", "safari"])
+@pytest.mark.parametrize(
+    "event",
+    [{"isComposing": True}, pytest.param({"keyCode": 229}, marks=pytest.mark.slow)],
+    ids=["composing", "safari"],
+)
 def test_enter_of_an_input_method_does_not_send(chat: Chat, chat_server: FakeChatServer, event: dict[str, Any]) -> None:
     chat.input.fill("にほん")
     is_handled = chat.page.evaluate(

@@ -65,6 +65,7 @@ def test_conversation_is_deleted_and_brought_back(chat: Chat) -> None:
     chat.expect(chat.page.locator("nav .open")).to_have_text(["About dogs"])
 
 
+@pytest.mark.slow
 def test_deleting_stops_the_answer(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.send("Count", "one", HOLD)
     chat.expect(chat.answer).to_have_text("one")
@@ -102,6 +103,7 @@ def test_file_of_conversations_is_written_and_read(chat: Chat, tmp_path: Path) -
     chat.expect(chat.answer).to_have_text("They purr.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"messages": [{"role": "tool", "content": "x"}]}]'])
 def test_other_files_are_refused(chat: Chat, tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"
@@ -111,7 +113,7 @@ def test_other_files_are_refused(chat: Chat, tmp_path: Path, text: str) -> None:
     chat.expect(chat.page.locator("nav .open")).to_have_count(0)
 
 
-@pytest.mark.parametrize("script", [FULL, CLOSED], ids=["full", "closed"])
+@pytest.mark.parametrize("script", [FULL, pytest.param(CLOSED, marks=pytest.mark.slow)], ids=["full", "closed"])
 def test_chat_works_without_storage(browser: "Browser", chat_server: FakeChatServer, script: str) -> None:
     with open_chat(browser, chat_server) as chat:
         chat.page.add_init_script(script)
@@ -121,6 +123,7 @@ def test_chat_works_without_storage(browser: "Browser", chat_server: FakeChatSer
         chat.expect(chat.messages).to_have_count(4)
 
 
+@pytest.mark.slow
 def test_damaged_entries_are_ignored(chat: Chat) -> None:
     chat.ask("About cats", "They purr.")
     entries = {

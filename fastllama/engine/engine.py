@@ -21,6 +21,7 @@ from fastllama import memory_plan, validate
 from fastllama.chat_format import Formatter
 from fastllama.decode_graph import Decoder
 from fastllama.engine.core import EngineCore
+from fastllama.engine.grammar_matcher import GrammarMatcher, grammar_matcher
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.sequence import Sequence
@@ -105,12 +106,13 @@ class Engine:
         if params.echo and first_scored > 1:
             raise ValueError(f"echo needs the scores of all tokens, and first_scored is {first_scored}: leave one out")
         alternatives = self.checked(alternatives) if alternatives else ()
+        matcher = self._matcher(params)  # which takes time: before the locks
         with self._turnstile, self._work:
             if self._closing:
                 raise RuntimeError("the engine is closed: make another")
             self._hold_model()
             try:
-                request = self._new_request(tokens, params, first_scored, tuple(alternatives))
+                request = self._new_request(tokens, params, first_scored, tuple(alternatives), matcher)
                 self._core.add(request)
             finally:
                 self._release_model_if_idle()
@@ -224,13 +226,30 @@ class Engine:
             except Exception:  # the requests have it
                 continue
 
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a request's answers."""
+        llm = self.llm
+        stops = frozenset() if params.ignore_eos else validate.stop_ids(llm.tokenizer.stop_tokens, llm.model.vocab_size)
+        return stops | set(params.stop_token_ids)
+
+    def _matcher(self, params: SamplingParams) -> GrammarMatcher | None:
+        """The matcher of a request's grammar, at the beginning."""
+        if params.grammar is None:
+            return None
+        llm, stop_ids = self.llm, self._stop_ids(params)
+        return grammar_matcher(params.grammar, llm.tokenizer, llm.model.vocab_size, stop_ids, params.min_tokens)
+
     def _new_request(
-        self, tokens: list[int], params: SamplingParams, first_scored: int, alternatives: tuple[int, ...]
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        first_scored: int,
+        alternatives: tuple[int, ...],
+        matcher: GrammarMatcher | None,
     ) -> Request:
         llm, number = self.llm, next(self._numbers)
         room = max(0, llm.model.params.max_seq_len - len(tokens))
         budget = room if params.max_gen_len is None else min(params.max_gen_len, room)
-        stops = frozenset() if params.ignore_eos else validate.stop_ids(llm.tokenizer.stop_tokens, llm.model.vocab_size)
         scored = params.prompt_logprobs is not None or (params.echo and params.logprobs is not None)
         sequences: list[Sequence] = []
         for index, stream in enumerate(llm.random_streams(params.seed, params.n)):
@@ -242,11 +261,13 @@ class Engine:
                 n_prompt=len(tokens),
                 last=len(tokens) - 1 + budget,
                 stream=stream,
-                stop_ids=stops | set(params.stop_token_ids),
-                text=TextStream(llm.tokenizer),
+                stop_ids=self._stop_ids(params),
+                # A grammar tells whether the text begins with a space.
+                text=TextStream(llm.tokenizer, strips_space=matcher is None or params.echo),
                 first_scored=first_scored if scored and index == 0 else None,  # the other answers find its pages
                 alternatives=alternatives,
                 n_top_scored=max(params.prompt_logprobs or 0, params.logprobs or 0 if params.echo else 0),
+                matcher=matcher and matcher.copy(),
             )
             sequences.append(sequence)
         return Request(self, number, params, sequences)

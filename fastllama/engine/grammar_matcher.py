@@ -21,6 +21,7 @@ from fastllama.kernels.sampling.masks import WORD_BITS, n_words
 from fastllama.tokenizer_base import BaseTokenizer
 
 UNFORCED = '%llguidance {"no_forcing": true}'  # in Lark: forced text, too, is written in tokens that the model chooses
+NO_TOKEN_FITS = "NoExtensionBias"  # llguidance's message where a text can go on, but with no token
 MAX_PROBLEM = 300  # characters of a message of llguidance's, which may list all special tokens
 
 
@@ -68,7 +69,7 @@ class GrammarMatcher:
 
     def _problem(self) -> str:
         problem = _first_line(self._matcher.get_error())
-        if problem:
+        if problem and problem != NO_TOKEN_FITS:
             return f"the grammar could not be followed after {self._n_tokens} tokens: {problem}"
         return (
             f"the grammar allows no token after {self._n_tokens} tokens: no token has the text that it wants, or only "

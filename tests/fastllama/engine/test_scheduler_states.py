@@ -23,6 +23,7 @@ from tests.fastllama.engine.simulated import (
     Runner,
     answer_alone,
     following,
+    letters,
     score_of,
     simulated_engine,
     small_pages,
@@ -43,6 +44,7 @@ REQUESTS = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "scored": st.booleans(),
         "echo": st.booleans(),
+        "lengths": st.sampled_from([None, None, None, (1, 40), (2, 9), (25, 29)]),
     }
 )
 
@@ -60,6 +62,7 @@ class Traffic(RuleBasedStateMachine):
         self.patches.__enter__()
         self.open: list[Request] = []
         self.cancelled: set[int] = set()
+        self.lengths: dict[int, tuple[int, int] | None] = {}  # of the grammars' texts, by request
         self.last_running: list[int] = []
 
     @initialize(
@@ -81,6 +84,7 @@ class Traffic(RuleBasedStateMachine):
             params = SamplingParams(
                 prompt_logprobs=0 if one["scored"] else None,
                 logprobs=0,
+                grammar=None if one["lengths"] is None else letters(one["lengths"]),
                 **{name: one[name] for name in ("max_gen_len", "stop", "stop_token_ids", "n", "echo", "ignore_eos")},
             )
             room = MAX_SEQ_LEN - len(prompt)
@@ -91,6 +95,7 @@ class Traffic(RuleBasedStateMachine):
                     self.engine.submit(prompt, params)
             else:
                 self.open.append(self.engine.submit(prompt, params))
+                self.lengths[self.open[-1].number] = one["lengths"]
 
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
@@ -162,7 +167,8 @@ class Traffic(RuleBasedStateMachine):
         ends = Counter(one.index for one in increments if one.finish_reason is not None)
         assert ends == Counter(range(request.params.n)), "every answer ends once"
         for answer in result.answers:
-            tokens, reason, stop = answer_alone(prompt, request.params, answer.index, MAX_SEQ_LEN)
+            lengths = self.lengths[request.number]
+            tokens, reason, stop = answer_alone(prompt, request.params, answer.index, MAX_SEQ_LEN, lengths)
             mine = [one for one in increments if one.index == answer.index]
             assert "".join(one.text for one in mine) == answer.text
             if request.number in self.cancelled and answer.finish_reason == "cancelled":
@@ -228,7 +234,7 @@ class Traffic(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(
     ("examples", "least"),
-    [pytest.param(25, 500, id="quick"), pytest.param(400, 10_000, id="all", marks=pytest.mark.slow)],
+    [pytest.param(40, 500, id="quick"), pytest.param(400, 10_000, id="all", marks=pytest.mark.slow)],
 )
 def test_any_traffic_keeps_every_page_and_every_answer(examples: int, least: int) -> None:
     Traffic.requests_made = Traffic.preemptions = Traffic.cached_tokens = 0

@@ -33,9 +33,10 @@ class GrammarMatcher:
 
         stop_ids: tokens that end the answer, allowed where the grammar may end. min_tokens: not before so many tokens.
         """
-        self._matcher, self._vocab_size, self._min_tokens = matcher, vocab_size, min_tokens
-        self._stop_ids = stop_ids
-        self._stops = _packed(stop_ids, vocab_size)
+        self._matcher, self._min_tokens = matcher, min_tokens
+        is_stop = torch.zeros(vocab_size, dtype=torch.bool)
+        is_stop[sorted(stop_ids)] = True
+        self._stop_ids, self._stops, self._text = stop_ids, _packed(is_stop), _packed(~is_stop)
         self._n_tokens = 0
         self.error: str | None = None  # why it cannot go on
         self.is_complete = False  # the answer follows the grammar, and no token can be added to its text
@@ -57,9 +58,7 @@ class GrammarMatcher:
         matcher = self._matcher
         may_end = not matcher.get_error() and matcher.is_accepting()
         words = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.int32)
-        words = words[: n_words(self._vocab_size)] & ~self._stops
-        if self._vocab_size % WORD_BITS:
-            words[-1] &= (1 << self._vocab_size % WORD_BITS) - 1  # without llguidance's own token
+        words = words[: len(self._text)] & self._text
         if not words.any():
             self.is_complete = may_end
             self.error = None if may_end else self._problem()
@@ -155,10 +154,10 @@ def _unforced(source: str) -> str:
     return f"{source}\n{UNFORCED}"
 
 
-def _packed(tokens: AbstractSet[int], vocab_size: int) -> Tensor:
-    """Tokens as the bits of a mask, (W,) int32."""
-    bits = torch.zeros(n_words(vocab_size) * WORD_BITS, dtype=torch.int64)
-    bits[sorted(tokens)] = 1
+def _packed(is_in: Tensor) -> Tensor:
+    """Which tokens are in a set, (V,) bool, as the bits of a mask, (W,) int32."""
+    bits = torch.zeros(n_words(len(is_in)) * WORD_BITS, dtype=torch.int64)
+    bits[: len(is_in)] = is_in
     return (bits.view(-1, WORD_BITS) << torch.arange(WORD_BITS)).sum(-1).to(torch.int32)
 
 

@@ -70,7 +70,9 @@ class EngineCore:
         if decoding:
             self._flush_entries()
             runner.step(decoding)
-        while runner.queued > (self.decoder.replays_ahead if decoding else 0):
+        # Rows with grammars wait for their tokens to be received, so steps are queued ahead only of other rows.
+        ahead = self.decoder.replays_ahead if any(one.matcher is None for one in decoding) else 0
+        while runner.queued > ahead:
             self._receive()
 
     def cancel(self, request: Request) -> None:
@@ -197,10 +199,11 @@ class EngineCore:
                 if sequence.params.echo:
                     self._give_echo(sequence, request)
         ready = [one for one in ready if one.finish_reason is None]
-        starting = [one for one in ready if one.steps_to_enqueue > 0]
+        complete = [one for one in ready if one.matcher is not None and one.matcher.is_complete]
+        starting = [one for one in ready if one.steps_to_enqueue > 0 and one not in complete]
         for sequence in ready:
             if sequence not in starting:
-                self.end(sequence, "length")
+                self.end(sequence, "stop" if sequence in complete else "length")
         self._runner.start(starting)
 
     def _make_room(self) -> None:
@@ -248,6 +251,8 @@ class EngineCore:
         finally:  # it is certain, whatever fails
             if increment.tokens or increment.text or increment.finish_reason is not None:
                 self._give(sequence, increment)
+        if increment.finish_reason is None and sequence.matcher is not None and sequence.matcher.error is not None:
+            self.end(sequence, "error", sequence.matcher.error)
 
     def _give(self, sequence: Sequence, increment: Increment) -> None:
         request = self.requests[sequence]

@@ -22,7 +22,7 @@ from fastllama import memory_plan, validate
 from fastllama.engine import prompts
 from fastllama.engine.core import EngineCore
 from fastllama.engine.inbox import Cancellation, Command, Inbox, NewRequest, Task
-from fastllama.engine.prompts import Model, Prompt, checked_request
+from fastllama.engine.prompts import Model, Prompt, checked_request, new_matcher
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.prefill import PREFILL_CHUNK_TOKENS
@@ -88,15 +88,17 @@ class Engine:
 
     def accept(self, command: NewRequest) -> Request:
         """A checked request -> its handle. One without a number gets it here, with its random streams."""
+        params, llm = command.params, self.llm
+        matcher = new_matcher(llm, params, command.stop_ids)  # it takes time: before the lock
         try:
             with self._mail:
                 self._check_open()
                 self._hold_model()
                 if not command.number:
-                    streams = self.llm.random_streams(command.params.seed, command.params.n)
+                    streams = llm.random_streams(params.seed, params.n)
                     command = command._replace(number=next(self._numbers), streams=tuple(streams))
-                sequences = command.sequences(self.llm.tokenizer, self._arrivals)
-                request = Request(self, command.number, command.params, sequences)
+                sequences = command.sequences(llm.tokenizer, self._arrivals, matcher)
+                request = Request(self, command.number, params, sequences)
                 self._put(command, request)
                 self._n_submitted += len(sequences)
         finally:

@@ -23,6 +23,7 @@ from tests.fastllama.engine.simulated import (
     Runner,
     answer_alone,
     following,
+    letters,
     score_of,
     simulated_engine,
     small_pages,
@@ -43,6 +44,7 @@ REQUESTS = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "scored": st.booleans(),
         "echo": st.booleans(),
+        "lengths": st.sampled_from([None, None, None, (1, 40), (2, 9), (25, 29)]),
     }
 )
 
@@ -61,6 +63,7 @@ class Traffic(RuleBasedStateMachine):
         self.open: list[Request] = []
         self.cancelled: set[int] = set()
         self.n_failures = 0  # that may have ended a request
+        self.lengths: dict[int, tuple[int, int] | None] = {}  # of the grammars' texts, by request
         self.last_running: list[int] = []
 
     @initialize(
@@ -82,6 +85,7 @@ class Traffic(RuleBasedStateMachine):
             params = SamplingParams(
                 prompt_logprobs=0 if one["scored"] else None,
                 logprobs=0,
+                grammar=None if one["lengths"] is None else letters(one["lengths"]),
                 **{name: one[name] for name in ("max_gen_len", "stop", "stop_token_ids", "n", "echo", "ignore_eos")},
             )
             room = MAX_SEQ_LEN - len(prompt)
@@ -92,6 +96,7 @@ class Traffic(RuleBasedStateMachine):
                     self.engine.submit(prompt, params)
             else:
                 self.open.append(self.engine.submit(prompt, params))
+                self.lengths[self.open[-1].number] = one["lengths"]
 
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
@@ -155,7 +160,8 @@ class Traffic(RuleBasedStateMachine):
         assert ends == Counter(range(request.params.n)), "every answer ends once"
         n_errors = 0
         for answer in result.answers:
-            tokens, reason, stop = answer_alone(prompt, request.params, answer.index, MAX_SEQ_LEN)
+            lengths = self.lengths[request.number]
+            tokens, reason, stop = answer_alone(prompt, request.params, answer.index, MAX_SEQ_LEN, lengths)
             mine = [one for one in increments if one.index == answer.index]
             assert "".join(one.text for one in mine) == answer.text
             if answer.finish_reason == "error":

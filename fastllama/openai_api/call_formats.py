@@ -3,6 +3,7 @@
 A call is an object with the function's name and its arguments. Formats differ in what stands around it.
 """
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ TYPE = rf'("type"{SPACE}:{SPACE}"function"{SPACE},{SPACE})?'  # which some model
 NAME_KEY = rf'\{{{SPACE}{TYPE}"name"'
 ANYTHING = "(?s:.*)"
 Instead = Literal["text", "json"] | None  # of calls, in an answer
+CACHED_GRAMMARS = 32
 ID_CHARS = 9  # of a call in Mistral's templates
 
 
@@ -82,7 +84,7 @@ class CallFormat(ABC):
             rules[f"arguments_{index}"] = _json(function.parameters, options)
         choices = " | ".join(name for name in ("calls", "answer", "text") if name in rules)
         lines = [f"start: {choices}", *(f"{name}: {rule}" for name, rule in rules.items())]
-        return Grammar.lark("\n".join(lines))
+        return _grammar("\n".join(lines))
 
     def template_id(self, call_id: str) -> str:
         """The id of a call in the form that templates of this format take."""
@@ -260,6 +262,12 @@ class MistralCalls(MarkedCalls):
 
 
 FORMATS = (Llama3Calls, HermesCalls, MistralCalls)
+
+
+@functools.lru_cache(maxsize=CACHED_GRAMMARS)
+def _grammar(text: str) -> Grammar:
+    """A checked grammar: clients send the same tools again and again."""
+    return Grammar.lark(text)
 
 
 def _json(schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:

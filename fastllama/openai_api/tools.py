@@ -2,11 +2,11 @@
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastllama.engine.grammar import Grammar, matcher_class
+from fastllama.engine.grammar import Grammar, is_installed
 from fastllama.openai_api.call_formats import CallFormat, Function
 from fastllama.openai_api.errors import InvalidRequest
 from fastllama.openai_api.fields import UNSUPPORTED_CODE, flag, members, required, text
@@ -36,18 +36,24 @@ class ToolUse:
         Raises InvalidRequest, which names the function whose schema is not supported.
         """
         new = functools.partial(form.grammar, is_required=self.is_required, has_several=self.has_several)
-        wrong = "tools"
         try:
-            matcher_class()  # raises an error if it is not installed
-            for function in self.callable:
-                wrong = f"{member_name(self.functions.index(function), self.is_flat)}.parameters"
-                new([function])
-            wrong = "tools"
             return new(self.callable, answer=answer)
-        except RecursionError:
-            raise InvalidRequest(f"{wrong} is nested too deeply", param=wrong) from None
-        except ValueError as error:
-            raise InvalidRequest(f"{wrong}: {error}", param=wrong) from None
+        except (ValueError, RecursionError) as error:
+            raise self._refusal(new, error) from None
+
+    def _refusal(self, new: Callable[[list[Function]], Grammar], error: Exception) -> InvalidRequest:
+        """The error, with the function for which no grammar can be made alone."""
+        name = "tools"
+        if is_installed():
+            for function in self.callable:
+                try:
+                    new([function])
+                except (ValueError, RecursionError) as own:
+                    name, error = f"{member_name(self.functions.index(function), self.is_flat)}.parameters", own
+                    break
+        if isinstance(error, RecursionError):
+            return InvalidRequest(f"{name} is nested too deeply", param=name)
+        return InvalidRequest(f"{name}: {error}", param=name)
 
 
 def tool_use(fields: Mapping[str, Any], *, allow_unknown: bool, is_flat: bool = False) -> ToolUse | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from fastllama.engine.sampling_params import MAX_BIAS, MAX_PENALTY, MAX_STOP_STRINGS, MOST_TOKENS
 from fastllama.kernels.sampling.controls import MAX_TOP_TOKENS
-from fastllama.openai_api.requests import MAX_ANSWERS, ROLES
+from fastllama.openai_api.messages import ROLES
+from fastllama.openai_api.requests import MAX_ANSWERS
 from fastllama.validate import LEAST_SEED, MOST_SEED
 
 Schema = dict[str, Any]
@@ -87,7 +88,7 @@ MESSAGE = {
     "type": "object",
     "required": ["role", "content"],
     "properties": {
-        "role": {"enum": list(ROLES)},
+        "role": {"enum": [role for role in ROLES if role != "tool"]},
         "content": {"anyOf": [TEXT, _list(_object(["type", "text"], type={"const": "text"}, text=TEXT), 1)]},
     },
 }

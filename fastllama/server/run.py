@@ -73,20 +73,23 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(service: Service, listener: socket.socket, *, root_path: str = "", log_level: str = "warning") -> None:
-    """Serve until a signal. Raises RuntimeError with the reason if the engine cannot go on."""
-    config = uvicorn.Config(
+def configure(service: Service, *, root_path: str = "", log_level: str = "warning") -> uvicorn.Config:
+    """uvicorn's configuration for a service."""
+    return uvicorn.Config(
         create_app(service),
         root_path=root_path,
         backlog=BACKLOG,
         log_level=log_level,
         access_log=log_level == "info",
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS,
         server_header=False,
         lifespan="off",
     )
-    server = Server(config, service)
+
+
+def serve(service: Service, listener: socket.socket, *, root_path: str = "", log_level: str = "warning") -> None:
+    """Serve until a signal. Raises RuntimeError with the reason if the engine cannot go on."""
+    server = Server(configure(service, root_path=root_path, log_level=log_level), service)
     with contextlib.closing(listener):
         server.run(sockets=[listener])
     if server.failure is not None:

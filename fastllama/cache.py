@@ -58,6 +58,11 @@ class KVCache:
         """Positions of a row in complete pages: max_seq_len or a few more."""
         return self.table.shape[1] * PAGE_TOKENS
 
+    @property
+    def n_row_pages(self) -> int:
+        """Pages that rows have from `assign` and `extend`."""
+        return len({page for pages in self._pages_of_row for page in pages})
+
     def share_pages(self, other: "KVCache") -> None:
         """Use the pages of another cache with as many of them: the same numbers, rows and table."""
         self.pool, self.table, self._pages_of_row = other.pool, other.table, other._pages_of_row

@@ -18,8 +18,8 @@ from fastllama.chat_format import Formatter
 from fastllama.decode_graph import Decoder
 from fastllama.distributed import model_parallel
 from fastllama.draft import choose_guesser
-from fastllama.engine import Engine, Result, SamplingParams
-from fastllama.engine.engine import STEP_TOKENS, Prompt
+from fastllama.engine import Engine, Prompt, Result, SamplingParams
+from fastllama.engine.engine import STEP_TOKENS
 from fastllama.engine.many import in_order
 from fastllama.engine.scoring import Score, score_documents, score_pairs
 from fastllama.loading import AdapterFolders, choose_device, load

@@ -1,13 +1,15 @@
 """The engine of requests: any number of prompts at once, in rows that join and leave a running batch.
 
-A request's way: `engine.py` (submit, threads) → `scheduler.py` (which sequences run, on which pages) → `core.py` (the
-loop) → `model_runner.py` (chunks of prompts, decode steps) → `sequence.py` (tokens to text, `stop_strings.py`) →
-`request.py` (the handle, with the answers as they come). `sampling_params.py` says what a request may ask for.
+A request's way: `prompts.py` (checks) → `engine.py` (submit, threads) → `inbox.py` → `scheduler.py` (which sequences
+run, on which pages) → `core.py` (the loop; `recovery.py` after errors) → `model_runner.py` (chunks of prompts, decode
+steps) → `sequence.py` (tokens to text, `stop_strings.py`) → `request.py` (the handle, with the answers as they come).
+`sampling_params.py` says what a request may ask for.
 """
 
 from fastllama.engine.engine import Engine, Stats
+from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Answer, Request, Result
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.sequence import Increment
 
-__all__ = ["Answer", "Engine", "Increment", "Request", "Result", "SamplingParams", "Stats"]
+__all__ = ["Answer", "Engine", "Increment", "Prompt", "Request", "Result", "SamplingParams", "Stats"]

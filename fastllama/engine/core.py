@@ -3,16 +3,24 @@
 A step admits waiting sequences, moves running ones to low rows, computes a chunk of prompts, lets those that are
 complete join the rows that decode, makes room for the next token of every row, enqueues one decode step, and takes in
 the output of an earlier one.
+
+An error in the host's work for one sequence ends that sequence. After any other error all sequences are put back, and
+`recovery.py` finds out which of them is to blame.
 """
+
+import logging
 
 from fastllama.decode_graph import Decoder
 from fastllama.engine.model_runner import ModelRunner, NewToken
+from fastllama.engine.recovery import Suspects, describe, is_of_one_sequence, is_survivable
 from fastllama.engine.request import Request
 from fastllama.engine.scheduler import Scheduler
 from fastllama.engine.sequence import FinishReason, Increment, Sequence
 from fastllama.kernels.decode_state import NO_TOKEN
 from fastllama.prefill import NOT_FINITE_CAUSE, PREFILL_CHUNK_TOKENS
 from fastllama.step_graphs import graph_size
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -24,7 +32,15 @@ class EngineCore:
         self._runner = ModelRunner(decoder)
         self.requests: dict[Sequence, Request] = {}  # the answers that have not ended
         self.n_finished = self.n_cached_tokens = self.n_preemptions = 0
+        self.n_ended = 0  # answers. All counts are there before the reader of a request knows of it.
+        self._suspects = Suspects()
         self.scheduler = self._new_scheduler()
+
+    @property
+    def n_used_pages(self) -> int:
+        """Pages that answers hold."""
+        pool = self.scheduler.pool
+        return pool.n_pages - pool.n_available - self.decoder.model.cache.n_row_pages
 
     def begin(self) -> None:
         """Begin without requests. What the cache holds is found again, unless the model has another cache."""
@@ -45,7 +61,7 @@ class EngineCore:
     def step(self) -> None:
         """Run one step. There must be a request."""
         scheduler, runner = self.scheduler, self._runner
-        scheduler.admit()
+        self._admit()
         self._compact()
         self._prefill()
         self._start_prefilled()
@@ -57,25 +73,80 @@ class EngineCore:
         while runner.queued > (self.decoder.replays_ahead if decoding else 0):
             self._receive()
 
+    def cancel(self, request: Request) -> None:
+        """End the answers of a request that have not ended."""
+        for sequence in request.sequences:
+            if sequence in self.requests:
+                self.end(sequence, "cancelled")
+
     def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """End an answer from outside its tokens."""
-        if sequence.is_decoding:
-            self._runner.stop([sequence.placed_row])
+        try:
+            increment = sequence.end(reason)
+        except Exception as broken:  # of its last text
+            increment, error = sequence.abandon(), error or describe(broken)
         self.requests[sequence].partial.answers[sequence.index].error = error
-        increment = sequence.end(reason)
-        self.scheduler.remove(sequence)
-        self._give(sequence, increment)
+        try:
+            if sequence.is_decoding:
+                self._runner.stop([sequence.placed_row])
+            self.scheduler.remove(sequence)
+        finally:
+            self._give(sequence, increment)
+
+    def end_alone(self, sequence: Sequence, error: Exception) -> None:
+        """After an error in the host's work for one sequence, which ends, and no other.
+
+        Raises the error if other processes share the model and may not have it.
+        """
+        if not is_of_one_sequence(error, self.decoder.model):
+            raise error
+        logger.warning("an answer failed: %s", describe(error), exc_info=error)
+        self.end(sequence, "error", describe(error))
+
+    def recover(self, error: Exception) -> None:
+        """Go on after a step has failed. Raises the error if that cannot be, or nothing ran that could be to blame."""
+        ran = [one for one in self.requests if one.row is not None]
+        if not ran or not is_survivable(error, self.decoder.model):
+            raise error
+        logger.warning("a step of %d answers failed: %s", len(ran), describe(error), exc_info=error)
+        self._forget_pages()
+        for sequence in self.requests:
+            sequence.put_back()
+            self.scheduler.add(sequence)
+        self._runner.recover()
+        self.n_preemptions += len(ran)
+        for sequence in self._suspects.blame(ran):
+            self.end(sequence, "error", describe(error))
 
     def fail(self, error: Exception) -> None:
         """All requests end with this error. The next one begins anew, whatever was left half done."""
-        requests = set(self.requests.values())
+        requests = dict.fromkeys(self.requests.values())
         for sequence in self.requests:
             sequence.finish_reason = "error"
+        self.n_ended += len(self.requests)
         self.requests.clear()
-        self.scheduler.pool.reset()
-        self.scheduler = self._new_scheduler()
+        self._forget_pages()
         for request in requests:
             request.fail(error)
+
+    def _forget_pages(self) -> None:
+        """Nobody holds a page, and none can be found again: what the pages hold is not certain."""
+        self.scheduler.pool.reset()
+        self.scheduler = self._new_scheduler()
+
+    def _admit(self) -> None:
+        """Start waiting sequences: after a failure the suspects, one at a time."""
+        suspects, scheduler = self._suspects, self.scheduler
+        first = suspects.first
+        while first is not None and suspects.is_cleared(first):
+            while self._runner.queued:
+                self._receive()
+            if suspects.first is first:
+                suspects.clear_first()
+            if suspects.first is not None and first.row is not None:
+                self._preempt()
+            first = suspects.first
+        scheduler.admit(suspects.most_together, only=first)
 
     def _compact(self) -> None:
         """Give low rows to the sequences on high ones, if the steps then run fewer rows."""
@@ -119,7 +190,8 @@ class EngineCore:
                     request.partial.cached_tokens = sequence.n_cached
                 self.n_cached_tokens += sequence.n_cached
                 if sequence.params.echo:
-                    request.add(self._echo(sequence, request))
+                    self._give_echo(sequence, request)
+        ready = [one for one in ready if one.finish_reason is None]
         starting = [one for one in ready if one.steps_to_enqueue > 0]
         for sequence in ready:
             if sequence not in starting:
@@ -133,10 +205,14 @@ class EngineCore:
             if self._runner.queued:  # it may end sequences, and a sequence that is put back needs its tokens
                 self._receive()
                 continue
-            row = scheduler.running[-1].placed_row
-            scheduler.preempt()
-            self._runner.stop([row])
-            self.n_preemptions += 1
+            self._preempt()
+
+    def _preempt(self) -> None:
+        """Put the youngest running sequence back, whose tokens are known."""
+        row = self.scheduler.running[-1].placed_row
+        self.scheduler.preempt()
+        self._runner.stop([row])
+        self.n_preemptions += 1
 
     def _receive(self) -> None:
         for new in self._runner.receive():
@@ -151,23 +227,39 @@ class EngineCore:
                 f"the logits at position {len(sequence.tokens)} are not finite numbers; {NOT_FINITE_CAUSE}",
             )
             return
-        increment = sequence.add_token(new.token, new.logprob, new.top)
-        self.scheduler.remember(sequence)
-        if increment.finish_reason is not None:
-            if isinstance(increment.stop_reason, str):  # a stop string, which the device does not know
-                self._runner.stop([sequence.placed_row])
-            else:
-                self.decoder.mark_finished(sequence.placed_row)
-            self.scheduler.remove(sequence)
-        if increment.tokens or increment.text or increment.finish_reason is not None:
-            self._give(sequence, increment)
+        try:
+            increment = sequence.add_token(new.token, new.logprob, new.top)
+        except Exception as error:
+            self.end_alone(sequence, error)
+            return
+        try:
+            self.scheduler.remember(sequence)
+            if increment.finish_reason is not None:
+                if isinstance(increment.stop_reason, str):  # a stop string, which the device does not know
+                    self._runner.stop([sequence.placed_row])
+                else:
+                    self.decoder.mark_finished(sequence.placed_row)
+                self.scheduler.remove(sequence)
+        finally:  # it is certain, whatever fails
+            if increment.tokens or increment.text or increment.finish_reason is not None:
+                self._give(sequence, increment)
 
     def _give(self, sequence: Sequence, increment: Increment) -> None:
         request = self.requests[sequence]
+        if increment.finish_reason is not None:
+            self.n_ended += 1
+            self.n_finished += request.n_open == 1
         request.add(increment)
         if increment.finish_reason is not None:
             del self.requests[sequence]
-        self.n_finished += request.is_finished
+
+    def _give_echo(self, sequence: Sequence, request: Request) -> None:
+        try:
+            echo = self._echo(sequence, request)
+        except Exception as error:
+            self.end_alone(sequence, error)
+        else:
+            request.add(echo)
 
     def _echo(self, sequence: Sequence, request: Request) -> Increment:
         """The prompt as the first increment of an answer."""

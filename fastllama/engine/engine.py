@@ -6,57 +6,50 @@
 
 A step computes a chunk of waiting prompts and one token of every running answer. `step` runs one step; iterating over a
 request does so until the request has something new. Or `start` runs steps in a thread, and requests may be submitted,
-read and cancelled from any thread and from asyncio.
+read and cancelled from any thread and from asyncio. None of these calls waits for a step: the next one takes in what
+was submitted and cancelled since.
 """
 
 import itertools
 import threading
 from collections.abc import Sequence as Items
 from contextlib import ExitStack
-from typing import NamedTuple, Protocol, cast
+from enum import Enum
+from typing import NamedTuple
 
 import torch
 
 from fastllama import memory_plan, validate
-from fastllama.chat_format import Formatter
-from fastllama.decode_graph import Decoder
+from fastllama.engine import prompts
 from fastllama.engine.core import EngineCore
+from fastllama.engine.inbox import Cancellation, Command, Inbox, NewRequest
+from fastllama.engine.prompts import Model, Prompt, checked_request
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
-from fastllama.engine.sequence import Sequence
-from fastllama.model import Transformer
 from fastllama.prefill import PREFILL_CHUNK_TOKENS
-from fastllama.tokenizer import Dialog, check_dialog
-from fastllama.tokenizer_base import BaseTokenizer, TextStream
 from fastllama.torch_settings import default_settings
 
 STEP_TOKENS = 512  # of prompts, in a step beside running answers, which wait for them
-
-Prompt = str | Items[int] | Dialog
-
-
-class Model(Protocol):
-    """What the engine needs of a Llama."""
-
-    model: Transformer
-    tokenizer: BaseTokenizer
-    formatter: Formatter
-    decoder: Decoder
-
-    def random_streams(self, seeds: int | None, n_rows: int) -> list[tuple[int, int, int]]:
-        """The random streams of a request's answers."""
 
 
 class Stats(NamedTuple):
     """What the engine holds, and has done since it was made."""
 
     running: int  # answers that have a row
-    waiting: int  # answers that wait for a row or for pages
-    used_pages: int  # pages that running answers hold
+    waiting: int  # answers that wait: for a step that takes them in, for a row or for pages
+    used_pages: int  # pages that answers hold
     pages: int
     finished_requests: int
     cached_tokens: int  # of prompts, that were found in the cache
     preemptions: int  # answers that gave their pages back and were computed again
+
+
+class Task(Enum):
+    """What comes after the commands have been followed."""
+
+    NOTHING = "nothing"
+    STEP = "step"
+    CLOSE = "close"  # all requests are cancelled
 
 
 class Engine:
@@ -74,11 +67,12 @@ class Engine:
         self._core = EngineCore(
             llm.decoder, step_tokens, reuses_prefixes=validate.flag("reuse_prefixes", reuse_prefixes)
         )
+        self.failure: BaseException | None = None  # that has ended all requests; None while the engine works
         self._numbers, self._arrivals = itertools.count(1), itertools.count()
         self._held: ExitStack | None = None  # the model, while there are requests
-        self._lock = threading.RLock()
-        self._work = threading.Condition(self._lock)
-        self._turnstile = threading.Lock()  # the thread passes it before a step, so that callers get their turn
+        self._lock = threading.RLock()  # of the core: held during a step
+        self._mail = threading.Condition()  # of all else: never held for long. It is taken after the other lock
+        self._inbox, self._n_submitted = Inbox(), 0  # answers
         self._thread: threading.Thread | None = None
         self._closing = False
 
@@ -94,27 +88,26 @@ class Engine:
 
         first_scored: the position of the first token whose log-probability is wanted, with prompt_logprobs.
         alternatives: tokens that are scored, too, in place of the prompt's last one: after its scores. Raises
-        ValueError for a prompt that does not fit, and RuntimeError while another call uses the model.
+        ValueError for a prompt that does not fit, and RuntimeError while another call uses the model, and after the
+        engine was closed or has failed.
         """
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, got {validate.kind(params)}")
-        tokens = self.encode(prompt, spare=params.max_gen_len == 0)
-        params.check_vocabulary(self.llm.model.vocab_size)
-        first_scored = validate.whole_number("first_scored", first_scored, 1, max(1, len(tokens)))
-        if params.echo and first_scored > 1:
-            raise ValueError(f"echo needs the scores of all tokens, and first_scored is {first_scored}: leave one out")
-        alternatives = self.checked(alternatives) if alternatives else ()
-        with self._turnstile, self._work:
-            if self._closing:
-                raise RuntimeError("the engine is closed: make another")
-            self._hold_model()
-            try:
-                request = self._new_request(tokens, params, first_scored, tuple(alternatives))
-                self._core.add(request)
-            finally:
-                self._release_model_if_idle()
-            self._work.notify_all()
+        return self.accept(checked_request(self.llm, prompt, params, first_scored, alternatives))
+
+    def accept(self, command: NewRequest) -> Request:
+        """A checked request -> its handle. One without a number gets it here, with its random streams."""
+        try:
+            with self._mail:
+                self._check_open()
+                self._hold_model()
+                if not command.number:
+                    streams = self.llm.random_streams(command.params.seed, command.params.n)
+                    command = command._replace(number=next(self._numbers), streams=tuple(streams))
+                sequences = command.sequences(self.llm.tokenizer, self._arrivals)
+                request = Request(self, command.number, command.params, sequences)
+                self._put(command, request)
+                self._n_submitted += len(sequences)
+        finally:
+            self._follow_at_once()
         return request
 
     def encode(self, prompt: Prompt, spare: int = 0) -> list[int]:
@@ -122,38 +115,18 @@ class Engine:
 
         spare: tokens beyond the model's context that it may have. The last one, if it is only scored, needs no place.
         """
-        llm = self.llm
-        if isinstance(prompt, str):
-            prompt = llm.tokenizer.encode(prompt, bos=True, eos=False)
-        elif isinstance(prompt, list | tuple) and prompt and all(isinstance(message, dict) for message in prompt):
-            check_dialog(prompt, "the prompt")
-            prompt = llm.formatter.encode_dialog_prompt(prompt)
-        return self.checked(cast(Items[int], prompt), spare)
+        return prompts.encode(self.llm, prompt, spare)
 
     def checked(self, prompt: Items[int], spare: int = 0) -> list[int]:
         """Token ids as a list. Raises as `encode`."""
-        model = self.llm.model
-        sizes = {"vocab_size": model.vocab_size, "max_seq_len": model.params.max_seq_len + spare}
-        try:
-            return validate.prompts([prompt], max_batch_size=1, **sizes)[0]
-        except (AssertionError, ValueError) as error:  # the first is Meta's type for a long prompt
-            raise ValueError(str(error).replace("prompt 0", "the prompt")) from None
+        return prompts.checked_tokens(self.llm, prompt, spare)
 
     def step(self) -> bool:
         """Run one step -> whether there are unfinished requests."""
-        with self._lock, default_settings(), torch.inference_mode():
-            if not self._core.requests:
-                return False
-            try:
-                with memory_plan.explain_out_of_memory(self.llm.model.device):
-                    self._core.step()
-            except BaseException as error:
-                stopped = RuntimeError(f"the engine was stopped by {error!r}")
-                self._core.fail(error if isinstance(error, Exception) else stopped)
-                raise
-            finally:
-                self._release_model_if_idle()
-            return bool(self._core.requests)
+        with self._lock:
+            if self._has_work:
+                self._run(Task.STEP)
+            return self._has_work
 
     def run(self) -> None:
         """Run steps until all requests have ended."""
@@ -161,21 +134,20 @@ class Engine:
             pass
 
     def cancel(self, request: Request) -> None:
-        """End the answers of a request that have not ended."""
-        with self._turnstile, self._lock, default_settings(), torch.inference_mode():
-            for sequence in request.sequences:
-                if sequence in self._core.requests:
-                    self._core.end(sequence, "cancelled")
-            self._release_model_if_idle()
+        """End the answers of a request that have not ended. Its reader learns it from the last increment."""
+        with self._mail:
+            if not request.is_finished:
+                self._put(Cancellation(request.number), request)
+        self._follow_at_once()
 
     @property
     def stats(self) -> Stats:
-        """What the engine holds, and has done."""
-        with self._lock:
-            core, scheduler = self._core, self._core.scheduler
-            used = len({page for one in scheduler.running for page in one.pages})
-            counts = core.n_finished, core.n_cached_tokens, core.n_preemptions
-            return Stats(len(scheduler.running), len(scheduler.waiting), used, scheduler.pool.n_pages, *counts)
+        """What the engine holds, and has done. Does not wait for a step."""
+        core, scheduler, ended = self._core, self._core.scheduler, self._core.n_ended
+        running = len(scheduler.running)
+        waiting = max(0, self._n_submitted - ended - running)
+        counts = core.n_finished, core.n_cached_tokens, core.n_preemptions
+        return Stats(running, waiting, core.n_used_pages, scheduler.pool.n_pages, *counts)
 
     @property
     def has_thread(self) -> bool:
@@ -184,9 +156,8 @@ class Engine:
 
     def start(self) -> "Engine":
         """Run steps in a thread of the engine's own from now on, whenever there are requests -> the engine."""
-        with self._lock:
-            if self._closing:
-                raise RuntimeError("the engine is closed: make another")
+        with self._mail:
+            self._check_open()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run_thread, name="fastllama engine", daemon=True)
                 self._thread.start()
@@ -194,14 +165,12 @@ class Engine:
 
     def close(self) -> None:
         """Cancel all requests and end the thread."""
-        with self._work:
+        with self._mail:
             self._closing = True
-            requests = set(self._core.requests.values())
-        for request in requests:
-            self.cancel(request)
-        with self._work:
-            self._work.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
+            self._mail.notify_all()
+        if self._thread is None:
+            self._end_all()
+        elif self._thread is not threading.current_thread():
             self._thread.join()
             self._thread = None
 
@@ -213,54 +182,106 @@ class Engine:
 
     def _run_thread(self) -> None:
         while True:
-            with self._turnstile:
-                pass
-            with self._work:
-                self._work.wait_for(lambda: self._core.requests or self._closing)
+            with self._mail:
+                self._mail.wait_for(lambda: self._has_work or self._closing)
                 if self._closing:
-                    return
+                    break
             try:
                 self.step()
-            except Exception:  # the requests have it
-                continue
+            except BaseException:  # the requests have it, and `failure`
+                break
+        self._end_all()
 
-    def _new_request(
-        self, tokens: list[int], params: SamplingParams, first_scored: int, alternatives: tuple[int, ...]
-    ) -> Request:
-        llm, number = self.llm, next(self._numbers)
-        room = max(0, llm.model.params.max_seq_len - len(tokens))
-        budget = room if params.max_gen_len is None else min(params.max_gen_len, room)
-        stops = frozenset() if params.ignore_eos else validate.stop_ids(llm.tokenizer.stop_tokens, llm.model.vocab_size)
-        scored = params.prompt_logprobs is not None or (params.echo and params.logprobs is not None)
-        sequences: list[Sequence] = []
-        for index, stream in enumerate(llm.random_streams(params.seed, params.n)):
-            sequence = Sequence(
-                arrival=next(self._arrivals),
-                index=index,
-                params=params,
-                tokens=list(tokens),
-                n_prompt=len(tokens),
-                last=len(tokens) - 1 + budget,
-                stream=stream,
-                stop_ids=stops | set(params.stop_token_ids),
-                text=TextStream(llm.tokenizer),
-                first_scored=first_scored if scored and index == 0 else None,  # the other answers find its pages
-                alternatives=alternatives,
-                n_top_scored=max(params.prompt_logprobs or 0, params.logprobs or 0 if params.echo else 0),
-            )
-            sequences.append(sequence)
-        return Request(self, number, params, sequences)
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._core.requests) or not self._inbox.is_empty
+
+    def _put(self, command: Command, request: Request) -> None:
+        self._inbox.put(command, request)
+        self._mail.notify_all()
+
+    def _follow_at_once(self) -> None:
+        """Without a thread, follow the commands now."""
+        if self._thread is None:
+            with self._lock:
+                if not self._inbox.is_empty:
+                    self._run(Task.NOTHING)
+                self._release_model_if_idle()
+
+    def _run(self, task: Task) -> None:
+        """Follow the commands, then do the task. After an error that cannot be survived all requests end."""
+        with default_settings(), torch.inference_mode():
+            try:
+                with self._mail:
+                    commands = self._inbox.gather()
+                self._announce(commands, task)
+                try:
+                    with memory_plan.explain_out_of_memory(self.llm.model.device):
+                        self._do(task)
+                except Exception as error:
+                    self._core.recover(error)
+            except BaseException as error:
+                self._fail(error)
+                raise
+            finally:
+                self._release_model_if_idle()
+
+    def _announce(self, commands: list[Command], task: Task) -> None:
+        """Tell other processes what comes next."""
+
+    def _do(self, task: Task) -> None:
+        core = self._core
+        self._inbox.follow(self._follow)
+        if task is Task.STEP and core.requests:
+            core.step()
+        elif task is Task.CLOSE:
+            for request in dict.fromkeys(core.requests.values()):
+                core.cancel(request)
+
+    def _follow(self, command: Command, request: Request) -> None:
+        core = self._core
+        if isinstance(command, Cancellation):
+            core.cancel(request)
+            return
+        if not core.requests:  # not: if the model was not held. Processes that share it would differ in this
+            core.begin()
+        core.add(request)
+
+    def _end_all(self) -> None:
+        """Cancel all requests, in the thread that runs the steps. No new one comes."""
+        with self._lock:
+            while self._has_work:
+                self._run(Task.CLOSE)
+
+    def _fail(self, error: BaseException) -> None:
+        """End all requests with an error."""
+        stopped = error if isinstance(error, Exception) else RuntimeError(f"the engine was stopped by {error!r}")
+        with self._mail:
+            self.failure = error
+            self._closing |= self._thread is not None
+            left = self._inbox.clear()
+            self._core.fail(stopped)
+            for request in left:
+                request.fail(stopped)
+            self._core.n_ended = self._n_submitted
+
+    def _check_open(self) -> None:
+        if self._closing:
+            state = "is closed" if self.failure is None else f"has failed ({self.failure!r})"
+            raise RuntimeError(f"the engine {state}: make another")
 
     def _hold_model(self) -> None:
         """Take the model for the first of several requests. RuntimeError while another call uses it."""
         if self._held is not None:
             return
-        with ExitStack() as stack, default_settings(), torch.inference_mode():
+        with ExitStack() as stack:
             stack.enter_context(self.llm.model.exclusively())
-            self._core.begin()
-            self._held = stack.pop_all()
+            if self.llm.model.device.type == "cuda":
+                self.llm.decoder.graphs.use_current_stream()  # the engine's thread waits for this one
+            self.failure, self._held = None, stack.pop_all()
 
     def _release_model_if_idle(self) -> None:
-        if not self._core.requests and self._held is not None:
-            self._held.close()
-            self._held = None
+        with self._mail:
+            if self._held is not None and not self._has_work:
+                self._held.close()
+                self._held = None

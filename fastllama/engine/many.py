@@ -7,7 +7,8 @@ from typing import NamedTuple, cast
 
 from tqdm import tqdm
 
-from fastllama.engine.engine import Engine, Prompt
+from fastllama.engine.engine import Engine
+from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Request, Result
 from fastllama.engine.sampling_params import SamplingParams
 

@@ -56,6 +56,11 @@ class ModelRunner:
         self.model.cache.release()
         self._in_flight.clear()
 
+    def recover(self) -> None:
+        """Begin again after an error, whatever it has left on the device."""
+        self.model.workspace.reset()
+        self.begin()
+
     def set_pages(self, entries: dict[tuple[int, int], int]) -> None:
         """Write entries of the page table."""
         with self.decoder.launch_context():

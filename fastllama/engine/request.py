@@ -122,6 +122,11 @@ class Request:
         self._wakes: set[Wake] = set()
 
     @property
+    def n_open(self) -> int:
+        """Answers that have not ended."""
+        return self._n_open
+
+    @property
     def is_finished(self) -> bool:
         """Whether all answers have ended."""
         return self._n_open == 0 or self.error is not None

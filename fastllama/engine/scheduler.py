@@ -49,23 +49,20 @@ class Scheduler:
         self._free_rows = list(range(n_rows))
 
     def add(self, sequence: Sequence) -> None:
-        """A new sequence waits. Raises ValueError if the cache could never hold it."""
-        if pages_for(sequence.last) > self.pool.n_pages:
-            raise ValueError(
-                f"this request needs up to {sequence.last} positions of the cache, which has "
-                f"{self.pool.n_pages * PAGE_TOKENS}: shorten the prompt, lower max_gen_len, or build with a larger "
-                "cache_tokens"
-            )
+        """A new sequence waits. The cache can hold it (`check_fits`)."""
         insort(self.waiting, sequence, key=lambda one: one.arrival)
 
-    def admit(self) -> list[Sequence]:
-        """Start waiting sequences while there are rows and pages -> those that were started."""
+    def admit(self, most: int | None = None, *, only: Sequence | None = None) -> list[Sequence]:
+        """Start waiting sequences while there are rows and pages -> those that were started.
+
+        most: that may run together. only: the one that may run.
+        """
         started: list[Sequence] = []
-        while self.waiting and self._free_rows:
-            sequence = self.waiting[0]
-            if not self._give_pages(sequence):
+        while self.waiting and self._free_rows and (most is None or len(self.running) < most):
+            sequence = self.waiting[0] if only is None else only
+            if sequence.row is not None or not self._give_pages(sequence):
                 break
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             self._free_rows.sort()  # low rows, so that steps run few
             sequence.row = self._free_rows.pop(0)
             self._set_entries(sequence, 0)
@@ -117,7 +114,7 @@ class Scheduler:
             raise RuntimeError("a sequence with steps in flight cannot be put back: receive them first")
         self.remember(sequence)
         self._take_back(sequence)
-        sequence.n_computed, sequence.is_decoding = 0, False
+        sequence.put_back()
         insort(self.waiting, sequence, key=lambda one: one.arrival)
         return sequence
 
@@ -211,6 +208,15 @@ class Scheduler:
     def _drop_entries(self, row: int) -> None:
         for place in [place for place in self.new_entries if place[0] == row]:
             del self.new_entries[place]
+
+
+def check_fits(last: int, pool: PagePool) -> None:
+    """Raise ValueError if the cache could never hold a sequence whose last token comes at this position."""
+    if pages_for(last) > pool.n_pages:
+        raise ValueError(
+            f"this request needs up to {last} positions of the cache, which has {pool.n_pages * PAGE_TOKENS}: shorten "
+            "the prompt, lower max_gen_len, or build with a larger cache_tokens"
+        )
 
 
 def rows_in_use(sequences: Items[Sequence]) -> int:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from fastllama import validate
-from fastllama.engine.engine import Engine, Prompt
+from fastllama.engine.engine import Engine
 from fastllama.engine.many import Submission, run_in_order
+from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Result
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.token_scores import TokenScore

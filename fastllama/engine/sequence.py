@@ -116,6 +116,17 @@ class Sequence:
         """End the answer from outside -> all that was held back."""
         return self._finished(reason, None)
 
+    def abandon(self) -> Increment:
+        """End the answer after an error in its text -> nothing of what was held back."""
+        self.finish_reason, self.stop_reason = "error", None
+        return self._increment("", 0)
+
+    def put_back(self) -> None:
+        """Forget what is on the device: row, pages, and steps in flight. All tokens are computed again."""
+        self.row, self.pages, self.n_computed, self.n_remembered = None, [], 0, 0
+        self.in_flight = self.most_in_flight = 0
+        self.is_decoding = False
+
     def _stopped(self, released: str) -> Increment:
         """End the answer at a stop string. A token stays whose text begins before it."""
         self._pending = [one for one in self._pending if one[3] < self._n_released]

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastllama.engine.engine import Engine, Prompt
+from fastllama.engine.engine import Engine
+from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.openai_api.answer_parts import AnswerParser, PlainParser

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fastllama.engine.engine import Prompt
+from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Answer, Result
 from fastllama.openai_api.envelope import ServedModel, envelope
 from fastllama.openai_api.errors import AnswerFailed

@@ -3,10 +3,12 @@
 The rules between fields, such as that top_logprobs needs logprobs, are not in it. They are in `openai_api/requests.py`.
 """
 
+from collections.abc import Set
 from typing import Any
 
 from fastllama.engine.sampling_params import MAX_BIAS, MAX_PENALTY, MAX_STOP_STRINGS, MOST_TOKENS
 from fastllama.kernels.sampling.controls import MAX_TOP_TOKENS
+from fastllama.openai_api.fields import CHAT_FIELDS, COMPLETION_FIELDS, UNSUPPORTED
 from fastllama.openai_api.requests import MAX_ANSWERS, ROLES
 from fastllama.validate import LEAST_SEED, MOST_SEED
 
@@ -81,18 +83,29 @@ SAMPLING: dict[str, Schema] = {
         "additionalProperties": False,
     },
     "stream": FLAG,
+    "stream_options": {"type": ["object", "null"], "properties": {"include_usage": FLAG}},
     "ignore_eos": FLAG,
+    "min_tokens": _whole(0, MOST_TOKENS),
+    "stop_token_ids": {"anyOf": [_list(TOKEN), {"type": "null"}]},
 }
+
+
+def _unsupported(honoured: Set[str]) -> dict[str, Schema]:
+    """The fields that are refused, unless their value asks for nothing."""
+    return {name: {"enum": [None, *values]} for name, values in UNSUPPORTED.items() if name not in honoured}
+
+
 MESSAGE = {
     "type": "object",
     "required": ["role", "content"],
     "properties": {
         "role": {"enum": list(ROLES)},
-        "content": {"anyOf": [TEXT, _list(_object(["type", "text"], type={"const": "text"}, text=TEXT), 1)]},
+        "content": {"anyOf": [TEXT, _list(_object(["type", "text"], type={"const": "text"}, text=TEXT))]},
     },
 }
 COMPLETION_BODY = _object(
     ["prompt"],
+    **_unsupported(COMPLETION_FIELDS),
     **SAMPLING,
     prompt={"anyOf": [TEXT, _list(TOKEN, 1), _list(TEXT, 1), _list(_list(TOKEN, 1), 1)]},
     echo=FLAG,
@@ -100,6 +113,7 @@ COMPLETION_BODY = _object(
 )
 CHAT_BODY = _object(
     ["messages"],
+    **_unsupported(CHAT_FIELDS),
     **SAMPLING,
     messages=_list(MESSAGE, 1),
     max_completion_tokens=_whole(0, MOST_TOKENS),

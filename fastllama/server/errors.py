@@ -82,5 +82,5 @@ def add_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JsonResponse:
         return response_of(error)
 
-    for kind in (ApiError, InvalidRequest, AnswerFailed, HTTPException, RequestValidationError, Exception):
+    for kind in (ApiError, InvalidRequest, AnswerFailed, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handle)

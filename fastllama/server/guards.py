@@ -3,9 +3,9 @@
 import hmac
 from collections.abc import Iterable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastllama.server.errors import error_response
+from fastllama.server.errors import error_response, response_of
 
 OPEN_PATHS = frozenset({"/", "/health"})  # without a key, and however many requests are in work
 BEARER = "bearer"
@@ -63,6 +63,29 @@ class ConcurrencyGuard:
             await self.app(scope, receive, send)
         finally:
             self._n_open -= 1
+
+
+class FaultGuard:
+    """Answers 500 to a request on which the server fails, and logs why."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        except Exception as error:
+            response = response_of(error)  # logs it
+            if not has_begun:
+                await response(scope, receive, send)
 
 
 def _path(scope: Scope) -> str:

@@ -7,7 +7,7 @@ output as late as with a GPU. Pages have 4 positions.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastllama import page_pool
+from fastllama.distributed.model_parallel import SINGLE_PROCESS
 from fastllama.engine import Engine, SamplingParams, core, scheduler
 from fastllama.engine.model_runner import NewToken
 from fastllama.engine.sequence import Sequence as Answering
@@ -70,6 +71,8 @@ class Runner:
         decoder.runner = self
         self.pool: PagePool = decoder.model.cache.pool
         self.fails_in = ""  # the method that raises next
+        # An error that comes back: whether these sequences, together in a launch, cause it.
+        self.breaks: Callable[[str, list[Answering]], bool] = lambda where, together: False
         self.table: dict[tuple[int, int], int] = {}
         self.memory: dict[tuple[int, int], tuple[int, int]] = {}  # of a page and place: the prefix's number, the token
         self.begin()
@@ -77,6 +80,9 @@ class Runner:
     def begin(self) -> None:
         self.active: dict[int, dict[str, Any]] = {}  # the state of the rows that generate
         self.outputs: deque[list[tuple[Answering, list[int]]]] = deque()
+
+    def recover(self) -> None:
+        self.begin()
 
     @property
     def queued(self) -> int:
@@ -86,7 +92,7 @@ class Runner:
         self.table |= entries
 
     def prefill(self, chunks: Sequence[scheduler.Chunk]) -> dict[Answering, list[TokenScore]]:
-        self._fail_in("prefill")
+        self._fail_in("prefill", [chunk.sequence for chunk in chunks])
         scores: dict[Answering, list[TokenScore]] = {}
         for sequence, begin, end in chunks:
             row, tokens = sequence.placed_row, sequence.tokens
@@ -122,7 +128,7 @@ class Runner:
             self.active.pop(row, None)
 
     def step(self, sequences: Sequence[Answering]) -> None:
-        self._fail_in("step")
+        self._fail_in("step", list(sequences))
         assert set(self.active) <= {one.placed_row for one in sequences}, "a row was not stopped"
         output: list[tuple[Answering, list[int]]] = [(one, []) for one in sequences]
         for _ in range(self.decoder.unroll):
@@ -135,7 +141,7 @@ class Runner:
         self.outputs.append(output)
 
     def receive(self) -> Iterable[NewToken]:
-        self._fail_in("receive")
+        self._fail_in("receive", [one for one, _ in self.outputs[0]])
         for sequence, tokens in self.outputs.popleft():
             sequence.in_flight -= self.decoder.unroll
             sequence.most_in_flight -= self.decoder.most_new_tokens
@@ -185,8 +191,8 @@ class Runner:
     def _place(self, row: int, position: int) -> tuple[int, int]:
         return self.table[row, position // PAGE], position % PAGE
 
-    def _fail_in(self, where: str) -> None:
-        if self.fails_in == where:
+    def _fail_in(self, where: str, together: list[Answering]) -> None:
+        if self.fails_in == where or self.breaks(where, together):
             self.fails_in = ""
             raise ArithmeticError(f"as planned, in {where}")
 
@@ -204,10 +210,11 @@ def simulated_engine(
 ) -> Engine:
     """An engine on the simulated model. Within `small_pages`."""
     params = SimpleNamespace(max_seq_len=max_seq_len, max_batch_size=rows)
-    cache = SimpleNamespace(pool=PagePool(pages), max_batch_size=rows)
+    cache = SimpleNamespace(pool=PagePool(pages), max_batch_size=rows, n_row_pages=0)
     model: Any = SimpleNamespace(
         params=params, cache=cache, vocab_size=VOCABULARY, device=torch.device("cpu"), holders=0
     )
+    model.group = SINGLE_PROCESS
 
     @contextmanager
     def exclusively() -> Iterator[None]:

@@ -3,15 +3,17 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastllama import Engine, Llama, SamplingParams
-from fastllama.engine import Request
+from fastllama.engine import Answer, Request
 from fastllama.engine.model_runner import ModelRunner
-from tests.fastllama.engine.llamas import answer_alone
+from tests.fastllama.engine.llamas import answer_alone, engine_llama
 from tests.support.timeouts import HANG_SECONDS
 
 ENDLESS = SamplingParams(max_gen_len=200, temperature=1.0, seed=1)
@@ -47,9 +49,22 @@ def in_threads(tasks: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def assert_all_alone(llm: Llama, found: list[list[int]]) -> None:
-    for number, tokens in enumerate(found):
-        assert tokens == answer_alone(llm, [5, number], params_of(number))[0]
+def assert_all_alone(
+    llm: Llama, found: list[list[int]], requests: Iterable[tuple[Request, list[int], int]] = ()
+) -> None:
+    """Assert that answers are those of the same prompts alone."""
+    results = [(tokens, [5, number], number) for number, tokens in enumerate(found)]
+    results += [(request.result().answer.tokens, prompt, number) for request, prompt, number in requests]
+    wait_until_idle(llm)
+    for tokens, prompt, number in results:
+        assert tokens == answer_alone(llm, prompt, params_of(number))[0]
+
+
+def wait_until_idle(llm: Llama) -> None:
+    """The engine's thread frees the model a moment after the last request has ended."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while llm.model._lock.locked() and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def test_many_threads_submit_and_read(llm: Llama) -> None:
@@ -159,20 +174,125 @@ def test_closing_ends_open_requests_and_their_readers(llm: Llama) -> None:
     assert len(llm.generate([[5]], 3)[0][0]) == 3
 
 
-def test_other_threads_get_their_turn_between_steps(engine: Engine) -> None:
-    """Submitting waits for a step or a few, not for the end of all answers."""
-    long = [engine.submit([5, number], ENDLESS) for number in range(4)]
-    next(iter(long[0]))
-    finished = []
-    for number in range(20):
-        request = engine.submit([6, number], SamplingParams(max_gen_len=1, seed=1))
-        finished.append(all(one.is_finished for one in long))
-        request.cancel()
-    assert not all(finished)
+class HeldStep:
+    """Steps of the engine wait in the model until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+        step = ModelRunner.step
+
+        def held(runner: ModelRunner, sequences: Any) -> None:
+            self.has_begun.set()
+            assert self.may_go_on.wait(HANG_SECONDS)
+            step(runner, sequences)
+
+        monkeypatch.setattr(ModelRunner, "step", held)
+
+
+def test_no_call_waits_for_the_step_that_runs(llm: Llama, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = HeldStep(monkeypatch)
+    running = engine.submit([5], ENDLESS)
+    assert held.has_begun.wait(HANG_SECONDS)
+    # All of this would hang, if it waited.
+    submitted = [engine.submit([6, number], params_of(number)) for number in range(3)]
+    dropped = engine.submit([7], params_of(1))
+    dropped.cancel()
+    running.cancel()
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.submit([])
+    with pytest.raises(ValueError, match="the prompt has 300 tokens, more than the max_seq_len of 256"):
+        engine.submit([5] * 300)
+    with pytest.raises(RuntimeError, match="this model is busy"):
+        llm.generate([[5]], 3)
+    assert engine.stats[:2] == (1, 4) and not running.is_finished and not dropped.is_finished
+    held.may_go_on.set()
+    assert dropped.result().answer.finish_reason == "cancelled" and dropped.result().answer.tokens == []
+    assert running.result().answer.finish_reason == "cancelled"
+    assert_all_alone(llm, [], [(request, [6, number], number) for number, request in enumerate(submitted)])
+
+
+def test_a_request_that_the_cache_can_never_hold_is_refused_at_once(tmp_path: Path) -> None:
+    with engine_llama(tmp_path, cache_tokens=128).engine().start() as engine:
+        with pytest.raises(ValueError, match="needs up to 149 positions of the cache, which has 128"):
+            engine.submit([9] * 100, SamplingParams(max_gen_len=50))
+        assert engine.stats[:2] == (0, 0)
+
+
+def test_draws_without_a_seed_follow_the_order_of_submission(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of requests that come while a step runs."""
+    params = SamplingParams(max_gen_len=8, temperature=1.0)
+    streams: list[list[Any]] = []
+    for count in (1, 6):
+        calls: list[Any] = []
+        with monkeypatch.context() as patch:
+            held = HeldStep(patch)
+            random_streams = llm.random_streams
+
+            def noted(seed: Any, n: int, calls: list[Any] = calls, drawn: Any = random_streams) -> Any:
+                calls.append(drawn(seed, n))
+                return calls[-1]
+
+            patch.setattr(llm, "random_streams", noted)
+            with llm.engine().start() as engine:
+                first = [engine.submit([5], params) for _ in range(count)]
+                assert held.has_begun.wait(HANG_SECONDS)
+                rest = [engine.submit([5], params) for _ in range(6 - count)]
+                held.may_go_on.set()
+                used = [one.stream for request in first + rest for one in request.sequences]
+                arrivals = [one.arrival for request in first + rest for one in request.sequences]
+                assert all(len(request.result().answer.tokens) == 8 for request in first + rest)
+        assert used == [stream for drawn in calls for stream in drawn] and arrivals == sorted(arrivals)
+        streams.append(used)
+    assert len({stream for used in streams for stream in used}) == 12, "each draws for itself"
+
+
+def test_closing_during_a_step_loses_nothing(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = HeldStep(monkeypatch)
+    engine = llm.engine().start()
+    requests = [engine.submit([5], SamplingParams(max_gen_len=100, n=2, seed=1))]
+    assert held.has_begun.wait(HANG_SECONDS)
+    requests += [engine.submit([6, number], ENDLESS) for number in range(9)]
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closing:
+        time.sleep(0.001)
+    with pytest.raises(RuntimeError, match="the engine is closed: make another"):
+        engine.submit([5])
+    held.may_go_on.set()
+    closing.join(HANG_SECONDS)
+    assert not closing.is_alive() and not engine.has_thread
+    reasons = [answer.finish_reason for request in requests for answer in request.result().answers]
+    assert reasons == ["cancelled"] * 11 and engine.stats[:3] == (0, 0, 0)
+    requests[0].cancel()
+    llm.model.check_idle()
+
+
+def test_an_error_that_cannot_be_survived_ends_the_engine(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = HeldStep(monkeypatch)
+    error = torch.AcceleratorError("the device is lost")
+
+    def failing(runner: ModelRunner) -> Any:
+        raise error
+
+    monkeypatch.setattr(ModelRunner, "receive", failing)
+    engine = llm.engine().start()
+    requests = [engine.submit([5], ENDLESS)]
+    assert held.has_begun.wait(HANG_SECONDS)
+    requests.append(engine.submit([6], ENDLESS))
+    assert engine.failure is None
+    held.may_go_on.set()
+    for request in requests:
+        with pytest.raises(torch.AcceleratorError, match="the device is lost"):
+            request.result()
+    assert engine.failure is error and engine.stats[:3] == (0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"the engine has failed \(AcceleratorError\('the device is lost'\)\): make"):
+        engine.submit([5])
+    engine.close()
+    llm.model.check_idle()
 
 
 def test_an_error_in_the_thread_reaches_every_request_and_the_next_works(
-    llm: Llama, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = ModelRunner.step
     begun = threading.Event()
@@ -182,18 +302,17 @@ def test_an_error_in_the_thread_reaches_every_request_and_the_next_works(
             raise ArithmeticError("out of numbers")
         step(self, sequences)
 
-    async def read(request: Request) -> None:
-        await request.aresult()
+    async def read(request: Request) -> Answer:
+        return (await request.aresult()).answer
 
     monkeypatch.setattr(ModelRunner, "step", failing)
     requests = [engine.submit([5, number], ENDLESS) for number in range(8)]
     next(iter(requests[0]))
     begun.set()
     for request in requests:
-        with pytest.raises(ArithmeticError, match="out of numbers"):
-            request.result()
-        with pytest.raises(ArithmeticError, match="out of numbers"):
-            asyncio.run(read(request))
+        answer = request.result().answer
+        assert asyncio.run(read(request)) is answer
+        assert (answer.finish_reason, answer.error) == ("error", "ArithmeticError: out of numbers")
     begun.clear()
     assert (
         engine.submit([5, 3], params_of(3)).result().answer.tokens
@@ -213,8 +332,6 @@ def test_a_loop_that_was_closed_does_not_disturb_the_engine(engine: Engine) -> N
 
 def test_the_model_is_free_when_the_thread_has_nothing_to_do(llm: Llama, engine: Engine) -> None:
     engine.submit([5], params_of(1)).result()
-    deadline = time.monotonic() + HANG_SECONDS
-    while engine.stats.running and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until_idle(llm)
     assert len(llm.generate([[5]], 3)[0][0]) == 3
     assert len(engine.submit([5], params_of(2)).result().answer.tokens) == 12

@@ -9,7 +9,8 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,34 @@ class RunningServer:
         """Where it listens."""
         return int(self.url.rpartition(":")[2])
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it holds nothing for any request."""
+        stats = self.service.engine.stats
+        return not (self.service.n_open or stats.running or stats.waiting or stats.used_pages)
+
+    def wait_until_idle(self) -> None:
+        """Wait until nothing is left of any request: what a client has left behind ends soon after."""
+        wait_until(lambda: self.is_idle)
+
+    @contextlib.contextmanager
+    def paused(self, after_steps: int = 0) -> Iterator[None]:
+        """A block in which the engine runs so many steps and then waits. Requests can be submitted and cancelled."""
+        engine, step = self.service.engine, self.service.engine.step
+        ended, left = threading.Event(), iter(range(after_steps))
+
+        def gated_step() -> bool:
+            if next(left, None) is None:
+                ended.wait(HANG_SECONDS)
+            return step()
+
+        engine.step = gated_step  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del engine.step
+            ended.set()
+
 
 class _ServerInThread(run.Server):
     """Tells when it listens, or when it has failed to."""
@@ -61,6 +90,14 @@ class _ServerInThread(run.Server):
             self.error = error
         finally:
             self.has_begun.set()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait for something that another thread does. Fails if it never comes."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline, "it never comes"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager

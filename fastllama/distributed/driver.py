@@ -62,7 +62,7 @@ class Driver:
     def stream(self, prompt_tokens: Sequence[Sequence[int]], *arguments: Any, **keywords: Any) -> Generator[Increment]:
         """`Llama.stream`, in all processes. Invalid arguments raise with the first increment."""
         inner: Generator[Increment] | None = None
-        self._check_free()
+        self.check_free()
         left, sent, ended = 0, False, False
         call = {"arguments": (prompt_tokens, *arguments), "keywords": keywords}
         try:
@@ -102,6 +102,7 @@ class Driver:
 
     def run_on_all(self, function: Callable[..., Any], **arguments: Any) -> Any:
         """Call `function(llm, **arguments)` in all processes -> this process's result. Ctrl-C takes effect after it."""
+        self.check_free()
         with delay_interrupts():
             try:
                 self.call_on_workers(function, **arguments)
@@ -113,10 +114,11 @@ class Driver:
 
     def call_on_workers(self, function: Callable[..., Any], **arguments: Any) -> None:
         """Let the workers call `function(llm, **arguments)`. This process does its own part of it."""
-        self._check_free()
+        self.check_free()
         send_command(self.control, {"function": _qualified_name(function), "arguments": arguments})
 
-    def _check_free(self) -> None:
+    def check_free(self) -> None:
+        """Raise RuntimeError while an engine is open."""
         if self.engine is not None:
             raise RuntimeError("the processes run an engine: submit requests to it, or close it first")
 

@@ -54,6 +54,7 @@ class SharedEngine(Engine):
     def __init__(self, driver: Driver, **options: Any) -> None:
         """Start the workers' engines. The options are those of `Engine`."""
         super().__init__(driver.llm, **options)  # raises what is wrong with the options before the workers do
+        driver.check_free()
         driver.llm.model.check_idle()
         self._driver = driver
         with delay_interrupts():

@@ -52,11 +52,13 @@ class Driver:
         self.llm = llm
         self.control = control_group()
         self.out_of_step = False  # after an error in this process only: the workers' state is unknown
-        self.engine: Engine | None = None  # that runs in all processes (`shared_engine.py`)
+        self.shared_engine: Engine | None = None  # that runs in all processes (`shared_engine.py`)
 
     def __getattr__(self, name: str) -> Any:
         if name not in READABLE_ATTRIBUTES:
-            raise AttributeError(f"{name!r} would run in this process only: use `stream` or `run_on_all`")
+            raise AttributeError(
+                f"{name!r} would run in this process only: use `stream`, `run_on_all` or `open_engine`"
+            )
         return getattr(self.llm, name)
 
     def stream(self, prompt_tokens: Sequence[Sequence[int]], *arguments: Any, **keywords: Any) -> Generator[Increment]:
@@ -119,13 +121,13 @@ class Driver:
 
     def check_free(self) -> None:
         """Raise RuntimeError while an engine is open."""
-        if self.engine is not None:
+        if self.shared_engine is not None:
             raise RuntimeError("the processes run an engine: submit requests to it, or close it first")
 
     def shut_down(self) -> None:
         """Send the workers the shutdown command. No stream may be open. An engine is closed."""
-        if self.engine is not None:
-            self.engine.close()
+        if self.shared_engine is not None:
+            self.shared_engine.close()
         if self.out_of_step:
             raise RuntimeError("the workers' state is unknown: they cannot receive a command")
         send_command(self.control, None)

@@ -127,6 +127,12 @@ class KVCache:
         """Take the pages of all rows that `assign` and `extend` gave."""
         self._release_rows(0)
 
+    def reset_pages(self) -> None:
+        """Free all pages, whoever uses them, and forget what they hold: after an error in the middle of a change."""
+        for pages in self._pages_of_row:
+            pages.clear()
+        self.pool.reset()
+
     def _release_rows(self, first: int) -> None:
         """Take the pages of the rows from `first` on."""
         for pages in self._pages_of_row[first:]:

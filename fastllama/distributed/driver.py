@@ -52,17 +52,19 @@ class Driver:
         self.llm = llm
         self.control = control_group()
         self.out_of_step = False  # after an error in this process only: the workers' state is unknown
-        self.engine: Engine | None = None  # that runs in all processes (`shared_engine.py`)
+        self.shared_engine: Engine | None = None  # that runs in all processes (`shared_engine.py`)
 
     def __getattr__(self, name: str) -> Any:
         if name not in READABLE_ATTRIBUTES:
-            raise AttributeError(f"{name!r} would run in this process only: use `stream` or `run_on_all`")
+            raise AttributeError(
+                f"{name!r} would run in this process only: use `stream`, `run_on_all` or `open_engine`"
+            )
         return getattr(self.llm, name)
 
     def stream(self, prompt_tokens: Sequence[Sequence[int]], *arguments: Any, **keywords: Any) -> Generator[Increment]:
         """`Llama.stream`, in all processes. Invalid arguments raise with the first increment."""
         inner: Generator[Increment] | None = None
-        self._check_free()
+        self.check_free()
         left, sent, ended = 0, False, False
         call = {"arguments": (prompt_tokens, *arguments), "keywords": keywords}
         try:
@@ -102,6 +104,7 @@ class Driver:
 
     def run_on_all(self, function: Callable[..., Any], **arguments: Any) -> Any:
         """Call `function(llm, **arguments)` in all processes -> this process's result. Ctrl-C takes effect after it."""
+        self.check_free()
         with delay_interrupts():
             try:
                 self.call_on_workers(function, **arguments)
@@ -113,17 +116,18 @@ class Driver:
 
     def call_on_workers(self, function: Callable[..., Any], **arguments: Any) -> None:
         """Let the workers call `function(llm, **arguments)`. This process does its own part of it."""
-        self._check_free()
+        self.check_free()
         send_command(self.control, {"function": _qualified_name(function), "arguments": arguments})
 
-    def _check_free(self) -> None:
-        if self.engine is not None:
+    def check_free(self) -> None:
+        """Raise RuntimeError while an engine is open."""
+        if self.shared_engine is not None:
             raise RuntimeError("the processes run an engine: submit requests to it, or close it first")
 
     def shut_down(self) -> None:
         """Send the workers the shutdown command. No stream may be open. An engine is closed."""
-        if self.engine is not None:
-            self.engine.close()
+        if self.shared_engine is not None:
+            self.shared_engine.close()
         if self.out_of_step:
             raise RuntimeError("the workers' state is unknown: they cannot receive a command")
         send_command(self.control, None)

@@ -54,11 +54,12 @@ class SharedEngine(Engine):
     def __init__(self, driver: Driver, **options: Any) -> None:
         """Start the workers' engines. The options are those of `Engine`."""
         super().__init__(driver.llm, **options)  # raises what is wrong with the options before the workers do
+        driver.check_free()
         driver.llm.model.check_idle()
         self._driver = driver
         with delay_interrupts():
             driver.call_on_workers(follow_driver, **options)
-            driver.engine = self
+            driver.shared_engine = self
 
     def _run(self, task: Task) -> None:
         with delay_interrupts():
@@ -75,10 +76,10 @@ class SharedEngine(Engine):
 
     def _end_all(self) -> None:
         with self._lock:
-            if self._driver.engine is self and not self._driver.out_of_step:
+            if self._driver.shared_engine is self and not self._driver.out_of_step:
                 self._run(Task.CLOSE)
-            if self._driver.engine is self:
-                self._driver.engine = None
+            if self._driver.shared_engine is self:
+                self._driver.shared_engine = None
             with self._mail:
                 self._inbox.clear()  # cancellations of requests that have ended
                 self._release_model_if_idle()

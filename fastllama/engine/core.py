@@ -139,7 +139,7 @@ class EngineCore:
 
     def _forget_pages(self) -> None:
         """Nobody holds a page, and none can be found again: what the pages hold is not certain."""
-        self.scheduler.pool.reset()
+        self.decoder.model.cache.reset_pages()
         self.scheduler = self._new_scheduler()
 
     def _admit(self) -> None:

@@ -176,14 +176,15 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Cancel all requests and end the thread."""
+        """Cancel all requests and end the thread, after the step that runs."""
         with self._mail:
             self._closing = True
             self._mail.notify_all()
-        if self._thread is None:
+        thread = self._thread
+        if thread is None:
             self._end_all()
-        elif self._thread is not threading.current_thread():
-            self._thread.join()
+        elif thread is not threading.current_thread():
+            thread.join()
             self._thread = None
 
     def __enter__(self) -> "Engine":
@@ -274,7 +275,8 @@ class Engine:
             left = self._inbox.clear()
             self._core.fail(stopped)
             for request in left:
-                request.fail(stopped)
+                if not request.is_finished:
+                    request.fail(stopped)
             self._core.n_ended = self._n_submitted
 
     def _check_open(self) -> None:

@@ -228,7 +228,8 @@ def simulated_engine(
 ) -> Engine:
     """An engine on the simulated model. Within `small_pages`."""
     params = SimpleNamespace(max_seq_len=max_seq_len, max_batch_size=rows)
-    cache = SimpleNamespace(pool=PagePool(pages), max_batch_size=rows, n_row_pages=0)
+    pool = PagePool(pages)
+    cache = SimpleNamespace(pool=pool, max_batch_size=rows, n_row_pages=0, reset_pages=pool.reset)
     model: Any = SimpleNamespace(
         params=params, cache=cache, vocab_size=VOCABULARY, device=torch.device("cpu"), holders=0
     )

@@ -204,6 +204,25 @@ def test_an_error_in_every_step_reaches_every_request_and_the_next_works(
         assert not assert_as_alone(llm, again.result(), PARAMS)
 
 
+def test_an_error_before_the_first_step_is_the_callers(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory for graphs is missing. Pages that rows of `generate` have kept are free, too."""
+    engine = llm.engine()
+    llm.generate([[5] * 70], 3)
+    for other_engine in (engine, llm.engine()):
+        with monkeypatch.context() as patch:
+
+            def fail(*args: Any) -> None:
+                raise ArithmeticError("out of numbers")
+
+            patch.setattr(Decoder, "begin", fail)
+            with pytest.raises(ArithmeticError, match="out of numbers"):
+                other_engine.submit([5], PARAMS)
+        assert isinstance(other_engine.failure, ArithmeticError) and other_engine.stats[:3] == (0, 0, 0)
+        llm.model.check_idle()
+        llm.generate([[5] * 70], 3)
+    assert not assert_as_alone(llm, engine.submit([6], PARAMS).result(), PARAMS)
+
+
 def test_an_interrupted_step_ends_all_requests(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = llm.engine()
     request, other = engine.submit([5], PARAMS), engine.submit([6], PARAMS)

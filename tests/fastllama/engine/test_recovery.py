@@ -1,5 +1,7 @@
 """A request that breaks the engine's step ends alone: the answers of all others are those that they get alone."""
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from fastllama.engine.sequence import Sequence as Answering
 from fastllama.kernels.batch import RaggedBatch
 from tests.fastllama.engine.llamas import assert_as_alone, engine_llama
 from tests.fastllama.engine.simulated import answer_alone, simulated_engine, small_pages
+from tests.support.timeouts import HANG_SECONDS
 
 PARAMS = SamplingParams(max_gen_len=12, temperature=1.0, seed=5, logprobs=0)
 PROMPTS = [[5, number, *[7] * number] for number in range(9)]
@@ -206,6 +209,44 @@ def test_a_token_that_the_tokenizer_cannot_decode_ends_its_answer(
             else:
                 assert (answer.tokens, answer.text, answer.error) == (whole.tokens, whole.text, None)
     assert n_errors >= 1
+
+
+def test_threads_that_ask_and_cancel_while_steps_fail_lose_nothing(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [
+        SamplingParams(max_gen_len=8 + number, temperature=1.0, seed=number, n=1 + number % 2) for number in range(6)
+    ]
+    alone = [llm.generate([[5, number]], 8 + number, 1.0, seed=[number])[0][0] for number in range(6)]
+    calls = itertools.count(1)
+    requests: list[tuple[int, bool, Request]] = []
+
+    def ask(engine: Engine, first: int) -> None:
+        for number in (first, first + 1, first) * 4:
+            request = engine.submit([5, number], params[number])
+            is_cancelled = len(requests) % 5 == 0
+            requests.append((number, is_cancelled, request))
+            if is_cancelled:
+                request.cancel()
+            elif len(requests) % 2:
+                request.result()
+
+    with monkeypatch.context() as patch:
+        failed = break_model(llm, patch, lambda batch: next(calls) % 29 == 0)
+        with llm.engine().start() as engine:
+            threads = [threading.Thread(target=ask, args=(engine, first)) for first in range(5)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(HANG_SECONDS)
+                assert not thread.is_alive()
+            results = [(number, is_cancelled, request.result()) for number, is_cancelled, request in requests]
+        assert engine.failure is None and engine.stats[:3] == (0, 0, 0) and len(failed) > 1
+    assert len(results) == 60 == engine.stats.finished_requests
+    for number, is_cancelled, result in results:
+        answer = result.answer
+        assert answer.tokens == alone[number][: len(answer.tokens)]
+        assert answer.finish_reason in (("cancelled", "length", "error") if is_cancelled else ("length", "error"))
+        assert (answer.error == PLANNED) == (answer.finish_reason == "error")
+        assert answer.finish_reason != "length" or answer.tokens == alone[number]
 
 
 # Without tensors: every page is checked, and the host is behind the device.

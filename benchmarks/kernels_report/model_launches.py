@@ -146,10 +146,10 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str |
     yield "head", lambda: fused.norm_lm_head(h, model.norm, model.output, eps, batch)
     state = _state(args, rows, CONTEXT_TOKENS)
     logits = (LOGITS_STD * torch.randn(rows, args.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)
-    yield "sample", lambda: fused.sample_and_advance(logits, state, workspace)
-    masks, masked = TokenMasks.of(rows, args.vocab_size, CPU), logits.clone()
+    masks, masked, positions = TokenMasks.of(rows, args.vocab_size, CPU), logits.clone(), state.positions.clone()
     masks.has_mask.fill_(True)
-    yield "mask, with grammars", lambda: fused.mask_logits(masked, masks, state.positions)
+    yield "sample", lambda: fused.sample_and_advance(logits, state, workspace)  # ends the state's rows
+    yield "mask, with grammars", lambda: fused.mask_logits(masked, masks, positions)
 
 
 def whole_step(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str | None = None) -> Callable[[], None]:

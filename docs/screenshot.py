@@ -44,7 +44,7 @@ def draw(chromium: str, url: str, questions: tuple[str, ...], theme: str) -> byt
             field = page.get_by_label("Message", exact=True)
             field.fill(question)
             field.press("Enter")
-            page.locator(".stats").wait_for()
+            page.locator("article.assistant .under").wait_for()  # comes with the end of the answer
             if page.locator(".error").count():
                 raise click.ClickException(page.locator(".error p").inner_text())
         return page.screenshot()

@@ -137,6 +137,7 @@ def test_answer_is_copied(browser: "Browser", chat_server: FakeChatServer) -> No
         chat.open().ask("Code?", "See **this**:\n```py\nx = 1\n```")
         for name, text in (("Copy", "See **this**:\n```py\nx = 1\n```"), ("Copy code", "x = 1")):
             button = chat.page.locator("article.assistant").get_by_role("button", name=name, exact=True)
+            chat.page.evaluate("speak('')")
             button.click()
             chat.expect(chat.page.locator("#spoken")).to_have_text("Copied.")
             assert chat.page.evaluate("navigator.clipboard.readText()") == text
@@ -271,9 +272,11 @@ def test_key_is_asked_for_and_kept(chat: Chat, chat_server: FakeChatServer) -> N
     chat.expect(chat.answer).to_have_text("Welcome back")
 
 
-def test_page_works_below_a_prefix(chat: Chat, chat_server: FakeChatServer) -> None:
-    chat_server.paths.clear()
-    chat.open("behind/a/proxy/").ask("Hi", "Hello")
+def test_page_works_below_a_prefix(browser: "Browser", chat_server: FakeChatServer) -> None:
+    with open_chat(browser, chat_server) as chat:
+        chat.open("behind/a/proxy/")
+        chat.expect(chat.page.locator("#model")).to_have_text(MODEL)
+        chat.ask("Hi", "Hello")
     assert chat_server.paths == [f"/behind/a/proxy/{path}" for path in ("", "v1/models", "v1/chat/completions")]
 
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from fastllama.server.page import PAGE, read_page
 
-MAX_LINES = 1240
+MAX_LINES = 1250
 MAX_FUNCTION_LINES = 30
 MAX_BYTES = 60_000  # it is sent uncompressed
 

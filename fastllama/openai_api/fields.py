@@ -89,6 +89,31 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
+RESPONSES_FIELDS = frozenset(
+    {
+        *("model", "input", "instructions", "max_output_tokens", "top_logprobs", "include", "text", "reasoning"),
+        *("tools", "tool_choice", "parallel_tool_calls", "stream", "stream_options"),
+        *("metadata", "user", "safety_identifier", "prompt_cache_key"),  # repeated in the answer
+        *(name for name in SAMPLING_FIELDS if name != "n"),
+    }
+)
+UNSUPPORTED_IN_RESPONSES: Mapping[str, tuple[Any, ...]] = {
+    "access_programs": (),
+    "background": (False,),
+    "background_options": (),
+    "context_management": ([],),
+    "conversation": (),  # nothing is stored, so neither this, nor an earlier response, nor a prompt is known
+    "image": (),
+    "moderation": (),
+    "n": (1,),
+    "previous_response_id": (),
+    "prompt": (),
+    "truncation": ("disabled",),
+}
+# max_tool_calls counts OpenAI's own tools, of which there are none here.
+WITHOUT_EFFECT_IN_RESPONSES = frozenset(
+    {"store", "max_tool_calls", "prompt_cache_options", "prompt_cache_retention", "service_tier"}
+)
 UNSUPPORTED_STREAM_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "include_obfuscation": (False,),
     "continuous_usage_stats": (False,),  # vLLM's
@@ -101,8 +126,6 @@ def honoured_fields(body: object, known: frozenset[str], *, allow_unknown: bool)
     Raises InvalidRequest, which names the field, for one that is not supported, and for an unknown one unless those
     are allowed.
     """
-    if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be an object, got {body!r:.60}")
     return members(body, "", known, allow_unknown=allow_unknown, unsupported=UNSUPPORTED, without_effect=WITHOUT_EFFECT)
 
 
@@ -115,9 +138,9 @@ def members(
     unsupported: Mapping[str, tuple[Any, ...]] = NOTHING,
     without_effect: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The members of an object that are honoured, as `honoured_fields`. name: of the object in the body."""
+    """The members of an object that are honoured, as `honoured_fields`. name: of the object in the body, "" of that."""
     if not isinstance(value, dict):
-        raise InvalidRequest(f"{name} must be an object, got {value!r:.60}", param=name)
+        raise InvalidRequest(f"{name or 'the body'} must be an object, got {value!r:.60}", param=name or None)
     found: dict[str, Any] = {}
     for member, one in value.items():
         full = f"{name}.{member}" if name else member

@@ -48,6 +48,7 @@ class ApiRequest:
     """What a body asks for, in the engine's terms."""
 
     prompts: list[Prompt]  # of a chat: its dialog
+    prompt_field: str  # the field of the body that holds them
     params: SamplingParams  # of every prompt
     is_chat: bool
     model: str | None = None
@@ -55,11 +56,6 @@ class ApiRequest:
     include_usage: bool = False  # in a stream
     tools: Tools | None = None  # of a chat, for its prompt
     new_parser: Callable[[], AnswerParser] = PlainParser  # of each answer's text
-
-    @property
-    def prompt_field(self) -> str:
-        """The field of the body that holds the prompts."""
-        return "messages" if self.is_chat else "prompt"
 
 
 def completion_request(body: object, *, allow_unknown: bool = False) -> ApiRequest:
@@ -71,7 +67,8 @@ def completion_request(body: object, *, allow_unknown: bool = False) -> ApiReque
     limit = {"max_tokens": fields.get("max_tokens", COMPLETION_MAX_TOKENS)}
     prompts = _prompts(required(fields, "prompt"))
     params = sampling_params(fields, limit, more)
-    return ApiRequest(prompts=prompts, params=params, is_chat=False, **_rest(fields, allow_unknown))
+    rest = stream_fields(fields, allow_unknown)
+    return ApiRequest(prompts=prompts, prompt_field="prompt", params=params, is_chat=False, **rest)
 
 
 def chat_request(body: object, *, formatter: Formatter | None = None, allow_unknown: bool = False) -> ApiRequest:
@@ -95,11 +92,12 @@ def chat_request(body: object, *, formatter: Formatter | None = None, allow_unkn
     form = answer_form(messages, answer, use, formatter, dialog_field="messages")
     return ApiRequest(
         prompts=[form.dialog],
+        prompt_field="messages",
         params=sampling_params(fields, dict(list(limits.items())[-1:]), more | {"grammar": form.grammar}),
         is_chat=True,
         tools=form.tools,
         new_parser=form.new_parser,
-        **_rest(fields, allow_unknown),
+        **stream_fields(fields, allow_unknown),
     )
 
 
@@ -176,7 +174,8 @@ def checked(field: str | None, arguments: dict[str, Any], own_name: str = "max_g
         raise InvalidRequest(str(error).replace(own_name, field or own_name), param=field) from None
 
 
-def _rest(fields: Mapping[str, Any], allow_unknown: bool) -> dict[str, Any]:
+def stream_fields(fields: Mapping[str, Any], allow_unknown: bool) -> dict[str, Any]:
+    """The fields about the model and streams, as arguments of ApiRequest."""
     stream, name = flag(fields, "stream"), "stream_options"
     options = members(
         fields.get(name, {}),

@@ -155,6 +155,7 @@ LAYERS = {
     "server.bodies": 6.5,
     "server.service": 6.5,
     "server.tokenization": 6.6,
+    "server.exchange": 6.4,
     "server.generation_routes": 6.7,
     "server.other_routes": 6.7,
     "server.app": 6.8,

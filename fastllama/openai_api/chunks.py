@@ -34,6 +34,9 @@ class StreamWriter(Protocol):
     def end(self) -> list[Chunk]:
         """What comes after all answers."""
 
+    def fail(self, error: Chunk) -> list[Chunk]:
+        """What ends a stream that cannot go on. error: its body in OpenAI's shape."""
+
 
 class _Writer:
     """What the streams of both APIs have in common."""
@@ -55,6 +58,10 @@ class _Writer:
             return []
         results = [request.partial for request in self.submitted]
         return [{**self._envelope, "choices": [], "usage": usage(self.request, results)}]
+
+    def fail(self, error: Chunk) -> list[Chunk]:
+        """The error."""
+        return [error]
 
     def _choice_index(self, number: int, increment: Increment) -> int:
         if increment.finish_reason == "error":

@@ -140,6 +140,27 @@ CHAT_BODY = _object(
     logprobs=FLAG,
     top_logprobs=_whole(0, MAX_TOP_TOKENS),
 )
+RESPONSES_BODY = _object(
+    ["input"],
+    model={"type": ["string", "null"]},
+    input={"anyOf": [TEXT, _list({"type": "object"}, 1)]},
+    instructions={"type": ["string", "null"]},
+    max_output_tokens=_whole(0, MOST_TOKENS),
+    temperature={"type": ["number", "null"], "minimum": 0},
+    top_p=_number(0, 1),
+    stream=FLAG,
+    tools={"anyOf": [_list({"type": "object"}), {"type": "null"}]},
+    tool_choice={"anyOf": [{"enum": [*MODES, None]}, {"type": "object"}]},
+    parallel_tool_calls=FLAG,
+    text={"type": ["object", "null"]},
+)
+RESPONSE_OBJECT = _object(
+    ["id", "object", "status", "output"],
+    id=TEXT,
+    object={"const": "response"},
+    status={"enum": ["completed", "incomplete"]},
+    output=_list({"type": "object"}),
+)
 USAGE = _object(
     ["prompt_tokens", "completion_tokens", "total_tokens"],
     prompt_tokens=TOKEN,
@@ -179,6 +200,7 @@ def _generating(summary: str, body: Schema, answer: Schema) -> Any:
 
 COMPLETIONS = _generating("Continue texts", COMPLETION_BODY, ANSWER)
 CHAT_COMPLETIONS = _generating("Answer a conversation", CHAT_BODY, ANSWER)
+RESPONSES = _generating("Answer a conversation, as items", RESPONSES_BODY, RESPONSE_OBJECT)
 MODELS = _route("The model of this server", _content(_object(["data"], data=_list(MODEL_OBJECT, 1))))
 MODEL = _route("One model", _content(MODEL_OBJECT), errors=(404,))
 MODEL["openapi_extra"] = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": TEXT}]}

@@ -27,6 +27,7 @@ TYPES = {  # by status
     500: "server_error",
     503: "overloaded_error",
 }
+INTERNAL_ERROR = "the server failed on this request: its log says why"
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -73,7 +74,7 @@ def response_of(error: Exception) -> JsonResponse:
                 BAD_REQUEST, f"{where}: {first.get('msg', 'invalid')}", "invalid_value", where or None
             )
     logger.error("a request failed", exc_info=error)
-    return error_response(SERVER_ERROR, "the server failed on this request: its log says why", "internal_error")
+    return error_response(SERVER_ERROR, INTERNAL_ERROR, "internal_error")
 
 
 def add_handlers(app: FastAPI) -> None:

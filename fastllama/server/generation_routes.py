@@ -2,28 +2,23 @@
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from fastllama.engine.merged import merged
 from fastllama.engine.request import Request as EngineRequest
-from fastllama.openai_api.chunks import new_writer
 from fastllama.openai_api.errors import AnswerFailed
-from fastllama.openai_api.requests import ApiRequest, chat_request, completion_request
-from fastllama.openai_api.responses import response
 from fastllama.server import documents
 from fastllama.server.bodies import read_json
-from fastllama.server.errors import ApiError, error_body
-from fastllama.server.json_response import JsonResponse, json_bytes
+from fastllama.server.errors import INTERNAL_ERROR, ApiError, error_body
+from fastllama.server.exchange import Exchange, chat_exchange, completion_exchange, responses_exchange
+from fastllama.server.json_response import JsonResponse
 from fastllama.server.service import Service
 from fastllama.server.streaming import ClientGone, EventStream, unless_gone
 
 logger = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 CLIENT_GONE = 499  # nobody receives it; nginx's logs have it, too
 
 
@@ -33,40 +28,43 @@ def generation_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/completions", **documents.COMPLETIONS)
     async def completions(request: Request) -> Response:
-        return await _answer(service, request, completion_request)
+        return await _answer(service, request, completion_exchange)
 
     @router.post("/v1/chat/completions", **documents.CHAT_COMPLETIONS)
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, request, partial(chat_request, formatter=service.engine.llm.formatter))
+        return await _answer(service, request, chat_exchange)
+
+    @router.post("/v1/responses", **documents.RESPONSES)
+    async def responses(request: Request) -> Response:
+        return await _answer(service, request, responses_exchange)
 
     return router
 
 
-async def _answer(service: Service, http: Request, parse: Callable[..., ApiRequest]) -> Response:
+async def _answer(service: Service, http: Request, new_exchange: Callable[..., Exchange]) -> Response:
     service.check_serving()
-    body = await read_json(http, service.settings)
-    request = await service.in_thread(partial(parse, body, allow_unknown=True))  # a grammar takes time
-    if request.stream:
-        return EventStream(_events(service, request))
+    body, formatter = await read_json(http, service.settings), service.engine.llm.formatter
+    exchange = await service.in_thread(new_exchange, body, service.served, formatter)  # a grammar takes time
+    if exchange.request.stream:
+        return EventStream(_events(service, exchange))
     try:
-        return JsonResponse(await unless_gone(http.receive, _whole(service, request)))
+        return JsonResponse(await unless_gone(http.receive, _whole(service, exchange)))
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
 
 
-async def _whole(service: Service, request: ApiRequest) -> dict[str, Any]:
-    async with service.submitted(request) as submitted:
+async def _whole(service: Service, exchange: Exchange) -> dict[str, Any]:
+    async with service.submitted(exchange.request) as submitted:
         results = [await one.aresult() for one in submitted]
         _check_finished(submitted)
-        return response(request, results, service.served)
+        return exchange.whole(results)
 
 
-async def _events(service: Service, request: ApiRequest) -> AsyncIterator[bytes]:
+async def _events(service: Service, exchange: Exchange) -> AsyncIterator[bytes]:
     """The stream's pieces. An exception before the first one is raised; a later one becomes an event."""
-    async with AsyncExitStack() as stack:
-        submitted = await stack.enter_async_context(service.submitted(request))
-        writer = new_writer(request, submitted, service.served)
-        has_begun = False
+    encode = exchange.encode
+    async with service.submitted(exchange.request) as submitted:
+        writer, has_begun = exchange.new_writer(submitted), False
         try:
             async for increments in merged(submitted):
                 chunks = [] if has_begun else writer.begin()
@@ -75,12 +73,12 @@ async def _events(service: Service, request: ApiRequest) -> AsyncIterator[bytes]
                         _check_finished(submitted)
                     chunks += writer.add(number, increment)
                 has_begun = True
-                yield b"".join(map(_event, chunks))
-            yield b"".join(map(_event, writer.end())) + DONE
+                yield b"".join(map(encode, chunks))
+            yield b"".join(map(encode, writer.end())) + exchange.done
         except Exception as error:
             if not has_begun:
                 raise
-            yield _event(_failure(error)) + DONE
+            yield b"".join(map(encode, writer.fail(_failure(error)))) + exchange.done
 
 
 def _check_finished(submitted: list[EngineRequest]) -> None:
@@ -96,8 +94,4 @@ def _failure(error: Exception) -> dict[str, Any]:
         case AnswerFailed():
             return error_body(500, str(error), "answer_failed")
     logger.error("a stream failed", exc_info=error)
-    return error_body(500, "the server failed on this request: its log says why", "internal_error")
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json_bytes(chunk) + b"\n\n"
+    return error_body(500, INTERNAL_ERROR, "internal_error")

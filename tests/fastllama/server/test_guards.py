@@ -10,7 +10,7 @@ import pytest
 
 from fastllama import Llama
 from fastllama.openai_api import chunks
-from fastllama.server import errors, generation_routes
+from fastllama.server import errors, exchange
 from fastllama.server.settings import ServerSettings
 from tests.support.running_server import RunningServer, running_server
 from tests.support.timeouts import HANG_SECONDS
@@ -126,10 +126,10 @@ def test_a_fault_of_the_server_keeps_its_text_to_itself(
     def fail(*arguments: Any) -> None:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(generation_routes, "response", fail)
+    monkeypatch.setattr(exchange, "response", fail)
     answer = client.post(COMPLETIONS, json=BODY)
     assert "secret" not in error_of(answer, 500, "internal_error")["message"]
-    monkeypatch.setattr(generation_routes, "new_writer", fail)
+    monkeypatch.setattr(exchange, "new_writer", fail)
     answer = client.post(COMPLETIONS, json=BODY | {"stream": True})
     assert "secret" not in error_of(answer, 500, "internal_error")["message"]
     assert sum(record.exc_info is not None for record in caplog.records) == 2
@@ -145,7 +145,7 @@ def test_a_fault_after_the_first_chunk_is_an_event(
         monkeypatch.setattr(writer, "end", lambda: 1 / 0, raising=True)
         return writer
 
-    monkeypatch.setattr(generation_routes, "new_writer", failing)
+    monkeypatch.setattr(exchange, "new_writer", failing)
     answer = client.post(COMPLETIONS, json=BODY | {"stream": True})
     pieces = answer.text.split("\n\n")
     assert answer.status_code == 200 and pieces[-2:] == ["data: [DONE]", ""]

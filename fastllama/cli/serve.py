@@ -79,6 +79,7 @@ def serve(**options: Any) -> None:
         from fastllama.server import run
     except ImportError as error:
         raise click.UsageError(f"the server needs more packages ({error}): pip install 'fastllama[serve]'") from error
+    from fastllama.distributed.shared_engine import open_engine
     from fastllama.loading import choose_device
     from fastllama.openai_api.envelope import ServedModel
     from fastllama.server.service import Service, fingerprint
@@ -87,7 +88,7 @@ def serve(**options: Any) -> None:
     rows = options["max_batch_size"] or DEFAULT_ROWS[choose_device(model.device).type]
     llm = model.build(rows, quiet=options["as_json"], cache_tokens=options["cache_tokens"])
     name = options["served_model_name"] or _model_name(model.ckpt_dir)
-    with llm.engine() as engine:
+    with open_engine(llm) as engine:
         engine.start()
         service = Service(engine, ServedModel(name, llm.tokenizer, fingerprint(llm)), _settings(options))
         _announce(name, f"http://{_in_url(options['host'])}:{listener.getsockname()[1]}", options["as_json"])

@@ -88,17 +88,16 @@ class Engine:
 
     def accept(self, command: NewRequest) -> Request:
         """A checked request -> its handle. One without a number gets it here, with its random streams."""
-        params, llm = command.params, self.llm
-        matcher = new_matcher(llm, params, command.stop_ids)  # it takes time: before the lock
+        matcher = new_matcher(self.llm, command)  # it takes time: before the lock
         try:
             with self._mail:
                 self._check_open()
                 self._hold_model()
                 if not command.number:
-                    streams = llm.random_streams(params.seed, params.n)
+                    streams = self.llm.random_streams(command.params.seed, command.params.n)
                     command = command._replace(number=next(self._numbers), streams=tuple(streams))
-                sequences = command.sequences(llm.tokenizer, self._arrivals, matcher)
-                request = Request(self, command.number, params, sequences)
+                sequences = command.sequences(self.llm.tokenizer, self._arrivals, matcher)
+                request = Request(self, command.number, command.params, sequences)
                 self._put(command, request)
                 self._n_submitted += len(sequences)
         finally:

@@ -55,11 +55,12 @@ def checked_request(
     return request
 
 
-def new_matcher(llm: Model, params: SamplingParams, stop_ids: frozenset[int]) -> GrammarMatcher | None:
+def new_matcher(llm: Model, request: NewRequest) -> GrammarMatcher | None:
     """The matcher of a request's grammar, at the beginning. ValueError for one that does not fit the model."""
+    params, vocab_size = request.params, llm.model.vocab_size
     if params.grammar is None:
         return None
-    return grammar_matcher(params.grammar, llm.tokenizer, llm.model.vocab_size, stop_ids, params.min_tokens)
+    return grammar_matcher(params.grammar, llm.tokenizer, vocab_size, request.stop_ids, params.min_tokens)
 
 
 def encode(llm: Model, prompt: Prompt, spare: int = 0) -> list[int]:

@@ -194,7 +194,7 @@ def _route(summary: str, answer: dict[str, Any], body: Schema | None = None, err
 
 
 def _generating(summary: str, body: Schema, answer: Schema) -> Any:
-    either = _content(answer) | _content(TEXT, "text/event-stream")
+    either = _content(answer) | _content({}, "text/event-stream")
     return _route(summary, either, body, (500, 503))
 
 

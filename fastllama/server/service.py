@@ -57,7 +57,7 @@ class Service:
 
     def check_serving(self) -> None:
         """Raise ApiError while the server stops, and once its engine has failed."""
-        if self.is_stopping:
+        if self.is_stopping or self.engine.failure is not None:
             raise ApiError(
                 503, "the server is stopping: send the request to another one", code="stopping", Retry_After="5"
             )
@@ -101,6 +101,9 @@ class Service:
         future = loop.run_in_executor(self._threads, submit, self.engine, request, self.settings.max_prompt_tokens)
         try:
             return await asyncio.shield(future)
+        except RuntimeError:  # the engine was closed, or has failed, meanwhile
+            self.check_serving()
+            raise
         except asyncio.CancelledError:  # the client has gone; the thread goes on, and what it submits nobody awaits
             future.add_done_callback(_cancel_all)
             raise

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastllama.engine.grammar import JSON_SPACE as SPACE
+from fastllama.engine.grammar import JSON_SPACE as EDGE  # around a call
 from fastllama.engine.grammar import Grammar
 from fastllama.tokenizer_base import BaseTokenizer
 
+# In a call: a space, or a line end and what indents the next line. A weak model fills more with white space.
+SPACE = r"(?:\x20|\x0A[\x20\x09]{0,20})?"
 TYPE = rf'("type"{SPACE}:{SPACE}"function"{SPACE},{SPACE})?'  # which some models write before the name
 NAME_KEY = rf'\{{{SPACE}{TYPE}"name"'
 ANYTHING = "(?s:.*)"
@@ -133,16 +135,16 @@ class Llama3Calls(CallFormat):
 
     def patterns(self, names: Iterable[str]) -> CallPatterns:
         """The patterns of calls of these functions."""
-        tag = rf"(?:{_escaped(self.tag)})?{SPACE}"
+        tag = rf"(?:{_escaped(self.tag)})?{EDGE}"
         first = rf"{tag}{self._head(_named(names))}\{{"
-        return CallPatterns(rf"{_escaped(self.tag)}|{SPACE}{NAME_KEY}", first, None, rf"{SPACE}\}}", is_anywhere=False)
+        return CallPatterns(rf"{_escaped(self.tag)}|{EDGE}{NAME_KEY}", first, None, rf"{SPACE}\}}", is_anywhere=False)
 
     def _calls(self, functions: Sequence[Function], instead: Instead, has_several: bool) -> dict[str, str]:
         tag = self._token(self.tag) if instead is not None else None
         rules = {"calls": (f"{tag}? " if tag else "") + _choice("call", functions), "SPACE": f"/{SPACE}/"}
         for index, function in enumerate(functions):
             rules[f"call_{index}"] = f"HEAD_{index} arguments_{index} END"
-            rules[f"HEAD_{index}"] = f"/{SPACE}{self._head(function.name)}/"
+            rules[f"HEAD_{index}"] = f"/{EDGE}{self._head(function.name)}/"
             if instead == "json":  # the same tokens as in JSON
                 names = json.dumps(json.dumps("name")), json.dumps(json.dumps(function.name))
                 key = json.dumps(json.dumps(self.key))
@@ -155,7 +157,7 @@ class Llama3Calls(CallFormat):
         others = self._other_tokens([self.tag])
         return {
             "text": "TEXT?" + (f" ({others} ANYTHING?)*" if others else ""),
-            "TEXT": f"/{ANYTHING}/ & ~/{SPACE}{NAME_KEY}{ANYTHING}/",
+            "TEXT": f"/{ANYTHING}/ & ~/{EDGE}{NAME_KEY}{ANYTHING}/",
             "ANYTHING": f"/{ANYTHING}/",
         }
 
@@ -190,7 +192,7 @@ class HermesCalls(MarkedCalls):
 
     def patterns(self, names: Iterable[str]) -> CallPatterns:
         """The patterns of calls of these functions."""
-        trigger = SPACE + _escaped(self.marker)
+        trigger = EDGE + _escaped(self.marker)
         first = rf"{trigger}{SPACE}{self._head(_named(names))}\{{"
         return CallPatterns(trigger, first, None, rf"{SPACE}\}}{SPACE}{_escaped(self.end_marker)}")
 
@@ -202,7 +204,7 @@ class HermesCalls(MarkedCalls):
             "end": "END" + (f" | BRACE {end}" if end else ""),
             "BRACE": rf"/{SPACE}\}}{SPACE}/",
             "END": f'BRACE "{self.end_marker}"',
-            "SPACE": f"/{SPACE}/",
+            "EDGE": f"/{EDGE}/",
         }
         if instead == "text" and self._others():
             rules["calls"] = f"before {rules['calls']}"
@@ -211,10 +213,10 @@ class HermesCalls(MarkedCalls):
             token = f" | {text + '? ' if text else ''}{begin} HEAD_{index}" if begin else ""
             rules[f"first_{index}"] = f"(FIRST_{index}{token}) arguments_{index}"
             rules[f"FIRST_{index}"] = f'{text} "{self.marker}" HEAD_{index}'
-            token = f" | SPACE {begin} HEAD_{index}" if begin else ""
+            token = f" | EDGE {begin} HEAD_{index}" if begin else ""
             if has_several:
                 rules[f"next_{index}"] = f"(NEXT_{index}{token}) arguments_{index}"
-                rules[f"NEXT_{index}"] = f'SPACE "{self.marker}" HEAD_{index}'
+                rules[f"NEXT_{index}"] = f'EDGE "{self.marker}" HEAD_{index}'
             rules[f"HEAD_{index}"] = f"/{SPACE}{self._head(function.name)}/"
         return rules
 
@@ -240,7 +242,7 @@ class MistralCalls(MarkedCalls):
     def patterns(self, names: Iterable[str]) -> CallPatterns:
         """The patterns of calls of these functions."""
         head = rf"{SPACE}{self._head(_named(names))}\{{"
-        trigger = SPACE + _escaped(self.marker)
+        trigger = EDGE + _escaped(self.marker)
         first = rf"{trigger}{SPACE}\[{head}"
         return CallPatterns(trigger, first, rf"{SPACE}\}}{SPACE},{head}", rf"{SPACE}\}}{SPACE}\]")
 

@@ -209,3 +209,14 @@ def test_models_without_calls_say_why(template: str | None, markers: list[str], 
 def test_metas_layout_has_llama_3s_format(llm: Llama) -> None:
     formatter: Formatter = llm.formatter
     assert call_format(formatter).name == "llama3"
+
+
+def test_white_space_in_a_call_is_little(model: Model) -> None:
+    """A line end and an indent, or a space: a weak model would fill an answer with more."""
+    form, tokenizer = model
+    for space in ("\n" + " " * 20, "\n\t\t"):
+        assert match(rules(form, is_required=True), tokenizer, written(form, ("clock", "{}"), space=space)) == "whole"
+    for space in ("  ", "\n\n", "\n \n"):
+        assert match(rules(form, is_required=True), tokenizer, written(form, ("clock", "{}"), space=space)) == "wrong"
+        arguments = f'{{"city":{space}"Paris"}}'
+        assert match(rules(form), tokenizer, written(form, ("get_weather", arguments))) == "wrong"

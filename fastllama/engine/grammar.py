@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Between the tokens of JSON. Without a limit, a model that is not sure what to write may write spaces for ever.
-JSON_SPACE = r"[\x20\x0A\x0D\x09]{0,20}"
+# Between the tokens of JSON: a space, or a line end and what indents the next line. Without a limit, a model that is
+# not sure what to write may write spaces for ever.
+JSON_SPACE = r"(?:\x20|\x0A[\x20\x09]{0,20})?"
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 

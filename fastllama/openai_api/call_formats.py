@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastllama.engine.grammar import JSON_SPACE as EDGE  # around a call
+from fastllama.engine.grammar import JSON_SPACE as SPACE  # in a call
 from fastllama.engine.grammar import Grammar
 from fastllama.tokenizer_base import BaseTokenizer
 
-# In a call: a space, or a line end and what indents the next line. A weak model fills more with white space.
-SPACE = r"(?:\x20|\x0A[\x20\x09]{0,20})?"
+EDGE = r"[\x20\x0A\x0D\x09]{0,20}"  # around a call
 TYPE = rf'("type"{SPACE}:{SPACE}"function"{SPACE},{SPACE})?'  # which some models write before the name
 NAME_KEY = rf'\{{{SPACE}{TYPE}"name"'
 ANYTHING = "(?s:.*)"

@@ -103,3 +103,4 @@ def test_a_failed_answer_ends_the_stream(llm: Llama) -> None:
     writer = new_writer(request, [submitted], ServedModel("served", llm.tokenizer))
     with pytest.raises(AnswerFailed, match="not finite"):
         writer.add(0, Increment(0, "", [], None, None, "error", None))
+    submitted.cancel()

@@ -15,7 +15,7 @@ from fastllama.openai_api.requests import ApiRequest, chat_request, completion_r
 from fastllama.openai_api.responses import response
 from fastllama.server import documents
 from fastllama.server.bodies import read_json
-from fastllama.server.errors import ApiError, error_body
+from fastllama.server.errors import CLIENT_GONE, ApiError, error_body
 from fastllama.server.json_response import JsonResponse, json_bytes
 from fastllama.server.service import Service
 from fastllama.server.streaming import ClientGone, EventStream, unless_gone
@@ -23,7 +23,6 @@ from fastllama.server.streaming import ClientGone, EventStream, unless_gone
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-CLIENT_GONE = 499  # nobody receives it; nginx's logs have it, too
 
 
 def generation_routes(service: Service) -> APIRouter:

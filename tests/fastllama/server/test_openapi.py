@@ -1,7 +1,7 @@
 """Requests that schemathesis makes from the server's own OpenAPI document: valid ones, and ones that break a rule.
 
-Its phase "coverage" takes every field to its limits, beyond them, and to other types, and tries methods and headers that
-the document does not have. Its phase "fuzzing" draws bodies.
+Its phase "coverage" takes every field to its limits, beyond them, and to other types, and tries methods and headers
+that the document does not have. Its phase "fuzzing" draws bodies.
 """
 
 import json

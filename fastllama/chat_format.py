@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastllama.chat_template import INPUTS, ChatTemplate, check_tools, is_llama3
+from fastllama import llama3_tools
+from fastllama.chat_template import INPUTS, ChatTemplate, check_tools, is_llama3, writes_tools
 from fastllama.chat_template_files import TOOL_USE, find_chat_template, read_source, read_special_tokens
 from fastllama.tokenizer import CHAT_TOKENS, ChatFormat, Dialog, Tokenizer, check_dialog
 from fastllama.tokenizer_base import DEFAULT_TEMPLATE, BaseTokenizer
 
 LLAMA3 = "llama3"
+TOOL_ROLE = "tool"  # of a message with the result of a call
+Tools = Sequence[Mapping[str, Any]]
 STOPS = ("<|eot_id|>", "<|eom_id|>")  # at which Llama 3's format ends a message
 
 
@@ -21,28 +24,61 @@ class TemplateFormat:
         name: where the template comes from.
         tokenizer: the model's tokenizer.
         template: the ChatTemplate.
+        tool_template: the ChatTemplate of dialogs that bring tools of their own.
         tools: the JSON schemas of the functions that the model may call; None if it gets none.
         template_args: variables of the template beside the dialog and the tools.
     """
 
-    def __init__(self, tokenizer: BaseTokenizer, template: ChatTemplate, template_args: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: BaseTokenizer,
+        template: ChatTemplate,
+        template_args: Mapping[str, Any],
+        tool_template: ChatTemplate | None = None,
+    ) -> None:
         self.name = template.name
         self.tokenizer = tokenizer
         self.template = template
+        self.tool_template = tool_template or template
         self.template_args = dict(template_args)
         self.tools = self.template_args.pop("tools", None)
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+    def encode_dialog_prompt(self, dialog: Dialog, tools: Tools | None = None) -> list[int]:
         """The dialog and the beginning of the assistant's next message.
 
-        Raises ValueError if `dialog` is not a dialog, or the template refuses it.
+        tools: JSON schemas in place of those that were given at the build. Messages may have tool_calls, whose
+        arguments are objects, and the role tool. Raises ValueError if `dialog` is not a dialog, or the template refuses
+        it.
         """
-        check_dialog(dialog)
-        pieces = self.template.render(dialog, tools=self.tools, template_args=self.template_args)
+        check_dialog(dialog, may_call=True)
+        template = self.template if tools is None and not has_calls(dialog) else self.tool_template
+        schemas = self.tools if tools is None else tools
+        pieces = template.render(dialog, tools=schemas, template_args=self.template_args)
         return self.tokenizer.encode_pieces(pieces)
 
     def __repr__(self) -> str:
         return f"TemplateFormat({self.name!r})"
+
+
+class Llama3Format(ChatFormat):
+    """Llama 3's format. Tools are written by the checkpoint's template, where it has one that does, or by us.
+
+    Attributes:
+        tool_format: the format of dialogs with tools; None if the checkpoint has none.
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer, tool_format: TemplateFormat | None = None) -> None:
+        super().__init__(tokenizer)
+        self.tool_format = tool_format
+
+    def encode_dialog_prompt(self, dialog: Dialog, tools: Tools | None = None) -> list[int]:
+        """As ChatFormat. tools: JSON schemas. Messages may have tool_calls, and the role tool, as in TemplateFormat."""
+        check_dialog(dialog, may_call=True)
+        if tools is not None or has_calls(dialog):
+            if self.tool_format is not None:
+                return self.tool_format.encode_dialog_prompt(dialog, tools)
+            dialog = llama3_tools.plain_dialog(dialog, tools or ())
+        return super().encode_dialog_prompt(dialog)
 
 
 class NoFormat:
@@ -53,7 +89,7 @@ class NoFormat:
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+    def encode_dialog_prompt(self, dialog: Dialog, tools: Tools | None = None) -> list[int]:
         """Raises ValueError, always."""
         raise ValueError(self.reason)
 
@@ -61,7 +97,12 @@ class NoFormat:
         return "NoFormat()"
 
 
-Formatter = ChatFormat | TemplateFormat | NoFormat
+Formatter = Llama3Format | TemplateFormat | NoFormat
+
+
+def has_calls(dialog: Dialog) -> bool:
+    """Whether a dialog has calls of tools, or their results."""
+    return any(message.get("role") == TOOL_ROLE or message.get("tool_calls") for message in dialog)
 
 
 def choose_format(
@@ -76,9 +117,9 @@ def choose_format(
 
     is_meta: whether the checkpoint has Meta's layout, in which Llama 3's format needs no template. chosen: the path of
     a template, the name of one of the folder's, or "llama3"; None takes the folder's usual one, or with tools the one
-    named "tool_use" if there is one. template_args: the template's variables; "tools" are JSON schemas. Without tools,
-    a template that writes Llama 3's format gives a ChatFormat, and the tokens at which its messages end become stop
-    tokens.
+    named "tool_use" if there is one, as dialogs with tools of their own do. template_args: the template's variables;
+    "tools" are JSON schemas. Without tools, a template that writes Llama 3's format gives a Llama3Format, and the
+    tokens at which its messages end become stop tokens.
 
     Raises ValueError for a template that does not exist or is not valid, for template_args without a template, and for
     tools that are not a list of dicts.
@@ -95,15 +136,18 @@ def choose_format(
                 raise
             problem = str(error)  # which must not keep anyone from completing texts
     uses_template = has_tools or chosen is not None or not speaks_llama3
+    tool_template = _tool_template(tokenizer, folders, template) if chosen is None else template
     if template is not None and (uses_template or not is_llama3(template)):
-        return TemplateFormat(tokenizer, template, template_args or {})
+        return TemplateFormat(tokenizer, template, template_args or {}, tool_template)
     if template_args:
         raise ValueError("template_args are for a chat template, and this model uses none: leave them out")
     if speaks_llama3 and (is_meta or chosen == LLAMA3 or template is not None):
         if not isinstance(tokenizer, Tokenizer):  # which has the stop tokens of its version
             known = tokenizer.special_tokens
             tokenizer.stop_tokens |= {known[name] for name in STOPS if name in known}
-        return ChatFormat(tokenizer)
+        if tool_template is None or not writes_tools(tool_template):
+            return Llama3Format(tokenizer)
+        return Llama3Format(tokenizer, TemplateFormat(tokenizer, tool_template, {}))
     if chosen == LLAMA3:
         missing = [name for name in CHAT_TOKENS if name not in tokenizer.special_tokens]
         raise ValueError(f'chat_template="llama3" needs the special tokens {", ".join(missing)}: this model has others')
@@ -147,6 +191,18 @@ def _template(
         raise ValueError(f'chat_template must be the path of a template, "llama3"{known}, got {name!r}')
     named = tokenizer.named_tokens or read_special_tokens(folder) or _named_tokens(tokenizer)
     return ChatTemplate(source, name=label, special_tokens=named, special_names=tokenizer.special_tokens)
+
+
+def _tool_template(
+    tokenizer: BaseTokenizer, folders: Sequence[Path], template: ChatTemplate | None
+) -> ChatTemplate | None:
+    """The template of dialogs with tools; `template` is that of others."""
+    if template is None:
+        return None
+    try:
+        return _template(tokenizer, folders, None, True)
+    except ValueError:  # which must not keep anyone from chatting without tools
+        return template
 
 
 def _named_tokens(tokenizer: BaseTokenizer) -> dict[str, str]:

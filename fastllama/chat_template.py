@@ -178,6 +178,8 @@ PROBES: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "ipython", "content": "{}"}],
 )
 
+TOOL_PROBE = "name_of_the_probe"
+
 
 def is_llama3(template: ChatTemplate) -> bool:
     """Whether a template writes Llama 3's own format, as ChatFormat does, for all PROBES with a generation prompt."""
@@ -189,6 +191,16 @@ def is_llama3(template: ChatTemplate) -> bool:
         if pieces != list(_llama3_pieces(messages)):
             return False
     return True
+
+
+def writes_tools(template: ChatTemplate) -> bool:
+    """Whether a template writes the tools that it gets into the prompt."""
+    function = {"name": TOOL_PROBE, "description": TOOL_PROBE, "parameters": {"type": "object", "properties": {}}}
+    try:
+        pieces = template.render(PROBES[0], tools=[{"type": "function", "function": function}])
+    except ValueError:
+        return False
+    return any(TOOL_PROBE in piece.text for piece in pieces)
 
 
 def _llama3_pieces(messages: Sequence[Mapping[str, str]]) -> Iterator[Piece]:

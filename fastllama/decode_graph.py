@@ -155,7 +155,7 @@ class Decoder:
     def select(self, n_rows: int, greedy: bool = False, extras: Extras = PLAIN) -> None:
         """The steps from now on run the first n_rows. greedy: no row draws."""
         if extras != PLAIN:
-            self.add_extras()
+            self.add_extras(extras)
         if self._selected == (n_rows, greedy, extras):
             return
         self._rows = self._state.first(n_rows).with_greedy(greedy)
@@ -163,12 +163,12 @@ class Decoder:
         self._replayed: dict[int, Graph | None] = {0: self.graphs.get(self._state, n_rows, extras)}  # by guesses
         self._selected = n_rows, greedy, extras
 
-    def add_extras(self) -> None:
-        """Allocate the state's memory for extras, if it is not there."""
-        if self._state.controls is None:
-            with self.launch_context():
-                self._state = self._state.with_extras()
-            self._selected = None
+    def add_extras(self, extras: Extras) -> None:
+        """Allocate the state's memory for these extras, if it is not there."""
+        with self.launch_context():
+            state = extras.with_memory(self._state)
+        if state is not self._state:
+            self._state, self._selected = state, None
 
     def start(
         self,

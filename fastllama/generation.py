@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastllama import memory_plan, validate
-from fastllama.chat_format import Formatter
+from fastllama.chat_format import Formatter, Llama3Format
 from fastllama.decode_graph import Decoder
 from fastllama.distributed import model_parallel
 from fastllama.draft import choose_guesser
@@ -28,7 +28,7 @@ from fastllama.predictions import ChatPrediction, CompletionPrediction, add_logp
 from fastllama.sampling import sample_top_p
 from fastllama.speculation_stats import SpeculationStats
 from fastllama.stream import Increment, Request, checked_request, increments
-from fastllama.tokenizer import ChatFormat, Dialog, check_dialog
+from fastllama.tokenizer import Dialog, check_dialog
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.torch_settings import with_default_settings
 from fastllama.warmup import warm_up
@@ -132,7 +132,7 @@ class Llama:
         """Combine a model with its tokenizer. seed: the default seed of calls. formatter: None means Llama 3's."""
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = formatter or ChatFormat(tokenizer)
+        self.formatter = formatter or Llama3Format(tokenizer)
         self.decoder = Decoder(model)
         self._seed = validate.seed(seed)
         self._calls = itertools.count(1)

@@ -27,10 +27,18 @@ FINE_BATCH_SIZES = (1, 2, 4, 8, 16)  # of graphs; larger sizes are multiples of 
 
 
 class Extras(NamedTuple):
-    """What a step does beyond drawing each row's token. Both cost launches, so they are off unless a row needs them."""
+    """What a step does beyond drawing each row's token. All cost launches, so they are off unless a row needs them."""
 
     controls: bool = False  # penalties, biases and so on
     top_tokens: bool = False  # output of the most likely tokens
+    masks: bool = False  # only tokens that the rows' grammars allow
+    scores: bool = False  # log-probabilities of the model in rows with masks, too
+
+    def with_memory(self, state: DecodeState) -> DecodeState:
+        """The state with memory for them. What it has stays where it is."""
+        if (self.controls or self.top_tokens) and state.controls is None:
+            state = state.with_extras()
+        return state.with_masks() if self.masks and state.masks is None else state
 
 
 PLAIN = Extras()
@@ -55,9 +63,16 @@ def step(model: Transformer, state: DecodeState, lengths: Sequence[int] | None =
     if extras == PLAIN:
         model.ops.sample_and_advance(logits, state, model.workspace)
     else:
-        controls = state.controls if extras.controls else None
-        top = state.top if extras.top_tokens else None
-        sample_with_extras(model.ops, logits, state, model.workspace, controls, top)
+        sample_with_extras(
+            model.ops,
+            logits,
+            state,
+            model.workspace,
+            controls=state.controls if extras.controls else None,
+            top=state.top if extras.top_tokens else None,
+            masks=state.masks if extras.masks else None,
+            scores=extras.scores,
+        )
 
 
 def speculative_step(

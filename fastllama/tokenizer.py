@@ -161,21 +161,28 @@ class ChatFormat:
         return [begin, *tokens, *self.encode_header({"role": "assistant", "content": ""})]
 
 
-def check_dialog(dialog: object, name: str = "dialog") -> None:
-    """Raise ValueError unless `dialog` is a non-empty sequence of messages. The error calls it `name`."""
+def check_dialog(dialog: object, name: str = "dialog", *, may_call: bool = False) -> None:
+    """Raise ValueError unless `dialog` is a non-empty sequence of messages. The error calls it `name`.
+
+    may_call: a message with tool_calls needs no content.
+    """
     if not isinstance(dialog, Sequence) or isinstance(dialog, str | bytes):
         raise ValueError(f"{name}: expected a list of messages, got {type(dialog).__name__}")
     if not dialog:
         raise ValueError(f"{name} is empty; it needs at least one message, such as {{'role': 'user', 'content': 'Hi'}}")
     for index, message in enumerate(dialog):
-        check_message(message, f"{name}, message {index}")
+        check_message(message, f"{name}, message {index}", may_call=may_call)
 
 
-def check_message(message: object, name: str = "message") -> None:
-    """Raise ValueError unless `message` has a role (any non-empty text) and a content. The error calls it `name`."""
+def check_message(message: object, name: str = "message", *, may_call: bool = False) -> None:
+    """Raise ValueError unless `message` has a role (any non-empty text) and a content. The error calls it `name`.
+
+    may_call: a message with tool_calls needs no content.
+    """
     if not isinstance(message, Mapping):
         raise ValueError(f"{name}: expected a dict with 'role' and 'content', got {type(message).__name__}")
-    for key in ("role", "content"):
+    is_call = may_call and bool(message.get("tool_calls")) and message.get("content") is None
+    for key in ("role",) if is_call else ("role", "content"):
         if key not in message:
             raise ValueError(f"{name} has no {key!r}; its keys are {sorted(map(str, message))}")
         if not isinstance(message[key], str):

@@ -146,9 +146,11 @@ class TextStream:
     equal `tokenizer.decode` of all ids.
     """
 
-    def __init__(self, tokenizer: BaseTokenizer) -> None:
+    def __init__(self, tokenizer: BaseTokenizer, *, strips_space: bool = True) -> None:
+        """At the beginning. strips_space: a first space is removed, if the tokenizer does so."""
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strips_space = strips_space and tokenizer.strips_space
         self._at_begin = True
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -162,7 +164,7 @@ class TextStream:
         return text
 
     def _without_first_space(self, text: str) -> str:
-        if self._at_begin and self._tokenizer.strips_space and text:
+        if self._at_begin and self._strips_space and text:
             self._at_begin = False
             return text.removeprefix(" ")
         return text

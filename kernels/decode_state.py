@@ -15,6 +15,7 @@ from torch import Tensor
 from fastllama.kernels.batch import PER_ROW, SamplingTensors, upload
 from fastllama.kernels.guesses import Guesses
 from fastllama.kernels.sampling.controls import LogitControls, TopTokens
+from fastllama.kernels.sampling.masks import TokenMasks
 
 NO_TOKEN = -1  # returned by `sample` for a row whose logits are not numbers
 INACTIVE = -1  # position of a row that generates nothing
@@ -36,6 +37,7 @@ class DecodeState:
     controls: LogitControls | None = None  # only where a row needs them
     top: TopTokens | None = None  # only where a row asks for the most likely tokens
     guesses: Guesses | None = None  # only where steps check guesses
+    masks: TokenMasks | None = None  # only where a row has a grammar
 
     @classmethod
     def of(cls, n_rows: int, n_steps: int, vocab_size: int, device: torch.device) -> "DecodeState":
@@ -71,6 +73,7 @@ class DecodeState:
             controls=self.controls and self.controls.first(n_rows),
             top=self.top and self.top.first(n_rows),
             guesses=self.guesses and self.guesses.first(n_rows),
+            masks=self.masks and self.masks.first(n_rows),
         )
 
     def set(
@@ -131,6 +134,8 @@ class DecodeState:
             tensors += self.controls.tensors
         if self.guesses is not None:
             tensors += self.guesses.tensors
+        if self.masks is not None:
+            tensors += self.masks.tensors
         for tensor in tensors:
             tensor.index_copy_(0, target, tensor[source])
         self.positions.index_fill_(0, source, INACTIVE)
@@ -148,6 +153,11 @@ class DecodeState:
         (n_rows, vocab_size), device = self.is_stop.shape, self.tokens.device
         top = TopTokens.of(self.out_tokens.shape[0], n_rows, vocab_size, device)
         return replace(self, controls=LogitControls.of(n_rows, vocab_size, device), top=top)
+
+    def with_masks(self) -> "DecodeState":
+        """The same state with memory for masks of tokens."""
+        n_rows, vocab_size = self.is_stop.shape
+        return replace(self, masks=TokenMasks.of(n_rows, vocab_size, self.tokens.device))
 
     def with_guesses(self, length: int) -> "DecodeState":
         """The same state with memory for guesses, of rows of up to `length` tokens."""

@@ -47,6 +47,7 @@ from fastllama.kernels.projection.packing import checked, pack_quantized, unpack
 from fastllama.kernels.projection.quantized_few_tokens import quantized_few_tokens
 from fastllama.kernels.quantized import QuantizedWeight, Weight
 from fastllama.kernels.rope import CacheTarget
+from fastllama.kernels.sampling import mask_logits as masking
 from fastllama.kernels.sampling import sample as sampler
 from fastllama.kernels.sampling.scratch import SamplingScratch
 
@@ -238,6 +239,9 @@ def sample(
 def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace | None = None) -> None:
     """logits (B, V) -> each row advances to its next token, in the same two launches."""
     sampler.sample_and_advance(logits, state, _sampling_scratch(logits, workspace))
+
+
+mask_logits = _on_tensor_device(masking.mask_logits)  # of rows with a grammar, in one launch
 
 
 def window(state: DecodeState, begin: int, end: int) -> Window:

@@ -30,6 +30,7 @@ from fastllama.kernels.decode_state import INACTIVE, NO_TOKEN, DecodeState
 from fastllama.kernels.graph import Graph
 from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.quantized import QuantizedWeight, Weight, concatenated, split
+from fastllama.kernels.sampling import masks
 from fastllama.kernels.sampling.philox import uniform
 from fastllama.kernels.sampling.top_p_torch import nucleus
 
@@ -239,7 +240,8 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     state.positions.copy_(torch.where(running & ~ends, following, INACTIVE))
 
 
-# A step that checks guesses.
+# For rows with a grammar, and for a step that checks guesses.
+mask_logits = masks.mask_logits
 window, accept, look_up, put_guess = checking.window, checking.accept, checking.look_up, checking.put_guess
 
 

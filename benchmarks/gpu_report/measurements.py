@@ -25,6 +25,7 @@ from fastllama.benchmarks.timing import replayed, synchronize, time_calls
 from fastllama.decode_graph import Decoder
 from fastllama.kernels.batch import SamplingTensors
 from fastllama.kernels.launch.options import override_launch_options
+from fastllama.kernels.sampling.masks import TokenMasks
 from fastllama.model import Transformer
 from fastllama.output_copies import StepOutput
 from fastllama.prefill import prefill
@@ -262,7 +263,7 @@ def prefills(bench: Bench) -> Results:
 
 @torch.inference_mode()
 def sampling(bench: Bench) -> Results:
-    """The two launches that sample a token: greedy, with top-p, and with top-p from equal logits."""
+    """The launches that sample a token: greedy, with top-p, with top-p from equal logits; and masks before them."""
     name = next(iter(bench.sizes.models))
     model = bench.model(name)
     spread = (LOGITS_STD * torch.randn(max(bench.sizes.batches), model.vocab_size, device=bench.device)).to(DTYPE)
@@ -278,4 +279,10 @@ def sampling(bench: Bench) -> Results:
             call = partial(model.ops.sample, rows, params, positions, model.workspace)
             with model.exclusively():
                 microseconds = bench.microseconds([call] * bench.sizes.calls_per_graph)
+            yield {"vocabulary": model.vocab_size, "batch": batch, "case": case, "microseconds": microseconds}
+        for n_masked, case in {batch: "masks, of all rows", 1: "masks, of one row"}.items():
+            masks = TokenMasks.of(batch, model.vocab_size, bench.device)
+            masks.has_mask[:n_masked] = True
+            call = partial(model.ops.mask_logits, spread[:batch].clone(), masks, positions)
+            microseconds = bench.microseconds([call] * bench.sizes.calls_per_graph)
             yield {"vocabulary": model.vocab_size, "batch": batch, "case": case, "microseconds": microseconds}

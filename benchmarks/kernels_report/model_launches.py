@@ -27,6 +27,7 @@ from fastllama.kernels.projection.packing import ORDER, FusedWeight
 from fastllama.kernels.quantized import BITS, Weight
 from fastllama.kernels.rms_norm import rms_norm
 from fastllama.kernels.rope import rope_append
+from fastllama.kernels.sampling.masks import TokenMasks
 from fastllama.kernels.swiglu import silu_mul
 from fastllama.model import Transformer
 from fastllama.packed_weights import assign
@@ -146,6 +147,9 @@ def decode_ops(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str |
     state = _state(args, rows, CONTEXT_TOKENS)
     logits = (LOGITS_STD * torch.randn(rows, args.vocab_size, generator=torch.Generator().manual_seed(1))).to(DTYPE)
     yield "sample", lambda: fused.sample_and_advance(logits, state, workspace)
+    masks, masked = TokenMasks.of(rows, args.vocab_size, CPU), logits.clone()
+    masks.has_mask.fill_(True)
+    yield "mask, with grammars", lambda: fused.mask_logits(masked, masks, state.positions)
 
 
 def whole_step(args: ModelArgs, rows: int, n_processes: int = 1, quantize: str | None = None) -> Callable[[], None]:

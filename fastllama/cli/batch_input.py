@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from fastllama import strict_json
+from fastllama.chat_format import Formatter
 from fastllama.openai_api.requests import ApiRequest, chat_request, completion_request
 
 STDIN = "-"
 LINE_FIELDS = ("custom_id", "method", "url", "body")
 METHOD = "POST"
-PARSERS = {"/v1/completions": completion_request, "/v1/chat/completions": chat_request}
+URLS = COMPLETIONS, CHATS = ("/v1/completions", "/v1/chat/completions")
 READ_BYTES = 65536
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -37,8 +38,8 @@ class BatchLine:
     content: dict[str, Any] | None = None
     error: BadLine | None = None  # what is wrong with it
 
-    def request(self) -> ApiRequest:
-        """What the line asks for. Raises BadLine, or InvalidRequest for its body."""
+    def request(self, formatter: Formatter) -> ApiRequest:
+        """What the line asks for. Raises BadLine, or InvalidRequest for its body. formatter: the model's."""
         if self.error is not None:
             raise self.error
         content = self.content or {}
@@ -47,12 +48,12 @@ class BatchLine:
         if content.get("method", METHOD) != METHOD:
             raise BadLine(f"method must be {METHOD!r}, got {content['method']!r:.60}", "invalid_method")
         url = content.get("url")
-        parse = PARSERS.get(url) if isinstance(url, str) else None
-        if parse is None:
-            raise BadLine(f"url must be one of {', '.join(PARSERS)}, got {url!r:.60}", "invalid_url")
+        if url not in URLS:
+            raise BadLine(f"url must be one of {', '.join(URLS)}, got {url!r:.60}", "invalid_url")
         if "body" not in content:
             raise BadLine("the line has no body", "invalid_line")
-        return parse(content["body"])
+        body = content["body"]
+        return chat_request(body, formatter=formatter) if url == CHATS else completion_request(body)
 
 
 def parse_line(number: int, line: bytes) -> BatchLine:

@@ -111,7 +111,7 @@ class BatchRun:
             self._write(line, error=error)
 
     def _request(self, line: BatchLine) -> ApiRequest:
-        request = line.request()
+        request = line.request(self._llm.formatter)
         if request.stream:
             raise InvalidRequest("stream is not supported in a batch: leave it out", code="unsupported_parameter")
         if request.params.seed is None:

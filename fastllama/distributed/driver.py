@@ -8,14 +8,11 @@ processes.
 The driver starts the workers itself (`start_workers`, in `worker_processes.py`), or torchrun starts all processes.
 """
 
-import contextlib
 import functools
 import json
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -23,14 +20,14 @@ import torch
 import torch.distributed as dist
 
 from fastllama.distributed import environment, model_parallel
+from fastllama.distributed.interrupts import delay_interrupts
 from fastllama.distributed.rendezvous import connect_store
 from fastllama.distributed.worker_processes import POLL_SECONDS, WorkerProcesses
+from fastllama.engine import Engine
 from fastllama.generation import Llama
 from fastllama.stream import Increment, NotFiniteError
 
 COMMAND_TIMEOUT = timedelta(days=365)  # for a worker that waits for a command: users may pause for long
-FORCE_QUIT_INTERRUPTS = 3  # this many Ctrl-C end the process without waiting for the end of a step
-EXIT_INTERRUPTED = 130
 SHUTDOWN_SECONDS = 10  # for workers to exit after the shutdown command
 READABLE_ATTRIBUTES = (
     "model",
@@ -52,32 +49,34 @@ class Driver:
     """A Llama whose streams run in all processes. READABLE_ATTRIBUTES may be read."""
 
     def __init__(self, llm: Llama) -> None:
-        self._llm = llm
-        self._control = control_group()
+        self.llm = llm
+        self.control = control_group()
         self.out_of_step = False  # after an error in this process only: the workers' state is unknown
+        self.engine: Engine | None = None  # that runs in all processes (`shared_engine.py`)
 
     def __getattr__(self, name: str) -> Any:
         if name not in READABLE_ATTRIBUTES:
             raise AttributeError(f"{name!r} would run in this process only: use `stream` or `run_on_all`")
-        return getattr(self._llm, name)
+        return getattr(self.llm, name)
 
     def stream(self, prompt_tokens: Sequence[Sequence[int]], *arguments: Any, **keywords: Any) -> Generator[Increment]:
         """`Llama.stream`, in all processes. Invalid arguments raise with the first increment."""
         inner: Generator[Increment] | None = None
+        self._check_free()
         left, sent, ended = 0, False, False
         call = {"arguments": (prompt_tokens, *arguments), "keywords": keywords}
         try:
             # An interrupt between these calls, or between two collectives of a step, would leave the processes out of
             # step.
-            with _delay_interrupts():
-                inner = self._llm.stream(prompt_tokens, *arguments, **keywords)
-                send_command(self._control, call | {"stop_tokens": sorted(self._llm.tokenizer.stop_tokens)})
+            with delay_interrupts():
+                inner = self.llm.stream(prompt_tokens, *arguments, **keywords)
+                send_command(self.control, call | {"stop_tokens": sorted(self.llm.tokenizer.stop_tokens)})
                 sent = True
             while True:
-                with _delay_interrupts():
+                with delay_interrupts():
                     if not left:
                         left = len(prompt_tokens)
-                        send_increment_count(self._control, left)
+                        send_increment_count(self.control, left)
                     left -= 1
                     try:
                         increment = next(inner)
@@ -92,29 +91,42 @@ class Driver:
             raise
         finally:
             if inner is not None and sent and not ended:
-                with _delay_interrupts():
+                with delay_interrupts():
                     self._drain(inner, left)
 
     def _drain(self, inner: Generator[Increment], left: int) -> None:
         """Close a stream early, after the `left` increments that the workers may still take."""
         if all(next(inner, None) is not None for _ in range(left)):
-            send_increment_count(self._control, 0)
+            send_increment_count(self.control, 0)
         inner.close()
 
     def run_on_all(self, function: Callable[..., Any], **arguments: Any) -> Any:
         """Call `function(llm, **arguments)` in all processes -> this process's result. Ctrl-C takes effect after it."""
-        with _delay_interrupts():
+        with delay_interrupts():
             try:
-                send_command(self._control, {"function": _qualified_name(function), "arguments": arguments})
-                return function(self._llm, **arguments)
+                self.call_on_workers(function, **arguments)
+                return function(self.llm, **arguments)
             except Exception as error:
                 self.out_of_step = True
                 wait_for_crash_report(error)
                 raise
 
+    def call_on_workers(self, function: Callable[..., Any], **arguments: Any) -> None:
+        """Let the workers call `function(llm, **arguments)`. This process does its own part of it."""
+        self._check_free()
+        send_command(self.control, {"function": _qualified_name(function), "arguments": arguments})
+
+    def _check_free(self) -> None:
+        if self.engine is not None:
+            raise RuntimeError("the processes run an engine: submit requests to it, or close it first")
+
     def shut_down(self) -> None:
-        """Send the workers the shutdown command. No stream may be open."""
-        send_command(self._control, None)
+        """Send the workers the shutdown command. No stream may be open. An engine is closed."""
+        if self.engine is not None:
+            self.engine.close()
+        if self.out_of_step:
+            raise RuntimeError("the workers' state is unknown: they cannot receive a command")
+        send_command(self.control, None)
 
 
 def run_on_all(llm: Llama, function: Callable[..., Any], **arguments: Any) -> Any:
@@ -246,8 +258,9 @@ def _distributed_environment() -> environment.DistributedEnvironment:
     return launch
 
 
+@functools.cache
 def control_group() -> "dist.ProcessGroup":
-    """A gloo group for commands between the hosts. All processes must create it together."""
+    """The gloo group for commands between the hosts. All processes must create it together, at the first call."""
     model_parallel.connect_world()
     return dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # type: ignore[no-any-return]
 
@@ -274,27 +287,3 @@ def receive_increment_count(control: "dist.ProcessGroup") -> int:
     received = torch.zeros(1, dtype=torch.int64, device="cpu")
     dist.broadcast(received, src=0, group=control)
     return int(received)
-
-
-@contextlib.contextmanager
-def _delay_interrupts() -> Iterator[None]:
-    """A block that delays a Ctrl-C until its end. FORCE_QUIT_INTERRUPTS of them end the process at once."""
-    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
-    if is_ignored or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    n_interrupts = 0
-
-    def count_interrupt(number: int, frame: Any) -> None:
-        nonlocal n_interrupts
-        n_interrupts += 1
-        if n_interrupts >= FORCE_QUIT_INTERRUPTS:
-            os._exit(EXIT_INTERRUPTED)
-
-    before = signal.signal(signal.SIGINT, count_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if n_interrupts:
-        raise KeyboardInterrupt

@@ -4,7 +4,7 @@ A step admits waiting sequences, moves running ones to low rows, computes a chun
 complete join the rows that decode, makes room for the next token of every row, enqueues one decode step, and takes in
 the output of an earlier one.
 
-An error in the host's work for one sequence ends that sequence. After any other error all sequences are put back, and
+An error in the host's work for one sequence ends its request. After any other error all sequences are put back, and
 `recovery.py` finds out which of them is to blame.
 """
 
@@ -70,7 +70,9 @@ class EngineCore:
         if decoding:
             self._flush_entries()
             runner.step(decoding)
-        while runner.queued > (self.decoder.replays_ahead if decoding else 0):
+        # Rows with grammars wait for their tokens to be received, so steps are queued ahead only of other rows.
+        ahead = self.decoder.replays_ahead if any(one.matcher is None for one in decoding) else 0
+        while runner.queued > ahead:
             self._receive()
 
     def cancel(self, request: Request) -> None:
@@ -94,14 +96,14 @@ class EngineCore:
             self._give(sequence, increment)
 
     def end_alone(self, sequence: Sequence, error: Exception) -> None:
-        """After an error in the host's work for one sequence, which ends, and no other.
+        """After an error in the host's work for one sequence its request ends, and no other.
 
         Raises the error if other processes share the model and may not have it.
         """
         if not is_of_one_sequence(error, self.decoder.model):
             raise error
-        logger.warning("an answer failed: %s", describe(error), exc_info=error)
-        self.end(sequence, "error", describe(error))
+        logger.warning("a request failed: %s", describe(error), exc_info=error)
+        self._end_request(self.requests[sequence], describe(error))
 
     def recover(self, error: Exception) -> None:
         """Go on after a step has failed. Raises the error if that cannot be, or nothing ran that could be to blame."""
@@ -115,8 +117,14 @@ class EngineCore:
             self.scheduler.add(sequence)
         self._runner.recover()
         self.n_preemptions += len(ran)
-        for sequence in self._suspects.blame(ran):
-            self.end(sequence, "error", describe(error))
+        for request in dict.fromkeys(self.requests[one] for one in self._suspects.blame(ran)):
+            self._end_request(request, describe(error))
+
+    def _end_request(self, request: Request, error: str) -> None:
+        """End all answers of a request: one may need what another computes, the log-probabilities of the prompt."""
+        for sequence in request.sequences:
+            if sequence in self.requests:
+                self.end(sequence, "error", error)
 
     def fail(self, error: Exception) -> None:
         """All requests end with this error. The next one begins anew, whatever was left half done."""
@@ -143,7 +151,7 @@ class EngineCore:
                 self._receive()
             if suspects.first is first:
                 suspects.clear_first()
-            if suspects.first is not None and first.row is not None:
+            if scheduler.waiting and first.row is not None:  # others come first, or alone
                 self._preempt()
             first = suspects.first
         scheduler.admit(suspects.most_together, only=first)
@@ -183,8 +191,7 @@ class EngineCore:
         """Sequences whose prompts are computed begin to decode."""
         ready = [one for one in self.scheduler.running if one.is_prefilled and not one.is_decoding]
         for sequence in ready:
-            request = self.requests[sequence]
-            if not sequence.has_begun:
+            if not sequence.has_begun and (request := self.requests.get(sequence)):  # another may have ended it
                 sequence.has_begun = True
                 if sequence.index == 0:  # the others find what the first has computed
                     request.partial.cached_tokens = sequence.n_cached
@@ -192,10 +199,11 @@ class EngineCore:
                 if sequence.params.echo:
                     self._give_echo(sequence, request)
         ready = [one for one in ready if one.finish_reason is None]
-        starting = [one for one in ready if one.steps_to_enqueue > 0]
+        complete = [one for one in ready if one.matcher is not None and one.matcher.is_complete]
+        starting = [one for one in ready if one.steps_to_enqueue > 0 and one not in complete]
         for sequence in ready:
             if sequence not in starting:
-                self.end(sequence, "length")
+                self.end(sequence, "stop" if sequence in complete else "length")
         self._runner.start(starting)
 
     def _make_room(self) -> None:
@@ -243,6 +251,8 @@ class EngineCore:
         finally:  # it is certain, whatever fails
             if increment.tokens or increment.text or increment.finish_reason is not None:
                 self._give(sequence, increment)
+        if increment.finish_reason is None and sequence.matcher is not None and sequence.matcher.error is not None:
+            self.end(sequence, "error", sequence.matcher.error)
 
     def _give(self, sequence: Sequence, increment: Increment) -> None:
         request = self.requests[sequence]

@@ -14,7 +14,6 @@ import itertools
 import threading
 from collections.abc import Sequence as Items
 from contextlib import ExitStack
-from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,8 @@ import torch
 from fastllama import memory_plan, validate
 from fastllama.engine import prompts
 from fastllama.engine.core import EngineCore
-from fastllama.engine.inbox import Cancellation, Command, Inbox, NewRequest
-from fastllama.engine.prompts import Model, Prompt, checked_request
+from fastllama.engine.inbox import Cancellation, Command, Inbox, NewRequest, Task
+from fastllama.engine.prompts import Model, Prompt, checked_request, new_matcher
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.prefill import PREFILL_CHUNK_TOKENS
@@ -44,16 +43,10 @@ class Stats(NamedTuple):
     preemptions: int  # answers that gave their pages back and were computed again
 
 
-class Task(Enum):
-    """What comes after the commands have been followed."""
-
-    NOTHING = "nothing"
-    STEP = "step"
-    CLOSE = "close"  # all requests are cancelled
-
-
 class Engine:
     """Runs requests on a Llama. While it has requests, no other call may use the model."""
+
+    leads_processes = False  # whether it tells other processes that share the model what to do
 
     def __init__(self, llm: Model, *, max_tokens_per_step: int = STEP_TOKENS, reuse_prefixes: bool = True) -> None:
         """Make an engine; nothing runs yet.
@@ -95,15 +88,17 @@ class Engine:
 
     def accept(self, command: NewRequest) -> Request:
         """A checked request -> its handle. One without a number gets it here, with its random streams."""
+        params, llm = command.params, self.llm
+        matcher = new_matcher(llm, params, command.stop_ids)  # it takes time: before the lock
         try:
             with self._mail:
                 self._check_open()
                 self._hold_model()
                 if not command.number:
-                    streams = self.llm.random_streams(command.params.seed, command.params.n)
+                    streams = llm.random_streams(params.seed, params.n)
                     command = command._replace(number=next(self._numbers), streams=tuple(streams))
-                sequences = command.sequences(self.llm.tokenizer, self._arrivals)
-                request = Request(self, command.number, command.params, sequences)
+                sequences = command.sequences(llm.tokenizer, self._arrivals, matcher)
+                request = Request(self, command.number, params, sequences)
                 self._put(command, request)
                 self._n_submitted += len(sequences)
         finally:
@@ -140,6 +135,18 @@ class Engine:
                 self._put(Cancellation(request.number), request)
         self._follow_at_once()
 
+    def cancel_number(self, number: int) -> None:
+        """`cancel` by the request's number. It may have ended."""
+        for request in dict.fromkeys(self._core.requests.values()):
+            if request.number == number:
+                self.cancel(request)
+
+    @property
+    def state(self) -> list[int]:
+        """Numbers that are equal in all processes that share the model, between steps."""
+        core, scheduler = self._core, self._core.scheduler
+        return [core.n_ended, len(scheduler.running), len(scheduler.waiting), scheduler.pool.n_available]
+
     @property
     def stats(self) -> Stats:
         """What the engine holds, and has done. Does not wait for a step."""
@@ -156,6 +163,11 @@ class Engine:
 
     def start(self) -> "Engine":
         """Run steps in a thread of the engine's own from now on, whenever there are requests -> the engine."""
+        if self.llm.model.group.size > 1 and not self.leads_processes:
+            raise RuntimeError(
+                "several processes share this model, and with a thread each of them would take in requests at another "
+                "moment: use distributed.shared_engine.open_engine"
+            )
         with self._mail:
             self._check_open()
             if self._thread is None:

@@ -37,6 +37,15 @@ class Grammar:
         return cls(matcher_class().grammar_from_lark(text))
 
 
+def is_installed() -> bool:
+    """Whether grammars can be made."""
+    try:
+        matcher_class()
+    except ValueError:
+        return False
+    return True
+
+
 def matcher_class() -> Any:
     """llguidance's LLMatcher. ValueError if it is not installed."""
     try:

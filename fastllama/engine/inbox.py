@@ -6,8 +6,10 @@ command holds no object of this process: another one that shares the model can d
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import NamedTuple
 
+from fastllama.engine.grammar_matcher import GrammarMatcher
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.sequence import Sequence
@@ -31,8 +33,10 @@ class NewRequest(NamedTuple):
         """The last position that may get a token."""
         return len(self.tokens) - 1 + self.budget
 
-    def sequences(self, tokenizer: BaseTokenizer, arrivals: Iterator[int]) -> list[Sequence]:
-        """Its answers. arrivals: numbers in the order of arrival."""
+    def sequences(
+        self, tokenizer: BaseTokenizer, arrivals: Iterator[int], matcher: GrammarMatcher | None
+    ) -> list[Sequence]:
+        """Its answers. arrivals: numbers in the order of arrival. matcher: of its grammar, at the beginning."""
         params = self.params
         scored = params.prompt_logprobs is not None or (params.echo and params.logprobs is not None)
         return [
@@ -45,10 +49,12 @@ class NewRequest(NamedTuple):
                 last=self.last,
                 stream=stream,
                 stop_ids=self.stop_ids,
-                text=TextStream(tokenizer),
+                # A grammar tells whether the text begins with a space.
+                text=TextStream(tokenizer, strips_space=matcher is None or params.echo),
                 first_scored=self.first_scored if scored and index == 0 else None,  # the others find its pages
                 alternatives=self.alternatives,
                 n_top_scored=max(params.prompt_logprobs or 0, params.logprobs or 0 if params.echo else 0),
+                matcher=matcher and matcher.copy(),
             )
             for index, stream in enumerate(self.streams)
         ]
@@ -61,6 +67,14 @@ class Cancellation(NamedTuple):
 
 
 Command = NewRequest | Cancellation
+
+
+class Task(Enum):
+    """What an engine does after it has followed all commands."""
+
+    NOTHING = "nothing"
+    STEP = "step"
+    CLOSE = "close"  # cancel all requests
 
 
 class Inbox:

@@ -104,7 +104,7 @@ class ModelRunner:
                 [one.tokens[-1] for one in sequences],
                 [len(one.tokens) - 1 for one in sequences],
                 [one.n_prompt for one in sequences],
-                [one.last for one in sequences],
+                [one.last_ahead for one in sequences],
             )
             state.set_stops(rows, [sorted(one.stop_ids) for one in sequences])
             drawn = SamplingTensors.per_row(
@@ -115,6 +115,8 @@ class ModelRunner:
             state.sampling.set_rows(upload(rows, torch.int64, self.model.device), drawn)
             if state.controls is not None:
                 self._set_controls(sequences)
+            if state.masks is not None:
+                state.masks.clear_rows(rows)
         self.decoder.set_histories({one.placed_row: one.tokens for one in sequences})
         self.decoder.set_lengths({one.placed_row: len(one.tokens) for one in sequences})
         for sequence in sequences:
@@ -142,18 +144,45 @@ class ModelRunner:
     def step(self, sequences: Items[Sequence]) -> None:
         """Enqueue the next step of these sequences."""
         n_rows, params = rows_in_use(sequences), [one.params for one in sequences]
-        extras = Extras(any(one.needs_controls for one in params), any(one.logprobs for one in params))
+        guided = [one for one in sequences if one.matcher is not None]
+        extras = Extras(
+            controls=any(one.needs_controls for one in params),
+            top_tokens=any(one.logprobs for one in params),
+            masks=bool(guided),
+            scores=any(one.params.logprobs is not None for one in guided),
+        )
         if extras.controls and self.decoder.state.controls is None:
-            self.decoder.add_extras()
+            self.decoder.add_extras(extras)
             with self.decoder.launch_context():
                 self._set_controls(sequences)
         self.decoder.select(n_rows, all(one.is_greedy for one in params), extras)
+        self._guide(guided)
         with self.model.suited(n_rows, max(len(one.tokens) for one in sequences)):
             most_tokens = self.decoder.enqueue_steps()
         self._in_flight.append((list(sequences), most_tokens))
         for sequence in sequences:
             sequence.in_flight += self.decoder.unroll
             sequence.most_in_flight += most_tokens
+
+    def _guide(self, sequences: Items[Sequence]) -> None:
+        """These sequences take part in the next step alone, and draw tokens that their grammars allow.
+
+        On the device their rows end after its token: the mask of the one after it depends on it.
+        """
+        if not sequences:
+            return
+        state, rows = self.decoder.state, [one.placed_row for one in sequences]
+        assert state.masks is not None
+        with self.decoder.launch_context():
+            state.start_rows(
+                rows,
+                [one.tokens[-1] for one in sequences],
+                [len(one.tokens) - 1 for one in sequences],
+                [one.n_prompt for one in sequences],
+                [one.last_ahead for one in sequences],
+            )
+            state.masks.set_rows(rows, [one.matcher.mask for one in sequences if one.matcher is not None])
+        self.decoder.set_lengths({one.placed_row: len(one.tokens) for one in sequences})
 
     def receive(self) -> Iterable[NewToken]:
         """Wait for the oldest step -> the tokens of the sequences that had not ended before."""
@@ -166,6 +195,8 @@ class ModelRunner:
                 continue
             first = sequence.n_generated
             found = control.new_tokens(newest, sequence.placed_row, sequence.n_prompt, first)
+            if sequence.matcher is not None:
+                found = found[:1]  # a row with a grammar ended after it, and the others of several steps are undefined
             for number, (token, logprob) in enumerate(found, first):
                 if sequence.finish_reason is None:
                     yield NewToken(sequence, token, logprob, _top_logprobs(sequence, newest, number))

@@ -6,6 +6,7 @@ from typing import Protocol, cast
 from fastllama import validate
 from fastllama.chat_format import Formatter
 from fastllama.decode_graph import Decoder
+from fastllama.engine.grammar_matcher import GrammarMatcher, grammar_matcher
 from fastllama.engine.inbox import NewRequest
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.scheduler import check_fits
@@ -52,6 +53,13 @@ def checked_request(
     )
     check_fits(request.last, llm.model.cache.pool)
     return request
+
+
+def new_matcher(llm: Model, params: SamplingParams, stop_ids: frozenset[int]) -> GrammarMatcher | None:
+    """The matcher of a request's grammar, at the beginning. ValueError for one that does not fit the model."""
+    if params.grammar is None:
+        return None
+    return grammar_matcher(params.grammar, llm.tokenizer, llm.model.vocab_size, stop_ids, params.min_tokens)
 
 
 def encode(llm: Model, prompt: Prompt, spare: int = 0) -> list[int]:

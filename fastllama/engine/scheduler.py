@@ -181,7 +181,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, n_tokens: int) -> bool:
         """Pages for the positions of the next tokens, as far as the sequence may go."""
-        end = min(len(sequence.tokens) + sequence.most_in_flight + n_tokens - 1, sequence.last)
+        end = min(len(sequence.tokens) + sequence.most_in_flight + n_tokens - 1, sequence.last_ahead)
         missing = pages_for(end) - len(sequence.pages)
         if missing > self.pool.n_available:
             return False

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastllama.engine.grammar_matcher import GrammarMatcher
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.stop_strings import StopStrings
 from fastllama.page_pool import Digest
@@ -41,6 +42,7 @@ class Sequence:
     first_scored: int | None = None  # the prompt's log-probabilities are wanted from this position on
     alternatives: tuple[int, ...] = ()  # scored, too, in place of the prompt's last token
     n_top_scored: int = 0  # and so many of the most likely tokens at each of them
+    matcher: GrammarMatcher | None = None  # its place in its grammar, if it has one
 
     row: int | None = None  # the cache row, None while it waits
     pages: list[int] = field(default_factory=list)
@@ -77,8 +79,13 @@ class Sequence:
 
     @property
     def steps_to_enqueue(self) -> int:
-        """Decode steps that it may still need, if each makes one token."""
-        return self.last - (len(self.tokens) - 1) - self.in_flight
+        """Decode steps that may be enqueued for it, if each makes one token."""
+        return self.last_ahead - (len(self.tokens) - 1) - self.in_flight
+
+    @property
+    def last_ahead(self) -> int:
+        """The last position that may get a token before the host has seen it: with a grammar, the next one."""
+        return self.last if self.matcher is None else min(self.last, len(self.tokens))
 
     @property
     def is_prefilled(self) -> bool:
@@ -105,6 +112,10 @@ class Sequence:
         self._n_released += len(released)
         if self._stop_strings.found is not None:
             return self._stopped(released)
+        if self.matcher is not None:
+            self.matcher.accept(token)
+            if self.matcher.is_complete:
+                return self._finished("stop", None, released)
         if len(self.tokens) - 1 >= self.last:
             return self._finished("length", None, released)
         ready = 0  # a token without text waits for that of the next, which may be in the middle of its character

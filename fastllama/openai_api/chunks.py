@@ -17,7 +17,7 @@ from fastllama.openai_api.envelope import ServedModel, envelope
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.openai_api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from fastllama.openai_api.requests import ApiRequest
-from fastllama.openai_api.responses import usage, without_begin
+from fastllama.openai_api.responses import finish_reason, usage, without_begin
 
 Chunk = dict[str, Any]
 
@@ -130,8 +130,7 @@ class ChatWriter(_Writer):
             for at, delta in enumerate(deltas)
         ]
         if increment.finish_reason is not None:
-            is_call = increment.finish_reason == "stop" and self._has_calls[index]
-            reason = "tool_calls" if is_call else increment.finish_reason
+            reason = finish_reason(increment.finish_reason, self._has_calls[index])
             chunks.append(self._chunk(index, reason, delta={}, logprobs=None))
         return chunks
 

@@ -5,11 +5,15 @@ refused, unless its value is the one that asks for nothing.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastllama.openai_api.errors import InvalidRequest
 
+UNSUPPORTED_CODE = "unsupported_parameter"
+MAX_NAME_CHARS = 200
+NOTHING: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
 SAMPLING_FIELDS = (  # of the same name and meaning in SamplingParams
     "temperature",
     "top_p",
@@ -28,13 +32,20 @@ SAMPLING_FIELDS = (  # of the same name and meaning in SamplingParams
 )
 COMMON_FIELDS = {"model", "max_tokens", "logprobs", "stream", "stream_options", *SAMPLING_FIELDS}
 COMPLETION_FIELDS = frozenset(COMMON_FIELDS | {"prompt", "echo"})
-CHAT_FIELDS = frozenset(COMMON_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"})
+CHAT_FIELDS = frozenset(
+    {
+        *COMMON_FIELDS,
+        *("messages", "max_completion_tokens", "top_logprobs", "response_format"),
+        *("tools", "tool_choice", "parallel_tool_calls"),
+    }
+)
+STREAM_OPTIONS = frozenset({"include_usage"})
 
 # They say who asks, what is kept, or how fast: not what is answered.
 WITHOUT_EFFECT = frozenset(
     {
         *("user", "metadata", "store", "safety_identifier", "service_tier"),
-        *("prompt_cache_key", "prompt_cache_retention", "prediction", "parallel_tool_calls"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction", "parallel_tool_calls"),
     }
 )
 # The values with which an unsupported field asks for nothing.
@@ -44,8 +55,9 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"},),  # in a completion, as are tools and tool_choice
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -77,6 +89,10 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
+UNSUPPORTED_STREAM_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "include_obfuscation": (False,),
+    "continuous_usage_stats": (False,),  # vLLM's
+}
 
 
 def honoured_fields(body: object, known: frozenset[str], *, allow_unknown: bool) -> dict[str, Any]:
@@ -87,20 +103,67 @@ def honoured_fields(body: object, known: frozenset[str], *, allow_unknown: bool)
     """
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be an object, got {body!r:.60}")
-    fields: dict[str, Any] = {}
-    for name, value in body.items():
-        if name in known:
-            if value is not None:
-                fields[name] = value
-        elif name in UNSUPPORTED:
-            if value is not None and value not in UNSUPPORTED[name]:
-                raise InvalidRequest(f"{name} is not supported: leave it out", param=name, code="unsupported_parameter")
-        elif name not in WITHOUT_EFFECT and not allow_unknown:
-            raise InvalidRequest(_unknown_text(name, known), param=name, code="unknown_parameter")
-    return fields
+    return members(body, "", known, allow_unknown=allow_unknown, unsupported=UNSUPPORTED, without_effect=WITHOUT_EFFECT)
 
 
-def _unknown_text(name: str, known: frozenset[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), 1)
-    hint = f"did you mean {close[0]}?" if close else "leave it out"
-    return f"{name[:60]!r} is not a field of this request: {hint}"
+def members(
+    value: object,
+    name: str,
+    known: Collection[str],
+    *,
+    allow_unknown: bool,
+    unsupported: Mapping[str, tuple[Any, ...]] = NOTHING,
+    without_effect: Collection[str] = (),
+) -> dict[str, Any]:
+    """The members of an object that are honoured, as `honoured_fields`. name: of the object in the body."""
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{name} must be an object, got {value!r:.60}", param=name)
+    found: dict[str, Any] = {}
+    for member, one in value.items():
+        full = f"{name}.{member}" if name else member
+        if member in known:
+            if one is not None:
+                found[member] = one
+        elif member in unsupported:
+            if one is not None and not any(_is_same(one, neutral) for neutral in unsupported[member]):
+                raise InvalidRequest(f"{full} is not supported: leave it out", param=full, code=UNSUPPORTED_CODE)
+        elif member not in without_effect and not allow_unknown:
+            close = difflib.get_close_matches(member, sorted(known), 1)
+            hint = f"did you mean {close[0]}?" if close else "leave it out"
+            where = name or "this request"
+            text = f"{member[:60]!r} is not a field of {where}: {hint}"
+            raise InvalidRequest(text, param=full[:MAX_NAME_CHARS], code="unknown_parameter")
+    return found
+
+
+def flag(fields: Mapping[str, Any], field: str, *, default: bool = False, within: str = "") -> bool:
+    """A field that is true or false. within: what the error puts before the field's name."""
+    value = fields.get(field)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        name = within + field
+        raise InvalidRequest(f"{name} must be true or false, got {value!r:.60}", param=name)
+    return value
+
+
+def required(fields: Mapping[str, Any], field: str, within: str = "") -> Any:
+    """A field that a body, or the object `within` it, must have."""
+    if fields.get(field) is None:
+        where = within.removesuffix(".") or "the body"
+        raise InvalidRequest(f"{where} has no {field}", param=within + field, code="missing_required_parameter")
+    return fields[field]
+
+
+def text(fields: Mapping[str, Any], field: str, within: str = "") -> str | None:
+    """A field that is a text; None if it is not given."""
+    value = fields.get(field)
+    if value is not None and not isinstance(value, str):
+        name = within + field
+        raise InvalidRequest(f"{name} must be a text, got {value!r:.60}", param=name)
+    return value
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values are the same in JSON, where true is not 1."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other

@@ -9,19 +9,35 @@ answer may fill the context.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from fastllama.chat_format import Formatter, Tools
 from fastllama.engine.engine import Engine
 from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
+from fastllama.openai_api.answer_form import answer_form
 from fastllama.openai_api.answer_parts import AnswerParser, PlainParser
 from fastllama.openai_api.errors import InvalidRequest
-from fastllama.openai_api.fields import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_FIELDS, honoured_fields
+from fastllama.openai_api.fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    SAMPLING_FIELDS,
+    STREAM_OPTIONS,
+    UNSUPPORTED_STREAM_OPTIONS,
+    flag,
+    honoured_fields,
+    members,
+    required,
+    text,
+)
+from fastllama.openai_api.messages import dialog
+from fastllama.openai_api.response_format import answer_schema
+from fastllama.openai_api.tools import tool_use
+from fastllama.tokenizer import Dialog
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 MAX_ANSWERS = 128  # OpenAI's limit of n
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 LIMIT_CODE = "context_length_exceeded"
 ALL_TOKENS = -1  # vLLM's value of top_k that keeps all
 NO_LIMIT = 2**40  # of a prompt's tokens, where they are counted later
@@ -37,6 +53,7 @@ class ApiRequest:
     model: str | None = None
     stream: bool = False
     include_usage: bool = False  # in a stream
+    tools: Tools | None = None  # of a chat, for its prompt
     new_parser: Callable[[], AnswerParser] = PlainParser  # of each answer's text
 
     @property
@@ -48,29 +65,42 @@ class ApiRequest:
 def completion_request(body: object, *, allow_unknown: bool = False) -> ApiRequest:
     """The body of /v1/completions. Raises InvalidRequest, which names the field."""
     fields = honoured_fields(body, COMPLETION_FIELDS, allow_unknown=allow_unknown)
-    more = {"echo": _flag(fields, "echo")}
+    more: dict[str, Any] = {"echo": flag(fields, "echo")}
     if "logprobs" in fields:
         more["logprobs"] = fields["logprobs"]
     limit = {"max_tokens": fields.get("max_tokens", COMPLETION_MAX_TOKENS)}
-    prompts = _prompts(_required(fields, "prompt"))
-    return ApiRequest(prompts=prompts, params=_params(fields, limit, more), is_chat=False, **_rest(fields))
+    prompts = _prompts(required(fields, "prompt"))
+    params = sampling_params(fields, limit, more)
+    return ApiRequest(prompts=prompts, params=params, is_chat=False, **_rest(fields, allow_unknown))
 
 
-def chat_request(body: object, *, allow_unknown: bool = False) -> ApiRequest:
-    """The body of /v1/chat/completions. Raises InvalidRequest, which names the field."""
+def chat_request(body: object, *, formatter: Formatter | None = None, allow_unknown: bool = False) -> ApiRequest:
+    """The body of /v1/chat/completions. Raises InvalidRequest, which names the field.
+
+    formatter: the model's, without which a body may not have tools.
+    """
     fields = honoured_fields(body, CHAT_FIELDS, allow_unknown=allow_unknown)
     limits = {name: fields[name] for name in ("max_tokens", "max_completion_tokens") if name in fields}
     if len(limits) > 1 and fields["max_tokens"] != fields["max_completion_tokens"]:
         raise InvalidRequest("max_tokens and max_completion_tokens are the same: give one of them", param="max_tokens")
     more: dict[str, Any] = {}
-    if _flag(fields, "logprobs"):
+    if flag(fields, "logprobs"):
         more["logprobs"] = fields.get("top_logprobs", 0)
-        _checked("top_logprobs", more, "logprobs")
+        checked("top_logprobs", more, "logprobs")
     elif "top_logprobs" in fields:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    dialog = _dialog(_required(fields, "messages"))
-    params = _params(fields, dict(list(limits.items())[-1:]), more)
-    return ApiRequest(prompts=[dialog], params=params, is_chat=True, **_rest(fields))
+    messages = dialog(required(fields, "messages"), allow_unknown=allow_unknown)
+    answer = answer_schema(fields.get("response_format"), allow_unknown=allow_unknown)
+    use = tool_use(fields, allow_unknown=allow_unknown)
+    form = answer_form(messages, answer, use, formatter, dialog_field="messages")
+    return ApiRequest(
+        prompts=[form.dialog],
+        params=sampling_params(fields, dict(list(limits.items())[-1:]), more | {"grammar": form.grammar}),
+        is_chat=True,
+        tools=form.tools,
+        new_parser=form.new_parser,
+        **_rest(fields, allow_unknown),
+    )
 
 
 def encode(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = None) -> list[list[int]]:
@@ -82,6 +112,8 @@ def encode(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = 
     for number, prompt in enumerate(request.prompts):
         name = f"prompt {number}" if len(request.prompts) > 1 else "the prompt"
         try:
+            if request.is_chat:
+                prompt = engine.llm.formatter.encode_dialog_prompt(cast(Dialog, prompt), request.tools)
             tokens = engine.encode(prompt, spare=NO_LIMIT)
         except ValueError as error:
             raise InvalidRequest(str(error).replace("the prompt", name), param=request.prompt_field) from None
@@ -117,26 +149,26 @@ def submit(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = 
     return submitted
 
 
-def _params(fields: Mapping[str, Any], limit: dict[str, Any], more: dict[str, Any]) -> SamplingParams:
+def sampling_params(fields: Mapping[str, Any], limit: dict[str, Any], more: dict[str, Any]) -> SamplingParams:
     """SamplingParams of a body. limit: the most tokens, under the name that the body uses."""
-    _flag(fields, "ignore_eos")
+    flag(fields, "ignore_eos")
     given = {name: fields[name] for name in SAMPLING_FIELDS if name in fields} | more
     if given.get("top_k") == ALL_TOKENS:
         given["top_k"] = 0
     for name, value in given.items():  # each alone, so that the error names it
-        _checked(name, {name: value})
+        checked(name, {name: value})
     if given.get("top_p", 1) > 1:
         raise InvalidRequest(f"top_p must be a number from 0 to 1, got {given['top_p']}", param="top_p")
     if given.get("n", 1) > MAX_ANSWERS:
         raise InvalidRequest(f"n must be at most {MAX_ANSWERS}, got {given['n']}", param="n")
     defaults = {"temperature": 1.0, "top_p": 1.0}
     for name, value in limit.items():
-        _checked(name, {"max_gen_len": value})
-        return _checked(name, defaults | given | {"max_gen_len": value})
-    return _checked(None, defaults | given)
+        checked(name, {"max_gen_len": value})
+        return checked(name, defaults | given | {"max_gen_len": value})
+    return checked(None, defaults | given)
 
 
-def _checked(field: str | None, arguments: dict[str, Any], own_name: str = "max_gen_len") -> SamplingParams:
+def checked(field: str | None, arguments: dict[str, Any], own_name: str = "max_gen_len") -> SamplingParams:
     """SamplingParams, with errors that name the body's field instead of our own."""
     try:
         return SamplingParams(**arguments)
@@ -144,29 +176,19 @@ def _checked(field: str | None, arguments: dict[str, Any], own_name: str = "max_
         raise InvalidRequest(str(error).replace(own_name, field or own_name), param=field) from None
 
 
-def _rest(fields: Mapping[str, Any]) -> dict[str, Any]:
-    model, options = fields.get("model"), fields.get("stream_options", {})
-    if model is not None and not isinstance(model, str):
-        raise InvalidRequest(f"model must be a text, got {model!r:.60}", param="model")
-    if not isinstance(options, dict):
-        raise InvalidRequest(f"stream_options must be an object, got {options!r:.60}", param="stream_options")
-    stream, include_usage = _flag(fields, "stream"), _flag(options, "include_usage")
-    if options and not stream:
-        raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
-    return {"model": model, "stream": stream, "include_usage": include_usage}
-
-
-def _flag(fields: Mapping[str, Any], name: str) -> bool:
-    value = fields.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false, got {value!r:.60}", param=name)
-    return bool(value)
-
-
-def _required(fields: Mapping[str, Any], name: str) -> Any:
-    if name not in fields:
-        raise InvalidRequest(f"the body has no {name}", param=name, code="missing_required_parameter")
-    return fields[name]
+def _rest(fields: Mapping[str, Any], allow_unknown: bool) -> dict[str, Any]:
+    stream, name = flag(fields, "stream"), "stream_options"
+    options = members(
+        fields.get(name, {}),
+        name,
+        STREAM_OPTIONS,
+        allow_unknown=allow_unknown,
+        unsupported=UNSUPPORTED_STREAM_OPTIONS,
+    )
+    include_usage = flag(options, "include_usage", within=f"{name}.")
+    if fields.get(name) and not stream:
+        raise InvalidRequest(f"{name} needs stream to be true", param=name)
+    return {"model": text(fields, "model"), "stream": stream, "include_usage": include_usage}
 
 
 def _prompts(value: Any) -> list[Prompt]:
@@ -182,40 +204,3 @@ def _prompts(value: Any) -> list[Prompt]:
         f"prompt must be a text, a list of token ids, or a list of texts or of lists of token ids, got {value!r:.60}",
         param="prompt",
     )
-
-
-def _dialog(value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest(f"messages must be a list with at least one message, got {value!r:.60}", param="messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
-
-
-def _message(message: Any, name: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise InvalidRequest(f"{name} must be an object with role and content, got {message!r:.60}", param=name)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        known = ", ".join(ROLES)
-        raise InvalidRequest(f"{name}.role must be one of {known}, got {role!r:.60}", param=f"{name}.role")
-    for field, value in message.items():
-        if field not in ("role", "content") and value not in (None, []):
-            raise InvalidRequest(
-                f"{name}.{field} is not supported: leave it out",
-                param=f"{name}.{field}",
-                code="unsupported_parameter",
-            )
-    return {"role": ROLES[role], "content": _content(message.get("content"), f"{name}.content")}
-
-
-def _content(content: Any, name: str) -> str:
-    """A message's text, which may come in parts."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [None]
-    texts: list[str] = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise InvalidRequest(f"{name} must be a text or a list of text parts, got {content!r:.60}", param=name)
-        texts.append(text)
-    return "".join(texts)

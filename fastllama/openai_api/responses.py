@@ -5,6 +5,8 @@ from typing import Any
 
 from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Answer, Result
+from fastllama.engine.sequence import FinishReason
+from fastllama.openai_api.call_parser import joined
 from fastllama.openai_api.envelope import ServedModel, envelope
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.openai_api.logprobs import chat_logprobs, completion_logprobs
@@ -21,11 +23,11 @@ def response(request: ApiRequest, results: Sequence[Result], model: ServedModel)
             if answer.error is not None:
                 raise AnswerFailed(answer.error)
             choice = (
-                _chat_choice(answer, tokenizer)
+                _chat_choice(request, answer, tokenizer)
                 if request.is_chat
                 else _choice(request, prompt, result, answer, tokenizer)
             )
-            choices.append({"index": len(choices), **choice, "finish_reason": answer.finish_reason})
+            choices.append({"index": len(choices), **choice})
     kind, prefix = ("chat.completion", "chatcmpl") if request.is_chat else ("text_completion", "cmpl")
     return {**envelope(prefix, kind, model, request.model), "choices": choices, "usage": usage(request, results)}
 
@@ -59,11 +61,25 @@ def n_echoed(request: ApiRequest, result: Result) -> int:
     return len(result.prompt_tokens) if request.params.echo else 0
 
 
-def _chat_choice(answer: Answer, tokenizer: BaseTokenizer) -> dict[str, Any]:
+def finish_reason(reason: FinishReason | None, has_calls: bool) -> str | None:
+    """Why an answer of a chat has ended."""
+    return "tool_calls" if has_calls and reason == "stop" else reason
+
+
+def _chat_choice(request: ApiRequest, answer: Answer, tokenizer: BaseTokenizer) -> dict[str, Any]:
     logprobs = None
     if answer.logprobs is not None:
         logprobs = chat_logprobs(tokenizer, answer.tokens, answer.logprobs, answer.top_logprobs)
-    return {"message": {"role": "assistant", "content": answer.text, "refusal": None}, "logprobs": logprobs}
+    parser = request.new_parser()
+    content, calls = joined([*parser.push(answer.text), *parser.finish()])
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if calls:
+        message["content"] = content or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+    return {"message": message, "logprobs": logprobs, "finish_reason": finish_reason(answer.finish_reason, bool(calls))}
 
 
 def _choice(
@@ -81,4 +97,4 @@ def _choice(
         logprobs = completion_logprobs(
             tokenizer, answer.tokens[n_added:], known[n_added:], tops[n_added:] if tops else None
         )
-    return {"text": text, "logprobs": logprobs}
+    return {"text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}

@@ -9,7 +9,8 @@ from typing import Any
 from fastllama.engine.sampling_params import MAX_BIAS, MAX_PENALTY, MAX_STOP_STRINGS, MOST_TOKENS
 from fastllama.kernels.sampling.controls import MAX_TOP_TOKENS
 from fastllama.openai_api.fields import CHAT_FIELDS, COMPLETION_FIELDS, UNSUPPORTED
-from fastllama.openai_api.requests import MAX_ANSWERS, ROLES
+from fastllama.openai_api.requests import MAX_ANSWERS
+from fastllama.openai_api.tools import MODES, NAME
 from fastllama.validate import LEAST_SEED, MOST_SEED
 
 Schema = dict[str, Any]
@@ -95,14 +96,27 @@ def _unsupported(honoured: Set[str]) -> dict[str, Schema]:
     return {name: {"enum": [None, *values]} for name, values in UNSUPPORTED.items() if name not in honoured}
 
 
-MESSAGE = {
-    "type": "object",
-    "required": ["role", "content"],
-    "properties": {
-        "role": {"enum": list(ROLES)},
-        "content": {"anyOf": [TEXT, _list(_object(["type", "text"], type={"const": "text"}, text=TEXT))]},
-    },
+CONTENT: Schema = {"anyOf": [TEXT, _list(_object(["type", "text"], type={"const": "text"}, text=TEXT))]}
+MESSAGE: Schema = {
+    "anyOf": [
+        _object(["role", "content"], role={"enum": ["system", "developer", "user", "assistant"]}, content=CONTENT),
+        _object(["role", "tool_calls"], role={"const": "assistant"}, tool_calls=_list({"type": "object"}, 1)),
+        _object(["role", "content", "tool_call_id"], role={"const": "tool"}, content=CONTENT, tool_call_id=TEXT),
+    ]
 }
+FUNCTION = _object(
+    ["name"],
+    name={"type": "string", "pattern": f"^{NAME.pattern}$"},
+    description=TEXT,
+    parameters={"type": "object", "properties": {"type": {"const": "object"}}},
+    strict=FLAG,
+)
+TOOL = _object(["type", "function"], type={"const": "function"}, function=FUNCTION)
+JSON_SCHEMA = _object(
+    ["type", "json_schema"],
+    type={"const": "json_schema"},
+    json_schema=_object(["name"], name=TEXT, description=TEXT, schema={"type": "object"}, strict=FLAG),
+)
 COMPLETION_BODY = _object(
     ["prompt"],
     **_unsupported(COMPLETION_FIELDS),
@@ -117,6 +131,12 @@ CHAT_BODY = _object(
     **SAMPLING,
     messages=_list(MESSAGE, 1),
     max_completion_tokens=_whole(0, MOST_TOKENS),
+    tools={"anyOf": [_list(TOOL), {"type": "null"}]},
+    tool_choice={"anyOf": [{"enum": [*MODES, None]}, {"type": "object"}]},
+    parallel_tool_calls=FLAG,
+    response_format={
+        "anyOf": [_object(["type"], type={"enum": ["text", "json_object"]}), JSON_SCHEMA, {"type": "null"}]
+    },
     logprobs=FLAG,
     top_logprobs=_whole(0, MAX_TOP_TOKENS),
 )

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -35,14 +36,15 @@ def generation_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions", **documents.CHAT_COMPLETIONS)
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, request, chat_request)
+        return await _answer(service, request, partial(chat_request, formatter=service.engine.llm.formatter))
 
     return router
 
 
 async def _answer(service: Service, http: Request, parse: Callable[..., ApiRequest]) -> Response:
     service.check_serving()
-    request = parse(await read_json(http, service.settings), allow_unknown=True)
+    body = await read_json(http, service.settings)
+    request = await service.in_thread(partial(parse, body, allow_unknown=True))  # a grammar takes time
     if request.stream:
         return EventStream(_events(service, request))
     try:

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from fastllama.server import documents
 from fastllama.server.bodies import read_json
 from fastllama.server.json_response import JsonResponse
-from fastllama.server.page import page_response
+from fastllama.server.page import read_page
 from fastllama.server.service import Service
 from fastllama.server.tokenization import detokenized, tokenized
 
@@ -13,6 +13,7 @@ from fastllama.server.tokenization import detokenized, tokenized
 def other_routes(service: Service, created: int) -> APIRouter:
     """The routes, on a service. created: when the server started, in seconds since 1970."""
     router = APIRouter()
+    html, headers = read_page()
     model = {
         "id": service.served.name,
         "object": "model",
@@ -52,6 +53,6 @@ def other_routes(service: Service, created: int) -> APIRouter:
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
-        return page_response()
+        return Response(html, headers=headers)
 
     return router

@@ -1,44 +1,37 @@
-"""The page to chat in: one file, which may load nothing from elsewhere."""
+"""The page at `/`, page.html, and the headers that it is sent with."""
 
 import base64
-import functools
 import hashlib
 import re
-from importlib import resources
+from pathlib import Path
 
-from fastapi import Response
-
-PAGE = "page.html"
-INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+PAGE = Path(__file__).resolve().with_name("page.html")
 
 
-def page_response() -> Response:
-    """The page, with a policy that lets it run its own script and speak to its own server only."""
-    page, policy = _page_and_policy()
-    headers = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-    return Response(page, media_type="text/html; charset=utf-8", headers=headers)
-
-
-@functools.cache
-def _page_and_policy() -> tuple[bytes, str]:
-    page = resources.files("fastllama.server").joinpath(PAGE).read_text(encoding="utf-8")
-    hashes: dict[str, list[str]] = {"script": [], "style": []}
-    for kind, text in INLINE.findall(page):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        hashes[kind].append(f"'sha256-{digest}'")
+def read_page() -> tuple[bytes, dict[str, str]]:
+    """The page as UTF-8, and its headers. They let a browser run and load what the file holds, and nothing else."""
+    text = PAGE.read_text(encoding="utf-8")
     policy = {
         "default-src": "'none'",
-        "script-src": " ".join(hashes["script"]),
-        "style-src": " ".join(hashes["style"]),
-        "img-src": "data:",
+        "script-src": _hash(text, "script"),
+        "style-src": _hash(text, "style"),
+        "img-src": "data:",  # the icon
         "connect-src": "'self'",
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
     }
-    return page.encode(), "; ".join(f"{name} {value}" for name, value in policy.items())
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",  # a new version of the server has a new page
+    }
+    return text.encode(), headers
+
+
+def _hash(text: str, element: str) -> str:
+    """What a policy calls an inline script or style: the hash of the text between its tags."""
+    (content,) = re.findall(f"<{element}>(.*?)</{element}>", text, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

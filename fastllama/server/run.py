@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
     async def _watch_engine(self) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            self.failure = getattr(self._service.engine, "failure", None)
+            self.failure = self._service.engine.failure
             if self.failure is not None:
                 self.should_exit = True
 

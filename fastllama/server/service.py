@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 import fastllama
-from fastllama.engine.engine import Engine, Model
+from fastllama.engine.engine import Engine
+from fastllama.engine.prompts import Model
 from fastllama.engine.request import Request
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.errors import InvalidRequest

@@ -22,9 +22,8 @@ def tokenized(service: Service, body: object) -> dict[str, Any]:
                 param="add_generation_prompt",
                 code="unsupported_parameter",
             )
-        (tokens,) = encode(
-            engine, chat_request({name: fields[name] for name in ("messages", "tools") if name in fields})
-        )
+        chat = {name: fields[name] for name in ("messages", "tools") if name in fields}
+        (tokens,) = encode(engine, chat_request(chat, formatter=engine.llm.formatter))
     elif isinstance(fields.get("prompt"), str):
         tokens = tokenizer.encode(fields["prompt"], bos=flags["add_special_tokens"], eos=False)
     else:

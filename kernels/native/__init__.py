@@ -32,6 +32,7 @@ from fastllama.kernels.native.library import (
 )
 from fastllama.kernels.paged_cache import LayerCache
 from fastllama.kernels.quantized import QuantizedWeight, Weight
+from fastllama.kernels.sampling import masks
 
 MAX_FLOAT32_TOKENS = 128  # of a projection by the kernels; more are faster by the library's matrix product
 MAX_BFLOAT16_TOKENS = 32  # the same, where the CPU multiplies bfloat16; without, the library is never faster
@@ -171,7 +172,8 @@ def sample_and_advance(logits: Tensor, state: DecodeState, workspace: Workspace 
     )
 
 
-# A step that checks guesses.
+# For rows with a grammar, and for a step that checks guesses.
+mask_logits = masks.mask_logits_of_rows
 window, accept, look_up, put_guess = checking.window, checking.accept, checking.look_up, checking.put_guess
 
 

@@ -1,7 +1,8 @@
-"""The end of a decode step that needs more than a draw: controls (`controls.py`), or the most likely tokens as output.
+"""The end of a decode step that needs more than a draw: controls (`controls.py`), masks of tokens (`masks.py`), or the
+most likely tokens as output.
 
-Plain torch on any device, with static shapes and without a value on the host, so that a graph can capture it.
-Log-probabilities stay those of the model, before the controls.
+Plain torch on any device, and an op of the backend for the masks; with static shapes and without a value on the host,
+so that a graph can capture it. Log-probabilities that are wanted stay those of the model, before controls and masks.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastllama.kernels.batch import Workspace
 from fastllama.kernels.decode_state import DecodeState
 from fastllama.kernels.sampling.controls import LogitControls, TopTokens
+from fastllama.kernels.sampling.masks import TokenMasks
 
 
 def controlled(logits: Tensor, state: DecodeState, controls: LogitControls) -> Tensor:
@@ -40,22 +42,36 @@ def sample_with_extras(
     logits: Tensor,
     state: DecodeState,
     workspace: Workspace | None,
-    controls: LogitControls | None,
-    top: TopTokens | None,
+    *,
+    controls: LogitControls | None = None,
+    top: TopTokens | None = None,
+    masks: TokenMasks | None = None,
+    scores: bool = False,
 ) -> None:
-    """`ops.sample_and_advance` of logits (B, V) with controls, and with the most likely tokens as output, if not None.
+    """`ops.sample_and_advance` of logits (B, V), which `masks` changes, with extras.
 
-    The log-probabilities are those of `logits`.
+    controls, masks: applied before the draw, masks first, so that top-k and min-p keep tokens that are allowed. top:
+    space for the most likely tokens. scores: the log-probabilities are those of `logits` as they came in; they are so
+    anyway with controls, and in rows without a mask.
     """
+
+    def draw() -> None:
+        if masks:
+            ops.mask_logits(logits, masks, state.positions)
+        ops.sample_and_advance(controlled(logits, state, controls) if controls else logits, state, workspace)
+
+    if not (controls or top or scores):
+        draw()
+        return
     running, rows = state.positions >= 0, state.rows
     step = torch.where(running, state.positions + 1 - state.starts, 0) % state.out_tokens.shape[0]
-    ops.sample_and_advance(controlled(logits, state, controls) if controls else logits, state, workspace)
-    scores = torch.log_softmax(logits.float(), dim=-1)
-    if controls:
+    of_model = torch.log_softmax(logits.float(), dim=-1)
+    draw()
+    if controls or scores:
         tokens, logprobs = state.out_tokens[step, rows], state.out_logprobs[step, rows]
-        chosen = scores.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
+        chosen = of_model.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
         state.out_logprobs[step, rows] = torch.where(running & (tokens >= 0), chosen, logprobs)
     if top:
-        values, ids = scores.topk(top.ids.shape[2], dim=-1)
+        values, ids = of_model.topk(top.ids.shape[2], dim=-1)
         for out, new in ((top.ids, ids), (top.logprobs, values)):
             out[step, rows] = torch.where(running[:, None], new, out[step, rows])

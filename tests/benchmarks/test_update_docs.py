@@ -35,8 +35,9 @@ def test_the_readmes_figures_of_quantised_weights_are_those_of_their_files(choic
 def test_the_readme_states_no_other_speed_outside_its_picture() -> None:
     text = README.read_text(encoding="utf-8")
     assert text.count("\n") <= 120, "details belong in docs/"
-    (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert picture.startswith("benchmarks/results/") and (update_docs.ROOT / picture).exists()
+    plot, page = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert plot.startswith("benchmarks/results/") and (update_docs.ROOT / plot).exists()
+    assert page.startswith("docs/pictures/") and (update_docs.ROOT / page).exists()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)  # the output of commands stays
     assert not SPEED.findall(prose), "put figures into docs/benchmarks.md, where they come from result files"
 

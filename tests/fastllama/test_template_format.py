@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fastllama import Llama
-from fastllama.chat_format import NoFormat, TemplateFormat, choose_format
+from fastllama.chat_format import Llama3Format, NoFormat, TemplateFormat, choose_format
 from fastllama.tokenizer import CHAT_TOKENS, ChatFormat, Dialog
 from fastllama.tokenizer_base import BaseTokenizer
 from fastllama.tokenizer_open import open_tokenizer
@@ -208,3 +208,35 @@ def test_llama3s_format_stops_at_the_end_of_a_message(tmp_path: Path) -> None:
     special = ours.tokenizer.special_tokens
     assert ours.tokenizer.stop_tokens == {special["<|end_of_text|>"], special["<|eot_id|>"]}
     assert ours.encode_dialog_prompt(DIALOGS[0])[0] == special["<|begin_of_text|>"]
+
+
+def test_dialogs_with_tools_of_their_own_use_the_template_for_tools(tmp_path: Path) -> None:
+    """Tools of the build are in every prompt; those of a dialog take their place."""
+    named = [{"name": name, "template": f"{name} {TOOLS}"} for name in ("default", "tool_use")]
+    folder = folder_with(tmp_path, "byte-level", named)
+    ours = formatter(folder)
+    texts = [ours.tokenizer.decode(ours.encode_dialog_prompt(DIALOGS[0], tools)) for tools in (None, [WEATHER])]
+    assert texts[0].startswith("default") and texts[1].startswith("tool_use") and '"weather"' in texts[1]
+    built = formatter(folder, template_args={"tools": [{"name": "old"}]})
+    assert '"old"' in ours.tokenizer.decode(built.encode_dialog_prompt(DIALOGS[0]))
+    assert built.encode_dialog_prompt(DIALOGS[0], [WEATHER]) == ours.encode_dialog_prompt(DIALOGS[0], [WEATHER])
+
+
+def test_llama_3s_format_keeps_the_template_that_writes_tools(tmp_path: Path) -> None:
+    """Calls have no content, and go through the template as tools do."""
+    calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {}}}]
+    dialog: Any = [DIALOGS[0][0], {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "21"}]
+    calling = LLAMA3.replace("message.content", "('called' if message.tool_calls is defined else message.content)")
+    listing = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    found = {}
+    for name, template in (("tools", listing + calling), ("none", LLAMA3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        ours = choose_format(llama3_folder(folder, template), [folder], is_meta=False)
+        assert isinstance(ours, Llama3Format) and (ours.tool_format is None) == (name == "none")
+        assert ours.encode_dialog_prompt(DIALOGS[0]) == ChatFormat(ours.tokenizer).encode_dialog_prompt(DIALOGS[0])
+        found[name] = [ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, tools)) for tools in (None, [WEATHER])]
+    assert "<|end_header_id|>\n\ncalled<|eot_id|>" in found["tools"][0] and found["tools"][1].startswith('{"type"')
+    assert '\n\n{"name": "weather", "parameters": {}}<|eot_id|>' in found["none"][0] and "ipython" in found["none"][0]
+    with pytest.raises(ValueError, match="message 1 has no 'content'"):
+        ChatFormat(open_tokenizer(folder)).encode_dialog_prompt(dialog)

@@ -69,7 +69,11 @@ def test_a_bad_line_is_an_error_line_and_not_the_end(tmp_path: Path) -> None:
         "no body": ({"custom_id": "no body", "url": good["url"]}, "invalid_line", "the line has no body"),
         "body": ({**good, "custom_id": "body", "body": []}, "invalid_value", "the body must be an object"),
         "stream": (completion("stream", stream=True), "unsupported_parameter", "stream is not supported in a batch"),
-        "tools": (chat("tools", tools=[{}]), "unsupported_parameter", "tools is not supported"),
+        "tools": (
+            chat("tools", tools=[{"type": "mcp"}]),
+            "unsupported_parameter",
+            "type 'mcp' is not supported",
+        ),
         "unknown": (completion("unknown", max_token=1), "unknown_parameter", "did you mean max_tokens?"),
         "long": (completion("long", [5] * 300), "context_length_exceeded", "the prompt has 300 tokens, and 256"),
         "good": (good, "duplicate_custom_id", "an earlier line has the custom_id 'good'"),

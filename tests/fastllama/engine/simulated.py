@@ -3,7 +3,7 @@
 A "model" whose next token follows from all tokens before it, as in a real one. Its cache holds, for each position, the
 token, and a number for all tokens up to it. A step that reads a page of another prefix, or writes to a page that is
 shared or can be found again, fails. Launches run in the order in which they are enqueued, and the host sees their
-output as late as with a GPU. Pages have 4 positions.
+output as late as with a GPU. A row with a grammar draws from its mask. Pages have 4 positions.
 """
 
 from collections import deque
@@ -18,9 +18,11 @@ import torch
 from fastllama import page_pool
 from fastllama.distributed.model_parallel import SINGLE_PROCESS
 from fastllama.engine import Engine, SamplingParams, core, scheduler
+from fastllama.engine.grammar import Grammar
 from fastllama.engine.model_runner import NewToken
 from fastllama.engine.sequence import Sequence as Answering
 from fastllama.kernels import paged_cache
+from fastllama.kernels.sampling.masks import allowed_tokens
 from fastllama.page_pool import PagePool
 from fastllama.token_scores import TokenScore
 from fastllama.tokenizer_base import BaseTokenizer
@@ -29,6 +31,7 @@ PAGE = 4
 VOCABULARY = 16
 EOS = 15
 ROOT = 1  # the number of no tokens
+LETTERS_IN_GRAMMAR = 13
 
 
 def following(number: int, token: int) -> int:
@@ -39,6 +42,11 @@ def following(number: int, token: int) -> int:
 def drawn(number: int, stream: int) -> int:
     """The token that follows a prefix."""
     return (number ^ stream * 0x51ED270B7) // 64 % VOCABULARY
+
+
+def chosen(allowed: Sequence[int], number: int, stream: int) -> int:
+    """The token that follows a prefix where only some are allowed."""
+    return allowed[drawn(number, stream) % len(allowed)]
 
 
 def score_of(number: int, token: int) -> float:
@@ -111,10 +119,14 @@ class Runner:
 
     def start(self, sequences: Sequence[Answering]) -> None:
         for one in sequences:
-            state = {"position": len(one.tokens) - 1, "token": one.tokens[-1], "sequence": one}
+            assert one.placed_row not in self.active, "a row starts that runs"
             if len(one.tokens) - 1 < one.last:
-                self.active[one.placed_row] = state
+                self._activate(one, None)
             one.is_decoding = True
+
+    def _activate(self, one: Answering, allowed: list[int] | None) -> None:
+        state = {"position": len(one.tokens) - 1, "token": one.tokens[-1], "last": one.last_ahead}
+        self.active[one.placed_row] = state | {"sequence": one, "allowed": allowed}
 
     def move(self, moves: Sequence[scheduler.Move]) -> None:
         assert not self.outputs, "a row moves whose output is not known"
@@ -129,6 +141,11 @@ class Runner:
 
     def step(self, sequences: Sequence[Answering]) -> None:
         self._fail_in("step", list(sequences))
+        for one in sequences:
+            if one.matcher is not None:
+                assert one.in_flight == 0, "a mask for a token after one that is not known"
+                allowed = allowed_tokens(one.matcher.mask, VOCABULARY).nonzero().flatten().tolist()
+                self._activate(one, allowed)
         assert set(self.active) <= {one.placed_row for one in sequences}, "a row was not stopped"
         output: list[tuple[Answering, list[int]]] = [(one, []) for one in sequences]
         for _ in range(self.decoder.unroll):
@@ -151,7 +168,7 @@ class Runner:
 
     def _check_guesses(self, row: int) -> list[int]:
         """One row's part of a step: its next token, and those after it whose guesses were right."""
-        begin, last = self.active[row]["position"], self.active[row]["sequence"].last
+        begin, last = self.active[row]["position"], self.active[row]["last"]
         n_guesses = self.decoder.most_new_tokens - self.decoder.unroll
         tokens = [self._decode(row)]
         while row in self.active and len(tokens) <= n_guesses and (begin + tokens[-1]) % 3:
@@ -166,9 +183,10 @@ class Runner:
         position, constants = state["position"], state["sequence"]
         number = self._attend(row, position)
         self._append(row, position, number, state["token"])
-        token = drawn(following(number, state["token"]), constants.stream[1])
+        allowed = range(VOCABULARY) if state["allowed"] is None else state["allowed"]
+        token = chosen(allowed, following(number, state["token"]), constants.stream[1])
         state["position"], state["token"] = position + 1, token
-        if token in constants.stop_ids or position + 1 >= constants.last:
+        if token in constants.stop_ids or position + 1 >= state["last"]:
             del self.active[row]
         return token
 
@@ -242,9 +260,13 @@ def small_pages() -> Iterator[None]:
 
 
 def answer_alone(
-    prompt: Sequence[int], params: SamplingParams, index: int, max_seq_len: int
+    prompt: Sequence[int],
+    params: SamplingParams,
+    index: int,
+    max_seq_len: int,
+    lengths: tuple[int, int] | None = None,
 ) -> tuple[list[int], str, str | int | None]:
-    """(tokens, finish reason, stop reason) of an answer, by the definition."""
+    """(tokens, finish reason, stop reason) of an answer, by the definition. lengths: as in `letters`."""
     number = ROOT
     for token in prompt:
         number = following(number, token)
@@ -253,7 +275,12 @@ def answer_alone(
     stops = {EOS, *params.stop_token_ids} if not params.ignore_eos else set(params.stop_token_ids)
     tokens: list[int] = []
     while len(tokens) < budget:
-        token = drawn(number, index)
+        allowed = list(range(VOCABULARY))
+        if lengths is not None:
+            words = set(range(LETTERS_IN_GRAMMAR)) - stops if len(tokens) < lengths[1] else set[int]()
+            ends = stops if len(tokens) >= lengths[0] else set[int]()
+            allowed = sorted(words | ends)
+        token = chosen(allowed, number, index)
         if token in stops:
             return tokens, "stop", token
         tokens.append(token)
@@ -263,4 +290,11 @@ def answer_alone(
         if found:
             longest = max(found, key=len)
             return tokens[: len(tokens) - len(longest)], "stop", longest
+        if lengths is not None and len(tokens) == lengths[1]:
+            return tokens, "stop", None
     return tokens, "length", None
+
+
+def letters(lengths: tuple[int, int]) -> Grammar:
+    """The first letters of the alphabet, so many of them."""
+    return Grammar.lark(f"start: /[a-{chr(ord('a') + LETTERS_IN_GRAMMAR - 1)}]{{{lengths[0]},{lengths[1]}}}/")

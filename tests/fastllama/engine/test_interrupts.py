@@ -11,7 +11,7 @@ from fastllama import SamplingParams
 from tests.fastllama.engine.simulated import answer_alone, simulated_engine, small_pages
 from tests.support.tiers import parameters
 
-FILES = {"core.py", "scheduler.py", "page_pool.py", "sequence.py"}
+FILES = {"core.py", "scheduler.py", "page_pool.py", "sequence.py", "recovery.py", "inbox.py"}
 PARAMS = SamplingParams(max_gen_len=9, n=2, stop="ab")
 PROMPTS = [[1, 2, 3, 4, 5, number] for number in range(5)]
 
@@ -39,6 +39,8 @@ def test_an_interrupt_at_any_line_leaves_a_working_engine(first: int) -> None:
     with small_pages():
         for at in range(19 * first, 6000, 151):
             engine = simulated_engine(rows=3, pages=8, max_seq_len=20, ahead=1)
+            runner = engine.llm.decoder.runner  # type: ignore[attr-defined]
+            runner.fails_in = ("", "step", "prefill")[at % 3]  # so that the recovery is interrupted, too
             requests = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]
             before = sys.gettrace()
             sys.settrace(Interrupt(at))
@@ -48,6 +50,7 @@ def test_an_interrupt_at_any_line_leaves_a_working_engine(first: int) -> None:
                 interrupted += 1
             finally:
                 sys.settrace(before)
+                runner.fails_in = ""
             assert all(request.is_finished for request in requests)
             assert engine._core.scheduler.pool.n_available == 8 and engine._held is None
             request = engine.submit(PROMPTS[0], PARAMS)

@@ -23,6 +23,7 @@ from tests.fastllama.engine.simulated import (
     Runner,
     answer_alone,
     following,
+    letters,
     score_of,
     simulated_engine,
     small_pages,
@@ -43,6 +44,7 @@ REQUESTS = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "scored": st.booleans(),
         "echo": st.booleans(),
+        "lengths": st.sampled_from([None, None, None, (1, 40), (2, 9), (25, 29)]),
     }
 )
 
@@ -61,6 +63,7 @@ class Traffic(RuleBasedStateMachine):
         self.open: list[Request] = []
         self.cancelled: set[int] = set()
         self.n_failures = 0  # that may have ended a request
+        self.lengths: dict[int, tuple[int, int] | None] = {}  # of the grammars' texts, by request
         self.last_running: list[int] = []
 
     @initialize(
@@ -82,6 +85,7 @@ class Traffic(RuleBasedStateMachine):
             params = SamplingParams(
                 prompt_logprobs=0 if one["scored"] else None,
                 logprobs=0,
+                grammar=None if one["lengths"] is None else letters(one["lengths"]),
                 **{name: one[name] for name in ("max_gen_len", "stop", "stop_token_ids", "n", "echo", "ignore_eos")},
             )
             room = MAX_SEQ_LEN - len(prompt)
@@ -92,6 +96,7 @@ class Traffic(RuleBasedStateMachine):
                     self.engine.submit(prompt, params)
             else:
                 self.open.append(self.engine.submit(prompt, params))
+                self.lengths[self.open[-1].number] = one["lengths"]
 
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
@@ -153,16 +158,17 @@ class Traffic(RuleBasedStateMachine):
         result, prompt = request.result(), request.partial.prompt_tokens
         ends = Counter(one.index for one in increments if one.finish_reason is not None)
         assert ends == Counter(range(request.params.n)), "every answer ends once"
+        n_errors = 0
         for answer in result.answers:
-            tokens, reason, stop = answer_alone(prompt, request.params, answer.index, MAX_SEQ_LEN)
+            lengths = self.lengths[request.number]
+            tokens, reason, stop = answer_alone(prompt, request.params, answer.index, MAX_SEQ_LEN, lengths)
             mine = [one for one in increments if one.index == answer.index]
             assert "".join(one.text for one in mine) == answer.text
             if answer.finish_reason == "error":
                 assert str(answer.error).startswith("ArithmeticError: as planned, in ")
                 whole = prompt + tokens if request.params.echo else tokens
                 assert answer.tokens == whole[: len(answer.tokens)]
-                self.n_failures -= 1
-                assert self.n_failures >= 0, "a failure ends one answer at most"
+                n_errors += 1
                 continue
             assert answer.error is None
             if request.number in self.cancelled and answer.finish_reason == "cancelled":
@@ -174,6 +180,8 @@ class Traffic(RuleBasedStateMachine):
             assert answer.text == "".join(chr(ord("a") + token) for token in answer.tokens)
             assert (answer.finish_reason, answer.stop_reason) == (reason, stop)
             assert len(answer.logprobs or []) == len(answer.tokens)
+        self.n_failures -= n_errors > 0
+        assert self.n_failures >= 0, "a failure ends one request at most"
         ended = {answer.finish_reason for answer in result.answers} <= {"stop", "length"}
         if request.params.prompt_logprobs is not None and ended:
             number, expected_scores = ROOT, []

@@ -1,12 +1,32 @@
 """Bodies of requests: every field's translation, and every refusal."""
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+from openai.types.chat import ChatCompletionStreamOptionsParam
+from openai.types.chat.completion_create_params import (
+    CompletionCreateParamsNonStreaming as ChatNonStreaming,
+)
+from openai.types.chat.completion_create_params import (
+    CompletionCreateParamsStreaming as ChatStreaming,
+)
+from openai.types.completion_create_params import (
+    CompletionCreateParamsNonStreaming as CompletionNonStreaming,
+)
+from openai.types.completion_create_params import (
+    CompletionCreateParamsStreaming as CompletionStreaming,
+)
 
 from fastllama import Llama, SamplingParams
 from fastllama.openai_api.errors import InvalidRequest
-from fastllama.openai_api.fields import UNSUPPORTED, WITHOUT_EFFECT
+from fastllama.openai_api.fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    STREAM_OPTIONS,
+    UNSUPPORTED,
+    UNSUPPORTED_STREAM_OPTIONS,
+    WITHOUT_EFFECT,
+)
 from fastllama.openai_api.requests import ApiRequest, chat_request, completion_request, encode, submit
 from tests.fastllama.openai_api.conftest import MAX_SEQ_LEN
 
@@ -103,6 +123,17 @@ def test_a_stream_is_known_to_a_server() -> None:
     assert request.stream and request.include_usage
     assert refusal({"prompt": "x", "stream_options": {"include_usage": True}}).param == "stream_options"
     assert refusal({"prompt": "x", "stream": True, "stream_options": True}).param == "stream_options"
+    neutral = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": False}
+    assert parse({"prompt": "x", "stream": True, "stream_options": neutral}) == request
+    for name in ("include_obfuscation", "continuous_usage_stats"):
+        error = refusal({"prompt": "x", "stream": True, "stream_options": {name: True}}, allow_unknown=True)
+        assert (error.param, error.code) == (f"stream_options.{name}", "unsupported_parameter")
+    unknown = {"prompt": "x", "stream": True, "stream_options": {"include_use": True}}
+    error = refusal(unknown)
+    assert error.param == "stream_options.include_use" and "did you mean include_usage?" in str(error)
+    assert not parse(unknown, allow_unknown=True).include_usage
+    error = refusal({"prompt": "x", "stream": True, "stream_options": {"include_usage": 1}})
+    assert error.param == "stream_options.include_usage"
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
@@ -118,6 +149,39 @@ def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(name: str) -
         assert parse({**body, name: neutral}) == parse(body)
     error = refusal({**body, name: {"some": "thing"}}, allow_unknown=True)
     assert (error.param, error.code) == (name, "unsupported_parameter") and f"{name} is not supported" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("best_of", True), ("use_beam_search", 0), ("length_penalty", True), ("skip_special_tokens", 0.0)],
+    ids=str,
+)
+def test_true_is_not_one(name: str, value: Any) -> None:
+    assert refusal({"prompt": "x", name: value}).param == name
+    assert parse({"prompt": "x", "length_penalty": 1, "best_of": 1.0}) == parse({"prompt": "x"})
+
+
+def fields_of(kind: Any) -> set[str]:
+    return set(get_type_hints(kind))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "known"),
+    [
+        ((ChatStreaming, ChatNonStreaming), CHAT_FIELDS),
+        ((CompletionStreaming, CompletionNonStreaming), COMPLETION_FIELDS),
+    ],
+    ids=["chat", "completion"],
+)
+def test_every_field_of_the_openai_package_is_sorted(kinds: tuple[Any, ...], known: frozenset[str]) -> None:
+    names = set().union(*(fields_of(kind) for kind in kinds))
+    assert len(names) > 15 and "stream" in names
+    sorted_in = [known, WITHOUT_EFFECT, frozenset(UNSUPPORTED)]
+    assert not names - set().union(*sorted_in), "fields that would be unknown: honour, ignore or refuse each by name"
+
+
+def test_every_stream_option_of_the_openai_package_is_sorted() -> None:
+    assert fields_of(ChatCompletionStreamOptionsParam) <= STREAM_OPTIONS | set(UNSUPPORTED_STREAM_OPTIONS)
 
 
 def test_unknown_fields_are_refused_with_a_hint_unless_they_are_allowed() -> None:
@@ -189,7 +253,8 @@ def test_wrong_values_are_named(field: str, value: Any, message: str | None) -> 
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": "hello"}, "messages", "invalid_value"),
         ({"messages": ["hello"]}, "messages[0]", "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "invalid_value"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [*HELLO, {"role": "user", "content": None}]}, "messages[1].content", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_value"),

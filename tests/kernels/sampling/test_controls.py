@@ -164,7 +164,7 @@ def test_a_step_with_controls_draws_from_them_and_scores_without(greedy: bool) -
     state, logits = state_of(rows, 0.0 if greedy else 1.0), logits_for(len(rows))
     other = state_of(rows, 0.0 if greedy else 1.0)
     assert state.controls is not None and other.controls is not None
-    sample_with_extras(reference, logits, state, None, state.controls, None)
+    sample_with_extras(reference, logits, state, None, controls=state.controls)
     changed = controlled(logits, other, other.controls)
     tokens, _ = reference.sample(changed, other.sampling, other.positions + 1)
     at = (state.positions.clamp(min=0).max() - PROMPT_LENGTH) % 4
@@ -178,7 +178,7 @@ def test_the_likeliest_tokens_are_those_of_the_model() -> None:
     state, logits = state_of([RowControls(bias={3: 50.0})] * 2, 0.0), logits_for(2)
     state.stop_rows([1])
     assert state.top is not None and state.controls is not None
-    sample_with_extras(reference, logits, state, None, state.controls, state.top)
+    sample_with_extras(reference, logits, state, None, controls=state.controls, top=state.top)
     expected = torch.log_softmax(logits[0], -1).topk(MAX_TOP_TOKENS)
     step = 3  # the third new token is written after the second
     assert state.out_tokens[step % 4, 0] == 3
@@ -192,7 +192,7 @@ def test_logits_that_are_not_numbers_give_no_token() -> None:
     state, logits = state_of(rows), logits_for(2)
     logits[0, 4] = torch.nan
     assert state.controls is not None
-    sample_with_extras(reference, logits, state, None, state.controls, state.top)
+    sample_with_extras(reference, logits, state, None, controls=state.controls, top=state.top)
     tokens = state.out_tokens[3]
     assert tokens[0] == -1 and tokens[1] >= 0 and state.positions.tolist()[0] == -1
 

@@ -1,0 +1,383 @@
+"""A request that breaks the engine's step ends alone: the answers of all others are those that they get alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama import Engine, Llama, SamplingParams
+from fastllama.distributed.model_parallel import Group
+from fastllama.engine import Request
+from fastllama.engine.sequence import Sequence as Answering
+from fastllama.kernels.batch import RaggedBatch
+from tests.fastllama.engine.llamas import assert_as_alone, engine_llama
+from tests.fastllama.engine.simulated import answer_alone, simulated_engine, small_pages
+
+PARAMS = SamplingParams(max_gen_len=12, temperature=1.0, seed=5, logprobs=0)
+PROMPTS = [[5, number, *[7] * number] for number in range(9)]
+CULPRIT = 4  # of the prompts
+OWN_TOKEN = 444  # of the culprit
+OTHERS = {2: 445, 8: 446}  # tokens of other prompts, which may be culprits, too
+for _number, _token in {CULPRIT: OWN_TOKEN, **OTHERS}.items():
+    PROMPTS[_number][0] = _token
+PLANNED = "ArithmeticError: as planned"
+
+
+@pytest.fixture(scope="module")
+def plain_llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    """A model whose steps run op by op, so that an op can be replaced."""
+    return engine_llama(tmp_path_factory.mktemp("plain"), backend="reference")
+
+
+@pytest.fixture
+def llm(plain_llm: Llama) -> Iterator[Llama]:
+    plain_llm.model.cache.pool.forget()
+    yield plain_llm
+    plain_llm.model.check_idle()
+
+
+def break_model(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, breaks: Callable[[RaggedBatch], bool], error: Exception | None = None
+) -> list[int]:
+    """Let forward passes of some batches fail, after they have spoilt the cache -> their numbers of tokens."""
+    failed: list[int] = []
+    hidden = llm.model.hidden
+
+    def breaking(batch: RaggedBatch) -> torch.Tensor:
+        if not breaks(batch):
+            return hidden(batch)
+        llm.model.cache.k.fill_(torch.nan)
+        llm.model.cache.v.fill_(torch.nan)
+        llm.model.workspace.reset()
+        failed.append(len(batch.tokens))
+        raise error or ArithmeticError("as planned")
+
+    monkeypatch.setattr(llm.model, "hidden", breaking)
+    return failed
+
+
+def ask_all(engine: Engine) -> list[Request]:
+    requests = [engine.submit(prompt, PARAMS) for prompt in PROMPTS]
+    engine.run()
+    assert engine.stats[:3] == (0, 0, 0) and engine.failure is None
+    assert engine.stats.finished_requests == len(requests)
+    return requests
+
+
+def assert_alone_but(llm: Llama, requests: Sequence[Request], culprits: Sequence[int], error: str) -> None:
+    for number, request in enumerate(requests):
+        answer = request.result().answer
+        if number in culprits:
+            assert (answer.finish_reason, answer.error) == ("error", error), number
+        else:
+            assert answer.finish_reason == "length" and answer.error is None, number
+            assert not assert_as_alone(llm, request.result(), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ArithmeticError("as planned"), PLANNED),
+        (MemoryError(), "DoesNotFit: out of memory: "),
+        (RuntimeError("CPU: not enough memory"), "DoesNotFit: out of memory: "),
+    ],
+    ids=["an error", "no memory", "torch has no memory"],
+)
+def test_a_prompt_that_breaks_the_prefill_ends_alone(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    with monkeypatch.context() as patch:
+        failed = break_model(llm, patch, lambda batch: OWN_TOKEN in batch.tokens.tolist(), error)
+        requests = ask_all(llm.engine())
+    answer = requests[CULPRIT].result().answer
+    assert answer.error is not None and answer.error.startswith(text) and answer.tokens == []
+    assert failed == [failed[0], len(PROMPTS[CULPRIT]) - 1], "once together, once alone"
+    assert_alone_but(llm, requests, [CULPRIT], answer.error)
+
+
+@pytest.mark.parametrize("at", [0, 2, 7])
+def test_a_token_that_breaks_a_decode_step_ends_its_request(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    prompt = PROMPTS[CULPRIT]
+    tokens = [*prompt, *llm.generate([prompt], 12, 1.0, seed=[5])[0][0]]
+    position = len(prompt) - 1 + at
+    place = position, tokens[position]
+    for other in PROMPTS:
+        if other is not prompt:
+            both = [*other, *llm.generate([other], 12, 1.0, seed=[5])[0][0]]
+            assert not len(other) - 1 <= position < len(both) or both[position] != place[1], "only the culprit has it"
+
+    def breaks(batch: RaggedBatch) -> bool:
+        if any(segment.end - segment.begin > 1 for segment in batch.segments):
+            return False
+        return place in zip(batch.positions.tolist(), batch.tokens.tolist(), strict=True)
+
+    with monkeypatch.context() as patch:
+        failed = break_model(llm, patch, breaks)
+        requests = ask_all(llm.engine())
+    assert len(failed) == 2 and failed[0] > 1 == failed[1], "once together, once alone"
+    assert requests[CULPRIT].result().answer.tokens == tokens[len(prompt) : len(prompt) + at]
+    assert_alone_but(llm, requests, [CULPRIT], PLANNED)
+
+
+def test_several_culprits_end_each_for_itself(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        own = {OWN_TOKEN, *OTHERS.values()}
+        break_model(llm, patch, lambda batch: not own.isdisjoint(batch.tokens.tolist()))
+        requests = ask_all(llm.engine())
+    assert_alone_but(llm, requests, [CULPRIT, *OTHERS], PLANNED)
+
+
+def test_company_that_does_not_fit_is_answered_in_smaller_company(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without memory for a step of all rows: nobody fails alone, so in the end all are answered."""
+    with monkeypatch.context() as patch:
+        failed = break_model(llm, patch, lambda batch: len(batch.segments) > 2, MemoryError())
+        requests = ask_all(llm.engine())
+    assert 0 < len(failed) <= 6
+    assert_alone_but(llm, requests, [], "")
+
+
+def test_scores_of_prompts_survive_a_failure(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_gen_len=4, temperature=0, prompt_logprobs=1, logprobs=1, echo=True)
+    long = [[3, *range(20, 120)], [4, *range(30, 150)], [6, 7]]
+    engine = llm.engine(max_tokens_per_step=40)
+    expected = [engine.submit(prompt, params).result() for prompt in long]
+    llm.model.cache.pool.forget()
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        break_model(llm, patch, lambda batch: calls.append(0) or len(calls) == 4)  # type: ignore[func-returns-value]
+        running = engine.submit([9, 9], SamplingParams(max_gen_len=60, seed=1))
+        requests = [engine.submit(prompt, params) for prompt in long]
+        engine.run()
+    assert running.result().answer.finish_reason == "length"
+    for request, alone in zip(requests, expected, strict=True):
+        found = request.result()
+        assert (found.answer.tokens, found.answer.text) == (alone.answer.tokens, alone.answer.text)
+        scores = [[score.logprob for score in one.prompt_scores or []] for one in (found, alone)]
+        torch.testing.assert_close(torch.tensor(scores[0]), torch.tensor(scores[1]), atol=1e-5, rtol=0)
+        assert len(found.answer.logprobs or []) == len(found.answer.tokens)
+
+
+def test_no_page_from_before_a_failure_is_found_again(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, stem = llm.engine(), [11] * 150
+    before = engine.submit([*stem, 1], PARAMS).result()
+    with monkeypatch.context() as patch:
+        break_model(llm, patch, lambda batch: OWN_TOKEN in batch.tokens.tolist())
+        broken = engine.submit([*stem, OWN_TOKEN, 2], PARAMS).result()
+    assert broken.answer.error == PLANNED and broken.cached_tokens == 0 < 128 == engine.stats.cached_tokens + 128
+    again = [engine.submit([*stem, 1], PARAMS).result() for _ in range(2)]
+    assert [one.cached_tokens for one in again] == [0, 128]
+    assert [one.answer.tokens for one in again] == [before.answer.tokens] * 2
+    assert_as_alone(llm, again[1], PARAMS)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_token_that_the_tokenizer_cannot_decode_ends_its_answer(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, echo: bool
+) -> None:
+    params = SamplingParams(max_gen_len=12, temperature=1.0, seed=5, logprobs=0, n=2, echo=echo)
+    engine = llm.engine()
+    plain = [engine.submit(prompt, params).result() for prompt in PROMPTS]
+    unknown = OWN_TOKEN if echo else plain[CULPRIT].answers[1].tokens[6]
+    decode_bytes = llm.tokenizer.decode_bytes
+
+    def decode(ids: Sequence[int]) -> bytes:
+        if unknown in ids:
+            raise KeyError(unknown)
+        return decode_bytes(ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.tokenizer, "decode_bytes", decode)
+        requests = [engine.submit(prompt, params) for prompt in PROMPTS]
+        engine.run()
+    assert engine.stats[:3] == (0, 0, 0) and engine.stats.preemptions == 0
+    n_errors = 0
+    for request, expected in zip(requests, plain, strict=True):
+        fails = any(unknown in whole.tokens for whole in expected.answers)
+        n_errors += fails
+        for answer, whole in zip(request.result().answers, expected.answers, strict=True):
+            if fails:
+                assert (answer.finish_reason, answer.error) == ("error", f"KeyError: {unknown}")
+                assert answer.tokens == whole.tokens[: len(answer.tokens)] and whole.text.startswith(answer.text)
+                assert unknown not in answer.tokens
+            else:
+                assert (answer.tokens, answer.text, answer.error) == (whole.tokens, whole.text, None)
+    assert n_errors >= 1
+
+
+# Without tensors: every page is checked, and the host is behind the device.
+
+
+@pytest.fixture
+def pages() -> Iterator[None]:
+    with small_pages():
+        yield
+
+
+def small_engine(breaks: Callable[[str, list[Answering]], bool], *, rows: int = 4, **options: Any) -> Engine:
+    engine = simulated_engine(rows=rows, pages=40, max_seq_len=40, **options)
+    engine.llm.decoder.runner.breaks = breaks  # type: ignore[attr-defined]
+    return engine
+
+
+def prompts_of(together: list[Answering]) -> set[int]:
+    """The first token of each prompt."""
+    return {one.tokens[0] for one in together}
+
+
+def assert_simulated(request: Request, *, has_failed: bool = False) -> None:
+    for answer in request.result().answers:
+        tokens, reason, _ = answer_alone(request.partial.prompt_tokens, request.params, answer.index, 40)
+        if has_failed:
+            assert answer.finish_reason == "error" and answer.tokens == tokens[: len(answer.tokens)]
+        else:
+            assert (answer.tokens, answer.finish_reason) == (tokens, reason)
+
+
+SHORT = SamplingParams(max_gen_len=12, ignore_eos=True)
+
+
+@pytest.mark.parametrize("where", ["prefill", "step", "receive"])
+@pytest.mark.parametrize("at", [0, 1, 5])
+@pytest.mark.parametrize(("ahead", "unroll", "n_guesses"), [(0, 1, 0), (2, 1, 0), (2, 2, 0), (2, 1, 4)])
+@pytest.mark.usefixtures("pages")
+def test_one_sequence_breaks_any_launch(where: str, at: int, ahead: int, unroll: int, n_guesses: int) -> None:
+    engine = small_engine(
+        lambda place, together: (
+            place == where and any(one.tokens[0] == 3 and one.n_generated >= at for one in together)
+        ),
+        ahead=ahead,
+        unroll=unroll,
+        n_guesses=n_guesses,
+    )
+    requests = [engine.submit([number, *[1, 2, 3] * number], SHORT) for number in range(8)]
+    engine.run()
+    for number, request in enumerate(requests):
+        assert_simulated(request, has_failed=number == 3 and (where != "prefill" or at == 0))
+    assert engine.stats[:3] == (0, 0, 0) and engine._core.scheduler.pool.n_available == 40
+
+
+@pytest.mark.usefixtures("pages")
+def test_two_that_break_only_together_are_answered_or_end_and_nobody_waits_for_ever() -> None:
+    for rows, pair, may_fail in ((3, {0, 1}, set()), (3, {1, 2}, set()), (6, {0, 5}, set()), (6, {0, 1}, {0, 1, 2})):
+        engine = small_engine(lambda where, together, pair=pair: pair <= prompts_of(together), rows=rows)  # type: ignore[misc]
+        requests = [engine.submit([number, 1, 2, number], SHORT) for number in range(8)]
+        engine.run()
+        broken = {number for number, request in enumerate(requests) if request.result().answer.error is not None}
+        assert broken == may_fail
+        for number, request in enumerate(requests):
+            assert_simulated(request, has_failed=number in broken)
+
+
+@pytest.mark.usefixtures("pages")
+def test_whoever_was_part_of_three_failures_ends() -> None:
+    """Every launch of two fails."""
+    launches: list[int] = []
+
+    def breaks(where: str, together: list[Answering]) -> bool:
+        launches.append(len(together))
+        return len(together) > 1
+
+    engine = small_engine(breaks)
+    requests = [engine.submit([number, 1, 2], SHORT) for number in range(4)]
+    engine.run()
+    broken = [request.result().answer.error is not None for request in requests]
+    assert broken == [True, True, False, False] and sum(count > 1 for count in launches) == 3
+    later = [engine.submit([number, 1, 2], SHORT) for number in range(2)]
+    engine.run()
+    assert all(request.is_finished for request in later)
+
+
+@pytest.mark.usefixtures("pages")
+def test_new_requests_wait_until_all_suspects_are_cleared() -> None:
+    engine = small_engine(lambda where, together: where == "step" and 2 in prompts_of(together))
+    requests = [engine.submit([number, 1, 2, number], SHORT) for number in range(3)]
+    engine.step()
+    core = engine._core
+    assert core._suspects.first is requests[0].sequences[0]
+    late = engine.submit([9, 9], SHORT)
+    requests[1].cancel()
+    alone: list[set[int]] = []
+    while core._suspects.first is not None:
+        engine.step()
+        alone.append(prompts_of(core.scheduler.running))
+        assert late.sequences[0].row is None or core._suspects.first is None
+    assert next(one for one in alone if one) == {0}
+    engine.run()
+    assert requests[1].result().answer.finish_reason == "cancelled"
+    assert_simulated(requests[0])
+    assert_simulated(requests[2], has_failed=True)
+    assert_simulated(late)
+
+
+@pytest.mark.usefixtures("pages")
+def test_a_cancellation_that_fails_on_the_device_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine(lambda where, together: False)
+    requests = [engine.submit([number, 1, 2, number], SamplingParams(max_gen_len=12, n=2)) for number in range(2)]
+    engine.step()
+    engine.step()
+    runner = engine.llm.decoder.runner  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+
+        def failing(rows: Sequence[int]) -> None:
+            patch.undo()
+            raise ArithmeticError("as planned")
+
+        patch.setattr(runner, "stop", failing)
+        requests[0].cancel()
+    engine.run()
+    assert {answer.finish_reason for answer in requests[0].result().answers} == {"cancelled"}
+    for answer in requests[1].result().answers:
+        assert answer.tokens == answer_alone([1, 1, 2, 1], requests[1].params, answer.index, 40)[0]
+    assert engine._core.scheduler.pool.n_available == 40
+
+
+@pytest.mark.usefixtures("pages")
+def test_processes_that_share_a_model_do_not_go_on_after_a_failure() -> None:
+    engine = small_engine(lambda where, together: 2 in prompts_of(together))
+    engine.llm.model.group = Group(0, 2)
+    requests = [engine.submit([number, 1, 2, number], SHORT) for number in range(3)]
+    with pytest.raises(ArithmeticError, match="as planned"):
+        engine.run()
+    for request in requests:
+        with pytest.raises(ArithmeticError, match="as planned"):
+            request.result()
+    assert isinstance(engine.failure, ArithmeticError) and engine.stats[:3] == (0, 0, 0)
+
+
+@pytest.mark.parametrize("error", [ValueError("no such token"), MemoryError()], ids=["error", "memory"])
+@pytest.mark.usefixtures("pages")
+def test_processes_that_share_a_model_agree_about_an_answer_that_ends_alone(error: Exception) -> None:
+    """An error that follows from the tokens comes in all processes. A lack of memory does not."""
+    engine = small_engine(lambda where, together: False)
+    engine.llm.model.group = Group(0, 2)
+    requests = [engine.submit([number, 1, 2, number], SHORT) for number in range(3)]
+
+    def push(ids: Sequence[int]) -> str:
+        raise error
+
+    requests[1].sequences[0].text.push = push  # type: ignore[method-assign, assignment]
+    if isinstance(error, MemoryError):
+        with pytest.raises(MemoryError):
+            engine.run()
+        assert isinstance(engine.failure, MemoryError)
+        return
+    engine.run()
+    assert requests[1].result().answer.error == "ValueError: no such token"
+    for number in (0, 2):
+        assert_simulated(requests[number])
+
+
+def test_a_model_whose_device_is_lost_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine_llama(tmp_path, backend="reference")
+    engine = llm.engine()
+    requests = [engine.submit(prompt, PARAMS) for prompt in PROMPTS[:3]]
+    lost = torch.AcceleratorError("the device is lost")
+    failed = break_model(llm, monkeypatch, lambda batch: True, lost)
+    with pytest.raises(torch.AcceleratorError):
+        engine.run()
+    assert engine.failure is lost and len(failed) == 1
+    assert all(request.error is lost for request in requests)

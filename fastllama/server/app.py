@@ -15,8 +15,14 @@ from fastllama.server.service import Service
 
 def create_app(service: Service) -> FastAPI:
     """The application of a service, whose engine runs in its own thread."""
-    # The pages of documentation would be loaded from elsewhere; /openapi.json stays.
-    app = FastAPI(title="fastllama", version=fastllama.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="fastllama",
+        version=fastllama.__version__,
+        # The pages of documentation would be loaded from elsewhere; /openapi.json stays.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # an error in OpenAI's shape, not a redirection that proxies may break
+    )
     app.include_router(generation_routes(service))
     app.include_router(other_routes(service, created=int(time.time())))
     add_handlers(app)

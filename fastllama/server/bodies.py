@@ -4,10 +4,11 @@ import asyncio
 from typing import Any
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from fastllama import strict_json
 from fastllama.openai_api.errors import InvalidRequest
-from fastllama.server.errors import ApiError
+from fastllama.server.errors import CLIENT_GONE, ApiError
 from fastllama.server.settings import ServerSettings
 
 JSON_TYPES = ("application/json", "+json")
@@ -29,6 +30,10 @@ async def read_json(request: Request, settings: ServerSettings) -> Any:
             data = await _read(request, settings.max_body_bytes)
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time: send it again", code="timeout") from None
+    except ClientDisconnect:
+        raise ApiError(
+            CLIENT_GONE, "the client went away before the whole body was there", code="client_gone"
+        ) from None
     try:
         return strict_json.loads(data)
     except RecursionError:

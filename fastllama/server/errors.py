@@ -14,6 +14,7 @@ from fastllama.server.json_response import JsonResponse
 logger = logging.getLogger(__name__)
 
 BAD_REQUEST, NOT_FOUND, SERVER_ERROR = 400, 404, 500
+CLIENT_GONE = 499  # nobody receives it; nginx's logs have it, too
 MODEL_NOT_FOUND = "model_not_found"
 TYPES = {  # by status
     400: "invalid_request_error",

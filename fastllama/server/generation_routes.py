@@ -11,15 +11,13 @@ from fastllama.engine.request import Request as EngineRequest
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.server import documents
 from fastllama.server.bodies import read_json
-from fastllama.server.errors import INTERNAL_ERROR, ApiError, error_body
+from fastllama.server.errors import CLIENT_GONE, INTERNAL_ERROR, ApiError, error_body
 from fastllama.server.exchange import Exchange, chat_exchange, completion_exchange, responses_exchange
 from fastllama.server.json_response import JsonResponse
 from fastllama.server.service import Service
 from fastllama.server.streaming import ClientGone, EventStream, unless_gone
 
 logger = logging.getLogger(__name__)
-
-CLIENT_GONE = 499  # nobody receives it; nginx's logs have it, too
 
 
 def generation_routes(service: Service) -> APIRouter:

@@ -52,7 +52,10 @@ class RunningServer:
 
     @contextlib.contextmanager
     def paused(self, after_steps: int = 0) -> Iterator[None]:
-        """A block in which the engine runs so many steps and then waits. Requests can be submitted and cancelled."""
+        """A block in which the engine runs so many steps and then waits.
+
+        Requests can be submitted. One that is cancelled ends after the block, at the next step.
+        """
         engine, step = self.service.engine, self.service.engine.step
         ended, left = threading.Event(), iter(range(after_steps))
 

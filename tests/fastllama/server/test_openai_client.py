@@ -36,6 +36,12 @@ def engine_text(server: RunningServer, prompt: Any, **params: Any) -> str:
     return server.service.engine.submit(prompt, SamplingParams(**params)).result().answer.text
 
 
+def n_aborted(server: RunningServer) -> float:
+    """How many answers ended because their clients went away."""
+    labels = {"model_name": MODEL, "finished_reason": "abort"}
+    return server.service.metrics.registry.get_sample_value("vllm:request_success_total", labels) or 0.0
+
+
 def test_lists_and_retrieves_the_model(client: OpenAI, server: RunningServer) -> None:
     (model,) = client.models.list()
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "fastllama") and model.created > 0
@@ -246,10 +252,13 @@ def test_keys_and_a_stopping_server(llm: Llama) -> None:
 
 def test_a_closed_stream_frees_its_row(client: OpenAI, server: RunningServer) -> None:
     asked: dict[str, Any] = {"model": MODEL, "prompt": STORY, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    before = n_aborted(server)
     with server.paused(after_steps=6):
         with client.completions.create(**asked, n=3, stream=True) as stream:
             assert next(iter(stream)).choices and server.service.engine.stats.running == 3
-        server.wait_until_idle()
+        wait_until(lambda: not server.service.n_open)
+    server.wait_until_idle()
+    assert n_aborted(server) == before + 3
     assert client.completions.create(**asked | {"max_tokens": 1}).choices
 
 
@@ -276,15 +285,22 @@ def test_async_clients_at_once(server: RunningServer) -> None:
 
 
 def test_cancelled_tasks_free_their_rows(server: RunningServer) -> None:
+    def n_submitted() -> int:
+        stats = server.service.engine.stats
+        return stats.running + stats.waiting
+
     async def cancel_all() -> None:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
             asked: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "n": 2}
             tasks = [asyncio.create_task(client.chat.completions.create(**asked)) for _ in range(3)]
-            await asyncio.to_thread(wait_until, lambda: server.service.engine.stats.waiting == 2)
+            await asyncio.to_thread(wait_until, lambda: n_submitted() == 6)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.to_thread(server.wait_until_idle)
+            await asyncio.to_thread(wait_until, lambda: not server.service.n_open)
 
+    before = n_aborted(server)
     with server.paused(after_steps=4):
         asyncio.run(cancel_all())
+    server.wait_until_idle()
+    assert n_aborted(server) == before + 6

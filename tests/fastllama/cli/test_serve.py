@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.support.command_line import ROOT, expect_error, run
@@ -75,6 +76,25 @@ def test_what_runs_for_too_long_is_cut() -> None:
         error = json.loads(rest[-4].removeprefix("data: "))["error"]
         assert error["code"] == "stopping" and "before the answer was complete" in error["message"]
         assert process.wait(HANG_SECONDS) == 0
+
+
+def test_two_processes_serve_until_one_dies() -> None:
+    question = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+    with (
+        serving("--nproc", "2") as (server, process),
+        httpx.Client(base_url=server["url"], timeout=HANG_SECONDS) as client,
+    ):
+        answer = client.post("/v1/chat/completions", json=question).json()
+        assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
+        (worker,) = psutil.Process(process.pid).children()
+        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            worker.kill()
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+        assert process.wait(HANG_SECONDS) == 2
+        assert process.stderr is not None and "process 1 of 2 was killed by signal 9" in process.stderr.read()
 
 
 def test_keys_come_from_the_environment() -> None:

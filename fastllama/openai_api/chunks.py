@@ -4,7 +4,8 @@
     chunks = writer.begin() + writer.add(number, increment) + ... + writer.end()
 
 A chat's answer begins with its role. The last increment's text and the reason of the end are two chunks, as in OpenAI's
-API, and the numbers of tokens come last, in a chunk without choices, if they were asked for.
+API, and the numbers of tokens come last, in a chunk without choices, if they were asked for. Those so far are in every
+chunk, if that was asked for: they may count tokens whose text comes in the next chunk.
 """
 
 from collections.abc import Sequence
@@ -56,8 +57,11 @@ class _Writer:
         """The numbers of tokens, if they were asked for."""
         if not self.request.include_usage:
             return []
-        results = [request.partial for request in self.submitted]
-        return [{**self._envelope, "choices": [], "usage": usage(self.request, results)}]
+        return [{**self._envelope, "choices": [], "usage": self._usage()}]
+
+    def _usage(self) -> dict[str, Any]:
+        """The numbers of tokens so far."""
+        return usage(self.request, [request.partial for request in self.submitted])
 
     def fail(self, error: Chunk) -> list[Chunk]:
         """The error."""
@@ -72,7 +76,9 @@ class _Writer:
     def _chunk(self, index: int, finish_reason: str | None, **content: Any) -> Chunk:
         choice = {"index": index, **content, "finish_reason": finish_reason}
         chunk = {**self._envelope, "choices": [choice]}
-        return chunk | {"usage": None} if self.request.include_usage else chunk
+        if not self.request.include_usage:
+            return chunk
+        return chunk | {"usage": self._usage() if self.request.continuous_usage else None}
 
 
 class CompletionWriter(_Writer):

@@ -39,7 +39,7 @@ CHAT_FIELDS = frozenset(
         *("tools", "tool_choice", "parallel_tool_calls"),
     }
 )
-STREAM_OPTIONS = frozenset({"include_usage"})
+STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats"})  # the second is vLLM's
 
 # They say who asks, what is kept, or how fast: not what is answered.
 WITHOUT_EFFECT = frozenset(
@@ -116,7 +116,6 @@ WITHOUT_EFFECT_IN_RESPONSES = frozenset(
 )
 UNSUPPORTED_STREAM_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "include_obfuscation": (False,),
-    "continuous_usage_stats": (False,),  # vLLM's
 }
 
 

@@ -54,6 +54,7 @@ class ApiRequest:
     model: str | None = None
     stream: bool = False
     include_usage: bool = False  # in a stream
+    continuous_usage: bool = False  # in each chunk
     tools: Tools | None = None  # of a chat, for its prompt
     new_parser: Callable[[], AnswerParser] = PlainParser  # of each answer's text
 
@@ -185,9 +186,15 @@ def stream_fields(fields: Mapping[str, Any], allow_unknown: bool) -> dict[str, A
         unsupported=UNSUPPORTED_STREAM_OPTIONS,
     )
     include_usage = flag(options, "include_usage", within=f"{name}.")
+    is_continuous = flag(options, "continuous_usage_stats", within=f"{name}.")
     if fields.get(name) and not stream:
         raise InvalidRequest(f"{name} needs stream to be true", param=name)
-    return {"model": text(fields, "model"), "stream": stream, "include_usage": include_usage}
+    return {
+        "model": text(fields, "model"),
+        "stream": stream,
+        "include_usage": include_usage,
+        "continuous_usage": include_usage and is_continuous,
+    }
 
 
 def _prompts(value: Any) -> list[Prompt]:

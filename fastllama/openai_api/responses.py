@@ -35,7 +35,10 @@ def response(request: ApiRequest, results: Sequence[Result], model: ServedModel)
 def usage(request: ApiRequest, results: Sequence[Result]) -> dict[str, Any]:
     """The numbers of tokens. Those of the answers are without stop tokens, and without an echoed prompt."""
     n_prompt = sum(len(result.prompt_tokens) for result in results)
-    n_answer = sum(len(answer.tokens) - n_echoed(request, result) for result in results for answer in result.answers)
+    # In a stream an answer may not have its echo yet.
+    n_answer = sum(
+        max(0, len(answer.tokens) - n_echoed(request, result)) for result in results for answer in result.answers
+    )
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_answer,

@@ -84,7 +84,10 @@ SAMPLING: dict[str, Schema] = {
         "additionalProperties": False,
     },
     "stream": FLAG,
-    "stream_options": {"type": ["object", "null"], "properties": {"include_usage": FLAG}},
+    "stream_options": {
+        "type": ["object", "null"],
+        "properties": {"include_usage": FLAG, "continuous_usage_stats": FLAG},
+    },
     "ignore_eos": FLAG,
     "min_tokens": _whole(0, MOST_TOKENS),
     "stop_token_ids": {"anyOf": [_list(TOKEN), {"type": "null"}]},

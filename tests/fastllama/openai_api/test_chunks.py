@@ -32,10 +32,10 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-def streamed(llm: Llama, body: dict[str, Any]) -> list[Chunk]:
+def streamed(llm: Llama, body: dict[str, Any], **options: bool) -> list[Chunk]:
     """All chunks of a body's stream, the numbers of tokens included."""
     parse = chat_request if "messages" in body else completion_request
-    request = parse({**body, "stream": True, "stream_options": {"include_usage": True}})
+    request = parse({**body, "stream": True, "stream_options": {"include_usage": True, **options}})
     submitted = submit(llm.engine(reuse_prefixes=False), request)
     writer = new_writer(request, submitted, ServedModel("served", llm.tokenizer))
     chunks = writer.begin()
@@ -104,3 +104,10 @@ def test_a_failed_answer_ends_the_stream(llm: Llama) -> None:
     with pytest.raises(AnswerFailed, match="not finite"):
         writer.add(0, Increment(0, "", [], None, None, "error", None))
     submitted.cancel()
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_every_chunk_may_have_the_numbers_of_tokens(llm: Llama, body: dict[str, Any]) -> None:
+    counts = [chunk["usage"]["completion_tokens"] for chunk in streamed(llm, body, continuous_usage_stats=True)]
+    assert counts == sorted(counts) and counts[0] >= 0
+    assert counts[-1] == streamed(llm, body)[-1]["usage"]["completion_tokens"]

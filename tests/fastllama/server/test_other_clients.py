@@ -155,8 +155,8 @@ def test_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     tasks = SCORED + GENERATED
     ours = evaluate("fastllama", f"pretrained={folder},dtype=float32,max_length=512,device=cpu", tasks, batch_size=4)
     with serving("--ckpt_dir", str(folder), "--max_seq_len", "1024", "--served_model_name", "tiny") as url:
-        # Its windows have one token less than max_length, which is for the token that it lets the server generate.
-        common = f"model=tiny,tokenizer={folder},max_length=513,num_concurrent=1,max_retries=1"
+        # Its windows have two tokens less than max_length.
+        common = f"model=tiny,tokenizer={folder},max_length=514,num_concurrent=1,max_retries=1"
         theirs = evaluate("local-completions", f"{common},base_url={url}/v1/completions", tasks)
         chat = f"{common},base_url={url}/v1/chat/completions"
         chats = evaluate("local-chat-completions", chat, GENERATED, apply_chat_template=True)

@@ -144,6 +144,7 @@ setup(
             *SERVE,
             "compressed-tensors>=0.15",
             "hypothesis>=6.100",
+            "jsonschema-rs>=0.30",
             "mypy>=1.15",
             "openai>=2",  # the client that the server is for
             "playwright>=1.50",  # drives Debian's chromium

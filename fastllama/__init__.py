@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastllama.args import ModelArgs
     from fastllama.builtin import builtin_checkpoint
-    from fastllama.engine import Engine, Result, SamplingParams
+    from fastllama.engine import Engine, Grammar, Result, SamplingParams
     from fastllama.generation import ChatPrediction, CompletionPrediction, Llama
     from fastllama.model import Transformer
     from fastllama.stream import Increment
@@ -23,6 +23,7 @@ __all__ = [
     "CompletionPrediction",
     "Dialog",
     "Engine",
+    "Grammar",
     "Increment",
     "Llama",
     "Message",
@@ -37,7 +38,7 @@ __all__ = [
 _PUBLIC_NAMES = {
     "args": ("ModelArgs",),
     "builtin": ("builtin_checkpoint",),
-    "engine": ("Engine", "Result", "SamplingParams"),
+    "engine": ("Engine", "Grammar", "Result", "SamplingParams"),
     "generation": ("ChatPrediction", "CompletionPrediction", "Llama"),
     "model": ("Transformer",),
     "stream": ("Increment",),

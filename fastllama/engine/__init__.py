@@ -7,9 +7,10 @@ steps) → `sequence.py` (tokens to text, `stop_strings.py`) → `request.py` (t
 """
 
 from fastllama.engine.engine import Engine, Stats
+from fastllama.engine.grammar import Grammar
 from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Answer, Request, Result
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.sequence import Increment
 
-__all__ = ["Answer", "Engine", "Increment", "Prompt", "Request", "Result", "SamplingParams", "Stats"]
+__all__ = ["Answer", "Engine", "Grammar", "Increment", "Prompt", "Request", "Result", "SamplingParams", "Stats"]

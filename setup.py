@@ -21,7 +21,6 @@ SENTENCEPIECE = "sentencepiece>=0.2"
 SERVE = [
     "fastapi>=0.115",
     "uvicorn>=0.34",
-    "httptools>=0.6",  # parses HTTP for uvicorn, faster than its own choice
     "uvloop>=0.21; sys_platform != 'win32'",
     "prometheus-client>=0.21",
     "llguidance>=1.3",  # grammars of answers: JSON schemas, tools

@@ -91,10 +91,14 @@ def serve(**options: Any) -> None:
     with open_engine(llm) as engine:
         engine.start()
         service = Service(engine, ServedModel(name, llm.tokenizer, fingerprint(llm)), _settings(options))
-        listener.listen(run.BACKLOG)  # who reads the address may connect at once
-        _announce(name, f"http://{_in_url(options['host'])}:{listener.getsockname()[1]}", options["as_json"])
-        log_level = "info" if options["access_log"] else "warning"
-        run.serve(service, listener, root_path=options["root_path"].rstrip("/"), log_level=log_level)
+        url = f"http://{_in_url(options['host'])}:{listener.getsockname()[1]}"
+        run.serve(
+            service,
+            listener,
+            root_path=options["root_path"].rstrip("/"),
+            log_level="info" if options["access_log"] else "warning",
+            on_start=lambda: _announce(name, url, options["as_json"]),
+        )
 
 
 def _settings(options: dict[str, Any]) -> "ServerSettings":

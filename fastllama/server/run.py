@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -19,8 +20,10 @@ BACKLOG = 2048
 class Server(uvicorn.Server):
     """uvicorn, which goes on answering, with 503, while answers end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None] | None = None) -> None:
+        """on_start: called once it listens, and signals are handled."""
         super().__init__(config)
+        self._on_start = on_start
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -38,6 +41,8 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         self._watching = asyncio.create_task(self._watch_engine())
         await super().startup(sockets)
+        if self._on_start is not None:
+            self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close all connections."""
@@ -84,12 +89,24 @@ def configure(service: Service, *, root_path: str = "", log_level: str = "warnin
         timeout_graceful_shutdown=CLOSE_SECONDS,
         server_header=False,
         lifespan="off",
+        http="h11",  # which reads the body of a request that offers HTTP/2
+        ws="none",
     )
 
 
-def serve(service: Service, listener: socket.socket, *, root_path: str = "", log_level: str = "warning") -> None:
-    """Serve until a signal. Raises RuntimeError with the reason if the engine cannot go on."""
-    server = Server(configure(service, root_path=root_path, log_level=log_level), service)
+def serve(
+    service: Service,
+    listener: socket.socket,
+    *,
+    root_path: str = "",
+    log_level: str = "warning",
+    on_start: Callable[[], None] | None = None,
+) -> None:
+    """Serve until a signal. Raises RuntimeError with the reason if the engine cannot go on.
+
+    on_start: called once it listens, and signals are handled.
+    """
+    server = Server(configure(service, root_path=root_path, log_level=log_level), service, on_start)
     with contextlib.closing(listener):
         server.run(sockets=[listener])
     if server.failure is not None:

@@ -267,9 +267,8 @@ def test_methods_and_paths(server: RunningServer) -> None:
             assert status == 404, path
     for line in (b"GET", b"GET  HTTP/1.1", b"\xff\xfe", b"get /health HTTP/1.1", b"GET /health HTTP/9.9", b"\0" * 100):
         assert raw(server, line + b"\r\n\r\n") in REFUSED | {200, 505, None}, line
-    assert raw(server, b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"A: " + b"b" * 200_000 + b"\r\n\r\n") in REFUSED | {
-        200
-    }
+    long_header = b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"A: " + b"b" * 200_000 + b"\r\n\r\n"
+    assert raw(server, long_header) in REFUSED | {200, None}
 
 
 def test_keys(server: RunningServer) -> None:

@@ -84,6 +84,12 @@ def test_a_body_that_is_too_large(client: httpx.Client) -> None:
     assert client.post(COMPLETIONS, json=BODY).status_code == 200
 
 
+def test_a_client_that_offers_http2_is_answered(client: httpx.Client) -> None:
+    """As curl --http2 does, and Java's HttpClient."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQCAAAAAAIAAAAA"}
+    assert client.post(COMPLETIONS, json=BODY, headers=offer).status_code == 200
+
+
 def test_a_body_that_does_not_arrive(server: RunningServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port), HANG_SECONDS) as slow:
         slow.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first\r\n".encode())

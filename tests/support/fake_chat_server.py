@@ -70,6 +70,7 @@ class FakeChatServer(ThreadingHTTPServer):
         self.replies: deque[Reply] = deque()
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
+        self.arrived = threading.Semaphore(0)
         self.aborted = threading.Semaphore(0)
         self.permits = threading.Semaphore(0)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/"
@@ -78,6 +79,10 @@ class FakeChatServer(ThreadingHTTPServer):
     def go_on(self) -> None:
         """Let the answer that holds, or the next one to hold, go on."""
         self.permits.release()
+
+    def wait_for_request(self) -> None:
+        """Return when the next chat's body has come."""
+        assert self.arrived.acquire(timeout=WAIT_SECONDS), "no request has come"
 
     def wait_for_abort(self) -> None:
         """Return when a client has left during an answer."""
@@ -115,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_allowed():
             return
         self.server.bodies.append(body)
+        self.server.arrived.release()
         reply = self.server.replies.popleft()
         if reply.status == 200:
             self._stream(reply)

@@ -91,6 +91,7 @@ def test_stop_aborts_the_request(chat: Chat, chat_server: FakeChatServer) -> Non
 def test_stop_before_the_first_token(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.send("Count", HOLD)
     chat.expect(chat.page.locator(".waiting")).to_be_visible()
+    chat_server.wait_for_request()
     chat.page.keyboard.press("Escape")
     chat_server.wait_for_abort()
     chat.expect(chat.stats).to_have_text("Stopped")
@@ -175,6 +176,7 @@ def test_settings_reach_the_request(chat: Chat, chat_server: FakeChatServer) -> 
     chat.expect(chat.page.get_by_label("Top-p")).to_have_value("0.9")
     chat.page.get_by_label("Top-p").fill("")
     chat.button("Save").click()
+    chat.expect(chat.input).to_be_focused()  # the dialog is closed
     chat.page.keyboard.press("Control+k")
     chat.ask("Hi", "Hello")
     assert "top_p" not in chat_server.bodies[1] and chat_server.bodies[1]["seed"] == 7

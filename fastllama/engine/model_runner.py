@@ -99,13 +99,7 @@ class ModelRunner:
             return
         state, rows = self.decoder.state, [one.placed_row for one in sequences]
         with self.decoder.launch_context():
-            state.start_rows(
-                rows,
-                [one.tokens[-1] for one in sequences],
-                [len(one.tokens) - 1 for one in sequences],
-                [one.n_prompt for one in sequences],
-                [one.last_ahead for one in sequences],
-            )
+            self._start_rows(sequences)
             state.set_stops(rows, [sorted(one.stop_ids) for one in sequences])
             drawn = SamplingTensors.per_row(
                 [(one.params.temperature, one.params.top_p) for one in sequences],
@@ -164,6 +158,16 @@ class ModelRunner:
             sequence.in_flight += self.decoder.unroll
             sequence.most_in_flight += most_tokens
 
+    def _start_rows(self, sequences: Items[Sequence]) -> None:
+        """Feed these sequences' newest tokens from the next step on."""
+        self.decoder.state.start_rows(
+            [one.placed_row for one in sequences],
+            [one.tokens[-1] for one in sequences],
+            [len(one.tokens) - 1 for one in sequences],
+            [one.n_prompt for one in sequences],
+            [one.last_ahead for one in sequences],
+        )
+
     def _guide(self, sequences: Items[Sequence]) -> None:
         """These sequences take part in the next step alone, and draw tokens that their grammars allow.
 
@@ -174,13 +178,7 @@ class ModelRunner:
         state, rows = self.decoder.state, [one.placed_row for one in sequences]
         assert state.masks is not None
         with self.decoder.launch_context():
-            state.start_rows(
-                rows,
-                [one.tokens[-1] for one in sequences],
-                [len(one.tokens) - 1 for one in sequences],
-                [one.n_prompt for one in sequences],
-                [one.last_ahead for one in sequences],
-            )
+            self._start_rows(sequences)
             state.masks.set_rows(rows, [one.matcher.mask for one in sequences if one.matcher is not None])
         self.decoder.set_lengths({one.placed_row: len(one.tokens) for one in sequences})
 

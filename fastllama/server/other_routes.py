@@ -48,8 +48,7 @@ def other_routes(service: Service, created: int) -> APIRouter:
 
     @router.get("/metrics", **documents.METRICS)
     async def metrics() -> Response:
-        text = await service.in_thread(service.metrics.text)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:

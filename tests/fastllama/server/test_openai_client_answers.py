@@ -60,17 +60,24 @@ def test_a_chat_is_parsed_into_a_pydantic_model(client: OpenAI, seed: int) -> No
     assert isinstance(answer.choices[0].message.parsed, Place) and answer.choices[0].finish_reason == "stop"
 
 
-def test_a_json_object(client: OpenAI) -> None:
+def test_a_json_object(client: OpenAI, llm: Llama) -> None:
+    likely = {str(token): 8 for text in ('"', "}", '"}') for token in llm.tokenizer.encode(text, bos=False, eos=False)}
     answer = client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, response_format={"type": "json_object"}, max_tokens=ENOUGH, seed=1
+        model=MODEL,
+        messages=MESSAGES,
+        response_format={"type": "json_object"},
+        max_tokens=ENOUGH,
+        seed=1,
+        logit_bias=likely,  # so that it ends soon
     )
     (choice,) = answer.choices
-    assert choice.message.content is not None and choice.message.content.startswith("{")
-    if choice.finish_reason == "stop":
-        assert isinstance(json.loads(choice.message.content), dict)
+    assert choice.finish_reason == "stop" and isinstance(json.loads(choice.message.content or ""), dict)
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 def test_a_tool_is_called(client: OpenAI, choice: Any) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, tools=[WEATHER], tool_choice=choice, max_tokens=ENOUGH, seed=2
@@ -83,9 +90,10 @@ def test_a_tool_is_called(client: OpenAI, choice: Any) -> None:
     jsonschema_rs.validate(SCHEMA, json.loads(call.function.arguments))
 
 
-def test_a_streamed_call_has_its_id_first(client: OpenAI) -> None:
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_streamed_call_has_its_id_first(client: OpenAI, choice: Any) -> None:
     stream = client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, tools=[WEATHER], tool_choice="required", max_tokens=ENOUGH, seed=2, stream=True
+        model=MODEL, messages=MESSAGES, tools=[WEATHER], tool_choice=choice, max_tokens=ENOUGH, seed=2, stream=True
     )
     deltas = [choice for chunk in stream for choice in chunk.choices]
     assert deltas[0].delta.role == "assistant" and deltas[-1].finish_reason == "tool_calls"
@@ -105,10 +113,20 @@ def test_a_result_of_a_call_is_taken_back(client: OpenAI) -> None:
         "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}],
     }
     result: Any = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
+    messages = [*MESSAGES, call, result]
     answer = client.chat.completions.create(
-        model=MODEL, messages=[*MESSAGES, call, result], tools=[WEATHER], max_tokens=4, temperature=0
+        model=MODEL, messages=messages, tools=[WEATHER], max_tokens=4, temperature=0
     )
-    assert answer.choices[0].finish_reason in ("length", "stop", "tool_calls")
+    without = client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[WEATHER], max_tokens=1)
+    assert answer.usage is not None and without.usage is not None
+    assert answer.usage.prompt_tokens > without.usage.prompt_tokens and answer.usage.completion_tokens == 4
+
+
+def test_auto_leaves_a_text_free(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, tools=[WEATHER], tool_choice="auto", temperature=0, max_tokens=12
+    )
+    assert answer.choices[0].message.content and answer.choices[0].message.tool_calls is None
 
 
 def test_a_wrong_schema_is_named(client: OpenAI) -> None:
@@ -155,6 +173,25 @@ def test_a_response_with_a_call(client: OpenAI) -> None:
     (call,) = response.output
     assert isinstance(call, ResponseFunctionToolCall) and call.name == "get_weather"
     jsonschema_rs.validate(SCHEMA, json.loads(call.arguments))
+
+
+def test_the_events_of_a_call(client: OpenAI) -> None:
+    events = list(
+        client.responses.create(
+            model=MODEL,
+            input=QUESTION,
+            tools=[FLAT_WEATHER],
+            tool_choice="required",
+            max_output_tokens=ENOUGH,
+            stream=True,
+        )
+    )
+    arguments = "".join(one.delta for one in events if one.type == "response.function_call_arguments.delta")
+    jsonschema_rs.validate(SCHEMA, json.loads(arguments))
+    (done,) = (one for one in events if one.type == "response.function_call_arguments.done")
+    assert done.arguments == arguments and events[-1].type == "response.completed"
+    (call,) = events[-1].response.output
+    assert isinstance(call, ResponseFunctionToolCall) and call.arguments == arguments
 
 
 def test_nothing_is_stored(client: OpenAI) -> None:

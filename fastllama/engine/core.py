@@ -185,11 +185,12 @@ class EngineCore:
             if sequence.index == 0:
                 request.partial.prompt_scores = (request.partial.prompt_scores or []) + found
             if any(score.logprob != score.logprob for score in found):
-                self.end(sequence, "error", f"the logits of the prompt are not finite numbers; {NOT_FINITE_CAUSE}")
+                self._end_request(request, f"the logits of the prompt are not finite numbers; {NOT_FINITE_CAUSE}")
 
     def _start_prefilled(self) -> None:
         """Sequences whose prompts are computed begin to decode."""
-        ready = [one for one in self.scheduler.running if one.is_prefilled and not one.is_decoding]
+        prefilled = [one for one in self.scheduler.running if one.is_prefilled and not one.is_decoding]
+        ready = [one for one in prefilled if self._can_echo(one)]
         for sequence in ready:
             if not sequence.has_begun and (request := self.requests.get(sequence)):  # another may have ended it
                 sequence.has_begun = True
@@ -262,6 +263,11 @@ class EngineCore:
         request.add(increment)
         if increment.finish_reason is not None:
             del self.requests[sequence]
+
+    def _can_echo(self, sequence: Sequence) -> bool:
+        """Whether the log-probabilities of an echo are there: the first answer computes them, others may be ahead."""
+        scores, wants = self.requests[sequence].partial.prompt_scores or [], sequence.params.logprobs is not None
+        return not sequence.params.echo or not wants or len(scores) >= sequence.n_prompt - 1
 
     def _give_echo(self, sequence: Sequence, request: Request) -> None:
         try:

@@ -7,6 +7,7 @@ import pytest
 from fastllama import Llama, SamplingParams
 from fastllama.engine import Engine, Request
 from fastllama.engine.model_runner import ModelRunner
+from fastllama.kernels.paged_cache import PAGE_TOKENS
 from tests.fastllama.engine.llamas import assert_as_alone, engine_llama
 from tests.support.comparisons import assert_same_logprobs
 
@@ -157,3 +158,16 @@ def test_a_stream_finds_what_an_earlier_one_and_the_engine_left(llm: Llama) -> N
         engine_answer = answered(llm.engine(), PROMPT).result()
         list(llm.stream([PROMPT], 1, reuse_prefix=True))
     assert found == [[0], [192], [0], [192]] and engine_answer.cached_tokens == 192
+
+
+def test_an_echo_waits_for_its_log_probabilities(llm: Llama) -> None:
+    """The second answer finds the whole prompt in the cache, while the first has yet to compute its scores."""
+    prompt = [3 + number % 200 for number in range(2 * PAGE_TOKENS + 1)]
+    engine = llm.engine(max_tokens_per_step=16)
+    engine.submit(prompt, SamplingParams(max_gen_len=1)).result()
+    other = engine.submit([5, 6], SamplingParams(max_gen_len=60, ignore_eos=True))
+    engine.step()
+    params = SamplingParams(max_gen_len=2, temperature=0, echo=True, logprobs=0, n=2)
+    for answer in engine.submit(prompt, params).result().answers:
+        assert len(answer.logprobs or []) == len(answer.tokens) >= len(prompt)
+    other.result()

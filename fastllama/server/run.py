@@ -86,6 +86,7 @@ def configure(service: Service, *, root_path: str = "", log_level: str = "warnin
         backlog=BACKLOG,
         log_level=log_level,
         access_log=log_level == "info",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS,
         server_header=False,
         lifespan="off",

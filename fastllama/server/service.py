@@ -40,12 +40,6 @@ class Service:
         self._answer_seconds = 1.0  # smoothed
         self._threads = ThreadPoolExecutor(SUBMITTING_THREADS, "submit")
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        """The most tokens of a prompt."""
-        context = self.engine.llm.model.params.max_seq_len
-        return min(self.settings.max_prompt_tokens or context, context)
-
     def check_model(self, name: str | None) -> None:
         """Raise InvalidRequest for the name of a model that is not here."""
         if name is not None and name != self.served.name:

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastllama import validate
 from fastllama.openai_api.errors import InvalidRequest
+from fastllama.openai_api.fields import flag, text
 from fastllama.openai_api.requests import chat_request, encode
 from fastllama.server.service import Service
 
@@ -13,7 +14,7 @@ FLAGS = {"add_special_tokens": True, "return_token_strs": False, "add_generation
 def tokenized(service: Service, body: object) -> dict[str, Any]:
     """The tokens of a prompt, or of a chat's messages. Raises InvalidRequest."""
     fields = _fields(service, body)
-    flags = {name: _flag(fields, name, default) for name, default in FLAGS.items()}
+    flags = {name: flag(fields, name, default=default) for name, default in FLAGS.items()}
     engine, tokenizer = service.engine, service.served.tokenizer
     if "messages" in fields:
         if not flags["add_generation_prompt"]:
@@ -57,15 +58,5 @@ def _fields(service: Service, body: object) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be an object, got {body!r:.60}")
     fields = {name: value for name, value in body.items() if value is not None}
-    name = fields.get("model")
-    if name is not None and not isinstance(name, str):
-        raise InvalidRequest(f"model must be a text, got {name!r:.60}", param="model")
-    service.check_model(name)
+    service.check_model(text(fields, "model"))
     return fields
-
-
-def _flag(fields: dict[str, Any], name: str, default: bool) -> bool:
-    value = fields.get(name, default)
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false, got {value!r:.60}", param=name)
-    return value

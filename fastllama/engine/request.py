@@ -156,17 +156,12 @@ class Request:
                 raise RuntimeError("the engine does not run this request any more: submit it again")
 
     async def __aiter__(self) -> AsyncIterator[Increment]:
-        async for increments in self.batches():
-            for increment in increments:
-                yield increment
-
-    async def batches(self) -> AsyncIterator[list[Increment]]:
-        """What has come since the last time, as soon as there is something."""
         with self.waking() as wake:
             while True:
                 is_last = self.is_finished  # before the increments are taken: the last one may come in between
                 if increments := self.take():
-                    yield increments
+                    for increment in increments:
+                        yield increment
                 elif is_last:
                     self.raise_error()
                     return

@@ -17,6 +17,7 @@ from fastllama.benchmarks.peers import llama_cpp as llama_cpp_peer
 from fastllama.benchmarks.peers.gguf_file import QUANTIZED_TYPES
 from fastllama.benchmarks.result_file import MAX_REASON
 from fastllama.benchmarks.runners import Run, ServedRun, Workload
+from fastllama.quantization import CHOICES
 
 
 class PeerSpec(NamedTuple):
@@ -32,6 +33,7 @@ class PeerSpec(NamedTuple):
     serves: bool = False  # many requests, in rows that join and leave
 
 
+SERVER_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "h11")
 PEERS = {
     "reference": PeerSpec("meta", ("llama_models", "fairscale"), meta.unsupported),
     "transformers": PeerSpec("huggingface", ("transformers",), huggingface.unsupported),
@@ -55,6 +57,17 @@ PEERS = {
     "transformers-continuous": PeerSpec(
         "huggingface_batching", ("transformers",), huggingface.unsupported, generates=False, serves=True
     ),
+    **{
+        name: PeerSpec(
+            "over_http",
+            SERVER_PACKAGES,
+            quantized=tuple(CHOICES),
+            generates=False,
+            serves=True,
+            install="pip install 'fastllama[serve]'",
+        )
+        for name in ("serve", "serve-whole")
+    },
 }
 WORKER = "fastllama.benchmarks.peers.worker"
 

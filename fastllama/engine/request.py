@@ -1,16 +1,17 @@
 """A request and its handle: what was asked, and the answers as they come."""
 
-import asyncio
 import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fastllama.engine.sampling_params import SamplingParams
-from fastllama.engine.sequence import FinishReason, Increment, Sequence, TopLogprobs
+from fastllama.engine.sequence import FinishReason, Increment, Sequence, TopLogprobs, joined
+from fastllama.engine.wake import Wake
 from fastllama.token_scores import TokenScore
 
 
@@ -78,28 +79,6 @@ class Result:
         return self.answers[0]
 
 
-class Wake:
-    """Wakes a task of asyncio from any thread."""
-
-    def __init__(self, *, at_end: bool = False) -> None:
-        """Of the running loop. at_end: only when a request has ended."""
-        self.at_end = at_end
-        self._loop, self._event, self._is_set = asyncio.get_running_loop(), asyncio.Event(), False
-
-    def set(self) -> None:
-        """Wake the task."""
-        if not self._is_set:  # a message to the loop costs more than a step of a small model
-            self._is_set = True
-            with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
-                self._loop.call_soon_threadsafe(self._event.set)
-
-    async def wait(self) -> None:
-        """Wait until it is set, and make it ready to be set again."""
-        await self._event.wait()
-        self._event.clear()
-        self._is_set = False
-
-
 class Request:
     """The handle of a submitted request.
 
@@ -156,44 +135,37 @@ class Request:
                 raise RuntimeError("the engine does not run this request any more: submit it again")
 
     async def __aiter__(self) -> AsyncIterator[Increment]:
-        with self.waking() as wake:
-            while True:
-                is_last = self.is_finished  # before the increments are taken: the last one may come in between
-                if increments := self.take():
-                    for increment in increments:
-                        yield increment
-                elif is_last:
-                    self.raise_error()
-                    return
-                else:
-                    await wake.wait()
+        async for increments in merged([self]):
+            for _, increment in increments:
+                yield increment
 
     async def aresult(self) -> Result:
         """Wait for the end of all answers, without blocking other tasks."""
-        with self.waking(at_end=True) as wake:
+        wake = Wake(at_end=True)
+        with self.waking(wake):
             while not self.is_finished:
                 await wake.wait()
-        self.take()
+        with self._changed:
+            self._increments.clear()
         self.raise_error()
         return self.partial
 
     def take(self) -> list[Increment]:
-        """All increments that have come and were not read."""
+        """What has come and was not read: one increment for each answer."""
         with self._changed:
             increments = list(self._increments)
             self._increments.clear()
-        return increments
+        return joined(increments)
 
     @contextlib.contextmanager
-    def waking(self, wake: Wake | None = None, *, at_end: bool = False) -> Iterator[Wake]:
-        """A block in which `wake`, or a new one, is set whenever something has come, or only at the end."""
+    def waking(self, wake: Wake) -> Iterator[None]:
+        """A block in which `wake` is set whenever something has come."""
         if not self._engine.has_thread:
             raise RuntimeError("`async for` needs an engine that runs in its own thread: call engine.start() first")
-        wake = wake or Wake(at_end=at_end)
         with self._changed:
             self._wakes.add(wake)
         try:
-            yield wake
+            yield
         finally:
             with self._changed:
                 self._wakes.discard(wake)
@@ -240,3 +212,31 @@ class Request:
     def _new_answer(self, sequence: Sequence) -> Answer:
         wanted = self.params.logprobs
         return Answer(sequence.index, logprobs=None if wanted is None else [], top_logprobs=[] if wanted else None)
+
+
+class Numbered(NamedTuple):
+    """An increment, and the number of its request."""
+
+    number: int
+    increment: Increment
+
+
+async def merged(requests: Items[Request]) -> AsyncIterator[list[Numbered]]:
+    """What has come of any of the requests since the last time, as soon as there is something.
+
+    Raises the engine's error, if it has failed.
+    """
+    wake = Wake()
+    with contextlib.ExitStack() as stack:
+        for request in requests:
+            stack.enter_context(request.waking(wake))
+        while True:
+            are_finished = all(request.is_finished for request in requests)  # before the increments are taken
+            if found := [Numbered(number, one) for number, request in enumerate(requests) for one in request.take()]:
+                yield found
+            elif are_finished:
+                for request in requests:
+                    request.raise_error()
+                return
+            else:
+                await wake.wait()

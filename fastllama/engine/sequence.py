@@ -1,7 +1,9 @@
 """One answer that is being generated: its tokens, its pages of the cache, and the text that is ready."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Literal, TypeVar
 
 from fastllama.engine.grammar_matcher import GrammarMatcher
 from fastllama.engine.sampling_params import SamplingParams
@@ -10,6 +12,7 @@ from fastllama.page_pool import Digest
 from fastllama.tokenizer_base import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+T = TypeVar("T")
 TopLogprobs = list[tuple[int, float]]  # token ids and log-probabilities, in descending order
 
 
@@ -165,3 +168,26 @@ class Sequence:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
+
+
+def joined(increments: Iterable[Increment]) -> list[Increment]:
+    """The increments as one for each answer."""
+    groups: dict[int, list[Increment]] = {}
+    for one in increments:
+        groups.setdefault(one.index, []).append(one)
+    return [group[0] if len(group) == 1 else _as_one(group) for group in groups.values()]
+
+
+def _as_one(group: list[Increment]) -> Increment:
+    return replace(
+        group[-1],
+        text="".join(one.text for one in group),
+        tokens=[token for one in group for token in one.tokens],
+        logprobs=_chained(one.logprobs for one in group),
+        top_logprobs=_chained(one.top_logprobs for one in group),
+    )
+
+
+def _chained(parts: Iterable[list[T] | None]) -> list[T] | None:
+    known = [part for part in parts if part is not None]
+    return list(chain.from_iterable(known)) if known else None

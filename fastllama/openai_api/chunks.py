@@ -93,10 +93,11 @@ class CompletionWriter(_Writer):
     def add(self, number: int, increment: Increment) -> list[Chunk]:
         """One chunk."""
         index, tokenizer = self._choice_index(number, increment), self.model.tokenizer
-        text, n_left_out = increment.text, 0
+        text, n_left_out, ids = increment.text, 0, {}
         known: list[float | None] | None = None if increment.logprobs is None else list(increment.logprobs)
         if index not in self._offsets:
             self._offsets[index] = TextOffsets(tokenizer)
+            ids["prompt_token_ids"] = self.submitted[number].partial.prompt_tokens
             if self.request.params.echo:  # the first increment is the prompt
                 text, n_left_out = without_begin(self.request.prompts[number], text, tokenizer)
                 if known:
@@ -108,7 +109,9 @@ class CompletionWriter(_Writer):
             logprobs = completion_logprobs(tokenizer, tokens, known[n_left_out:], tops, self._offsets[index])
         if not text and not increment.finish_reason and not increment.tokens:
             return []
-        return [self._chunk(index, increment.finish_reason, text=text, logprobs=logprobs)]
+        ids["token_ids"] = increment.tokens[n_left_out:]
+        more = ids if self.request.returns_tokens else {}
+        return [self._chunk(index, increment.finish_reason, text=text, logprobs=logprobs, **more)]
 
 
 class ChatWriter(_Writer):
@@ -124,7 +127,10 @@ class ChatWriter(_Writer):
     def begin(self) -> list[Chunk]:
         """The role of every answer."""
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(index, None, delta=delta, logprobs=None) for index in range(self.request.params.n)]
+        chunks = [self._chunk(index, None, delta=delta, logprobs=None) for index in range(self.request.params.n)]
+        if self.request.returns_tokens:
+            chunks[0]["prompt_token_ids"] = self.submitted[0].partial.prompt_tokens
+        return chunks
 
     def add(self, number: int, increment: Increment) -> list[Chunk]:
         """A chunk for each part, and one for the end."""
@@ -134,12 +140,17 @@ class ChatWriter(_Writer):
             parts += self._parsers[index].finish()
         self._has_calls[index] |= any(isinstance(part, CallBegin) for part in parts)
         deltas = [_delta(part) for part in parts]
-        logprobs = None
-        if increment.logprobs is not None and increment.tokens:
-            logprobs = chat_logprobs(self.model.tokenizer, increment.tokens, increment.logprobs, increment.top_logprobs)
+        first: dict[str, Any] = {"logprobs": None}  # what the first chunk has beside its part
+        if increment.tokens and self.request.returns_tokens:
+            first["token_ids"] = increment.tokens
+        if increment.tokens and increment.logprobs is not None:
+            first["logprobs"] = chat_logprobs(
+                self.model.tokenizer, increment.tokens, increment.logprobs, increment.top_logprobs
+            )
+        if len(first) > 1 or first["logprobs"] is not None:
             deltas = deltas or [{}]
         chunks = [
-            self._chunk(index, None, delta=delta, logprobs=logprobs if at == 0 else None)
+            self._chunk(index, None, delta=delta, **(first if at == 0 else {"logprobs": None}))
             for at, delta in enumerate(deltas)
         ]
         if increment.finish_reason is not None:

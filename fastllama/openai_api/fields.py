@@ -30,7 +30,7 @@ SAMPLING_FIELDS = (  # of the same name and meaning in SamplingParams
     "min_tokens",
     "stop_token_ids",
 )
-COMMON_FIELDS = {"model", "max_tokens", "logprobs", "stream", "stream_options", *SAMPLING_FIELDS}
+COMMON_FIELDS = {"model", "max_tokens", "logprobs", "stream", "stream_options", "return_token_ids", *SAMPLING_FIELDS}
 COMPLETION_FIELDS = frozenset(COMMON_FIELDS | {"prompt", "echo"})
 CHAT_FIELDS = frozenset(
     {
@@ -82,7 +82,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "max_completion_tokens": (),  # in a completion, as is the next but one
     "prompt_logprobs": (),
     "top_logprobs": (),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (False,),
     "structured_outputs": (),
@@ -108,6 +107,7 @@ UNSUPPORTED_IN_RESPONSES: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "previous_response_id": (),
     "prompt": (),
+    "return_token_ids": (False,),
     "truncation": ("disabled",),
 }
 # max_tool_calls counts OpenAI's own tools, of which there are none here.

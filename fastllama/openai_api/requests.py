@@ -55,6 +55,7 @@ class ApiRequest:
     stream: bool = False
     include_usage: bool = False  # in a stream
     continuous_usage: bool = False  # in each chunk
+    returns_tokens: bool = False  # the ids of all tokens
     tools: Tools | None = None  # of a chat, for its prompt
     new_parser: Callable[[], AnswerParser] = PlainParser  # of each answer's text
 
@@ -176,7 +177,7 @@ def checked(field: str | None, arguments: dict[str, Any], own_name: str = "max_g
 
 
 def stream_fields(fields: Mapping[str, Any], allow_unknown: bool) -> dict[str, Any]:
-    """The fields about the model and streams, as arguments of ApiRequest."""
+    """The fields about the model, streams and token ids, as arguments of ApiRequest."""
     stream, name = flag(fields, "stream"), "stream_options"
     options = members(
         fields.get(name, {}),
@@ -191,6 +192,7 @@ def stream_fields(fields: Mapping[str, Any], allow_unknown: bool) -> dict[str, A
         raise InvalidRequest(f"{name} needs stream to be true", param=name)
     return {
         "model": text(fields, "model"),
+        "returns_tokens": flag(fields, "return_token_ids"),
         "stream": stream,
         "include_usage": include_usage,
         "continuous_usage": include_usage and is_continuous,

@@ -29,7 +29,10 @@ def response(request: ApiRequest, results: Sequence[Result], model: ServedModel)
             )
             choices.append({"index": len(choices), **choice})
     kind, prefix = ("chat.completion", "chatcmpl") if request.is_chat else ("text_completion", "cmpl")
-    return {**envelope(prefix, kind, model, request.model), "choices": choices, "usage": usage(request, results)}
+    body = {**envelope(prefix, kind, model, request.model), "choices": choices, "usage": usage(request, results)}
+    if request.returns_tokens and request.is_chat:
+        body["prompt_token_ids"] = results[0].prompt_tokens
+    return body
 
 
 def usage(request: ApiRequest, results: Sequence[Result]) -> dict[str, Any]:
@@ -82,7 +85,10 @@ def _chat_choice(request: ApiRequest, answer: Answer, tokenizer: BaseTokenizer) 
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in calls
         ]
-    return {"message": message, "logprobs": logprobs, "finish_reason": finish_reason(answer.finish_reason, bool(calls))}
+    choice: dict[str, Any] = {"message": message, "logprobs": logprobs}
+    if request.returns_tokens:
+        choice["token_ids"] = answer.tokens
+    return {**choice, "finish_reason": finish_reason(answer.finish_reason, bool(calls))}
 
 
 def _choice(
@@ -100,4 +106,7 @@ def _choice(
         logprobs = completion_logprobs(
             tokenizer, answer.tokens[n_added:], known[n_added:], tops[n_added:] if tops else None
         )
-    return {"text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+    choice: dict[str, Any] = {"text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+    if request.returns_tokens:
+        choice |= {"token_ids": answer.tokens[n_added:], "prompt_token_ids": result.prompt_tokens}
+    return choice

@@ -89,6 +89,7 @@ SAMPLING: dict[str, Schema] = {
         "properties": {"include_usage": FLAG, "continuous_usage_stats": FLAG},
     },
     "ignore_eos": FLAG,
+    "return_token_ids": FLAG,
     "min_tokens": _whole(0, MOST_TOKENS),
     "stop_token_ids": {"anyOf": [_list(TOKEN), {"type": "null"}]},
 }

@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from fastllama.engine.merged import merged
 from fastllama.engine.request import Request as EngineRequest
+from fastllama.engine.request import merged
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.server import documents
 from fastllama.server.bodies import read_json

@@ -6,10 +6,12 @@ from typing import Any
 
 from fastapi import Response
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 
 def json_bytes(value: Any) -> bytes:
     """A value as JSON in UTF-8. A lone surrogate, which UTF-8 lacks, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
+    return _ENCODER.encode(value).encode(errors="replace")
 
 
 class JsonResponse(Response):

@@ -104,6 +104,7 @@ LAYERS = {
     "engine.grammar_matcher": 4.5,
     "engine.stop_strings": 4.5,
     "engine.sequence": 4.6,
+    "engine.stats": 4.6,
     "engine.wake": 4.6,
     "engine.request": 4.7,
     "engine.scheduler": 4.7,

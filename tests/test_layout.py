@@ -159,6 +159,7 @@ LAYERS = {
     "server.generation_routes": 6.7,
     "server.other_routes": 6.7,
     "server.app": 6.8,
+    "server.connection": 6.8,
     "server.run": 6.9,
     "benchmarks.near_ties": 7.0,
     "benchmarks.environment": 7.0,

@@ -35,10 +35,17 @@ class Service:
         self.engine, self.served, self.settings = engine, served, settings
         self.metrics = Metrics(served.name, engine)
         self.is_stopping = False
-        self.n_open = 0  # answers that were admitted and have not ended
+        self._n_submitting = 0  # answers that were admitted, and that the engine has not got
+        self._n_in_work = 0  # requests whose answer is being generated or sent
+        self._submitted: set[Request] = set()  # of those in work
         self._n_rows = engine.llm.model.params.max_batch_size
         self._answer_seconds = 1.0  # smoothed
         self._threads = ThreadPoolExecutor(SUBMITTING_THREADS, "submit")
+
+    @property
+    def n_open(self) -> int:
+        """Answers that were admitted and have not ended. How fast clients read them does not matter."""
+        return self._n_submitting + sum(one.n_open for one in tuple(self._submitted))
 
     def check_model(self, name: str | None) -> None:
         """Raise InvalidRequest for the name of a model that is not here."""
@@ -66,13 +73,14 @@ class Service:
         self.check_model(request.model)
         n_answers = len(request.prompts) * request.params.n
         self._check_queue(n_answers)
-        self.n_open += n_answers
+        self._n_in_work += 1
         requests: list[Request] = []
         try:
-            requests = await self._submit(request)
+            requests = await self._submit(request, n_answers)
             yield requests
         finally:
-            self.n_open -= n_answers
+            self._n_in_work -= 1
+            self._submitted.difference_update(requests)
             for one in requests:
                 if not one.is_finished:
                     one.cancel()
@@ -83,24 +91,29 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def drain(self) -> None:
-        """Refuse new requests, and wait until what runs has ended, for as long as the settings say. Then cancel it."""
+        """Refuse new requests, and wait until what runs was sent, for as long as the settings say. Then cancel it."""
         self.is_stopping = True
         deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
-        while self.n_open and asyncio.get_running_loop().time() < deadline:
+        while self._n_in_work and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(POLL_SECONDS)
         await self.in_thread(self.engine.close)
 
-    async def _submit(self, request: ApiRequest) -> list[Request]:
+    async def _submit(self, request: ApiRequest, n_answers: int) -> list[Request]:
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._threads, submit, self.engine, request, self.settings.max_prompt_tokens)
+        self._n_submitting += n_answers
         try:
-            return await asyncio.shield(future)
+            requests = await asyncio.shield(future)
+            self._submitted.update(requests)
+            return requests
         except RuntimeError:  # the engine was closed, or has failed, meanwhile
             self.check_serving()
             raise
         except asyncio.CancelledError:  # the client has gone; the thread goes on, and what it submits nobody awaits
             future.add_done_callback(_cancel_all)
             raise
+        finally:
+            self._n_submitting -= n_answers
 
     def _check_queue(self, n_answers: int) -> None:
         most = self._n_rows + self.settings.max_queue

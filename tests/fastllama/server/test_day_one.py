@@ -194,7 +194,7 @@ def few_steps(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def post_raw(server: RunningServer, **body: Any) -> socket.socket:
     """A connection that has sent a completion's body."""
     data = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port), HANG_SECONDS)
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
@@ -292,7 +292,7 @@ def test_requests_in_work_are_limited(llm: Llama) -> None:
         socket.create_connection(("127.0.0.1", server.port), HANG_SECONDS) as slow,
         httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client,
     ):
-        slow.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n".encode())
+        slow.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n".encode())
         slow.sendall(b"Content-Type: application/json\r\n\r\n")
         while (answer := client.get("/v1/models")).status_code == 200:
             pass

@@ -152,7 +152,7 @@ LAYERS = {
     "server.documents": 6.3,
     "server.errors": 6.4,
     "server.guards": 6.5,
-    "server.bodies": 6.5,
+    "server.bodies": 6.6,
     "server.service": 6.5,
     "server.tokenization": 6.6,
     "server.exchange": 6.4,

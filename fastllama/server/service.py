@@ -4,11 +4,11 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import fastllama
 from fastllama.engine.engine import Engine
@@ -21,7 +21,10 @@ from fastllama.server.errors import MODEL_NOT_FOUND, ApiError
 from fastllama.server.metrics import Metrics
 from fastllama.server.settings import ServerSettings
 
-SUBMITTING_THREADS = 2  # they encode prompts, which takes long for long ones
+T = TypeVar("T")
+SUBMITTING_THREADS = 4  # they compile grammars and encode prompts, which takes long for long ones
+COMPUTING_THREADS = 2
+LARGE_TOKENS = 1024  # of answers that are written in a thread; a token's alternatives count, too
 POLL_SECONDS = 0.05
 SMOOTHING = 0.1  # weight of the newest answer in the mean time of an answer
 MAX_RETRY_SECONDS = 60
@@ -39,8 +42,9 @@ class Service:
         self._n_in_work = 0  # requests whose answer is being generated or sent
         self._submitted: set[Request] = set()  # of those in work
         self._n_rows = engine.llm.model.params.max_batch_size
-        self._answer_seconds = 1.0  # smoothed
+        self._answer_seconds = 1.0  # from an answer's first token to its end, smoothed
         self._threads = ThreadPoolExecutor(SUBMITTING_THREADS, "submit")
+        self._computing = ThreadPoolExecutor(COMPUTING_THREADS, "compute")
 
     @property
     def n_open(self) -> int:
@@ -84,11 +88,20 @@ class Service:
             for one in requests:
                 if not one.is_finished:
                     one.cancel()
-            self._note(requests)
+            await self.computed(self._note, requests, is_large=is_large(request, requests))
 
-    async def in_thread(self, function: Any, *arguments: Any) -> Any:
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """The result of a function that may take long, without blocking other requests."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def computed(self, function: Callable[..., T], *arguments: Any, is_large: bool) -> T:
+        """The result of a function, which runs in a thread if it has much to do.
+
+        Its threads have nothing else to do, so that a slow grammar holds up no other request.
+        """
+        if not is_large:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._computing, function, *arguments)
 
     async def drain(self) -> None:
         """Refuse new requests, and wait until what runs was sent, for as long as the settings say. Then cancel it."""
@@ -135,9 +148,17 @@ class Service:
     def _note(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.metrics.note(request)
-            times = request.partial.times
-            if times.end is not None:
-                self._answer_seconds += SMOOTHING * (times.end - times.arrival - self._answer_seconds)
+            times, n_answers = request.partial.times, len(request.sequences)
+            if times.first_token is not None and times.end is not None:
+                # Those of more answers than there are rows run one after the other.
+                seconds = (times.end - times.first_token) / math.ceil(n_answers / self._n_rows)
+                self._answer_seconds += (1 - (1 - SMOOTHING) ** n_answers) * (seconds - self._answer_seconds)
+
+
+def is_large(request: ApiRequest, submitted: Sequence[Request]) -> bool:
+    """Whether it takes long to write what has come of a request's answers."""
+    n_tokens = sum(len(answer.tokens) for one in submitted for answer in one.partial.answers)
+    return n_tokens * (1 + (request.params.logprobs or 0)) > LARGE_TOKENS
 
 
 def fingerprint(llm: Model) -> str:

@@ -147,6 +147,7 @@ LAYERS = {
     "server.settings": 6.3,
     "server.json_response": 6.3,
     "server.metrics": 6.3,
+    "server.fingerprint": 6.3,
     "server.page": 6.3,
     "server.streaming": 6.3,
     "server.documents": 6.3,

@@ -1,18 +1,13 @@
 """The server's side of the engine: what is admitted, what runs, and how it stops."""
 
 import asyncio
-import hashlib
-import json
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Any, TypeVar
 
-import fastllama
 from fastllama.engine.engine import Engine
-from fastllama.engine.prompts import Model
 from fastllama.engine.request import Request
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.errors import InvalidRequest
@@ -28,7 +23,6 @@ LARGE_TOKENS = 1024  # of answers that are written in a thread; a token's altern
 POLL_SECONDS = 0.05
 SMOOTHING = 0.1  # weight of the newest answer in the mean time of an answer
 MAX_RETRY_SECONDS = 60
-FINGERPRINT_BYTES = 5
 
 
 class Service:
@@ -159,15 +153,6 @@ def is_large(request: ApiRequest, submitted: Sequence[Request]) -> bool:
     """Whether it takes long to write what has come of a request's answers."""
     n_tokens = sum(len(answer.tokens) for one in submitted for answer in one.partial.answers)
     return n_tokens * (1 + (request.params.logprobs or 0)) > LARGE_TOKENS
-
-
-def fingerprint(llm: Model) -> str:
-    """A name for what decides about the answers to a request with a seed: this version, the model and its numbers."""
-    model = llm.model
-    weights = {str(getattr(tensor, "dtype", type(tensor).__name__)) for tensor in model.parameters()}
-    facts = [fastllama.__version__, asdict(model.params), model.ops.__name__, model.device.type, sorted(weights)]
-    digest = hashlib.blake2b(json.dumps(facts, default=str).encode(), digest_size=FINGERPRINT_BYTES)
-    return f"fp_{digest.hexdigest()}"
 
 
 def _cancel_all(submitting: "asyncio.Future[list[Request]]") -> None:

@@ -18,7 +18,8 @@ from fastllama import Llama
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.server import run
 from fastllama.server.connection import Config
-from fastllama.server.service import Service, fingerprint
+from fastllama.server.fingerprint import fingerprint
+from fastllama.server.service import Service
 from fastllama.server.settings import ServerSettings
 from tests.support.timeouts import HANG_SECONDS
 

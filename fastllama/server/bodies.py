@@ -9,15 +9,17 @@ from starlette.requests import ClientDisconnect
 from fastllama import strict_json
 from fastllama.openai_api.errors import InvalidRequest
 from fastllama.server.errors import CLIENT_GONE, ApiError
-from fastllama.server.settings import ServerSettings
+from fastllama.server.service import Service
 
 JSON_TYPES = ("application/json", "+json")
+LARGE_BYTES = 2**16  # of a body that is parsed in a thread
 
 
-async def read_json(request: Request, settings: ServerSettings) -> Any:
+async def read_json(request: Request, service: Service) -> Any:
     """The body's value. Raises ApiError for a body that is too large, slow or of another type, InvalidRequest for one
     that is not JSON.
     """
+    settings = service.settings
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not kind.endswith(JSON_TYPES):
         raise ApiError(
@@ -35,7 +37,7 @@ async def read_json(request: Request, settings: ServerSettings) -> Any:
             CLIENT_GONE, "the client went away before the whole body was there", code="client_gone"
         ) from None
     try:
-        return strict_json.loads(data)
+        return await service.computed(strict_json.loads, data, is_large=len(data) > LARGE_BYTES)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # also of a wrong encoding

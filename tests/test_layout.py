@@ -118,6 +118,7 @@ LAYERS = {
     "engine": 5.3,
     "openai_api.errors": 5.4,
     "openai_api.answer_parts": 5.4,
+    "openai_api.known_fields": 5.4,
     "openai_api.fields": 5.5,
     "openai_api.call_formats": 5.5,
     "openai_api.call_detection": 5.51,

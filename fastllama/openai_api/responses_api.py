@@ -10,16 +10,9 @@ from typing import Any
 from fastllama.chat_format import Formatter
 from fastllama.openai_api.answer_form import answer_form
 from fastllama.openai_api.errors import InvalidRequest
-from fastllama.openai_api.fields import (
-    RESPONSES_FIELDS,
-    UNSUPPORTED_IN_RESPONSES,
-    WITHOUT_EFFECT_IN_RESPONSES,
-    flag,
-    members,
-    required,
-    text,
-)
+from fastllama.openai_api.fields import flag, honoured_fields, members, required, text
 from fastllama.openai_api.input_items import input_dialog
+from fastllama.openai_api.known_fields import RESPONSES, NeutralValues
 from fastllama.openai_api.requests import ApiRequest, checked, sampling_params, stream_fields
 from fastllama.openai_api.response_format import answer_schema
 from fastllama.openai_api.tools import tool_use
@@ -32,14 +25,14 @@ INCLUDABLE = (
     *("web_search_call.action.sources", "computer_call_output.output.image_url"),
     *("code_interpreter_call.outputs", "message.input_image.image_url"),
 )
-UNSUPPORTED_REASONING: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED_REASONING: NeutralValues = {
     "context": ("auto",),
     "effort": ("none",),
     "generate_summary": (),
     "mode": ("standard",),
     "summary": ("auto",),  # of reasoning, where there is any
 }
-UNSUPPORTED_TEXT: Mapping[str, tuple[Any, ...]] = {"verbosity": ("medium",)}
+UNSUPPORTED_TEXT: NeutralValues = {"verbosity": ("medium",)}
 REPEATED = ("metadata", "user", "safety_identifier", "prompt_cache_key")
 
 
@@ -58,14 +51,7 @@ def responses_request(
 
     formatter: the model's, without which a body may not have tools.
     """
-    fields = members(
-        body,
-        "",
-        RESPONSES_FIELDS,
-        allow_unknown=allow_unknown,
-        unsupported=UNSUPPORTED_IN_RESPONSES,
-        without_effect=WITHOUT_EFFECT_IN_RESPONSES,
-    )
+    fields = honoured_fields(body, RESPONSES, allow_unknown=allow_unknown)
     members(
         fields.get("reasoning", {}),
         "reasoning",
@@ -80,11 +66,10 @@ def responses_request(
     answer = answer_schema(options.get("format"), allow_unknown=allow_unknown, name="text.format")
     use = tool_use(fields, allow_unknown=allow_unknown, is_flat=True)
     form = answer_form(dialog, answer, use, formatter, dialog_field="input")
-    limit = {name: fields[name] for name in ("max_output_tokens",) if name in fields}
     request = ApiRequest(
         prompts=[form.dialog],
         prompt_field="input",
-        params=sampling_params(fields, limit, _logprobs(fields) | {"grammar": form.grammar}),
+        params=sampling_params(fields, "max_output_tokens", _logprobs(fields) | {"grammar": form.grammar}),
         is_chat=True,
         tools=form.tools,
         new_parser=form.new_parser,

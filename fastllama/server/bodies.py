@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 from fastllama import strict_json
 from fastllama.openai_api.errors import InvalidRequest
 from fastllama.server.errors import CLIENT_GONE, ApiError
-from fastllama.server.settings import ServerSettings
+from fastllama.server.settings import MEBIBYTE, ServerSettings
 
 JSON_TYPES = ("application/json", "+json")
 
@@ -35,7 +35,7 @@ async def read_json(request: Request, settings: ServerSettings) -> Any:
             CLIENT_GONE, "the client went away before the whole body was there", code="client_gone"
         ) from None
     try:
-        return strict_json.loads(data)
+        return strict_json.loads(data, allow_nan=False)  # what is not finite could not be repeated in an answer
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # also of a wrong encoding
@@ -56,7 +56,8 @@ async def _read(request: Request, most: int) -> bytes:
     if too_large:
         raise ApiError(
             413,
-            f"the body has {announced or f'more than {most}'} bytes, and at most {most} are read (--max_body_bytes)",
+            f"the body has {announced or f'more than {most}'} bytes, and at most {most} are read "
+            f"(--max_body_mib {most / MEBIBYTE:g})",
             code="body_too_large",
             Connection="close",
         )

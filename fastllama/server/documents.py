@@ -3,12 +3,11 @@
 The rules between fields, such as that top_logprobs needs logprobs, are not in it. They are in `openai_api/requests.py`.
 """
 
-from collections.abc import Set
 from typing import Any
 
 from fastllama.engine.sampling_params import MAX_BIAS, MAX_PENALTY, MAX_STOP_STRINGS, MOST_TOKENS
 from fastllama.kernels.sampling.controls import MAX_TOP_TOKENS
-from fastllama.openai_api.fields import CHAT_FIELDS, COMPLETION_FIELDS, UNSUPPORTED
+from fastllama.openai_api import known_fields
 from fastllama.openai_api.requests import MAX_ANSWERS
 from fastllama.openai_api.tools import MODES, NAME
 from fastllama.validate import LEAST_SEED, MOST_SEED
@@ -95,9 +94,9 @@ SAMPLING: dict[str, Schema] = {
 }
 
 
-def _unsupported(honoured: Set[str]) -> dict[str, Schema]:
+def _unsupported(fields: known_fields.BodyFields) -> dict[str, Schema]:
     """The fields that are refused, unless their value asks for nothing."""
-    return {name: {"enum": [None, *values]} for name, values in UNSUPPORTED.items() if name not in honoured}
+    return {name: {"enum": [None, *values]} for name, values in fields.refused.items()}
 
 
 CONTENT: Schema = {"anyOf": [TEXT, _list(_object(["type", "text"], type={"const": "text"}, text=TEXT))]}
@@ -123,7 +122,7 @@ JSON_SCHEMA = _object(
 )
 COMPLETION_BODY = _object(
     ["prompt"],
-    **_unsupported(COMPLETION_FIELDS),
+    **_unsupported(known_fields.COMPLETIONS),
     **SAMPLING,
     prompt={"anyOf": [TEXT, _list(TOKEN, 1), _list(TEXT, 1), _list(_list(TOKEN, 1), 1)]},
     echo=FLAG,
@@ -131,7 +130,7 @@ COMPLETION_BODY = _object(
 )
 CHAT_BODY = _object(
     ["messages"],
-    **_unsupported(CHAT_FIELDS),
+    **_unsupported(known_fields.CHATS),
     **SAMPLING,
     messages=_list(MESSAGE, 1),
     max_completion_tokens=_whole(0, MOST_TOKENS),

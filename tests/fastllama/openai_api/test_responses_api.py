@@ -20,12 +20,12 @@ from fastllama import Llama, Result, SamplingParams
 from fastllama.engine import Answer
 from fastllama.engine.sequence import Increment
 from fastllama.openai_api.errors import AnswerFailed, InvalidRequest
-from fastllama.openai_api.fields import (
-    RESPONSES_FIELDS,
+from fastllama.openai_api.known_fields import (
+    CHATS,
+    COMPLETIONS,
+    RESPONSES,
     STREAM_OPTIONS,
-    UNSUPPORTED_IN_RESPONSES,
     UNSUPPORTED_STREAM_OPTIONS,
-    WITHOUT_EFFECT_IN_RESPONSES,
 )
 from fastllama.openai_api.requests import chat_request, encode, submit
 from fastllama.openai_api.responses_api import (
@@ -199,7 +199,14 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": FLAT, "tool_choice": {"type": "web_search_preview"}}, "tool_choice.type", "is not supported"),
     ({"stream_options": {"include_obfuscation": False}}, "stream_options", "needs stream to be true"),
     ({"n": 2}, "n", "is not supported"),
-    ({"messages": []}, "messages", "'messages' is not a field of this request"),
+    ({"messages": []}, "messages", "use input instead"),
+    ({"max_tokens": 5}, "max_tokens", "use max_output_tokens instead"),
+    ({"max_completion_tokens": 5}, "max_completion_tokens", "use max_output_tokens instead"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "use text.format instead"),
+    ({"guided_json": {}}, "guided_json", "use text.format instead"),
+    ({"logprobs": True}, "logprobs", "use include or top_logprobs instead"),
+    ({"skip_special_tokens": True}, "skip_special_tokens", "leave it out"),
+    ({"message": []}, "message", "'message' is not a field of this request"),
 ]
 
 
@@ -210,9 +217,9 @@ def test_what_is_wrong_is_named(llm: Llama, body: dict[str, Any], param: str, me
     assert caught.value.param == param and message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED_IN_RESPONSES))
+@pytest.mark.parametrize("name", sorted(RESPONSES.refused))
 def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(llm: Llama, name: str) -> None:
-    for neutral in UNSUPPORTED_IN_RESPONSES[name]:
+    for neutral in RESPONSES.refused[name]:
         assert parse(llm, **{name: neutral}) == parse(llm)
     with pytest.raises(InvalidRequest, match=f"{name} is not supported") as caught:
         parse(llm, **{name: {"some": "thing"}})
@@ -222,7 +229,10 @@ def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(llm: Llama, 
 def test_every_field_of_the_openai_package_is_sorted() -> None:
     names = set(get_type_hints(ResponseCreateParamsStreaming)) | set(get_type_hints(ResponseCreateParamsNonStreaming))
     assert {"input", "stream"} < names
-    assert names <= RESPONSES_FIELDS | WITHOUT_EFFECT_IN_RESPONSES | set(UNSUPPORTED_IN_RESPONSES)
+    known = RESPONSES.honoured | RESPONSES.without_effect | set(RESPONSES.refused)
+    assert names <= known
+    for other in (CHATS, COMPLETIONS):  # what they honour or refuse is not ignored here
+        assert other.honoured | set(other.refused) <= known
     assert set(get_type_hints(Reasoning)) <= set(UNSUPPORTED_REASONING)
     assert set(get_type_hints(ResponseTextConfigParam)) <= {"format", *UNSUPPORTED_TEXT}
     assert set(get_type_hints(StreamOptions)) <= STREAM_OPTIONS | set(UNSUPPORTED_STREAM_OPTIONS)
@@ -239,7 +249,7 @@ VALUES = st.recursive(
 
 
 @given(
-    body=st.dictionaries(st.sampled_from(sorted(RESPONSES_FIELDS | set(UNSUPPORTED_IN_RESPONSES))), VALUES, max_size=4),
+    body=st.dictionaries(st.sampled_from(sorted(RESPONSES.honoured | set(RESPONSES.refused))), VALUES, max_size=4),
     value=VALUES,
     allow_unknown=st.booleans(),
 )

@@ -321,7 +321,7 @@ def test_wrong_values_are_named(field: str, value: Any, message: str | None) -> 
             "messages[0].content",
             "invalid_value",
         ),
-        ({"messages": [{**HELLO[0], "name": "Ann"}]}, "messages[0].name", "unsupported_parameter"),
+        ({"messages": [{**HELLO[0], "name": ["Ann"]}]}, "messages[0].name", "invalid_value"),
     ],
     ids=str,
 )

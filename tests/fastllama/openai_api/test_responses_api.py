@@ -102,7 +102,7 @@ def test_items_are_messages_calls_and_results(llm: Llama) -> None:
         {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant"}
         | {"content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
         {**CALL, "id": "fc_1", "status": "completed"},
-        {**CALL, "call_id": "call_2", "name": "clock", "arguments": "{}"},
+        {**CALL, "call_id": "call_2", "name": "clock", "arguments": ""},
         {"type": "function_call_output", "call_id": "call_2", "output": "noon"},
         {"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_text", "text": "21"}]},
         {**CALL, "call_id": "call_3"},

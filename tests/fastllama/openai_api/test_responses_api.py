@@ -44,6 +44,7 @@ FRANCE = "What is the capital of France?"
 PARIS = "The capital of France is Paris."
 FLAT = [{"type": "function", **tool["function"]} for tool in (WEATHER, CLOCK)]
 CALL = {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": '{"city": "Paris"}'}
+CLOCK_CALL = '{"name": "clock", "parameters": {}}'
 EVENTS = {
     get_args(kind.model_fields["type"].annotation)[0]: kind for kind in get_args(get_args(ResponseStreamEvent)[0])
 }
@@ -382,6 +383,32 @@ def test_a_call_that_is_cut_is_incomplete(llm: Llama) -> None:
     Response.model_validate(found, strict=True)
     (item,) = found["output"]
     assert (item["type"], item["arguments"], item["status"]) == ("function_call", '{"a', "incomplete")
+
+
+def test_a_call_that_a_stop_string_cuts_is_incomplete(llm: Llama) -> None:
+    """The answer has ended as it was asked to; its call has not."""
+    request = parse(llm, tools=FLAT)
+    for text, status in (('{"name": "clock", "parameters": {"a', "incomplete"), (CLOCK_CALL, "completed")):
+        for size in (1, 1000):
+            writer = ResponseWriter(request, llm.tokenizer, "m")
+            events = writer.begin()
+            for increment in pieces_of(text, size):
+                events += writer.add(increment)
+            events += writer.end(finished(text))
+            assert checked(events)[-1] == "response.completed"
+            (item,) = events[-1]["response"]["output"]
+            assert (item["type"], item["status"]) == ("function_call", status)
+            assert events[-2]["item"] == item
+
+
+def test_an_answer_that_must_call_has_no_message(llm: Llama) -> None:
+    request = parse(llm, tools=FLAT, tool_choice="required")
+    for text in ("\n\n", "{", ""):
+        found = response_object(request, finished(text, "length"), llm.tokenizer, "m")
+        Response.model_validate(found, strict=True)
+        assert (found["output"], found["status"]) == ([], "incomplete")
+    (item,) = response_object(request, finished(f"\n{CLOCK_CALL}\n"), llm.tokenizer, "m")["output"]
+    assert (item["type"], item["status"]) == ("function_call", "completed")
 
 
 def test_log_probabilities_of_calls_are_in_no_text(llm: Llama, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -177,6 +177,7 @@ def test_names_reach_templates_that_write_them(llm: Llama, tmp_path: Path) -> No
         {"role": role, "content": "x", "name": name} for role, name in zip(roles, (None, "", None, ""), strict=True)
     ]
     formatter = formatter_of(tmp_path, NAMING)
+    assert not isinstance(formatter, NoFormat)
     text = formatter.tokenizer.decode(prompt_of(formatter, parse(formatter, messages=named, tools=...)))
     assert text == "system system1: x\nuser user1: x\nassistant assistant1: x\nsystem developer1: x\n"
     text = formatter.tokenizer.decode(prompt_of(formatter, parse(formatter, messages=plain, tools=...)))

@@ -150,6 +150,7 @@ LAYERS = {
     "server.metrics": 6.3,
     "server.page": 6.3,
     "server.streaming": 6.3,
+    "server.schemas": 6.2,
     "server.documents": 6.3,
     "server.errors": 6.4,
     "server.guards": 6.5,

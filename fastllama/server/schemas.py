@@ -101,9 +101,8 @@ CALL = object_of(["id", "function"], id=TEXT, type={"const": "function"}, functi
 
 def _message(roles: list[str], required: list[str], **own: Schema) -> Schema:
     """A message of these roles. own: its members beside its role and name."""
-    refused: dict[str, Schema] = {
-        name: {"enum": [None, []]} for name in (*UNSUPPORTED_MEMBERS, "tool_calls", "tool_call_id")
-    }
+    names = (*UNSUPPORTED_MEMBERS, "tool_calls", "tool_call_id")
+    refused: dict[str, Schema] = {name: {"enum": [None, []]} for name in names}
     members = {"role": {"enum": roles}, "name": OPTIONAL_TEXT, **refused, **own}
     return object_of(["role", *required], **members)
 

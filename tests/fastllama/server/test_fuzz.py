@@ -4,6 +4,7 @@ Every test ends with a good request, whose answer is what it was before, and wit
 """
 
 import contextlib
+import errno
 import http.client
 import json
 import logging
@@ -205,6 +206,17 @@ def test_objects_with_another_member(server: RunningServer) -> None:
         assert status == 400 and f"{number} is not a finite number" in content.decode()
 
 
+def test_every_depth_of_what_an_answer_repeats(server: RunningServer) -> None:
+    """There is none that can be read and not be written again."""
+    statuses = set[int]()
+    for depth in (*range(1, 900, 60), *range(900, 1010)):
+        deep = '{"input": "x", "max_output_tokens": 1, "text": {"format": {"type": "text", "x": %s}}}'
+        status, content = post(server, RESPONSES, (deep % ("[" * depth + "]" * depth)).encode())
+        check(status, content)
+        statuses.add(status)
+    assert statuses == {200, 400}
+
+
 def test_changed_bytes(server: RunningServer) -> None:
     """Bodies that were cut, or in which bytes were replaced: broken JSON, broken UTF-8, keys that are there twice."""
 
@@ -334,7 +346,11 @@ def raw(server: RunningServer, data: bytes) -> int | None:
     """The status that comes back when nothing more is sent; None if the server just closes."""
     with connected(server) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
+        try:
+            connection.shutdown(socket.SHUT_WR)
+        except OSError as error:  # the server has closed before
+            if error.errno != errno.ENOTCONN:
+                raise
         answer = b""
         while piece := connection.recv(65536):
             answer += piece

@@ -1,17 +1,26 @@
-"""A JSON reader that raises an error for a key with two different values, where `json` keeps the last."""
+"""A JSON reader that raises an error for a key with two different values, where `json` keeps the last.
+
+It can also refuse numbers that are not finite, which `json` reads and a strict writer cannot write again.
+"""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class ConflictingValues(ValueError):
     """A key appears twice in one object, with different values."""
 
 
-def loads(text: str | bytes) -> Any:
-    """`json.loads`, but a key with two different values raises ConflictingValues. The same value twice is allowed."""
-    return json.loads(text, object_pairs_hook=_object)
+def loads(text: str | bytes, *, allow_nan: bool = True) -> Any:
+    """`json.loads`, but a key with two different values raises ConflictingValues. The same value twice is allowed.
+
+    Without allow_nan, NaN, Infinity and numbers beyond a float's range, such as 1e999, raise ValueError.
+    """
+    if allow_nan:
+        return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -29,6 +38,15 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
     return values
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text:.40} is not a finite number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def answer_form(
     new_parser: Callable[[], AnswerParser] = PlainParser
     if form is not None and use is not None and use.callable:
         grammar = use.grammar(form, None if answer is None else answer.schema)
-        new_parser = functools.partial(CallParser, form.patterns(one.name for one in use.callable))
+        patterns = form.patterns(one.name for one in use.callable)
+        new_parser = functools.partial(CallParser, patterns, has_text=not use.is_required)
     tools = None if use is None else use.schemas
     return AnswerForm(dialog=dialog, tools=tools, grammar=grammar, new_parser=new_parser)
 

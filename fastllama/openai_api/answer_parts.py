@@ -34,6 +34,14 @@ Part = TextPart | CallBegin | CallArguments
 class AnswerParser(Protocol):
     """Splits the text of one answer, which comes in pieces, into parts."""
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the answer may have text, beside calls or instead of them."""
+
+    @property
+    def has_whole_calls(self) -> bool:
+        """Whether there were calls, and the arguments of the last one are complete."""
+
     def push(self, text: str) -> list[Part]:
         """The parts that this piece completes."""
 
@@ -43,6 +51,8 @@ class AnswerParser(Protocol):
 
 class PlainParser:
     """The parser of answers without calls: all is text."""
+
+    has_text, has_whole_calls = True, False
 
     def push(self, text: str) -> list[Part]:
         """The text as it is."""

@@ -143,7 +143,8 @@ class Llama3Calls(CallFormat):
         rules = {"calls": (f"{tag}? " if tag else "") + _choice("call", functions), "SPACE": f"/{SPACE}/"}
         for index, function in enumerate(functions):
             rules[f"call_{index}"] = f"HEAD_{index} arguments_{index} END"
-            rules[f"HEAD_{index}"] = f"/{EDGE}{self._head(function.name)}/"
+            # Where a call must come, white space before it would only cost tokens.
+            rules[f"HEAD_{index}"] = f"/{'' if instead is None else EDGE}{self._head(function.name)}/"
             if instead == "json":  # the same tokens as in JSON
                 names = json.dumps(json.dumps("name")), json.dumps(json.dumps(function.name))
                 key = json.dumps(json.dumps(self.key))
@@ -260,9 +261,6 @@ class MistralCalls(MarkedCalls):
                 rules[f"next_{index}"] = f"NEXT_{index} arguments_{index}"
                 rules[f"NEXT_{index}"] = rf"/{SPACE}\}}{SPACE},{head}/"
         return rules
-
-
-FORMATS = (Llama3Calls, HermesCalls, MistralCalls)
 
 
 @functools.lru_cache(maxsize=CACHED_GRAMMARS)

@@ -39,7 +39,9 @@ def joined(parts: Iterable[Part]) -> tuple[str, list[Call]]:
 class CallParser:
     """The parser of answers with calls. White space between text and a call, and after a call, belongs to neither."""
 
-    def __init__(self, patterns: CallPatterns) -> None:
+    def __init__(self, patterns: CallPatterns, has_text: bool = True) -> None:
+        """has_text: whether the answer may have text. If not, all that is no call is a piece of one that was cut."""
+        self.has_text = has_text
         self._trigger, self._first = regex.compile(patterns.trigger), regex.compile(patterns.first)
         self._following = regex.compile(patterns.following or "(?!)")
         self._end = regex.compile(patterns.end)
@@ -50,6 +52,11 @@ class CallParser:
         self._is_after_call = False
         self._object = _ObjectEnd()
         self._state: Callable[[], bool] = self._read_text
+
+    @property
+    def has_whole_calls(self) -> bool:
+        """Whether there were calls, and the arguments of the last one are complete."""
+        return self._n_calls > 0 and self._state != self._read_arguments
 
     def push(self, text: str) -> list[Part]:
         """The parts that this piece completes."""
@@ -122,7 +129,7 @@ class CallParser:
     def _add_text(self, text: str) -> None:
         if self._is_after_call:
             text = text.lstrip(WHITE_SPACE)
-        if text:
+        if text and self.has_text:
             self._is_after_call = False
             self._parts.append(TextPart(text))
 

@@ -3,9 +3,10 @@
     writer = new_writer(request, submitted, model)
     chunks = writer.begin() + writer.add(number, increment) + ... + writer.end()
 
-A chat's answer begins with its role. The last increment's text and the reason of the end are two chunks, as in OpenAI's
-API, and the numbers of tokens come last, in a chunk without choices, if they were asked for. Those so far are in every
-chunk, if that was asked for: they may count tokens whose text comes in the next chunk.
+A chat's answer begins with its role, and the reason of its end has a chunk of its own, as in OpenAI's API. In a
+completion the reason comes with the last text. The numbers of tokens come last, in a chunk without choices, if they
+were asked for. Those so far are in every chunk, if that was asked for: they may count tokens whose text comes in the
+next chunk.
 """
 
 from collections.abc import Sequence
@@ -122,12 +123,13 @@ class ChatWriter(_Writer):
     def __init__(self, request: ApiRequest, submitted: Sequence[Request], model: ServedModel) -> None:
         super().__init__(request, submitted, model)
         self._parsers = [request.new_parser() for _ in range(request.params.n)]
-        self._has_calls = [False] * request.params.n
 
     def begin(self) -> list[Chunk]:
         """The role of every answer."""
-        delta = {"role": "assistant", "content": ""}
-        chunks = [self._chunk(index, None, delta=delta, logprobs=None) for index in range(self.request.params.n)]
+        chunks = []
+        for index, parser in enumerate(self._parsers):
+            delta = {"role": "assistant", "content": "" if parser.has_text else None}
+            chunks.append(self._chunk(index, None, delta=delta, logprobs=None))
         if self.request.returns_tokens:
             chunks[0]["prompt_token_ids"] = self.submitted[0].partial.prompt_tokens
         return chunks
@@ -138,7 +140,6 @@ class ChatWriter(_Writer):
         parts = self._parsers[index].push(increment.text)
         if increment.finish_reason is not None:
             parts += self._parsers[index].finish()
-        self._has_calls[index] |= any(isinstance(part, CallBegin) for part in parts)
         deltas = [_delta(part) for part in parts]
         first: dict[str, Any] = {"logprobs": None}  # what the first chunk has beside its part
         if increment.tokens and self.request.returns_tokens:
@@ -154,7 +155,7 @@ class ChatWriter(_Writer):
             for at, delta in enumerate(deltas)
         ]
         if increment.finish_reason is not None:
-            reason = finish_reason(increment.finish_reason, self._has_calls[index])
+            reason = finish_reason(increment.finish_reason, self._parsers[index])
             chunks.append(self._chunk(index, reason, delta={}, logprobs=None))
         return chunks
 

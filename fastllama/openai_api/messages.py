@@ -5,11 +5,11 @@ from typing import Any
 
 from fastllama import strict_json
 from fastllama.openai_api.errors import InvalidRequest
-from fastllama.openai_api.fields import UNSUPPORTED_CODE, required
+from fastllama.openai_api.fields import UNSUPPORTED_CODE, required, text
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL}
-UNSUPPORTED_MEMBERS = ("name", "audio", "function_call", "refusal")  # whatever the role
+UNSUPPORTED_MEMBERS = ("audio", "function_call", "refusal")  # whatever the role
 
 
 def dialog(value: Any, *, allow_unknown: bool) -> list[Any]:
@@ -21,12 +21,15 @@ def dialog(value: Any, *, allow_unknown: bool) -> list[Any]:
 
 
 def call(call_id: Any, function: Any, arguments: Any, name: str) -> dict[str, Any]:
-    """A call of an earlier answer. name: of the object in the body that has the function's name and arguments."""
+    """A call of an earlier answer. name: of the object in the body that has the function's name and arguments.
+
+    Arguments that are an empty text are those of a call without arguments, as in vLLM.
+    """
     for field, value in (("name", function), ("arguments", arguments)):
         if not isinstance(value, str):
             raise InvalidRequest(f"{name}.{field} must be a text, got {value!r:.60}", param=f"{name}.{field}")
     try:
-        found = strict_json.loads(arguments)
+        found = strict_json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -49,11 +52,11 @@ def content_text(content: Any, name: str, kinds: tuple[str, ...] = ("text",)) ->
     parts = content if isinstance(content, list) else [None]
     texts: list[str] = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") in kinds else None
-        if not isinstance(text, str):
+        piece = part.get("text") if isinstance(part, dict) and part.get("type") in kinds else None
+        if not isinstance(piece, str):
             wrong = f"{name} must be a text or a list of parts of the type {' or '.join(kinds)}, got {content!r:.60}"
             raise InvalidRequest(wrong, param=name)
-        texts.append(text)
+        texts.append(piece)
     return "".join(texts)
 
 
@@ -64,7 +67,7 @@ def _message(message: Any, name: str, known: dict[str, str], allow_unknown: bool
     if not isinstance(role, str) or role not in ROLES:
         roles = ", ".join(ROLES)
         raise InvalidRequest(f"{name}.role must be one of {roles}, got {role!r:.60}", param=f"{name}.role")
-    honoured = {"role", "content", *{ASSISTANT: ("tool_calls",), TOOL: ("tool_call_id",)}.get(role, ())}
+    honoured = {"role", "content", "name", *{ASSISTANT: ("tool_calls",), TOOL: ("tool_call_id",)}.get(role, ())}
     for field, value in message.items():
         is_refused = field in UNSUPPORTED_MEMBERS or field in ("tool_calls", "tool_call_id") or not allow_unknown
         if field not in honoured and is_refused and value not in (None, []):
@@ -73,10 +76,11 @@ def _message(message: Any, name: str, known: dict[str, str], allow_unknown: bool
     calls = _calls(message.get("tool_calls"), f"{name}.tool_calls")
     known |= {one["id"]: one["function"]["name"] for one in calls}
     content = message.get("content")
-    found: dict[str, Any] = {"role": ROLES[role]}
+    speaker = text(message, "name", f"{name}.")  # for templates that write it
+    found: dict[str, Any] = {"role": ROLES[role]} | ({"name": speaker} if speaker else {})
     if content is not None or not calls:
         found["content"] = content_text(content, f"{name}.content")
-    if role == TOOL:
+    if role == TOOL:  # its name is that of the call's function, whatever the message says
         return result(message.get("tool_call_id"), found["content"], known, f"{name}.tool_call_id")
     return found | ({"tool_calls": calls} if calls else {})
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from fastllama import validate
 from fastllama.chat_format import Formatter, Tools
 from fastllama.engine.engine import Engine
 from fastllama.engine.prompts import Prompt
@@ -19,17 +20,13 @@ from fastllama.engine.sampling_params import SamplingParams
 from fastllama.openai_api.answer_form import answer_form
 from fastllama.openai_api.answer_parts import AnswerParser, PlainParser
 from fastllama.openai_api.errors import InvalidRequest
-from fastllama.openai_api.fields import (
-    CHAT_FIELDS,
-    COMPLETION_FIELDS,
+from fastllama.openai_api.fields import flag, honoured_fields, members, required, text
+from fastllama.openai_api.known_fields import (
+    CHATS,
+    COMPLETIONS,
     SAMPLING_FIELDS,
     STREAM_OPTIONS,
     UNSUPPORTED_STREAM_OPTIONS,
-    flag,
-    honoured_fields,
-    members,
-    required,
-    text,
 )
 from fastllama.openai_api.messages import dialog
 from fastllama.openai_api.response_format import answer_schema
@@ -62,13 +59,12 @@ class ApiRequest:
 
 def completion_request(body: object, *, allow_unknown: bool = False) -> ApiRequest:
     """The body of /v1/completions. Raises InvalidRequest, which names the field."""
-    fields = honoured_fields(body, COMPLETION_FIELDS, allow_unknown=allow_unknown)
+    fields = {"max_tokens": COMPLETION_MAX_TOKENS} | honoured_fields(body, COMPLETIONS, allow_unknown=allow_unknown)
     more: dict[str, Any] = {"echo": flag(fields, "echo")}
     if "logprobs" in fields:
         more["logprobs"] = fields["logprobs"]
-    limit = {"max_tokens": fields.get("max_tokens", COMPLETION_MAX_TOKENS)}
     prompts = _prompts(required(fields, "prompt"))
-    params = sampling_params(fields, limit, more)
+    params = sampling_params(fields, "max_tokens", more)
     rest = stream_fields(fields, allow_unknown)
     return ApiRequest(prompts=prompts, prompt_field="prompt", params=params, is_chat=False, **rest)
 
@@ -78,15 +74,14 @@ def chat_request(body: object, *, formatter: Formatter | None = None, allow_unkn
 
     formatter: the model's, without which a body may not have tools.
     """
-    fields = honoured_fields(body, CHAT_FIELDS, allow_unknown=allow_unknown)
-    limits = {name: fields[name] for name in ("max_tokens", "max_completion_tokens") if name in fields}
-    if len(limits) > 1 and fields["max_tokens"] != fields["max_completion_tokens"]:
+    fields = honoured_fields(body, CHATS, allow_unknown=allow_unknown)
+    limit = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+    if "max_tokens" in fields and fields["max_tokens"] != fields[limit]:
         raise InvalidRequest("max_tokens and max_completion_tokens are the same: give one of them", param="max_tokens")
-    more: dict[str, Any] = {}
-    if flag(fields, "logprobs"):
-        more["logprobs"] = fields.get("top_logprobs", 0)
-        checked("top_logprobs", more, "logprobs")
-    elif "top_logprobs" in fields:
+    n_top = {"logprobs": fields.get("top_logprobs", 0)}
+    checked("top_logprobs", n_top, "logprobs")
+    has_logprobs = flag(fields, "logprobs")
+    if n_top["logprobs"] and not has_logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     messages = dialog(required(fields, "messages"), allow_unknown=allow_unknown)
     answer = answer_schema(fields.get("response_format"), allow_unknown=allow_unknown)
@@ -95,7 +90,7 @@ def chat_request(body: object, *, formatter: Formatter | None = None, allow_unkn
     return ApiRequest(
         prompts=[form.dialog],
         prompt_field="messages",
-        params=sampling_params(fields, dict(list(limits.items())[-1:]), more | {"grammar": form.grammar}),
+        params=sampling_params(fields, limit, (n_top if has_logprobs else {}) | {"grammar": form.grammar}),
         is_chat=True,
         tools=form.tools,
         new_parser=form.new_parser,
@@ -149,23 +144,27 @@ def submit(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = 
     return submitted
 
 
-def sampling_params(fields: Mapping[str, Any], limit: dict[str, Any], more: dict[str, Any]) -> SamplingParams:
-    """SamplingParams of a body. limit: the most tokens, under the name that the body uses."""
+def sampling_params(fields: Mapping[str, Any], limit: str, more: dict[str, Any]) -> SamplingParams:
+    """SamplingParams of a body. limit: the field that has the most tokens of an answer, if the body has it."""
     flag(fields, "ignore_eos")
     given = {name: fields[name] for name in SAMPLING_FIELDS if name in fields} | more
     if given.get("top_k") == ALL_TOKENS:
         given["top_k"] = 0
+    if given.get("stop") == "":
+        given["stop"] = []
+    try:
+        validate.whole_number("n", given.get("n", 1), 1, MAX_ANSWERS)
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="n") from None
     for name, value in given.items():  # each alone, so that the error names it
         checked(name, {name: value})
     if given.get("top_p", 1) > 1:
         raise InvalidRequest(f"top_p must be a number from 0 to 1, got {given['top_p']}", param="top_p")
-    if given.get("n", 1) > MAX_ANSWERS:
-        raise InvalidRequest(f"n must be at most {MAX_ANSWERS}, got {given['n']}", param="n")
-    defaults = {"temperature": 1.0, "top_p": 1.0}
-    for name, value in limit.items():
-        checked(name, {"max_gen_len": value})
-        return checked(name, defaults | given | {"max_gen_len": value})
-    return checked(None, defaults | given)
+    arguments = {"temperature": 1.0, "top_p": 1.0} | given
+    if limit not in fields:
+        return checked(None, arguments)
+    checked(limit, {"max_gen_len": fields[limit]})
+    return checked(limit, arguments | {"max_gen_len": fields[limit]})
 
 
 def checked(field: str | None, arguments: dict[str, Any], own_name: str = "max_gen_len") -> SamplingParams:

@@ -6,6 +6,7 @@ from typing import Any
 from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Answer, Result
 from fastllama.engine.sequence import FinishReason
+from fastllama.openai_api.answer_parts import AnswerParser
 from fastllama.openai_api.call_parser import joined
 from fastllama.openai_api.envelope import ServedModel, envelope
 from fastllama.openai_api.errors import AnswerFailed
@@ -67,9 +68,9 @@ def n_echoed(request: ApiRequest, result: Result) -> int:
     return len(result.prompt_tokens) if request.params.echo else 0
 
 
-def finish_reason(reason: FinishReason | None, has_calls: bool) -> str | None:
-    """Why an answer of a chat has ended."""
-    return "tool_calls" if has_calls and reason == "stop" else reason
+def finish_reason(reason: FinishReason | None, parser: AnswerParser) -> str | None:
+    """Why an answer of a chat has ended. A call that a stop string has cut is none that a client could make."""
+    return "tool_calls" if parser.has_whole_calls and reason == "stop" else reason
 
 
 def _chat_choice(request: ApiRequest, answer: Answer, tokenizer: BaseTokenizer) -> dict[str, Any]:
@@ -79,8 +80,9 @@ def _chat_choice(request: ApiRequest, answer: Answer, tokenizer: BaseTokenizer) 
     parser = request.new_parser()
     content, calls = joined([*parser.push(answer.text), *parser.finish()])
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    if calls:
+    if calls or not parser.has_text:
         message["content"] = content or None
+    if calls:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in calls
@@ -88,7 +90,7 @@ def _chat_choice(request: ApiRequest, answer: Answer, tokenizer: BaseTokenizer) 
     choice: dict[str, Any] = {"message": message, "logprobs": logprobs}
     if request.returns_tokens:
         choice["token_ids"] = answer.tokens
-    return {**choice, "finish_reason": finish_reason(answer.finish_reason, bool(calls))}
+    return {**choice, "finish_reason": finish_reason(answer.finish_reason, parser)}
 
 
 def _choice(

@@ -10,16 +10,9 @@ from typing import Any
 from fastllama.chat_format import Formatter
 from fastllama.openai_api.answer_form import answer_form
 from fastllama.openai_api.errors import InvalidRequest
-from fastllama.openai_api.fields import (
-    RESPONSES_FIELDS,
-    UNSUPPORTED_IN_RESPONSES,
-    WITHOUT_EFFECT_IN_RESPONSES,
-    flag,
-    members,
-    required,
-    text,
-)
+from fastllama.openai_api.fields import flag, honoured_fields, members, required, text
 from fastllama.openai_api.input_items import input_dialog
+from fastllama.openai_api.known_fields import RESPONSES, NeutralValues
 from fastllama.openai_api.requests import ApiRequest, checked, sampling_params, stream_fields
 from fastllama.openai_api.response_format import answer_schema
 from fastllama.openai_api.tools import tool_use
@@ -32,14 +25,15 @@ INCLUDABLE = (
     *("web_search_call.action.sources", "computer_call_output.output.image_url"),
     *("code_interpreter_call.outputs", "message.input_image.image_url"),
 )
-UNSUPPORTED_REASONING: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED_REASONING: NeutralValues = {
     "context": ("auto",),
     "effort": ("none",),
     "generate_summary": (),
     "mode": ("standard",),
     "summary": ("auto",),  # of reasoning, where there is any
 }
-UNSUPPORTED_TEXT: Mapping[str, tuple[Any, ...]] = {"verbosity": ("medium",)}
+UNSUPPORTED_TEXT: NeutralValues = {"verbosity": ("medium",)}
+MAX_DEPTH = 200  # of what a response repeats: readers of JSON take deeper values than its writers
 REPEATED = ("metadata", "user", "safety_identifier", "prompt_cache_key")
 
 
@@ -58,14 +52,7 @@ def responses_request(
 
     formatter: the model's, without which a body may not have tools.
     """
-    fields = members(
-        body,
-        "",
-        RESPONSES_FIELDS,
-        allow_unknown=allow_unknown,
-        unsupported=UNSUPPORTED_IN_RESPONSES,
-        without_effect=WITHOUT_EFFECT_IN_RESPONSES,
-    )
+    fields = honoured_fields(body, RESPONSES, allow_unknown=allow_unknown)
     members(
         fields.get("reasoning", {}),
         "reasoning",
@@ -80,11 +67,10 @@ def responses_request(
     answer = answer_schema(options.get("format"), allow_unknown=allow_unknown, name="text.format")
     use = tool_use(fields, allow_unknown=allow_unknown, is_flat=True)
     form = answer_form(dialog, answer, use, formatter, dialog_field="input")
-    limit = {name: fields[name] for name in ("max_output_tokens",) if name in fields}
     request = ApiRequest(
         prompts=[form.dialog],
         prompt_field="input",
-        params=sampling_params(fields, limit, _logprobs(fields) | {"grammar": form.grammar}),
+        params=sampling_params(fields, "max_output_tokens", _logprobs(fields) | {"grammar": form.grammar}),
         is_chat=True,
         tools=form.tools,
         new_parser=form.new_parser,
@@ -114,6 +100,11 @@ def _repeated(fields: Mapping[str, Any], options: Mapping[str, Any], request: Ap
         raise InvalidRequest(f"metadata must be an object of texts, got {metadata!r:.60}", param="metadata")
     for name in REPEATED[1:]:
         text(fields, name)
+    nested = {"text.format": options.get("format", {"type": "text"})}
+    nested |= {"tool_choice": fields.get("tool_choice", "auto"), "tools": fields.get("tools", [])}
+    for name, value in nested.items():
+        if _is_deeper(value, MAX_DEPTH):
+            raise InvalidRequest(f"{name} is nested too deeply: at most {MAX_DEPTH} levels are taken", param=name)
     params = request.params
     return {
         "background": False,
@@ -126,12 +117,23 @@ def _repeated(fields: Mapping[str, Any], options: Mapping[str, Any], request: Ap
         "service_tier": "default",
         "store": False,
         "temperature": params.temperature,
-        "text": {"format": options.get("format", {"type": "text"}), "verbosity": "medium"},
-        "tool_choice": fields.get("tool_choice", "auto"),
-        "tools": fields.get("tools", []),
+        "text": {"format": nested["text.format"], "verbosity": "medium"},
+        "tool_choice": nested["tool_choice"],
+        "tools": nested["tools"],
         "top_logprobs": params.logprobs or 0,
         "top_p": params.top_p,
         "truncation": "disabled",
         **{name: fields.get(name) for name in REPEATED},
         "metadata": metadata,
     }
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether a value has lists and objects within each other on more than so many levels."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [one for one in level if isinstance(one, list | dict)]
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return True

@@ -9,6 +9,7 @@ from fastllama.engine.request import Result
 from fastllama.engine.sequence import Increment
 from fastllama.openai_api.answer_parts import CallArguments, CallBegin, Part, TextPart
 from fastllama.openai_api.errors import AnswerFailed
+from fastllama.openai_api.input_items import CALL
 from fastllama.openai_api.logprobs import chat_logprobs
 from fastllama.openai_api.responses_api import ResponsesRequest
 from fastllama.tokenizer_base import BaseTokenizer, TextStream
@@ -67,10 +68,11 @@ class ResponseWriter:
         self._write(self._parser.finish())
         if answer.error is not None or answer.finish_reason == "cancelled":
             return self.fail(answer.error or "the answer was cancelled", result)
-        if not self._output:
+        if not self._output and self._parser.has_text:
             self._begin_message()
         status = "completed" if answer.finish_reason == "stop" else "incomplete"
-        self._close(status)
+        is_cut = self._is_open and self._output[-1]["type"] == CALL and not self._parser.has_whole_calls
+        self._close("incomplete" if is_cut else status)
         self._event(f"response.{status}", response=self._response(status, result))
         return self._taken()
 
@@ -112,7 +114,7 @@ class ResponseWriter:
 
     def _begin_call(self, part: CallBegin) -> None:
         self._close("completed")
-        item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "status": "in_progress"}
+        item = {"id": f"fc_{uuid.uuid4().hex}", "type": CALL, "status": "in_progress"}
         self._open(item | {"call_id": part.id, "name": part.name, "arguments": ""})
 
     def _open(self, item: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Reads the body of a request: at most so many bytes, in time, valid JSON."""
 
 import asyncio
+import functools
 from typing import Any
 
 from fastapi import Request
@@ -10,6 +11,7 @@ from fastllama import strict_json
 from fastllama.openai_api.errors import InvalidRequest
 from fastllama.server.errors import CLIENT_GONE, ApiError
 from fastllama.server.service import Service
+from fastllama.server.settings import MEBIBYTE
 
 JSON_TYPES = ("application/json", "+json")
 LARGE_BYTES = 2**16  # of a body that is parsed in a thread
@@ -37,7 +39,9 @@ async def read_json(request: Request, service: Service) -> Any:
             CLIENT_GONE, "the client went away before the whole body was there", code="client_gone"
         ) from None
     try:
-        return await service.computed(strict_json.loads, data, is_large=len(data) > LARGE_BYTES)
+        # What is not finite could not be repeated in an answer.
+        loads = functools.partial(strict_json.loads, data, allow_nan=False)
+        return await service.computed(loads, is_large=len(data) > LARGE_BYTES)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # also of a wrong encoding
@@ -58,7 +62,8 @@ async def _read(request: Request, most: int) -> bytes:
     if too_large:
         raise ApiError(
             413,
-            f"the body has {announced or f'more than {most}'} bytes, and at most {most} are read (--max_body_bytes)",
+            f"the body has {announced or f'more than {most}'} bytes, and at most {most} are read "
+            f"(--max_body_mib {most / MEBIBYTE:g})",
             code="body_too_large",
             Connection="close",
         )

@@ -1,24 +1,21 @@
-"""What /openapi.json says of each route: bodies, answers and errors.
+"""What /openapi.json says of each route: bodies, answers and errors."""
 
-The rules between fields, such as that top_logprobs needs logprobs, are not in it. They are in `openai_api/requests.py`.
-"""
-
-from collections.abc import Set
 from typing import Any
 
-from fastllama.engine.sampling_params import MAX_BIAS, MAX_PENALTY, MAX_STOP_STRINGS, MOST_TOKENS
-from fastllama.kernels.sampling.controls import MAX_TOP_TOKENS
-from fastllama.openai_api.fields import CHAT_FIELDS, COMPLETION_FIELDS, UNSUPPORTED
-from fastllama.openai_api.requests import MAX_ANSWERS
-from fastllama.openai_api.tools import MODES, NAME
-from fastllama.validate import LEAST_SEED, MOST_SEED
+from fastllama.server.schemas import (
+    CHAT_BODY,
+    COMPLETION_BODY,
+    DETOKENIZE_BODY,
+    OPTIONAL_TEXT,
+    RESPONSES_BODY,
+    TEXT,
+    TOKEN,
+    TOKENIZE_BODY,
+    Schema,
+    list_of,
+    object_of,
+)
 
-Schema = dict[str, Any]
-
-TEXT: Schema = {"type": "string"}
-FLAG: Schema = {"type": ["boolean", "null"]}
-STOP_TEXT: Schema = {"type": "string", "minLength": 1}
-TOKEN: Schema = {"type": "integer", "minimum": 0}
 ERRORS = {
     400: "The request cannot be answered as it is.",
     401: "The API key is missing or wrong.",
@@ -40,157 +37,55 @@ ERROR: Schema = {
             "properties": {
                 "message": TEXT,
                 "type": TEXT,
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
+                "param": OPTIONAL_TEXT,
+                "code": OPTIONAL_TEXT,
             },
         }
     },
 }
 
 
-def _number(least: float, most: float) -> Schema:
-    return {"type": ["number", "null"], "minimum": least, "maximum": most}
-
-
-def _whole(least: int, most: int) -> Schema:
-    return {"type": ["integer", "null"], "minimum": least, "maximum": most}
-
-
-def _list(items: Schema, least: int = 0) -> Schema:
-    return {"type": "array", "items": items, "minItems": least}
-
-
-def _object(required: list[str], **properties: Schema) -> Schema:
-    return {"type": "object", "required": required, "properties": properties}
-
-
-SAMPLING: dict[str, Schema] = {
-    "model": {"type": ["string", "null"]},
-    "max_tokens": _whole(0, MOST_TOKENS),
-    "temperature": {"type": ["number", "null"], "minimum": 0},
-    "top_p": _number(0, 1),
-    "top_k": _whole(-1, MOST_TOKENS),
-    "min_p": _number(0, 1),
-    "n": _whole(1, MAX_ANSWERS),
-    # JSON readers may take large bounds as floats: this one is exact.
-    "seed": {"type": ["integer", "null"], "minimum": LEAST_SEED, "exclusiveMaximum": MOST_SEED + 1},
-    "stop": {"anyOf": [STOP_TEXT, {**_list(STOP_TEXT), "maxItems": MAX_STOP_STRINGS}, {"type": "null"}]},
-    "presence_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
-    "frequency_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
-    "repetition_penalty": _number(1e-3, 1e3),
-    "logit_bias": {
-        "type": ["object", "null"],
-        "patternProperties": {"^[0-9]+$": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS}},
-        "additionalProperties": False,
-    },
-    "stream": FLAG,
-    "stream_options": {
-        "type": ["object", "null"],
-        "properties": {"include_usage": FLAG, "continuous_usage_stats": FLAG},
-    },
-    "ignore_eos": FLAG,
-    "return_token_ids": FLAG,
-    "min_tokens": _whole(0, MOST_TOKENS),
-    "stop_token_ids": {"anyOf": [_list(TOKEN), {"type": "null"}]},
-}
-
-
-def _unsupported(honoured: Set[str]) -> dict[str, Schema]:
-    """The fields that are refused, unless their value asks for nothing."""
-    return {name: {"enum": [None, *values]} for name, values in UNSUPPORTED.items() if name not in honoured}
-
-
-CONTENT: Schema = {"anyOf": [TEXT, _list(_object(["type", "text"], type={"const": "text"}, text=TEXT))]}
-MESSAGE: Schema = {
-    "anyOf": [
-        _object(["role", "content"], role={"enum": ["system", "developer", "user", "assistant"]}, content=CONTENT),
-        _object(["role", "tool_calls"], role={"const": "assistant"}, tool_calls=_list({"type": "object"}, 1)),
-        _object(["role", "content", "tool_call_id"], role={"const": "tool"}, content=CONTENT, tool_call_id=TEXT),
-    ]
-}
-FUNCTION = _object(
-    ["name"],
-    name={"type": "string", "pattern": f"^{NAME.pattern}$"},
-    description=TEXT,
-    parameters={"type": "object", "properties": {"type": {"const": "object"}}},
-    strict=FLAG,
-)
-TOOL = _object(["type", "function"], type={"const": "function"}, function=FUNCTION)
-JSON_SCHEMA = _object(
-    ["type", "json_schema"],
-    type={"const": "json_schema"},
-    json_schema=_object(["name"], name=TEXT, description=TEXT, schema={"type": "object"}, strict=FLAG),
-)
-COMPLETION_BODY = _object(
-    ["prompt"],
-    **_unsupported(COMPLETION_FIELDS),
-    **SAMPLING,
-    prompt={"anyOf": [TEXT, _list(TOKEN, 1), _list(TEXT, 1), _list(_list(TOKEN, 1), 1)]},
-    echo=FLAG,
-    logprobs=_whole(0, MAX_TOP_TOKENS),
-)
-CHAT_BODY = _object(
-    ["messages"],
-    **_unsupported(CHAT_FIELDS),
-    **SAMPLING,
-    messages=_list(MESSAGE, 1),
-    max_completion_tokens=_whole(0, MOST_TOKENS),
-    tools={"anyOf": [_list(TOOL), {"type": "null"}]},
-    tool_choice={"anyOf": [{"enum": [*MODES, None]}, {"type": "object"}]},
-    parallel_tool_calls=FLAG,
-    response_format={
-        "anyOf": [_object(["type"], type={"enum": ["text", "json_object"]}), JSON_SCHEMA, {"type": "null"}]
-    },
-    logprobs=FLAG,
-    top_logprobs=_whole(0, MAX_TOP_TOKENS),
-)
-RESPONSES_BODY = _object(
-    ["input"],
-    model={"type": ["string", "null"]},
-    input={"anyOf": [TEXT, _list({"type": "object"}, 1)]},
-    instructions={"type": ["string", "null"]},
-    max_output_tokens=_whole(0, MOST_TOKENS),
-    temperature={"type": ["number", "null"], "minimum": 0},
-    top_p=_number(0, 1),
-    stream=FLAG,
-    tools={"anyOf": [_list({"type": "object"}), {"type": "null"}]},
-    tool_choice={"anyOf": [{"enum": [*MODES, None]}, {"type": "object"}]},
-    parallel_tool_calls=FLAG,
-    text={"type": ["object", "null"]},
-)
-RESPONSE_OBJECT = _object(
+RESPONSE_OBJECT = object_of(
     ["id", "object", "status", "output"],
     id=TEXT,
     object={"const": "response"},
     status={"enum": ["completed", "incomplete"]},
-    output=_list({"type": "object"}),
+    output=list_of({"type": "object"}),
 )
-USAGE = _object(
+USAGE = object_of(
     ["prompt_tokens", "completion_tokens", "total_tokens"],
     prompt_tokens=TOKEN,
     completion_tokens=TOKEN,
     total_tokens=TOKEN,
 )
-ANSWER = _object(
+ANSWER = object_of(
     ["id", "object", "created", "model", "choices", "usage"],
     id=TEXT,
     object=TEXT,
     created=TOKEN,
     model=TEXT,
-    choices=_list({"type": "object"}, 1),
+    choices=list_of({"type": "object"}, 1),
     usage=USAGE,
 )
-MODEL_OBJECT = _object(["id", "object"], id=TEXT, object={"const": "model"}, max_model_len=TOKEN)
-TOKENS_OBJECT = _object(["count", "max_model_len", "tokens"], count=TOKEN, max_model_len=TOKEN, tokens=_list(TOKEN))
+MODEL_OBJECT = object_of(["id", "object"], id=TEXT, object={"const": "model"}, max_model_len=TOKEN)
+TOKENS_OBJECT = object_of(["count", "max_model_len", "tokens"], count=TOKEN, max_model_len=TOKEN, tokens=list_of(TOKEN))
 
 
 def _content(schema: Schema, kind: str = "application/json") -> dict[str, Any]:
     return {kind: {"schema": schema}}
 
 
-def _route(summary: str, answer: dict[str, Any], body: Schema | None = None, errors: tuple[int, ...] = ()) -> Any:
-    """The arguments of a route. answer: the content of 200. Every route may also refuse a key and be too busy."""
-    statuses = sorted({401, 429, *errors, *((400, 404, 408, 413, 415) if body is not None else ())})
+def _route(
+    summary: str,
+    answer: dict[str, Any],
+    body: Schema | None = None,
+    errors: tuple[int, ...] = (),
+    *,
+    is_open: bool = False,
+) -> Any:
+    """The arguments of a route. answer: the content of 200. Unless it is open, it may refuse a key and be too busy."""
+    guards = () if is_open else (401, 429)
+    statuses = sorted({*guards, *errors, *((400, 404, 408, 413, 415) if body is not None else ())})
     responses: dict[int, Any] = {200: {"description": "The answer.", "content": answer}}
     responses |= {one: {"description": ERRORS[one], "content": _content(ERROR)} for one in statuses}
     extra = {} if body is None else {"requestBody": {"required": True, "content": _content(body)}}
@@ -205,16 +100,16 @@ def _generating(summary: str, body: Schema, answer: Schema) -> Any:
 COMPLETIONS = _generating("Continue texts", COMPLETION_BODY, ANSWER)
 CHAT_COMPLETIONS = _generating("Answer a conversation", CHAT_BODY, ANSWER)
 RESPONSES = _generating("Answer a conversation, as items", RESPONSES_BODY, RESPONSE_OBJECT)
-MODELS = _route("The model of this server", _content(_object(["data"], data=_list(MODEL_OBJECT, 1))))
+MODELS = _route("The model of this server", _content(object_of(["data"], data=list_of(MODEL_OBJECT, 1))))
 MODEL = _route("One model", _content(MODEL_OBJECT), errors=(404,))
 MODEL["openapi_extra"] = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": TEXT}]}
 TOKENIZE = _route(
     "The tokens of a text, or of a conversation",
     _content(TOKENS_OBJECT),
-    {"anyOf": [_object(["prompt"], prompt=TEXT), _object(["messages"], messages=_list(MESSAGE, 1))]},
+    TOKENIZE_BODY,
 )
-DETOKENIZE = _route(
-    "The text of tokens", _content(_object(["prompt"], prompt=TEXT)), _object(["tokens"], tokens=_list(TOKEN))
+DETOKENIZE = _route("The text of tokens", _content(object_of(["prompt"], prompt=TEXT)), DETOKENIZE_BODY)
+HEALTH = _route(
+    "Whether the server takes requests", _content(object_of(["status"], status=TEXT)), errors=(503,), is_open=True
 )
-HEALTH = _route("Whether the server takes requests", _content(_object(["status"], status=TEXT)), errors=(503,))
 METRICS = _route("Counters for Prometheus", _content(TEXT, "text/plain"))

@@ -8,25 +8,23 @@ from fastllama.openai_api.fields import flag, text
 from fastllama.openai_api.requests import chat_request, encode
 from fastllama.server.service import Service
 
-FLAGS = {"add_special_tokens": True, "return_token_strs": False, "add_generation_prompt": True}  # and their defaults
+OWN_FIELDS = ("prompt", "return_token_strs")  # that a chat does not have
 
 
 def tokenized(service: Service, body: object) -> dict[str, Any]:
-    """The tokens of a prompt, or of a chat's messages. Raises InvalidRequest."""
+    """The tokens of a prompt, or of a chat's messages. Raises InvalidRequest.
+
+    A chat may have all fields that /v1/chat/completions takes, and is refused what that refuses.
+    """
     fields = _fields(service, body)
-    flags = {name: flag(fields, name, default=default) for name, default in FLAGS.items()}
+    has_texts = flag(fields, "return_token_strs")
     engine, tokenizer = service.engine, service.served.tokenizer
     if "messages" in fields:
-        if not flags["add_generation_prompt"]:
-            raise InvalidRequest(
-                "add_generation_prompt must be true: a chat is encoded as far as the answer's begin",
-                param="add_generation_prompt",
-                code="unsupported_parameter",
-            )
-        chat = {name: fields[name] for name in ("messages", "tools") if name in fields}
-        (tokens,) = encode(engine, chat_request(chat, formatter=engine.llm.formatter))
+        chat = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
+        (tokens,) = encode(engine, chat_request(chat, formatter=engine.llm.formatter, allow_unknown=True))
     elif isinstance(fields.get("prompt"), str):
-        tokens = tokenizer.encode(fields["prompt"], bos=flags["add_special_tokens"], eos=False)
+        bos = flag(fields, "add_special_tokens", default=True)
+        tokens = tokenizer.encode(fields["prompt"], bos=bos, eos=False)
     else:
         raise InvalidRequest(
             f"the body must have prompt, a text, or messages, got {fields.get('prompt')!r:.60}", param="prompt"
@@ -37,7 +35,7 @@ def tokenized(service: Service, body: object) -> dict[str, Any]:
         "tokens": tokens,
         "token_strs": None,
     }
-    if flags["return_token_strs"]:
+    if has_texts:
         found["token_strs"] = [tokenizer.decode_bytes([token]).decode(errors="replace") for token in tokens]
     return found
 

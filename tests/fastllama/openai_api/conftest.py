@@ -20,13 +20,15 @@ def llm() -> Llama:
     return Llama.build(folder, tokenizer, MAX_SEQ_LEN, 4, device="cpu")
 
 
+def answer_of(llm: Llama, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a body, a chat if it has messages."""
+    is_chat = "messages" in body
+    request = chat_request(body, formatter=llm.formatter) if is_chat else completion_request(body)
+    results = [one.result() for one in submit(llm.engine(reuse_prefixes=False), request)]
+    return response(request, results, ServedModel("served", llm.tokenizer))
+
+
 @pytest.fixture
 def answered(llm: Llama) -> Answering:
-    """Answers a body: answered(prompt="Once", max_tokens=4), a chat if it has messages."""
-
-    def answer(**body: Any) -> dict[str, Any]:
-        request = chat_request(body) if "messages" in body else completion_request(body)
-        results = [one.result() for one in submit(llm.engine(reuse_prefixes=False), request)]
-        return response(request, results, ServedModel("served", llm.tokenizer))
-
-    return answer
+    """Answers a body: answered(prompt="Once", max_tokens=4)."""
+    return lambda **body: answer_of(llm, body)

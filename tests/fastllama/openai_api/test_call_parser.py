@@ -152,6 +152,51 @@ def test_an_answer_may_be_cut_anywhere(form: str, text: str, expected: Any) -> N
     assert read(form, text) == read(form, *text) == expected
 
 
+@pytest.mark.parametrize(
+    ("form", "text", "is_whole"),
+    [
+        ("hermes", HERMES % CLOCK, True),
+        ("hermes", HERMES % CLOCK + HERMES % WEATHER + " and text", True),
+        ("hermes", '<tool_call>\n{"name": "clock", "arguments": {}', True),
+        ("hermes", '<tool_call>\n{"name": "clock", "arguments": { "', False),
+        ("hermes", '<tool_call>\n{"name": "clock", "arguments": {', False),
+        ("hermes", '<tool_call>\n{"name": "clock", "argu', False),
+        ("hermes", HERMES % CLOCK + '<tool_call>{"name": "clock", "arguments": {"a": "}', False),
+        ("hermes", "no call", False),
+        ("mistral", f"[TOOL_CALLS] [{WEATHER}, {CLOCK[:-2]}", False),
+        ("mistral", MISTRAL % f"{WEATHER}, {CLOCK}", True),
+        ("llama3", written("clock", "{}", "parameters"), True),
+        ("llama3", written("clock", '{"a": {}}', "parameters")[:-2], False),
+        ("llama3", "", False),
+    ],
+    ids=str,
+)
+def test_calls_are_whole_if_the_last_one_is(form: str, text: str, is_whole: bool) -> None:
+    for pieces in ([text], list(text)):
+        parser = CallParser(FORMATS[form].patterns(NAMES))
+        for piece in pieces:
+            parser.push(piece)
+        parser.finish()
+        assert parser.has_whole_calls == is_whole
+    assert not PlainParser().has_whole_calls
+
+
+def test_an_answer_that_must_call_has_no_text() -> None:
+    """What is no call is a piece of one that was cut, or white space around it."""
+    texts = {
+        "llama3": ["\n" * 8, "{", ' {"na', "<|python", "\n" + written("clock", "{}", "parameters") + "\n "],
+        "hermes": ["  ", "\n<tool", "<tool_call>", HERMES % CLOCK + "\n<tool"],
+        "mistral": ["[TOOL", " [TOOL_CALLS]", MISTRAL % CLOCK + " "],
+    }
+    for form, answers in texts.items():
+        for text in answers:
+            for pieces in ([text], list(text)):
+                parser = CallParser(FORMATS[form].patterns(NAMES), has_text=False)
+                parts = [*(part for piece in pieces for part in parser.push(piece)), *parser.finish()]
+                found, calls = joined(parts)
+                assert found == "" and [call.name for call in calls] == ["clock"] * ("clock" in text)
+
+
 def test_a_plain_answer_is_text() -> None:
     parser = PlainParser()
     assert parser.push(HERMES % CLOCK) == [TextPart(HERMES % CLOCK)] and parser.push("") == parser.finish() == []

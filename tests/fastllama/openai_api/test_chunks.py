@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from fastllama import Llama
+from fastllama import Llama, builtin_checkpoint
 from fastllama.engine import Answer, Increment
 from fastllama.openai_api.chunks import Chunk, new_writer
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.openai_api.requests import chat_request, completion_request, submit
 from fastllama.openai_api.responses import response
-from tests.fastllama.openai_api.conftest import Answering
+from tests.fastllama.openai_api.conftest import Answering, answer_of
 
 PROMPT = "Once upon a time"
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -31,12 +31,19 @@ BODIES: dict[str, dict[str, Any]] = {
     "chat with stop": {"messages": FRANCE, "temperature": 0, "stop": "Fra"},
     "no tokens": {"messages": FRANCE, "max_tokens": 0},
 }
+CLOCK = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "properties": {"a": {"enum": ["city"]}}}},
+}
+CLOCK["function"]["parameters"] |= {"required": ["a"], "additionalProperties": False}  # type: ignore[index]
+CALLING: dict[str, Any] = {"messages": FRANCE, "temperature": 0, "tools": [CLOCK], "tool_choice": "required"}
 
 
 def streamed(llm: Llama, body: dict[str, Any], *, at_once: bool = False, **options: bool) -> list[Chunk]:
     """All chunks of a body's stream, the numbers of tokens included. at_once: all is there when it is first read."""
     parse = chat_request if "messages" in body else completion_request
-    request = parse({**body, "stream": True, "stream_options": {"include_usage": True, **options}})
+    more: dict[str, Any] = {} if parse is completion_request else {"formatter": llm.formatter}
+    request = parse({**body, "stream": True, "stream_options": {"include_usage": True, **options}}, **more)
     engine = llm.engine(reuse_prefixes=False)
     submitted = submit(engine, request)
     if at_once:
@@ -137,3 +144,37 @@ def test_every_chunk_may_have_the_numbers_of_tokens(llm: Llama, body: dict[str, 
     counts = [chunk["usage"]["completion_tokens"] for chunk in streamed(llm, body, continuous_usage_stats=True)]
     assert counts == sorted(counts) and counts[0] >= 0
     assert counts[-1] == streamed(llm, body)[-1]["usage"]["completion_tokens"]
+
+
+@pytest.fixture(scope="module")
+def wide() -> Llama:
+    """A context for tools."""
+    return Llama.build(*builtin_checkpoint(), 512, 1, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("more", "reason", "arguments"),
+    [
+        ({}, "tool_calls", '{"a": "city"}'),
+        ({"stop": ["city"]}, "stop", '{"a": "'),
+        ({"stop": ["}"]}, "stop", '{"a": "city"'),
+        ({"stop": ["a"]}, "stop", None),
+        ({"stop": ["parameters"]}, "stop", None),
+        ({"max_tokens": 1}, "length", None),
+        ({"max_tokens": 4}, "length", None),
+    ],
+    ids=str,
+)
+def test_a_call_that_was_cut_is_not_told_as_one(
+    wide: Llama, more: dict[str, Any], reason: str, arguments: str | None
+) -> None:
+    """Whole and streamed. An answer that must have a call has no text, wherever it is cut."""
+    (choice,) = answer_of(wide, CALLING | more)["choices"]
+    chunks = [chunk["choices"][0] for chunk in streamed(wide, CALLING | more) if chunk["choices"]]
+    assert choice["finish_reason"] == chunks[-1]["finish_reason"] == reason
+    assert choice["message"]["content"] is None and not any(chunk["delta"].get("content") for chunk in chunks)
+    calls = choice["message"].get("tool_calls", [])
+    pieces = [call["function"]["arguments"] for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]
+    texts = ["".join(call["function"]["arguments"].split()) for call in calls]
+    assert texts == ([] if arguments is None else ["".join(arguments.split())])
+    assert "".join("".join(pieces).split()) == "".join(texts)

@@ -19,13 +19,13 @@ from openai.types.completion_create_params import (
 
 from fastllama import Llama, SamplingParams
 from fastllama.openai_api.errors import InvalidRequest
-from fastllama.openai_api.fields import (
-    CHAT_FIELDS,
-    COMPLETION_FIELDS,
+from fastllama.openai_api.known_fields import (
+    CHATS,
+    COMPLETIONS,
     STREAM_OPTIONS,
-    UNSUPPORTED,
     UNSUPPORTED_STREAM_OPTIONS,
     WITHOUT_EFFECT,
+    BodyFields,
 )
 from fastllama.openai_api.requests import ApiRequest, chat_request, completion_request, encode, submit
 from tests.fastllama.openai_api.conftest import MAX_SEQ_LEN
@@ -145,14 +145,66 @@ def test_fields_without_effect_are_accepted(name: str) -> None:
     assert parse({"prompt": "x", name: "anything"}) == parse({"prompt": "x"})
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(name: str) -> None:
+APIS: list[tuple[BodyFields, dict[str, Any]]] = [(COMPLETIONS, {"prompt": "x"}), (CHATS, {"messages": HELLO})]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "name"),
+    [(kind, body, name) for kind, body in APIS for name in sorted(kind.refused)],
+    ids=lambda value: value if isinstance(value, str) else "completion" if "prompt" in str(value) else "chat",
+)
+def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(
+    kind: BodyFields, body: dict[str, Any], name: str
+) -> None:
     """Some are fields of the other API, which honours them."""
-    body = {"messages": HELLO} if name == "echo" else {"prompt": "x"}
-    for neutral in UNSUPPORTED[name]:
-        assert parse({**body, name: neutral}) == parse(body)
-    error = refusal({**body, name: {"some": "thing"}}, allow_unknown=True)
-    assert (error.param, error.code) == (name, "unsupported_parameter") and f"{name} is not supported" in str(error)
+
+    def asked(value: Any) -> ApiRequest:
+        parse_one = completion_request if kind is COMPLETIONS else chat_request
+        return parse_one({**body, name: value}, allow_unknown=True)
+
+    for neutral in kind.refused[name]:
+        assert asked(neutral) == asked(None) == parse(body)
+    with pytest.raises(InvalidRequest, match=f"{name} is not supported: (leave it out|use )") as caught:
+        asked({"some": "thing"})
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+
+
+def test_what_one_api_honours_is_refused_in_the_other_with_a_hint() -> None:
+    pairs = [("prompt", "messages"), ("max_output_tokens", "max_completion_tokens"), ("guided_json", "response_format")]
+    for name, instead in pairs:
+        assert f"use {instead} instead" in str(refusal({"messages": HELLO, name: "x"}))
+    with pytest.raises(InvalidRequest, match="use prompt, or /v1/chat/completions instead"):
+        completion_request({"prompt": "x", "messages": HELLO}, allow_unknown=True)
+
+
+@pytest.mark.parametrize("name", ["cache_salt", "priority", "logits_processors", "vllm_xargs", "prompt_embeds"])
+def test_fields_of_vllm_that_change_answers_are_refused(name: str) -> None:
+    for _, body in APIS:
+        error = refusal({**body, name: {"x": 1}}, allow_unknown=True)
+        assert (error.param, error.code) == (name, "unsupported_parameter")
+        assert parse({**body, "priority": 0, "spaces_between_special_tokens": True}, allow_unknown=True) == parse(body)
+
+
+def test_special_tokens_are_added_to_texts_and_not_to_chats() -> None:
+    """As vLLM's defaults say: a chat's template writes its own."""
+    for (_, body), neutral in zip(APIS, (True, False), strict=True):
+        assert parse({**body, "add_special_tokens": neutral}) == parse(body)
+        assert refusal({**body, "add_special_tokens": not neutral}).param == "add_special_tokens"
+
+
+def test_the_best_of_as_many_as_are_asked_for_are_all() -> None:
+    for _, body in APIS:
+        assert parse({**body, "n": 3, "best_of": 3}) == parse({**body, "n": 3})
+        for wrong in ({"n": 3, "best_of": 4}, {"n": 3, "best_of": 1}, {"best_of": 2}, {"n": None, "best_of": 2}):
+            assert refusal({**body, **wrong}).param == "best_of"
+
+
+def test_values_that_ask_for_nothing() -> None:
+    for _, body in APIS:
+        assert parse({**body, "stop": ""}) == parse({**body, "stop": []}) == parse(body)
+    chat = {"messages": HELLO}
+    for more in ({"top_logprobs": 0}, {"top_logprobs": 0, "logprobs": False}, {"top_logprobs": None}):
+        assert parse(chat | more) == parse(chat)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +224,16 @@ def fields_of(kind: Any) -> set[str]:
 @pytest.mark.parametrize(
     ("kinds", "known"),
     [
-        ((ChatStreaming, ChatNonStreaming), CHAT_FIELDS),
-        ((CompletionStreaming, CompletionNonStreaming), COMPLETION_FIELDS),
+        ((ChatStreaming, ChatNonStreaming), CHATS),
+        ((CompletionStreaming, CompletionNonStreaming), COMPLETIONS),
     ],
     ids=["chat", "completion"],
 )
-def test_every_field_of_the_openai_package_is_sorted(kinds: tuple[Any, ...], known: frozenset[str]) -> None:
+def test_every_field_of_the_openai_package_is_sorted(kinds: tuple[Any, ...], known: BodyFields) -> None:
     names = set().union(*(fields_of(kind) for kind in kinds))
     assert len(names) > 15 and "stream" in names
-    sorted_in = [known, WITHOUT_EFFECT, frozenset(UNSUPPORTED)]
-    assert not names - set().union(*sorted_in), "fields that would be unknown: honour, ignore or refuse each by name"
+    sorted_in = known.honoured | known.without_effect | set(known.refused)
+    assert not names - sorted_in, "fields that would be unknown: honour, ignore or refuse each by name"
 
 
 def test_every_stream_option_of_the_openai_package_is_sorted() -> None:
@@ -207,7 +259,8 @@ def test_unknown_fields_are_refused_with_a_hint_unless_they_are_allowed() -> Non
         ("top_p", 1.5, "top_p must be a number from 0 to 1, got 1.5"),
         ("top_p", None, None),
         ("n", 0, "n must be a whole number from 1 to"),
-        ("n", 129, "n must be at most 128"),
+        ("n", 129, "n must be a whole number from 1 to 128, got 129"),
+        ("n", 8.0, "n must be a whole number from 1 to 128, got 8.0"),
         ("seed", 2**64, "a seed must be"),
         ("seed", "x", "a seed must be"),
         ("stop", [""], "stop must be texts that are not empty"),
@@ -252,6 +305,7 @@ def test_wrong_values_are_named(field: str, value: Any, message: str | None) -> 
         ({"model": "m"}, "prompt", "missing_required_parameter"),
         ({"messages": HELLO, "logprobs": 1}, "logprobs", "invalid_value"),
         ({"messages": HELLO, "top_logprobs": 1}, "top_logprobs", "invalid_value"),
+        ({"messages": HELLO, "top_logprobs": False}, "top_logprobs", "invalid_value"),
         ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
         ({"messages": None}, "messages", "missing_required_parameter"),
         ({"messages": []}, "messages", "invalid_value"),
@@ -267,7 +321,7 @@ def test_wrong_values_are_named(field: str, value: Any, message: str | None) -> 
             "messages[0].content",
             "invalid_value",
         ),
-        ({"messages": [{**HELLO[0], "name": "Ann"}]}, "messages[0].name", "unsupported_parameter"),
+        ({"messages": [{**HELLO[0], "name": ["Ann"]}]}, "messages[0].name", "invalid_value"),
     ],
     ids=str,
 )

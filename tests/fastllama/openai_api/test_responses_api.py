@@ -20,17 +20,18 @@ from fastllama import Llama, Result, SamplingParams
 from fastllama.engine import Answer
 from fastllama.engine.sequence import Increment
 from fastllama.openai_api.errors import AnswerFailed, InvalidRequest
-from fastllama.openai_api.fields import (
-    RESPONSES_FIELDS,
+from fastllama.openai_api.known_fields import (
+    CHATS,
+    COMPLETIONS,
+    RESPONSES,
     STREAM_OPTIONS,
-    UNSUPPORTED_IN_RESPONSES,
     UNSUPPORTED_STREAM_OPTIONS,
-    WITHOUT_EFFECT_IN_RESPONSES,
 )
 from fastllama.openai_api.requests import chat_request, encode, submit
 from fastllama.openai_api.responses_api import (
     INCLUDABLE,
     LOGPROBS,
+    MAX_DEPTH,
     UNSUPPORTED_REASONING,
     UNSUPPORTED_TEXT,
     ResponsesRequest,
@@ -44,6 +45,7 @@ FRANCE = "What is the capital of France?"
 PARIS = "The capital of France is Paris."
 FLAT = [{"type": "function", **tool["function"]} for tool in (WEATHER, CLOCK)]
 CALL = {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": '{"city": "Paris"}'}
+CLOCK_CALL = '{"name": "clock", "parameters": {}}'
 EVENTS = {
     get_args(kind.model_fields["type"].annotation)[0]: kind for kind in get_args(get_args(ResponseStreamEvent)[0])
 }
@@ -102,7 +104,7 @@ def test_items_are_messages_calls_and_results(llm: Llama) -> None:
         {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant"}
         | {"content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
         {**CALL, "id": "fc_1", "status": "completed"},
-        {**CALL, "call_id": "call_2", "name": "clock", "arguments": "{}"},
+        {**CALL, "call_id": "call_2", "name": "clock", "arguments": ""},
         {"type": "function_call_output", "call_id": "call_2", "output": "noon"},
         {"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_text", "text": "21"}]},
         {**CALL, "call_id": "call_3"},
@@ -199,7 +201,14 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": FLAT, "tool_choice": {"type": "web_search_preview"}}, "tool_choice.type", "is not supported"),
     ({"stream_options": {"include_obfuscation": False}}, "stream_options", "needs stream to be true"),
     ({"n": 2}, "n", "is not supported"),
-    ({"messages": []}, "messages", "'messages' is not a field of this request"),
+    ({"messages": []}, "messages", "use input instead"),
+    ({"max_tokens": 5}, "max_tokens", "use max_output_tokens instead"),
+    ({"max_completion_tokens": 5}, "max_completion_tokens", "use max_output_tokens instead"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "use text.format instead"),
+    ({"guided_json": {}}, "guided_json", "use text.format instead"),
+    ({"logprobs": True}, "logprobs", "use include or top_logprobs instead"),
+    ({"skip_special_tokens": True}, "skip_special_tokens", "leave it out"),
+    ({"message": []}, "message", "'message' is not a field of this request"),
 ]
 
 
@@ -210,9 +219,9 @@ def test_what_is_wrong_is_named(llm: Llama, body: dict[str, Any], param: str, me
     assert caught.value.param == param and message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED_IN_RESPONSES))
+@pytest.mark.parametrize("name", sorted(RESPONSES.refused))
 def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(llm: Llama, name: str) -> None:
-    for neutral in UNSUPPORTED_IN_RESPONSES[name]:
+    for neutral in RESPONSES.refused[name]:
         assert parse(llm, **{name: neutral}) == parse(llm)
     with pytest.raises(InvalidRequest, match=f"{name} is not supported") as caught:
         parse(llm, **{name: {"some": "thing"}})
@@ -222,7 +231,10 @@ def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(llm: Llama, 
 def test_every_field_of_the_openai_package_is_sorted() -> None:
     names = set(get_type_hints(ResponseCreateParamsStreaming)) | set(get_type_hints(ResponseCreateParamsNonStreaming))
     assert {"input", "stream"} < names
-    assert names <= RESPONSES_FIELDS | WITHOUT_EFFECT_IN_RESPONSES | set(UNSUPPORTED_IN_RESPONSES)
+    known = RESPONSES.honoured | RESPONSES.without_effect | set(RESPONSES.refused)
+    assert names <= known
+    for other in (CHATS, COMPLETIONS):  # what they honour or refuse is not ignored here
+        assert other.honoured | set(other.refused) <= known
     assert set(get_type_hints(Reasoning)) <= set(UNSUPPORTED_REASONING)
     assert set(get_type_hints(ResponseTextConfigParam)) <= {"format", *UNSUPPORTED_TEXT}
     assert set(get_type_hints(StreamOptions)) <= STREAM_OPTIONS | set(UNSUPPORTED_STREAM_OPTIONS)
@@ -239,7 +251,7 @@ VALUES = st.recursive(
 
 
 @given(
-    body=st.dictionaries(st.sampled_from(sorted(RESPONSES_FIELDS | set(UNSUPPORTED_IN_RESPONSES))), VALUES, max_size=4),
+    body=st.dictionaries(st.sampled_from(sorted(RESPONSES.honoured | set(RESPONSES.refused))), VALUES, max_size=4),
     value=VALUES,
     allow_unknown=st.booleans(),
 )
@@ -249,6 +261,30 @@ def test_a_body_is_a_request_or_refused(body: dict[str, Any], value: Any, allow_
             assert isinstance(responses_request(one, allow_unknown=allow_unknown), ResponsesRequest)
         except InvalidRequest as error:
             assert str(error) and error.code
+
+
+def test_what_a_response_repeats_is_not_nested_too_deeply(llm: Llama) -> None:
+    def nested(depth: int, make: Any) -> Any:
+        value: Any = 1
+        for _ in range(depth):
+            value = make(value)
+        return value
+
+    def refusal(body: dict[str, Any]) -> str | None:
+        try:
+            found = responses_request({"input": "x"} | body, formatter=llm.formatter, allow_unknown=True)
+        except InvalidRequest as error:
+            assert "nested too deeply" in str(error)
+            return error.param
+        assert json.loads(json.dumps(found.repeated)) == found.repeated
+        return None
+
+    for make in (lambda inner: [inner], lambda inner: {"a": inner}):
+        for more in (0, 1):
+            tool = FLAT[1] | {"x": nested(MAX_DEPTH - 2 + more, make)}
+            answer = {"type": "text", "x": nested(MAX_DEPTH - 1 + more, make)}
+            assert refusal({"tools": [tool]}) == ("tools" if more else None)
+            assert refusal({"text": {"format": answer}}) == ("text.format" if more else None)
 
 
 def test_a_prompt_that_is_too_long_names_the_input(llm: Llama) -> None:
@@ -372,6 +408,32 @@ def test_a_call_that_is_cut_is_incomplete(llm: Llama) -> None:
     Response.model_validate(found, strict=True)
     (item,) = found["output"]
     assert (item["type"], item["arguments"], item["status"]) == ("function_call", '{"a', "incomplete")
+
+
+def test_a_call_that_a_stop_string_cuts_is_incomplete(llm: Llama) -> None:
+    """The answer has ended as it was asked to; its call has not."""
+    request = parse(llm, tools=FLAT)
+    for text, status in (('{"name": "clock", "parameters": {"a', "incomplete"), (CLOCK_CALL, "completed")):
+        for size in (1, 1000):
+            writer = ResponseWriter(request, llm.tokenizer, "m")
+            events = writer.begin()
+            for increment in pieces_of(text, size):
+                events += writer.add(increment)
+            events += writer.end(finished(text))
+            assert checked(events)[-1] == "response.completed"
+            (item,) = events[-1]["response"]["output"]
+            assert (item["type"], item["status"]) == ("function_call", status)
+            assert events[-2]["item"] == item
+
+
+def test_an_answer_that_must_call_has_no_message(llm: Llama) -> None:
+    request = parse(llm, tools=FLAT, tool_choice="required")
+    for text in ("\n\n", "{", ""):
+        found = response_object(request, finished(text, "length"), llm.tokenizer, "m")
+        Response.model_validate(found, strict=True)
+        assert (found["output"], found["status"]) == ([], "incomplete")
+    (item,) = response_object(request, finished(f"\n{CLOCK_CALL}\n"), llm.tokenizer, "m")["output"]
+    assert (item["type"], item["status"]) == ("function_call", "completed")
 
 
 def test_log_probabilities_of_calls_are_in_no_text(llm: Llama, tmp_path_factory: pytest.TempPathFactory) -> None:

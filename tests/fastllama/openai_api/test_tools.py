@@ -165,6 +165,37 @@ def test_bodies_without_tools_stay_as_they_are(formatter: Formatter) -> None:
     assert completion_request({"prompt": "x", "tools": [], "tool_choice": "none", "parallel_tool_calls": True})
 
 
+NAMING = """{% for message in messages %}{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}:
+{{- ' ' + message.content + '\\n' }}{% endfor %}"""
+
+
+def test_names_reach_templates_that_write_them(llm: Llama, tmp_path: Path) -> None:
+    """Of a result, the name is that of the function that was called."""
+    roles = ("system", "user", "assistant", "developer")
+    named = [{"role": role, "content": "x", "name": f"{role}1"} for role in roles]
+    plain = [
+        {"role": role, "content": "x", "name": name} for role, name in zip(roles, (None, "", None, ""), strict=True)
+    ]
+    formatter = formatter_of(tmp_path, NAMING)
+    assert not isinstance(formatter, NoFormat)
+    text = formatter.tokenizer.decode(prompt_of(formatter, parse(formatter, messages=named, tools=...)))
+    assert text == "system system1: x\nuser user1: x\nassistant assistant1: x\nsystem developer1: x\n"
+    text = formatter.tokenizer.decode(prompt_of(formatter, parse(formatter, messages=plain, tools=...)))
+    assert text == "system: x\nuser: x\nassistant: x\nsystem: x\n"
+    with_names = prompt_of(llm.formatter, parse(llm.formatter, messages=named, tools=...))
+    assert with_names == prompt_of(llm.formatter, parse(llm.formatter, messages=plain, tools=...))
+    history = parse(llm.formatter, messages=HISTORY).prompts
+    for name in ("get_weather", "another", None):
+        assert parse(llm.formatter, messages=[*HISTORY[:2], RESULT | {"name": name}]).prompts == history
+
+
+def test_a_call_without_arguments_may_have_an_empty_text(formatter: Formatter) -> None:
+    empty, braces = (
+        parse(formatter, messages=[ASKED, called((CALL_ID, "clock", text)), RESULT]).prompts for text in ("", "{}")
+    )
+    assert empty == braces
+
+
 FUNCTION = WEATHER["function"]
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": {}}, "tools", "must be a list"),
@@ -276,6 +307,8 @@ def test_other_members_pass_where_unknown_fields_do(llm: Llama) -> None:
         ([ASKED, called(("x", "f", "[" * 99999))], "messages[1].tool_calls[0].function.arguments", "JSON text"),
         ([{**called((CALL_ID, "f", "{}")), "role": "user"}], "messages[0].tool_calls", "is not supported"),
         ([{**ASKED, "tool_call_id": CALL_ID}], "messages[0].tool_call_id", "is not supported"),
+        ([{**ASKED, "name": 5}], "messages[0].name", "must be a text, got 5"),
+        ([*HISTORY[:2], RESULT | {"name": ["f"]}], "messages[2].name", "must be a text"),
         ([ASKED, RESULT], "messages[1].tool_call_id", "the id of a call in a message before it"),
         ([*HISTORY[:2], {**RESULT, "content": None}], "messages[2].content", "must be a text"),
         ([*HISTORY[:2], {**RESULT, "tool_call_id": [1]}], "messages[2].tool_call_id", "the id of a call"),

@@ -4,12 +4,14 @@ Every test ends with a good request, whose answer is what it was before, and wit
 """
 
 import contextlib
+import errno
 import http.client
 import json
 import logging
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllama import Llama, builtin_checkpoint
-from fastllama.openai_api.fields import CHAT_FIELDS, COMPLETION_FIELDS, UNSUPPORTED
+from fastllama.openai_api.known_fields import CHATS as CHAT_FIELDS
+from fastllama.openai_api.known_fields import COMPLETIONS as COMPLETION_FIELDS
+from fastllama.openai_api.known_fields import RESPONSES as RESPONSES_FIELDS
 from fastllama.server.settings import ServerSettings
 from tests.support.running_server import HOST, RunningServer, running_server
 from tests.support.timeouts import HANG_SECONDS
@@ -25,21 +29,31 @@ from tests.support.timeouts import HANG_SECONDS
 MAX_SEQ_LEN = 48  # so that answers are short
 MAX_BODY = 400_000
 KEY = "secret"
-COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
-PATHS = (COMPLETIONS, CHATS, "/tokenize", "/detokenize")
+COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+PATHS = (COMPLETIONS, CHATS, RESPONSES, "/tokenize", "/detokenize")
 MESSAGES = [{"role": "user", "content": "Hello"}]
 GOOD: dict[str, Any] = {"prompt": "Once upon a time", "seed": 3, "max_tokens": 6}
+FUNCTION: dict[str, Any] = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+TOOL: dict[str, Any] = {"type": "function", **FUNCTION}  # as /v1/responses writes it
+SCHEMA = {"name": "s", "schema": {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}}
 BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (COMPLETIONS, GOOD | {"logprobs": 1, "n": 2, "stop": ["x"], "logit_bias": {"5": 1.0}}),
     (COMPLETIONS, GOOD | {"stream": True, "stream_options": {"include_usage": True}, "echo": True}),
     (CHATS, {"messages": MESSAGES, "max_tokens": 5, "logprobs": True, "top_logprobs": 2}),
     (CHATS, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "stream": True}),
+    (CHATS, {"messages": MESSAGES, "max_tokens": 5, "response_format": {"type": "json_schema", "json_schema": SCHEMA}}),
+    (CHATS, {"messages": MESSAGES, "max_tokens": 5, "tools": [{"type": "function", "function": FUNCTION}]}),
+    (RESPONSES, {"input": "Hello", "max_output_tokens": 5, "tools": [TOOL], "tool_choice": "auto"}),
+    (RESPONSES, {"input": "Hello", "max_output_tokens": 5, "tools": [TOOL], "stream": True}),
+    (RESPONSES, {"input": MESSAGES, "max_output_tokens": 5, "text": {"format": {"type": "json_schema", **SCHEMA}}}),
     ("/tokenize", {"prompt": "a text", "add_special_tokens": False}),
     ("/tokenize", {"messages": MESSAGES}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 )
 REFUSED = {400, 401, 404, 405, 408, 413, 415, 422, 429, 431}
-FIELDS = sorted(CHAT_FIELDS | COMPLETION_FIELDS | set(UNSUPPORTED))
+FIELDS = sorted(
+    {name for kind in (COMPLETION_FIELDS, CHAT_FIELDS, RESPONSES_FIELDS) for name in (*kind.honoured, *kind.refused)}
+)
 
 numbers = st.one_of(
     st.integers(-3, 300),
@@ -115,7 +129,9 @@ def post(server: RunningServer, path: str, body: bytes, *headers: bytes) -> tupl
 def check(status: int, content: bytes) -> None:
     """Every answer is whole, or an error in OpenAI's shape that is the client's fault."""
     if status == 200:
-        if content.startswith(b"data: "):
+        if content.startswith(b"event: "):
+            assert b"event: response.failed" not in content
+        elif content.startswith(b"data: "):
             assert content.endswith(b"data: [DONE]\n\n") and b'"server_error"' not in content
         else:
             json.loads(content)
@@ -164,6 +180,43 @@ def test_messages_of_another_kind(server: RunningServer) -> None:
     many(st.lists(messages, max_size=4), 150, run)
 
 
+def test_objects_with_another_member(server: RunningServer) -> None:
+    """Tools, choices and formats with a member that is not known, or of another kind: some are repeated in answers."""
+    tools: dict[str, Any] = {"tools": [TOOL]}
+    bodies: list[tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]] = [
+        (TOOL, lambda one: {"tools": [one]}),
+        (TOOL["parameters"], lambda one: {"tools": [TOOL | {"parameters": one}], "tool_choice": "none"}),
+        ({"type": "function", "name": "f"}, lambda one: tools | {"tool_choice": one}),
+        ({"type": "text"}, lambda one: {"text": {"format": one}}),
+        ({"type": "json_schema", **SCHEMA}, lambda one: {"text": {"format": one}}),
+        ({"format": {"type": "text"}}, lambda one: {"text": one}),
+    ]
+
+    def run(drawn: tuple[Any, str, Any, bool]) -> None:
+        (known, body_with), name, value, stream = drawn
+        body = {"input": "Hello", "max_output_tokens": 2, "stream": stream, **body_with({**known, name: value})}
+        check(*post(server, RESPONSES, json.dumps(body).encode()))
+
+    names = st.sampled_from(["x", "type", "name", "parameters", "schema", "strict", "description", "format"])
+    many(st.tuples(st.sampled_from(bodies), names, values, st.booleans()), 150, run)
+    for (known, body_with), number in product(bodies, ("1e999", "-Infinity", "NaN")):
+        body = json.dumps({"input": "x", **body_with({**known, "x": "NUMBER"})}).replace('"NUMBER"', number)
+        status, content = post(server, RESPONSES, body.encode())
+        check(status, content)
+        assert status == 400 and f"{number} is not a finite number" in content.decode()
+
+
+def test_every_depth_of_what_an_answer_repeats(server: RunningServer) -> None:
+    """There is none that can be read and not be written again."""
+    statuses = set[int]()
+    for depth in (*range(1, 900, 60), *range(900, 1010)):
+        deep = '{"input": "x", "max_output_tokens": 1, "text": {"format": {"type": "text", "x": %s}}}'
+        status, content = post(server, RESPONSES, (deep % ("[" * depth + "]" * depth)).encode())
+        check(status, content)
+        statuses.add(status)
+    assert statuses == {200, 400}
+
+
 def test_changed_bytes(server: RunningServer) -> None:
     """Bodies that were cut, or in which bytes were replaced: broken JSON, broken UTF-8, keys that are there twice."""
 
@@ -186,7 +239,8 @@ def test_changed_bytes(server: RunningServer) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_large_and_deep_bodies(server: RunningServer, path: str) -> None:
     long = MAX_BODY // 2 - 1000
-    text = {"/detokenize": "[%s]", "/tokenize": '{"prompt": %s}'}.get(path, '{"max_tokens": 1, "prompt": %s}')
+    texts = {"/detokenize": "[%s]", "/tokenize": '{"prompt": %s}', RESPONSES: '{"max_output_tokens": 1, "input": %s}'}
+    text = texts.get(path, '{"max_tokens": 1, "prompt": %s}')
     bodies = [
         b"[" * long,
         b'{"a":' * 20_000 + b"1" + b"}" * 20_000,
@@ -292,7 +346,11 @@ def raw(server: RunningServer, data: bytes) -> int | None:
     """The status that comes back when nothing more is sent; None if the server just closes."""
     with connected(server) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
+        try:
+            connection.shutdown(socket.SHUT_WR)
+        except OSError as error:  # the server has closed before
+            if error.errno != errno.ENOTCONN:
+                raise
         answer = b""
         while piece := connection.recv(65536):
             answer += piece

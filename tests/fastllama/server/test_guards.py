@@ -113,7 +113,8 @@ def test_a_body_that_is_too_large(client: httpx.Client) -> None:
     large = json.dumps(BODY | {"prompt": "x" * 2000})
     kind = {"Content-Type": "application/json"}
     answer = client.post(COMPLETIONS, content=large, headers=kind)
-    assert f"{len(large)} bytes" in error_of(answer, 413, "body_too_large")["message"]
+    message = error_of(answer, 413, "body_too_large")["message"]
+    assert f"{len(large)} bytes" in message and f"(--max_body_mib {1000 / 2**20:g})" in message
     answer = client.post(COMPLETIONS, content=iter([large.encode()]), headers=kind)  # in chunks, without its size
     assert "more than 1000 bytes" in error_of(answer, 413, "body_too_large")["message"]
     assert client.post(COMPLETIONS, json=BODY).status_code == 200

@@ -18,6 +18,8 @@ from schemathesis.engine import Status, events, from_schema
 from schemathesis.engine.recorder import ScenarioRecorder
 
 from fastllama import Llama, builtin_checkpoint
+from fastllama.openai_api.known_fields import CHATS, COMPLETIONS, RESPONSES, BodyFields
+from fastllama.server.guards import OPEN_PATHS
 from fastllama.server.settings import ServerSettings
 from tests.support.running_server import RunningServer, running_server
 
@@ -35,8 +37,13 @@ OTHER_RULES = re.compile(
             r"\(max_seq_len\) fit in the context",
             r"answers at a time|takes up to \d+ at a time",
             "token ids from 0 to",  # of the vocabulary
-            r"messages\[\d+\]",  # fields of messages
-            "^(tools|tool_choice|response_format|input|text)",  # JSON schemas, and what the model supports
+            "must be the id of a call in a message before it",
+            "arguments must be the JSON text of an object",
+            "tool_choice needs tools|must be one of the tools",
+            r"tools\[\d+\].*\.name must differ from those before it",
+            # The JSON schemas that a grammar supports.
+            r"^tools(\[\d+\](\.function)?\.parameters)?(:| is nested too deeply)",
+            r"^(response_format\.json_schema|text\.format)\.schema(:| is nested too deeply)",
             # For JSON Schema 8.0 is an integer. Here it is not.
             r"whole number .*, got -?\d+(\.0|e\+\d+)$|list of token ids, .*, got .*\d\.0",
             # schemathesis takes limits as floats, and the next ones lie beyond these.
@@ -96,6 +103,22 @@ def test_limits_of_every_field(server: RunningServer) -> None:
     names = {"not_a_server_error", "status_code_conformance", "response_schema_conformance", "unsupported_method"}
     assert all(passed[name] > 300 for name in {*names, "negative_data_rejection", ACCEPTANCE})
     server.wait_until_idle()
+
+
+def test_routes_without_guards_do_not_document_their_errors(server: RunningServer) -> None:
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    for path, routes in paths.items():
+        for route in routes.values():
+            assert ({"401", "429"} <= set(route["responses"])) == (path not in OPEN_PATHS)
+
+
+@pytest.mark.parametrize(
+    ("path", "known"), [("/v1/completions", COMPLETIONS), ("/v1/chat/completions", CHATS), ("/v1/responses", RESPONSES)]
+)
+def test_every_field_is_in_the_document(server: RunningServer, path: str, known: BodyFields) -> None:
+    route = httpx.get(f"{server.url}/openapi.json").json()["paths"][path]["post"]
+    properties = set(route["requestBody"]["content"]["application/json"]["schema"]["properties"])
+    assert known.honoured | set(known.refused) == properties
 
 
 def test_drawn_bodies(server: RunningServer) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -15,10 +15,18 @@ from fastllama.server.settings import MEBIBYTE
 
 JSON_TYPES = ("application/json", "+json")
 LARGE_BYTES = 2**16  # of a body that is parsed in a thread
+SMALL_BYTES = 2**12  # of a body whose prompt is encoded sooner than a thread is woken
 
 
-async def read_json(request: Request, service: Service) -> Any:
-    """The body's value. Raises ApiError for a body that is too large, slow or of another type, InvalidRequest for one
+class Body(NamedTuple):
+    """A body that was read."""
+
+    value: Any
+    n_bytes: int
+
+
+async def read_json(request: Request, service: Service) -> Body:
+    """The body. Raises ApiError for a body that is too large, slow or of another type, InvalidRequest for one
     that is not JSON.
     """
     settings = service.settings
@@ -41,7 +49,7 @@ async def read_json(request: Request, service: Service) -> Any:
     try:
         # What is not finite could not be repeated in an answer.
         loads = functools.partial(strict_json.loads, data, allow_nan=False)
-        return await service.computed(loads, is_large=len(data) > LARGE_BYTES)
+        return Body(await service.computed(loads, is_large=len(data) > LARGE_BYTES), len(data))
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # also of a wrong encoding

@@ -14,7 +14,13 @@ from fastllama.openai_api.responses_api import ResponsesRequest, responses_reque
 from fastllama.openai_api.responses_events import ResponseWriter, response_object
 from fastllama.server.json_response import json_bytes
 
+GRAMMAR_FIELDS = frozenset({"response_format", "text", "tools"})
 DONE = b"data: [DONE]\n\n"
+
+
+def may_have_grammar(body: object) -> bool:
+    """Whether what a body asks for may need a grammar, which takes time."""
+    return isinstance(body, dict) and not GRAMMAR_FIELDS.isdisjoint(body)
 
 
 class Exchange(NamedTuple):

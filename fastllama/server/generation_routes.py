@@ -2,22 +2,25 @@
 
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from fastllama.engine.request import Numbered, merged
+from fastllama.engine.request import Request as EngineRequest
 from fastllama.openai_api.chunks import Chunk, StreamWriter
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.server import documents
-from fastllama.server.bodies import read_json
+from fastllama.server.bodies import SMALL_BYTES, read_json
 from fastllama.server.errors import CLIENT_GONE, INTERNAL_ERROR, ApiError, error_body
-from fastllama.server.exchange import Exchange, chat_exchange, completion_exchange, responses_exchange
+from fastllama.server.exchange import Exchange, chat_exchange, completion_exchange, may_have_grammar, responses_exchange
 from fastllama.server.json_response import JsonResponse
 from fastllama.server.service import LARGE_TOKENS, Service, is_large
 from fastllama.server.streaming import ClientGone, EventStream, unless_gone
 
+Submitting = AbstractAsyncContextManager[list[EngineRequest]]
 logger = logging.getLogger(__name__)
 
 
@@ -43,17 +46,19 @@ def generation_routes(service: Service) -> APIRouter:
 async def _answer(service: Service, http: Request, new_exchange: Callable[..., Exchange]) -> Response:
     service.check_serving()
     body, formatter = await read_json(http, service), service.engine.llm.formatter
-    exchange = await service.in_thread(new_exchange, body, service.served, formatter)  # a grammar takes time
+    is_quick = body.n_bytes <= SMALL_BYTES and not may_have_grammar(body.value)
+    exchange = await service.prepared(new_exchange, body.value, service.served, formatter, is_quick=is_quick)
+    submitted = service.submitted(exchange.request, is_quick=is_quick)
     if exchange.request.stream:
-        return EventStream(_events(service, exchange))
+        return EventStream(_events(service, exchange, submitted))
     try:
-        return await unless_gone(http.receive, _whole(service, exchange))
+        return await unless_gone(http.receive, _whole(service, exchange, submitted))
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
 
 
-async def _whole(service: Service, exchange: Exchange) -> Response:
-    async with service.submitted(exchange.request) as submitted:
+async def _whole(service: Service, exchange: Exchange, submitting: Submitting) -> Response:
+    async with submitting as submitted:
         results = [await one.aresult() for one in submitted]
         if any(answer.finish_reason == "cancelled" for result in results for answer in result.answers):
             raise _stopped()
@@ -64,9 +69,9 @@ async def _whole(service: Service, exchange: Exchange) -> Response:
         return await service.computed(write, is_large=is_large(exchange.request, submitted))
 
 
-async def _events(service: Service, exchange: Exchange) -> AsyncIterator[bytes]:
+async def _events(service: Service, exchange: Exchange, submitting: Submitting) -> AsyncIterator[bytes]:
     """The stream's pieces. An exception before the first one is raised; a later one becomes an event."""
-    async with service.submitted(exchange.request) as submitted:
+    async with submitting as submitted:
         writer, has_begun = exchange.new_writer(submitted), False
 
         async def finish(write: Callable[..., list[Chunk]], *arguments: Any) -> bytes:

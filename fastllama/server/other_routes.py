@@ -33,12 +33,12 @@ def other_routes(service: Service, created: int) -> APIRouter:
 
     @router.post("/tokenize", **documents.TOKENIZE)
     async def tokenize(request: Request) -> Response:
-        body = await read_json(request, service)
+        body = (await read_json(request, service)).value
         return await service.in_thread(lambda: JsonResponse(tokenized(service, body)))
 
     @router.post("/detokenize", **documents.DETOKENIZE)
     async def detokenize(request: Request) -> Response:
-        body = await read_json(request, service)
+        body = (await read_json(request, service)).value
         return await service.in_thread(lambda: JsonResponse(detokenized(service, body)))
 
     @router.get("/health", **documents.HEALTH)

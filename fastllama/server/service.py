@@ -3,8 +3,8 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastllama.engine.engine import Engine
@@ -62,9 +62,10 @@ class Service:
             )
 
     @asynccontextmanager
-    async def submitted(self, request: ApiRequest) -> AsyncIterator[list[Request]]:
+    async def submitted(self, request: ApiRequest, *, is_quick: bool) -> AsyncIterator[list[Request]]:
         """Submit all prompts of a request. What has not ended at the end of the block is cancelled.
 
+        is_quick: it has no grammar and short prompts.
         Raises InvalidRequest for a request that cannot be answered, and ApiError for one that cannot be admitted now.
         """
         self.check_serving()
@@ -74,7 +75,7 @@ class Service:
         self._n_in_work += 1
         requests: list[Request] = []
         try:
-            requests = await self._submit(request, n_answers)
+            requests = await self._submit(request, n_answers, is_quick)
             yield requests
         finally:
             self._n_in_work -= 1
@@ -83,6 +84,10 @@ class Service:
                 if not one.is_finished:
                     one.cancel()
             await self.computed(self._note, requests, is_large=is_large(request, requests))
+
+    async def prepared(self, function: Callable[..., T], *arguments: Any, is_quick: bool) -> T:
+        """The result of a function, which runs in a thread unless it takes less time than a thread needs to wake."""
+        return function(*arguments) if is_quick else await self.in_thread(function, *arguments)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """The result of a function that may take long, without blocking other requests."""
@@ -103,24 +108,39 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
         while self._n_in_work and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(POLL_SECONDS)
-        await self.in_thread(self.engine.close)
+        await asyncio.to_thread(self.engine.close)  # not behind others' prompts
 
-    async def _submit(self, request: ApiRequest, n_answers: int) -> list[Request]:
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._threads, submit, self.engine, request, self.settings.max_prompt_tokens)
-        self._n_submitting += n_answers
+    async def _submit(self, request: ApiRequest, n_answers: int, is_quick: bool) -> list[Request]:
+        def work() -> list[Request]:
+            self.check_serving()
+            return submit(self.engine, request, self.settings.max_prompt_tokens)
+
         try:
-            requests = await asyncio.shield(future)
-            self._submitted.update(requests)
-            return requests
+            requests = work() if is_quick else await self._submit_in_thread(work, n_answers)
         except RuntimeError:  # the engine was closed, or has failed, meanwhile
             self.check_serving()
             raise
-        except asyncio.CancelledError:  # the client has gone; the thread goes on, and what it submits nobody awaits
+        self._submitted.update(requests)
+        return requests
+
+    async def _submit_in_thread(self, work: Callable[[], list[Request]], n_answers: int) -> list[Request]:
+        """Its answers count until the work is done, or was given up before it began, also if the client has gone."""
+        loop, future = asyncio.get_running_loop(), self._threads.submit(work)
+
+        def count_out() -> None:
+            self._n_submitting -= n_answers
+
+        def end(_: "Future[list[Request]]") -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(count_out)
+
+        self._n_submitting += n_answers
+        future.add_done_callback(end)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:  # the client has gone: nobody awaits what is submitted
             future.add_done_callback(_cancel_all)
             raise
-        finally:
-            self._n_submitting -= n_answers
 
     def _check_queue(self, n_answers: int) -> None:
         most = self._n_rows + self.settings.max_queue
@@ -155,7 +175,7 @@ def is_large(request: ApiRequest, submitted: Sequence[Request]) -> bool:
     return n_tokens * (1 + (request.params.logprobs or 0)) > LARGE_TOKENS
 
 
-def _cancel_all(submitting: "asyncio.Future[list[Request]]") -> None:
+def _cancel_all(submitting: "Future[list[Request]]") -> None:
     if not submitting.cancelled() and submitting.exception() is None:
         for request in submitting.result():
             request.cancel()

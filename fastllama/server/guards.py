@@ -92,6 +92,18 @@ class ConcurrencyGuard:
             self._n_open -= 1
 
 
+class HeadAsGet:
+    """Passes HEAD on as GET, which some monitors ask with: uvicorn leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self.app({**scope, "method": "GET"} if is_head else scope, receive, send)
+
+
 class FaultGuard:
     """Answers 500 to a request on which the server fails, and logs why."""
 

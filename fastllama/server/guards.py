@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,6 +11,7 @@ from fastllama.server.errors import error_response, response_of
 
 OPEN_PATHS = frozenset({"/", "/health"})  # without a key, and however many requests are in work
 BEARER = "bearer"
+HOST = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]+))(:\d*)?")
 LOCALHOST = "localhost"  # and all names below it
 
 
@@ -134,8 +136,10 @@ def _path(scope: Scope) -> str:
 
 def _is_own(host: str) -> bool:
     """Whether a value of the header Host, with or without a port, can only mean this machine."""
-    name = host.lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
+    found = HOST.fullmatch(host.lower())
+    if found is None:
+        return False
+    name = found["address"] or found["name"].removesuffix(".")
     if name == LOCALHOST or name.endswith(f".{LOCALHOST}"):
         return True
     try:

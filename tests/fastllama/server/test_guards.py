@@ -22,6 +22,7 @@ SETTINGS = ServerSettings(
 )
 OTHER_HOSTS = ["evil.example:8123", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "notlocalhost"]
 OTHER_HOSTS += ["0.0.0.0:8000", "10.0.0.1", "[2001:db8::1]:80", "[evil.example]", "::1", "127.1", "x@localhost", ""]
+OTHER_HOSTS += ["[::1]evil.example", "[::1]:80.evil.example", "localhost:80.evil.example", "[localhost]", "[]"]
 
 
 @pytest.fixture(scope="module")

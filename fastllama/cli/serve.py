@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 DEFAULT_MAX_SEQ_LEN = 4096
 API_KEY_VARIABLE = "FASTLLAMA_API_KEY"
-MEBIBYTE = 2**20
 
 
 @click.command()
@@ -103,7 +102,7 @@ def serve(**options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> "ServerSettings":
-    from fastllama.server.settings import ServerSettings
+    from fastllama.server.settings import MEBIBYTE, ServerSettings
 
     return ServerSettings(
         api_keys=options["api_keys"],

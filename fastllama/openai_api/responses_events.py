@@ -42,7 +42,7 @@ class ResponseWriter:
         self._parser = request.request.new_parser()
         self._pieces = _TokenPieces(tokenizer)
         self._id = f"resp_{uuid.uuid4().hex}"
-        self._created = time.time()
+        self._created = int(time.time())
         self._output: list[dict[str, Any]] = []  # the items, of which the last may be open
         self._is_open = False
         self._entries: list[Entry] = []  # of tokens whose text has not come out of the parser
@@ -157,7 +157,7 @@ class ResponseWriter:
             "id": self._id,
             "object": "response",
             "created_at": self._created,
-            "completed_at": time.time() if status == "completed" else None,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "error": None,
             "incomplete_details": details,

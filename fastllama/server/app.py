@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 import fastllama
 from fastllama.server.errors import add_handlers
 from fastllama.server.generation_routes import generation_routes
-from fastllama.server.guards import ApiKeyGuard, ConcurrencyGuard, FaultGuard, HostGuard
+from fastllama.server.guards import ApiKeyGuard, ConcurrencyGuard, FaultGuard, HeadAsGet, HostGuard
 from fastllama.server.other_routes import other_routes
 from fastllama.server.service import Service
 
@@ -27,6 +27,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(other_routes(service, created=int(time.time())))
     add_handlers(app)
     # The last added comes first.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(FaultGuard)
     app.add_middleware(ConcurrencyGuard, most=service.settings.max_connections)
     app.add_middleware(ApiKeyGuard, api_keys=service.settings.api_keys)

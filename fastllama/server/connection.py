@@ -37,8 +37,8 @@ class Connection(H11Protocol):
         self._head_since: float | None = self._idle_since  # when the wait for the head of a request began
         self._unsent, self._sent_at = 0, self._idle_since
         if len(self.connections) > self.config.most_connections:
-            idle = [one for one in self.connections if isinstance(one, Connection) and one.is_idle]
-            min(idle, key=lambda one: one._idle_since).abort()  # this one is idle, too
+            idle = [one for one in self.connections if isinstance(one, Connection) and one.has_nothing_to_send]
+            min(idle, key=lambda one: one._idle_since).abort()  # this one has nothing to send, either
 
     def data_received(self, data: bytes) -> None:
         """Read what has come."""
@@ -62,6 +62,11 @@ class Connection(H11Protocol):
     def is_idle(self) -> bool:
         """Whether no request is in work."""
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def has_nothing_to_send(self) -> bool:
+        """Whether it is idle, and its client, or the system for it, has all of the last answer."""
+        return self.is_idle and not self.transport.get_write_buffer_size()
 
     def check(self, now: float) -> None:
         """Close the connection if its client is too slow. now: of time.monotonic."""

@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,6 +11,7 @@ from fastllama.server.errors import error_response, response_of
 
 OPEN_PATHS = frozenset({"/", "/health"})  # without a key, and however many requests are in work
 BEARER = "bearer"
+HOST = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]+))(:\d*)?")
 LOCALHOST = "localhost"  # and all names below it
 
 
@@ -92,6 +94,18 @@ class ConcurrencyGuard:
             self._n_open -= 1
 
 
+class HeadAsGet:
+    """Passes HEAD on as GET, which some monitors ask with: uvicorn leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self.app({**scope, "method": "GET"} if is_head else scope, receive, send)
+
+
 class FaultGuard:
     """Answers 500 to a request on which the server fails, and logs why."""
 
@@ -122,8 +136,10 @@ def _path(scope: Scope) -> str:
 
 def _is_own(host: str) -> bool:
     """Whether a value of the header Host, with or without a port, can only mean this machine."""
-    name = host.lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
+    found = HOST.fullmatch(host.lower())
+    if found is None:
+        return False
+    name = found["address"] or found["name"].removesuffix(".")
     if name == LOCALHOST or name.endswith(f".{LOCALHOST}"):
         return True
     try:

@@ -1,47 +1,26 @@
 """`fastllama serve` as a process: its address, its errors, and how it stops."""
 
-import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.support.command_line import ROOT, expect_error, run
+from tests.support.command_line import expect_error, run
+from tests.support.server_process import serving
 from tests.support.timeouts import HANG_SECONDS
 
 # More tokens than are generated before the signal arrives, on any machine.
 LONG = {"prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True, "stream": True, "temperature": 0}
-OPTIONS = ("--json", "--port", "0", "--device", "cpu", "--max_batch_size", "2", "--max_seq_len", "8192")
-
-
-@contextlib.contextmanager
-def serving(*words: str, **environment: str) -> Iterator[tuple[dict[str, Any], "subprocess.Popen[str]"]]:
-    """A server in a process: what it prints first, and the process, which is killed at the end if it still runs."""
-    command = [sys.executable, "-W", "error", "-m", "fastllama", "serve", *OPTIONS, *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=env) as process:
-        try:
-            assert process.stdout is not None and process.stderr is not None
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            yield json.loads(line), process
-        finally:
-            process.kill()
+OPTIONS = ("--max_batch_size", "2", "--max_seq_len", "8192")
 
 
 def test_a_signal_lets_what_runs_end_and_refuses_the_rest() -> None:
     patient = str(HANG_SECONDS)
     with (
-        serving("--drain_seconds", patient) as (server, process),
+        serving(*OPTIONS, "--drain_seconds", patient) as (server, process),
         httpx.Client(base_url=server["url"], timeout=HANG_SECONDS) as client,
     ):
         assert server["model"] == "builtin" and server["pid"] == process.pid
@@ -64,7 +43,7 @@ def test_a_signal_lets_what_runs_end_and_refuses_the_rest() -> None:
 
 def test_what_runs_for_too_long_is_cut() -> None:
     with (
-        serving("--drain_seconds", "0") as (server, process),
+        serving(*OPTIONS, "--drain_seconds", "0") as (server, process),
         httpx.Client(base_url=server["url"], timeout=HANG_SECONDS) as client,
     ):
         with client.stream("POST", "/v1/completions", json=LONG) as answer:
@@ -81,7 +60,7 @@ def test_what_runs_for_too_long_is_cut() -> None:
 def test_two_processes_serve_until_one_dies() -> None:
     question = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
     with (
-        serving("--nproc", "2") as (server, process),
+        serving(*OPTIONS, "--nproc", "2") as (server, process),
         httpx.Client(base_url=server["url"], timeout=HANG_SECONDS) as client,
     ):
         answer = client.post("/v1/chat/completions", json=question).json()
@@ -98,7 +77,7 @@ def test_two_processes_serve_until_one_dies() -> None:
 
 
 def test_keys_come_from_the_environment() -> None:
-    with serving(FASTLLAMA_API_KEY="one two") as (server, _):
+    with serving(*OPTIONS, FASTLLAMA_API_KEY="one two") as (server, _):
         for key, status in (("one", 200), ("two", 200), ("one two", 401), ("three", 401)):
             got = httpx.get(f"{server['url']}/v1/models", headers={"Authorization": f"Bearer {key}"})
             assert got.status_code == status, key

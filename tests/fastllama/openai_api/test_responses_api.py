@@ -353,6 +353,13 @@ def test_an_answer_that_is_cut_is_incomplete(llm: Llama) -> None:
     assert found["output"][0]["status"] == "incomplete" and PARIS.startswith(found["output"][0]["content"][0]["text"])
 
 
+def test_times_are_whole_seconds(llm: Llama) -> None:
+    events, found = run(llm, parse(llm))
+    responses = [event["response"] for event in events if "response" in event] + [found]
+    assert {type(one["created_at"]) for one in responses} == {int}
+    assert type(found["completed_at"]) is int and found["completed_at"] >= found["created_at"]
+
+
 def pieces_of(text: str, size: int) -> list[Increment]:
     """A text in increments without tokens."""
     cuts = range(0, len(text), size)

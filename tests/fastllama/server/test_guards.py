@@ -22,6 +22,7 @@ SETTINGS = ServerSettings(
 )
 OTHER_HOSTS = ["evil.example:8123", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "notlocalhost"]
 OTHER_HOSTS += ["0.0.0.0:8000", "10.0.0.1", "[2001:db8::1]:80", "[evil.example]", "::1", "127.1", "x@localhost", ""]
+OTHER_HOSTS += ["[::1]evil.example", "[::1]:80.evil.example", "localhost:80.evil.example", "[localhost]", "[]"]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,21 @@ def test_unknown_routes_and_methods(client: httpx.Client) -> None:
     answer = client.get(COMPLETIONS)
     error_of(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/served", "/metrics", "/openapi.json"])
+def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
+    got, head = client.get(path), client.head(path)
+    assert head.status_code == got.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+    assert client.get("/health").json() == {"status": "ok"}  # nothing of the answer is left on the connection
+
+
+def test_head_of_other_routes_is_refused(client: httpx.Client) -> None:
+    assert client.head(COMPLETIONS).status_code == 405
+    assert client.head("/v1/nowhere").status_code == client.head("/v1/models/other").status_code == 404
+    assert client.head("/v1/models", headers={"Authorization": "Bearer third"}).status_code == 401
 
 
 def test_a_fault_of_the_server_keeps_its_text_to_itself(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import ROOT
+from tests.support.server_process import serving
 from tests.support.timeouts import HANG_SECONDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of these clients
@@ -27,23 +28,17 @@ SCORED, GENERATED = ["fastllama_facts", "fastllama_stories"], ["fastllama_answer
 
 
 @contextlib.contextmanager
-def serving(*words: str) -> Iterator[str]:
-    """A server in a process: its address."""
-    command = [sys.executable, "-m", "fastllama", "serve", "--json", "--port", "0", "--device", "cpu", *words]
-    env = {**os.environ, **OFFLINE, "FASTLLAMA_API_KEY": KEY}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env) as process:
-        try:
-            assert process.stdout is not None
-            yield str(json.loads(process.stdout.readline())["url"])
-            process.terminate()
-            assert process.wait(HANG_SECONDS) == 0
-        finally:
-            process.kill()
+def served(*words: str) -> Iterator[str]:
+    """A server in a process, with a key: its address."""
+    with serving(*words, FASTLLAMA_API_KEY=KEY, **OFFLINE) as (server, process):
+        yield server["url"]
+        process.terminate()
+        assert process.wait(HANG_SECONDS) == 0
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving("--max_seq_len", "1024") as found:
+    with served("--max_seq_len", "1024") as found:
         yield found
 
 
@@ -154,7 +149,7 @@ def test_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     tasks = SCORED + GENERATED
     ours = evaluate("fastllama", f"pretrained={folder},dtype=float32,max_length=512,device=cpu", tasks, batch_size=4)
-    with serving("--ckpt_dir", str(folder), "--max_seq_len", "1024", "--served_model_name", "tiny") as url:
+    with served("--ckpt_dir", str(folder), "--max_seq_len", "1024", "--served_model_name", "tiny") as url:
         # Its windows have two tokens less than max_length.
         common = f"model=tiny,tokenizer={folder},max_length=514,num_concurrent=1,max_retries=1"
         theirs = evaluate("local-completions", f"{common},base_url={url}/v1/completions", tasks)

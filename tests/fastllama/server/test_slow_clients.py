@@ -101,7 +101,10 @@ def test_a_connection_without_a_whole_head_is_closed(llm: Llama, begin: bytes, a
     with running_server(llm) as server, contextlib.closing(connect(server)) as silent:
         if after:
             silent.sendall(after)
-            assert silent.recv(4096).startswith(b"HTTP/1.1 200")
+            got = b""
+            while not got.endswith(b"}"):
+                got += silent.recv(4096)
+            assert got.startswith(b"HTTP/1.1 200")
         server.server.config.settings = IMPATIENT
         if begin or not after:  # without either it is kept for as long as uvicorn is told
             silent.sendall(begin)
@@ -214,6 +217,27 @@ def test_requests_in_work_are_not_closed_for_new_connections(llm: Llama, monkeyp
                 assert read_to_the_end(late) == b""
         for one in working:
             assert one.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_an_answer_that_is_being_sent_is_not_cut_for_new_connections(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was written as a whole, so its request is done for the server."""
+    monkeypatch.setattr(run, "IDLE_CONNECTIONS", 0)
+    with running_server(llm, ServerSettings(max_connections=2)) as server, contextlib.ExitStack() as stack:
+        sending = stack.enter_context(contextlib.closing(connect(server)))
+        send(sending, **LARGE)
+        wait_until(lambda: any(one.flow.write_paused and one.is_idle for one in connections(server)))
+        for _ in range(3):
+            stack.enter_context(contextlib.closing(connect(server)))
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        head, _, body = sending.recv(2**16).partition(b"\r\n\r\n")
+        size = int(head.lower().partition(b"content-length: ")[2].split()[0])
+        while len(body) < size:
+            piece = sending.recv(2**16)
+            assert piece, "the answer was cut"
+            body += piece
+        assert len(json.loads(body)["choices"]) == LARGE["n"]
 
 
 def test_the_limit_of_connections_is_below_that_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:

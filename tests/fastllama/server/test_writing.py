@@ -13,6 +13,7 @@ from fastllama.engine.request import Numbered, merged
 from fastllama.openai_api import chunks, requests
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.server import exchange, generation_routes, json_response, service
+from fastllama.server.bodies import SMALL_BYTES
 from fastllama.server.json_response import json_bytes
 from fastllama.server.metrics import Metrics
 from tests.support.running_server import RunningServer, running_server
@@ -101,6 +102,7 @@ def test_slow_grammars_do_not_hold_up_large_bodies(
     server: RunningServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All threads that submit are busy, and a body is still read: here as far as its error."""
+    options: dict[str, Any] = {"json": {**SMALL, "user": "x" * SMALL_BYTES}, "timeout": None}  # not quick
     may_go_on = threading.Event()
     busy, real = threading.Semaphore(0), requests.submit
 
@@ -111,7 +113,9 @@ def test_slow_grammars_do_not_hold_up_large_bodies(
 
     monkeypatch.setattr(service, "submit", slow)
     posts = [
-        threading.Thread(target=httpx.post, args=(server.url + COMPLETIONS,), kwargs={"json": SMALL, "timeout": None})
+        threading.Thread(
+            target=httpx.post, args=(server.url + COMPLETIONS,), kwargs={"json": not_quick, "timeout": None}
+        )
         for _ in range(service.SUBMITTING_THREADS)
     ]
     for post in posts:

@@ -129,6 +129,12 @@ def test_a_choice_decides_what_may_be_called(
     assert "strict" not in json.dumps(request.tools)
 
 
+def test_white_space_comes_before_a_call_only_where_text_may(formatter: Formatter) -> None:
+    for choice, expected in (("auto", "whole"), ("required", "wrong"), (NAMED, "wrong")):
+        request = parse(formatter, tool_choice=choice)
+        assert outcome(formatter, request, "\n " + written(formatter, "clock", "{}")) == expected
+
+
 def test_no_calls_but_tools_in_the_prompt(formatter: Formatter) -> None:
     request = parse(formatter, tool_choice="none")
     assert request.params.grammar is None and request.new_parser is PlainParser

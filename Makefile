@@ -146,7 +146,7 @@ smoke-kernels:
 
 smoke-models:
 	$(BIN)/fastllama bench $(SMOKED) --suite decode,prefill,generate,requests,speculate \
-		--peers reference,transformers,transformers-continuous \
+		--peers reference,transformers,transformers-continuous,serve,serve-whole \
 		--output $(SMOKE)/models.json
 
 smoke-memory:

@@ -63,6 +63,10 @@ class DraftGuesser(Guesser):
         """Remember whether the row has tokens that were not read."""
         self._has_gaps |= self._n_behind > 0
 
+    def leave_out_row(self) -> None:
+        """Remember that there are tokens that are not read."""
+        self._has_gaps = True
+
     def before_step(self, state: DecodeState, n_guesses: int, lengths: Sequence[int]) -> None:
         """Before a step with guesses, read all tokens before the newest that were left out."""
         if n_guesses == 0:

@@ -45,6 +45,9 @@ class Guesser:
     def end_row(self) -> None:
         """A row has ended."""
 
+    def leave_out_row(self) -> None:
+        """A row is inactive in some steps, so that not all of its tokens are followed."""
+
     def guess(self, state: DecodeState, n_guesses: int, lengths: Sequence[int] | None) -> None:
         """Guess the tokens after each row's newest one, at least n_guesses, at the end of a step that checked as many.
 

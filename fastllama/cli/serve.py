@@ -82,7 +82,8 @@ def serve(**options: Any) -> None:
     from fastllama.distributed.shared_engine import open_engine
     from fastllama.loading import choose_device
     from fastllama.openai_api.envelope import ServedModel
-    from fastllama.server.service import Service, fingerprint
+    from fastllama.server.fingerprint import fingerprint
+    from fastllama.server.service import Service
 
     listener = run.bind(options["host"], options["port"])  # before the model is loaded, which may take minutes
     rows = options["max_batch_size"] or DEFAULT_ROWS[choose_device(model.device).type]

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from fastllama.distributed.driver import Driver, control_group, wait_for_crash_report
 from fastllama.distributed.interrupts import delay_interrupts
 from fastllama.engine import Engine
-from fastllama.engine.inbox import Cancellation, Command, Task
+from fastllama.engine.grammar_matcher import prepare
+from fastllama.engine.inbox import Cancellation, Command, NewRequest, Preparation, Task
+from fastllama.engine.request import Request
 from fastllama.generation import Llama
 
 TASKS = list(Task)  # sent by number
@@ -68,7 +70,17 @@ class SharedEngine(Engine):
     def _announce(self, commands: list[Command], task: Task) -> None:
         _send(self._driver.control, commands, task, self.state)
 
+    def accept(self, command: NewRequest) -> Request:
+        """As `Engine.accept`. The workers compile a grammar while this process does."""
+        if command.params.grammar is not None:
+            with self._mail:
+                self._check_open()
+                self._put(Preparation(command.params.grammar), None)
+            self._follow_at_once()
+        return super().accept(command)
+
     def _fail(self, error: BaseException) -> None:
+        self.failure = error  # at once: who is refused asks for the reason
         self._driver.out_of_step = self._closing = True
         if isinstance(error, Exception):
             wait_for_crash_report(error)
@@ -76,10 +88,12 @@ class SharedEngine(Engine):
 
     def _end_all(self) -> None:
         with self._lock:
-            if self._driver.shared_engine is self and not self._driver.out_of_step:
-                self._run(Task.CLOSE)
-            if self._driver.shared_engine is self:
-                self._driver.shared_engine = None
+            try:
+                if self._driver.shared_engine is self and not self._driver.out_of_step:
+                    self._run(Task.CLOSE)
+            finally:  # the workers have left the engine, also if Ctrl-C waited for that
+                if self._driver.shared_engine is self:
+                    self._driver.shared_engine = None
             with self._mail:
                 self._inbox.clear()  # cancellations of requests that have ended
                 self._release_model_if_idle()
@@ -94,10 +108,13 @@ def follow_driver(llm: Llama, **options: Any) -> None:
             if state != engine.state:
                 raise OutOfStep(f"this process has the state {engine.state} and the driver {state}")
             for command in commands:
-                if isinstance(command, Cancellation):
-                    engine.cancel_number(command.number)
-                else:
-                    engine.accept(command)
+                match command:
+                    case Preparation(grammar):
+                        prepare(grammar, llm.tokenizer, llm.model.vocab_size)
+                    case Cancellation(number):
+                        engine.cancel_number(number)
+                    case NewRequest():
+                        engine.accept(command)
             if task is Task.STEP:
                 engine.step()
 

@@ -6,11 +6,12 @@ steps) → `sequence.py` (tokens to text, `stop_strings.py`) → `request.py` (t
 `sampling_params.py` says what a request may ask for.
 """
 
-from fastllama.engine.engine import Engine, Stats
+from fastllama.engine.engine import Engine
 from fastllama.engine.grammar import Grammar
 from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Answer, Request, Result
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.sequence import Increment
+from fastllama.engine.stats import Stats
 
 __all__ = ["Answer", "Engine", "Grammar", "Increment", "Prompt", "Request", "Result", "SamplingParams", "Stats"]

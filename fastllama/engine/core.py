@@ -133,9 +133,9 @@ class EngineCore:
             sequence.finish_reason = "error"
         self.n_ended += len(self.requests)
         self.requests.clear()
-        self._forget_pages()
         for request in requests:
             request.fail(error)
+        self._forget_pages()
 
     def _forget_pages(self) -> None:
         """Nobody holds a page, and none can be found again: what the pages hold is not certain."""

@@ -11,36 +11,28 @@ was submitted and cancelled since.
 """
 
 import itertools
+import logging
 import threading
 from collections.abc import Sequence as Items
 from contextlib import ExitStack
-from typing import NamedTuple
 
 import torch
 
 from fastllama import memory_plan, validate
 from fastllama.engine import prompts
 from fastllama.engine.core import EngineCore
+from fastllama.engine.grammar_matcher import GrammarMatcher
 from fastllama.engine.inbox import Cancellation, Command, Inbox, NewRequest, Task
 from fastllama.engine.prompts import Model, Prompt, checked_request, new_matcher
+from fastllama.engine.recovery import describe
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
+from fastllama.engine.stats import Stats
 from fastllama.prefill import PREFILL_CHUNK_TOKENS
 from fastllama.torch_settings import default_settings
 
+logger = logging.getLogger(__name__)
 STEP_TOKENS = 512  # of prompts, in a step beside running answers, which wait for them
-
-
-class Stats(NamedTuple):
-    """What the engine holds, and has done since it was made."""
-
-    running: int  # answers that have a row
-    waiting: int  # answers that wait: for a step that takes them in, for a row or for pages
-    used_pages: int  # pages that answers hold
-    pages: int
-    finished_requests: int
-    cached_tokens: int  # of prompts, that were found in the cache
-    preemptions: int  # answers that gave their pages back and were computed again
 
 
 class Engine:
@@ -57,9 +49,8 @@ class Engine:
         """
         self.llm = llm
         step_tokens = validate.whole_number("max_tokens_per_step", max_tokens_per_step, 1, PREFILL_CHUNK_TOKENS)
-        self._core = EngineCore(
-            llm.decoder, step_tokens, reuses_prefixes=validate.flag("reuse_prefixes", reuse_prefixes)
-        )
+        reuses = validate.flag("reuse_prefixes", reuse_prefixes)
+        self._core = EngineCore(llm.decoder, step_tokens, reuses_prefixes=reuses)
         self.failure: BaseException | None = None  # that has ended all requests; None while the engine works
         self._numbers, self._arrivals = itertools.count(1), itertools.count()
         self._held: ExitStack | None = None  # the model, while there are requests
@@ -92,16 +83,25 @@ class Engine:
         try:
             with self._mail:
                 self._check_open()
-                self._hold_model()
-                if not command.number:
-                    streams = self.llm.random_streams(command.params.seed, command.params.n)
-                    command = command._replace(number=next(self._numbers), streams=tuple(streams))
-                sequences = command.sequences(self.llm.tokenizer, self._arrivals, matcher)
-                request = Request(self, command.number, command.params, sequences)
-                self._put(command, request)
-                self._n_submitted += len(sequences)
+                is_first = self._hold_model()
+                try:
+                    request = self._new_request(command, matcher)
+                except BaseException:
+                    if is_first:
+                        self._release_model_if_idle()
+                    raise
         finally:
             self._follow_at_once()
+        return request
+
+    def _new_request(self, command: NewRequest, matcher: GrammarMatcher | None) -> Request:
+        """The handle of a request that the next step takes in."""
+        if not command.number:
+            streams = self.llm.random_streams(command.params.seed, command.params.n)
+            command = command._replace(number=next(self._numbers), streams=tuple(streams))
+        sequences = command.sequences(self.llm.tokenizer, self._arrivals, matcher)
+        self._put(command, request := Request(self, command.number, command.params, sequences))
+        self._n_submitted += len(sequences)
         return request
 
     def encode(self, prompt: Prompt, spare: int = 0) -> list[int]:
@@ -110,10 +110,6 @@ class Engine:
         spare: tokens beyond the model's context that it may have. The last one, if it is only scored, needs no place.
         """
         return prompts.encode(self.llm, prompt, spare)
-
-    def checked(self, prompt: Items[int], spare: int = 0) -> list[int]:
-        """Token ids as a list. Raises as `encode`."""
-        return prompts.checked_tokens(self.llm, prompt, spare)
 
     def step(self) -> bool:
         """Run one step -> whether there are unfinished requests."""
@@ -136,9 +132,8 @@ class Engine:
 
     def cancel_number(self, number: int) -> None:
         """`cancel` by the request's number. It may have ended."""
-        for request in dict.fromkeys(self._core.requests.values()):
-            if request.number == number:
-                self.cancel(request)
+        for request in {one for one in self._core.requests.values() if one.number == number}:
+            self.cancel(request)
 
     @property
     def state(self) -> list[int]:
@@ -200,7 +195,10 @@ class Engine:
                     break
             try:
                 self.step()
-            except BaseException:  # the requests have it, and `failure`
+            except BaseException as error:  # the requests have it, and `failure`
+                logger.error("the engine cannot go on: %s", describe(error), exc_info=error)
+                if self.failure is None:  # it came from outside of a step's work
+                    self._fail(error)
                 break
         self._end_all()
 
@@ -208,7 +206,7 @@ class Engine:
     def _has_work(self) -> bool:
         return bool(self._core.requests) or not self._inbox.is_empty
 
-    def _put(self, command: Command, request: Request) -> None:
+    def _put(self, command: Command, request: Request | None) -> None:
         self._inbox.put(command, request)
         self._mail.notify_all()
 
@@ -264,6 +262,7 @@ class Engine:
         with self._lock:
             while self._has_work:
                 self._run(Task.CLOSE)
+            self._release_model_if_idle()
 
     def _fail(self, error: BaseException) -> None:
         """End all requests with an error."""
@@ -283,15 +282,16 @@ class Engine:
             state = "is closed" if self.failure is None else f"has failed ({self.failure!r})"
             raise RuntimeError(f"the engine {state}: make another")
 
-    def _hold_model(self) -> None:
-        """Take the model for the first of several requests. RuntimeError while another call uses it."""
+    def _hold_model(self) -> bool:
+        """Take the model for the first of several requests -> whether it is that. RuntimeError: another call has it."""
         if self._held is not None:
-            return
+            return False
         with ExitStack() as stack:
             stack.enter_context(self.llm.model.exclusively())
             if self.llm.model.device.type == "cuda":
                 self.llm.decoder.graphs.use_current_stream()  # the engine's thread waits for this one
             self.failure, self._held = None, stack.pop_all()
+        return True
 
     def _release_model_if_idle(self) -> None:
         with self._mail:

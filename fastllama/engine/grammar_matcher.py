@@ -6,12 +6,15 @@ in any of them, as the model likes it. Masks depend only on the grammar and the 
 share a model compute the same.
 """
 
+import contextlib
 import copy
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Set as AbstractSet
+from concurrent.futures import Future
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from fastllama.tokenizer_base import BaseTokenizer
 
 UNFORCED = '%llguidance {"no_forcing": true}'  # in Lark: forced text, too, is written in tokens that the model chooses
 NO_TOKEN_FITS = "NoExtensionBias"  # llguidance's message where a text can go on, but with no token
+MOST_COMPILED = 32  # grammars that are kept for later requests
 MAX_PROBLEM = 300  # characters of a message of llguidance's, which may list all special tokens
 
 
@@ -76,6 +80,16 @@ class GrammarMatcher:
         )
 
 
+def prepare(grammar: Grammar, tokenizer: BaseTokenizer, vocab_size: int) -> None:
+    """Compile a grammar in a thread of its own, for a `grammar_matcher` that comes soon and has its errors."""
+
+    def compile_for_later() -> None:
+        with contextlib.suppress(ValueError):
+            _grammars_of(tokenizer).compiled(grammar, vocab_size)
+
+    threading.Thread(target=compile_for_later, name="fastllama grammar", daemon=True).start()
+
+
 def grammar_matcher(
     grammar: Grammar, tokenizer: BaseTokenizer, vocab_size: int, stop_ids: AbstractSet[int], min_tokens: int = 0
 ) -> GrammarMatcher:
@@ -84,13 +98,7 @@ def grammar_matcher(
     ValueError for a grammar that names unknown special tokens, or that no token can begin. The first grammar of a
     tokenizer takes up to some seconds.
     """
-    vocabulary = _vocabularies.get(tokenizer, vocab_size)
-    from llguidance import LLMatcher, LLParserLimits
-
-    limits = LLParserLimits(verbose_errors=False)
-    matcher = LLMatcher(vocabulary, _unforced(grammar.source), log_level=0, limits=limits)
-    if matcher.is_error():
-        raise ValueError(f"the grammar does not fit this model: {_first_line(matcher.get_error())}")
+    matcher = _grammars_of(tokenizer).compiled(grammar, vocab_size).deep_copy()
     found = GrammarMatcher(matcher, vocab_size, stop_ids, min_tokens)
     if found.error is not None:
         raise ValueError(found.error)
@@ -123,25 +131,65 @@ class _Vocabulary:
         return tokens
 
 
-class _Vocabularies:
-    """llguidance's tokenizers, made once for each of ours."""
+class _Grammars:
+    """The newest compiled grammars for one tokenizer. One that several want is compiled once."""
 
-    def __init__(self) -> None:
-        self._made: WeakKeyDictionary[BaseTokenizer, dict[int, Any]] = WeakKeyDictionary()
-        self._lock = threading.Lock()
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._tokenizer = ref(tokenizer)
+        self._lock = threading.Lock()  # never held for long
+        self._vocabulary_lock = threading.Lock()
+        self._vocabularies: dict[int, Any] = {}
+        self._compiled: OrderedDict[tuple[Grammar, int], Future[Any]] = OrderedDict()
 
-    def get(self, tokenizer: BaseTokenizer, vocab_size: int) -> Any:
-        """llguidance's tokenizer for a model with vocab_size tokens."""
+    def compiled(self, grammar: Grammar, vocab_size: int) -> Any:
+        """llguidance's matcher at the beginning of a grammar, to be copied. Raises ValueError."""
+        key = grammar, vocab_size
         with self._lock:
-            of_sizes = self._made.setdefault(tokenizer, {})
-            if vocab_size not in of_sizes:
+            is_new = key not in self._compiled
+            future: Future[Any] = self._compiled.setdefault(key, Future())
+            self._compiled.move_to_end(key)
+            if len(self._compiled) > MOST_COMPILED:
+                self._compiled.popitem(last=False)
+        if is_new:
+            try:
+                future.set_result(self._compile(grammar, vocab_size))
+            except BaseException as error:
+                future.set_exception(error)
+                with self._lock:
+                    self._compiled.pop(key, None)
+        return future.result()
+
+    def _compile(self, grammar: Grammar, vocab_size: int) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(verbose_errors=False)
+        vocabulary = self._vocabulary(vocab_size)
+        matcher = LLMatcher(vocabulary, _unforced(grammar.source), log_level=0, limits=limits)
+        if matcher.is_error():
+            raise ValueError(f"the grammar does not fit this model: {_first_line(matcher.get_error())}")
+        return matcher
+
+    def _vocabulary(self, vocab_size: int) -> Any:
+        """llguidance's tokenizer for a model with vocab_size tokens."""
+        with self._vocabulary_lock:
+            if vocab_size not in self._vocabularies:
                 from llguidance import LLTokenizer, TokenizerWrapper
 
-                of_sizes[vocab_size] = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size)))
-            return of_sizes[vocab_size]
+                tokenizer = self._tokenizer()
+                assert tokenizer is not None  # whoever asks holds it
+                self._vocabularies[vocab_size] = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size)))
+            return self._vocabularies[vocab_size]
 
 
-_vocabularies = _Vocabularies()
+_grammars: WeakKeyDictionary[BaseTokenizer, _Grammars] = WeakKeyDictionary()
+_grammars_lock = threading.Lock()
+
+
+def _grammars_of(tokenizer: BaseTokenizer) -> _Grammars:
+    with _grammars_lock:
+        if tokenizer not in _grammars:
+            _grammars[tokenizer] = _Grammars(tokenizer)
+        return _grammars[tokenizer]
 
 
 def _unforced(source: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import NamedTuple
 
+from fastllama.engine.grammar import Grammar
 from fastllama.engine.grammar_matcher import GrammarMatcher
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
@@ -66,7 +67,13 @@ class Cancellation(NamedTuple):
     number: int
 
 
-Command = NewRequest | Cancellation
+class Preparation(NamedTuple):
+    """A request with this grammar comes soon. While the driver compiles it, so do other processes."""
+
+    grammar: Grammar
+
+
+Command = NewRequest | Cancellation | Preparation
 
 
 class Task(Enum):
@@ -78,19 +85,22 @@ class Task(Enum):
 
 
 class Inbox:
-    """Commands with the handles of their requests. The caller's lock guards `put`, `gather` and `is_empty`."""
+    """Commands with the handles of their requests.
+
+    The caller's lock guards `put` and `gather`. What was gathered belongs to whoever runs the step.
+    """
 
     def __init__(self) -> None:
-        self._new: list[tuple[Command, Request]] = []
-        self._gathered: deque[tuple[Command, Request]] = deque()  # only the step uses them
+        self._new: list[tuple[Command, Request | None]] = []
+        self._gathered: deque[tuple[Command, Request | None]] = deque()  # only the step uses them
 
     @property
     def is_empty(self) -> bool:
-        """Whether all commands have been followed."""
+        """Whether all commands have been followed. Certain for who runs the step, or holds the caller's lock."""
         return not self._new and not self._gathered
 
-    def put(self, command: Command, request: Request) -> None:
-        """The next command."""
+    def put(self, command: Command, request: Request | None) -> None:
+        """The next command, and its request if it has one."""
         self._new.append((command, request))
 
     def gather(self) -> list[Command]:
@@ -102,12 +112,14 @@ class Inbox:
     def follow(self, do: Callable[[Command, Request], None]) -> None:
         """Do what was gathered, in order. What raises an error is done again the next time, and what comes after it."""
         while self._gathered:
-            do(*self._gathered[0])
+            command, request = self._gathered[0]
+            if request is not None:  # a preparation is for other processes
+                do(command, request)
             self._gathered.popleft()
 
     def clear(self) -> list[Request]:
         """Drop all commands -> their requests."""
         self.gather()
-        requests = [request for _, request in self._gathered]
+        requests = [request for _, request in self._gathered if request is not None]
         self._gathered.clear()
         return requests

@@ -181,6 +181,8 @@ class ModelRunner:
             self._start_rows(sequences)
             state.masks.set_rows(rows, [one.matcher.mask for one in sequences if one.matcher is not None])
         self.decoder.set_lengths({one.placed_row: len(one.tokens) for one in sequences})
+        if self.decoder.guesser is not None:
+            self.decoder.guesser.leave_out_row()
 
     def receive(self) -> Iterable[NewToken]:
         """Wait for the oldest step -> the tokens of the sequences that had not ended before."""

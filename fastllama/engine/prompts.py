@@ -74,7 +74,7 @@ def encode(llm: Model, prompt: Prompt, spare: int = 0) -> list[int]:
 
 
 def checked_tokens(llm: Model, prompt: Sequence[int], spare: int = 0) -> list[int]:
-    """See `Engine.checked`."""
+    """Token ids as a list. Raises as `Engine.encode`."""
     sizes = {"vocab_size": llm.model.vocab_size, "max_seq_len": llm.model.params.max_seq_len + spare}
     try:
         return validate.prompts([prompt], max_batch_size=1, **sizes)[0]

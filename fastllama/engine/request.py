@@ -160,7 +160,7 @@ class Request:
     @contextlib.contextmanager
     def waking(self, wake: Wake) -> Iterator[None]:
         """A block in which `wake` is set whenever something has come."""
-        if not self._engine.has_thread:
+        if not (self.is_finished or self._engine.has_thread):
             raise RuntimeError("`async for` needs an engine that runs in its own thread: call engine.start() first")
         with self._changed:
             self._wakes.add(wake)

@@ -13,7 +13,7 @@ from typing import cast
 from fastllama import validate
 from fastllama.engine.engine import Engine
 from fastllama.engine.many import Submission, run_in_order
-from fastllama.engine.prompts import Prompt
+from fastllama.engine.prompts import Prompt, checked_tokens
 from fastllama.engine.request import Result
 from fastllama.engine.sampling_params import SamplingParams
 from fastllama.token_scores import TokenScore
@@ -130,7 +130,7 @@ def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
     """Token ids without a begin of text; of none, too."""
     if isinstance(prompt, str):
         return engine.llm.tokenizer.encode(prompt, bos=False, eos=False)
-    return engine.checked(cast(Sequence[int], prompt), spare=len(prompt)) if len(prompt) else []  # of any length
+    return checked_tokens(engine.llm, cast(Sequence[int], prompt), len(prompt)) if len(prompt) else []  # of any length
 
 
 def _first_token(engine: Engine) -> int:

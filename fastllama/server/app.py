@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 import fastllama
 from fastllama.server.errors import add_handlers
 from fastllama.server.generation_routes import generation_routes
-from fastllama.server.guards import ApiKeyGuard, ConcurrencyGuard, FaultGuard
+from fastllama.server.guards import ApiKeyGuard, ConcurrencyGuard, FaultGuard, HostGuard
 from fastllama.server.other_routes import other_routes
 from fastllama.server.service import Service
 
@@ -34,4 +34,6 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.settings.allow_origins, allow_methods=["*"], allow_headers=["*"]
         )
+    if not service.settings.api_keys:
+        app.add_middleware(HostGuard)
     return app

@@ -1,6 +1,7 @@
 """Reads the body of a request: at most so many bytes, in time, valid JSON."""
 
 import asyncio
+import functools
 from typing import Any
 
 from fastapi import Request
@@ -9,15 +10,18 @@ from starlette.requests import ClientDisconnect
 from fastllama import strict_json
 from fastllama.openai_api.errors import InvalidRequest
 from fastllama.server.errors import CLIENT_GONE, ApiError
-from fastllama.server.settings import MEBIBYTE, ServerSettings
+from fastllama.server.service import Service
+from fastllama.server.settings import MEBIBYTE
 
 JSON_TYPES = ("application/json", "+json")
+LARGE_BYTES = 2**16  # of a body that is parsed in a thread
 
 
-async def read_json(request: Request, settings: ServerSettings) -> Any:
+async def read_json(request: Request, service: Service) -> Any:
     """The body's value. Raises ApiError for a body that is too large, slow or of another type, InvalidRequest for one
     that is not JSON.
     """
+    settings = service.settings
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not kind.endswith(JSON_TYPES):
         raise ApiError(
@@ -35,7 +39,9 @@ async def read_json(request: Request, settings: ServerSettings) -> Any:
             CLIENT_GONE, "the client went away before the whole body was there", code="client_gone"
         ) from None
     try:
-        return strict_json.loads(data, allow_nan=False)  # what is not finite could not be repeated in an answer
+        # What is not finite could not be repeated in an answer.
+        loads = functools.partial(strict_json.loads, data, allow_nan=False)
+        return await service.computed(loads, is_large=len(data) > LARGE_BYTES)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # also of a wrong encoding

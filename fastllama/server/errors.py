@@ -19,6 +19,7 @@ MODEL_NOT_FOUND = "model_not_found"
 TYPES = {  # by status
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",

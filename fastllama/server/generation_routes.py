@@ -1,20 +1,21 @@
 """The routes that generate: completions, chats and responses."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from fastllama.engine.request import Request as EngineRequest
-from fastllama.engine.request import merged
+from fastllama.engine.request import Numbered, merged
+from fastllama.openai_api.chunks import Chunk, StreamWriter
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.server import documents
 from fastllama.server.bodies import read_json
 from fastllama.server.errors import CLIENT_GONE, INTERNAL_ERROR, ApiError, error_body
 from fastllama.server.exchange import Exchange, chat_exchange, completion_exchange, responses_exchange
 from fastllama.server.json_response import JsonResponse
-from fastllama.server.service import Service
+from fastllama.server.service import LARGE_TOKENS, Service, is_large
 from fastllama.server.streaming import ClientGone, EventStream, unless_gone
 
 logger = logging.getLogger(__name__)
@@ -41,48 +42,84 @@ def generation_routes(service: Service) -> APIRouter:
 
 async def _answer(service: Service, http: Request, new_exchange: Callable[..., Exchange]) -> Response:
     service.check_serving()
-    body, formatter = await read_json(http, service.settings), service.engine.llm.formatter
+    body, formatter = await read_json(http, service), service.engine.llm.formatter
     exchange = await service.in_thread(new_exchange, body, service.served, formatter)  # a grammar takes time
     if exchange.request.stream:
         return EventStream(_events(service, exchange))
     try:
-        return JsonResponse(await unless_gone(http.receive, _whole(service, exchange)))
+        return await unless_gone(http.receive, _whole(service, exchange))
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
 
 
-async def _whole(service: Service, exchange: Exchange) -> dict[str, Any]:
+async def _whole(service: Service, exchange: Exchange) -> Response:
     async with service.submitted(exchange.request) as submitted:
         results = [await one.aresult() for one in submitted]
-        _check_finished(submitted)
-        return exchange.whole(results)
+        if any(answer.finish_reason == "cancelled" for result in results for answer in result.answers):
+            raise _stopped()
+
+        def write() -> Response:
+            return JsonResponse(exchange.whole(results))
+
+        return await service.computed(write, is_large=is_large(exchange.request, submitted))
 
 
 async def _events(service: Service, exchange: Exchange) -> AsyncIterator[bytes]:
     """The stream's pieces. An exception before the first one is raised; a later one becomes an event."""
-    encode = exchange.encode
     async with service.submitted(exchange.request) as submitted:
         writer, has_begun = exchange.new_writer(submitted), False
+
+        async def finish(write: Callable[..., list[Chunk]], *arguments: Any) -> bytes:
+            work = partial(_encoded, exchange, write, *arguments)
+            return await service.computed(work, is_large=is_large(exchange.request, submitted)) + exchange.done
+
         try:
             async for increments in merged(submitted):
-                chunks = [] if has_begun else writer.begin()
-                for number, increment in increments:
-                    if increment.finish_reason == "cancelled":
-                        _check_finished(submitted)
-                    chunks += writer.add(number, increment)
-                has_begun = True
-                yield b"".join(map(encode, chunks))
-            yield b"".join(map(encode, writer.end())) + exchange.done
+                work = partial(_piece, exchange, writer, increments, is_first=not has_begun)
+                piece, failure = await service.computed(work, is_large=_are_large(exchange, increments))
+                if piece or failure is None:
+                    has_begun = True
+                    yield piece
+                if failure is not None:
+                    raise failure
+            yield await finish(writer.end)
         except Exception as error:
             if not has_begun:
                 raise
-            yield b"".join(map(encode, writer.fail(_failure(error)))) + exchange.done
+            yield await finish(writer.fail, _failure(error))
 
 
-def _check_finished(submitted: list[EngineRequest]) -> None:
-    """Raise ApiError if an answer was cancelled, which only the server's end does here."""
-    if any(answer.finish_reason == "cancelled" for one in submitted for answer in one.partial.answers):
-        raise ApiError(503, "the server has stopped before the answer was complete", code="stopping", Retry_After="5")
+def _piece(
+    exchange: Exchange, writer: StreamWriter, increments: Sequence[Numbered], *, is_first: bool
+) -> tuple[bytes, Exception | None]:
+    """What increments give, and the exception that one of them raises: what those before it gave is not lost."""
+    begin = writer.begin() if is_first else []
+    chunks: list[Chunk] = []
+    failure: Exception | None = None
+    try:
+        for number, increment in increments:
+            if increment.finish_reason == "cancelled":
+                raise _stopped()
+            chunks += writer.add(number, increment)
+    except Exception as error:
+        if not chunks:
+            return b"", error
+        failure = error
+    return _encoded(exchange, lambda: begin + chunks), failure
+
+
+def _encoded(exchange: Exchange, write: Callable[..., list[Chunk]], *arguments: Any) -> bytes:
+    return b"".join(map(exchange.encode, write(*arguments)))
+
+
+def _are_large(exchange: Exchange, increments: Sequence[Numbered]) -> bool:
+    n_tokens = sum(len(one.increment.tokens) for one in increments)
+    return n_tokens * (1 + (exchange.request.params.logprobs or 0)) > LARGE_TOKENS
+
+
+def _stopped() -> ApiError:
+    """What an answer that was cancelled ends with: only the server's end does that here."""
+    return ApiError(503, "the server has stopped before the answer was complete", code="stopping", Retry_After="5")
 
 
 def _failure(error: Exception) -> dict[str, Any]:

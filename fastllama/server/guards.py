@@ -1,6 +1,7 @@
-"""What every request passes first: the API key, and the number of requests in work. Plain ASGI."""
+"""What every request passes first: its host, the API key, and the number of requests in work. Plain ASGI."""
 
 import hmac
+import ipaddress
 from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -9,6 +10,32 @@ from fastllama.server.errors import error_response, response_of
 
 OPEN_PATHS = frozenset({"/", "/health"})  # without a key, and however many requests are in work
 BEARER = "bearer"
+LOCALHOST = "localhost"  # and all names below it
+
+
+class HostGuard:
+    """Answers 403 unless the header Host names this machine as it names itself.
+
+    For servers without a key. A web page can give its own name the address 127.0.0.1, and is then for browsers of the
+    same origin as a server there: only the name tells.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass the request on."""
+        host = _header(scope, b"host") if scope["type"] == "http" else None
+        if host is None or _is_own(host.decode("latin-1")):  # browsers always send it
+            await self.app(scope, receive, send)
+            return
+        response = error_response(
+            403,
+            f"without an API key this server answers requests to localhost and 127.0.0.1 only, and the header Host has "
+            f"{host.decode('latin-1')[:100]!r}: use one of these, or start the server with --api_key",
+            "host_not_allowed",
+        )
+        await response(scope, receive, send)
 
 
 class ApiKeyGuard:
@@ -93,9 +120,22 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(root) or "/" if root else path
 
 
+def _is_own(host: str) -> bool:
+    """Whether a value of the header Host, with or without a port, can only mean this machine."""
+    name = host.lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
+    if name == LOCALHOST or name.endswith(f".{LOCALHOST}"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    return next((bytes(value) for key, value in scope["headers"] if key == name), None)
+
+
 def _bearer(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            kind, _, key = bytes(value).partition(b" ")
-            return key.strip() if kind.decode("latin-1").lower() == BEARER else b""
-    return b""
+    kind, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
+    return key.strip() if kind.decode("latin-1").lower() == BEARER else b""

@@ -6,12 +6,17 @@ from typing import Any
 
 from fastapi import Response
 
+# Line ends for some readers of events, among them Python's str.splitlines. In JSON they can only stand in strings.
+LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def json_bytes(value: Any) -> bytes:
-    """A value as JSON in UTF-8. A lone surrogate, which UTF-8 lacks, becomes a question mark."""
-    return _ENCODER.encode(value).encode(errors="replace")
+    """A value as one line of JSON in UTF-8. A lone surrogate, which UTF-8 lacks, becomes a question mark."""
+    text = _ENCODER.encode(value)
+    for end, escaped in LINE_ENDS.items():
+        text = text.replace(end, escaped)
+    return text.encode(errors="replace")
 
 
 class JsonResponse(Response):

@@ -33,13 +33,13 @@ def other_routes(service: Service, created: int) -> APIRouter:
 
     @router.post("/tokenize", **documents.TOKENIZE)
     async def tokenize(request: Request) -> Response:
-        body = await read_json(request, service.settings)
-        return JsonResponse(await service.in_thread(tokenized, service, body))
+        body = await read_json(request, service)
+        return await service.in_thread(lambda: JsonResponse(tokenized(service, body)))
 
     @router.post("/detokenize", **documents.DETOKENIZE)
     async def detokenize(request: Request) -> Response:
-        body = await read_json(request, service.settings)
-        return JsonResponse(await service.in_thread(detokenized, service, body))
+        body = await read_json(request, service)
+        return await service.in_thread(lambda: JsonResponse(detokenized(service, body)))
 
     @router.get("/health", **documents.HEALTH)
     async def health() -> Response:

@@ -2,25 +2,39 @@
 
 import asyncio
 import contextlib
+import os
 import socket
+import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
 from fastllama.server.app import create_app
+from fastllama.server.connection import Config, Connection
 from fastllama.server.service import Service
+
+try:
+    import resource
+except ImportError:  # Windows, where nothing limits the number of descriptors
+    resource = None  # type: ignore[assignment]
 
 POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 60  # of a connection without requests; clients keep them for less
 CLOSE_SECONDS = 5  # for connections to end after the last answer
+ABORT_SECONDS = 5  # for requests to end after their connections
 BACKLOG = 2048
+IDLE_CONNECTIONS = 1024  # more than requests in work
+SPARE_DESCRIPTORS = 32  # for files that are opened later
 
 
 class Server(uvicorn.Server):
     """uvicorn, which goes on answering, with 503, while answers end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None] | None = None) -> None:
+    config: Config
+
+    def __init__(self, config: Config, service: Service, on_start: Callable[[], None] | None = None) -> None:
         """on_start: called once it listens, and signals are handled."""
         super().__init__(config)
         self._on_start = on_start
@@ -33,21 +47,25 @@ class Server(uvicorn.Server):
         """The first signal stops in order, the next at once."""
         if self._loop is None or self._stopping is not None:
             self.force_exit = self.should_exit = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._abort_connections)
             return
         self._loop.call_soon_threadsafe(self._begin_to_stop)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen, and to watch the engine."""
+        """Start to listen, and to watch the engine and the connections."""
         self._loop = asyncio.get_running_loop()
-        self._watching = asyncio.create_task(self._watch_engine())
+        self._watching = asyncio.create_task(self._watch())
         await super().startup(sockets)
         if self._on_start is not None:
             self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close all connections."""
+        """Close all connections: after a time those, too, whose answer has not been sent."""
         self._watching.cancel()
+        closing = asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._abort_connections)
         await super().shutdown(sockets)
+        closing.cancel()
 
     def _begin_to_stop(self) -> None:
         if self._stopping is None:
@@ -57,12 +75,21 @@ class Server(uvicorn.Server):
         await self._service.drain()
         self.should_exit = True
 
-    async def _watch_engine(self) -> None:
+    async def _watch(self) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS)
+            for connection in self._connections():
+                connection.check(time.monotonic())
             self.failure = self._service.engine.failure
             if self.failure is not None:
                 self.should_exit = True
+
+    def _connections(self) -> list[Connection]:
+        return [one for one in self.server_state.connections if isinstance(one, Connection)]
+
+    def _abort_connections(self) -> None:
+        for connection in self._connections():
+            connection.abort()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -78,19 +105,20 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def configure(service: Service, *, root_path: str = "", log_level: str = "warning") -> uvicorn.Config:
+def configure(service: Service, *, root_path: str = "", log_level: str = "warning") -> Config:
     """uvicorn's configuration for a service."""
-    return uvicorn.Config(
+    return Config(
         create_app(service),
+        service.settings,
+        min(service.settings.max_connections + IDLE_CONNECTIONS, _free_descriptors()),
         root_path=root_path,
         backlog=BACKLOG,
         log_level=log_level,
         access_log=log_level == "info",
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=CLOSE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS + ABORT_SECONDS,
         server_header=False,
         lifespan="off",
-        http="h11",  # which reads the body of a request that offers HTTP/2
         ws="none",
     )
 
@@ -107,8 +135,27 @@ def serve(
 
     on_start: called once it listens, and signals are handled.
     """
+    raise_descriptor_limit()
     server = Server(configure(service, root_path=root_path, log_level=log_level), service, on_start)
     with contextlib.closing(listener):
         server.run(sockets=[listener])
     if server.failure is not None:
         raise RuntimeError(f"the engine cannot go on: {server.failure}") from server.failure
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors, and so connections, as the system allows it."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # some systems have a limit that they do not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _free_descriptors() -> int:
+    """How many connections this process has descriptors for, at least one."""
+    if resource is None:
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(1, limit - len(os.listdir("/dev/fd")) - SPARE_DESCRIPTORS)

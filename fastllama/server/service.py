@@ -1,18 +1,13 @@
 """The server's side of the engine: what is admitted, what runs, and how it stops."""
 
 import asyncio
-import hashlib
-import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
-import fastllama
 from fastllama.engine.engine import Engine
-from fastllama.engine.prompts import Model
 from fastllama.engine.request import Request
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.errors import InvalidRequest
@@ -21,11 +16,13 @@ from fastllama.server.errors import MODEL_NOT_FOUND, ApiError
 from fastllama.server.metrics import Metrics
 from fastllama.server.settings import ServerSettings
 
-SUBMITTING_THREADS = 2  # they encode prompts, which takes long for long ones
+T = TypeVar("T")
+SUBMITTING_THREADS = 4  # they compile grammars and encode prompts, which takes long for long ones
+COMPUTING_THREADS = 2
+LARGE_TOKENS = 1024  # of answers that are written in a thread; a token's alternatives count, too
 POLL_SECONDS = 0.05
 SMOOTHING = 0.1  # weight of the newest answer in the mean time of an answer
 MAX_RETRY_SECONDS = 60
-FINGERPRINT_BYTES = 5
 
 
 class Service:
@@ -35,10 +32,18 @@ class Service:
         self.engine, self.served, self.settings = engine, served, settings
         self.metrics = Metrics(served.name, engine)
         self.is_stopping = False
-        self.n_open = 0  # answers that were admitted and have not ended
+        self._n_submitting = 0  # answers that were admitted, and that the engine has not got
+        self._n_in_work = 0  # requests whose answer is being generated or sent
+        self._submitted: set[Request] = set()  # of those in work
         self._n_rows = engine.llm.model.params.max_batch_size
-        self._answer_seconds = 1.0  # smoothed
+        self._answer_seconds = 1.0  # from an answer's first token to its end, smoothed
         self._threads = ThreadPoolExecutor(SUBMITTING_THREADS, "submit")
+        self._computing = ThreadPoolExecutor(COMPUTING_THREADS, "compute")
+
+    @property
+    def n_open(self) -> int:
+        """Answers that were admitted and have not ended. How fast clients read them does not matter."""
+        return self._n_submitting + sum(one.n_open for one in tuple(self._submitted))
 
     def check_model(self, name: str | None) -> None:
         """Raise InvalidRequest for the name of a model that is not here."""
@@ -66,41 +71,56 @@ class Service:
         self.check_model(request.model)
         n_answers = len(request.prompts) * request.params.n
         self._check_queue(n_answers)
-        self.n_open += n_answers
+        self._n_in_work += 1
         requests: list[Request] = []
         try:
-            requests = await self._submit(request)
+            requests = await self._submit(request, n_answers)
             yield requests
         finally:
-            self.n_open -= n_answers
+            self._n_in_work -= 1
+            self._submitted.difference_update(requests)
             for one in requests:
                 if not one.is_finished:
                     one.cancel()
-            self._note(requests)
+            await self.computed(self._note, requests, is_large=is_large(request, requests))
 
-    async def in_thread(self, function: Any, *arguments: Any) -> Any:
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """The result of a function that may take long, without blocking other requests."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
+    async def computed(self, function: Callable[..., T], *arguments: Any, is_large: bool) -> T:
+        """The result of a function, which runs in a thread if it has much to do.
+
+        Its threads have nothing else to do, so that a slow grammar holds up no other request.
+        """
+        if not is_large:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._computing, function, *arguments)
+
     async def drain(self) -> None:
-        """Refuse new requests, and wait until what runs has ended, for as long as the settings say. Then cancel it."""
+        """Refuse new requests, and wait until what runs was sent, for as long as the settings say. Then cancel it."""
         self.is_stopping = True
         deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
-        while self.n_open and asyncio.get_running_loop().time() < deadline:
+        while self._n_in_work and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(POLL_SECONDS)
         await self.in_thread(self.engine.close)
 
-    async def _submit(self, request: ApiRequest) -> list[Request]:
+    async def _submit(self, request: ApiRequest, n_answers: int) -> list[Request]:
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._threads, submit, self.engine, request, self.settings.max_prompt_tokens)
+        self._n_submitting += n_answers
         try:
-            return await asyncio.shield(future)
+            requests = await asyncio.shield(future)
+            self._submitted.update(requests)
+            return requests
         except RuntimeError:  # the engine was closed, or has failed, meanwhile
             self.check_serving()
             raise
         except asyncio.CancelledError:  # the client has gone; the thread goes on, and what it submits nobody awaits
             future.add_done_callback(_cancel_all)
             raise
+        finally:
+            self._n_submitting -= n_answers
 
     def _check_queue(self, n_answers: int) -> None:
         most = self._n_rows + self.settings.max_queue
@@ -122,18 +142,17 @@ class Service:
     def _note(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.metrics.note(request)
-            times = request.partial.times
-            if times.end is not None:
-                self._answer_seconds += SMOOTHING * (times.end - times.arrival - self._answer_seconds)
+            times, n_answers = request.partial.times, len(request.sequences)
+            if times.first_token is not None and times.end is not None:
+                # Those of more answers than there are rows run one after the other.
+                seconds = (times.end - times.first_token) / math.ceil(n_answers / self._n_rows)
+                self._answer_seconds += (1 - (1 - SMOOTHING) ** n_answers) * (seconds - self._answer_seconds)
 
 
-def fingerprint(llm: Model) -> str:
-    """A name for what decides about the answers to a request with a seed: this version, the model and its numbers."""
-    model = llm.model
-    weights = {str(getattr(tensor, "dtype", type(tensor).__name__)) for tensor in model.parameters()}
-    facts = [fastllama.__version__, asdict(model.params), model.ops.__name__, model.device.type, sorted(weights)]
-    digest = hashlib.blake2b(json.dumps(facts, default=str).encode(), digest_size=FINGERPRINT_BYTES)
-    return f"fp_{digest.hexdigest()}"
+def is_large(request: ApiRequest, submitted: Sequence[Request]) -> bool:
+    """Whether it takes long to write what has come of a request's answers."""
+    n_tokens = sum(len(answer.tokens) for one in submitted for answer in one.partial.answers)
+    return n_tokens * (1 + (request.params.logprobs or 0)) > LARGE_TOKENS
 
 
 def _cancel_all(submitting: "asyncio.Future[list[Request]]") -> None:

@@ -8,7 +8,9 @@ import torch
 
 from fastllama import Llama, SamplingParams
 from fastllama.draft import DraftGuesser
+from fastllama.engine import Grammar
 from fastllama.memory_plan import DoesNotFit
+from tests.fastllama.engine.test_same_answers import AheadDecoder
 from tests.fastllama.test_speculation import CALLS, LENGTH, PROMPTS, assert_same
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.support.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN
@@ -142,6 +144,29 @@ def test_a_draft_model_reads_answers_that_were_made_without_it(
     answer(prompt)
     after = llm.speculation
     assert before is not None and after is not None and before.checked == 0 and (after - before).acceptance > 0.9
+
+
+def test_a_draft_model_reads_answers_that_followed_a_grammar_beside_others(folders: dict[str, str]) -> None:
+    """A row with a grammar takes no part in the steps ahead, with guesses, of the other row."""
+    llm = Llama.build(folders["itself"], None, 400, 2, device="cpu", draft=folders["itself"], n_guesses=3)
+    llm.tokenizer.stop_tokens = set()
+    assert llm.decoder.guesser is not None
+    llm.decoder = AheadDecoder(llm.model, guesser=llm.decoder.guesser, n_guesses=3)
+    engine, prompt = llm.engine(), [5 + place % 40 for place in range(100)]
+    free = SamplingParams(temperature=0, max_gen_len=390, ignore_eos=True)
+    beside = engine.submit([9, 8], free)
+    while not beside.partial.answer.tokens:
+        engine.step()
+    guided = SamplingParams(temperature=0, max_gen_len=30, grammar=Grammar.lark("start: /[a-z ]{200,300}/"))
+    prompt += engine.submit(prompt, guided).result().answer.tokens
+    assert not beside.is_finished
+    beside.cancel()
+    engine.run()
+    before = llm.speculation
+    found = engine.submit(prompt, SamplingParams(seed=1, max_gen_len=100, ignore_eos=True)).result()
+    after = llm.speculation
+    assert before is not None and after is not None and before.checked > 0 and found.cached_tokens == 128
+    assert (after - before).acceptance > 0.9
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-
 from fastllama import Llama
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.server import run
-from fastllama.server.service import Service, fingerprint
+from fastllama.server.connection import Config
+from fastllama.server.fingerprint import fingerprint
+from fastllama.server.service import Service
 from fastllama.server.settings import ServerSettings
 from tests.support.timeouts import HANG_SECONDS
 
@@ -75,7 +75,7 @@ class RunningServer:
 class _ServerInThread(run.Server):
     """Tells when it listens, or when it has failed to."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: Config, service: Service) -> None:
         super().__init__(config, service)
         self.error: BaseException | None = None
         self.has_begun = threading.Event()

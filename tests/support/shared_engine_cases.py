@@ -15,10 +15,11 @@ from typing import Any
 from fastllama import Llama, SamplingParams
 from fastllama.distributed import driver, environment, worker
 from fastllama.distributed.shared_engine import open_engine
-from fastllama.engine import Engine, Request
+from fastllama.engine import Engine, Grammar, Request
 from tests.support.parallel_cases import PROMPTS, build
 
 N_PROCESSES = 2
+WORDS = "start: /[a-z]{2,6}( [a-z]{2,6})*/"
 REQUESTS: list[dict[str, Any]] = [
     {"seed": 3, "temperature": 0.9, "logprobs": 2},
     {"temperature": 1.0, "n": 3},  # without a seed: the order of submission decides
@@ -27,6 +28,8 @@ REQUESTS: list[dict[str, Any]] = [
     {"temperature": 1.0, "stop_token_ids": (168, 420), "seed": 4},
     {"temperature": 1.0},
     {"seed": 8, "max_gen_len": 0, "prompt_logprobs": 1},
+    {"seed": 6, "temperature": 1.0, "grammar": Grammar.lark(WORDS), "logprobs": 0},
+    {"seed": 6, "temperature": 1.0, "grammar": Grammar.lark(WORDS), "n": 2, "frequency_penalty": 0.5},
 ]
 LONG = SamplingParams(temperature=1.0, seed=9, ignore_eos=True)  # to the end of the context
 DRAWN_STOP = 99  # the first prompt's answer begins with it, drawn with seed 3

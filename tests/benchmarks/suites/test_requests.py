@@ -133,7 +133,7 @@ def test_the_suite_compares_and_reports(probe: ReadProbe) -> None:
         rounds=2,
         requests=4,
         prefix=PAGE_TOKENS,
-        peers=["reference", "transformers-continuous"],
+        peers=["reference", "transformers-continuous", "serve", "serve-whole"],
     )
     assert plan.model.max_seq_len == PAGE_TOKENS + 10 + 9
     result = bench.run(plan, lambda text: None)
@@ -141,9 +141,10 @@ def test_the_suite_compares_and_reports(probe: ReadProbe) -> None:
     for record in result.records:
         peers = record["peers"]
         assert peers["reference"] == {"status": "skipped", "reason": "it is not measured with many requests"}
-        for name in ("fixed-8", "transformers-continuous"):
+        for name in ("fixed-8", "transformers-continuous", "serve", "serve-whole"):
             assert peers[name]["status"] == "measured", peers[name]
             assert peers[name]["agreement"]["tokens_compared"] == record["total_output_tokens"]
+        assert peers["serve"]["cached_tokens"] == peers["serve-whole"]["cached_tokens"] == record["cached_tokens"]
     shown = report(result)
     assert "requests to tiny in float32, 2 rounds: 4 with prompts of" in shown and "64 of them common" in shown
     assert "vs fixed-8" in shown and "vs transformers-continuous" in shown

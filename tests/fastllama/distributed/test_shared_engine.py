@@ -18,7 +18,7 @@ from fastllama.distributed import driver, shared_engine
 from fastllama.distributed.driver import Driver
 from fastllama.distributed.shared_engine import OutOfStep, follow_driver, open_engine
 from fastllama.distributed.worker_processes import EXIT_WORKER_CRASHED
-from fastllama.engine import Engine
+from fastllama.engine import Engine, Grammar
 from tests.support import shared_engine_cases
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
 from tests.support.comparisons import assert_same_logprobs
@@ -227,6 +227,23 @@ def test_a_worker_follows_the_drivers_messages(folder: str, monkeypatch: pytest.
     monkeypatch.setattr(Engine, "close", noted)
     follow_driver(build(folder))
     assert messages.sent == [] and ended == [(engine.state, engine.stats)]
+
+
+def test_a_worker_compiles_a_grammar_before_its_request_comes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages, grammar = Messages(monkeypatch), Grammar.lark("start: /[a-f]+/")
+    engine = driven(build(folder))
+    engine.submit(PROMPTS[0], SamplingParams(max_gen_len=4, grammar=grammar)).result()
+    engine.close()
+    messages.reads = True
+    follower, prepared = build(folder), []
+
+    def noted(*arguments: Any) -> None:
+        prepared.append(arguments)
+        assert not follower.model._lock.locked(), "no request has come"
+
+    monkeypatch.setattr(shared_engine, "prepare", noted)
+    follow_driver(follower)
+    assert prepared == [(grammar, follower.tokenizer, follower.model.vocab_size)] and messages.sent == []
 
 
 def test_a_worker_that_is_out_of_step_ends(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

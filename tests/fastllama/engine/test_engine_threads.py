@@ -291,6 +291,54 @@ def test_an_error_that_cannot_be_survived_ends_the_engine(llm: Llama, monkeypatc
     llm.model.check_idle()
 
 
+def test_an_error_outside_of_a_steps_work_ends_the_engine(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise MemoryError("as planned")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastllama.engine.engine.default_settings", broken)
+        engine = llm.engine().start()
+        request = engine.submit([5], ENDLESS)
+        with pytest.raises(MemoryError, match="as planned"):
+            request.result()
+        assert isinstance(engine.failure, MemoryError)
+        with pytest.raises(RuntimeError, match="has failed"):
+            engine.submit([5], ENDLESS)
+        engine.close()
+    llm.model.check_idle()
+
+
+@pytest.mark.parametrize("has_thread", [False, True])
+def test_a_request_that_cannot_be_made_leaves_the_model_free(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, has_thread: bool
+) -> None:
+    def broken(**arguments: Any) -> Any:
+        raise MemoryError("as planned")
+
+    with llm.engine() as engine:
+        if has_thread:
+            engine.start()
+        with monkeypatch.context() as patch:
+            patch.setattr("fastllama.engine.inbox.Sequence", broken)
+            with pytest.raises(MemoryError, match="as planned"):
+                engine.submit([5], ENDLESS)
+        llm.model.check_idle()
+        assert len(engine.submit([5], params_of(1)).result().answer.tokens) == 11
+
+
+def test_answers_can_be_awaited_after_the_engine_was_closed(llm: Llama) -> None:
+    with llm.engine().start() as engine:
+        whole, cut = engine.submit([5, 1], params_of(1)), engine.submit([5], ENDLESS)
+        whole.result()
+        next(iter(cut))
+
+    async def read() -> tuple[Any, list[Any]]:
+        return await whole.aresult(), [one async for one in cut]
+
+    result, (last,) = asyncio.run(read())
+    assert (result.answer.finish_reason, last.finish_reason) == ("length", "cancelled")
+
+
 def test_an_error_in_the_thread_reaches_every_request_and_the_next_works(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastllama.engine.grammar import Grammar
-from fastllama.engine.grammar_matcher import GrammarMatcher, grammar_matcher
+from fastllama.engine.grammar_matcher import MOST_COMPILED, GrammarMatcher, grammar_matcher
 from fastllama.kernels.sampling.masks import allowed_tokens
 from fastllama.tokenizer import Tokenizer
 from fastllama.tokenizer_base import BaseTokenizer
@@ -224,6 +226,28 @@ def test_a_tokenizer_is_read_once() -> None:
     assert tokenizer.n_decoded == Pieces.n_words
     grammar_matcher(Grammar.lark("start: /b+/"), tokenizer, 41, STOPS)
     assert tokenizer.n_decoded == 2 * Pieces.n_words, "a model of another size"
+
+
+def test_a_grammar_is_compiled_once_and_each_answer_has_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def noted(source: str) -> str:
+        made.append(source)
+        time.sleep(0.01)  # so that others ask meanwhile
+        return source
+
+    monkeypatch.setattr("fastllama.engine.grammar_matcher._unforced", noted)
+    tokenizer, grammar = Pieces(), Grammar.lark("start: /ba{3}/")
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: grammar_matcher(grammar, tokenizer, 40, STOPS), range(8)))
+    assert len(made) == 1
+    before = found[1].mask.clone()
+    found[0].accept(min(allowed_in(found[0], 40)))
+    assert torch.equal(found[1].mask, before) and not torch.equal(found[0].mask, before)
+    for number in range(1, MOST_COMPILED + 1):
+        grammar_matcher(Grammar.lark(f"start: /ba{{{number + 3}}}/"), tokenizer, 40, STOPS)
+    grammar_matcher(grammar, tokenizer, 40, STOPS)
+    assert len(made) == MOST_COMPILED + 2, "the oldest was dropped"
 
 
 def test_llama3s_special_tokens_have_names(tmp_path: Path) -> None:

@@ -134,6 +134,31 @@ def test_several_culprits_end_each_for_itself(llm: Llama, monkeypatch: pytest.Mo
     assert_alone_but(llm, requests, [CULPRIT, *OTHERS], PLANNED)
 
 
+def test_culprits_that_come_one_after_another_leave_their_company_alone(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is found by a failure of its own, and nobody else is part of it any more."""
+    params = SamplingParams(max_gen_len=60, temperature=1.0, seed=5, logprobs=0)
+    with monkeypatch.context() as patch:
+        failed = break_model(llm, patch, lambda batch: OWN_TOKEN in batch.tokens.tolist())
+        engine = llm.engine()
+        requests = [engine.submit([5, number], params) for number in range(3)]
+        broken = []
+        for number in range(5):
+            for _ in range(3):
+                engine.step()
+            broken.append(engine.submit([OWN_TOKEN, number], params))
+            while not broken[-1].is_finished:
+                engine.step()
+            assert engine._core._suspects.most_together is None
+        engine.run()
+    assert len(failed) == 10, "each once together, once alone"
+    assert [request.result().answer.error for request in broken] == [PLANNED] * 5
+    for request in requests:
+        assert request.result().answer.error is None
+        assert_as_alone(llm, request.result(), params)
+
+
 def test_company_that_does_not_fit_is_answered_in_smaller_company(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """As without memory for a step of all rows: nobody fails alone, so in the end all are answered."""
     with monkeypatch.context() as patch:

@@ -9,7 +9,7 @@ import pytest
 from fastllama import Llama, SamplingParams
 from fastllama.decode_graph import Decoder
 from fastllama.engine import Engine, Request
-from fastllama.engine.engine import Stats
+from fastllama.engine.stats import Stats
 from tests.fastllama.engine.llamas import assert_as_alone, engine_llama, is_near_tie, logits_of
 from tests.support.fake_graph import RecordedGraph
 from tests.support.tiers import parameters

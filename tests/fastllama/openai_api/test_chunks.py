@@ -10,6 +10,7 @@ from fastllama.openai_api.chunks import Chunk, new_writer
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.openai_api.requests import chat_request, completion_request, submit
+from fastllama.openai_api.responses import response
 from tests.fastllama.openai_api.conftest import Answering, answer_of
 
 PROMPT = "Once upon a time"
@@ -38,16 +39,19 @@ CLOCK["function"]["parameters"] |= {"required": ["a"], "additionalProperties": F
 CALLING: dict[str, Any] = {"messages": FRANCE, "temperature": 0, "tools": [CLOCK], "tool_choice": "required"}
 
 
-def streamed(llm: Llama, body: dict[str, Any], **options: bool) -> list[Chunk]:
-    """All chunks of a body's stream, the numbers of tokens included."""
+def streamed(llm: Llama, body: dict[str, Any], *, at_once: bool = False, **options: bool) -> list[Chunk]:
+    """All chunks of a body's stream, the numbers of tokens included. at_once: all is there when it is first read."""
     parse = chat_request if "messages" in body else completion_request
     more: dict[str, Any] = {} if parse is completion_request else {"formatter": llm.formatter}
     request = parse({**body, "stream": True, "stream_options": {"include_usage": True, **options}}, **more)
-    submitted = submit(llm.engine(reuse_prefixes=False), request)
+    engine = llm.engine(reuse_prefixes=False)
+    submitted = submit(engine, request)
+    if at_once:
+        engine.run()
     writer = new_writer(request, submitted, ServedModel("served", llm.tokenizer))
     chunks = writer.begin()
     for number, one in enumerate(submitted):
-        for increment in one:
+        for increment in one.take() if at_once else one:
             chunks += writer.add(number, increment)
     return chunks + writer.end()
 
@@ -72,10 +76,13 @@ def joined(chunks: list[Chunk], is_chat: bool) -> list[dict[str, Any]]:
     return [choices[index] for index in sorted(choices)]
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["token by token", "at once"])
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_joined_chunks_are_the_whole_answer(llm: Llama, answered: Answering, body: dict[str, Any]) -> None:
+def test_joined_chunks_are_the_whole_answer(
+    llm: Llama, answered: Answering, body: dict[str, Any], at_once: bool
+) -> None:
     is_chat = "messages" in body
-    whole, chunks = answered(**body), streamed(llm, body)
+    whole, chunks = answered(**body), streamed(llm, body, at_once=at_once)
     expected = [
         {**choice, "text": choice.pop("message")["content"]} if is_chat else choice for choice in whole["choices"]
     ]
@@ -111,6 +118,25 @@ def test_a_failed_answer_ends_the_stream(llm: Llama) -> None:
     with pytest.raises(AnswerFailed, match="not finite"):
         writer.add(0, Increment(0, "", [], None, None, "error", None))
     submitted.cancel()
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_token_ids_are_those_of_the_whole_answer(llm: Llama, body: dict[str, Any]) -> None:
+    body = {**body, "return_token_ids": True}
+    request = (chat_request if "messages" in body else completion_request)(body)
+    results = [one.result() for one in submit(llm.engine(reuse_prefixes=False), request)]
+    whole, chunks = response(request, results, ServedModel("served", llm.tokenizer)), streamed(llm, body)
+    ids: dict[int, list[int]] = {}
+    prompts = [chunk["prompt_token_ids"] for chunk in chunks if "prompt_token_ids" in chunk]
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        ids.setdefault(choice["index"], []).extend(choice.get("token_ids", []))
+        prompts += [choice["prompt_token_ids"]] if "prompt_token_ids" in choice else []
+    choices = whole["choices"]
+    n_echoed_begin = 1 if request.params.echo and isinstance(request.prompts[0], str) else 0  # not in the text
+    expected = [answer.tokens[n_echoed_begin:] for result in results for answer in result.answers]
+    assert [choice["token_ids"] for choice in choices] == [ids[index] for index in sorted(ids)] == expected
+    own = [whole["prompt_token_ids"]] if request.is_chat else [choice["prompt_token_ids"] for choice in choices]
+    assert prompts == own and own[0] == results[0].prompt_tokens
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)

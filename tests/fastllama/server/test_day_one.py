@@ -15,7 +15,7 @@ from fastllama import Llama
 from fastllama.openai_api import requests
 from fastllama.server import service
 from fastllama.server.settings import ServerSettings
-from tests.support.running_server import RunningServer, running_server
+from tests.support.running_server import RunningServer, running_server, wait_until
 from tests.support.timeouts import HANG_SECONDS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -194,7 +194,7 @@ def few_steps(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def post_raw(server: RunningServer, **body: Any) -> socket.socket:
     """A connection that has sent a completion's body."""
     data = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port), HANG_SECONDS)
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
@@ -271,14 +271,18 @@ def test_a_request_that_breaks_a_step_fails_alone(
 
 
 def test_too_many_answers_are_asked_to_come_back(llm: Llama) -> None:
-    with running_server(llm, ServerSettings(max_queue=2)) as server, httpx.Client(base_url=server.url) as client:
+    with (
+        running_server(llm, ServerSettings(max_queue=2)) as server,
+        httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client,
+    ):
         never = client.post(COMPLETIONS, json={"prompt": PROMPT, "n": 7})
         assert never.status_code == 400 and "split it" in never.json()["error"]["message"]
-        server.service.n_open = 6  # all rows and the queue
-        full = client.post(COMPLETIONS, json={"prompt": PROMPT})
-        assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
-        assert full.json()["error"]["code"] == "queue_full"
-        server.service.n_open = 0
+        with server.paused(), contextlib.closing(post_raw(server, **ENDLESS, n=6)):  # all rows and the queue
+            wait_until(lambda: server.service.n_open == 6)
+            full = client.post(COMPLETIONS, json={"prompt": PROMPT})
+            assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+            assert full.json()["error"]["code"] == "queue_full"
+        wait_until_free(server)
         assert client.post(COMPLETIONS, json={"prompt": PROMPT}).status_code == 200
 
 
@@ -288,7 +292,7 @@ def test_requests_in_work_are_limited(llm: Llama) -> None:
         socket.create_connection(("127.0.0.1", server.port), HANG_SECONDS) as slow,
         httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client,
     ):
-        slow.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n".encode())
+        slow.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n".encode())
         slow.sendall(b"Content-Type: application/json\r\n\r\n")
         while (answer := client.get("/v1/models")).status_code == 200:
             pass

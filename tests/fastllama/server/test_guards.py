@@ -20,6 +20,8 @@ BODY = {"prompt": "Once upon a time", "max_tokens": 2}
 SETTINGS = ServerSettings(
     api_keys=("first", "second"), max_body_bytes=1000, body_seconds=0.2, allow_origins=("https://page.example",)
 )
+OTHER_HOSTS = ["evil.example:8123", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "notlocalhost"]
+OTHER_HOSTS += ["0.0.0.0:8000", "10.0.0.1", "[2001:db8::1]:80", "[evil.example]", "::1", "127.1", "x@localhost", ""]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,39 @@ def test_a_wrong_key_is_refused(server: RunningServer, header: str | None) -> No
 @pytest.mark.parametrize("header", ["Bearer first", "bearer second", "BEARER  first"])
 def test_each_key_is_known(server: RunningServer, header: str) -> None:
     assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": header}).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def without_key(llm: Llama) -> Iterator[RunningServer]:
+    with running_server(llm, ServerSettings(allow_origins=("https://page.example",))) as server:
+        yield server
+
+
+@pytest.mark.parametrize("host", OTHER_HOSTS)
+def test_a_page_that_gives_its_name_this_address_is_refused(without_key: RunningServer, host: str) -> None:
+    """DNS rebinding: for a browser that page is of the same origin."""
+    headers = {"Host": host, "Origin": f"http://{host}"}
+    for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/nowhere"), ("OPTIONS", COMPLETIONS)):
+        answer = httpx.request(method, without_key.url + path, headers=headers)
+        assert "--api_key" in error_of(answer, 403, "host_not_allowed")["message"]
+    answer = httpx.post(without_key.url + COMPLETIONS, json=BODY, headers=headers)
+    error_of(answer, 403, "host_not_allowed")
+
+
+@pytest.mark.parametrize("port", ["", ":8000", ":1"])
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "a.localhost", "127.0.0.1", "127.8.7.6", "[::1]"])
+def test_names_of_this_machine_need_no_key(without_key: RunningServer, host: str, port: str) -> None:
+    assert httpx.get(f"{without_key.url}/v1/models", headers={"Host": host + port}).status_code == 200
+
+
+def test_a_client_of_http_1_0_may_send_no_host(without_key: RunningServer) -> None:
+    with socket.create_connection(("127.0.0.1", without_key.port), HANG_SECONDS) as old:
+        old.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert old.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_with_a_key_any_host_is_answered(client: httpx.Client) -> None:
+    assert client.get("/v1/models", headers={"Host": "served.example"}).status_code == 200
 
 
 def test_the_page_and_the_health_need_no_key(server: RunningServer) -> None:

@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
+MAX_DEPTH = 200  # lists and objects within each other, in what others send: far from what any stack allows
+
 
 class ConflictingValues(ValueError):
     """A key appears twice in one object, with different values."""

@@ -14,7 +14,6 @@ from fastllama.server.service import Service
 from fastllama.server.settings import MEBIBYTE
 
 JSON_TYPES = ("application/json", "+json")
-MAX_DEPTH = 200  # of lists and objects within each other
 LARGE_BYTES = 2**16  # of a body that is parsed in a thread
 
 
@@ -41,13 +40,13 @@ async def read_json(request: Request, service: Service) -> Any:
         ) from None
     try:
         # What is not finite or nested more deeply could not be repeated in an answer or in an error.
-        loads = functools.partial(strict_json.loads, data, allow_nan=False, max_depth=MAX_DEPTH)
+        loads = functools.partial(strict_json.loads, data, allow_nan=False, max_depth=strict_json.MAX_DEPTH)
         return await service.computed(loads, is_large=len(data) > LARGE_BYTES)
     except RecursionError:
-        raise InvalidRequest(
-            f"the body is nested too deeply: at most {MAX_DEPTH} lists and objects may be within each other",
-            code="invalid_json",
-        ) from None
+        wrong = (
+            f"the body is nested too deeply: it may have {strict_json.MAX_DEPTH} lists and objects within each other"
+        )
+        raise InvalidRequest(wrong, code="invalid_json") from None
     except ValueError as error:  # also of a wrong encoding
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
 

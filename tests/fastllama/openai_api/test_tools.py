@@ -310,6 +310,11 @@ def test_other_members_pass_where_unknown_fields_do(llm: Llama) -> None:
         ),
         ([ASKED, called(("x", "f", '{"a": '))], "messages[1].tool_calls[0].function.arguments", "JSON text of an obj"),
         ([ASKED, called(("x", "f", "[]"))], "messages[1].tool_calls[0].function.arguments", "JSON text of an object"),
+        (
+            [ASKED, called(("x", "f", '{"a": ' * 201 + "1" + "}" * 201))],
+            "messages[1].tool_calls[0].function.arguments",
+            "JSON text",
+        ),
         ([ASKED, called(("x", "f", "[" * 99999))], "messages[1].tool_calls[0].function.arguments", "JSON text"),
         ([{**called((CALL_ID, "f", "{}")), "role": "user"}], "messages[0].tool_calls", "is not supported"),
         ([{**ASKED, "tool_call_id": CALL_ID}], "messages[0].tool_call_id", "is not supported"),

@@ -59,7 +59,7 @@ class BatchLine:
 def parse_line(number: int, line: bytes) -> BatchLine:
     """A line's custom_id and content, or what is wrong with it."""
     try:
-        content = strict_json.loads(line)
+        content = strict_json.loads(line, allow_nan=False, max_depth=strict_json.MAX_DEPTH)
     except json.JSONDecodeError as error:
         return BatchLine(number, error=BadLine(f"line {number} is not JSON: {error.msg}", "invalid_json"))
     except (ValueError, RecursionError) as error:  # not UTF-8, a key twice, nested too deeply

@@ -94,7 +94,7 @@ REFUSED: NeutralValues = {  # wherever they are not honoured
     "guided_json": (),
     "guided_regex": (),
     "guided_whitespace_pattern": (),
-    "include_reasoning": (True,),
+    "include_reasoning": (True, False),  # no answer has a reasoning apart from its text
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1.0,),
@@ -136,8 +136,8 @@ def _fields(
     honoured: set[str], without_effect: frozenset[str], own: NeutralValues, instead: Mapping[str, str]
 ) -> BodyFields:
     """own: what is refused in this API only, or with other values."""
-    elsewhere = honoured | without_effect
-    refused = {name: values for name, values in {**REFUSED, **own}.items() if name not in elsewhere}
+    accepted = honoured | without_effect
+    refused = {name: values for name, values in {**REFUSED, **own}.items() if name not in accepted}
     return BodyFields(frozenset(honoured), without_effect - honoured, refused, instead)
 
 

@@ -29,7 +29,7 @@ def call(call_id: Any, function: Any, arguments: Any, name: str) -> dict[str, An
         if not isinstance(value, str):
             raise InvalidRequest(f"{name}.{field} must be a text, got {value!r:.60}", param=f"{name}.{field}")
     try:
-        found = strict_json.loads(arguments) if arguments.strip() else {}
+        found = strict_json.loads(arguments, max_depth=strict_json.MAX_DEPTH) if arguments.strip() else {}
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):

@@ -33,7 +33,6 @@ UNSUPPORTED_REASONING: NeutralValues = {
     "summary": ("auto",),  # of reasoning, where there is any
 }
 UNSUPPORTED_TEXT: NeutralValues = {"verbosity": ("medium",)}
-MAX_DEPTH = 200  # of what a response repeats: readers of JSON take deeper values than its writers
 REPEATED = ("metadata", "user", "safety_identifier", "prompt_cache_key")
 
 
@@ -100,11 +99,6 @@ def _repeated(fields: Mapping[str, Any], options: Mapping[str, Any], request: Ap
         raise InvalidRequest(f"metadata must be an object of texts, got {metadata!r:.60}", param="metadata")
     for name in REPEATED[1:]:
         text(fields, name)
-    nested = {"text.format": options.get("format", {"type": "text"})}
-    nested |= {"tool_choice": fields.get("tool_choice", "auto"), "tools": fields.get("tools", [])}
-    for name, value in nested.items():
-        if _is_deeper(value, MAX_DEPTH):
-            raise InvalidRequest(f"{name} is nested too deeply: at most {MAX_DEPTH} levels are taken", param=name)
     params = request.params
     return {
         "background": False,
@@ -117,23 +111,12 @@ def _repeated(fields: Mapping[str, Any], options: Mapping[str, Any], request: Ap
         "service_tier": "default",
         "store": False,
         "temperature": params.temperature,
-        "text": {"format": nested["text.format"], "verbosity": "medium"},
-        "tool_choice": nested["tool_choice"],
-        "tools": nested["tools"],
+        "text": {"format": options.get("format", {"type": "text"}), "verbosity": "medium"},
+        "tool_choice": fields.get("tool_choice", "auto"),
+        "tools": fields.get("tools", []),
         "top_logprobs": params.logprobs or 0,
         "top_p": params.top_p,
         "truncation": "disabled",
         **{name: fields.get(name) for name in REPEATED},
         "metadata": metadata,
     }
-
-
-def _is_deeper(value: Any, most: int) -> bool:
-    """Whether a value has lists and objects within each other on more than so many levels."""
-    level = [value]
-    for _ in range(most + 1):
-        level = [one for one in level if isinstance(one, list | dict)]
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
-        if not level:
-            return False
-    return True

@@ -47,11 +47,14 @@ async def read_json(request: Request, service: Service) -> Body:
             CLIENT_GONE, "the client went away before the whole body was there", code="client_gone"
         ) from None
     try:
-        # What is not finite could not be repeated in an answer.
-        loads = functools.partial(strict_json.loads, data, allow_nan=False)
+        # What is not finite or nested more deeply could not be repeated in an answer or in an error.
+        loads = functools.partial(strict_json.loads, data, allow_nan=False, max_depth=strict_json.MAX_DEPTH)
         return Body(await service.computed(loads, is_large=len(data) > LARGE_BYTES), len(data))
     except RecursionError:
-        raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+        wrong = (
+            f"the body is nested too deeply: it may have {strict_json.MAX_DEPTH} lists and objects within each other"
+        )
+        raise InvalidRequest(wrong, code="invalid_json") from None
     except ValueError as error:  # also of a wrong encoding
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: `json` reads them, and strict writers cannot write them again."""
+"""What `json` reads and others cannot write again: numbers that are not finite, and values nested too deeply."""
 
 import math
 
@@ -26,3 +26,21 @@ def test_finite_numbers_are_read_as_json_reads_them() -> None:
         assert found["NaN"] == "1e999" and isinstance(found["a"][0], int) and math.copysign(1, found["a"][1]) == -1
     with pytest.raises(strict_json.ConflictingValues):
         strict_json.loads('{"a": 1.0, "a": 2.0}', allow_nan=False)
+
+
+@pytest.mark.parametrize("begin_end", [("[", "]"), ('{"a":', "}"), ('[0, "[[{", ', "]")], ids=str)
+@pytest.mark.parametrize("encoding", [None, "utf-8", "utf-16", "utf-32"])
+def test_values_that_are_nested_too_deeply_are_refused_where_asked(
+    begin_end: tuple[str, str], encoding: str | None
+) -> None:
+    def text(depth: int) -> str | bytes:
+        found = begin_end[0] * depth + "1" + begin_end[1] * depth
+        return found if encoding is None else found.encode(encoding)
+
+    for most in (3, 40):
+        for depth in (1, most - 1, most):
+            assert strict_json.loads(text(depth), max_depth=most) == strict_json.loads(text(depth))
+        for depth in (most + 1, most + 2, 100):
+            with pytest.raises(RecursionError, match=f"more than {most} lists and objects"):
+                strict_json.loads(text(depth), max_depth=most)
+    assert strict_json.loads("1", max_depth=0) == 1

@@ -53,6 +53,22 @@ def test_both_apis_are_answered_in_openais_shape(tmp_path: Path) -> None:
     )
 
 
+def test_no_depth_of_a_line_is_the_end(tmp_path: Path) -> None:
+    """Not even one that can just be read, and not be repeated in an error."""
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bodies = ('{"prompt": %s}', '{"prompt": "x", "logit_bias": %s}')
+    depths = (150, 250, *range(910, 1000))
+    texts = [body % ("[" * depth + "]" * depth) for depth in depths for body in bodies]
+    texts.append('{"prompt": "x", "temperature": 1e999}')
+    lines = [f'{{"custom_id": "{n}", "url": "/v1/completions", "body": {text}}}\n' for n, text in enumerate(texts)]
+    path.write_text("".join(lines))
+    result = run("batch", str(path), str(out), *BATCH)
+    assert result.exit_code == 0, result.output
+    codes = [json.loads(line)["error"]["code"] for line in out.read_text().splitlines()]
+    assert len(codes) == len(lines) and codes.count("invalid_json") == len(lines) - len(bodies)
+    assert "1e999 is not a finite number" in out.read_text()
+
+
 def test_a_bad_line_is_an_error_line_and_not_the_end(tmp_path: Path) -> None:
     good = completion("good")
     lines: dict[str, tuple[Record | str, str, str]] = {

@@ -31,7 +31,6 @@ from fastllama.openai_api.requests import chat_request, encode, submit
 from fastllama.openai_api.responses_api import (
     INCLUDABLE,
     LOGPROBS,
-    MAX_DEPTH,
     UNSUPPORTED_REASONING,
     UNSUPPORTED_TEXT,
     ResponsesRequest,
@@ -261,30 +260,6 @@ def test_a_body_is_a_request_or_refused(body: dict[str, Any], value: Any, allow_
             assert isinstance(responses_request(one, allow_unknown=allow_unknown), ResponsesRequest)
         except InvalidRequest as error:
             assert str(error) and error.code
-
-
-def test_what_a_response_repeats_is_not_nested_too_deeply(llm: Llama) -> None:
-    def nested(depth: int, make: Any) -> Any:
-        value: Any = 1
-        for _ in range(depth):
-            value = make(value)
-        return value
-
-    def refusal(body: dict[str, Any]) -> str | None:
-        try:
-            found = responses_request({"input": "x"} | body, formatter=llm.formatter, allow_unknown=True)
-        except InvalidRequest as error:
-            assert "nested too deeply" in str(error)
-            return error.param
-        assert json.loads(json.dumps(found.repeated)) == found.repeated
-        return None
-
-    for make in (lambda inner: [inner], lambda inner: {"a": inner}):
-        for more in (0, 1):
-            tool = FLAT[1] | {"x": nested(MAX_DEPTH - 2 + more, make)}
-            answer = {"type": "text", "x": nested(MAX_DEPTH - 1 + more, make)}
-            assert refusal({"tools": [tool]}) == ("tools" if more else None)
-            assert refusal({"text": {"format": answer}}) == ("text.format" if more else None)
 
 
 def test_a_prompt_that_is_too_long_names_the_input(llm: Llama) -> None:

@@ -129,6 +129,12 @@ def test_a_choice_decides_what_may_be_called(
     assert "strict" not in json.dumps(request.tools)
 
 
+def test_white_space_comes_before_a_call_only_where_text_may(formatter: Formatter) -> None:
+    for choice, expected in (("auto", "whole"), ("required", "wrong"), (NAMED, "wrong")):
+        request = parse(formatter, tool_choice=choice)
+        assert outcome(formatter, request, "\n " + written(formatter, "clock", "{}")) == expected
+
+
 def test_no_calls_but_tools_in_the_prompt(formatter: Formatter) -> None:
     request = parse(formatter, tool_choice="none")
     assert request.params.grammar is None and request.new_parser is PlainParser
@@ -304,6 +310,11 @@ def test_other_members_pass_where_unknown_fields_do(llm: Llama) -> None:
         ),
         ([ASKED, called(("x", "f", '{"a": '))], "messages[1].tool_calls[0].function.arguments", "JSON text of an obj"),
         ([ASKED, called(("x", "f", "[]"))], "messages[1].tool_calls[0].function.arguments", "JSON text of an object"),
+        (
+            [ASKED, called(("x", "f", '{"a": ' * 201 + "1" + "}" * 201))],
+            "messages[1].tool_calls[0].function.arguments",
+            "JSON text",
+        ),
         ([ASKED, called(("x", "f", "[" * 99999))], "messages[1].tool_calls[0].function.arguments", "JSON text"),
         ([{**called((CALL_ID, "f", "{}")), "role": "user"}], "messages[0].tool_calls", "is not supported"),
         ([{**ASKED, "tool_call_id": CALL_ID}], "messages[0].tool_call_id", "is not supported"),

@@ -206,15 +206,29 @@ def test_objects_with_another_member(server: RunningServer) -> None:
         assert status == 400 and f"{number} is not a finite number" in content.decode()
 
 
-def test_every_depth_of_what_an_answer_repeats(server: RunningServer) -> None:
-    """There is none that can be read and not be written again."""
-    statuses = set[int]()
-    for depth in (*range(1, 900, 60), *range(900, 1010)):
-        deep = '{"input": "x", "max_output_tokens": 1, "text": {"format": {"type": "text", "x": %s}}}'
-        status, content = post(server, RESPONSES, (deep % ("[" * depth + "]" * depth)).encode())
-        check(status, content)
-        statuses.add(status)
-    assert statuses == {200, 400}
+@pytest.mark.parametrize("size", [0, 2**17], ids=["small", "large"])
+def test_every_depth_of_a_body(server: RunningServer, size: int) -> None:
+    """There is none that can be read, and not be repeated in an answer or an error. size: of white space in the body.
+
+    Large bodies are read elsewhere, with another depth of the stack.
+    """
+    bodies = [
+        (
+            RESPONSES,
+            '{"input": "x", "max_output_tokens": 1, "text": {"format": {"type": "text", "x": %s}}}',
+            {200, 400},
+        ),
+        (CHATS, '{"messages": [{"role": "user", "content": "x", "x": %s}], "max_tokens": 1}', {200, 400}),
+        (COMPLETIONS, '{"prompt": %s}', {400}),
+        (COMPLETIONS, '{"prompt": "x", "logit_bias": %s}', {400}),
+    ]
+    for path, text, expected in bodies:
+        statuses = set[int]()
+        for depth in (1, 150, *range(910, 1000)):
+            status, content = post(server, path, (text % ("[" * depth + "]" * depth) + " " * size).encode())
+            check(status, content)
+            statuses.add(status)
+        assert statuses == expected
 
 
 def test_changed_bytes(server: RunningServer) -> None:

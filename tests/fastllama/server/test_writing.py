@@ -113,9 +113,7 @@ def test_slow_grammars_do_not_hold_up_large_bodies(
 
     monkeypatch.setattr(service, "submit", slow)
     posts = [
-        threading.Thread(
-            target=httpx.post, args=(server.url + COMPLETIONS,), kwargs={"json": not_quick, "timeout": None}
-        )
+        threading.Thread(target=httpx.post, args=(server.url + COMPLETIONS,), kwargs=options)
         for _ in range(service.SUBMITTING_THREADS)
     ]
     for post in posts:

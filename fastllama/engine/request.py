@@ -180,6 +180,7 @@ class Request:
     def add(self, increment: Increment) -> None:
         """Take an increment of one answer."""
         now, times = time.perf_counter(), self.partial.times
+        is_first = times.first_token is None
         self.partial.answers[increment.index].add(increment)
         if increment.tokens:
             times.first_token = times.first_token or now
@@ -190,19 +191,19 @@ class Request:
             self._n_open -= increment.finish_reason is not None
             if not self._n_open:
                 times.end = now
-        self._notify()
+        self._notify(at_once=is_first or self.is_finished)
 
     def fail(self, error: Exception) -> None:
         """The engine has failed: whoever waits for this request gets its error."""
         self.error = error
-        self._notify()
+        self._notify(at_once=True)
 
-    def _notify(self) -> None:
+    def _notify(self, *, at_once: bool) -> None:
         with self._changed:
             self._changed.notify_all()
             for wake in self._wakes:
                 if self.is_finished or not wake.at_end:
-                    wake.set()
+                    wake.set(at_once=at_once)
 
     def _next(self) -> tuple[Increment | None, bool]:
         """The next increment, or None and whether there will be none."""

@@ -2,7 +2,8 @@
 
 A step of the engine has something new for every answer. One message to the loop for all of them costs less than one
 each. The tasks then compete with the engine's thread for the interpreter, so they rest after their work, and find more
-the next time: the loop works for a tenth of the time at most, unless the tasks have waited for `LONGEST_REST`.
+the next time: the loop works for a tenth of the time at most, unless the tasks have waited for `LONGEST_REST`. What
+somebody waits for, the begin and the end of an answer, comes at once.
 """
 
 import asyncio
@@ -24,11 +25,11 @@ class Wake:
         self.at_end = at_end
         self._bell, self._event, self._is_set = _bell(), asyncio.Event(), False
 
-    def set(self) -> None:
-        """Wake the task."""
-        if not self._is_set:
+    def set(self, *, at_once: bool) -> None:
+        """Wake the task, at once or after a rest."""
+        if at_once or not self._is_set:
             self._is_set = True
-            self._bell.ring(self._event)
+            self._bell.ring(self._event, at_once=at_once)
 
     async def wait(self) -> None:
         """Wait until it is set, and make it ready to be set again."""
@@ -47,12 +48,15 @@ class _Bell:
         self._is_rung = False
         self._last = self._last_used = 0.0
 
-    def ring(self, event: asyncio.Event) -> None:
-        """Set an event soon. From any thread."""
-        self._due.append(event)
-        if not self._is_rung:
-            self._is_rung = True
-            with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
+    def ring(self, event: asyncio.Event, *, at_once: bool) -> None:
+        """Set an event. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
+            if at_once:
+                self._call(event.set)
+                return
+            self._due.append(event)
+            if not self._is_rung:
+                self._is_rung = True
                 self._call(self._set_after_rest)
 
     def _set_after_rest(self) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 import sys
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -22,6 +23,7 @@ except ImportError:  # Windows, where nothing limits the number of descriptors
 
 POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 60  # of a connection without requests; clients keep them for less
+SWITCH_SECONDS = 2e-4  # that the engine's thread waits for this one, or this one for it
 CLOSE_SECONDS = 5  # for connections to end after the last answer
 ABORT_SECONDS = 5  # for requests to end after their connections
 BACKLOG = 2048
@@ -136,6 +138,7 @@ def serve(
     on_start: called once it listens, and signals are handled.
     """
     raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_SECONDS)
     server = Server(configure(service, root_path=root_path, log_level=log_level), service, on_start)
     with contextlib.closing(listener):
         server.run(sockets=[listener])

@@ -5,7 +5,6 @@ import contextlib
 import os
 import socket
 import sys
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType

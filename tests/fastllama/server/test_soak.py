@@ -9,6 +9,7 @@ import json
 import os
 import random
 import time
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ CLIENTS, ROWS, MAX_SEQ_LEN = 64, 8, 192
 CACHE_TOKENS = 8 * 64  # fewer than all rows can need: answers are put back
 KINDS = 60  # different requests
 GROWTH_BYTES = 24 * 2**20  # between the end of the first third and the end: of the allocators
+SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 4}
+DIGITS = {"type": "json_schema", "json_schema": {"name": "digits", "schema": SCHEMA}}
 BROKEN = (b"{", b'{"prompt": 3}', b'{"prompt": "a", "n": 0}', b"\xff", b'{"messages": []}', b'{"prompt": ""}' * 2)
 
 
@@ -34,9 +37,14 @@ BROKEN = (b"{", b'{"prompt": 3}', b'{"prompt": "a", "n": 0}', b"\xff", b'{"messa
 class Seen:
     """What the clients saw."""
 
-    answers: list[tuple[int, Any]] = field(default_factory=list)  # (number of the request, its choices)
-    first_seconds: list[float] = field(default_factory=list)
+    alone: list[Any]  # the texts of each request, alone
+    first_seconds: "array[float]" = field(default_factory=lambda: array("d"))
     counts: Counter[str] = field(default_factory=Counter)
+
+    def check(self, number: int, found: Any) -> None:
+        """Assert that the texts of a request are those that it has alone."""
+        assert found == self.alone[number], number
+        self.counts["answers"] += 1
 
 
 def new_body(source: random.Random) -> tuple[str, dict[str, Any]]:
@@ -54,8 +62,15 @@ def new_body(source: random.Random) -> tuple[str, dict[str, Any]]:
     }
     if source.random() < 0.2:
         body["frequency_penalty"] = 0.5
-    if source.random() < 0.5:
+    if source.random() < 0.2:
+        body["logit_bias"] = {str(source.randrange(300)): source.choice([-100, 4])}
+    if source.random() < 0.2:
+        body |= {"response_format": DIGITS, "max_tokens": 12, "stop": None}
         return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}]}
+    if source.random() < 0.5:
+        body |= {"logprobs": True, "top_logprobs": 1} if source.random() < 0.3 else {}
+        return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}]}
+    body |= {"logprobs": 1, "echo": True} if source.random() < 0.3 else {}
     return "/v1/completions", body | {"prompt": text}
 
 
@@ -119,12 +134,12 @@ async def one_client(
             elif found is None:
                 seen.counts["went away"] += 1
             else:
-                seen.answers.append((number, found))
+                seen.check(number, found)
         else:
             answer = await client.post(path, json=body)
             assert answer.status_code in (200, 429), answer.text
             if answer.status_code == 200:
-                seen.answers.append((number, texts(answer.json()["choices"])))
+                seen.check(number, texts(answer.json()["choices"]))
             else:
                 seen.counts["busy"] += 1
 
@@ -151,7 +166,7 @@ def test_every_answer_is_the_one_alone() -> None:
     with running_server(llm, ServerSettings(max_queue=2 * CLIENTS)) as server:
         with httpx.Client(base_url=server.url, timeout=None) as client:
             alone = [texts(client.post(path, json=body).json()["choices"]) for path, body in bodies]
-        seen, later = Seen(), Seen()
+        seen, later = Seen(alone), Seen(alone)
         asyncio.run(traffic(server, bodies, SECONDS / 3, seen))
         server.wait_until_idle()
         before = resident_bytes()
@@ -159,13 +174,11 @@ def test_every_answer_is_the_one_alone() -> None:
         server.wait_until_idle()
         grown = resident_bytes() - before
         stats = server.service.engine.stats
-    for number, found in seen.answers + later.answers:
-        assert found == alone[number], bodies[number]
     first = later.first_seconds
-    print(f"\n{len(seen.answers + later.answers)} answers, {dict(seen.counts + later.counts)}, {stats}")
+    print(f"\n{dict(seen.counts + later.counts)}, {stats}")
     print(f"first text: p50 {percentile(first, 50):.3f} s, p99 {percentile(first, 99):.3f} s; {grown / 2**20:+.1f} MiB")
     # On the slowest machine each client does one thing in each part, and nothing need be put back.
-    assert len(seen.answers) > CLIENTS / 2 and not stats.used_pages
+    assert seen.counts["answers"] > CLIENTS / 2 and not stats.used_pages
     assert stats.preemptions > 0 or SECONDS < 60
     assert all((seen.counts + later.counts)[name] for name in ("malformed", "cancelled", "went away"))
     assert grown < GROWTH_BYTES

@@ -135,12 +135,12 @@ def submit(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = 
     try:
         for tokens in encode(engine, request, max_prompt_tokens):
             submitted.append(engine.submit(tokens, request.params))
-    except ValueError as error:
+    except BaseException as error:
         for one in submitted:
             one.cancel()
-        if isinstance(error, InvalidRequest):
-            raise
-        raise InvalidRequest(str(error)) from None
+        if isinstance(error, ValueError) and not isinstance(error, InvalidRequest):
+            raise InvalidRequest(str(error)) from None
+        raise
     return submitted
 
 

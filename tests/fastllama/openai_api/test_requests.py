@@ -380,3 +380,22 @@ def test_a_request_is_submitted_whole_or_not_at_all(llm: Llama, monkeypatch: pyt
 def test_a_full_context_can_be_scored(llm: Llama) -> None:
     ids = [5] * (MAX_SEQ_LEN + 1)
     assert encode(llm.engine(), parse({"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0})) == [ids]
+
+
+@pytest.mark.parametrize("error", [MemoryError("as planned"), ValueError("as planned")])
+def test_all_prompts_are_submitted_or_none(llm: Llama, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    engine = llm.engine()
+    submitted: list[Any] = []
+    plain = engine.submit
+
+    def failing(*arguments: Any) -> Any:
+        if submitted:
+            raise error
+        submitted.append(plain(*arguments))
+        return submitted[-1]
+
+    monkeypatch.setattr(engine, "submit", failing)
+    expected = InvalidRequest if isinstance(error, ValueError) else MemoryError
+    with pytest.raises(expected, match="as planned"):
+        submit(engine, completion_request({"prompt": ["a", "b"], "max_tokens": 4}))
+    assert submitted[0].partial.answer.finish_reason == "cancelled" and engine.stats[:3] == (0, 0, 0)

@@ -25,18 +25,6 @@ PROMPT = "Once upon a time"
 ENDLESS = {"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def server(llm: Llama) -> Iterator[RunningServer]:
-    with running_server(llm) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client:
-        yield client
-
-
 def post(client: httpx.Client, path: str, **body: Any) -> Any:
     answer = client.post(path, json=body)
     assert answer.status_code == 200, answer.text

@@ -18,12 +18,6 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of Franc
 SEED = 5
 
 
-@pytest.fixture(scope="module")
-def server(llm: Llama) -> Iterator[RunningServer]:
-    with running_server(llm) as running:
-        yield running
-
-
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:

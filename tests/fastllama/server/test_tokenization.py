@@ -1,29 +1,12 @@
 """/tokenize with a chat: what /v1/chat/completions takes it takes, and it refuses the same."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from fastllama import Llama
-from tests.support.running_server import RunningServer, running_server
-from tests.support.timeouts import HANG_SECONDS
-
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
-
-
-@pytest.fixture(scope="module")
-def server(llm: Llama) -> Iterator[RunningServer]:
-    with running_server(llm) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client:
-        yield client
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from fastllama import Llama, strict_json
+from fastllama import strict_json
 from fastllama.engine.request import Numbered, merged
 from fastllama.openai_api import chunks, requests
 from fastllama.openai_api.errors import AnswerFailed
@@ -16,24 +16,12 @@ from fastllama.server import exchange, generation_routes, json_response, service
 from fastllama.server.bodies import SMALL_BYTES
 from fastllama.server.json_response import json_bytes
 from fastllama.server.metrics import Metrics
-from tests.support.running_server import RunningServer, running_server
+from tests.support.running_server import RunningServer
 from tests.support.timeouts import HANG_SECONDS
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 SMALL = {"prompt": "Once upon a time", "max_tokens": 2, "ignore_eos": True, "temperature": 0}
 LOOP = "server"  # the name of the thread whose loop answers
-
-
-@pytest.fixture(scope="module")
-def server(llm: Llama) -> Iterator[RunningServer]:
-    with running_server(llm) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client:
-        yield client
 
 
 @pytest.fixture

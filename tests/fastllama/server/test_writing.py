@@ -132,7 +132,8 @@ def test_what_came_before_a_failure_is_sent(client: httpx.Client, path: str, mon
     """All increments come at once here, and the last one is a failure."""
 
     async def at_once(submitted: Any) -> AsyncIterator[list[Numbered]]:
-        yield [one async for increments in merged(submitted) for one in increments]
+        found = [one async for increments in merged(submitted) for one in increments]
+        yield sorted(found, key=lambda one: one.increment.index == 1 and one.increment.finish_reason is not None)
 
     def failing(*arguments: Any) -> Any:
         writer = chunks.new_writer(*arguments)

@@ -19,6 +19,7 @@ from fastllama.server.schemas import (
 ERRORS = {
     400: "The request cannot be answered as it is.",
     401: "The API key is missing or wrong.",
+    403: "The server has no key, and Host is not this machine's own name.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
@@ -84,7 +85,7 @@ def _route(
     is_open: bool = False,
 ) -> Any:
     """The arguments of a route. answer: the content of 200. Unless it is open, it may refuse a key and be too busy."""
-    guards = () if is_open else (401, 429)
+    guards = (403,) if is_open else (401, 403, 429)
     statuses = sorted({*guards, *errors, *((400, 404, 408, 413, 415) if body is not None else ())})
     responses: dict[int, Any] = {200: {"description": "The answer.", "content": answer}}
     responses |= {one: {"description": ERRORS[one], "content": _content(ERROR)} for one in statuses}

@@ -25,7 +25,7 @@ def test_a_signal_lets_what_runs_end_and_refuses_the_rest() -> None:
     ):
         assert server["model"] == "builtin" and server["pid"] == process.pid
         assert client.get("/health").json() == {"status": "ok"}
-        with client.stream("POST", "/v1/completions", json=LONG) as answer:
+        with client.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 1500}) as answer:
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)

@@ -141,7 +141,7 @@ def test_without_llguidance_the_error_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     bodies: list[dict[str, Any]] = [
         {"response_format": {"type": "json_object"}},
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tools": [{"type": "function", "function": {"name": "not_compiled_before"}}]},
     ]
     for body, field in zip(bodies, ("response_format", "tools"), strict=True):
         with pytest.raises(InvalidRequest, match=r"pip install 'fastllama\[serve\]'") as caught:

@@ -13,6 +13,7 @@ from fastllama.memory_plan import DoesNotFit
 from tests.fastllama.engine.test_same_answers import AheadDecoder
 from tests.fastllama.test_speculation import CALLS, LENGTH, PROMPTS, assert_same
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
+from tests.support.tiers import parameters
 from tests.support.tiny import MAX_BATCH_SIZE, MAX_SEQ_LEN
 
 # Each draft model by the changes of the target's sizes, and the seed of its weights; the target's is 7.
@@ -53,7 +54,7 @@ def build(folders: dict[str, str], draft: str | None = None, **options: Any) -> 
     return llm
 
 
-@pytest.mark.parametrize("n_guesses", [1, 4, 15, "auto"])
+@pytest.mark.parametrize("n_guesses", parameters({"1": 1, "4": 4, "15": 15, "auto": "auto"}, ("4",)))
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_draft_model_gives_the_same_tokens(
     plain: Llama, folders: dict[str, str], draft: str, n_guesses: int | str

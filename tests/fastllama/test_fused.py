@@ -85,7 +85,7 @@ QUANTIZED = {**STORIES260K, "n_layers": 1, "hidden_dim": 192}  # int4's groups d
 FORMATS = {name: name for name in ("int8", "fp8", "int4", "int4-g32")}
 
 
-@pytest.mark.parametrize("quantize", parameters(FORMATS, quick=("int8", "int4")))
+@pytest.mark.parametrize("quantize", parameters(FORMATS, quick=("int4",)))
 def test_quantised_weights_give_the_reference_tokens(quantize: str, device: torch.device) -> None:
     """Steps of one and of three rows, and prompts of up to 20 tokens."""
     outputs = []
@@ -99,6 +99,7 @@ def test_quantised_weights_give_the_reference_tokens(quantize: str, device: torc
     assert all(torch.equal(fused[name], weight) for name, weight in reference.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_rows", parameters({"two-rows": 2, "three-rows": 3}, quick=("two-rows",)))
 def test_replays_like_eager(n_rows: int, device: torch.device) -> None:
     """Captured steps give the eager tokens on uneven batches, with CUDA graphs or, on a CPU, the fake graph."""
@@ -211,6 +212,7 @@ GUESSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", parameters(GUESSES, quick=("lookup",)))
 def test_steps_that_check_guesses_give_the_reference_tokens(case: tuple[str, int, int], device: torch.device) -> None:
     """By kernels of single tokens, of several and of more than 16, as a graph."""

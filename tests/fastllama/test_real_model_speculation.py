@@ -70,6 +70,7 @@ def guessers_of(llm: Llama, itself: Transformer) -> dict[str, Guesser]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_the_built_in_model(backend: str) -> None:
     sizes: Any = (*builtin_checkpoint(), 256, 4)

@@ -115,6 +115,7 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction", ASSEMBLY)
 def test_a_loop_has_all_its_instructions_and_few_others(instruction: str, loops: dict[str, Any]) -> None:
     compiled = loops[instruction]

@@ -17,6 +17,7 @@ from fastllama.benchmarks.suites.requests import RequestsCase
 from tests.benchmarks.cases import SPEC
 
 
+@pytest.mark.slow
 def test_the_engine_and_fixed_batches_answer_the_same_requests(tmp_path: Path) -> None:
     bench = Bench(torch.device("cpu"), TOY, tmp_path)
     warm, *engine, fixed = (record for record in many_requests.many_requests(bench) if isinstance(record, dict))

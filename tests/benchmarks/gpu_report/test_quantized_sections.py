@@ -95,6 +95,7 @@ def test_the_summary_has_goals_and_the_best_launches() -> None:
     assert "| 8B | 1 | qkv | int8 | rows 2 | 5.5 | rows 4 | 5.25 |  |" in page
 
 
+@pytest.mark.slow
 def test_every_projection_is_tried_in_every_format(bench: Bench) -> None:
     bench.sizes = TOY._replace(batches=(1,))
     records = [record for record in quantized_search.quantized_variants(bench) if isinstance(record, dict)]

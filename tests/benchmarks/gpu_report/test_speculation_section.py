@@ -14,6 +14,7 @@ from fastllama.benchmarks.result_file import ResultFile
 from fastllama.speculation_limits import expected_tokens
 
 
+@pytest.mark.slow
 def test_every_number_of_guesses_is_timed_beside_plain_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "GOALS", {1: 1.1})
     # Enough steps that guessing is timed, and rows that leave room for one guess each.

@@ -121,6 +121,7 @@ def test_a_record_has_vllms_names_and_counts_useful_tokens_only() -> None:
     assert found["peers"]["peer"]["ratio"]["p50"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_suite_compares_and_reports(probe: ReadProbe) -> None:
     plan = bench.Plan(
         SOURCE,

@@ -57,6 +57,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
 def test_tensors_keep_memory_near_one_tensor(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")

@@ -120,6 +120,7 @@ def test_groups_divide_the_columns_of_all_layers(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_logits_in_transformers_are_ours(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install it")
     rope = {"use_scaled_rope": True, "rope_scaling_factor": 8.0}

@@ -47,6 +47,7 @@ print(json.dumps([peak(int(sys.argv[3]), "few"), peak(2**40, "control")]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
 def test_writing_keeps_memory_near_one_weight_and_one_file(tmp_path: Path) -> None:
     params = tiny_params(dim=1024, n_layers=8, n_heads=16, n_kv_heads=4, multiple_of=256)

@@ -27,7 +27,7 @@ N_REQUESTS = 16
             "one model, torchrun": (TORCHRUN, ()),
             "one model, --nproc": ((), ("--nproc", "2")),
         },
-        ("two models, torchrun", "one model, --nproc"),
+        ("one model, --nproc",),
     ),
 )
 def test_several_processes_give_the_answers_of_one(

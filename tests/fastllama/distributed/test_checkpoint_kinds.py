@@ -20,6 +20,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, list[Res
     return answers_of_builds(builds), run_processes(2, out, "tests.support.parallel_cases:answers_of_builds", builds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_give_the_texts_of_one(results: tuple[Results, list[Results]], kind: str) -> None:
     alone, shared = results

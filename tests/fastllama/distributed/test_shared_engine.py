@@ -163,7 +163,7 @@ def test_a_killed_worker_ends_the_driver_with_the_reason(serving: Any) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
-@pytest.mark.parametrize("serving", ["serve_busy", "serve_idle"], indirect=True)
+@pytest.mark.parametrize("serving", parameters({"busy": "serve_busy", "idle": "serve_idle"}, ("busy",)), indirect=True)
 def test_no_process_is_left_after_a_signal(serving: Any, sent: signal.Signals) -> None:
     process, worker = serving
     process.send_signal(sent)

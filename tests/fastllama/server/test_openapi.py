@@ -97,6 +97,7 @@ def failures_of(recorder: ScenarioRecorder) -> Iterator[str]:
                 yield f"{title}: {case.method} {case.formatted_path} {case.body!r:.600} -> {status} {content:.300}"
 
 
+@pytest.mark.slow
 def test_limits_of_every_field(server: RunningServer) -> None:
     passed, failed = checked(server, "coverage")
     assert not failed, "\n".join(failed[:20])

@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.chat_page import Chat
 from tests.support.fake_chat_server import HOLD, FakeChatServer
+from tests.support.tiers import parameters
 from tests.support.timeouts import HANG_SECONDS
 
 A = 'target="_blank" rel="noopener noreferrer"'
@@ -210,7 +211,7 @@ def test_attacks_everywhere_else_are_text(chat: Chat) -> None:
     assert chat.page.evaluate("window.attacked") is None
 
 
-@pytest.mark.parametrize("name", SLOW_TEXTS)
+@pytest.mark.parametrize("name", parameters({name: name for name in SLOW_TEXTS}, list(SLOW_TEXTS)[::7]))
 def test_text_that_is_made_to_be_slow_ends(chat: Chat, name: str) -> None:
     """Work that grows with the square of a text's length would not end while the test waits."""
     for growing in (False, True):

@@ -157,6 +157,7 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2 * SECONDS + 900)
 def test_every_answer_is_the_one_alone() -> None:
     folder, tokenizer = builtin_checkpoint()

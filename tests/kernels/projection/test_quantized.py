@@ -83,6 +83,7 @@ def test_many_multiprocessors_get_few_rows_each(
     assert_all_ops_match(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp8", "int4-g32"])
 def test_more_tokens_are_multiplied_by_the_library(name: str, device: torch.device, guarded: GuardedMemory) -> None:
     case = Case(SHAPES[shape_for(name, odd=True)], 20, torch.float32, device, guarded, with_biases=True)

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 REST = 9.0
 LONGEST_REST = 0.05  # seconds
@@ -42,28 +42,30 @@ class _Bell:
     """Sets the events of one loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._call = loop.call_soon_threadsafe
-        self._later = loop.call_later
+        self._loop = ref(loop)  # it is the key under which this bell is kept
         self._due: deque[asyncio.Event] = deque()
         self._is_rung = False
         self._last = self._last_used = 0.0
 
     def ring(self, event: asyncio.Event, *, at_once: bool) -> None:
         """Set an event. From any thread."""
+        loop = self._loop()
+        if loop is None:
+            return
         with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
             if at_once:
-                self._call(event.set)
+                loop.call_soon_threadsafe(event.set)
                 return
             self._due.append(event)
             if not self._is_rung:
                 self._is_rung = True
-                self._call(self._set_after_rest)
+                loop.call_soon_threadsafe(self._set_after_rest)
 
     def _set_after_rest(self) -> None:
         rest = min(LONGEST_REST, REST * (time.thread_time() - self._last_used))
         left = self._last + rest - time.perf_counter()
         if left > 0:
-            self._later(left, self._set)
+            asyncio.get_running_loop().call_later(left, self._set)
         else:
             self._set()
 

@@ -1,8 +1,10 @@
 """The engine's own thread: requests from many threads and from asyncio, cancelled, failed and closed."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -376,6 +378,19 @@ def test_a_loop_that_was_closed_does_not_disturb_the_engine(engine: Engine) -> N
     loop.close()
     other = engine.submit([6], params_of(5))
     assert len(other.result().answer.tokens) == 15 and len(request.result().answer.tokens) == 200
+
+
+def test_a_loop_that_has_ended_is_not_kept(engine: Engine) -> None:
+    loops: list[Any] = []
+
+    async def read() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        async for _ in engine.submit([5], params_of(3)):
+            pass
+
+    asyncio.run(read())
+    gc.collect()
+    assert loops[0]() is None
 
 
 def test_the_model_is_free_when_the_thread_has_nothing_to_do(llm: Llama, engine: Engine) -> None:

@@ -17,7 +17,7 @@ from fastllama.server.bodies import SMALL_BYTES, read_json
 from fastllama.server.errors import CLIENT_GONE, INTERNAL_ERROR, ApiError, error_body
 from fastllama.server.exchange import Exchange, chat_exchange, completion_exchange, may_have_grammar, responses_exchange
 from fastllama.server.json_response import JsonResponse
-from fastllama.server.service import LARGE_TOKENS, Service, is_large
+from fastllama.server.service import Service, are_many, is_large
 from fastllama.server.streaming import ClientGone, EventStream, unless_gone
 
 Submitting = AbstractAsyncContextManager[list[EngineRequest]]
@@ -80,8 +80,9 @@ async def _events(service: Service, exchange: Exchange, submitting: Submitting) 
 
         try:
             async for increments in merged(submitted):
+                n_tokens = sum(len(one.increment.tokens) for one in increments)
                 work = partial(_piece, exchange, writer, increments, is_first=not has_begun)
-                piece, failure = await service.computed(work, is_large=_are_large(exchange, increments))
+                piece, failure = await service.computed(work, is_large=are_many(exchange.request, n_tokens))
                 if piece or failure is None:
                     has_begun = True
                     yield piece
@@ -115,11 +116,6 @@ def _piece(
 
 def _encoded(exchange: Exchange, write: Callable[..., list[Chunk]], *arguments: Any) -> bytes:
     return b"".join(map(exchange.encode, write(*arguments)))
-
-
-def _are_large(exchange: Exchange, increments: Sequence[Numbered]) -> bool:
-    n_tokens = sum(len(one.increment.tokens) for one in increments)
-    return n_tokens * (1 + (exchange.request.params.logprobs or 0)) > LARGE_TOKENS
 
 
 def _stopped() -> ApiError:

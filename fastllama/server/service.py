@@ -171,7 +171,11 @@ class Service:
 
 def is_large(request: ApiRequest, submitted: Sequence[Request]) -> bool:
     """Whether it takes long to write what has come of a request's answers."""
-    n_tokens = sum(len(answer.tokens) for one in submitted for answer in one.partial.answers)
+    return are_many(request, sum(len(answer.tokens) for one in submitted for answer in one.partial.answers))
+
+
+def are_many(request: ApiRequest, n_tokens: int) -> bool:
+    """Whether it takes long to write so many tokens of a request's answers, with their alternatives."""
     return n_tokens * (1 + (request.params.logprobs or 0)) > LARGE_TOKENS
 
 

@@ -54,6 +54,7 @@ class Plan:
     gpt_fast: str | None = None  # the folder of its code
     requests: int = DEFAULT_REQUESTS  # in the requests suite
     prefix: int = 0  # tokens that all its prompts begin with
+    clients: int = 0  # its requests at a time; 0: as many as rows
     speculation: Speculation = DEFAULT_SPECULATION  # in the speculate suite
     nproc: int = 1  # processes that share our model, one on each GPU; a peer has one
 
@@ -66,8 +67,9 @@ class Plan:
         for suite, measured in (("kernels", "the launches"), ("requests", "the engine"), ("speculate", "a model")):
             if self.nproc > 1 and suite in self.suites:
                 raise ValueError(f"the {suite} suite measures {measured} of one process: omit it or nproc")
-        if self.requests < 1 or self.prefix < 0:
-            raise ValueError(f"expected at least 1 request and no prefix below 0, got {self.requests}, {self.prefix}")
+        if self.requests < 1 or self.prefix < 0 or self.clients < 0:
+            numbers = self.requests, self.prefix, self.clients
+            raise ValueError(f"expected at least 1 request, and no prefix or clients below 0, got {numbers}")
 
     def cases(self, suites: Sequence[str]) -> list[Case]:
         """The plan's cases whose suite is in `suites`."""
@@ -85,7 +87,8 @@ class Plan:
 
     def _case(self, suite: Suite, batch: int, context: int) -> Case:
         if suite == "requests":
-            return RequestsCase(suite, batch, context, self.steps, self.rounds, self.requests, self.prefix)
+            numbers = self.requests, self.prefix, self.clients
+            return RequestsCase(suite, batch, context, self.steps, self.rounds, *numbers)
         return Case(suite, batch, context, 1 if suite == "prefill" else self.steps, self.rounds)
 
     @cached_property

@@ -14,7 +14,8 @@ DRIFT = 0.1  # change of the machine's bandwidth that gets a warning
 IDENTITY = (
     *("suite", "model", "dtype", "quantize", "op", "launch", "variant", "case"),
     *("task", "sampling", "speculate", "draft", "n_guesses"),
-    *("batch", "context", "tokens", "steps", "requests", "prefix", "dependent_launch", "interpreted"),
+    *("batch", "context", "tokens", "steps", "requests", "prefix", "max_concurrency"),
+    *("dependent_launch", "interpreted"),
 )
 # A record's figures. From each line, the first name that both records have is compared.
 FIGURES = (

@@ -150,7 +150,8 @@ class FixedBatches:
 
     def serve(self, workload: Workload, logprobs: bool = False) -> ServedRun:
         prompts, output_lens, max_concurrency = workload
-        n_requests, n_rows = len(prompts), min(FIXED_ROWS, max_concurrency)
+        n_rows = min(FIXED_ROWS, max_concurrency, self._llm.model.params.max_batch_size)
+        n_requests = len(prompts)
         tokens: list[list[int]] = [[] for _ in prompts]
         scores: list[list[float]] = [[] for _ in prompts]
         times: list[list[float]] = [[] for _ in prompts]

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 from fastllama.benchmarks.child_process import answer_requests
@@ -16,12 +17,12 @@ NAME = "measured"  # of the model
 def main() -> int:
     """Serve the model of the first request, whose reply has the port. Later ones ask for an empty cache."""
     engine: Engine | None = None
-    before = [0, 0]
+    before, stack = [0, 0], ExitStack()
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal engine, before
         if engine is None:
-            engine, port = _serve(ModelSpec.from_json(**request["model"]))
+            engine, port = _serve(ModelSpec.from_json(**request["model"]), stack)
             return {"port": port}
         counts = [engine.stats.cached_tokens, engine.stats.preemptions]
         since = [now - then for now, then in zip(counts, before, strict=True)]
@@ -29,25 +30,27 @@ def main() -> int:
         engine.llm.model.cache.pool.forget()  # nothing runs between two workloads
         return {"cached_tokens": since[0], "preemptions": since[1]}
 
-    return answer_requests(answer)
+    with stack:
+        return answer_requests(answer)
 
 
-def _serve(spec: ModelSpec) -> tuple[Engine, int]:
-    """The engine behind a server that listens, and its port."""
+def _serve(spec: ModelSpec, stack: ExitStack) -> tuple[Engine, int]:
+    """The engine behind a server that listens, and its port. `stack` ends the server."""
     from fastllama.openai_api.envelope import ServedModel
-    from fastllama.server import run
-    from fastllama.server.service import Service
+    from fastllama.server.http_process import HttpProcess
+    from fastllama.server.run import bind
     from fastllama.server.settings import ServerSettings
 
     llm = spec.build()
     llm.decoder.capture_graphs(list(range(1, spec.max_batch_size + 1)))
     engine = open_engine(llm).start()
-    service = Service(engine, ServedModel(NAME, llm.tokenizer), ServerSettings())
-    listener, listens = run.bind(HOST, 0), threading.Event()
-    arguments = {"on_start": listens.set}
-    threading.Thread(target=run.serve, args=(service, listener), kwargs=arguments, daemon=True).start()
+    listener, listens = bind(HOST, 0), threading.Event()
+    port = listener.getsockname()[1]
+    served, options = ServedModel(NAME, llm.tokenizer), {"on_start": listens.set}
+    serving = stack.enter_context(HttpProcess(listener)).serve
+    threading.Thread(target=serving, args=(engine, served, ServerSettings()), kwargs=options, daemon=True).start()
     listens.wait()
-    return engine, listener.getsockname()[1]
+    return engine, port
 
 
 if __name__ == "__main__":

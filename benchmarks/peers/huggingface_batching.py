@@ -22,16 +22,18 @@ POLL_SECONDS = 1.0
 
 def build_server(spec: ModelSpec, request: dict[str, Any]) -> Serve:
     """LlamaForCausalLM holding the weights of `spec`."""
-    return partial(serve, llama_model(spec), spec.max_seq_len)
+    return partial(serve, llama_model(spec), spec.max_batch_size, spec.max_seq_len)
 
 
-def serve(model: Any, max_seq_len: int, workload: Workload, with_logprobs: bool) -> ServedRun:
+def serve(model: Any, n_rows: int, max_seq_len: int, workload: Workload, with_logprobs: bool) -> ServedRun:
     """Greedy answers to all requests. The manager and its cache are new, and made before the clock starts."""
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     prompts, output_lens, max_concurrency = workload
-    config = ContinuousBatchingConfig(max_requests_per_batch=max_concurrency, return_logprobs=with_logprobs)
+    config = ContinuousBatchingConfig(
+        max_requests_per_batch=min(max_concurrency, n_rows), return_logprobs=with_logprobs
+    )
     config.num_blocks = max_concurrency * (math.ceil(max_seq_len / config.page_size) + SPARE_BLOCKS)
     greedy = GenerationConfig(do_sample=False, eos_token_id=NO_STOP_TOKEN)
     found: dict[int, Any] = {}

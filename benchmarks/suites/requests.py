@@ -27,7 +27,8 @@ MAX_ROUNDS = 1000  # for each number of requests at a time, seeds of prompts
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 COLUMNS: Columns = {
-    "at a time": itemgetter("batch"),
+    "rows": itemgetter("batch"),
+    "at a time": itemgetter("max_concurrency"),
     "tokens/s": lambda record: f"{record['output_throughput']:.1f}",
     "ttft ms p50": lambda record: f"{record['median_ttft_ms']:.0f}",
     "p99": lambda record: f"{record['p99_ttft_ms']:.0f}",
@@ -40,23 +41,29 @@ COLUMNS: Columns = {
 
 @dataclass(frozen=True)
 class RequestsCase(Case):
-    """`requests` requests, `batch` at a time: prompts of 8 to `context` tokens, answers of 8 to `steps`.
+    """`requests` requests in `batch` rows: prompts of 8 to `context` tokens, answers of 8 to `steps`.
 
-    prefix: tokens that all prompts begin with, in addition.
+    prefix: tokens that all prompts begin with, in addition. clients: requests at a time; 0: as many as rows.
     """
 
     requests: int = DEFAULT_REQUESTS
     prefix: int = 0
+    clients: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("requests", 1), ("prefix", 0)):
+        for name, least in (("requests", 1), ("prefix", 0), ("clients", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def label(self) -> str:
-        return f"{self.requests} requests, {self.batch} at a time, context {self.context}"
+        return f"{self.requests} requests, {self.concurrency} at a time in {self.batch} rows, context {self.context}"
+
+    @property
+    def concurrency(self) -> int:
+        """Requests at a time."""
+        return self.clients or self.batch
 
     @property
     def lengths(self) -> list[int]:
@@ -74,7 +81,7 @@ class RequestsCase(Case):
         ids = torch.randint(vocab_size, (self.requests, self.prefix + self.context), generator=generator)
         ids[:, : self.prefix] = ids[0, : self.prefix].clone()
         prompts = [row[:length] for row, length in zip(ids.tolist(), self.lengths, strict=True)]
-        return Workload(prompts, self.output_lens, self.batch)
+        return Workload(prompts, self.output_lens, self.concurrency)
 
     def run(self, runner: Any, vocab_size: int, index: int, logprobs: bool = False) -> Any:
         """Run the case on a Server -> its ServedRun. index: 0 to compare outputs, then the round."""
@@ -119,7 +126,7 @@ def record(case: RequestsCase, case_runs: CaseRuns) -> Record:
 
     sizes = {
         "num_prompts": case.requests,
-        "max_concurrency": case.batch,
+        "max_concurrency": case.concurrency,
         "input_lens": input_lens,
         "output_lens": output_lens,
         "total_input_tokens": n_input,

@@ -75,7 +75,7 @@ EXIT_FINDINGS = 1  # --strict has failures, or `compare` a regression
     type=Integers(),
     default="1,4",
     show_default=True,
-    help="Rows decoded together; in requests, requests at a time.",
+    help="Rows decoded together; in requests, requests at a time, too, unless --clients says otherwise.",
 )
 @click.option(
     "--context",
@@ -99,6 +99,9 @@ EXIT_FINDINGS = 1  # --strict has failures, or `compare` a regression
     default=0,
     show_default=True,
     help="Tokens that all its prompts begin with, in addition.",
+)
+@click.option(
+    "--clients", type=click.IntRange(min=0), default=0, help="Its requests at a time. Default: as many as rows."
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Repetitions of each case.")
 @click.option(

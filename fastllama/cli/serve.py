@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,19 +83,20 @@ def serve(**options: Any) -> None:
     from fastllama.loading import choose_device
     from fastllama.openai_api.envelope import ServedModel
     from fastllama.server.fingerprint import fingerprint
-    from fastllama.server.service import Service
+    from fastllama.server.http_process import HttpProcess
 
     listener = run.bind(options["host"], options["port"])  # before the model is loaded, which may take minutes
+    url = f"http://{_in_url(options['host'])}:{listener.getsockname()[1]}"
     rows = options["max_batch_size"] or DEFAULT_ROWS[choose_device(model.device).type]
-    llm = model.build(rows, quiet=options["as_json"], cache_tokens=options["cache_tokens"])
-    name = options["served_model_name"] or _model_name(model.ckpt_dir)
-    with open_engine(llm) as engine:
-        engine.start()
-        service = Service(engine, ServedModel(name, llm.tokenizer, fingerprint(llm)), _settings(options))
-        url = f"http://{_in_url(options['host'])}:{listener.getsockname()[1]}"
-        run.serve(
-            service,
-            listener,
+    with ExitStack() as stack:
+        http = stack.enter_context(HttpProcess(listener))
+        llm = model.build(rows, quiet=options["as_json"], cache_tokens=options["cache_tokens"])
+        name = options["served_model_name"] or _model_name(model.ckpt_dir)
+        engine = stack.enter_context(open_engine(llm)).start()
+        http.serve(
+            engine,
+            ServedModel(name, llm.tokenizer, fingerprint(llm)),
+            _settings(options),
             root_path=options["root_path"].rstrip("/"),
             log_level="info" if options["access_log"] else "warning",
             on_start=lambda: _announce(name, url, options["as_json"]),

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from fastllama.distributed.driver import Driver, control_group, wait_for_crash_report
 from fastllama.distributed.interrupts import delay_interrupts
 from fastllama.engine import Engine
+from fastllama.engine.commands import Cancellation, Command, NewRequest, Preparation, Task
 from fastllama.engine.grammar_matcher import prepare
-from fastllama.engine.inbox import Cancellation, Command, NewRequest, Preparation, Task
 from fastllama.engine.request import Request
 from fastllama.generation import Llama
 

@@ -13,20 +13,20 @@ was submitted and cancelled since.
 import itertools
 import logging
 import threading
-from collections.abc import Sequence as Items
 from contextlib import ExitStack
 
 import torch
 
 from fastllama import memory_plan, validate
-from fastllama.engine import prompts
+from fastllama.engine.any_engine import AnyEngine
+from fastllama.engine.commands import Cancellation, Command, NewRequest, Task
 from fastllama.engine.core import EngineCore
+from fastllama.engine.facts import Facts, Model
 from fastllama.engine.grammar_matcher import GrammarMatcher
-from fastllama.engine.inbox import Cancellation, Command, Inbox, NewRequest, Task
-from fastllama.engine.prompts import Model, Prompt, checked_request, new_matcher
+from fastllama.engine.inbox import Inbox
+from fastllama.engine.prompts import new_matcher
 from fastllama.engine.recovery import describe
 from fastllama.engine.request import Request
-from fastllama.engine.sampling_params import SamplingParams
 from fastllama.engine.stats import Stats
 from fastllama.prefill import PREFILL_CHUNK_TOKENS
 from fastllama.torch_settings import default_settings
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 STEP_TOKENS = 512  # of prompts, in a step beside running answers, which wait for them
 
 
-class Engine:
+class Engine(AnyEngine):
     """Runs requests on a Llama. While it has requests, no other call may use the model."""
 
     leads_processes = False  # whether it tells other processes that share the model what to do
@@ -51,7 +51,6 @@ class Engine:
         step_tokens = validate.whole_number("max_tokens_per_step", max_tokens_per_step, 1, PREFILL_CHUNK_TOKENS)
         reuses = validate.flag("reuse_prefixes", reuse_prefixes)
         self._core = EngineCore(llm.decoder, step_tokens, reuses_prefixes=reuses)
-        self.failure: BaseException | None = None  # that has ended all requests; None while the engine works
         self._numbers, self._arrivals = itertools.count(1), itertools.count()
         self._held: ExitStack | None = None  # the model, while there are requests
         self._lock = threading.RLock()  # of the core: held during a step
@@ -60,26 +59,14 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closing = False
 
-    def submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        first_scored: int = 1,
-        alternatives: Items[int] = (),
-    ) -> Request:
-        """Submit a prompt (a text, token ids, or a dialog) -> its handle. It runs when steps run.
-
-        first_scored: the position of the first token whose log-probability is wanted, with prompt_logprobs.
-        alternatives: tokens that are scored, too, in place of the prompt's last one: after its scores. Raises
-        ValueError for a prompt that does not fit, and RuntimeError while another call uses the model, and after the
-        engine was closed or has failed.
-        """
-        return self.accept(checked_request(self.llm, prompt, params, first_scored, alternatives))
+    @property
+    def facts(self) -> Facts:
+        """What requests are checked against."""
+        return Facts.of(self.llm)
 
     def accept(self, command: NewRequest) -> Request:
         """A checked request -> its handle. One without a number gets it here, with its random streams."""
-        matcher = new_matcher(self.llm, command)  # it takes time: before the lock
+        matcher = new_matcher(self.facts, command)  # it takes time: before the lock
         try:
             with self._mail:
                 self._check_open()
@@ -100,16 +87,11 @@ class Engine:
             streams = self.llm.random_streams(command.params.seed, command.params.n)
             command = command._replace(number=next(self._numbers), streams=tuple(streams))
         sequences = command.sequences(self.llm.tokenizer, self._arrivals, matcher)
-        self._put(command, request := Request(self, command.number, command.params, sequences))
+        request = Request(self, command)
+        request.sequences = sequences
+        self._put(command, request)
         self._n_submitted += len(sequences)
         return request
-
-    def encode(self, prompt: Prompt, spare: int = 0) -> list[int]:
-        """The token ids of a prompt. Raises ValueError if it is empty, too long, or has ids outside the vocabulary.
-
-        spare: tokens beyond the model's context that it may have. The last one, if it is only scored, needs no place.
-        """
-        return prompts.encode(self.llm, prompt, spare)
 
     def step(self) -> bool:
         """Run one step -> whether there are unfinished requests."""
@@ -183,9 +165,6 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _run_thread(self) -> None:
         while True:

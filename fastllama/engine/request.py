@@ -9,7 +9,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from fastllama.engine.sampling_params import SamplingParams
+from fastllama.engine.commands import NewRequest
+from fastllama.engine.messages import Update
 from fastllama.engine.sequence import FinishReason, Increment, Sequence, TopLogprobs, joined
 from fastllama.engine.wake import Wake
 from fastllama.token_scores import TokenScore
@@ -27,6 +28,15 @@ class Runner(Protocol):
 
     def cancel(self, request: "Request") -> None:
         """End the request's answers."""
+
+
+class Listener(Protocol):
+    """Learns that something has come, from the thread that brings it."""
+
+    at_end: bool  # whether it wants to know the end only
+
+    def set(self, *, at_once: bool) -> None:
+        """Something has come. at_once: somebody waits for it."""
 
 
 @dataclass
@@ -86,19 +96,19 @@ class Request:
     own thread. `async for` needs that thread. `result()` waits for the end. `cancel()` ends it.
     """
 
-    def __init__(self, engine: Runner, number: int, params: SamplingParams, sequences: list[Sequence]) -> None:
-        self.number, self.params, self.sequences = number, params, sequences
-        first = sequences[0]
-        prompt = first.tokens[: first.n_prompt]
-        answers = [self._new_answer(one) for one in sequences]
-        scores: list[TokenScore] | None = None if first.first_scored is None else []
-        self.partial = Result(prompt, answers, scores)  # what has come so far
+    def __init__(self, engine: Runner, command: NewRequest) -> None:
+        """command: what was asked, with a number."""
+        self.number, self.params = command.number, command.params
+        self.sequences: list[Sequence] = []  # the answers, in the engine's process
+        answers = [self._new_answer(index) for index in range(command.params.n)]
+        scores: list[TokenScore] | None = [] if command.params.scores_prompt else None
+        self.partial = Result(command.tokens, answers, scores)  # what has come so far
         self.error: Exception | None = None  # of the engine
         self._engine = engine
         self._increments: deque[Increment] = deque()
-        self._n_open = len(sequences)
+        self._n_open = len(answers)
         self._changed = threading.Condition()
-        self._wakes: set[Wake] = set()
+        self._listeners: set[Listener] = set()
 
     @property
     def n_open(self) -> int:
@@ -162,13 +172,19 @@ class Request:
         """A block in which `wake` is set whenever something has come."""
         if not (self.is_finished or self._engine.has_thread):
             raise RuntimeError("`async for` needs an engine that runs in its own thread: call engine.start() first")
-        with self._changed:
-            self._wakes.add(wake)
+        self.tell(wake)
         try:
             yield
         finally:
             with self._changed:
-                self._wakes.discard(wake)
+                self._listeners.discard(wake)
+
+    def tell(self, listener: Listener) -> None:
+        """Tell a listener of what comes, and of what has come and was not read."""
+        with self._changed:
+            self._listeners.add(listener)
+            if self.is_finished or (self._increments and not listener.at_end):
+                listener.set(at_once=True)
 
     def raise_error(self) -> None:
         """Raise the engine's error, if it has failed."""
@@ -193,6 +209,24 @@ class Request:
                 times.end = now
         self._notify(at_once=is_first or self.is_finished)
 
+    def receive(self, update: Update) -> None:
+        """Take what has come from the engine's process."""
+        partial, times = self.partial, self.partial.times
+        is_first = times.first_token is None
+        times.first_token, times.end = update.first_token, update.end
+        times.tokens += update.token_times
+        partial.cached_tokens = update.cached_tokens
+        if update.prompt_scores:
+            partial.prompt_scores = (partial.prompt_scores or []) + update.prompt_scores
+        for index, error in update.errors.items():
+            partial.answers[index].error = error
+        for increment in update.increments:
+            partial.answers[increment.index].add(increment)
+        with self._changed:
+            self._increments += update.increments
+            self._n_open -= sum(increment.finish_reason is not None for increment in update.increments)
+        self._notify(at_once=is_first or self.is_finished)
+
     def fail(self, error: Exception) -> None:
         """The engine has failed: whoever waits for this request gets its error."""
         self.error = error
@@ -201,18 +235,18 @@ class Request:
     def _notify(self, *, at_once: bool) -> None:
         with self._changed:
             self._changed.notify_all()
-            for wake in self._wakes:
-                if self.is_finished or not wake.at_end:
-                    wake.set(at_once=at_once)
+            for listener in self._listeners:
+                if self.is_finished or not listener.at_end:
+                    listener.set(at_once=at_once)
 
     def _next(self) -> tuple[Increment | None, bool]:
         """The next increment, or None and whether there will be none."""
         with self._changed:
             return (self._increments.popleft(), False) if self._increments else (None, self.is_finished)
 
-    def _new_answer(self, sequence: Sequence) -> Answer:
+    def _new_answer(self, index: int) -> Answer:
         wanted = self.params.logprobs
-        return Answer(sequence.index, logprobs=None if wanted is None else [], top_logprobs=[] if wanted else None)
+        return Answer(index, logprobs=None if wanted is None else [], top_logprobs=[] if wanted else None)
 
 
 class Numbered(NamedTuple):

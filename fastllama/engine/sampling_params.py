@@ -86,6 +86,11 @@ class SamplingParams:
         """Whether every token is the most likely one."""
         return self.temperature == 0 or self.top_p == 0
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are returned, too."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError for a token id outside the vocabulary."""
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):

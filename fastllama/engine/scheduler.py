@@ -210,11 +210,11 @@ class Scheduler:
             del self.new_entries[place]
 
 
-def check_fits(last: int, pool: PagePool) -> None:
-    """Raise ValueError if the cache could never hold a sequence whose last token comes at this position."""
-    if pages_for(last) > pool.n_pages:
+def check_fits(last: int, n_pages: int) -> None:
+    """Raise ValueError if a cache of so many pages could never hold a sequence whose last token comes at `last`."""
+    if pages_for(last) > n_pages:
         raise ValueError(
-            f"this request needs up to {last} positions of the cache, which has {pool.n_pages * PAGE_TOKENS}: shorten "
+            f"this request needs up to {last} positions of the cache, which has {n_pages * PAGE_TOKENS}: shorten "
             "the prompt, lower max_gen_len, or build with a larger cache_tokens"
         )
 

@@ -130,7 +130,9 @@ def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
     """Token ids without a begin of text; of none, too."""
     if isinstance(prompt, str):
         return engine.llm.tokenizer.encode(prompt, bos=False, eos=False)
-    return checked_tokens(engine.llm, cast(Sequence[int], prompt), len(prompt)) if len(prompt) else []  # of any length
+    if not len(prompt):
+        return []
+    return checked_tokens(engine.facts, cast(Sequence[int], prompt), spare=len(prompt))  # of any length
 
 
 def _first_token(engine: Engine) -> int:

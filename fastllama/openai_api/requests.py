@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from fastllama import validate
 from fastllama.chat_format import Formatter, Tools
-from fastllama.engine.engine import Engine
+from fastllama.engine.any_engine import AnyEngine
 from fastllama.engine.prompts import Prompt
 from fastllama.engine.request import Request
 from fastllama.engine.sampling_params import SamplingParams
@@ -98,9 +98,9 @@ def chat_request(body: object, *, formatter: Formatter | None = None, allow_unkn
     )
 
 
-def encode(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = None) -> list[list[int]]:
+def encode(engine: AnyEngine, request: ApiRequest, max_prompt_tokens: int | None = None) -> list[list[int]]:
     """The token ids of every prompt. Raises InvalidRequest for one that does not fit the context, or is too long."""
-    context, params = engine.llm.model.params.max_seq_len, request.params
+    context, params = engine.facts.max_seq_len, request.params
     # The last token of a prompt that is only scored needs no place; an answer needs at least one.
     most = context + 1 if params.max_gen_len == 0 else context - 1
     encoded: list[list[int]] = []
@@ -108,7 +108,7 @@ def encode(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = 
         name = f"prompt {number}" if len(request.prompts) > 1 else "the prompt"
         try:
             if request.is_chat:
-                prompt = engine.llm.formatter.encode_dialog_prompt(cast(Dialog, prompt), request.tools)
+                prompt = engine.facts.formatter.encode_dialog_prompt(cast(Dialog, prompt), request.tools)
             tokens = engine.encode(prompt, spare=NO_LIMIT)
         except ValueError as error:
             raise InvalidRequest(str(error).replace("the prompt", name), param=request.prompt_field) from None
@@ -129,12 +129,12 @@ def encode(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = 
     return encoded
 
 
-def submit(engine: Engine, request: ApiRequest, max_prompt_tokens: int | None = None) -> list[Request]:
+def submit(engine: AnyEngine, request: ApiRequest, max_prompt_tokens: int | None = None) -> list[Request]:
     """Submit all prompts of a request, or none. Raises InvalidRequest."""
     submitted: list[Request] = []
     try:
         for tokens in encode(engine, request, max_prompt_tokens):
-            submitted.append(engine.submit(tokens, request.params))
+            submitted.append(engine.submit(tokens, request.params, is_streamed=request.stream))
     except BaseException as error:
         for one in submitted:
             one.cancel()

@@ -74,7 +74,7 @@ def tool_use(fields: Mapping[str, Any], *, allow_unknown: bool, is_flat: bool = 
         if name in names[:index]:
             where = f"{member_name(index, is_flat)}.name"
             raise InvalidRequest(f"{where} must differ from those before it, got {name!r} again", param=where)
-    chosen, is_required = _choice(choice, names, is_flat)
+    chosen, is_required = _choice(choice, names, allow_unknown, is_flat)
     if not tools:
         if choice not in ("none", "auto"):
             raise InvalidRequest("tool_choice needs tools: give them, or leave it out", param="tool_choice")
@@ -123,7 +123,7 @@ def _function(tool: Any, index: int, allow_unknown: bool, is_flat: bool) -> tupl
     return Function(function, parameters, is_strict), schema
 
 
-def _choice(choice: Any, names: Sequence[str], is_flat: bool) -> tuple[Sequence[str], bool]:
+def _choice(choice: Any, names: Sequence[str], allow_unknown: bool, is_flat: bool) -> tuple[Sequence[str], bool]:
     """A tool_choice -> the functions that may be called, and whether one must be."""
     if isinstance(choice, str) and choice in MODES:
         return ([] if choice == "none" else names), choice == "required"
@@ -133,7 +133,7 @@ def _choice(choice: Any, names: Sequence[str], is_flat: bool) -> tuple[Sequence[
     if kind == ALLOWED:
         name = "tool_choice" if is_flat else f"tool_choice.{ALLOWED}"
         allowed = choice if is_flat else required(choice, ALLOWED, "tool_choice.")
-        found = members(allowed, name, ("mode", "tools"), allow_unknown=False, without_effect=("type",))
+        found = members(allowed, name, ("mode", "tools"), allow_unknown=allow_unknown, without_effect=("type",))
         mode, tools = required(found, "mode", f"{name}."), required(found, "tools", f"{name}.")
         if mode not in MODES[1:]:
             raise InvalidRequest(f"{name}.mode must be auto or required, got {mode!r:.60}", param=f"{name}.mode")

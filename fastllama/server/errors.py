@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from fastllama.engine.any_engine import EngineFailed
 from fastllama.openai_api.errors import AnswerFailed, InvalidRequest
 from fastllama.server.json_response import JsonResponse
 
@@ -29,6 +30,7 @@ TYPES = {  # by status
     500: "server_error",
     503: "overloaded_error",
 }
+ENGINE_FAILED = "the engine has failed, and the server ends"
 INTERNAL_ERROR = "the server failed on this request: its log says why"
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -66,6 +68,8 @@ def response_of(error: Exception) -> JsonResponse:
             return error_response(status, str(error), error.code, error.param)
         case AnswerFailed():
             return error_response(SERVER_ERROR, str(error), "answer_failed")
+        case EngineFailed():  # its process says why
+            return error_response(503, ENGINE_FAILED, "engine_failed")
         case HTTPException():
             code = CODES.get(error.status_code)
             return error_response(error.status_code, str(error.detail), code, headers=error.headers)
@@ -85,5 +89,5 @@ def add_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JsonResponse:
         return response_of(error)
 
-    for kind in (ApiError, InvalidRequest, AnswerFailed, HTTPException, RequestValidationError):
+    for kind in (ApiError, InvalidRequest, AnswerFailed, EngineFailed, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handle)

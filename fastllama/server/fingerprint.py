@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastllama
-from fastllama.engine.prompts import Model
+from fastllama.engine.facts import Model
 from fastllama.kernels.quantized import QuantizedWeight, Weight
 
 FINGERPRINT_BYTES = 5

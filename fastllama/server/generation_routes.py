@@ -8,13 +8,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from fastllama.engine.any_engine import EngineFailed
 from fastllama.engine.request import Numbered, merged
 from fastllama.engine.request import Request as EngineRequest
 from fastllama.openai_api.chunks import Chunk, StreamWriter
 from fastllama.openai_api.errors import AnswerFailed
 from fastllama.server import documents
 from fastllama.server.bodies import SMALL_BYTES, read_json
-from fastllama.server.errors import CLIENT_GONE, INTERNAL_ERROR, ApiError, error_body
+from fastllama.server.errors import CLIENT_GONE, ENGINE_FAILED, INTERNAL_ERROR, ApiError, error_body
 from fastllama.server.exchange import Exchange, chat_exchange, completion_exchange, may_have_grammar, responses_exchange
 from fastllama.server.json_response import JsonResponse
 from fastllama.server.service import Service, are_many, is_large
@@ -45,7 +46,7 @@ def generation_routes(service: Service) -> APIRouter:
 
 async def _answer(service: Service, http: Request, new_exchange: Callable[..., Exchange]) -> Response:
     service.check_serving()
-    body, formatter = await read_json(http, service), service.engine.llm.formatter
+    body, formatter = await read_json(http, service), service.engine.facts.formatter
     is_quick = body.n_bytes <= SMALL_BYTES and not may_have_grammar(body.value)
     exchange = await service.prepared(new_exchange, body.value, service.served, formatter, is_quick=is_quick)
     submitted = service.submitted(exchange.request, is_quick=is_quick)
@@ -129,5 +130,7 @@ def _failure(error: Exception) -> dict[str, Any]:
             return error_body(error.status, str(error), error.code)
         case AnswerFailed():
             return error_body(500, str(error), "answer_failed")
+        case EngineFailed():
+            return error_body(503, ENGINE_FAILED, "engine_failed")
     logger.error("a stream failed", exc_info=error)
     return error_body(500, INTERNAL_ERROR, "internal_error")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from fastllama.engine.engine import Engine
+from fastllama.engine.any_engine import AnyEngine
 from fastllama.engine.request import Request
 
 LABEL = "model_name"
@@ -17,7 +17,7 @@ TOKENS = tuple(float(2**power) for power in range(18))
 class Metrics:
     """What a server counts. Each has its own registry, so that a process can have several."""
 
-    def __init__(self, model: str, engine: Engine) -> None:
+    def __init__(self, model: str, engine: AnyEngine) -> None:
         self.registry = registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -70,7 +70,7 @@ class Metrics:
 class _EngineCollector:
     """What the engine knows, read when it is asked for."""
 
-    def __init__(self, model: str, engine: Engine) -> None:
+    def __init__(self, model: str, engine: AnyEngine) -> None:
         self._model, self._engine = model, engine
 
     def collect(self) -> Iterator[Metric]:

@@ -19,7 +19,7 @@ def other_routes(service: Service, created: int) -> APIRouter:
         "object": "model",
         "created": created,
         "owned_by": "fastllama",
-        "max_model_len": service.engine.llm.model.params.max_seq_len,
+        "max_model_len": service.engine.facts.max_seq_len,
     }
 
     @router.get("/v1/models", **documents.MODELS)
@@ -48,7 +48,8 @@ def other_routes(service: Service, created: int) -> APIRouter:
 
     @router.get("/metrics", **documents.METRICS)
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        found = await service.computed(service.metrics.text, is_large=True)  # it asks the engine's process
+        return Response(found, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:

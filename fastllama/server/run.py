@@ -1,4 +1,4 @@
-"""Runs the server until it is told to stop: SIGTERM or Ctrl-C once to end in order, twice to end at once."""
+"""Runs the server until it is told to stop: once to end in order, twice to end at once."""
 
 import asyncio
 import contextlib
@@ -6,8 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -22,7 +21,6 @@ except ImportError:  # Windows, where nothing limits the number of descriptors
 
 POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 60  # of a connection without requests; clients keep them for less
-SWITCH_SECONDS = 2e-4  # that the engine's thread waits for this one, or this one for it
 CLOSE_SECONDS = 5  # for connections to end after the last answer
 ABORT_SECONDS = 5  # for requests to end after their connections
 BACKLOG = 2048
@@ -31,12 +29,12 @@ SPARE_DESCRIPTORS = 32  # for files that are opened later
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which goes on answering, with 503, while answers end."""
+    """uvicorn, which goes on answering, with 503, while answers end. It leaves signals to the engine's process."""
 
     config: Config
 
     def __init__(self, config: Config, service: Service, on_start: Callable[[], None] | None = None) -> None:
-        """on_start: called once it listens, and signals are handled."""
+        """on_start: called once it listens."""
         super().__init__(config)
         self._on_start = on_start
         self._service = service
@@ -44,14 +42,18 @@ class Server(uvicorn.Server):
         self._stopping: asyncio.Task[None] | None = None
         self.failure: BaseException | None = None  # of the engine
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal stops in order, the next at once."""
-        if self._loop is None or self._stopping is not None:
+    def stop(self, *, at_once: bool) -> None:
+        """End, in order or at once. From any thread."""
+        if self._loop is None or at_once:
             self.force_exit = self.should_exit = True
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._abort_connections)
-            return
-        self._loop.call_soon_threadsafe(self._begin_to_stop)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._abort_connections if at_once else self._begin_to_stop)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """A block in which uvicorn handles signals: here it handles none."""
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, and to watch the engine and the connections."""
@@ -122,27 +124,6 @@ def configure(service: Service, *, root_path: str = "", log_level: str = "warnin
         lifespan="off",
         ws="none",
     )
-
-
-def serve(
-    service: Service,
-    listener: socket.socket,
-    *,
-    root_path: str = "",
-    log_level: str = "warning",
-    on_start: Callable[[], None] | None = None,
-) -> None:
-    """Serve until a signal. Raises RuntimeError with the reason if the engine cannot go on.
-
-    on_start: called once it listens, and signals are handled.
-    """
-    raise_descriptor_limit()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    server = Server(configure(service, root_path=root_path, log_level=log_level), service, on_start)
-    with contextlib.closing(listener):
-        server.run(sockets=[listener])
-    if server.failure is not None:
-        raise RuntimeError(f"the engine cannot go on: {server.failure}") from server.failure
 
 
 def raise_descriptor_limit() -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
-from fastllama.engine.engine import Engine
+from fastllama.engine.any_engine import AnyEngine
 from fastllama.engine.request import Request
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.openai_api.errors import InvalidRequest
@@ -28,14 +28,14 @@ MAX_RETRY_SECONDS = 60
 class Service:
     """An engine that runs in its own thread, and the limits of what it may be asked."""
 
-    def __init__(self, engine: Engine, served: ServedModel, settings: ServerSettings) -> None:
+    def __init__(self, engine: AnyEngine, served: ServedModel, settings: ServerSettings) -> None:
         self.engine, self.served, self.settings = engine, served, settings
         self.metrics = Metrics(served.name, engine)
         self.is_stopping = False
         self._n_submitting = 0  # answers that were admitted, and that the engine has not got
         self._n_in_work = 0  # requests whose answer is being generated or sent
         self._submitted: set[Request] = set()  # of those in work
-        self._n_rows = engine.llm.model.params.max_batch_size
+        self._n_rows = engine.facts.max_batch_size
         self._answer_seconds = 1.0  # from an answer's first token to its end, smoothed
         self._threads = ThreadPoolExecutor(SUBMITTING_THREADS, "submit")
         self._computing = ThreadPoolExecutor(COMPUTING_THREADS, "compute")
@@ -162,7 +162,7 @@ class Service:
     def _note(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.metrics.note(request)
-            times, n_answers = request.partial.times, len(request.sequences)
+            times, n_answers = request.partial.times, request.params.n
             if times.first_token is not None and times.end is not None:
                 # Those of more answers than there are rows run one after the other.
                 seconds = (times.end - times.first_token) / math.ceil(n_answers / self._n_rows)

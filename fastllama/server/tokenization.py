@@ -21,7 +21,7 @@ def tokenized(service: Service, body: object) -> dict[str, Any]:
     engine, tokenizer = service.engine, service.served.tokenizer
     if "messages" in fields:
         chat = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
-        (tokens,) = encode(engine, chat_request(chat, formatter=engine.llm.formatter, allow_unknown=True))
+        (tokens,) = encode(engine, chat_request(chat, formatter=engine.facts.formatter, allow_unknown=True))
     elif isinstance(fields.get("prompt"), str):
         bos = flag(fields, "add_special_tokens", default=True)
         tokens = tokenizer.encode(fields["prompt"], bos=bos, eos=False)
@@ -31,7 +31,7 @@ def tokenized(service: Service, body: object) -> dict[str, Any]:
         )
     found: dict[str, Any] = {
         "count": len(tokens),
-        "max_model_len": engine.llm.model.params.max_seq_len,
+        "max_model_len": engine.facts.max_seq_len,
         "tokens": tokens,
         "token_strs": None,
     }

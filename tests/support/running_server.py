@@ -1,20 +1,28 @@
 """Runs the server in a thread of the test's own process, on a free port.
 
+The engine is at the other end of a connection, as it is in another process, but in this one.
+
 with running_server(llm, ServerSettings(max_queue=0)) as server:
     httpx.get(f"{server.url}/health")
-    assert server.service.engine.stats.used_pages == 0
+    assert server.engine.stats.used_pages == 0
 """
 
 import contextlib
-import signal
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from fastllama import Llama
+from fastllama.engine import Engine
+from fastllama.engine.engine_host import EngineHost
+from fastllama.engine.facts import Facts
+from fastllama.engine.remote_engine import RemoteEngine
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.server import run
 from fastllama.server.connection import Config
@@ -34,6 +42,8 @@ class RunningServer:
     url: str
     service: Service
     server: run.Server
+    engine: Engine
+    host: EngineHost
 
     @property
     def port(self) -> int:
@@ -43,7 +53,7 @@ class RunningServer:
     @property
     def is_idle(self) -> bool:
         """Whether it holds nothing for any request."""
-        stats = self.service.engine.stats
+        stats = self.engine.stats
         return not (self.service.n_open or stats.running or stats.waiting or stats.used_pages)
 
     def wait_until_idle(self) -> None:
@@ -56,7 +66,7 @@ class RunningServer:
 
         Requests can be submitted. One that is cancelled ends after the block, at the next step.
         """
-        engine, step = self.service.engine, self.service.engine.step
+        engine, step = self.engine, self.engine.step
         ended, left = threading.Event(), iter(range(after_steps))
 
         def gated_step() -> bool:
@@ -104,6 +114,23 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
+def connected(engine: Engine) -> Iterator[tuple[EngineHost, RemoteEngine]]:
+    """An engine's host, and who submits requests to it, for the block. What they say is pickled."""
+    ours, theirs = Pipe()
+    try:
+        yield EngineHost(engine, ours).start(), RemoteEngine(theirs, Facts.of(engine.llm)).start()
+    finally:
+        for end in (ours, theirs):
+            hang_up(end)
+
+
+def hang_up(end: Connection) -> None:
+    """End a connection, as if the process at this end were gone, though threads read from it."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(end.fileno())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
 def running_server(
     llm: Llama,
     settings: ServerSettings | None = None,
@@ -116,9 +143,12 @@ def running_server(
 
     engine_options: of `Llama.engine`. Fails if the server raises or does not end.
     """
-    with llm.engine(**engine_options) as engine, contextlib.closing(run.bind(HOST, 0)) as listener:
-        engine.start()
-        service = Service(engine, ServedModel(name, llm.tokenizer, fingerprint(llm)), settings or ServerSettings())
+    with (
+        llm.engine(**engine_options) as engine,
+        contextlib.closing(run.bind(HOST, 0)) as listener,
+        connected(engine.start()) as (host, remote),
+    ):
+        service = Service(remote, ServedModel(name, llm.tokenizer, fingerprint(llm)), settings or ServerSettings())
         server = _ServerInThread(run.configure(service, root_path=root_path), service)
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run_and_keep_error, args=(listener,), name="server", daemon=True)
@@ -126,10 +156,9 @@ def running_server(
         try:
             assert server.has_begun.wait(HANG_SECONDS), "the server does not listen"
             if server.error is None:
-                yield RunningServer(url, service, server)
+                yield RunningServer(url, service, server, engine, host)
         finally:
-            with contextlib.suppress(RuntimeError):  # its loop has ended, with an error
-                server.handle_exit(signal.SIGTERM, None)
+            server.stop(at_once=False)
             thread.join(HANG_SECONDS)
         assert not thread.is_alive(), "the server's thread does not end"
         if server.error is not None:

@@ -160,7 +160,7 @@ def test_a_task_that_is_cancelled_leaves_the_engine_working(engine: Engine) -> N
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not request._wakes
+        assert not request._listeners
         return len((await request.aresult()).answer.tokens)
 
     assert asyncio.run(read()) == 200
@@ -321,7 +321,7 @@ def test_a_request_that_cannot_be_made_leaves_the_model_free(
         if has_thread:
             engine.start()
         with monkeypatch.context() as patch:
-            patch.setattr("fastllama.engine.inbox.Sequence", broken)
+            patch.setattr("fastllama.engine.commands.Sequence", broken)
             with pytest.raises(MemoryError, match="as planned"):
                 engine.submit([5], ENDLESS)
         llm.model.check_idle()

@@ -4,10 +4,9 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-from fastllama import Llama, SamplingParams
+from fastllama import SamplingParams
 from fastllama.engine import Increment, Request
-from fastllama.engine.sequence import Sequence
-from fastllama.tokenizer_base import TextStream
+from fastllama.engine.commands import NewRequest
 
 BLOCKED_SECONDS = 0.2  # the engine's thread cannot go on while the reader decides
 
@@ -27,11 +26,9 @@ class LateRequest(Request):
         return super().is_finished
 
 
-def test_an_increment_that_comes_while_the_reader_looks_is_read(llm: Llama) -> None:
-    params = SamplingParams()
-    sequence = Sequence(0, 0, params, [5], 1, 3, (0, 0, 0), frozenset(), TextStream(llm.tokenizer))
+def test_an_increment_that_comes_while_the_reader_looks_is_read() -> None:
     engine: Any = SimpleNamespace(has_thread=True)
-    request = LateRequest(engine, 1, params, [sequence])
+    request = LateRequest(engine, NewRequest([5], SamplingParams(), frozenset(), budget=3, number=1))
     request.add(Increment(0, "a", [97], None, None, None, None))
     assert [one.text for one in request] == ["a", "b"]
     assert request.adding is not None

@@ -366,10 +366,10 @@ def test_a_request_is_submitted_whole_or_not_at_all(llm: Llama, monkeypatch: pyt
     engine = llm.engine()
     submit_one = engine.submit
 
-    def failing(prompt: Any, params: SamplingParams) -> Any:
+    def failing(prompt: Any, params: SamplingParams, **options: Any) -> Any:
         if len(prompt) > 1:
             raise ValueError("this request needs up to 9 positions of the cache")
-        return submit_one(prompt, params)
+        return submit_one(prompt, params, **options)
 
     monkeypatch.setattr(engine, "submit", failing)
     with pytest.raises(InvalidRequest, match="positions of the cache"):
@@ -388,10 +388,10 @@ def test_all_prompts_are_submitted_or_none(llm: Llama, monkeypatch: pytest.Monke
     submitted: list[Any] = []
     plain = engine.submit
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         if submitted:
             raise error
-        submitted.append(plain(*arguments))
+        submitted.append(plain(*arguments, **options))
         return submitted[-1]
 
     monkeypatch.setattr(engine, "submit", failing)

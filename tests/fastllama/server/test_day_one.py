@@ -147,11 +147,11 @@ def wait_until_free(server: RunningServer) -> None:
 
     async def free() -> None:
         async with asyncio.timeout(HANG_SECONDS):
-            while (stats := server.service.engine.stats).running or stats.waiting or server.service.n_open:
+            while (stats := server.engine.stats).running or stats.waiting or server.service.n_open:
                 await asyncio.sleep(0.01)
 
     asyncio.run(free())
-    assert server.service.engine.stats.used_pages == 0
+    assert server.engine.stats.used_pages == 0
 
 
 def aborted(server: RunningServer) -> float:
@@ -168,7 +168,7 @@ def aborted(server: RunningServer) -> float:
 def few_steps(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
     """The engine runs a few steps, and more for each release."""
     allowed = threading.Semaphore(4)
-    engine, step = server.service.engine, server.service.engine.step
+    engine, step = server.engine, server.engine.step
 
     def step_if_allowed() -> bool:
         allowed.acquire()
@@ -197,7 +197,7 @@ def test_a_client_that_goes_away_frees_its_rows(
     with contextlib.closing(post_raw(server, **ENDLESS, stream=stream, n=n)) as connection:
         if stream:
             assert connection.recv(1024).startswith(b"HTTP/1.1 200")
-        while server.service.n_open < n or not server.service.engine.stats.running:
+        while server.service.n_open < n or not server.engine.stats.running:
             pass
     while server.service.n_open:
         pass

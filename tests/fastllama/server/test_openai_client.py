@@ -27,7 +27,7 @@ def client(server: RunningServer) -> Iterator[OpenAI]:
 
 def engine_text(server: RunningServer, prompt: Any, **params: Any) -> str:
     """The engine's own answer."""
-    return server.service.engine.submit(prompt, SamplingParams(**params)).result().answer.text
+    return server.engine.submit(prompt, SamplingParams(**params)).result().answer.text
 
 
 def n_aborted(server: RunningServer) -> float:
@@ -50,7 +50,7 @@ def test_completes(client: OpenAI, server: RunningServer) -> None:
     assert found.choices[0].text == engine_text(server, STORY, temperature=0, max_gen_len=20)
     assert found.choices[0].finish_reason == "length" and found.choices[0].logprobs is None
     assert found.object == "text_completion" and found.model == MODEL and found.system_fingerprint is not None
-    n_prompt = len(server.service.engine.encode(STORY))
+    n_prompt = len(server.engine.encode(STORY))
     assert found.usage is not None and found.usage.prompt_tokens_details is not None
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (n_prompt, 20)
     assert found.usage.total_tokens == n_prompt + 20
@@ -67,7 +67,7 @@ def test_completes_several_prompts_with_several_answers(client: OpenAI, server: 
     ]
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3] and texts == alone
     assert texts[0] != texts[1]  # two answers of one seed
-    tokens = server.service.engine.encode(STORY)
+    tokens = server.engine.encode(STORY)
     of_tokens = client.completions.create(model=MODEL, prompt=tokens, n=2, seed=SEED, max_tokens=8)
     assert [choice.text for choice in of_tokens.choices] == texts[:2]
     of_lists = client.completions.create(model=MODEL, prompt=[tokens, tokens], seed=SEED, max_tokens=8)
@@ -179,7 +179,7 @@ def test_the_stream_helper_accumulates(client: OpenAI) -> None:
 
 def test_logit_bias_and_extra_fields_change_the_answer(client: OpenAI, server: RunningServer) -> None:
     asked: dict[str, Any] = {"model": MODEL, "prompt": STORY, "temperature": 0, "max_tokens": 4}
-    token = server.service.engine.submit(STORY, SamplingParams(temperature=0, max_gen_len=1)).result().answer.tokens[0]
+    token = server.engine.submit(STORY, SamplingParams(temperature=0, max_gen_len=1)).result().answer.tokens[0]
     plain = client.completions.create(**asked).choices[0].text
     assert client.completions.create(**asked, logit_bias={str(token): -100}).choices[0].text != plain
     greedy = [
@@ -249,7 +249,7 @@ def test_a_closed_stream_frees_its_row(client: OpenAI, server: RunningServer) ->
     before = n_aborted(server)
     with server.paused(after_steps=6):
         with client.completions.create(**asked, n=3, stream=True) as stream:
-            assert next(iter(stream)).choices and server.service.engine.stats.running == 3
+            assert next(iter(stream)).choices and server.engine.stats.running == 3
         wait_until(lambda: not server.service.n_open)
     server.wait_until_idle()
     assert n_aborted(server) == before + 3
@@ -280,7 +280,7 @@ def test_async_clients_at_once(server: RunningServer) -> None:
 
 def test_cancelled_tasks_free_their_rows(server: RunningServer) -> None:
     def n_submitted() -> int:
-        stats = server.service.engine.stats
+        stats = server.engine.stats
         return stats.running + stats.waiting
 
     async def cancel_all() -> None:

@@ -17,7 +17,7 @@ def test_serves_and_ends(llm: Llama) -> None:
     before = set(threading.enumerate())
     with running_server(llm) as server:
         body = httpx.get(f"{server.url}/v1/models").json()
-        assert body["data"][0]["id"] == MODEL and server.service.engine.has_thread
+        assert body["data"][0]["id"] == MODEL and server.engine.has_thread
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
     left = {thread.name for thread in set(threading.enumerate()) - before}

@@ -63,7 +63,7 @@ def test_the_time_of_an_answer_holds_no_wait(
         service = Service(engine, ServedModel("served", llm.tokenizer), ServerSettings())
         monkeypatch.setattr(service.metrics, "note", lambda request: None)
         times = Times(arrival=0.0, first_token=1000.0, end=1008.0)
-        request = SimpleNamespace(partial=SimpleNamespace(times=times), sequences=[None] * n_answers)
+        request = SimpleNamespace(partial=SimpleNamespace(times=times), params=SimpleNamespace(n=n_answers))
         for _ in range(200):
             service._note(cast(Any, [request]))
         assert service._answer_seconds == pytest.approx(seconds)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import signal
 import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -139,8 +138,8 @@ def test_a_stream_that_is_cut_at_the_end_is_no_fault(
         send(unread, **LARGE, stream=True)
         wait_until(lambda: any(one.flow.write_paused for one in connections(server)))
         logging.getLogger("uvicorn.error").addHandler(caplog.handler)
-        for _ in range(signals):
-            server.server.handle_exit(signal.SIGINT, None)
+        for number in range(signals):
+            server.server.stop(at_once=number > 0)
         wait_until(lambda: not server.server.server_state.tasks)
     logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
     assert caplog.messages == []

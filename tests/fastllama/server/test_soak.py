@@ -174,7 +174,7 @@ def test_every_answer_is_the_one_alone() -> None:
         asyncio.run(traffic(server, bodies, SECONDS * 2 / 3, later))
         server.wait_until_idle()
         grown = resident_bytes() - before
-        stats = server.service.engine.stats
+        stats = server.engine.stats
     first = later.first_seconds
     print(f"\n{dict(seen.counts + later.counts)}, {stats}")
     print(f"first text: p50 {percentile(first, 50):.3f} s, p99 {percentile(first, 99):.3f} s; {grown / 2**20:+.1f} MiB")

@@ -68,7 +68,7 @@ def assert_exact(logits: Tensor, params: SamplingTensors, positions: Tensor) -> 
     return near
 
 
-@pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("fp32", "bf16")))
+@pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("bf16",)))
 @pytest.mark.parametrize(
     "vocabulary", parameters({f"V{v}": v for v in (1, 2, 257, 2049, 3456)}, quick=("V1", "V257", "V2049"))
 )

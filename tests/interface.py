@@ -15,6 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
+
+from fastllama.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 SNAPSHOT = ROOT / "tests" / "data" / "interface.txt"
 MODULES = ("fastllama", "fastllama.args", "fastllama.generation", "fastllama.model", "fastllama.tokenizer")
@@ -32,6 +36,7 @@ COMMANDS = (
     "fastllama.benchmarks.kernels_report",
     "fastllama.builtin.train",
 )
+WIDTH = 98  # of the lines in a terminal of 100 columns
 SUITES = "kernels,decode,prefill,generate,requests,memory"
 BENCH = ("--batch", "2", "--context", "4", "--steps", "3", "--rounds", "1", "--device", "cpu", "--threads", "1")
 # A generated model, compared with a peer; and a model that is read from files.
@@ -40,18 +45,17 @@ PERCENTILES = {"count", "minimum", "p10", "p50", "p90", "p99", "maximum"}
 
 
 def helps() -> Iterator[str]:
-    """What each command prints for `--help`, without its line breaks."""
+    """What each command prints for `--help`, without its line breaks. Those of `fastllama` run in this process."""
     for command in COMMANDS:
         module, *words = command.split()
-        done = subprocess.run(
-            [sys.executable, "-m", module, *words, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-            env={**os.environ, "COLUMNS": "100"},
-        )
-        yield f"{command} --help: {' '.join(done.stdout.split())}"
+        if module == "fastllama":
+            text = CliRunner().invoke(main, [*words, "--help"], prog_name="fastllama", terminal_width=WIDTH).stdout
+        else:
+            started = [sys.executable, "-m", module, "--help"]
+            environment = {**os.environ, "COLUMNS": "100"}
+            done = subprocess.run(started, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+            text = done.stdout
+        yield f"{command} --help: {' '.join(text.split())}"
 
 
 def signatures() -> Iterator[str]:

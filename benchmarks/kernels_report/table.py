@@ -83,11 +83,14 @@ def models_for(gpu_name: str) -> list[str]:
     return [model for model in MODELS if converts or QUANTIZED.get(model) != "fp8"]
 
 
-def compiled_rows(gpu_name: str) -> Iterator[Row]:
-    """A row for each launch of the models' decode steps and prefill chunks, compiled for one GPU."""
+def compiled_rows(gpu_name: str, models: Sequence[str] = ()) -> Iterator[Row]:
+    """A row for each launch of the models' decode steps and prefill chunks, compiled for one GPU.
+
+    models: some of those that are compiled for it; all if there are none.
+    """
     gpu = GPUS[gpu_name]
     seen: dict[str, Compiled] = {}  # by triton's hash: the same kernel serves many launches
-    for model in models_for(gpu_name):
+    for model in models or models_for(gpu_name):
         cases = [(tokens, False) for tokens in (*BATCHES, PREFILL_TOKENS)]
         cases += [(tokens, True) for tokens in CHECKED_TOKENS if model in CHECKING_MODELS]
         for tokens, checks in cases:

@@ -172,7 +172,15 @@ def test_a_draft_model_reads_answers_that_followed_a_grammar_beside_others(folde
 
 @pytest.mark.parametrize(
     "options",
-    [{"draft": "itself", "n_guesses": 3}, {"speculate": "lookup"}, {"draft": "nonsense"}, {"draft": "itself"}],
+    parameters(
+        {
+            "itself-3": {"draft": "itself", "n_guesses": 3},
+            "lookup": {"speculate": "lookup"},
+            "nonsense": {"draft": "nonsense"},
+            "itself": {"draft": "itself"},
+        },
+        quick=("itself-3", "nonsense"),
+    ),
 )
 def test_the_engine_gives_the_same_answers(plain: Llama, folders: dict[str, str], options: dict[str, Any]) -> None:
     """Many requests of every kind on few rows, with sampling controls and log-probabilities among them."""

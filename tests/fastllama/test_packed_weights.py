@@ -20,6 +20,7 @@ from fastllama.speed_of_light import decode_step
 from tests.support.adapters import random_factors, write_adapter
 from tests.support.checkpoints import random_weights
 from tests.support.quantized_folders import PARAMS, Parts, gptq_parts, linear_weights, packed, write_folder
+from tests.support.tiers import parameters
 
 CPU = torch.device("cpu")
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
@@ -97,8 +98,11 @@ def size_of(weight: Any) -> int:
     return int(weight.n_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes)
 
 
+QUANTIZE = {str(name): name for name in (None, "int8", "int4", "int4-g32")}
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("quantize", [None, "int8", "int4", "int4-g32"])
+@pytest.mark.parametrize("quantize", parameters(QUANTIZE, quick=("None", "int4")))
 @pytest.mark.parametrize("write", [mixed, mixed_groups, mixed_scales, adapted])
 def test_the_plan_knows_what_unlike_weights_become(
     tmp_path: Path,

@@ -14,6 +14,7 @@ from fastllama.kernels.guesses import MAX_GUESSES
 from fastllama.speculation import Guesser, LookupGuesser
 from fastllama.stream import NotFiniteError
 from tests.support.fake_graph import RecordedGraph
+from tests.support.tiers import parameters
 from tests.support.tiny import MAX_BATCH_SIZE, tiny_llama
 
 PROMPTS = [[5, 6, 7, 5, 6], [9], [3, 4, 3, 4, 3, 4, 3], [20 + n % 5 for n in range(17)]]
@@ -66,7 +67,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS, ids=["greedy", "temperature 0.6", "temperature 2"])
-@pytest.mark.parametrize("n_guesses", [1, 3, MAX_GUESSES, None])
+@pytest.mark.parametrize("n_guesses", parameters({str(n): n for n in (1, 3, MAX_GUESSES, None)}, quick=("3", "None")))
 def test_lookup_gives_the_same_tokens(llm: Llama, n_guesses: int | None, call: dict[str, Any]) -> None:
     for n_rows in (1, 2, 4):
         expected = answers(llm, PROMPTS[:n_rows], **call)
@@ -78,9 +79,14 @@ def test_lookup_gives_the_same_tokens(llm: Llama, n_guesses: int | None, call: d
         assert stats.tokens == stats.steps + stats.accepted == n_rows * LENGTH
 
 
+# Every how-many-th guess is wrong, 0 if none is, and the number of guesses.
+WRONG = {f"{wrong}-{n_guesses}": (wrong, n_guesses) for wrong, n_guesses in ((0, 3), (0, 15), (2, 3), (3, 4), (1, 3))}
+
+
 @pytest.mark.parametrize("call", CALLS, ids=["greedy", "temperature 0.6", "temperature 2"])
-@pytest.mark.parametrize(("wrong", "n_guesses"), [(0, 3), (0, 15), (2, 3), (3, 4), (1, 3)])
-def test_all_some_or_no_guesses_are_accepted(llm: Llama, wrong: int, n_guesses: int, call: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", parameters(WRONG, quick=("0-3", "2-3", "1-3")))
+def test_all_some_or_no_guesses_are_accepted(llm: Llama, case: tuple[int, int], call: dict[str, Any]) -> None:
+    wrong, n_guesses = case
     expected = answers(llm, **call)
     guesser = FixedGuesser(llm, expected[0], wrong)
     llm.decoder = decoder = Decoder(llm.model, graphs=False, guesser=guesser, n_guesses=n_guesses)

@@ -16,6 +16,7 @@ import torch
 
 from fastllama import ModelArgs, Transformer, threads
 from tests.support.checkpoints import tiny_params
+from tests.support.tiers import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 # Compares a model's logits on four threads with those on one, for prefill and decode, in three dtypes.
@@ -179,8 +180,13 @@ def test_incomplete_products_are_computed_on_one_thread(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     "environment",
-    [{"OMP_THREAD_LIMIT": "1", "OMP_DYNAMIC": "true"}, {"OMP_MAX_ACTIVE_LEVELS": "0", "OMP_NUM_THREADS": "3"}],
-    ids=lambda environment: next(iter(environment)),
+    parameters(
+        {
+            "OMP_THREAD_LIMIT": {"OMP_THREAD_LIMIT": "1", "OMP_DYNAMIC": "true"},
+            "OMP_MAX_ACTIVE_LEVELS": {"OMP_MAX_ACTIVE_LEVELS": "0", "OMP_NUM_THREADS": "3"},
+        },
+        quick=("OMP_MAX_ACTIVE_LEVELS",),
+    ),
 )
 def test_products_are_right_under_openmps_limits(environment: dict[str, str]) -> None:
     done = subprocess.run(

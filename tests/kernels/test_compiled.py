@@ -6,16 +6,20 @@ import triton
 from fastllama.benchmarks.kernels_report.ahead_of_time import GPUS
 from fastllama.benchmarks.kernels_report.markdown import heading, sections
 from fastllama.benchmarks.kernels_report.report import TRAFFIC, checked, table_path
+from fastllama.benchmarks.kernels_report.table import H200
 from tests.support.tiers import parameters
 
 TABLED = ("3.6.0", "3.7.1")  # versions of triton with a table
+SOME_MODELS = ("3-8B", "3-8B int4")  # launch every kernel
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {part: (part, ()) for part in (*GPUS, TRAFFIC)}
+PARTS["some models"] = H200, SOME_MODELS
 
 
 @pytest.mark.timeout(3600)  # some hundred compilations if none is cached
-@pytest.mark.parametrize("part", parameters({part: part for part in (*GPUS, TRAFFIC)}, quick=("sm_90",)))
-def test_compiled_kernels_match_the_table(part: str) -> None:
-    """The table of one GPU, or of the bytes that launches move."""
-    broken, changed = checked(part)
+@pytest.mark.parametrize("case", parameters(PARTS, quick=("some models",)))
+def test_compiled_kernels_match_the_table(case: tuple[str, tuple[str, ...]]) -> None:
+    """The table of one GPU, of a GPU and some models, or of the bytes that launches move."""
+    broken, changed = checked(*case)
     assert not broken
     if triton.__version__ not in TABLED:
         pytest.skip(f"triton {triton.__version__} has no table; the rules held")

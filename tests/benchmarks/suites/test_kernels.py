@@ -21,6 +21,7 @@ from fastllama.benchmarks.tables import peer_columns, table_of
 from fastllama.kernels import reference
 from fastllama.speed_of_light import decode_step, prefill
 from tests.benchmarks.cases import CPU, SOURCE
+from tests.support.tiers import parameters
 
 MODEL = ModelSpec(SOURCE, CPU, torch.float32, max_batch_size=2, max_seq_len=8)
 ARGS = MODEL.args
@@ -63,7 +64,7 @@ def test_copies_differ_and_repeat_and_exceed_the_caches(bench: Callable[..., Ben
     assert all(bool(one.x.any()) for one in found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", parameters({"fp32": torch.float32, "bf16": torch.bfloat16}, ("fp32",)))
 @pytest.mark.parametrize("name", OPS)
 def test_every_op_is_measured_against_its_peers(bench: Callable[..., Bench], name: str, dtype: torch.dtype) -> None:
     (op,) = (op for op in ops_of(dataclasses.replace(MODEL, dtype=dtype), ROWS, CONTEXT) if op.name == name)

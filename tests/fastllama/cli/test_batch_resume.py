@@ -13,6 +13,7 @@ import pytest
 from fastllama.cli.batch_output import OutputFile
 from tests.support.batches import BATCH, Record, all_choices, completion, read_records, write_batch
 from tests.support.command_line import ROOT, run
+from tests.support.tiers import parameters
 from tests.support.timeouts import HANG_SECONDS
 
 N_LINES = 120
@@ -42,7 +43,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Re
     return all_choices(out)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", parameters({"SIGKILL": signal.SIGKILL, "SIGINT": signal.SIGINT}, ("SIGKILL",)))
 def test_the_same_command_goes_on(tmp_path: Path, uninterrupted: dict[str, list[Record]], sent: signal.Signals) -> None:
     path, out = write_batch(tmp_path / "in.jsonl", many_lines()), tmp_path / "out.jsonl"
     words = (path, str(out), *BATCH)

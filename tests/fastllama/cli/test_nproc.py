@@ -132,7 +132,7 @@ def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> 
 
 
 @pytest.mark.parametrize("endless", [("2", "--nproc")], ids=[""], indirect=True)
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", parameters({"SIGKILL": signal.SIGKILL, "SIGINT": signal.SIGINT}, ("SIGKILL",)))
 def test_no_process_is_left_when_the_driver_ends(endless: Endless, sent: signal.Signals) -> None:
     endless.command.send_signal(sent)
     endless.command.communicate(timeout=HANG_SECONDS)

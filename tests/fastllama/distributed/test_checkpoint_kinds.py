@@ -39,6 +39,7 @@ def test_two_processes_give_the_texts_of_one(results: tuple[Results, list[Result
         assert_same_logprobs(ours, theirs, "divided logprobs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_texts_are_not_degenerate(results: tuple[Results, list[Results]], kind: str) -> None:
     """Else equal texts would show little."""

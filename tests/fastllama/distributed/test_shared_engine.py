@@ -153,7 +153,7 @@ def serving(folder: str, request: pytest.FixtureRequest) -> Iterator[tuple["subp
         process.communicate()
 
 
-@pytest.mark.parametrize("serving", ["serve_busy", "serve_idle"], indirect=True)
+@pytest.mark.parametrize("serving", parameters({"busy": "serve_busy", "idle": "serve_idle"}, ("busy",)), indirect=True)
 def test_a_killed_worker_ends_the_driver_with_the_reason(serving: Any) -> None:
     process, worker = serving
     worker.send_signal(signal.SIGKILL)
@@ -162,7 +162,7 @@ def test_a_killed_worker_ends_the_driver_with_the_reason(serving: Any) -> None:
     assert "fastllama: error: process 1 of 2 was killed by signal 9 (SIGKILL)" in stderr.splitlines()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", parameters({"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}, ("SIGINT",)))
 @pytest.mark.parametrize("serving", parameters({"busy": "serve_busy", "idle": "serve_idle"}, ("busy",)), indirect=True)
 def test_no_process_is_left_after_a_signal(serving: Any, sent: signal.Signals) -> None:
     process, worker = serving

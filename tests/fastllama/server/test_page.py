@@ -51,6 +51,7 @@ def test_conversation_is_sent_with_each_message(chat: Chat, chat_server: FakeCha
     chat.expect(chat.messages).to_have_count(4)
 
 
+@pytest.mark.slow
 def test_idea_is_sent(chat: Chat, chat_server: FakeChatServer) -> None:
     chat_server.replies.append(Reply(["Paris"]))
     chat.button("What is the capital of France?").click()
@@ -97,6 +98,7 @@ def test_stop_before_the_first_token(chat: Chat, chat_server: FakeChatServer) ->
     chat.expect(chat.stats).to_have_text("Stopped")
 
 
+@pytest.mark.slow
 def test_message_waits_while_an_answer_is_written(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.send("Count", "one", HOLD)
     chat.input.fill("Next")
@@ -107,6 +109,7 @@ def test_message_waits_while_an_answer_is_written(chat: Chat, chat_server: FakeC
     assert len(chat_server.bodies) == 1
 
 
+@pytest.mark.slow
 def test_retry_asks_again(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.ask("Name?", "Ann")
     chat_server.replies.append(Reply(["Ben"]))
@@ -116,6 +119,7 @@ def test_retry_asks_again(chat: Chat, chat_server: FakeChatServer) -> None:
     assert chat_server.bodies[1] == chat_server.bodies[0]
 
 
+@pytest.mark.slow
 def test_edit_drops_what_follows(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.ask("One?", "1")
     chat.ask("Two?", "2")
@@ -183,6 +187,7 @@ def test_settings_reach_the_request(chat: Chat, chat_server: FakeChatServer) -> 
     assert chat_server.bodies[1]["messages"] == [user("Hi")]  # the system prompt is of one conversation
 
 
+@pytest.mark.slow
 def test_settings_out_of_range_are_not_saved(chat: Chat) -> None:
     chat.button("Settings").click()
     chat.page.get_by_label("Top-p").fill("1.5")
@@ -224,6 +229,7 @@ def test_error_in_the_middle_keeps_what_came(chat: Chat) -> None:
     chat.expect(chat.answer).to_have_text("one")
 
 
+@pytest.mark.slow
 def test_lost_connection_is_shown(chat: Chat, chat_server: FakeChatServer) -> None:
     chat_server.replies.append(Reply(["one", HOLD], is_cut=True))
     chat.input.fill("Count")
@@ -244,6 +250,7 @@ def test_unreachable_server_is_shown(chat: Chat, chat_server: FakeChatServer) ->
     assert chat_server.bodies[0]["messages"] == [user("Hi\n\nAre you there?")]
 
 
+@pytest.mark.slow
 def test_answer_at_the_limit_of_tokens(chat: Chat, chat_server: FakeChatServer) -> None:
     chat_server.replies.append(Reply(["one"], finish_reason="length"))
     chat.input.fill("Count")
@@ -274,6 +281,7 @@ def test_key_is_asked_for_and_kept(chat: Chat, chat_server: FakeChatServer) -> N
     chat.expect(chat.answer).to_have_text("Welcome back")
 
 
+@pytest.mark.slow
 def test_page_works_below_a_prefix(browser: "Browser", chat_server: FakeChatServer) -> None:
     with open_chat(browser, chat_server) as chat:
         chat.open("behind/a/proxy/")
@@ -282,6 +290,7 @@ def test_page_works_below_a_prefix(browser: "Browser", chat_server: FakeChatServ
     assert chat_server.paths == [f"/behind/a/proxy/{path}" for path in ("", "v1/models", "v1/chat/completions")]
 
 
+@pytest.mark.slow
 def test_long_answer_is_followed_until_the_reader_scrolls(chat: Chat, chat_server: FakeChatServer) -> None:
     log, newest = chat.page.locator("#log"), chat.button("To the newest text")
     lines = "".join(f"line {number}\n\n" for number in range(60))

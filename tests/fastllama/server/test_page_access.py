@@ -88,7 +88,7 @@ CONTRASTS = """() => {
 }"""
 
 
-@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_contrast_is_enough(browser: "Browser", chat_server: FakeChatServer, theme: str) -> None:
     """WCAG 2.2, level AA: 4.5 for texts, 3 for icons and the borders of fields."""
     with full_page(browser, chat_server, color_scheme=theme) as chat:
@@ -159,6 +159,7 @@ def test_controls_and_landmarks_have_names(browser: "Browser", chat_server: Fake
     assert all(landmark in trees[0] for landmark in ("- banner:", "- main:", "- heading "))
 
 
+@pytest.mark.slow
 def test_screen_reader_hears_begin_and_end_only(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.expect(chat.page.get_by_role("log")).to_have_attribute("aria-live", "off")
     chat.page.evaluate(
@@ -172,6 +173,7 @@ def test_screen_reader_hears_begin_and_end_only(chat: Chat, chat_server: FakeCha
     assert chat.page.evaluate("window.heard") == ["The answer is being written.", "The answer is complete."]
 
 
+@pytest.mark.slow
 def test_everything_is_reached_with_tab(browser: "Browser", chat_server: FakeChatServer) -> None:
     """Each control gets the focus on the way round, and shows it."""
     with full_page(browser, chat_server) as chat:
@@ -245,6 +247,7 @@ def test_enter_of_an_input_method_does_not_send(chat: Chat, chat_server: FakeCha
     assert [body["messages"][0]["content"] for body in chat_server.bodies] == ["日本"]
 
 
+@pytest.mark.slow
 def test_narrow_screen_has_no_horizontal_scroll(browser: "Browser", chat_server: FakeChatServer) -> None:
     widths = (
         "() => [document.documentElement, document.getElementById('log')].map((n) => n.scrollWidth - n.clientWidth)"
@@ -271,6 +274,7 @@ def test_narrow_screen_has_no_horizontal_scroll(browser: "Browser", chat_server:
         chat.expect(chat.button("Short")).to_be_hidden()
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_no_motion_where_it_is_not_wanted(browser: "Browser", chat_server: FakeChatServer) -> None:
     with open_chat(browser, chat_server, reduced_motion="reduce") as chat:

@@ -117,6 +117,7 @@ def test_text_becomes_html(shared: Chat, name: str) -> None:
     assert re.sub(r' class=""', "", shared.page.evaluate(RENDER, text)) == html
 
 
+@pytest.mark.slow
 def test_code_block_has_its_language_and_a_button(chat: Chat) -> None:
     chat.ask("Code?", "```python\nif x:\n\n    <b>\n```")
     block = chat.answer.locator(".code")
@@ -199,6 +200,7 @@ def test_attack_is_text(shared: Chat, name: str) -> None:
     assert shared.page.evaluate("window.attacked") is None
 
 
+@pytest.mark.slow
 def test_attacks_everywhere_else_are_text(chat: Chat) -> None:
     """In messages, titles, system prompts and what comes from the server."""
     attack = ATTACKS["image"]
@@ -211,7 +213,7 @@ def test_attacks_everywhere_else_are_text(chat: Chat) -> None:
     assert chat.page.evaluate("window.attacked") is None
 
 
-@pytest.mark.parametrize("name", parameters({name: name for name in SLOW_TEXTS}, list(SLOW_TEXTS)[::7]))
+@pytest.mark.parametrize("name", parameters({name: name for name in SLOW_TEXTS}, list(SLOW_TEXTS)[::14]))
 def test_text_that_is_made_to_be_slow_ends(chat: Chat, name: str) -> None:
     """Work that grows with the square of a text's length would not end while the test waits."""
     for growing in (False, True):
@@ -230,6 +232,7 @@ def test_text_that_is_made_to_be_slow_ends(chat: Chat, name: str) -> None:
         assert chat.page.evaluate("window.shown") > 0
 
 
+@pytest.mark.slow
 def test_markdown_is_drawn_while_it_comes(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.send("Go", "A **bo", HOLD, "ld** word\n\n| a |", HOLD, "\n|--|\n| 1 |")
     chat.expect(chat.answer.locator("strong")).to_have_text("bo")

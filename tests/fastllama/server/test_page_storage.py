@@ -40,6 +40,7 @@ def test_conversations_survive_a_reload(chat: Chat, chat_server: FakeChatServer)
     ]
 
 
+@pytest.mark.slow
 def test_conversation_is_renamed(chat: Chat) -> None:
     two_conversations(chat)
     field = chat.page.get_by_label("New title")
@@ -75,6 +76,7 @@ def test_deleting_stops_the_answer(chat: Chat, chat_server: FakeChatServer) -> N
     chat.expect(chat.stats).to_contain_text("Stopped")
 
 
+@pytest.mark.slow
 def test_closing_the_page_keeps_what_came(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.send("Count", "one", HOLD)
     chat.expect(chat.answer).to_have_text("one")
@@ -84,6 +86,7 @@ def test_closing_the_page_keeps_what_came(chat: Chat, chat_server: FakeChatServe
     chat.expect(chat.stats).to_contain_text("Stopped")
 
 
+@pytest.mark.slow
 def test_file_of_conversations_is_written_and_read(chat: Chat, tmp_path: Path) -> None:
     two_conversations(chat)
     with chat.page.expect_download() as download:
@@ -141,6 +144,7 @@ def test_damaged_entries_are_ignored(chat: Chat) -> None:
     chat.ask("More", "They sleep.")
 
 
+@pytest.mark.slow
 def test_tabs_see_each_others_conversations(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.ask("About cats", "They purr.")
     other = chat.new_tab()

@@ -70,7 +70,7 @@ def test_several_tokens_match_reference(sized: tuple[int, Case], guarded: Guarde
     assert torch.equal(out, fused.attention(*tensors))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", parameters({str(seed): seed for seed in range(3)}, ("0",)))
 def test_inactive_tokens_change_nothing(seed: int, guarded: GuardedMemory, device: torch.device) -> None:
     """Rows whose last tokens are inactive, and a row without active tokens."""
     size, case = case_of([200, 140, 131, 10], 4, 1, 3, 16, FP32)

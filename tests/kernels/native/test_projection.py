@@ -11,6 +11,7 @@ from tests.kernels.cases import DTYPES
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.native.pages import NO_PAGES, no_page
 from tests.kernels.projection.cases import EPS, SHAPES, Case, Shape, assert_appended, outside
+from tests.support.tiers import parameters
 
 CPU = torch.device("cpu")
 TOKENS = (1, 2, 3, 5, 6, 7, 11, 16)
@@ -21,7 +22,7 @@ MANY = 21
 @pytest.mark.usefixtures("isa", "threads")
 @pytest.mark.parametrize("with_biases", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", parameters(SHAPES, quick=("E192-H6-K2-D32-F480", "E100-H3-K1-D20-F90")))
 def test_projections_match_reference(
     shape: Shape, dtype: torch.dtype, with_biases: bool, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from tests.kernels.cases import DTYPES, random
 from tests.kernels.guards import GuardedMemory
 from tests.kernels.native.quantized_cases import KINDS, guarded_copy
 from tests.kernels.projection.cases import EPS, Case, Shape, assert_appended, scattered
+from tests.support.tiers import parameters
 
 CPU = torch.device("cpu")
 MOST = 16  # tokens that the kernels take in these tests; more use the library's matrix product
@@ -50,7 +51,7 @@ def quantized_weights(kind: str, shape: Shape) -> dict[str, QuantizedWeight]:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", parameters(SHAPES, quick=("E100-H3-K1-D20-F90", "E512-H3-K1-D64-F768")))
 def test_quantized_projections_match_reference(
     shape: Shape, kind: str, guarded: GuardedMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,31 +18,31 @@ H200 = Target("cuda", 90, 132, 232448)
 STORIES = SHAPES["E64-H8-K4-D8-F172"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "processors"),
-    [*((dtype, 1) for dtype in DTYPES.values()), (torch.bfloat16, 24)],
-    ids=[*(f"{name}-long-tiles" for name in DTYPES), "bf16-short-tiles"],
-)
-@pytest.mark.parametrize("shape", parameters(SHAPES, quick=("E192-H6-K2-D32-F480", "E100-H3-K1-D20-F90")))
+LAUNCHES = {f"{name}-long-tiles": (dtype, 1) for name, dtype in DTYPES.items()}
+LAUNCHES["bf16-short-tiles"] = torch.bfloat16, 24
+CASES = {f"{shape}-{launch}": (SHAPES[shape], *LAUNCHES[launch]) for shape in SHAPES for launch in LAUNCHES}
+QUICK = [*(f"E100-H3-K1-D20-F90-{launch}" for launch in LAUNCHES), "E192-H6-K2-D32-F480-bf16-long-tiles"]
+
+
+@pytest.mark.parametrize("case", parameters(CASES, QUICK))
 def test_matvec_matches_reference(
-    shape: Shape,
-    dtype: torch.dtype,
-    processors: int,
+    case: tuple[Shape, torch.dtype, int],
     device: torch.device,
     guarded: GuardedMemory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Launches for GPUs with few and with many multiprocessors differ in the rows per program."""
+    shape, dtype, processors = case
     monkeypatch.setattr(module, "current_target", lambda: replace(H200, processors=processors))
     for with_biases in (False, True):
-        case = Case(shape, 1, dtype, device, guarded, with_biases=with_biases)
-        for residual in (None, case.h):
-            y = matvec(case.x, case.w2, bias=case.b2, residual=residual)
-            assert_matches("linear", y, case.expected_projection(residual))
-        swiglu = matvec(case.h, case.w13, bias=case.b13, norm=case.norm, eps=EPS, swiglu=True)
-        assert_matches("linear", swiglu, case.expected_swiglu())
-        q = matvec(case.h, case.wqkv, bias=case.bqkv, norm=case.norm, eps=EPS, append_to=case.target)
-        for ours, expected in zip((q, case.cache.k, case.cache.v), case.expected_qkv(), strict=True):
+        one = Case(shape, 1, dtype, device, guarded, with_biases=with_biases)
+        for residual in (None, one.h):
+            y = matvec(one.x, one.w2, bias=one.b2, residual=residual)
+            assert_matches("linear", y, one.expected_projection(residual))
+        swiglu = matvec(one.h, one.w13, bias=one.b13, norm=one.norm, eps=EPS, swiglu=True)
+        assert_matches("linear", swiglu, one.expected_swiglu())
+        q = matvec(one.h, one.wqkv, bias=one.bqkv, norm=one.norm, eps=EPS, append_to=one.target)
+        for ours, expected in zip((q, one.cache.k, one.cache.v), one.expected_qkv(), strict=True):
             assert_appended(ours, expected)
             assert_matches("linear", ours.nan_to_num(), expected.nan_to_num())
 

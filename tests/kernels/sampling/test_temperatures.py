@@ -7,6 +7,7 @@ import torch
 
 from fastllama.kernels import fused, reference
 from fastllama.kernels.batch import PER_ROW, SamplingTensors
+from tests.support.tiers import parameters
 
 VOCABULARY = 70
 TINY = (1e-39, 1e-310, 5e-324)
@@ -42,7 +43,7 @@ def drawn(
     return found
 
 
-@pytest.mark.parametrize("name", LARGEST)
+@pytest.mark.parametrize("name", parameters({name: name for name in LARGEST}, ("ties", "masked", "far-apart")))
 def test_a_tiny_temperature_draws_among_the_largest(name: str, device: torch.device) -> None:
     logits, largest = LARGEST[name]
     pairs = list(product(TINY, TOP_P))

@@ -69,7 +69,8 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = {key: value for key, value in (special_tokens or {}).items() if value is not None}
         names = {one for one in (self.special_tokens.values() if special_names is None else special_names) if one}
-        longest_first = "|".join(map(re.escape, sorted(names, key=lambda one: (-len(one), one)))) or "(?!)"
+        self._special_names = sorted(names, key=lambda one: (-len(one), one))
+        longest_first = "|".join(map(re.escape, self._special_names)) or "(?!)"
         self._special = longest_first
         self._spelling = re.compile(f"(?={longest_first})")
         if len(source) > MAX_SOURCE_CHARS:
@@ -82,6 +83,13 @@ class ChatTemplate:
             raise ValueError(f"{name}, line {error.lineno}: not a valid template: {_reason(error)}") from error
         except Exception as error:  # Python's compiler may raise several, for example if the nesting is too deep
             raise ValueError(f"{name}: not a valid template: {_reason(error)}") from error
+
+    def __reduce__(self) -> tuple[Callable[..., "ChatTemplate"], tuple[str]]:
+        """How another process makes the same: it compiles the source."""
+        make = functools.partial(
+            ChatTemplate, name=self.name, special_tokens=self.special_tokens, special_names=self._special_names
+        )
+        return make, (self.source,)
 
     def render(
         self,

@@ -7,7 +7,7 @@ for, the begin and the end of an answer, goes at once.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
@@ -129,11 +129,15 @@ class EngineHost:
                 return
             if is_due:
                 next_due = time.perf_counter() + min(LONGEST_REST, REST * (time.thread_time() - begin))
-            with self._changed:
-                for one in noted.values():
-                    if one.is_over:
-                        self._open.pop(one.number, None)
-                        self._due.pop(one.number, None)
+            self._forget(noted.values())
+
+    def _forget(self, sent: Iterable["_Open"]) -> None:
+        """Those of the requests whose end has been sent."""
+        with self._changed:
+            for one in sent:
+                if one.is_over:
+                    self._open.pop(one.number, None)
+                    self._due.pop(one.number, None)
 
     @property
     def _is_hurried(self) -> bool:

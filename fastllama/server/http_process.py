@@ -66,8 +66,9 @@ class HttpProcess:
         log_level: str = "warning",
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """Serve until a signal. Raises RuntimeError with the reason if the engine or the process cannot go on.
+        """Serve until a signal.
 
+        Raises RuntimeError with the reason if the engine cannot go on, and ChildProcessError if the process has ended.
         on_start: called once the process listens. Signals are handled in the main thread only.
         """
         host = EngineHost(engine, self._connection)
@@ -84,7 +85,7 @@ class HttpProcess:
             raise RuntimeError(f"the engine cannot go on: {engine.failure}") from engine.failure
         self._process.join()
         if self._process.exitcode and self._n_signals < SIGNALS_TO_KILL:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"the process that serves HTTP has ended (exit code {self._process.exitcode}): what it printed before "
                 "says why"
             )

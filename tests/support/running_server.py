@@ -8,28 +8,23 @@ with running_server(llm, ServerSettings(max_queue=0)) as server:
 """
 
 import contextlib
-import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any
 
 from fastllama import Llama
 from fastllama.engine import Engine
 from fastllama.engine.engine_host import EngineHost
-from fastllama.engine.facts import Facts
-from fastllama.engine.remote_engine import RemoteEngine
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.server import run
 from fastllama.server.connection import Config
 from fastllama.server.fingerprint import fingerprint
 from fastllama.server.service import Service
 from fastllama.server.settings import ServerSettings
-from tests.support.timeouts import HANG_SECONDS
+from tests.support.remote_engines import connected
+from tests.support.timeouts import HANG_SECONDS, wait_until
 
 HOST = "127.0.0.1"
 MODEL = "served"  # the model's name
@@ -103,31 +98,6 @@ class _ServerInThread(run.Server):
             self.error = error
         finally:
             self.has_begun.set()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Wait for something that another thread does. Fails if it never comes."""
-    deadline = time.monotonic() + HANG_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, "it never comes"
-        time.sleep(0.005)
-
-
-@contextlib.contextmanager
-def connected(engine: Engine) -> Iterator[tuple[EngineHost, RemoteEngine]]:
-    """An engine's host, and who submits requests to it, for the block. What they say is pickled."""
-    ours, theirs = Pipe()
-    try:
-        yield EngineHost(engine, ours).start(), RemoteEngine(theirs, Facts.of(engine.llm)).start()
-    finally:
-        for end in (ours, theirs):
-            hang_up(end)
-
-
-def hang_up(end: Connection) -> None:
-    """End a connection, as if the process at this end were gone, though threads read from it."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(end.fileno())) as connection:
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

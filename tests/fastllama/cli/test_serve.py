@@ -3,6 +3,9 @@
 import json
 import signal
 import socket
+import subprocess
+import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -75,6 +78,80 @@ def test_two_processes_serve_until_one_dies() -> None:
         assert json.loads(rest[-4].removeprefix("data: "))["error"]["code"] == "engine_failed"
         assert process.wait(HANG_SECONDS) == 2
         assert process.stderr is not None and "process 1 of 2 was killed by signal 9" in process.stderr.read()
+
+
+def http_process(process: "subprocess.Popen[str]") -> psutil.Process:
+    """The process that serves HTTP for a server's process."""
+    children = psutil.Process(process.pid).children()
+    (found,) = (one for one in children if "spawn_main" in " ".join(one.cmdline()))
+    return found
+
+
+def test_ctrl_c_in_a_terminal_stops_in_order() -> None:
+    """It reaches both processes."""
+    with (
+        serving(*OPTIONS) as (server, process),
+        httpx.Client(base_url=server["url"], timeout=HANG_SECONDS) as client,
+        client.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 1000}) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        for one in (http_process(process), process):
+            one.send_signal(signal.SIGINT)
+        assert list(lines)[-2] == "data: [DONE]"
+        assert process.wait(HANG_SECONDS) == 0
+        assert process.stderr is not None and process.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once() -> None:
+    with (
+        serving(*OPTIONS, "--drain_seconds", str(HANG_SECONDS)) as (server, process),
+        httpx.Client(base_url=server["url"], timeout=HANG_SECONDS) as client,
+        client.stream("POST", "/v1/completions", json=LONG) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        while client.get("/health").status_code == 200:  # until the signal has been handled
+            pass
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+        assert process.wait(HANG_SECONDS) == 0
+
+
+@pytest.mark.slow
+def test_three_signals_end_a_process_that_does_not_answer() -> None:
+    with serving(*OPTIONS) as (_, process):
+        http_process(process).suspend()
+        for _number in range(3):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)  # signals that come together are one
+        assert process.wait(HANG_SECONDS) == 0
+
+
+def test_the_server_ends_with_its_process_for_http() -> None:
+    with serving(*OPTIONS) as (_, process):
+        http_process(process).kill()
+        assert process.wait(HANG_SECONDS) == 2
+        assert process.stderr is not None
+        assert "the process that serves HTTP has ended (exit code -9)" in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_the_process_for_http_ends_with_the_server() -> None:
+    with serving(*OPTIONS) as (server, process):
+        left = http_process(process)
+        process.kill()
+        assert left.wait(HANG_SECONDS) is None
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{server['url']}/health")
+        assert process.stderr is not None and "the engine's process has ended" in process.stderr.read()
+
+
+def test_the_process_for_http_ends_where_no_model_can_be_loaded(tmp_path: Path) -> None:
+    expect_error(run("serve", "--port", "0", "--ckpt_dir", str(tmp_path)), str(tmp_path))  # waits for both processes
 
 
 def test_keys_come_from_the_environment() -> None:

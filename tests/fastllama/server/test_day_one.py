@@ -15,8 +15,8 @@ from fastllama import Llama
 from fastllama.openai_api import requests
 from fastllama.server import service
 from fastllama.server.settings import ServerSettings
-from tests.support.running_server import RunningServer, running_server, wait_until
-from tests.support.timeouts import HANG_SECONDS
+from tests.support.running_server import RunningServer, running_server
+from tests.support.timeouts import HANG_SECONDS, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]

@@ -11,7 +11,8 @@ from openai import AsyncOpenAI, OpenAI
 
 from fastllama import Llama, SamplingParams
 from fastllama.server.settings import ServerSettings
-from tests.support.running_server import MODEL, RunningServer, running_server, wait_until
+from tests.support.running_server import MODEL, RunningServer, running_server
+from tests.support.timeouts import wait_until
 
 STORY = "Once upon a time"
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]

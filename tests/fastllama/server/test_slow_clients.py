@@ -15,8 +15,8 @@ from fastllama import Llama
 from fastllama.server import run
 from fastllama.server.connection import Connection
 from fastllama.server.settings import ServerSettings
-from tests.support.running_server import RunningServer, running_server, wait_until
-from tests.support.timeouts import HANG_SECONDS
+from tests.support.running_server import RunningServer, running_server
+from tests.support.timeouts import HANG_SECONDS, wait_until
 
 COMPLETIONS = "/v1/completions"
 BUFFER_BYTES = 4096

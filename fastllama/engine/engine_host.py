@@ -1,8 +1,8 @@
 """The engine's end of a connection to another process, which submits requests (`remote_engine.py`).
 
 One thread takes in what comes. Another sends what the engine has for the requests: that of all of them together, and
-not more often than it has time for, as it competes with the engine's thread for the interpreter. What somebody waits
-for, the begin and the end of an answer, goes at once.
+the more rarely the more they are, as it competes with the engine's thread for the interpreter. What somebody waits for,
+the begin and the end of an answer, goes at once.
 """
 
 import threading
@@ -18,8 +18,9 @@ from fastllama.engine.recovery import describe
 from fastllama.engine.request import Request
 
 COMPILING_THREADS = 4  # of grammars
-LONGEST_REST = 0.05  # seconds between messages of what nobody waits for
-REST = 60.0  # of the time that sending takes
+# Seconds until what nobody waits for is sent again: for each request of the last message, and at most.
+REST = 0.003
+LONGEST_REST = 0.05
 
 
 class EngineHost:
@@ -121,14 +122,13 @@ class EngineHost:
                 noted, self._urgent = self._urgent, {}
                 if is_due := time.perf_counter() >= next_due:
                     noted, self._due = self._due | noted, {}
-            begin = time.thread_time()
             updates = [one.take() for one in noted.values()]
             try:
                 self._connection.send([*updates, *messages])  # the last of all is that the engine has closed
             except OSError:  # the other process has ended, which the other thread finds, too
                 return
             if is_due:
-                next_due = time.perf_counter() + min(LONGEST_REST, REST * (time.thread_time() - begin))
+                next_due = time.perf_counter() + min(LONGEST_REST, REST * len(updates))
             self._forget(noted.values())
 
     def _forget(self, sent: Iterable["_Open"]) -> None:

@@ -81,7 +81,7 @@ def test_what_is_found_in_the_cache_is_told(ends: Ends) -> None:
 
 
 def test_what_nobody_waits_for_goes_together(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_host, "REST", 1e9)
+    monkeypatch.setattr(engine_host, "REST", HANG_SECONDS)
     monkeypatch.setattr(engine_host, "LONGEST_REST", HANG_SECONDS)
     first = ends.remote.submit([5], ENDLESS)
     assert len(list(first)) <= 4, "the first token, one message before the first rest, and the end"

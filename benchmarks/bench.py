@@ -70,6 +70,8 @@ class Plan:
         if self.requests < 1 or self.prefix < 0 or self.clients < 0:
             numbers = self.requests, self.prefix, self.clients
             raise ValueError(f"expected at least 1 request, and no prefix or clients below 0, got {numbers}")
+        if self.clients and len(self.batches) > 1:  # the model has as many rows as the largest
+            raise ValueError(f"with --clients there must be one --batch, the number of rows, got {list(self.batches)}")
 
     def cases(self, suites: Sequence[str]) -> list[Case]:
         """The plan's cases whose suite is in `suites`."""

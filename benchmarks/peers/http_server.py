@@ -1,7 +1,6 @@
 """The process of our own server, for the peers `serve` and `serve-whole`."""
 
 import sys
-import threading
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,12 +43,9 @@ def _serve(spec: ModelSpec, stack: ExitStack) -> tuple[Engine, int]:
     llm = spec.build()
     llm.decoder.capture_graphs(list(range(1, spec.max_batch_size + 1)))
     engine = open_engine(llm).start()
-    listener, listens = bind(HOST, 0), threading.Event()
+    listener = bind(HOST, 0)
     port = listener.getsockname()[1]
-    served, options = ServedModel(NAME, llm.tokenizer), {"on_start": listens.set}
-    serving = stack.enter_context(HttpProcess(listener)).serve
-    threading.Thread(target=serving, args=(engine, served, ServerSettings()), kwargs=options, daemon=True).start()
-    listens.wait()
+    stack.enter_context(HttpProcess(listener)).begin(engine, ServedModel(NAME, llm.tokenizer), ServerSettings())
     return engine, port
 
 

@@ -93,14 +93,14 @@ def serve(**options: Any) -> None:
         llm = model.build(rows, quiet=options["as_json"], cache_tokens=options["cache_tokens"])
         name = options["served_model_name"] or _model_name(model.ckpt_dir)
         engine = stack.enter_context(open_engine(llm)).start()
-        http.serve(
+        http.begin(
             engine,
             ServedModel(name, llm.tokenizer, fingerprint(llm)),
             _settings(options),
             root_path=options["root_path"].rstrip("/"),
             log_level="info" if options["access_log"] else "warning",
-            on_start=lambda: _announce(name, url, options["as_json"]),
         )
+        http.wait(lambda: _announce(name, url, options["as_json"]))
 
 
 def _settings(options: dict[str, Any]) -> "ServerSettings":

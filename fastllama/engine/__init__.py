@@ -1,9 +1,10 @@
 """The engine of requests: any number of prompts at once, in rows that join and leave a running batch.
 
-A request's way: `prompts.py` (checks) → `engine.py` (submit, threads) → `inbox.py` → `scheduler.py` (which sequences
-run, on which pages) → `core.py` (the loop; `recovery.py` after errors) → `model_runner.py` (chunks of prompts, decode
-steps) → `sequence.py` (tokens to text, `stop_strings.py`) → `request.py` (the handle, with the answers as they come).
-`sampling_params.py` says what a request may ask for.
+A request's way: `any_engine.py` (submit) → `prompts.py` (checks) → `engine.py` (threads) → `inbox.py` → `scheduler.py`
+(which sequences run, on which pages) → `core.py` (the loop; `recovery.py` after errors) → `model_runner.py` (chunks of
+prompts, decode steps) → `sequence.py` (tokens to text, `stop_strings.py`) → `request.py` (the handle, with the answers
+as they come). `sampling_params.py` says what a request may ask for. From another process requests come through
+`remote_engine.py` and `engine_host.py`.
 """
 
 from fastllama.engine.engine import Engine

@@ -5,6 +5,7 @@ the more rarely the more they are, as it competes with the engine's thread for t
 the begin and the end of an answer, goes at once.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ from fastllama.engine.messages import FromEngine, Listening, Question, Reply, Su
 from fastllama.engine.recovery import describe
 from fastllama.engine.request import Request
 
+logger = logging.getLogger(__name__)
+
 COMPILING_THREADS = 4  # of grammars
 # Seconds until what nobody waits for is sent again: for each request of the last message, and at most.
 REST = 0.003
@@ -28,7 +31,8 @@ class EngineHost:
 
     def __init__(self, engine: Engine, connection: Connection) -> None:
         """engine: runs in its own thread."""
-        self.on_listening: Callable[[], None] = lambda: None  # called when the other process says so
+        self.listening = threading.Event()  # set once the other process is ready
+        self.failure: Exception | None = None  # that has ended this host, though nothing was wrong with the connection
         self._engine, self._connection = engine, connection
         self._compiling = ThreadPoolExecutor(COMPILING_THREADS, "compile")
         self._changed = threading.Condition()  # of all below
@@ -40,8 +44,8 @@ class EngineHost:
 
     def start(self) -> "EngineHost":
         """Begin, in two threads -> the host."""
-        threading.Thread(target=self._read, name="commands", daemon=True).start()
-        threading.Thread(target=self._send, name="updates", daemon=True).start()
+        for name, work in (("commands", self._read), ("updates", self._send)):
+            threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
         return self
 
     def tell(self, message: FromEngine) -> None:
@@ -58,19 +62,27 @@ class EngineHost:
                 self._changed.notify_all()
             noted[one.number] = one
 
-    def _read(self) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
+        """Do the work of one of the threads, until the other process has ended: then nobody reads the answers."""
         try:
-            while True:
-                self._follow(self._connection.recv())
-        except (EOFError, OSError):  # the other process has ended: nobody reads the answers
-            pass
-        finally:
-            with self._changed:
-                self._is_closed = True
-                left = list(self._open.values())
-                self._changed.notify_all()
-            for one in left:
-                one.request.cancel()
+            work()
+        except Exception as error:
+            logger.error("the connection to another process cannot go on: %s", describe(error), exc_info=error)
+            self.failure = error
+        with self._changed:
+            self._is_closed = True
+            left = list(self._open.values())
+            self._changed.notify_all()
+        for one in left:
+            one.request.cancel()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = self._connection.recv()
+            except (EOFError, OSError):
+                return
+            self._follow(message)
 
     def _follow(self, message: ToEngine) -> None:
         match message:
@@ -88,7 +100,7 @@ class EngineHost:
             case Question(number, "close"):
                 self._compiling.submit(self._close, number)
             case Listening():
-                self.on_listening()
+                self.listening.set()
 
     def _submit(self, number: int, command: NewRequest) -> None:
         try:
@@ -125,14 +137,14 @@ class EngineHost:
             updates = [one.take() for one in noted.values()]
             try:
                 self._connection.send([*updates, *messages])  # the last of all is that the engine has closed
-            except OSError:  # the other process has ended, which the other thread finds, too
+            except OSError:
                 return
             if is_due:
                 next_due = time.perf_counter() + min(LONGEST_REST, REST * len(updates))
-            self._forget(noted.values())
+            self._sent(noted.values())
 
-    def _forget(self, sent: Iterable["_Open"]) -> None:
-        """Those of the requests whose end has been sent."""
+    def _sent(self, sent: Iterable["_Open"]) -> None:
+        """Forget the requests whose end was among what was sent."""
         with self._changed:
             for one in sent:
                 if one.is_over:

@@ -1,9 +1,9 @@
-"""Wakes tasks of asyncio from the engine's thread: those of one event loop together.
+"""Wakes tasks of asyncio from the thread that brings what the engine has: those of one event loop together.
 
 A step of the engine has something new for every answer. One message to the loop for all of them costs less than one
-each. The tasks then compete with the engine's thread for the interpreter, so they rest after their work, and find more
-the next time: the loop works for a tenth of the time at most, unless the tasks have waited for `LONGEST_REST`. What
-somebody waits for, the begin and the end of an answer, comes at once.
+each. The tasks then compete with the engine for the interpreter, or, from another process, for a processor. So they
+rest after their work, and find more the next time: the loop works for a tenth of the time at most, unless the tasks
+have waited for `LONGEST_REST`. What somebody waits for, the begin and the end of an answer, comes at once.
 """
 
 import asyncio

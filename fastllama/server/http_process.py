@@ -1,7 +1,8 @@
 """A process for HTTP: connections, bodies, texts and prompts. The engine runs in the one that has started it.
 
     with HttpProcess(listener) as http:          # while it starts, the model is loaded
-        http.serve(engine, served, ServerSettings())
+        http.begin(engine, served, ServerSettings())
+        http.wait()
 
 Signals are for the engine's process, which passes them on: SIGTERM or Ctrl-C once to end in order, twice to end at
 once, three times to end without waiting. Ctrl-C in a terminal reaches both processes, and this one does not heed it.
@@ -30,7 +31,7 @@ from fastllama.server.settings import ServerSettings
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALS_TO_KILL = 3
 POLL_SECONDS = 0.25  # between looks at the engine
-END_SECONDS = 5  # for the process to end
+LISTENING_POLL_SECONDS = 0.05
 SWITCH_SECONDS = 2e-4  # that a thread waits for another one of this process
 
 
@@ -52,11 +53,13 @@ class HttpProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=run_http, args=(theirs, listener), name="fastllama http", daemon=True)
-        self._n_signals, self._has_served = 0, False
+        self._n_signals = 0
+        self._engine: Engine | None = None
+        self._host: EngineHost | None = None
         with closing(theirs), closing(listener), _ignored_interrupts():  # which the process inherits
             self._process.start()
 
-    def serve(
+    def begin(
         self,
         engine: Engine,
         served: ServedModel,
@@ -64,27 +67,43 @@ class HttpProcess:
         *,
         root_path: str = "",
         log_level: str = "warning",
-        on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """Serve until a signal.
+        """Serve an engine that runs in its own thread. Waits until the process listens.
 
-        Raises RuntimeError with the reason if the engine cannot go on, and ChildProcessError if the process has ended.
-        on_start: called once the process listens. Signals are handled in the main thread only.
+        Raises ChildProcessError if the process has ended.
         """
-        host = EngineHost(engine, self._connection)
-        host.on_listening, self._has_served = on_start, True
+        self._engine, self._host = engine, EngineHost(engine, self._connection)
         with suppress(OSError):  # it has ended, which is said below
             self._connection.send(Setup(Facts.of(engine.llm), served, settings, root_path, log_level))
-        with self._handled_signals(host.start()):
-            has_told = False
-            while not connection.wait([self._process.sentinel], POLL_SECONDS):
-                if engine.failure is not None and not has_told:
+        self._host.start()
+        while not self._host.listening.wait(LISTENING_POLL_SECONDS):
+            self._check_running()
+
+    def wait(self, on_start: Callable[[], None] = lambda: None) -> None:
+        """Wait for the end, which signals bring about, if this is the main thread.
+
+        on_start: called once they do. Raises RuntimeError with the reason if the engine cannot go on, and
+        ChildProcessError if the process has ended without a signal.
+        """
+        if self._engine is None or self._host is None:
+            raise RuntimeError("nothing is served: call begin() first")
+        engine, host = self._engine, self._host
+        with self._handled_signals(host):
+            on_start()
+            is_told = False
+            while not connection.wait([self._process.sentinel], POLL_SECONDS) and host.failure is None:
+                if engine.failure is not None and not is_told:
                     host.tell(Failure(describe(engine.failure)))
-                    has_told = True
-        if engine.failure is not None:
-            raise RuntimeError(f"the engine cannot go on: {engine.failure}") from engine.failure
+                    is_told = True
+        failure = engine.failure or host.failure
+        if failure is not None:
+            raise RuntimeError(f"the engine cannot go on: {failure}") from failure
         self._process.join()
         if self._process.exitcode and self._n_signals < SIGNALS_TO_KILL:
+            self._check_running()
+
+    def _check_running(self) -> None:
+        if not self._process.is_alive():
             raise ChildProcessError(
                 f"the process that serves HTTP has ended (exit code {self._process.exitcode}): what it printed before "
                 "says why"
@@ -94,11 +113,9 @@ class HttpProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._connection.close()
-        if not self._has_served:  # it waits for what it has to know, and ends when it finds that there is none
-            self._process.join(END_SECONDS)
-        self._process.kill()
+        self._process.kill()  # it has ended, or nothing that it does is wanted any more
         self._process.join()
+        self._connection.close()
 
     @contextmanager
     def _handled_signals(self, host: EngineHost) -> Iterator[None]:

@@ -17,6 +17,7 @@ from fastllama.benchmarks.result_file import AS_STORED, read_result
 from fastllama.benchmarks.runners import Run
 from fastllama.benchmarks.suites import interleaved, kernels
 from fastllama.benchmarks.suites.interleaved import SUITES, Case
+from fastllama.benchmarks.suites.requests import RequestsCase
 from fastllama.cli import bench as bench_command
 from tests.benchmarks.cases import CPU, SOURCE, Scripted
 from tests.support.checkpoints import random_weights, tiny_params, write_meta, write_tokenizer
@@ -88,6 +89,16 @@ def test_the_command_names_every_suite_model_and_peer() -> None:
     assert (*registry.PEERS, "none") == bench_command.PEERS
     with pytest.raises(ValueError, match="unknown suite 'speed'"):
         bench.Plan(SOURCE, CPU, torch.float32, suites=["speed"])  # type: ignore[list-item]
+
+
+def test_more_requests_at_a_time_than_rows_need_one_number_of_rows() -> None:
+    plan = bench.Plan(SOURCE, CPU, torch.float32, suites=["requests"], batches=(2,), contexts=(4,), clients=5)
+    (case,) = plan.cases(["requests"])
+    assert isinstance(case, RequestsCase) and (case.batch, case.concurrency) == (2, 5)
+    with pytest.raises(ValueError, match="there must be one --batch"):
+        bench.Plan(SOURCE, CPU, torch.float32, batches=(2, 4), clients=5)
+    with pytest.raises(ValueError, match="no prefix or clients below 0"):
+        bench.Plan(SOURCE, CPU, torch.float32, clients=-1)
 
 
 def test_all_suites_run_in_one_result(probe: ReadProbe, monkeypatch: pytest.MonkeyPatch) -> None:

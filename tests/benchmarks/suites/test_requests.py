@@ -58,7 +58,7 @@ def test_prompts_are_new_in_each_case_and_round_and_begin_with_the_prefix() -> N
     assert dataclasses.replace(case, batch=4).workload(600, 0).prompts[0] != first.prompts[0]
 
 
-@pytest.mark.parametrize(("name", "value"), [("requests", 0), ("prefix", -1), ("batch", 0)])
+@pytest.mark.parametrize(("name", "value"), [("requests", 0), ("prefix", -1), ("clients", -1), ("batch", 0)])
 def test_sizes_that_measure_nothing_are_refused(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         dataclasses.replace(CASE, **{name: value})  # type: ignore[arg-type]
@@ -83,6 +83,8 @@ def test_no_more_requests_than_allowed_run_at_a_time(llm: Llama) -> None:
     ends = [times[-1] for times in run.times]
     for place, start in enumerate(run.starts):
         assert sum(end > start for end in ends[:place]) < CASE.batch
+    run = OurEngine(llm).serve(dataclasses.replace(CASE, clients=4).workload(600, 0))
+    assert sum(start < min(ends) for start in run.starts) >= 4, "more than there are rows"
     fixed = FixedBatches(llm).serve(CASE.workload(600, 0))
     assert fixed.starts[0] == fixed.starts[1] < fixed.starts[2] == fixed.starts[3] < fixed.starts[4]
 

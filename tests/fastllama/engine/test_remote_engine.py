@@ -14,7 +14,7 @@ from fastllama import Engine, Llama, SamplingParams, builtin_checkpoint
 from fastllama.engine import Grammar, Request, engine_host
 from fastllama.engine.any_engine import EngineFailed
 from fastllama.engine.facts import Facts
-from fastllama.engine.messages import Failure, Stop
+from fastllama.engine.messages import Failure, Question, Stop
 from fastllama.engine.remote_engine import GONE, RemoteEngine
 from tests.support.checkpoint_kinds import Build, gguf, huggingface, llama2, meta
 from tests.support.remote_engines import Ends, connected, hang_up
@@ -251,6 +251,23 @@ def test_what_is_compiled_for_a_process_that_is_gone_is_cancelled(
     assert accepted.wait(HANG_SECONDS)
     wait_until(lambda: not engine._held)
     assert engine.stats.finished_requests == 1
+
+
+@pytest.mark.parametrize("work", ["_follow", "_sent"])
+def test_a_host_that_breaks_keeps_its_error(
+    engine: Engine, ends: Ends, work: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = engine.submit([5], ENDLESS)
+    assert ends.remote.stats.waiting + engine.stats.running <= 1
+
+    def broken(*arguments: Any) -> Any:
+        raise ArithmeticError("as planned")
+
+    monkeypatch.setattr(ends.host, work, broken)
+    ends.remote.tell(Question(10**6, "stats"))
+    wait_until(lambda: ends.host.failure is not None)
+    assert str(ends.host.failure) == "as planned" and "cannot go on: ArithmeticError" in caplog.text
+    assert request.result().answer.finish_reason == "length", "it is not the other process's"
 
 
 def test_the_engines_process_tells_when_to_stop(ends: Ends) -> None:

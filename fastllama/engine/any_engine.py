@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Items
+from typing import Self
 
 from fastllama.engine import prompts
 from fastllama.engine.commands import NewRequest
@@ -79,7 +80,7 @@ class AnyEngine(ABC):
         """
         return prompts.encode(self.facts, prompt, spare)
 
-    def __enter__(self) -> "AnyEngine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

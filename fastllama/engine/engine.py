@@ -163,9 +163,6 @@ class Engine(AnyEngine):
             thread.join()
             self._thread = None
 
-    def __enter__(self) -> "Engine":
-        return self
-
     def _run_thread(self) -> None:
         while True:
             with self._mail:

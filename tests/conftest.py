@@ -40,12 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # The longest files start first, or one pytest process would end long after the others.
 LONGEST = (
     "test_compiled.py",
-    "test_compiled_variants.py",
-    "test_compiled_kernel.py",
-    "test_fused.py",
-    "test_sample.py",
+    "test_serve.py",
+    "test_shared_engine.py",
+    "test_model_parallel.py",
     "test_nproc.py",
     "test_report.py",
+    "test_sample.py",
+    "test_fused.py",
+    "test_compiled_variants.py",
+    "test_compiled_kernel.py",
 )
 
 

@@ -30,6 +30,13 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     return Plan(source, CPU, torch.float32, suites=["speculate"], **sizes)  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def one_task(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """One task on the built-in model, measured once."""
+    monkeypatch.setattr(speculate, "groups_of", lambda n_rows: ["story"])
+    return dataclasses.replace(plan, batches=(1,), rounds=1)
+
+
 def quiet(text: str) -> None:
     """No progress."""
 
@@ -75,7 +82,7 @@ def test_other_answers_are_a_failure_in_float32_only(plan: Plan, monkeypatch: py
     assert speculate._disagreement(llm, parted) == {}
 
 
-def test_wrong_answers_are_reported(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_answers_are_reported(one_task: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = speculate._answers
 
     def wrong(llm: Llama, *arguments: Any) -> Any:
@@ -85,14 +92,14 @@ def test_wrong_answers_are_reported(plan: Plan, monkeypatch: pytest.MonkeyPatch)
         return found
 
     monkeypatch.setattr(speculate, "_answers", wrong)
-    result = run(dataclasses.replace(plan, batches=(1,), rounds=1), quiet)
+    result = run(one_task, quiet)
     assert failures(result) == ["speculate: row 0 has another token 3 with guesses"]
     assert "not run: row 0 has another token 3 with guesses" in report(result)
 
 
-def test_near_ties_are_counted_and_no_failure(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_ties_are_counted_and_no_failure(one_task: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculate, "partings", lambda *_arguments, **_sampling: [Parting(0, 2, True)])
-    result = run(dataclasses.replace(plan, batches=(1,), rounds=1), quiet)
+    result = run(one_task, quiet)
     assert failures(result) == []
     assert {speculate.COLUMNS["near ties"](one) for one in result.records} == {1}
     assert {speculate.COLUMNS["part"](one) for one in result.records} == {"1 of 1"}
@@ -107,8 +114,8 @@ def test_rows_get_the_texts_of_their_group() -> None:
     assert len(set(prompts_of("copying", 5))) == 3
 
 
-def test_random_weights_take_no_draft_model(plan: Plan) -> None:
-    plan = dataclasses.replace(plan, source=ModelSource.named("random-toy"), batches=(1,), rounds=1)
+def test_random_weights_take_no_draft_model(one_task: Plan) -> None:
+    plan = dataclasses.replace(one_task, source=ModelSource.named("random-toy"))
     assert all(one["partings"] == [] for one in run(plan, quiet).records)
     with pytest.raises(ValueError, match="random-toy has random weights and a vocabulary of its own"):
         run(dataclasses.replace(plan, speculation=Speculation("draft", "somewhere")), quiet)

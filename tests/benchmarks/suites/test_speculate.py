@@ -10,6 +10,7 @@ import torch
 from fastllama import Llama
 from fastllama.benchmarks import plots
 from fastllama.benchmarks.bench import Plan, failures, run
+from fastllama.benchmarks.ceilings import ReadProbe
 from fastllama.benchmarks.compare_results import compare_results
 from fastllama.benchmarks.models import ModelSource
 from fastllama.benchmarks.near_ties import Parting
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+def plan(monkeypatch: pytest.MonkeyPatch, probe: ReadProbe) -> Plan:
     """Two tasks on the built-in model."""
     monkeypatch.setattr(speculate, "groups_of", lambda n_rows: ["code edit", "story"] if n_rows == 1 else ["mixed"])
     source, sizes = ModelSource.named("builtin"), {"batches": (1, 2), "contexts": (8, 9), "steps": 12, "rounds": 2}

@@ -58,7 +58,7 @@ def results_by(folders: dict[str, str], builds: dict[str, Build], tmp_path_facto
 
     @functools.cache
     def run(size: int) -> list[dict[str, Any]]:
-        arguments = {"folders": [folders[name] for name in FORMATS], "indivisible": folders["odd"]}
+        arguments: dict[str, Any] = {"folders": [folders[name] for name in FORMATS], "indivisible": folders["odd"]}
         arguments |= {"large": folders["large"], "builds": builds}
         out = tmp_path_factory.mktemp("out")
         return run_processes(size, out, "tests.support.parallel_cases:all_cases", arguments, TRITON_INTERPRET="1")

@@ -6,6 +6,7 @@ Tests marked `slow` run only with --all (`make test-all`): more sizes and more G
 check. OMP_NUM_THREADS sets another number of threads.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -40,12 +41,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # The longest files start first, or one pytest process would end long after the others.
 LONGEST = (
     "test_compiled.py",
-    "test_compiled_variants.py",
-    "test_compiled_kernel.py",
-    "test_fused.py",
-    "test_sample.py",
+    "test_serve.py",
+    "test_shared_engine.py",
+    "test_model_parallel.py",
     "test_nproc.py",
     "test_report.py",
+    "test_sample.py",
+    "test_fused.py",
+    "test_compiled_variants.py",
+    "test_compiled_kernel.py",
 )
 
 
@@ -57,6 +61,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="slow: make test-all runs it"))
     rank = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected out of garbage collections, which would look through all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
-@pytest.fixture(scope="module", params=["reference", "native"])
+@pytest.fixture(scope="module", params=parameters({"reference": "reference", "native": "native"}, quick=("native",)))
 def plain(request: pytest.FixtureRequest, folders: dict[str, str]) -> Llama:
     return build(folders, backend=request.param)
 

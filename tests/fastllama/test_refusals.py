@@ -1,10 +1,12 @@
 """Every refusal of docs/refusals.md: what is refused, the exact message, and that no model was made."""
 
 import ast
+import functools
 import re
 import traceback
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -29,19 +31,38 @@ def test_the_page_has_every_case_and_nothing_else() -> None:
     assert refusals.page(MESSAGES) == refusals.PAGE.read_text(encoding="utf-8"), "run `make docs`"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_message_is_that_of_the_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class Refusal(NamedTuple):
+    """A case's message, the models that were made before, and the lines of files that the errors came through."""
+
+    message: str
+    n_models: int
+    reached: set[tuple[str, int]]
+
+
+@functools.cache
+def refusal(name: str) -> Refusal:
     made = []
 
     def counted(*args: object, **kwargs: object) -> object:
         made.append(args)
         return Transformer(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fastllama.loading.Transformer", counted)
-    message = str(CASES[name].refused())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastllama.loading.Transformer", counted)
+        error: BaseException | None = CASES[name].refused()
+    message, reached = str(error), set()
+    while error is not None:
+        reached |= {(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)}
+        error = error.__cause__ or error.__context__
+    return Refusal(message, len(made), reached)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_message_is_that_of_the_page(name: str) -> None:
+    message = refusal(name).message
     assert message == MESSAGES[name], "run `make docs`, and read what it changes"
     assert "\n" not in message
-    assert len(made) == (CASES[name].call is chat)
+    assert refusal(name).n_models == (CASES[name].call is chat)
 
 
 # Completeness
@@ -71,12 +92,7 @@ MODULES = [
 
 
 def test_every_raise_of_what_is_lacking_is_reached() -> None:
-    reached = set()
-    for case in CASES.values():
-        error: BaseException | None = case.refused()
-        while error is not None:
-            reached |= {(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)}
-            error = error.__cause__ or error.__context__
+    reached = set().union(*(refusal(name).reached for name in CASES))
     lacking = []
     for path in MODULES:
         text = path.read_text(encoding="utf-8")

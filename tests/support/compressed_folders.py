@@ -1,14 +1,21 @@
-"""Stores matrices as the package compressed-tensors does, and unpacks them through it."""
+"""Stores matrices as the package compressed-tensors does, and unpacks them through it.
 
+The package is imported by the functions: that takes seconds, which processes that run other tests do not need.
+"""
+
+from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from tests.support.quantized_folders import Parts, linear_weights
 
+NEEDED = pytest.mark.skipif(
+    find_spec("compressed_tensors") is None,
+    reason="compressed-tensors is not installed: pip install compressed-tensors",
+)
 LINEAR = linear_weights()
 INT8, FP8 = {"num_bits": 8, "type": "int"}, {"num_bits": 8, "type": "float"}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group"}
@@ -32,6 +39,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def compressed(weight: Tensor, layout: str, fields: dict[str, Any], dtype: torch.dtype = torch.float16) -> Parts:
     """A matrix as the package stores it, with simple scales in this dtype."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
     arguments = QuantizationArgs(**fields)
     groups = weight.shape[1] // (arguments.group_size or weight.shape[1])
     grouped = weight.view(1, 1, -1) if arguments.strategy == "tensor" else weight.view(weight.shape[0], groups, -1)
@@ -50,6 +60,9 @@ def compressed(weight: Tensor, layout: str, fields: dict[str, Any], dtype: torch
 
 def dequantised(parts: Parts, layout: str, fields: dict[str, Any]) -> Tensor:
     """The matrix as the package unpacks it, with scales in float32."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**fields))
     wide = parts | {"weight_scale": parts["weight_scale"].float()}
     weight: Tensor = BaseCompressor.get_value_from_registry(layout).decompress(wide, scheme)["weight"]

@@ -34,13 +34,14 @@ def all_cases(arguments: dict[str, Any]) -> dict[str, Any]:
     """All cases in one group of processes, because starting processes takes longer than the cases.
 
     Returns every folder's answers, and the errors for a wrong size and for a failure of one process. Two processes also
-    return memory and interpreted kernels; four also return groups smaller than the world.
+    return texts of `builds`, memory and interpreted kernels; four also return groups smaller than the world.
     """
     results: dict[str, Any] = {"answers": [answers(build(folder)) for folder in arguments["folders"]]}
     results["error"] = build_error(arguments["indivisible"])
     results["failure"] = build_error("nowhere" if dist.get_rank() == 1 else arguments["folders"][0])
     results["again"] = are_alike(answers(build(arguments["folders"][0])), results["answers"][0])
     if dist.get_world_size() == 2:
+        results["texts"] = answers_of_builds(arguments["builds"])
         results["speculation"] = speculation(arguments["folders"][0], results["answers"][0])
         return results | {"memory": memory(arguments["large"]), "fused": fused(arguments["folders"][1])}
     return results | {"subsets": subsets(arguments["folders"][2])}
@@ -85,6 +86,19 @@ def assert_alike(results: dict[str, Any], expected: dict[str, Any]) -> None:
     for row, expected_row in zip(results["logprobs"], expected["logprobs"], strict=True):
         assert_same_logprobs(row, expected_row, "divided logprobs")
     assert_same_logits(torch.tensor(results["logits"]), torch.tensor(expected["logits"]))
+
+
+def assert_same_texts(results: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Assert that a model's `text_answers` are equal, with log-probabilities within the tolerance."""
+    assert results.keys() == expected.keys()
+    for name, answers in expected.items():
+        found = results[name]
+        assert (found is None) == (answers is None)
+        if answers is not None:
+            for key in ("generation", "tokens"):
+                assert [one[key] for one in found] == [one[key] for one in answers]
+            ours, theirs = ([one["logprobs"] for one in ones] for ones in (found, answers))
+            assert_same_logprobs(ours, theirs, "divided logprobs")
 
 
 def are_alike(results: dict[str, Any], expected: dict[str, Any]) -> bool:

@@ -118,13 +118,15 @@ def test_hanging_sections_and_sections_without_time_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     advance_clock(monkeypatch, after={5: report.TIMEOUT_SECONDS, 6: 1e6})
-    records = run(tmp_path, "hangs", "never_ends", "fine", budget=1e5)
+    records = run(tmp_path, "hangs", "fine", "never_ends", "raises", budget=1e5)
     assert records == [
         {"suite": "hangs", "value": 5},
         {"suite": "hangs", "error": "no result for 240 s"},
+        {"suite": "fine", "value": 1},
+        {"suite": "fine", "value": 2},
         {"suite": "never_ends", "value": 6},
         {"suite": "never_ends", "not_run": "no time left for the rest"},
-        {"suite": "fine", "not_run": "no time left"},
+        {"suite": "raises", "not_run": "no time left"},
     ]
 
 

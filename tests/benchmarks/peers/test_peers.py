@@ -16,9 +16,12 @@ from fastllama.benchmarks.peers.registry import Peer
 from fastllama.benchmarks.runners import Ours
 from fastllama.rope import rope_table
 from tests.benchmarks.cases import ARGS, CASE, RAGGED, SHAPE, SOURCE, SPEC
+from tests.support.tiers import parameters
 
 
-@pytest.mark.parametrize("name", ["reference", "transformers"])
+@pytest.mark.parametrize(
+    "name", parameters({name: name for name in ("reference", "transformers")}, quick=("transformers",))
+)
 def test_peers_generate_our_tokens_for_ragged_prompts(name: str) -> None:
     prompts = RAGGED.prompts(ARGS.vocab_size)
     ours = Ours(SPEC.build()).run(prompts, 8, logprobs=True)

@@ -10,6 +10,7 @@ import torch
 from fastllama import Llama
 from fastllama.benchmarks import plots
 from fastllama.benchmarks.bench import Plan, failures, run
+from fastllama.benchmarks.ceilings import ReadProbe
 from fastllama.benchmarks.compare_results import compare_results
 from fastllama.benchmarks.models import ModelSource
 from fastllama.benchmarks.near_ties import Parting
@@ -23,11 +24,18 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+def plan(monkeypatch: pytest.MonkeyPatch, probe: ReadProbe) -> Plan:
     """Two tasks on the built-in model."""
     monkeypatch.setattr(speculate, "groups_of", lambda n_rows: ["code edit", "story"] if n_rows == 1 else ["mixed"])
     source, sizes = ModelSource.named("builtin"), {"batches": (1, 2), "contexts": (8, 9), "steps": 12, "rounds": 2}
     return Plan(source, CPU, torch.float32, suites=["speculate"], **sizes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def one_task(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """One task on the built-in model, measured once."""
+    monkeypatch.setattr(speculate, "groups_of", lambda n_rows: ["story"])
+    return dataclasses.replace(plan, batches=(1,), rounds=1)
 
 
 def quiet(text: str) -> None:
@@ -75,7 +83,7 @@ def test_other_answers_are_a_failure_in_float32_only(plan: Plan, monkeypatch: py
     assert speculate._disagreement(llm, parted) == {}
 
 
-def test_wrong_answers_are_reported(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_answers_are_reported(one_task: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = speculate._answers
 
     def wrong(llm: Llama, *arguments: Any) -> Any:
@@ -85,14 +93,14 @@ def test_wrong_answers_are_reported(plan: Plan, monkeypatch: pytest.MonkeyPatch)
         return found
 
     monkeypatch.setattr(speculate, "_answers", wrong)
-    result = run(dataclasses.replace(plan, batches=(1,), rounds=1), quiet)
+    result = run(one_task, quiet)
     assert failures(result) == ["speculate: row 0 has another token 3 with guesses"]
     assert "not run: row 0 has another token 3 with guesses" in report(result)
 
 
-def test_near_ties_are_counted_and_no_failure(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_ties_are_counted_and_no_failure(one_task: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculate, "partings", lambda *_arguments, **_sampling: [Parting(0, 2, True)])
-    result = run(dataclasses.replace(plan, batches=(1,), rounds=1), quiet)
+    result = run(one_task, quiet)
     assert failures(result) == []
     assert {speculate.COLUMNS["near ties"](one) for one in result.records} == {1}
     assert {speculate.COLUMNS["part"](one) for one in result.records} == {"1 of 1"}
@@ -107,8 +115,8 @@ def test_rows_get_the_texts_of_their_group() -> None:
     assert len(set(prompts_of("copying", 5))) == 3
 
 
-def test_random_weights_take_no_draft_model(plan: Plan) -> None:
-    plan = dataclasses.replace(plan, source=ModelSource.named("random-toy"), batches=(1,), rounds=1)
+def test_random_weights_take_no_draft_model(one_task: Plan) -> None:
+    plan = dataclasses.replace(one_task, source=ModelSource.named("random-toy"))
     assert all(one["partings"] == [] for one in run(plan, quiet).records)
     with pytest.raises(ValueError, match="random-toy has random weights and a vocabulary of its own"):
         run(dataclasses.replace(plan, speculation=Speculation("draft", "somewhere")), quiet)

@@ -12,11 +12,10 @@ from fastllama import Llama
 from fastllama.checkpoint import open_checkpoint
 from fastllama.kernels.quantized import QuantizedWeight
 from tests.support.checkpoints import huggingface_weights, share, write_tokenizer
+from tests.support.compressed_folders import FP8, INT8, KINDS, LINEAR, NEEDED, compressed, configuration, dequantised
 from tests.support.quantized_folders import PARAMS, write_folder
 
-pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install compressed-tensors")
-
-from tests.support.compressed_folders import FP8, INT8, KINDS, LINEAR, compressed, configuration, dequantised
+pytestmark = NEEDED
 
 
 def written(folder: Path, kind: str, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:

@@ -9,11 +9,10 @@ import torch
 
 from fastllama.checkpoint import open_checkpoint
 from fastllama.kernels.quantized import QuantizedWeight
+from tests.support.compressed_folders import FP8, INT8, KINDS, LINEAR, NEEDED, compressed, configuration, dequantised
 from tests.support.quantized_folders import write_folder
 
-pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install compressed-tensors")
-
-from tests.support.compressed_folders import FP8, INT8, KINDS, LINEAR, compressed, configuration, dequantised
+pytestmark = NEEDED
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 
 
 @pytest.mark.parametrize(
-    "endless", parameters({"--nproc": ("4", "--nproc"), "torchrun": ("2", "torchrun")}, ("--nproc",)), indirect=True
+    "endless", parameters({"--nproc": ("4", "--nproc"), "torchrun": ("2", "torchrun")}, ()), indirect=True
 )
 def test_a_killed_process_ends_the_command_with_the_reason(endless: Endless) -> None:
     command, processes = endless

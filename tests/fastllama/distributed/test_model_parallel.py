@@ -10,9 +10,10 @@ import torch
 from fastllama.args import ModelArgs
 from fastllama.distributed.model_parallel import SINGLE_PROCESS, Group
 from fastllama.model import Transformer
+from tests.support.checkpoint_kinds import KINDS, Build
 from tests.support.checkpoints import random_weights, tiny_params, write_huggingface, write_meta, write_tokenizer
 from tests.support.comparisons import assert_same_logprobs
-from tests.support.parallel_cases import answers, assert_alike, build
+from tests.support.parallel_cases import answers, assert_alike, assert_same_texts, build, text_answers
 from tests.support.processes import run_processes
 from tests.support.tiers import parameters
 
@@ -20,6 +21,7 @@ PARAMS = tiny_params()  # eight heads and two kv heads, so that with four proces
 SHARDS = (1, 2, 4, 8)
 SIZES = parameters({"2": 2, "4": 4}, quick=("2",))
 FORMATS = [*(f"{shards} shards" for shards in SHARDS), "Llama 2's embedding", "Hugging Face"]
+KIND = "Hugging Face, several files, two adapters"  # of the checkpoint whose texts are compared
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +43,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Build]:
+    return {KIND: KINDS[KIND](tmp_path_factory.mktemp("kinds") / "model")}
+
+
+@pytest.fixture(scope="module")
 def expected(folders: dict[str, str]) -> dict[str, Any]:
     return answers(build(folders["1 shards"]))
 
 
 @pytest.fixture(scope="module")
-def results_by(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results_by(folders: dict[str, str], builds: dict[str, Build], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The results of each process, by the number of processes; one run of each number for all tests."""
 
     @functools.cache
     def run(size: int) -> list[dict[str, Any]]:
-        arguments = {"folders": [folders[name] for name in FORMATS], "indivisible": folders["odd"]}
-        arguments |= {"large": folders["large"]}
+        arguments: dict[str, Any] = {"folders": [folders[name] for name in FORMATS], "indivisible": folders["odd"]}
+        arguments |= {"large": folders["large"], "builds": builds}
         out = tmp_path_factory.mktemp("out")
         return run_processes(size, out, "tests.support.parallel_cases:all_cases", arguments, TRITON_INTERPRET="1")
 
@@ -118,6 +125,14 @@ def test_processes_that_check_guesses_give_the_same_answers(results_by: Any) -> 
     assert first == second, "both decide alike how many guesses a step checks"
     assert all(alike for alike, _, _ in first.values())
     assert first["draft"][1] > 0
+
+
+def test_texts_are_those_of_one_process(results_by: Any, builds: dict[str, Build]) -> None:
+    expected = text_answers(builds[KIND])
+    assert expected["greedy"] != expected["drawn"] and expected["greedy chat"]
+    first, second = (found["texts"][KIND] for found in results_by(2))
+    assert first == second
+    assert_same_texts(first, expected)
 
 
 def test_interpreted_kernels_give_the_same_tokens(folders: dict[str, str], results_by: Any) -> None:

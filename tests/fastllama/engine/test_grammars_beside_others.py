@@ -144,7 +144,6 @@ def test_on_a_cpu_rows_with_grammars_take_part_in_every_step(llm: Llama, steps: 
     assert (len(free), len(guided)) == (30, 24)
 
 
-@pytest.mark.slow
 def test_a_step_with_grammars_is_one_launch_more(tmp_path: Path) -> None:
     """The graph of steps without is the one that there was, and it is used again."""
     llm = engine_llama(tmp_path, backend="fused", max_seq_len=64, rows=2, n_layers=1)

@@ -109,7 +109,6 @@ def test_message_waits_while_an_answer_is_written(chat: Chat, chat_server: FakeC
     assert len(chat_server.bodies) == 1
 
 
-@pytest.mark.slow
 def test_retry_asks_again(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.ask("Name?", "Ann")
     chat_server.replies.append(Reply(["Ben"]))
@@ -119,7 +118,6 @@ def test_retry_asks_again(chat: Chat, chat_server: FakeChatServer) -> None:
     assert chat_server.bodies[1] == chat_server.bodies[0]
 
 
-@pytest.mark.slow
 def test_edit_drops_what_follows(chat: Chat, chat_server: FakeChatServer) -> None:
     chat.ask("One?", "1")
     chat.ask("Two?", "2")
@@ -229,7 +227,6 @@ def test_error_in_the_middle_keeps_what_came(chat: Chat) -> None:
     chat.expect(chat.answer).to_have_text("one")
 
 
-@pytest.mark.slow
 def test_lost_connection_is_shown(chat: Chat, chat_server: FakeChatServer) -> None:
     chat_server.replies.append(Reply(["one", HOLD], is_cut=True))
     chat.input.fill("Count")

@@ -77,7 +77,7 @@ def test_quantized_projections_match_reference(
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("kind", ["int8", "int8-g32", "fp8", "int4-g32", "int4-g64-zeros-bf16"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("fp32", "bf16")))
 def test_a_token_gets_the_same_result_in_any_batch_and_on_any_threads(
     kind: str, dtype: torch.dtype, guarded: GuardedMemory
 ) -> None:
@@ -96,7 +96,7 @@ def test_a_token_gets_the_same_result_in_any_batch_and_on_any_threads(
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("fp32", "bf16")))
 def test_dequantizes_like_the_contract(kind: str, dtype: torch.dtype, guarded: GuardedMemory) -> None:
     quantize, unit = KINDS[kind]
     for width in (32, 172, 192, 384):

@@ -51,7 +51,7 @@ def assert_all_ops_match(case: Case) -> None:
 @pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("bf16",)))
 @pytest.mark.parametrize("n_tokens", parameters({f"N{n}": n for n in (1, 3, 16)}, quick=("N1", "N3")))
 @pytest.mark.parametrize(
-    "name", parameters({name: name for name in NAMES}, quick=("fp8", "int4-g128-zeros", "int4-g32", "int8-g32"))
+    "name", parameters({name: name for name in NAMES}, quick=("fp8", "int4-g128-zeros", "int8-g32"))
 )
 def test_projections_match_the_reference(
     name: str, n_tokens: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory
@@ -62,7 +62,7 @@ def test_projections_match_the_reference(
 
 
 @pytest.mark.parametrize("dtype", parameters(DTYPES, quick=("fp32",)))
-@pytest.mark.parametrize("n_tokens", parameters({f"N{n}": n for n in (1, 5)}, quick=("N1", "N5")))
+@pytest.mark.parametrize("n_tokens", parameters({f"N{n}": n for n in (1, 5)}, quick=("N1",)))
 @pytest.mark.parametrize("name", BY_ROW)
 def test_rows_of_any_length(
     name: str, n_tokens: int, dtype: torch.dtype, device: torch.device, guarded: GuardedMemory

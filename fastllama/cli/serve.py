@@ -63,7 +63,7 @@ def serve(**options: Any) -> None:
 
     POST /v1/chat/completions, /v1/completions, /v1/responses, /tokenize and /detokenize; GET /v1/models, /health,
     /metrics (for Prometheus), /openapi.json, and / (the page). SIGTERM or Ctrl-C ends it when the answers that run
-    have ended; a second one at once.
+    have ended; a second one at once; a third one without waiting for a step.
 
     \b
     Examples:

@@ -14,11 +14,11 @@ from fastllama.engine.stats import Stats
 
 
 class EngineFailed(RuntimeError):
-    """The engine has failed, and all requests with it."""
+    """The engine has failed, and all requests with it, or it is closed."""
 
 
 class AnyEngine(ABC):
-    """Runs requests. All calls may come from any thread, and none waits for a step."""
+    """Runs requests. All calls may come from any thread, and none but `close` waits for a step."""
 
     failure: BaseException | None = None  # that has ended all requests; None while the engine works
 
@@ -66,7 +66,7 @@ class AnyEngine(ABC):
 
         first_scored: the position of the first token whose log-probability is wanted, with prompt_logprobs.
         alternatives: tokens that are scored, too, in place of the prompt's last one: after its scores. is_streamed:
-        whether increments are read as they come; False lets another process send them together, at the end. Raises
+        whether increments are read as they come; False lets another process send them when an answer ends. Raises
         ValueError for a prompt that does not fit, and RuntimeError while another call uses the model, and after the
         engine was closed or has failed.
         """

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
+from fastllama.engine.any_engine import EngineFailed
 from fastllama.engine.commands import Cancellation, NewRequest
 from fastllama.engine.engine import Engine
 from fastllama.engine.messages import FromEngine, Listening, Question, Reply, Submission, ToEngine, Update
@@ -35,6 +36,7 @@ class EngineHost:
         self.failure: Exception | None = None  # that has ended this host, though nothing was wrong with the connection
         self._engine, self._connection = engine, connection
         self._compiling = ThreadPoolExecutor(COMPILING_THREADS, "compile")
+        self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()  # of all below
         self._open: dict[int, _Open] = {}  # requests whose end has not been sent
         self._due: dict[int, _Open] = {}  # of which something has come
@@ -45,8 +47,15 @@ class EngineHost:
     def start(self) -> "EngineHost":
         """Begin, in two threads -> the host."""
         for name, work in (("commands", self._read), ("updates", self._send)):
-            threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
+            self._threads.append(threading.Thread(target=self._run, args=(work,), name=name, daemon=True))
+        for thread in self._threads:
+            thread.start()
         return self
+
+    def join(self) -> None:
+        """Wait until both threads have ended, as they do when the other process has."""
+        for thread in self._threads:
+            thread.join()
 
     def tell(self, message: FromEngine) -> None:
         """Send the other process a message."""
@@ -73,6 +82,7 @@ class EngineHost:
             self._is_closed = True
             left = list(self._open.values())
             self._changed.notify_all()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         for one in left:
             one.request.cancel()
 
@@ -98,25 +108,25 @@ class EngineHost:
             case Question(number, "stats"):
                 self.tell(Reply(number, stats=self._engine.stats))
             case Question(number, "close"):
-                self._compiling.submit(self._close, number)
+                threading.Thread(target=self._close, args=(number,), name="close", daemon=True).start()
             case Listening():
                 self.listening.set()
 
     def _submit(self, number: int, command: NewRequest) -> None:
         try:
             request = self._engine.accept(command)
+            one = _Open(self, number, request, at_end=not command.is_streamed)
+            with self._changed:
+                self._open[number] = one
+                is_closed = self._is_closed
+            request.tell(one)
+            if is_closed:
+                request.cancel()
         except Exception as error:
             self.tell(Reply(number, refusal=_sendable(error)))
-            return
-        one = _Open(self, number, request, at_end=not command.is_streamed)
-        with self._changed:
-            self._open[number] = one
-            is_closed = self._is_closed
-        request.tell(one)
-        if is_closed:
-            request.cancel()
-        if command.params.grammar is not None:
-            self.tell(Reply(number))
+        else:
+            if command.params.grammar is not None:
+                self.tell(Reply(number))
 
     def _close(self, number: int) -> None:
         self._engine.close()
@@ -191,5 +201,7 @@ class _Open:
 
 
 def _sendable(error: Exception) -> Exception:
-    """An error that another process can read: what is wrong with a request, or with the engine."""
-    return (ValueError if isinstance(error, ValueError) else RuntimeError)(str(error))
+    """An error that another process can read: what is wrong with a request, or that the engine takes none."""
+    if isinstance(error, ValueError):
+        return ValueError(str(error))
+    return EngineFailed(str(error)) if type(error) is RuntimeError else RuntimeError(describe(error))

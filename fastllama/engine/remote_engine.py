@@ -6,6 +6,7 @@ everything but the model. `engine_host.py` is the other end of the connection.
 """
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,9 +17,11 @@ from fastllama.engine.any_engine import AnyEngine, EngineFailed
 from fastllama.engine.commands import Cancellation, NewRequest
 from fastllama.engine.facts import Facts
 from fastllama.engine.messages import Failure, FromEngine, Question, Reply, Stop, Subject, Submission, ToEngine, Update
+from fastllama.engine.recovery import describe
 from fastllama.engine.request import Request
 from fastllama.engine.stats import Stats
 
+logger = logging.getLogger(__name__)
 GONE = "the engine's process has ended"
 
 
@@ -70,7 +73,13 @@ class RemoteEngine(AnyEngine):
             self._requests[number] = request
             if command.params.grammar is not None:
                 reply = self._asked[number] = Future()
-        self.tell(Submission(number, command))
+        try:
+            self.tell(Submission(number, command))
+        except BaseException:
+            with self._lock:
+                self._requests.pop(number, None)
+                self._asked.pop(number, None)
+            raise
         if reply is not None:
             reply.result()
         return request
@@ -114,6 +123,9 @@ class RemoteEngine(AnyEngine):
         except (EOFError, OSError):
             self.has_lost_engine = True
             self._fail(EngineFailed(GONE))
+        except Exception as error:
+            logger.error("what the engine sends cannot be read: %s", describe(error), exc_info=error)
+            self._fail(EngineFailed(describe(error)))
 
     def _take(self, message: FromEngine) -> None:
         match message:

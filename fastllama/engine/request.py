@@ -33,7 +33,7 @@ class Runner(Protocol):
 class Listener(Protocol):
     """Learns that something has come, from the thread that brings it."""
 
-    at_end: bool  # whether it wants to know the end only
+    at_end: bool  # whether it wants to know the ends of answers only
 
     def set(self, *, at_once: bool) -> None:
         """Something has come. at_once: somebody waits for it."""
@@ -183,7 +183,8 @@ class Request:
         """Tell a listener of what comes, and of what has come and was not read."""
         with self._changed:
             self._listeners.add(listener)
-            if self.is_finished or (self._increments and not listener.at_end):
+            has_end = self.is_finished or self._n_open < len(self.partial.answers)
+            if has_end or (self._increments and not listener.at_end):
                 listener.set(at_once=True)
 
     def raise_error(self) -> None:
@@ -207,7 +208,7 @@ class Request:
             self._n_open -= increment.finish_reason is not None
             if not self._n_open:
                 times.end = now
-        self._notify(at_once=is_first or self.is_finished)
+        self._notify(at_once=is_first or self.is_finished, is_end=increment.finish_reason is not None)
 
     def receive(self, update: Update) -> None:
         """Take what has come from the engine's process."""
@@ -222,21 +223,22 @@ class Request:
             partial.answers[index].error = error
         for increment in update.increments:
             partial.answers[increment.index].add(increment)
+        n_ended = sum(increment.finish_reason is not None for increment in update.increments)
         with self._changed:
             self._increments += update.increments
-            self._n_open -= sum(increment.finish_reason is not None for increment in update.increments)
-        self._notify(at_once=is_first or self.is_finished)
+            self._n_open -= n_ended
+        self._notify(at_once=is_first or self.is_finished, is_end=n_ended > 0)
 
     def fail(self, error: Exception) -> None:
         """The engine has failed: whoever waits for this request gets its error."""
         self.error = error
-        self._notify(at_once=True)
+        self._notify(at_once=True, is_end=True)
 
-    def _notify(self, *, at_once: bool) -> None:
+    def _notify(self, *, at_once: bool, is_end: bool) -> None:
         with self._changed:
             self._changed.notify_all()
-            for listener in self._listeners:
-                if self.is_finished or not listener.at_end:
+            for listener in tuple(self._listeners):
+                if is_end or not listener.at_end:
                     listener.set(at_once=at_once)
 
     def _next(self) -> tuple[Increment | None, bool]:

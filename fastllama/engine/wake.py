@@ -21,7 +21,7 @@ class Wake:
     """Wakes a task of the running loop from any thread."""
 
     def __init__(self, *, at_end: bool = False) -> None:
-        """at_end: only when a request has ended."""
+        """at_end: only when an answer has ended."""
         self.at_end = at_end
         self._bell, self._event, self._is_set = _bell(), asyncio.Event(), False
 

@@ -5,20 +5,23 @@
         http.wait()
 
 Signals are for the engine's process, which passes them on: SIGTERM or Ctrl-C once to end in order, twice to end at
-once, three times to end without waiting. Ctrl-C in a terminal reaches both processes, and this one does not heed it.
+once, three times to end without waiting for a step. Ctrl-C in a terminal reaches both processes, and this one does not
+heed it.
 """
 
 import multiprocessing
+import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from fastllama.distributed.interrupts import EXIT_INTERRUPTED, FORCE_QUIT_INTERRUPTS
 from fastllama.engine.engine import Engine
 from fastllama.engine.engine_host import EngineHost
 from fastllama.engine.facts import Facts
@@ -29,7 +32,6 @@ from fastllama.openai_api.envelope import ServedModel
 from fastllama.server.settings import ServerSettings
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SIGNALS_TO_KILL = 3
 POLL_SECONDS = 0.25  # between looks at the engine
 LISTENING_POLL_SECONDS = 0.05
 SWITCH_SECONDS = 2e-4  # that a thread waits for another one of this process
@@ -56,8 +58,8 @@ class HttpProcess:
         self._n_signals = 0
         self._engine: Engine | None = None
         self._host: EngineHost | None = None
-        with closing(theirs), closing(listener), _ignored_interrupts():  # which the process inherits
-            self._process.start()
+        with closing(theirs), closing(listener), _handled([signal.SIGINT], signal.SIG_IGN):
+            self._process.start()  # it inherits that
 
     def begin(
         self,
@@ -77,7 +79,10 @@ class HttpProcess:
             self._connection.send(Setup(Facts.of(engine.llm), served, settings, root_path, log_level))
         self._host.start()
         while not self._host.listening.wait(LISTENING_POLL_SECONDS):
-            self._check_running()
+            if not self._process.is_alive():
+                raise self._ended()
+            if self._host.failure is not None:
+                raise RuntimeError("the process that serves HTTP cannot be talked to") from self._host.failure
 
     def wait(self, on_start: Callable[[], None] = lambda: None) -> None:
         """Wait for the end, which signals bring about, if this is the main thread.
@@ -88,7 +93,7 @@ class HttpProcess:
         if self._engine is None or self._host is None:
             raise RuntimeError("nothing is served: call begin() first")
         engine, host = self._engine, self._host
-        with self._handled_signals(host):
+        with _handled(SIGNALS, self._handle_signal):
             on_start()
             is_told = False
             while not connection.wait([self._process.sentinel], POLL_SECONDS) and host.failure is None:
@@ -99,15 +104,15 @@ class HttpProcess:
         if failure is not None:
             raise RuntimeError(f"the engine cannot go on: {failure}") from failure
         self._process.join()
-        if self._process.exitcode and self._n_signals < SIGNALS_TO_KILL:
-            self._check_running()
+        if self._process.exitcode:
+            raise self._ended()
 
-    def _check_running(self) -> None:
-        if not self._process.is_alive():
-            raise ChildProcessError(
-                f"the process that serves HTTP has ended (exit code {self._process.exitcode}): what it printed before "
-                "says why"
-            )
+    def _ended(self) -> ChildProcessError:
+        """The error of a process that has ended by itself."""
+        return ChildProcessError(
+            f"the process that serves HTTP has ended (exit code {self._process.exitcode}): what it printed before says "
+            "why"
+        )
 
     def __enter__(self) -> "HttpProcess":
         return self
@@ -115,31 +120,21 @@ class HttpProcess:
     def __exit__(self, *error: object) -> None:
         self._process.kill()  # it has ended, or nothing that it does is wanted any more
         self._process.join()
+        if self._host is not None:  # its threads hold the model, which must not be freed while Python ends
+            self._host.join()
         self._connection.close()
 
-    @contextmanager
-    def _handled_signals(self, host: EngineHost) -> Iterator[None]:
-        """A block in which signals are passed on."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: Any) -> None:
-            self._n_signals += 1
-            if self._n_signals >= SIGNALS_TO_KILL:
-                self._process.kill()
-            else:
-                host.tell(Stop(at_once=self._n_signals > 1))
-
-        before = {number: signal.signal(number, handle) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _handle_signal(self, number: int, frame: Any) -> None:
+        """Pass a signal on."""
+        self._n_signals += 1
+        if self._n_signals >= FORCE_QUIT_INTERRUPTS:
+            self._process.kill()
+            os._exit(EXIT_INTERRUPTED)
+        if self._host is not None:
+            self._host.tell(Stop(at_once=self._n_signals > 1))
 
 
-def run_http(connection: Connection, listener: socket.socket) -> None:
+def run_http(pipe: Connection, listener: socket.socket) -> None:
     """The process: serve HTTP until the other one says that it is to end, or is gone."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -148,30 +143,35 @@ def run_http(connection: Connection, listener: socket.socket) -> None:
     from fastllama.server.service import Service
 
     try:
-        setup: Setup = connection.recv()
+        setup: Setup = pipe.recv()
     except (EOFError, OSError):  # there is no model
         return
     run.raise_descriptor_limit()
-    engine = RemoteEngine(connection, setup.facts)
+    engine = RemoteEngine(pipe, setup.facts)
     service = Service(engine, setup.served, setup.settings)
     config = run.configure(service, root_path=setup.root_path, log_level=setup.log_level)
     server = run.Server(config, service, on_start=lambda: engine.tell(Listening()))
     engine.on_stop = lambda at_once: server.stop(at_once=at_once)
     engine.start()
     with closing(listener):
+        try:
+            listener.listen(run.BACKLOG)  # uvloop would pass over its error
+        except OSError as error:  # another program listens there since
+            sys.exit(f"fastllama serve: cannot listen on port {listener.getsockname()[1]} ({error.strerror or error})")
         server.run(sockets=[listener])
     if engine.has_lost_engine:
         sys.exit(f"fastllama serve: {GONE}")
 
 
 @contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """A block in which Ctrl-C does nothing, in the main thread."""
+def _handled(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    """A block in which signals have this handler. In another thread than the main one it is an ordinary block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = [(number, signal.signal(number, handler)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before:
+            signal.signal(number, signal.SIG_DFL if old is None else old)  # None: it was not Python's

@@ -40,7 +40,6 @@ class Server(uvicorn.Server):
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self.failure: BaseException | None = None  # of the engine
 
     def stop(self, *, at_once: bool) -> None:
         """End, in order or at once. From any thread."""
@@ -83,8 +82,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(POLL_SECONDS)
             for connection in self._connections():
                 connection.check(time.monotonic())
-            self.failure = self._service.engine.failure
-            if self.failure is not None:
+            if self._service.engine.failure is not None:
                 self.should_exit = True
 
     def _connections(self) -> list[Connection]:

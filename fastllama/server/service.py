@@ -80,10 +80,12 @@ class Service:
         finally:
             self._n_in_work -= 1
             self._submitted.difference_update(requests)
+            ended = [one for one in requests if one.is_finished]
             for one in requests:
-                if not one.is_finished:
+                if one not in ended:
                     one.cancel()
-            await self.computed(self._note, requests, is_large=is_large(request, requests))
+                    one.tell(_AtEnd(one, self._note))
+            await self.computed(self._note, ended, is_large=is_large(request, ended))
 
     async def prepared(self, function: Callable[..., T], *arguments: Any, is_quick: bool) -> T:
         """The result of a function, which runs in a thread unless it takes less time than a thread needs to wake."""
@@ -167,6 +169,22 @@ class Service:
                 # Those of more answers than there are rows run one after the other.
                 seconds = (times.end - times.first_token) / math.ceil(n_answers / self._n_rows)
                 self._answer_seconds += (1 - (1 - SMOOTHING) ** n_answers) * (seconds - self._answer_seconds)
+
+
+class _AtEnd:
+    """Calls a function once, when a request that nobody reads has ended."""
+
+    at_end = True
+
+    def __init__(self, request: Request, function: Callable[[Sequence[Request]], None]) -> None:
+        self._request, self._function = request, function
+        self._is_done = False
+
+    def set(self, *, at_once: bool) -> None:
+        """An answer has ended."""
+        if self._request.is_finished and not self._is_done:
+            self._is_done = True
+            self._function([self._request])
 
 
 def is_large(request: ApiRequest, submitted: Sequence[Request]) -> bool:

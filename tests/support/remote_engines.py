@@ -25,11 +25,13 @@ class Ends(NamedTuple):
 def connected(engine: Engine) -> Iterator[Ends]:
     """An engine's host, and who submits requests to it, for the block. What they say is pickled."""
     ours, theirs = Pipe()
+    host = EngineHost(engine, ours).start()
     try:
-        yield Ends(EngineHost(engine, ours).start(), RemoteEngine(theirs, Facts.of(engine.llm)).start())
+        yield Ends(host, RemoteEngine(theirs, Facts.of(engine.llm)).start())
     finally:
         for end in (ours, theirs):
             hang_up(end)
+        host.join()
 
 
 def hang_up(end: Connection) -> None:

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from fastllama import Engine, Llama
+from fastllama.engine.engine_host import EngineHost
 from fastllama.openai_api.envelope import ServedModel
 from fastllama.server.http_process import HttpProcess
 from fastllama.server.run import bind
@@ -59,6 +60,25 @@ def test_a_process_that_has_ended_before_it_serves_is_an_error(engine: Engine) -
         http._process.kill()
         with pytest.raises(ChildProcessError, match="has ended \\(exit code -9\\)"):
             http.begin(engine, ServedModel("served", engine.llm.tokenizer), ServerSettings())
+
+
+def test_a_port_that_was_taken_since_is_an_error(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two sockets may have the same address until one of them listens."""
+    listener = bind(HOST, 0)
+    with bind(HOST, listener.getsockname()[1]) as other:
+        other.listen()
+        with HttpProcess(listener) as http, pytest.raises(ChildProcessError, match="exit code 1"):
+            http.begin(engine, ServedModel("served", engine.llm.tokenizer), ServerSettings())
+    assert "cannot listen on port" in capfd.readouterr().err
+
+
+def test_a_connection_that_breaks_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ArithmeticError("as planned")
+
+    monkeypatch.setattr(EngineHost, "_follow", broken)
+    with HttpProcess(bind(HOST, 0)) as http, pytest.raises(RuntimeError, match="cannot be talked to"):
+        http.begin(engine, ServedModel("served", engine.llm.tokenizer), ServerSettings())
 
 
 def test_nothing_is_waited_for_before_it_serves() -> None:

@@ -1,18 +1,24 @@
-"""What a service tells about itself: its fingerprint, and when a full queue should be asked again."""
+"""What a service tells: its fingerprint, when a full queue should be asked again, and what it has counted."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from fastllama import Llama, builtin_checkpoint
+from fastllama import Engine, Llama, builtin_checkpoint
 from fastllama.engine.request import Times
 from fastllama.openai_api.envelope import ServedModel
+from fastllama.openai_api.requests import completion_request
 from fastllama.server.fingerprint import fingerprint
 from fastllama.server.service import Service
 from fastllama.server.settings import ServerSettings
 from tests.fastllama.server.conftest import ROWS
+from tests.support.remote_engines import connected
+from tests.support.timeouts import wait_until
+
+ENOUGH = 5  # tokens
 
 
 def built(max_seq_len: int = 256, rows: int = ROWS, **options: Any) -> Llama:
@@ -67,3 +73,28 @@ def test_the_time_of_an_answer_holds_no_wait(
         for _ in range(200):
             service._note(cast(Any, [request]))
         assert service._answer_seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_client_that_leaves_has_cost_is_counted(llm: Llama, stream: bool) -> None:
+    """An answer as one body has sent nothing when its client leaves."""
+    most = 200
+    body = {"prompt": [5, 6], "max_tokens": most, "ignore_eos": True, "stream": stream}
+
+    async def leave(service: Service, engine: Engine) -> None:
+        async with service.submitted(completion_request(body), is_quick=True):
+            await asyncio.to_thread(wait_until, lambda: n_generated(engine) > ENOUGH)
+
+    def n_generated(engine: Engine) -> int:
+        return sum(len(one.partial.answer.tokens) for one in tuple(engine._core.requests.values()))
+
+    def counted(service: Service, name: str, **labels: str) -> float:
+        found = service.metrics.registry.get_sample_value(f"vllm:{name}_total", {"model_name": "served", **labels})
+        return found or 0.0
+
+    with llm.engine().start() as engine, connected(engine) as (_, remote):
+        service = Service(remote, ServedModel("served", llm.tokenizer), ServerSettings())
+        asyncio.run(leave(service, engine))
+        wait_until(lambda: counted(service, "request_success", finished_reason="abort") == 1)
+        assert ENOUGH < counted(service, "generation_tokens") < most
+        assert counted(service, "prompt_tokens") == 2

@@ -72,6 +72,7 @@ def test_a_port_that_was_taken_since_is_an_error(engine: Engine, capfd: pytest.C
     assert "cannot listen on port" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
         raise ArithmeticError("as planned")
@@ -81,6 +82,7 @@ def test_a_connection_that_breaks_is_an_error(engine: Engine, monkeypatch: pytes
         http.begin(engine, ServedModel("served", engine.llm.tokenizer), ServerSettings())
 
 
+@pytest.mark.slow
 def test_nothing_is_waited_for_before_it_serves() -> None:
     with HttpProcess(bind(HOST, 0)) as http, pytest.raises(RuntimeError, match="call begin"):
         http.wait()

@@ -3,9 +3,7 @@
 import asyncio
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +12,8 @@ from fastllama import Engine, Llama, SamplingParams, builtin_checkpoint
 from fastllama.engine import Grammar, Request, engine_host
 from fastllama.engine.any_engine import EngineFailed
 from fastllama.engine.commands import NewRequest
-from fastllama.engine.facts import Facts
 from fastllama.engine.messages import Failure, Question, Stop
 from fastllama.engine.remote_engine import GONE, RemoteEngine
-from tests.support.checkpoint_kinds import Build, gguf, huggingface, llama2, meta
 from tests.support.remote_engines import Ends, connected, hang_up
 from tests.support.timeouts import HANG_SECONDS, wait_until
 
@@ -29,15 +25,6 @@ PARAMS = (
     SamplingParams(max_gen_len=0, prompt_logprobs=0),
     SamplingParams(max_gen_len=40, temperature=1.0, seed=5, logit_bias={65: 100}, stop=["AAA"]),
 )
-KINDS: dict[str, Callable[[Path], Build]] = {  # of tokenizers and formats
-    "tiktoken": meta,
-    "SentencePiece": llama2,
-    "tokenizers": huggingface,
-    "no template": partial(huggingface, tokenizer="unigram", has_template=False),
-    "GGUF": partial(gguf, kind="Q8_0"),
-    "GGUF, SentencePiece": partial(gguf, kind="Q8_0", tokenizer="sentencepiece"),
-}
-DIALOG: Any = [{"role": "user", "content": "Où est-il ?"}]
 
 
 @pytest.fixture
@@ -351,26 +338,3 @@ def test_the_engines_process_tells_when_to_stop(ends: Ends) -> None:
 def test_the_other_process_needs_no_thread_of_the_callers(ends: Ends) -> None:
     assert ends.remote.has_thread and not ends.remote.step()
     assert isinstance(ends.remote, RemoteEngine)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_facts_are_the_same_in_another_process(kind: str, tmp_path: Path) -> None:
-    llm = Llama.build(**KINDS[kind](tmp_path / "model"), max_seq_len=64, max_batch_size=2, device="cpu")
-    facts = Facts.of(llm)
-    found = pickle.loads(pickle.dumps(facts))
-    sizes = lambda one: (one.vocab_size, one.max_seq_len, one.max_batch_size, one.cache_pages)  # noqa: E731
-    assert sizes(found) == sizes(facts) == (llm.model.vocab_size, 64, 2, llm.model.cache.pool.n_pages)
-    text = "Straße, naïve café <|eot_id|></s> 東京"
-    tokens = facts.tokenizer.encode(text, bos=True, eos=True, allowed_special="all")
-    assert found.tokenizer.encode(text, bos=True, eos=True, allowed_special="all") == tokens
-    assert found.tokenizer.decode(tokens) == facts.tokenizer.decode(tokens)
-    assert found.tokenizer.stop_tokens == facts.tokenizer.stop_tokens
-    assert type(found.formatter) is type(facts.formatter)
-    assert _written(found, DIALOG) == _written(facts, DIALOG)
-
-
-def _written(facts: Facts, dialog: Any) -> list[int] | str:
-    try:
-        return facts.formatter.encode_dialog_prompt(dialog)
-    except ValueError as error:
-        return str(error)
